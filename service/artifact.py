@@ -1,0 +1,192 @@
+"""The artifact: one ONNX file that describes itself and proves itself.
+
+    NAME-VERSION.onnx
+      graph                 the step function (see DESIGN: inputs state, x, t, learn, alpha)
+      metadata_props
+        onset.manifest      JSON of `Manifest`
+        onset.selftest      base64 of a compressed npz, see `SelfTest`
+        onset.sha256        SHA-256 of the file with these 64 digits set to '0'
+
+Reading needs no ONNX library: the hash is checked on the raw bytes before anything parses them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service.errors import ArtifactError
+
+FORMAT = 1
+MANIFEST_KEY, SELFTEST_KEY, SHA256_KEY = "onset.manifest", "onset.selftest", "onset.sha256"
+MAX_FEATURES = 300
+SELFTEST_STEPS, SELFTEST_ROWS = 32, 8
+
+UNSEALED = "0" * 64
+# A metadata entry is a protobuf StringStringEntryProto: field 1 is the key, field 2 (tag 0x12) the value, here 0x40 = 64 bytes.
+_SEAL = re.compile(re.escape(SHA256_KEY).encode() + rb"\x12\x40([0-9a-f]{64})")
+
+Float32 = NDArray[np.float32]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Feature(_Frozen):
+    """One number of an event. Context features are given to the network but never scored."""
+
+    name: str = Field(min_length=1, max_length=128)
+    unit: str | None = None
+    role: Literal["scored", "context"] = "scored"
+
+
+class Slice(_Frozen):
+    """A named part of the state vector: `size` float32 each, in order, without gaps."""
+
+    name: str
+    size: int = Field(gt=0)
+
+
+class Cell(_Frozen):
+    """The recurrent network inside the graph."""
+
+    variant: str
+    layers: int = Field(gt=0)
+    hidden: int = Field(gt=0)
+    code: int = Field(gt=0)
+    decoder_hidden: int = Field(gt=0)
+
+
+class Training(_Frozen):
+    """What the artifact was made from, and how to make it again."""
+
+    command: str
+    seed: int
+    data: str
+    data_sha256: str
+    streams: int = Field(ge=0)
+    rows: int = Field(ge=0)
+    commit: str
+    torch_version: str
+    created: str
+
+
+class Manifest(_Frozen):
+    """What the service has to know of a detector. Everything else is inside the graph."""
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    version: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+_-]{0,31}$")
+    kind: Literal["sensor", "log"] = "sensor"
+    description: str = ""
+    features: list[Feature] = Field(min_length=1, max_length=MAX_FEATURES)
+    state_size: int = Field(gt=0, le=65536)
+    layout: list[Slice]
+    warmup: int = Field(ge=0, description="events of a fresh stream without a score")
+    cell: Cell
+    training: Training
+    calibration: dict[str, Any] = Field(default_factory=dict)
+    quality: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        names = [feature.name for feature in self.features]
+        if len(set(names)) != len(names):
+            raise ValueError(f"feature names are not unique: {sorted(n for n in set(names) if names.count(n) > 1)}")
+        total = sum(part.size for part in self.layout)
+        if total != self.state_size:
+            raise ValueError(f"the layout's slices add up to {total} floats, state_size says {self.state_size}")
+        return self
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        return tuple(feature.name for feature in self.features)
+
+    @property
+    def filename(self) -> str:
+        return f"{self.name}-{self.version}.onnx"
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Inputs and answers of T steps on B streams, starting from zero states: what the file must answer on any machine."""
+
+    x: Float32  # [T, B, F]
+    t: Float32  # [T, B, 3]
+    learn: Float32  # [T, B]
+    alpha: Float32  # [T, B]
+    p_value: Float32  # [T, B]
+    onset_p: Float32  # [T, B]
+    expected: Float32  # [T, B, F]
+    lower: Float32  # [T, B, F]
+    upper: Float32  # [T, B, F]
+    contribution: Float32  # [T, B, F]
+    state: Float32  # [B, S] after the last step
+
+    def encode(self) -> str:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{f.name: np.asarray(getattr(self, f.name), np.float32) for f in fields(self)})
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> SelfTest:
+        """Raises ArtifactError when `text` is not what `encode` writes."""
+        try:
+            with np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False) as arrays:
+                return cls(**{f.name: arrays[f.name].astype(np.float32) for f in fields(cls)})
+        except Exception as error:  # base64, zip and npy each have errors of their own; all mean the same here
+            raise ArtifactError(f"The self-test vectors cannot be read: {error}") from error
+
+
+def seal(unsealed: bytes) -> bytes:
+    """Write the file's hash into its own metadata. `unsealed` carries `onset.sha256` = 64 zeros exactly once."""
+    found = _SEAL.findall(unsealed)
+    if found != [UNSEALED.encode()]:
+        raise ArtifactError(f"The model has {len(found)} '{SHA256_KEY}' entries of 64 zeros; it must have exactly one.")
+    return _with_digest(unsealed, hashlib.sha256(unsealed).hexdigest())
+
+
+def verify_seal(content: bytes, path: Path) -> str:
+    """The file's hash, after checking it. Raises ArtifactError when it is missing or differs."""
+    found = _SEAL.findall(content)
+    if len(found) != 1:
+        raise ArtifactError(f"{path} carries no '{SHA256_KEY}': it was not published by `python -m training fit`.")
+    stated = found[0].decode()
+    actual = hashlib.sha256(_with_digest(content, UNSEALED)).hexdigest()
+    if stated != actual:
+        raise ArtifactError(f"{path} was changed after it was published: its hash is {actual[:12]}…, it says {stated[:12]}….")
+    return stated
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """Raises ArtifactError that names the field when the manifest is not valid."""
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ArtifactError(f"{path}: manifest field {where}: {first['msg']} (got {first.get('input')!r}).") from error
+
+
+def find_artifacts(path: Path) -> list[Path]:
+    """The model files that `path` (a file, or a folder searched flat) names. Raises ArtifactError when there is none."""
+    if path.is_file():
+        return [path]
+    found = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    if not found:
+        raise ArtifactError(f"No model at {path}: give an .onnx file or a folder that holds some (`python -m training fit` makes one).")
+    return found
+
+
+def _with_digest(content: bytes, digest: str) -> bytes:
+    return _SEAL.sub(lambda match: match.group(0)[:-64] + digest.encode(), content)

@@ -1,0 +1,77 @@
+"""Everything that can go wrong, in one tree. The door alone knows HTTP; here an error only says what happened and to which field.
+
+OnsetError
+├── ArtifactError        a model file that is not what it says, or answers differently from what it says
+├── ItemError            one event is refused; its neighbours in the batch are not
+│   ├── BadEvent             a field has a value we cannot use
+│   ├── LateEvent            older than the stream's last event: never stepped
+│   ├── StateConflict        other replicas won the race for this stream three times in a row
+│   └── TooManyStreams       the store holds as many streams as it may
+├── UnknownStream        no state is kept under this id
+├── UnknownModel         no detector of this name is loaded
+├── TooLarge             a body or a batch is over a stated limit
+├── Overloaded           the queue is full: come back in `retry_after` seconds
+└── StoreUnavailable     the state store does not answer
+"""
+
+from __future__ import annotations
+
+
+class OnsetError(Exception):
+    """Base of all errors raised on purpose. `detail` is a sentence that names the offending value."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class ArtifactError(OnsetError):
+    """A model file is refused: wrong format, wrong hash, or other answers than its self-test vectors."""
+
+
+class ItemError(OnsetError):
+    """One event of a batch failed. `field` is the path of the field to blame ('' when none is)."""
+
+    def __init__(self, detail: str, field: str = "") -> None:
+        super().__init__(detail)
+        self.field = field
+
+
+class BadEvent(ItemError):
+    """A field of an event has a value we cannot use."""
+
+
+class LateEvent(ItemError):
+    """The event is older than the stream's last one. It was counted and not stepped."""
+
+
+class StateConflict(ItemError):
+    """Another replica committed first, three times in a row."""
+
+
+class TooManyStreams(ItemError):
+    """A new stream was refused because the store holds as many as the limit allows."""
+
+
+class UnknownStream(OnsetError):
+    """No state is kept under this stream id."""
+
+
+class UnknownModel(OnsetError):
+    """No detector of this name is loaded."""
+
+
+class TooLarge(OnsetError):
+    """A body, a batch or a name is over a stated limit."""
+
+
+class Overloaded(OnsetError):
+    """The queue is full. `retry_after` is in seconds."""
+
+    def __init__(self, detail: str, retry_after: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class StoreUnavailable(OnsetError):
+    """The state store does not answer; nothing is known to be committed."""
