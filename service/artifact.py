@@ -135,7 +135,8 @@ class SelfTest:
 
     def encode(self) -> str:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{f.name: np.asarray(getattr(self, f.name), np.float32) for f in fields(self)})
+        arrays: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name), np.float32) for f in fields(self)}
+        np.savez_compressed(buffer, **arrays)
         return base64.b64encode(buffer.getvalue()).decode()
 
     @classmethod
@@ -161,7 +162,7 @@ def verify_seal(content: bytes, path: Path) -> str:
     found = _SEAL.findall(content)
     if len(found) != 1:
         raise ArtifactError(f"{path} carries no '{SHA256_KEY}': it was not published by `python -m training fit`.")
-    stated = found[0].decode()
+    stated: str = found[0].decode()
     actual = hashlib.sha256(_with_digest(content, UNSEALED)).hexdigest()
     if stated != actual:
         raise ArtifactError(f"{path} was changed after it was published: its hash is {actual[:12]}…, it says {stated[:12]}….")

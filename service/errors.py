@@ -4,7 +4,6 @@ OnsetError
 ├── ArtifactError        a model file that is not what it says, or answers differently from what it says
 ├── ItemError            one event is refused; its neighbours in the batch are not
 │   ├── BadEvent             a field has a value we cannot use
-│   ├── LateEvent            older than the stream's last event: never stepped
 │   ├── StateConflict        other replicas won the race for this stream three times in a row
 │   └── TooManyStreams       the store holds as many streams as it may
 ├── UnknownStream        no state is kept under this id
@@ -39,10 +38,6 @@ class ItemError(OnsetError):
 
 class BadEvent(ItemError):
     """A field of an event has a value we cannot use."""
-
-
-class LateEvent(ItemError):
-    """The event is older than the stream's last one. It was counted and not stepped."""
 
 
 class StateConflict(ItemError):

@@ -1,0 +1,212 @@
+"""ONNX Runtime behind one pure call. The service knows nothing of what is in the graph: a state is S opaque float32.
+
+Rows are padded with dummies to a bucket of rows, because ONNX Runtime's CPU kernels answer a row to the last bit the same
+whatever its batch-mates only at such sizes. Loading checks this on the machine at hand, and the self-test vectors with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.artifact import (
+    MANIFEST_KEY,
+    SELFTEST_KEY,
+    SELFTEST_ROWS,
+    Manifest,
+    SelfTest,
+    find_artifacts,
+    parse_manifest,
+    verify_seal,
+)
+from service.errors import ArtifactError
+
+Float32 = NDArray[np.float32]
+
+MAX_ROWS = 1024
+"""Largest inference batch; more rows are stepped in slices."""
+SELFTEST_TOLERANCE = 1e-3
+"""Other processors round differently; 32 steps of that stay far below this, relative (p-values: in log p)."""
+
+_INPUTS = {"state", "x", "t", "learn", "alpha"}
+_OUTPUTS = ["state_out", "p_value", "onset_p", "expected", "lower", "upper", "contribution"]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Answers of one step for B streams of F features; see the artifact's step function in DESIGN."""
+
+    state: Float32  # [B, S]
+    p_value: Float32  # [B], NaN while the stream warms up
+    onset_p: Float32  # [B]
+    expected: Float32  # [B, F]
+    lower: Float32  # [B, F]
+    upper: Float32  # [B, F]
+    contribution: Float32  # [B, F]
+
+
+def bucket(rows: int) -> int:
+    """Rows of the padded batch: 8, 16, 32, 64, then multiples of 64 (a power of two would double the work at 520 rows)."""
+    if rows <= 64:
+        return max(8, 1 << (rows - 1).bit_length())
+    return -(-rows // 64) * 64
+
+
+class Detector:
+    """One loaded artifact. `step` is thread-safe and blocks for the time of the inference."""
+
+    def __init__(self, manifest: Manifest, sha256: str, session: ort.InferenceSession) -> None:
+        self.manifest = manifest
+        self.sha256 = sha256
+        self._session = session
+
+    @classmethod
+    def load(cls, path: Path, intra_op_threads: int = 1) -> Detector:
+        """Read, verify and self-test one file. Raises ArtifactError that says why it is refused."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error.strerror}.") from error
+        sha256 = verify_seal(content, path)
+        try:
+            session = ort.InferenceSession(content, _options(intra_op_threads), providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ArtifactError(f"{path} is not a model ONNX Runtime can load: {error}") from error
+        metadata = session.get_modelmeta().custom_metadata_map
+        missing = [key for key in (MANIFEST_KEY, SELFTEST_KEY) if key not in metadata]
+        if missing:
+            raise ArtifactError(f"{path} has no {' and no '.join(missing)} in its metadata.")
+        detector = cls(parse_manifest(metadata[MANIFEST_KEY], path), sha256, session)
+        detector._check_interface(path)
+        detector.self_test(SelfTest.decode(metadata[SELFTEST_KEY]))
+        return detector
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def features(self) -> int:
+        return len(self.manifest.features)
+
+    @property
+    def state_size(self) -> int:
+        return self.manifest.state_size
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """First 64 bits of the file's hash: marks the states that belong to it."""
+        return int(self.sha256[:16], 16)
+
+    @property
+    def providers(self) -> list[str]:
+        """Execution providers really in use, as the session says."""
+        return list(self._session.get_providers())
+
+    def fresh_states(self, rows: int) -> Float32:
+        return np.zeros((rows, self.state_size), np.float32)
+
+    def step(self, state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
+        """One event for each of B distinct streams: state [B,S], x [B,F] (NaN = missing), t [B,3], learn [B], alpha [B]."""
+        rows = len(x)
+        if rows <= MAX_ROWS:
+            return self._step_padded(state, x, t, learn, alpha)
+        parts = [
+            self._step_padded(
+                state[i : i + MAX_ROWS],
+                x[i : i + MAX_ROWS],
+                t[i : i + MAX_ROWS],
+                learn[i : i + MAX_ROWS],
+                alpha[i : i + MAX_ROWS],
+            )
+            for i in range(0, rows, MAX_ROWS)
+        ]
+        return StepOutput(*(np.concatenate([getattr(part, name) for part in parts]) for name in StepOutput.__dataclass_fields__))
+
+    def self_test(self, vectors: SelfTest) -> None:
+        """Run the artifact's vectors, then the last step again at every bucket. Raises ArtifactError on another answer."""
+        steps, rows, _ = vectors.x.shape
+        state = self.fresh_states(rows)
+        for i in range(steps):
+            before = state
+            out = self.step(before, vectors.x[i], vectors.t[i], vectors.learn[i], vectors.alpha[i])
+            for name in ("p_value", "onset_p", "expected", "lower", "upper", "contribution"):
+                self._compare(name, i, getattr(out, name), getattr(vectors, name)[i])
+            state = out.state
+        self._compare("state", steps - 1, state, vectors.state)
+        last = (before, vectors.x[-1], vectors.t[-1], vectors.learn[-1], vectors.alpha[-1])
+        self._check_row_invariance(last, out)
+
+    def _step_padded(self, state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
+        rows, padded = len(x), bucket(len(x))
+        feed = {"state": state, "x": x, "t": t, "learn": learn, "alpha": alpha}
+        if padded != rows:
+            feed = {name: _pad(values, padded) for name, values in feed.items()}
+        outputs = self._session.run(_OUTPUTS, feed)
+        return StepOutput(*(out[:rows] for out in outputs))
+
+    def _check_interface(self, path: Path) -> None:
+        inputs = {node.name for node in self._session.get_inputs()}
+        outputs = {node.name for node in self._session.get_outputs()}
+        if inputs != _INPUTS or not outputs.issuperset(_OUTPUTS):
+            raise ArtifactError(
+                f"{path} has inputs {sorted(inputs)} and outputs {sorted(outputs)}; a step function has {sorted(_INPUTS)} and {_OUTPUTS}."
+            )
+        width = {node.name: node.shape[-1] for node in self._session.get_inputs()}
+        if width["state"] != self.state_size or width["x"] != self.features:
+            raise ArtifactError(
+                f"{path}: the graph takes a state of {width['state']} and {width['x']} features, the manifest says {self.state_size} and {self.features}."
+            )
+
+    def _compare(self, name: str, step: int, got: Float32, want: Float32) -> None:
+        if name in ("p_value", "onset_p"):
+            got, want = np.log(got), np.log(want)
+        if got.shape != want.shape or not np.allclose(got, want, rtol=SELFTEST_TOLERANCE, atol=SELFTEST_TOLERANCE, equal_nan=True):
+            raise ArtifactError(
+                f"Model {self.manifest.filename} does not pass its self-test: {name} of step {step} differs from what it answered when it was published."
+            )
+
+    def _check_row_invariance(self, inputs: tuple[Float32, ...], want: StepOutput) -> None:
+        """A row must not feel its batch-mates: exact replay rests on it."""
+        rows = len(inputs[1])
+        for size in (SELFTEST_ROWS, 16, 32, 64, 192, 256, MAX_ROWS):
+            if size < rows:
+                continue
+            copies = -(-size // rows)
+            repeated = self.step(*(np.concatenate([values] * copies)[:size] for values in inputs))
+            for name in StepOutput.__dataclass_fields__:
+                got = getattr(repeated, name)[:rows]
+                if not np.array_equal(got, getattr(want, name), equal_nan=True):
+                    raise ArtifactError(
+                        f"Model {self.manifest.filename} answers differently in a batch of {size} than in one of {bucket(rows)}: exact replay is impossible on this machine."
+                    )
+
+
+def load_detectors(path: Path, intra_op_threads: int = 1) -> dict[str, Detector]:
+    """All detectors that `path` names, by name. Raises ArtifactError when two files carry the same name."""
+    detectors: dict[str, Detector] = {}
+    for file in find_artifacts(path):
+        detector = Detector.load(file, intra_op_threads)
+        if detector.name in detectors:
+            raise ArtifactError(f"{path} holds two models named '{detector.name}': keep one version of each.")
+        detectors[detector.name] = detector
+    return detectors
+
+
+def _options(intra_op_threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = intra_op_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _pad(values: Float32, rows: int) -> Float32:
+    padded = np.zeros((rows, *values.shape[1:]), np.float32)
+    padded[: len(values)] = values
+    return padded

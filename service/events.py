@@ -1,0 +1,92 @@
+"""The vocabulary of the service: an event comes in, a result goes out. Imports nothing of ours but the errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+MAX_NAME_LENGTH = 256
+MAX_MESSAGE_LENGTH = 65_536
+MAX_VALUES = 300
+
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH)]
+Sequence_ = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Severity = Literal["none", "minor", "major", "critical"]
+Direction = Literal["up", "down", "both", "none"]
+Status = Literal["warming_up", "ready", "frozen"]
+
+
+class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """One reading or log line, as a client sends it."""
+
+    stream_id: Name | None = None
+    """Which stream; may be left out where the address names it."""
+    values: dict[Name, float | None] | None = None
+    """Feature → number; null or left out = missing."""
+    message: Annotated[str, Meta(max_length=MAX_MESSAGE_LENGTH)] | None = None
+    """A log line, in place of `values`."""
+    timestamp: float | str | None = None
+    """RFC 3339, or seconds since 1970; left out = the time of arrival."""
+    event_id: Name | None = None
+    """Identity: the same id on the same stream is never scored twice."""
+    sequence: Sequence_ | None = None
+    """Position within the stream; orders the events in place of the timestamp."""
+
+
+class Contributor(msgspec.Struct, frozen=True, gc=False):
+    feature: str
+    contribution: float
+    actual: float | None
+    expected: float | None
+
+
+class Result(msgspec.Struct, frozen=True, gc=False):
+    """The answer to one event. Scores are null while the stream warms up, for a late event and for an old duplicate."""
+
+    stream_id: str
+    event_id: str | None
+    timestamp: float | str
+    anomaly_score: float | None
+    p_value: float | None
+    alert_score: float | None
+    is_anomaly: bool
+    anomaly_grade: float | None
+    severity: Severity
+    confidence: float
+    threshold: float
+    alpha: float
+    direction: Direction
+    expected: dict[str, float | None]
+    lower: dict[str, float | None]
+    upper: dict[str, float | None]
+    contributors: list[Contributor]
+    anomaly_started_at: float | None
+    imputed: list[str]
+    status: Status
+    samples_until_ready: int
+    model: str
+    model_version: str
+    state_version: int
+    duplicate: bool
+    late: bool
+
+
+@dataclass(frozen=True)
+class Readings:
+    """N events of one request as columns, in order of arrival, ready for a detector of F features."""
+
+    stream_ids: Sequence[str]
+    x: NDArray[np.float32]  # [N, F], NaN = missing
+    timestamp: NDArray[np.float64]  # [N] seconds since 1970
+    timed: NDArray[np.bool_]  # [N] False = `timestamp` is the time of arrival
+    sequence: NDArray[np.int64]  # [N] -1 = none
+    key: NDArray[np.uint64]  # [N] identity, 0 = none
+
+    def __len__(self) -> int:
+        return len(self.stream_ids)

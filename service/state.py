@@ -1,0 +1,161 @@
+"""A stream's value in the store: everything the stream is, as one fixed-size little-endian record.
+
+A batch of values is one numpy structured array, so loading, judging and writing B streams are a few array operations.
+
+    offset  field
+    0       magic u2 · format u1 · flags u1 (bit 0: an alert is open)
+    4       crc u4                CRC-32 of everything after it
+    8       nonce u8 · version u8 the token that compare-and-set compares: a new nonce at every commit
+    24      model u8              first 64 bits of the model file's hash: a state of another model is never stepped
+    32      source u8 · offset i8 position of the last event in its queue (0, -1: it came over REST)
+    48      seen 8 x u8           keys of the last 8 events with an identity, a ring by version
+    112     trail_until f8        until when the store may hold a trail of earlier results (see `stores`)
+    120     quiet u4              events since the last anomalous one
+    124     last                  RECORD: the last event with its result, so that a resent event gets it again
+            vector S x f4         the detector's state, opaque
+
+Versioned by `format`: a reader refuses a format it does not know and the stream starts afresh, counted and logged.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = 1
+MAGIC = int.from_bytes(b"ON", "little")
+TOKEN = slice(8, 24)
+"""The bytes of a value that compare-and-set compares."""
+SEEN = 8
+ALERT_OPEN = 1
+
+Rows = NDArray[Any]
+"""A structured array, [B] of `value_dtype` or [N] of `record_dtype`."""
+
+
+class Origin(enum.IntEnum):
+    """Where a loaded state came from; anything but STORED is a fresh start."""
+
+    STORED = 0
+    NEW = 1
+    OTHER_MODEL = 2
+    CORRUPT = 3
+
+
+def record_dtype(features: int) -> np.dtype[Any]:
+    """One event with its result: what a reply is made from, and all that is kept of it."""
+    per_feature = [(name, "<f4", (features,)) for name in ("x", "expected", "lower", "upper", "contribution")]
+    return np.dtype(
+        [
+            ("key", "<u8"),  # identity of the event, 0 = none
+            ("version", "<u8"),  # events of the stream up to and with this one
+            ("timestamp", "<f8"),  # seconds since 1970, UTC
+            ("sequence", "<i8"),  # -1 = none
+            ("started_at", "<f8"),  # when the running anomaly began, NaN = none runs
+            ("p_value", "<f4"),  # NaN while warming up
+            ("onset_p", "<f4"),
+            ("alpha", "<f4"),
+            ("flags", "<u4"),  # ALERT_OPEN after this event
+            *per_feature,
+        ]
+    )
+
+
+def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
+    """The stored value of one stream; layout in the module's docstring."""
+    return np.dtype(
+        [
+            ("magic", "<u2"),
+            ("format", "u1"),
+            ("flags", "u1"),
+            ("crc", "<u4"),
+            ("nonce", "<u8"),
+            ("version", "<u8"),
+            ("model", "<u8"),
+            ("source", "<u8"),
+            ("offset", "<i8"),
+            ("seen", "<u8", (SEEN,)),
+            ("trail_until", "<f8"),
+            ("quiet", "<u4"),
+            ("last", record_dtype(features)),
+            ("vector", "<f4", (state_size,)),
+        ]
+    )
+
+
+def event_key(event_id: str | None, sequence: int | None) -> int:
+    """64-bit identity of an event: from its id, else from its sequence number, else 0 (it has none)."""
+    if event_id is not None:
+        return int.from_bytes(hashlib.blake2b(event_id.encode(), digest_size=8).digest(), "little") | 1
+    if sequence is not None:
+        return int.from_bytes(hashlib.blake2b(b"#%d" % sequence, digest_size=8, person=b"sequence").digest(), "little") | 1
+    return 0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """States of B streams, ready to be stepped in place."""
+
+    rows: Rows  # [B] of value_dtype, writable
+    tokens: list[bytes]  # [B] what compare-and-set must find: b"" = no value
+    origins: NDArray[np.uint8]  # [B] of Origin
+
+
+class StateCodec:
+    """Values of one detector ⇄ bytes. `model` is the detector's fingerprint."""
+
+    def __init__(self, features: int, state_size: int, model: int) -> None:
+        self.value = value_dtype(features, state_size)
+        self.record = record_dtype(features)
+        self._model = model
+
+    def fresh(self, rows: int) -> Rows:
+        """States of streams that have seen nothing."""
+        fresh = np.zeros(rows, self.value)
+        fresh["magic"], fresh["format"], fresh["model"] = MAGIC, FORMAT, self._model
+        fresh["offset"] = fresh["last"]["sequence"] = -1
+        fresh["last"]["timestamp"] = fresh["last"]["started_at"] = np.nan
+        return fresh
+
+    def decode(self, values: Sequence[bytes | None]) -> Loaded:
+        """Stored values → states. A missing, foreign or damaged value becomes a fresh state that says so in `origins`."""
+        origins = np.array([self._origin(value) for value in values], np.uint8)
+        tokens = [value[TOKEN] if value is not None else b"" for value in values]
+        rows = self.fresh(len(values))
+        stored = np.flatnonzero(origins == Origin.STORED)
+        rows[stored] = np.frombuffer(b"".join(values[i] or b"" for i in stored), self.value)
+        return Loaded(rows, tokens, origins)
+
+    def encode(self, rows: Rows) -> list[bytes]:
+        """States → values, each with a new nonce and its CRC. Writes both into `rows`."""
+        rows["nonce"] = np.frombuffer(os.urandom(8 * len(rows)), "<u8")
+        size = self.value.itemsize
+        content = memoryview(rows.tobytes())
+        rows["crc"] = [zlib.crc32(content[i + 8 : i + size]) for i in range(0, len(content), size)]
+        sealed = rows.tobytes()
+        return [sealed[i : i + size] for i in range(0, len(sealed), size)]
+
+    def decode_records(self, content: bytes) -> Rows:
+        """A trail's bytes → records [N]; empty when the bytes are not whole records of this detector."""
+        if len(content) % self.record.itemsize:
+            return np.zeros(0, self.record)
+        return np.frombuffer(content, self.record)
+
+    def _origin(self, value: bytes | None) -> Origin:
+        if value is None:
+            return Origin.NEW
+        if len(value) < TOKEN.stop + 8 or value[:3] != b"ON%c" % FORMAT:
+            return Origin.CORRUPT
+        if zlib.crc32(memoryview(value)[8:]) != int.from_bytes(value[4:8], "little"):
+            return Origin.CORRUPT
+        if int.from_bytes(value[24:32], "little") != self._model:
+            return Origin.OTHER_MODEL
+        return Origin.STORED if len(value) == self.value.itemsize else Origin.CORRUPT

@@ -1,0 +1,68 @@
+"""Where stream states live. One protocol, one contract suite (`tests/contracts/test_stores.py`), interchangeable implementations.
+
+A stream's value and its trail:
+
+    state key   one value, see `state.py`; replaced by every commit if its token is still the expected one
+    trail key   results of the stream's last commits of several events at once, so that a resent bulk gets its scores again;
+                at most TRAIL_COMMITS blobs, gone after the result TTL
+
+    commit, atomic for each stream:
+        token of the stored value == expected ?  →  SET value EX ttl; RPUSH trail; LTRIM; EXPIRE  →  True
+                                      otherwise  →  nothing is written                          →  False
+
+What a crash leaves: before the commit reached the server, nothing happened and the event may be sent again; after it, the state
+holds the event's identity and result, so the same event sent again is answered from it and never stepped twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+TRAIL_COMMITS = 8
+
+
+@dataclass(frozen=True)
+class Write:
+    """The new value of one stream, to be written if the stored one still has the token `expected` (b"" = absent)."""
+
+    stream_id: str
+    expected: bytes
+    value: bytes
+    trail: bytes = b""
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of stream ids; `cursor` "" = that was the last one."""
+
+    stream_ids: list[str]
+    cursor: str
+
+
+class StateStore(Protocol):
+    """All methods raise StoreUnavailable when the server does not answer. `model` is a detector's name."""
+
+    async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
+        """Values of the streams, None where there is none. One round trip."""
+
+    async def load_trails(self, model: str, stream_ids: Sequence[str]) -> list[list[bytes]]:
+        """Blobs of records of the streams' recent multi-event commits, oldest first."""
+
+    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+        """Write each value if its stream is unchanged; says for each whether it was. Atomic for each stream; one round trip."""
+
+    async def delete(self, model: str, stream_id: str) -> bool:
+        """Forget a stream with its trail; whether there was one."""
+
+    async def scan(self, model: str, cursor: str, limit: int) -> Page:
+        """About `limit` stream ids from `cursor` on ("" = from the start). Every stream that stays is seen at least once."""
+
+    async def count(self) -> int:
+        """About how many values the store holds (trails included)."""
+
+    async def ping(self) -> None:
+        """Returns when the store can be written to."""
+
+    async def close(self) -> None: ...
