@@ -160,7 +160,8 @@ class Detector:
         width = {node.name: node.shape[-1] for node in self._session.get_inputs()}
         if width["state"] != self.state_size or width["x"] != self.features:
             raise ArtifactError(
-                f"{path}: the graph takes a state of {width['state']} and {width['x']} features, the manifest says {self.state_size} and {self.features}."
+                f"{path}: the graph takes a state of {width['state']} and {width['x']} features, "
+                f"the manifest says {self.state_size} and {self.features}."
             )
 
     def _compare(self, name: str, step: int, got: Float32, want: Float32) -> None:
@@ -168,7 +169,8 @@ class Detector:
             got, want = np.log(got), np.log(want)
         if got.shape != want.shape or not np.allclose(got, want, rtol=SELFTEST_TOLERANCE, atol=SELFTEST_TOLERANCE, equal_nan=True):
             raise ArtifactError(
-                f"Model {self.manifest.filename} does not pass its self-test: {name} of step {step} differs from what it answered when it was published."
+                f"Model {self.manifest.filename} does not pass its self-test: "
+                f"{name} of step {step} differs from what it answered when it was published."
             )
 
     def _check_row_invariance(self, inputs: tuple[Float32, ...], want: StepOutput) -> None:
@@ -183,7 +185,8 @@ class Detector:
                 got = getattr(repeated, name)[:rows]
                 if not np.array_equal(got, getattr(want, name), equal_nan=True):
                     raise ArtifactError(
-                        f"Model {self.manifest.filename} answers differently in a batch of {size} than in one of {bucket(rows)}: exact replay is impossible on this machine."
+                        f"Model {self.manifest.filename} answers differently in a batch of {size} than in one of {bucket(rows)}: "
+                        "exact replay is impossible on this machine."
                     )
 
 

@@ -131,7 +131,7 @@ class StateCodec:
         tokens = [value[TOKEN] if value is not None else b"" for value in values]
         rows = self.fresh(len(values))
         stored = np.flatnonzero(origins == Origin.STORED)
-        rows[stored] = np.frombuffer(b"".join(values[i] or b"" for i in stored), self.value)
+        rows[stored] = np.frombuffer(b"".join(values[i] or b"" for i in stored.tolist()), self.value)
         return Loaded(rows, tokens, origins)
 
     def encode(self, rows: Rows) -> list[bytes]:
@@ -143,11 +143,16 @@ class StateCodec:
         sealed = rows.tobytes()
         return [sealed[i : i + size] for i in range(0, len(sealed), size)]
 
-    def decode_records(self, content: bytes) -> Rows:
-        """A trail's bytes → records [N]; empty when the bytes are not whole records of this detector."""
-        if len(content) % self.record.itemsize:
-            return np.zeros(0, self.record)
-        return np.frombuffer(content, self.record)
+    def encode_trail(self, records: Rows) -> bytes:
+        """Results of one commit → a trail's blob: model u8, crc u4, records."""
+        content = self._model.to_bytes(8, "little") + records.tobytes()
+        return zlib.crc32(content).to_bytes(4, "little") + content
+
+    def decode_trail(self, blob: bytes) -> Rows:
+        """A trail's blob → records [N]; none when it is damaged or another model's."""
+        content = blob[4:]
+        intact = zlib.crc32(content).to_bytes(4, "little") == blob[:4] and content[:8] == self._model.to_bytes(8, "little")
+        return np.frombuffer(content[8:] if intact else b"", self.record)
 
     def _origin(self, value: bytes | None) -> Origin:
         if value is None:
