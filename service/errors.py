@@ -5,7 +5,8 @@ OnsetError
 ├── ItemError            one event is refused; its neighbours in the batch are not
 │   ├── BadEvent             a field has a value we cannot use
 │   ├── StateConflict        other replicas won the race for this stream three times in a row
-│   └── TooManyStreams       the store holds as many streams as it may
+│   ├── TooManyStreams       the store holds as many streams as it may
+│   └── NotCommitted         the store stopped answering in the middle of a long request
 ├── UnknownStream        no state is kept under this id
 ├── UnknownModel         no detector of this name is loaded
 ├── TooLarge             a body or a batch is over a stated limit
@@ -46,6 +47,10 @@ class StateConflict(ItemError):
 
 class TooManyStreams(ItemError):
     """A new stream was refused because the store holds as many as the limit allows."""
+
+
+class NotCommitted(ItemError):
+    """The store stopped answering while earlier events of the same request had been committed: send this one again."""
 
 
 class UnknownStream(OnsetError):

@@ -90,3 +90,28 @@ class Readings:
 
     def __len__(self) -> int:
         return len(self.stream_ids)
+
+    def take(self, positions: NDArray[np.intp]) -> Readings:
+        """The readings at these positions, in their order."""
+        ids = self.stream_ids
+        return Readings(
+            [ids[i] for i in positions.tolist()],
+            self.x[positions],
+            self.timestamp[positions],
+            self.timed[positions],
+            self.sequence[positions],
+            self.key[positions],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Readings]) -> Readings:
+        if len(parts) == 1:
+            return parts[0]
+        return Readings(
+            [stream_id for part in parts for stream_id in part.stream_ids],
+            np.concatenate([part.x for part in parts]),
+            np.concatenate([part.timestamp for part in parts]),
+            np.concatenate([part.timed for part in parts]),
+            np.concatenate([part.sequence for part in parts]),
+            np.concatenate([part.key for part in parts]),
+        )

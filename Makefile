@@ -1,0 +1,57 @@
+# Every command of the project. `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+DEMO_VENV := .venv-demo
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format train bench image-test up clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## make .venv with everything for development and training
+
+# pip, not uv: it takes a CPU build of torch where the machine is configured to offer one.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	@touch $@
+
+$(DEMO_VENV)/.ready: pyproject.toml
+	@echo "Setting up $(DEMO_VENV) (once, about half a minute) ..."
+	@$(PYTHON) -m venv $(DEMO_VENV)
+	@$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+demo: $(DEMO_VENV)/.ready ## score this machine's own readings live, disturb it, see the onset (no torch, no Docker)
+	@$(DEMO_VENV)/bin/python -m service demo
+
+test: setup ## all tests, against a real store, a real model and real HTTP, with branch coverage
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: setup ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+train: setup ## build the shipped default detector again, from its recorded command
+	$(BIN)/python -m training default --out out/default
+
+bench: setup ## all benchmarks, each with its baselines in the same run (about five minutes)
+	$(BIN)/python -m bench.http
+	$(BIN)/python -m bench.memory
+
+image-test: ## build the container image for real and run it once (needs root and dockerd)
+	bash scripts/image_test.sh
+
+up: ## service and redis in containers
+	docker compose up --build
+
+clean: ## remove what the commands above made
+	rm -rf $(VENV) $(DEMO_VENV) out .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

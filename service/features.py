@@ -1,0 +1,107 @@
+"""Events → columns in the manifest's order of features. What cannot be used is refused by field, its neighbours are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+
+from service.artifact import Manifest
+from service.errors import BadEvent
+from service.events import Event, Readings
+from service.state import event_key
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+LATEST_SECONDS = 1e11
+"""Seconds up to the year 5138; more is a timestamp in milliseconds."""
+_NAN = math.nan
+
+
+def to_readings(
+    events: Sequence[Event], manifest: Manifest, *, now: float, max_future: float = math.inf
+) -> tuple[Readings, dict[int, BadEvent]]:
+    """N events → the readings of the usable ones in order, and what is wrong with the others by position.
+
+    `now` (seconds since 1970) stands in for a missing timestamp; one more than `max_future` seconds ahead of it is refused.
+    """
+    names = manifest.feature_names
+    known = frozenset(names)
+    errors: dict[int, BadEvent] = {}
+    good: list[Event] = []
+    times: list[float] = []
+    values: list[list[float | None]] = []
+    for i, event in enumerate(events):
+        try:
+            row = _row(event, names, known, manifest)
+            seconds = now if event.timestamp is None else parse_timestamp(event.timestamp, now + max_future)
+        except BadEvent as error:
+            errors[i] = error
+            continue
+        good.append(event)
+        times.append(seconds)
+        values.append(row)
+    return _columns(good, times, values, len(names)), errors
+
+
+def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
+    """RFC 3339 or seconds since 1970 → seconds since 1970, UTC. A time without zone is UTC. Raises BadEvent."""
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError as error:
+            raise BadEvent(
+                f"timestamp {value[:64]!r} is neither RFC 3339 (2026-11-23T08:00:00Z) nor seconds since 1970.", "timestamp"
+            ) from error
+        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    else:
+        seconds = float(value)
+    if not 0 <= seconds <= LATEST_SECONDS:
+        hint = " It looks like milliseconds: send seconds." if LATEST_SECONDS < seconds < 1e15 else ""
+        raise BadEvent(f"timestamp {value} is not a time after 1970 in seconds.{hint}", "timestamp")
+    if seconds > latest:
+        raise BadEvent(f"timestamp {value} is too far in the future: every later event of the stream would count as late.", "timestamp")
+    return seconds
+
+
+def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: Manifest) -> list[float | None]:
+    """Numbers in the manifest's order, None = missing. Raises BadEvent that names the field."""
+    if not event.stream_id:
+        raise BadEvent("stream_id is missing.", "stream_id")
+    if not event.stream_id.isprintable():
+        raise BadEvent(f"stream_id {event.stream_id[:64]!r} holds characters that cannot be printed.", "stream_id")
+    if event.event_id is not None and not event.event_id.isprintable():
+        raise BadEvent(f"event_id {event.event_id[:64]!r} holds characters that cannot be printed.", "event_id")
+    values = event.values
+    if values is None or event.message is not None:
+        wrong, right = ("message", "values") if event.message is not None else ("values", "values")
+        detail = f"takes numbers in '{right}'" + (", not a log line in 'message'." if wrong == "message" else "; 'values' is missing.")
+        raise BadEvent(f"Model '{manifest.name}' {detail}", wrong)
+    if not values:
+        raise BadEvent(f"values is empty; model '{manifest.name}' knows {_listed(names)}.", "values")
+    if not values.keys() <= known:
+        unknown = next(name for name in values if name not in known)
+        raise BadEvent(
+            f"values.{unknown[:64]} is not a feature of model '{manifest.name}', which knows {_listed(names)}.", f"values.{unknown[:64]}"
+        )
+    for name, number in values.items():
+        if number is not None and not -FLOAT32_MAX <= number <= FLOAT32_MAX:
+            raise BadEvent(f"values.{name} is {number}, beyond the range of float32; send null for a missing value.", f"values.{name}")
+    return [values.get(name, _NAN) for name in names]
+
+
+def _columns(events: list[Event], times: list[float], values: list[list[float | None]], F: int) -> Readings:
+    return Readings(
+        stream_ids=[event.stream_id or "" for event in events],
+        x=np.array(values, np.float64).reshape(len(events), F).astype(np.float32),
+        timestamp=np.array(times, np.float64),
+        timed=np.array([event.timestamp is not None for event in events], np.bool_),
+        sequence=np.array([-1 if event.sequence is None else event.sequence for event in events], np.int64),
+        key=np.array([event_key(event.event_id, event.sequence) for event in events], np.uint64),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:10])
+    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"

@@ -1,0 +1,49 @@
+"""The catalogue of metrics: each name once, with its kind, its meaning and what to do when it moves. Never a stream id as a label."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_EVENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10_000)
+
+
+class Metrics:
+    """All metrics of one process, in a registry of its own: two services in one process do not mix."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        # Info: version and runtime of this build.
+        self.build = Info("onset_build", "Version and runtime of this build.", registry=registry)
+        # Info: which model file scores. Differs between replicas during a rollout, never for long.
+        self.model = Info("onset_model", "Version and hash of a loaded model.", ["model"], registry=registry)
+        # Counter: events by door and what became of them: scored, duplicate, late, rejected, failed.
+        # late grows: a sender's clock or order is wrong. rejected grows: a client sends what no model takes. failed: the store.
+        self.events = Counter("onset_events", "Events by door and outcome.", ["door", "outcome"], registry=registry)
+        # Counter: events that were anomalous (p < alpha) and alerts that opened. Alerts above the asked rate: see the calibration page.
+        self.anomalies = Counter("onset_anomalies", "Events rarer than the asked rate.", ["model"], registry=registry)
+        self.onsets = Counter("onset_onsets", "Alerts opened.", ["model"], registry=registry)
+        # Histogram: where the time of a batch goes. load and commit grow: the store; step grows: the model or a busy processor.
+        self.stage = Histogram("onset_stage_seconds", "Time of a batch by stage.", ["stage"], buckets=_SECONDS, registry=registry)
+        # Histogram: from an accepted request to its answer.
+        self.latency = Histogram(
+            "onset_request_seconds", "Time from an accepted request to its answer.", ["door"], buckets=_SECONDS, registry=registry
+        )
+        # Histogram: events per batch. Grows with the load; at max_batch all the time means the processor is the limit.
+        self.batch = Histogram("onset_batch_events", "Events per batch.", buckets=_EVENTS, registry=registry)
+        # Gauge: events waiting. Near the queue's limit, requests are refused: add replicas.
+        self.queued = Gauge("onset_queued_events", "Events waiting to be scored.", ["model"], registry=registry)
+        # Counter: requests refused, by reason: queue, bytes, body, batch.
+        self.refused = Counter("onset_refused", "Requests refused at the door.", ["reason"], registry=registry)
+        # Counter: compare-and-set lost against another replica. Constantly high: two senders share streams; route by stream id.
+        self.conflicts = Counter("onset_state_conflicts", "Commits lost to another replica.", registry=registry)
+        # Counter: streams that started afresh: new, other_model (a deploy), corrupt (investigate the store at once).
+        self.fresh = Counter("onset_fresh_states", "Streams that started afresh, by reason.", ["reason"], registry=registry)
+        # Gauge: size of one stored value. Changes only with the model.
+        self.state_bytes = Gauge("onset_state_bytes", "Bytes of one stream's value.", ["model"], registry=registry)
+        # Gauge: keys in the store, about the number of live streams.
+        self.streams = Gauge("onset_streams", "About how many streams the store holds.", registry=registry)
+        # Gauge: 1 when events can be scored and committed.
+        self.ready = Gauge("onset_ready", "Whether the service is ready.", registry=registry)
+        # Counter: restarts of the embedded store. Any is worth a look at its log.
+        self.store_restarts = Counter("onset_store_restarts", "Restarts of the embedded store.", registry=registry)

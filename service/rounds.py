@@ -1,0 +1,182 @@
+"""Many events of many streams → rounds of one event for each stream, each round one step of the detector.
+
+    events      a1 b1 a2 c1 a3          (in order of arrival; a, b, c are streams)
+    round 0     a1 b1 c1                one detector.step() on three distinct streams
+    round 1     a2
+    round 2     a3
+
+Pure: states are changed in place, nothing else is touched. The live scorer and the backtest both call `advance`, so their scores
+are the same numbers.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.detector import Detector, StepOutput
+from service.events import Readings
+from service.policy import Policy
+from service.state import SEEN, Rows
+
+Positions = NDArray[np.intp]
+
+
+class Kind(enum.IntEnum):
+    """What became of an event."""
+
+    SCORED = 0
+    DUPLICATE = 1  # not stepped; its record is the stored one
+    REPEATED = 2  # not stepped; its result is not at hand
+    LATE = 3  # older than the stream's last event: not stepped
+    CONFLICT = 4  # other replicas won three times
+    REFUSED = 5  # a new stream beyond the limit
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of N events: a record each (empty where nothing was scored), and its kind."""
+
+    records: Rows  # [N] of record_dtype
+    kinds: NDArray[np.uint8]  # [N] of Kind
+
+    @classmethod
+    def unscored(cls, readings: Readings, dtype: np.dtype[np.void], alpha: float) -> Outcomes:
+        """No scores yet, for any of the readings."""
+        records = np.zeros(len(readings), dtype)
+        for name in ("p_value", "onset_p", "started_at"):
+            records[name] = np.nan
+        records["alpha"], records["timestamp"], records["key"] = alpha, readings.timestamp, readings.key
+        return cls(records, np.full(len(readings), Kind.REPEATED, np.uint8))
+
+
+def advance(
+    detector: Detector, policy: Policy, rows: Rows, readings: Readings, slots: Positions, repeated: NDArray[np.bool_] | None = None
+) -> Outcomes:
+    """Step the states `rows` [B] by N readings; reading i belongs to `rows[slots[i]]`. Changes `rows` in place.
+
+    `repeated` marks readings known to be old ones (from a trail): they are not stepped.
+    """
+    outcomes = Outcomes.unscored(readings, rows.dtype["last"], policy.alpha)
+    if len(readings) == 0:
+        return outcomes
+    if repeated is None:
+        repeated = np.zeros(len(readings), np.bool_)
+    for positions in split_rounds(slots):
+        _round(detector, policy, rows, readings, slots, positions, repeated, outcomes)
+    answer_within(outcomes, readings.key, slots)
+    return outcomes
+
+
+def split_rounds(slots: Positions) -> Iterator[Positions]:
+    """Positions of the first event of every stream, then of the second, … each in order of arrival."""
+    order = np.argsort(slots, kind="stable")
+    in_order = slots[order]
+    starts = np.flatnonzero(np.r_[True, in_order[1:] != in_order[:-1]])
+    rank = np.arange(len(slots)) - np.repeat(starts, np.diff(np.r_[starts, len(slots)]))
+    by_round = np.argsort(rank, kind="stable")
+    for positions in np.split(order[by_round], np.cumsum(np.bincount(rank))[:-1]):
+        yield np.sort(positions)
+
+
+def answer_within(outcomes: Outcomes, key: NDArray[np.uint64], slots: Positions) -> None:
+    """Give events that repeat another one of the same batch that one's result."""
+    open_ = np.flatnonzero(np.isin(outcomes.kinds, (Kind.REPEATED, Kind.LATE)) & (key != 0))
+    if len(open_) == 0:
+        return
+    scored = np.flatnonzero((outcomes.kinds == Kind.SCORED) & (key != 0))
+    found = {(slot, k): i for i, slot, k in zip(scored.tolist(), slots[scored].tolist(), key[scored].tolist(), strict=True)}
+    for i in open_.tolist():
+        first = found.get((int(slots[i]), int(key[i])))
+        if first is not None:
+            outcomes.records[i] = outcomes.records[first]
+            outcomes.kinds[i] = Kind.DUPLICATE
+
+
+def _round(
+    detector: Detector,
+    policy: Policy,
+    rows: Rows,
+    readings: Readings,
+    slots: Positions,
+    positions: Positions,
+    repeated: NDArray[np.bool_],
+    outcomes: Outcomes,
+) -> None:
+    """One event of each of some distinct streams."""
+    at = slots[positions]
+    last = rows["last"]
+    key, sequence = readings.key[positions], readings.sequence[positions]
+    timestamp = np.where(
+        readings.timed[positions], readings.timestamp[positions], np.fmax(readings.timestamp[positions], last["timestamp"][at])
+    )
+    answered = (key != 0) & (key == last["key"][at])
+    duplicate = answered | repeated[positions] | ((key != 0) & (rows["seen"][at] == key[:, None]).any(axis=1))
+    ordered = (sequence >= 0) & (last["sequence"][at] >= 0)
+    late = ~duplicate & np.where(ordered, sequence <= last["sequence"][at], timestamp < last["timestamp"][at])
+    outcomes.records["version"][positions] = rows["version"][at]
+    outcomes.kinds[positions[answered]] = Kind.DUPLICATE
+    outcomes.records[positions[answered]] = last[at[answered]]
+    outcomes.kinds[positions[late]] = Kind.LATE
+    go = ~duplicate & ~late
+    if go.any():
+        _step(detector, policy, rows, readings, at[go], positions[go], timestamp[go], outcomes)
+
+
+def _step(
+    detector: Detector,
+    policy: Policy,
+    rows: Rows,
+    readings: Readings,
+    at: Positions,
+    positions: Positions,
+    timestamp: NDArray[np.float64],
+    outcomes: Outcomes,
+) -> None:
+    """Step distinct streams `rows[at]` by the readings at `positions`, and keep the results in both."""
+    x = readings.x[positions]
+    learn = policy.learns(rows["flags"][at])
+    alpha = np.full(len(at), policy.alpha, np.float32)
+    out = detector.step(rows["vector"][at], x, _time_features(timestamp, rows["last"]["timestamp"][at]), learn, alpha)
+    policy.track(rows, at, timestamp, out.p_value, out.onset_p)
+    record = _record(rows, at, x, alpha, timestamp, readings.sequence[positions], readings.key[positions], out)
+    rows["vector"][at] = out.state
+    rows["version"][at] = record["version"]
+    # In every model of ours version counts events, so version % SEEN walks the ring.
+    rows["seen"][at, (record["version"] % SEEN).astype(np.intp)] = record["key"]
+    rows["last"][at] = record
+    outcomes.records[positions] = record
+    outcomes.kinds[positions] = Kind.SCORED
+
+
+def _record(
+    rows: Rows,
+    at: Positions,
+    x: NDArray[np.float32],
+    alpha: NDArray[np.float32],
+    timestamp: NDArray[np.float64],
+    sequence: NDArray[np.int64],
+    key: NDArray[np.uint64],
+    out: StepOutput,
+) -> Rows:
+    record = np.zeros(len(at), rows.dtype["last"])
+    record["key"], record["timestamp"] = key, timestamp
+    record["version"] = rows["version"][at] + 1
+    record["sequence"] = np.where(sequence >= 0, sequence, rows["last"]["sequence"][at])
+    record["started_at"] = rows["last"]["started_at"][at]
+    record["flags"] = rows["flags"][at]
+    record["p_value"], record["onset_p"], record["alpha"] = out.p_value, out.onset_p, alpha
+    record["x"], record["expected"], record["lower"] = x, out.expected, out.lower
+    record["upper"], record["contribution"] = out.upper, out.contribution
+    return record
+
+
+def _time_features(timestamp: NDArray[np.float64], previous: NDArray[np.float64]) -> NDArray[np.float32]:
+    """[B, 3]: seconds since the previous event (NaN on the first), second of the day, day of the week (Monday 0), UTC."""
+    days = np.floor(timestamp / 86400)
+    # 1970-01-01 was a Thursday, day 3 of a week that starts on Monday.
+    return np.stack([np.maximum(timestamp - previous, 0), timestamp - 86400 * days, (days + 3) % 7], axis=1).astype(np.float32)

@@ -1,0 +1,310 @@
+"""THE FLOW of a batch. One scorer per loaded model; both doors call `score`.
+
+    events ─► readings ─► batcher ─► load     one MGET for the distinct streams
+                                     rounds   detector.step() on distinct streams, in a worker thread   (rounds.py)
+                                     commit   compare version → write, atomic for each stream           (stores/)
+                                     conflict reload the losers and step them again, three times at most
+    replies ◄─────────────────────── answer   only now
+
+Nothing is kept here between batches: all that a stream is lies in the store, so any replica scores any stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from service.batcher import Batcher
+from service.detector import Detector
+from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, TooManyStreams, UnknownStream
+from service.events import Event, Readings, Result
+from service.features import to_readings
+from service.metrics import Metrics
+from service.policy import THRESHOLD, Policy, judge
+from service.results import Replies
+from service.rounds import Kind, Outcomes, Positions, advance
+from service.state import Loaded, Origin, Rows, StateCodec
+from service.stores import StateStore, Write
+
+ATTEMPTS = 3
+MAX_BATCH = 1024
+"""Events per batch: one inference of the largest bucket when every stream is there once."""
+COUNT_SECONDS = 1.0
+"""How long a count of the store's streams is good for."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one scorer accepts."""
+
+    max_queue_events: int = 20_000
+    max_streams: int = 1_000_000
+    max_future_seconds: float = 86_400.0
+    result_ttl_seconds: int = 600
+
+
+class Scorer:
+    """Scores events with one detector. `clock` gives seconds since 1970."""
+
+    def __init__(
+        self,
+        detector: Detector,
+        policy: Policy,
+        store: StateStore,
+        metrics: Metrics,
+        limits: Limits,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.detector = detector
+        self.policy = policy
+        self._store = store
+        self._metrics = metrics
+        self._limits = limits
+        self._clock = clock
+        self._codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
+        self._replies = Replies(detector.manifest, policy)
+        self._batcher: Batcher[Readings, Outcomes] = Batcher(self._handle, size=len, max_batch=MAX_BATCH, max_queue=limits.max_queue_events)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
+        self._streams, self._counted_at = 0, -COUNT_SECONDS
+        metrics.state_bytes.labels(detector.name).set(self._codec.value.itemsize)
+        metrics.queued.labels(detector.name).set_function(lambda: self._batcher.queued)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the batch loop runs."""
+        return self._batcher.healthy
+
+    def start(self) -> None:
+        self._batcher.start()
+
+    async def drain(self, seconds: float) -> None:
+        """Finish what was accepted within `seconds`, then stop."""
+        await self._batcher.drain(seconds)
+        self._worker.shutdown(wait=True)
+
+    async def score(self, items: Sequence[Event | ItemError], *, top_contributors: int = 10) -> list[Result | ItemError]:
+        """One answer for each item, in order. An ItemError among the items keeps its place; a failed event becomes one.
+
+        Raises Overloaded when the queue is full, StoreUnavailable when nothing of this call is known to be committed.
+        """
+        answers: list[Result | ItemError | None] = [item if isinstance(item, ItemError) else None for item in items]
+        places = [i for i, item in enumerate(items) if isinstance(item, Event)]
+        events = [item for item in items if isinstance(item, Event)]
+        readings, errors = to_readings(events, self.detector.manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
+        for i, error in errors.items():
+            answers[places[i]] = error
+        if errors:
+            places = [place for i, place in enumerate(places) if i not in errors]
+            events = [event for i, event in enumerate(events) if i not in errors]
+        start = 0
+        for outcomes in await self._submit(readings):
+            piece = events[start : start + MAX_BATCH]
+            for place, answer in zip(places[start : start + MAX_BATCH], self._answers(piece, outcomes, top_contributors), strict=True):
+                answers[place] = answer
+            start += len(piece)
+            await asyncio.sleep(0)  # a long request lets the others in between its pieces
+        return [answer for answer in answers if answer is not None]
+
+    async def stream(self, stream_id: str) -> Result:
+        """The last result of a stream. Raises UnknownStream."""
+        results = self._summaries([stream_id], await self._store.load(self.detector.name, [stream_id]))
+        if not results:
+            raise UnknownStream(f"Model '{self.detector.name}' keeps no state of stream '{stream_id[:256]}'.")
+        return results[0]
+
+    async def streams(self, cursor: str, limit: int) -> tuple[list[Result], str]:
+        """Last results of about `limit` streams from `cursor` on ("" = the start), and the next cursor ("" = the end)."""
+        page = await self._store.scan(self.detector.name, cursor, limit)
+        values = await self._store.load(self.detector.name, page.stream_ids) if page.stream_ids else []
+        return self._summaries(page.stream_ids, values), page.cursor
+
+    async def forget(self, stream_id: str) -> bool:
+        """Delete a stream's state; whether there was one."""
+        return await self._store.delete(self.detector.name, stream_id)
+
+    async def _submit(self, readings: Readings) -> list[Outcomes | OnsetError]:
+        """Queue readings in pieces of MAX_BATCH, in order, all or none. Raises when the first piece failed: then none is committed."""
+        pieces = [readings.take(np.arange(i, min(i + MAX_BATCH, len(readings)))) for i in range(0, len(readings), MAX_BATCH)]
+        done = await self._batcher.submit(pieces)
+        for answer in done:
+            if isinstance(answer, Exception) and (answer is done[0] or not isinstance(answer, OnsetError)):
+                raise answer
+        return cast("list[Outcomes | OnsetError]", done)
+
+    async def _handle(self, submissions: list[Readings]) -> list[Outcomes]:
+        """One batch: the submissions of several clients, scored together."""
+        readings = Readings.concatenate(submissions)
+        self._metrics.batch.observe(len(readings))
+        outcomes = await self._run(readings)
+        self._count_alerts(outcomes)
+        ends = np.cumsum([len(part) for part in submissions])
+        return [
+            Outcomes(outcomes.records[end - len(part) : end], outcomes.kinds[end - len(part) : end])
+            for part, end in zip(submissions, ends.tolist(), strict=True)
+        ]
+
+    async def _run(self, readings: Readings) -> Outcomes:
+        outcomes = Outcomes.unscored(readings, self._codec.record, self.policy.alpha)
+        pending: Positions = np.arange(len(readings))
+        for _ in range(ATTEMPTS):
+            attempt, lost = await self._attempt(readings.take(pending))
+            outcomes.records[pending], outcomes.kinds[pending] = attempt.records, attempt.kinds
+            pending = pending[lost]
+            if len(pending) == 0:
+                break
+        outcomes.kinds[pending] = Kind.CONFLICT
+        return outcomes
+
+    async def _attempt(self, readings: Readings) -> tuple[Outcomes, NDArray[np.bool_]]:
+        """Load, step and commit once. Also says for each reading whether its stream was lost to another replica."""
+        index: dict[str, int] = {}
+        slots = np.array([index.setdefault(stream_id, len(index)) for stream_id in readings.stream_ids], np.intp)
+        stream_ids = list(index)
+        with self._metrics.stage.labels("load").time():
+            loaded = self._codec.decode(await self._store.load(self.detector.name, stream_ids))
+            trails = await self._trails_of_untimed(readings, slots, stream_ids, loaded)
+        refused = (await self._refused(loaded.origins))[slots]
+        outcomes = Outcomes.unscored(readings, self._codec.record, self.policy.alpha)
+        outcomes.kinds[refused] = Kind.REFUSED
+        go = np.flatnonzero(~refused)
+        with self._metrics.stage.labels("step").time():
+            repeated = _known(trails, slots[go], readings.key[go])
+            stepped = await asyncio.get_running_loop().run_in_executor(
+                self._worker, advance, self.detector, self.policy, loaded.rows, readings.take(go), slots[go], repeated
+            )
+        outcomes.records[go], outcomes.kinds[go] = stepped.records, stepped.kinds
+        with self._metrics.stage.labels("commit").time():
+            lost = await self._commit(stream_ids, loaded, outcomes, slots)
+        await self._answer_from_trails(readings, slots, stream_ids, outcomes, trails)
+        return outcomes, lost[slots]
+
+    async def _commit(self, stream_ids: list[str], loaded: Loaded, outcomes: Outcomes, slots: Positions) -> NDArray[np.bool_]:
+        """Write the states that were stepped; [B] whether each was lost to another replica."""
+        scored = np.flatnonzero(outcomes.kinds == Kind.SCORED)
+        events = np.bincount(slots[scored], minlength=len(stream_ids))
+        changed = np.flatnonzero(events)
+        lost = np.zeros(len(stream_ids), np.bool_)
+        if len(changed) == 0:
+            return lost
+        loaded.rows["trail_until"][events > 1] = self._clock() + self._limits.result_ttl_seconds
+        rows = loaded.rows[changed]
+        values = self._codec.encode(rows)
+        trails = self._new_trails(scored, slots, events, outcomes)
+        writes = [
+            Write(stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""))
+            for slot, value in zip(changed.tolist(), values, strict=True)
+        ]
+        written = np.array(await self._store.commit(self.detector.name, writes), np.bool_)
+        lost[changed] = ~written
+        self._metrics.conflicts.inc(int((~written).sum()))
+        self._count_fresh(stream_ids, loaded.origins, changed[written])
+        return lost
+
+    def _new_trails(self, scored: Positions, slots: Positions, events: NDArray[np.intp], outcomes: Outcomes) -> dict[int, bytes]:
+        """Blobs of the results of those streams that had several events in this batch."""
+        several = scored[events[slots[scored]] > 1]
+        several = several[np.argsort(slots[several], kind="stable")]
+        groups = np.split(several, np.flatnonzero(np.diff(slots[several])) + 1) if len(several) else []
+        return {int(slots[group[0]]): self._codec.encode_trail(outcomes.records[group]) for group in groups}
+
+    async def _trails_of_untimed(self, readings: Readings, slots: Positions, stream_ids: list[str], loaded: Loaded) -> dict[int, Rows]:
+        """Trails that must be known before stepping: of streams whose event has an id but neither time nor sequence.
+
+        Such an event sent again cannot be told from a new one by its age.
+        """
+        ageless = (readings.key != 0) & ~readings.timed & (readings.sequence < 0)
+        return await self._load_trails(np.unique(slots[ageless & (loaded.rows["trail_until"][slots] > self._clock())]), stream_ids)
+
+    async def _answer_from_trails(
+        self, readings: Readings, slots: Positions, stream_ids: list[str], outcomes: Outcomes, trails: dict[int, Rows]
+    ) -> None:
+        """Events that were not stepped because they are old get their stored result where a trail still holds it."""
+        old = np.flatnonzero(np.isin(outcomes.kinds, (Kind.REPEATED, Kind.LATE)) & (readings.key != 0))
+        if len(old) == 0:
+            return
+        trails = trails | await self._load_trails(np.setdiff1d(slots[old], list(trails)), stream_ids)
+        found = {(slot, int(record["key"])): record for slot, records in trails.items() for record in records}
+        for i in old.tolist():
+            record = found.get((int(slots[i]), int(readings.key[i])))
+            if record is not None:
+                outcomes.records[i], outcomes.kinds[i] = record, Kind.DUPLICATE
+
+    async def _load_trails(self, slots: Positions, stream_ids: list[str]) -> dict[int, Rows]:
+        """Slot → records of its trail."""
+        if len(slots) == 0:
+            return {}
+        blobs = await self._store.load_trails(self.detector.name, [stream_ids[slot] for slot in slots.tolist()])
+        return {
+            slot: np.concatenate([self._codec.decode_trail(blob) for blob in trail])
+            for slot, trail in zip(slots.tolist(), blobs, strict=True)
+            if trail
+        }
+
+    async def _refused(self, origins: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """[B] whether a stream is new and beyond the limit."""
+        new: NDArray[np.bool_] = origins == Origin.NEW
+        if not new.any():
+            return new
+        if time.monotonic() - self._counted_at > COUNT_SECONDS:
+            self._streams, self._counted_at = await self._store.count(), time.monotonic()
+            self._metrics.streams.set(self._streams)
+        room = self._limits.max_streams - self._streams
+        refused: NDArray[np.bool_] = new & (np.cumsum(new) > room)
+        self._streams += int((new & ~refused).sum())
+        return refused
+
+    def _answers(self, events: list[Event], outcomes: Outcomes | OnsetError, top: int) -> list[Result | ItemError]:
+        if isinstance(outcomes, OnsetError):
+            return [NotCommitted(f"{outcomes.detail} Earlier events of this request are scored; send this one again.")] * len(events)
+        answers: list[Result | ItemError] = list(self._replies.results(events, outcomes, top_contributors=top))
+        for i in np.flatnonzero(outcomes.kinds >= Kind.CONFLICT).tolist():
+            answers[i] = self._failure(events[i], Kind(outcomes.kinds[i]))
+        return answers
+
+    def _failure(self, event: Event, kind: Kind) -> ItemError:
+        if kind == Kind.CONFLICT:
+            return StateConflict(f"Other replicas committed stream '{event.stream_id}' first, {ATTEMPTS} times: send the event again.")
+        return TooManyStreams(
+            f"Stream '{event.stream_id}' is new and the store already holds {self._limits.max_streams} streams (ONSET_MAX_STREAMS).",
+            "stream_id",
+        )
+
+    def _summaries(self, stream_ids: Sequence[str], values: Sequence[bytes | None]) -> list[Result]:
+        loaded = self._codec.decode(values)
+        stored = np.flatnonzero(loaded.origins == Origin.STORED)
+        events = [Event(stream_id=stream_ids[i]) for i in stored.tolist()]
+        records = loaded.rows["last"][stored]
+        outcomes = Outcomes(records, np.full(len(stored), Kind.SCORED, np.uint8))
+        return self._replies.results(events, outcomes, top_contributors=10)
+
+    def _count_alerts(self, outcomes: Outcomes) -> None:
+        verdicts = judge(outcomes.records[outcomes.kinds == Kind.SCORED])
+        self._metrics.anomalies.labels(self.detector.name).inc(int((verdicts.anomaly_score > THRESHOLD).sum()))
+        self._metrics.onsets.labels(self.detector.name).inc(int((verdicts.alert_score > THRESHOLD).sum()))
+
+    def _count_fresh(self, stream_ids: list[str], origins: NDArray[np.uint8], written: Positions) -> None:
+        """Count streams that started afresh, once they are committed; what should not happen is logged with the stream."""
+        for slot in written[origins[written] != Origin.STORED].tolist():
+            origin = Origin(origins[slot])
+            self._metrics.fresh.labels(origin.name.lower()).inc()
+            if origin != Origin.NEW:
+                log.warning("stream_started_afresh", stream_id=stream_ids[slot], model=self.detector.name, reason=origin.name.lower())
+
+
+def _known(trails: dict[int, Rows], slots: Positions, key: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """[N] whether a reading's identity is in its stream's trail."""
+    known = np.zeros(len(slots), np.bool_)
+    for slot, records in trails.items():
+        here = slots == slot
+        known[here] = np.isin(key[here], records["key"])
+    return known
