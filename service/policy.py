@@ -53,7 +53,7 @@ class Policy:
     prior_events: float = 1000.0
     """Events after which a stream's own evidence weighs as much as the pooled prior (confidence 0.5)."""
 
-    def learns(self, flags: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def learns(self, flags: NDArray[np.uint32]) -> NDArray[np.float32]:
         """`learn` of the step for streams with these flags: 1 = the state learns from the event."""
         return np.ones(len(flags), np.float32)
 

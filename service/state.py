@@ -3,7 +3,7 @@
 A batch of values is one numpy structured array, so loading, judging and writing B streams are a few array operations.
 
     offset  field
-    0       magic u2 · format u1 · flags u1 (bit 0: an alert is open)
+    0       magic "ON" · format u2
     4       crc u4                CRC-32 of everything after it
     8       nonce u8 · version u8 the token that compare-and-set compares: a new nonce at every commit
     24      model u8              first 64 bits of the model file's hash: a state of another model is never stepped
@@ -11,7 +11,8 @@ A batch of values is one numpy structured array, so loading, judging and writing
     48      seen 8 x u8           keys of the last 8 events with an identity, a ring by version
     112     trail_until f8        until when the store may hold a trail of earlier results (see `stores`)
     120     quiet u4              events since the last anomalous one
-    124     last                  RECORD: the last event with its result, so that a resent event gets it again
+    124     flags u4              bit 0: an alert is open
+    128     last                  RECORD: the last event with its result, so that a resent event gets it again
             vector S x f4         the detector's state, opaque
 
 Versioned by `format`: a reader refuses a format it does not know and the stream starts afresh, counted and logged.
@@ -31,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = 1
-MAGIC = int.from_bytes(b"ON", "little")
+HEAD = b"ON" + FORMAT.to_bytes(2, "little")
 TOKEN = slice(8, 24)
 """The bytes of a value that compare-and-set compares."""
 SEEN = 8
@@ -73,9 +74,7 @@ def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
     """The stored value of one stream; layout in the module's docstring."""
     return np.dtype(
         [
-            ("magic", "<u2"),
-            ("format", "u1"),
-            ("flags", "u1"),
+            ("head", "S4"),
             ("crc", "<u4"),
             ("nonce", "<u8"),
             ("version", "<u8"),
@@ -85,6 +84,7 @@ def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
             ("seen", "<u8", (SEEN,)),
             ("trail_until", "<f8"),
             ("quiet", "<u4"),
+            ("flags", "<u4"),
             ("last", record_dtype(features)),
             ("vector", "<f4", (state_size,)),
         ]
@@ -120,7 +120,7 @@ class StateCodec:
     def fresh(self, rows: int) -> Rows:
         """States of streams that have seen nothing."""
         fresh = np.zeros(rows, self.value)
-        fresh["magic"], fresh["format"], fresh["model"] = MAGIC, FORMAT, self._model
+        fresh["head"], fresh["model"] = HEAD, self._model
         fresh["offset"] = fresh["last"]["sequence"] = -1
         fresh["last"]["timestamp"] = fresh["last"]["started_at"] = np.nan
         return fresh
@@ -157,7 +157,7 @@ class StateCodec:
     def _origin(self, value: bytes | None) -> Origin:
         if value is None:
             return Origin.NEW
-        if len(value) < TOKEN.stop + 8 or value[:3] != b"ON%c" % FORMAT:
+        if len(value) < TOKEN.stop + 8 or value[:4] != HEAD:
             return Origin.CORRUPT
         if zlib.crc32(memoryview(value)[8:]) != int.from_bytes(value[4:8], "little"):
             return Origin.CORRUPT

@@ -1,0 +1,114 @@
+"""An artifact describes itself, and one that does not match is refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from pydantic import ValidationError
+
+from service.artifact import MANIFEST_KEY, SELFTEST_KEY, SHA256_KEY, UNSEALED, Manifest, SelfTest, find_artifacts, seal
+from service.detector import Detector, load_detectors
+from service.errors import ArtifactError
+from tests.tiny import build_tiny, set_metadata, tiny_manifest
+
+
+def resealed(path: Path, change: dict[str, str]) -> Path:
+    """The artifact at `path` with other metadata and a valid hash."""
+    model = onnx.load(path)
+    entries = {entry.key: entry.value for entry in model.metadata_props} | {SHA256_KEY: UNSEALED} | change
+    set_metadata(model, {key: value for key, value in entries.items() if value})
+    path.write_bytes(seal(model.SerializeToString()))
+    return path
+
+
+def test_a_sealed_artifact_loads_and_knows_its_features(tmp_path: Path) -> None:
+    detector = Detector.load(build_tiny(tmp_path, ("a", "b")))
+    assert detector.manifest == tiny_manifest(("a", "b"))
+    assert detector.manifest.feature_names == ("a", "b")
+    assert detector.providers == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("offset", [100, -100, -2000])
+def test_one_changed_byte_is_refused(tmp_path: Path, offset: int) -> None:
+    path = build_tiny(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="was changed after it was published"):
+        Detector.load(path)
+
+
+def test_a_file_that_was_never_sealed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ArtifactError, match=r"carries no 'onset\.sha256'"):
+        Detector.load(path)
+
+
+def test_other_answers_than_the_self_test_are_refused(tmp_path: Path) -> None:
+    path = build_tiny(tmp_path)
+    props = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    vectors = SelfTest.decode(props[SELFTEST_KEY])
+    vectors.p_value[20, 3] *= 0.9
+    with pytest.raises(ArtifactError, match="does not pass its self-test: p_value of step 20"):
+        Detector.load(resealed(path, {SELFTEST_KEY: vectors.encode()}))
+
+
+def test_an_artifact_without_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"has no onset\.manifest"):
+        Detector.load(resealed(build_tiny(tmp_path), {MANIFEST_KEY: ""}))
+
+
+def test_a_manifest_of_another_format_is_refused_by_field(tmp_path: Path) -> None:
+    manifest = tiny_manifest(("value",)).model_dump_json().replace('"format":1', '"format":2')
+    with pytest.raises(ArtifactError, match="manifest field format"):
+        Detector.load(resealed(build_tiny(tmp_path), {MANIFEST_KEY: manifest}))
+
+
+def test_a_manifest_for_another_graph_is_refused(tmp_path: Path) -> None:
+    manifest = tiny_manifest(("a", "b")).model_dump_json()
+    with pytest.raises(ArtifactError, match="the graph takes a state of 3 and 1 features, the manifest says 5 and 2"):
+        Detector.load(resealed(build_tiny(tmp_path), {MANIFEST_KEY: manifest}))
+
+
+def test_unreadable_self_test_vectors_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="self-test vectors cannot be read"):
+        Detector.load(resealed(build_tiny(tmp_path), {SELFTEST_KEY: "???"}))
+
+
+def test_a_layout_that_does_not_add_up_is_refused() -> None:
+    good = tiny_manifest(("value",)).model_dump()
+    with pytest.raises(ValidationError, match="add up to 3 floats, state_size says 4"):
+        Manifest.model_validate(good | {"state_size": 4})
+    with pytest.raises(ValidationError, match="not unique"):
+        Manifest.model_validate(good | {"features": [{"name": "a"}, {"name": "a"}]})
+
+
+def test_sealing_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="it must have exactly one"):
+        seal(build_tiny(tmp_path).read_bytes())
+
+
+def test_a_folder_of_models_is_loaded_by_name_and_two_of_a_name_are_refused(tmp_path: Path) -> None:
+    build_tiny(tmp_path, name="one")
+    build_tiny(tmp_path, name="two")
+    assert set(load_detectors(tmp_path)) == {"one", "two"}
+    build_tiny(tmp_path, name="one", version="2")
+    with pytest.raises(ArtifactError, match="two models named 'one'"):
+        load_detectors(tmp_path)
+
+
+def test_a_place_without_models_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"give an \.onnx file or a folder"):
+        find_artifacts(tmp_path)
+    with pytest.raises(ArtifactError, match="No model at"):
+        find_artifacts(tmp_path / "absent.onnx")
+
+
+def test_self_test_vectors_round_trip(tmp_path: Path) -> None:
+    props = {entry.key: entry.value for entry in onnx.load(build_tiny(tmp_path)).metadata_props}
+    vectors = SelfTest.decode(props[SELFTEST_KEY])
+    assert np.array_equal(SelfTest.decode(vectors.encode()).p_value, vectors.p_value, equal_nan=True)

@@ -1,0 +1,91 @@
+"""A stream's value: what is written is what is read, and what is damaged is never stepped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from service.state import TOKEN, Origin, StateCodec, event_key
+
+MODEL = 0xFEEDFACECAFEBEEF
+
+
+@pytest.fixture
+def codec() -> StateCodec:
+    return StateCodec(features=3, state_size=10, model=MODEL)
+
+
+def some_rows(codec: StateCodec, count: int) -> np.ndarray:
+    rows = codec.fresh(count)
+    rng = np.random.default_rng(1)
+    rows["vector"] = rng.normal(size=rows["vector"].shape)
+    rows["version"] = np.arange(count) + 1
+    rows["last"]["x"] = rng.normal(size=rows["last"]["x"].shape)
+    rows["last"]["timestamp"] = 1e9
+    return rows
+
+
+def test_what_is_encoded_is_decoded(codec: StateCodec) -> None:
+    rows = some_rows(codec, 5)
+    values = codec.encode(rows)
+    loaded = codec.decode(values)
+    assert loaded.rows.tobytes() == rows.tobytes()
+    assert (loaded.origins == Origin.STORED).all()
+    assert loaded.tokens == [value[TOKEN] for value in values]
+
+
+def test_every_commit_has_a_new_token_even_of_the_same_state(codec: StateCodec) -> None:
+    rows = some_rows(codec, 2)
+    first, second = codec.encode(rows.copy()), codec.encode(rows.copy())
+    assert len({value[TOKEN] for value in first + second}) == 4
+
+
+def test_a_missing_value_is_a_new_stream_of_zeros(codec: StateCodec) -> None:
+    loaded = codec.decode([None])
+    assert loaded.origins[0] == Origin.NEW
+    assert loaded.tokens == [b""]
+    assert not loaded.rows["vector"].any()
+    assert np.isnan(loaded.rows["last"]["timestamp"][0])
+
+
+def test_no_flipped_bit_goes_unnoticed(codec: StateCodec) -> None:
+    value = codec.encode(some_rows(codec, 1))[0]
+    for bit in range(8 * len(value)):
+        damaged = bytearray(value)
+        damaged[bit // 8] ^= 1 << bit % 8
+        assert codec.decode([bytes(damaged)]).origins[0] == Origin.CORRUPT
+
+
+@pytest.mark.parametrize("value", [b"", b"O", b"ON", b"ON\x01", b"x" * 24, b"x" * 5000])
+def test_bytes_that_are_no_value_are_corrupt(codec: StateCodec, value: bytes) -> None:
+    assert codec.decode([value]).origins[0] == Origin.CORRUPT
+
+
+def test_a_value_of_another_model_is_recognised(codec: StateCodec) -> None:
+    other = StateCodec(features=3, state_size=10, model=MODEL + 1)
+    loaded = codec.decode(other.encode(some_rows(other, 1)))
+    assert loaded.origins[0] == Origin.OTHER_MODEL
+    assert not loaded.rows["vector"].any()
+
+
+def test_a_truncated_value_is_corrupt_and_its_neighbours_are_not(codec: StateCodec) -> None:
+    good, cut, also_good = codec.encode(some_rows(codec, 3))
+    loaded = codec.decode([good, cut[:-1], also_good])
+    assert loaded.origins.tolist() == [Origin.STORED, Origin.CORRUPT, Origin.STORED]
+    assert loaded.rows["version"].tolist() == [1, 0, 3]
+
+
+def test_a_trail_is_read_back_and_a_damaged_one_is_empty(codec: StateCodec) -> None:
+    records = some_rows(codec, 4)["last"]
+    blob = codec.encode_trail(records)
+    assert codec.decode_trail(blob).tobytes() == records.tobytes()
+    for damaged in (blob[:-1], b"", b"abc", blob[:20] + b"\xff" + blob[21:]):
+        assert len(codec.decode_trail(damaged)) == 0
+
+
+def test_the_identity_of_an_event_is_its_id_or_its_sequence() -> None:
+    assert event_key(None, None) == 0
+    assert event_key("a", None) == event_key("a", 7) != event_key("b", 7)
+    assert event_key(None, 7) != event_key(None, 8)
+    assert event_key("#7", None) != event_key(None, 7)
+    assert 0 < event_key("a", None) < 2**64
