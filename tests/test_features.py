@@ -1,0 +1,86 @@
+"""What cannot be used is refused by field and value; its neighbours are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from service.errors import BadEvent
+from service.events import Event
+from service.features import parse_timestamp, to_readings
+from tests.tiny import tiny_manifest
+
+MANIFEST = tiny_manifest(("temperature", "flow"))
+NOW = 1.7e9
+
+
+def refused(event: Event) -> BadEvent:
+    readings, errors = to_readings([event], MANIFEST, now=NOW, max_future=60)
+    assert len(readings) == 0
+    return errors[0]
+
+
+def test_values_are_put_in_the_manifests_order_and_missing_ones_are_nan() -> None:
+    events = [
+        Event(stream_id="a", values={"flow": 2, "temperature": 1.5}),
+        Event(stream_id="b", values={"flow": None, "temperature": 3.0}),
+        Event(stream_id="c", values={"flow": 4.0}),
+    ]
+    readings, errors = to_readings(events, MANIFEST, now=NOW)
+    assert not errors
+    assert np.array_equal(readings.x, np.array([[1.5, 2], [3, np.nan], [np.nan, 4]], np.float32), equal_nan=True)
+    assert readings.timestamp.tolist() == [NOW] * 3
+    assert not readings.timed.any()
+
+
+def test_bad_events_do_not_touch_their_neighbours() -> None:
+    events = [
+        Event(stream_id="a", values={"flow": 1.0}, timestamp=5.0, sequence=3),
+        Event(stream_id="a", values={"flaw": 1.0}),
+        Event(stream_id="b", values={"flow": 2.0}, event_id="x"),
+    ]
+    readings, errors = to_readings(events, MANIFEST, now=NOW)
+    assert list(errors) == [1]
+    assert list(readings.stream_ids) == ["a", "b"]
+    assert readings.sequence.tolist() == [3, -1]
+    assert (readings.key != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("event", "field", "says"),
+    [
+        (Event(values={"flow": 1.0}), "stream_id", "missing"),
+        (Event(stream_id="a\nb", values={"flow": 1.0}), "stream_id", "printed"),
+        (Event(stream_id="a\ud800", values={"flow": 1.0}), "stream_id", "printed"),
+        (Event(stream_id="a", values={"flow": 1.0}, event_id="\x00"), "event_id", "printed"),
+        (Event(stream_id="a"), "values", "'values' is missing"),
+        (Event(stream_id="a", values={}), "values", "empty"),
+        (Event(stream_id="a", values={"flow": 1.0, "speed": 2.0}), "values.speed", "knows 'temperature', 'flow'"),
+        (Event(stream_id="a", values={"flow": 1e39}), "values.flow", "range of float32"),
+        (Event(stream_id="a", values={"flow": float("nan")}), "values.flow", "send null"),
+        (Event(stream_id="a", values={"flow": float("-inf")}), "values.flow", "send null"),
+        (Event(stream_id="a", message="GET /"), "message", "not a log line"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp="yesterday"), "timestamp", "'yesterday' is neither"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=1.7e12), "timestamp", "looks like milliseconds"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=-1.0), "timestamp", "after 1970"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=float("nan")), "timestamp", "after 1970"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=NOW + 61), "timestamp", "too far in the future"),
+    ],
+)
+def test_a_bad_event_is_refused_by_field_and_reason(event: Event, field: str, says: str) -> None:
+    error = refused(event)
+    assert error.field == field
+    assert says in error.detail
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1970-01-01T00:00:10Z", 10.0),
+        ("1970-01-01T01:00:00+01:00", 0.0),
+        ("1970-01-02 00:00:00.5", 86400.5),
+        ("2026-11-23T08:00:00.123456Z", 1795420800.123456),
+    ],
+)
+def test_times_are_rfc_3339_and_utc_without_a_zone(text: str, seconds: float) -> None:
+    assert parse_timestamp(text) == seconds

@@ -1,0 +1,141 @@
+"""Rounds keep the order within a stream, step nothing twice, and give the same scores however events are cut into batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.detector import Detector
+from service.events import Event, Readings
+from service.features import to_readings
+from service.policy import Policy
+from service.rounds import Kind, advance, split_rounds
+from service.state import Rows, StateCodec
+
+POLICY = Policy()
+
+
+def readings_of(detector: Detector, events: list[Event]) -> Readings:
+    readings, errors = to_readings(events, detector.manifest, now=1e6)
+    assert not errors
+    return readings
+
+
+def codec_of(detector: Detector) -> StateCodec:
+    return StateCodec(detector.features, detector.state_size, detector.fingerprint)
+
+
+def run(detector: Detector, rows: Rows, events: list[Event]) -> tuple[list[Kind], list[float]]:
+    """Kinds and p-values; the stream's row is the number in its id."""
+    slots = np.array([int(event.stream_id or "") for event in events], np.intp)
+    outcomes = advance(detector, POLICY, rows, readings_of(detector, events), slots)
+    return [Kind(kind) for kind in outcomes.kinds], outcomes.records["p_value"].tolist()
+
+
+def event(stream: int, value: float = 1.0, **more: float | str | int | None) -> Event:
+    return Event(stream_id=str(stream), values={"value": value}, **more)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60))
+def test_each_round_has_a_stream_once_and_all_rounds_together_each_event_once(slots: list[int]) -> None:
+    seen: list[int] = []
+    rank: dict[int, int] = {}
+    for positions in split_rounds(np.array(slots, np.intp)):
+        here = [slots[i] for i in positions]
+        assert len(set(here)) == len(here)
+        assert positions.tolist() == sorted(positions.tolist())
+        for i in positions.tolist():
+            assert rank.get(slots[i], -1) < i
+            rank[slots[i]] = i
+        seen += positions.tolist()
+    assert sorted(seen) == list(range(len(slots)))
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(-100, 100, width=32)), min_size=1, max_size=80), st.integers(1, 30))
+def test_any_cut_into_batches_gives_the_same_states_to_the_last_bit(
+    tiny_detector: Detector, stream: list[tuple[int, float]], size: int
+) -> None:
+    events = [event(s, value, timestamp=1000.0 + i) for i, (s, value) in enumerate(stream)]
+    codec = codec_of(tiny_detector)
+    whole, cut = codec.fresh(5), codec.fresh(5)
+    run(tiny_detector, whole, events)
+    for i in range(0, len(events), size):
+        run(tiny_detector, cut, events[i : i + size])
+    assert whole.tobytes() == cut.tobytes()
+
+
+def test_an_event_sent_again_gets_its_stored_result_and_is_not_stepped(tiny_detector: Detector) -> None:
+    rows = codec_of(tiny_detector).fresh(1)
+    events = [event(0, float(i % 3), timestamp=float(i), event_id=f"e{i}") for i in range(10)]
+    _, first = run(tiny_detector, rows, events)
+    before = rows.tobytes()
+    kinds, again = run(tiny_detector, rows, [events[-1]])
+    assert kinds == [Kind.DUPLICATE]
+    assert again == first[-1:]
+    assert rows.tobytes() == before
+
+
+def test_an_id_among_the_last_eight_is_repeated_even_with_a_new_time(tiny_detector: Detector) -> None:
+    rows = codec_of(tiny_detector).fresh(1)
+    run(tiny_detector, rows, [event(0, timestamp=float(i), event_id=f"e{i}") for i in range(10)])
+    kinds, _ = run(tiny_detector, rows, [event(0, timestamp=100.0 + i, event_id=f"e{i}") for i in (1, 2, 3, 8)])
+    # e1 left the ring of eight and has a newer time: it can only be taken for a new event. Its arrival pushes e2 out of the ring.
+    assert kinds == [Kind.SCORED, Kind.SCORED, Kind.SCORED, Kind.REPEATED]
+
+
+def test_the_same_id_twice_in_one_batch_is_answered_once(tiny_detector: Detector) -> None:
+    rows = codec_of(tiny_detector).fresh(2)
+    run(tiny_detector, rows, [event(0, timestamp=float(i)) for i in range(6)])
+    twice = [
+        event(0, 2.0, timestamp=10.0, event_id="a"),
+        event(0, 3.0, timestamp=11.0, event_id="b"),
+        event(0, 2.0, timestamp=10.0, event_id="a"),
+    ]
+    kinds, scores = run(tiny_detector, rows, twice)
+    assert kinds == [Kind.SCORED, Kind.SCORED, Kind.DUPLICATE]
+    assert scores[2] == scores[0]
+    assert rows["version"][0] == 8
+
+
+def test_an_older_event_is_late_and_changes_nothing(tiny_detector: Detector) -> None:
+    rows = codec_of(tiny_detector).fresh(1)
+    run(tiny_detector, rows, [event(0, timestamp=100.0)])
+    before = rows.tobytes()
+    kinds, scores = run(tiny_detector, rows, [event(0, timestamp=99.9)])
+    assert kinds == [Kind.LATE]
+    assert np.isnan(scores[0])
+    assert rows.tobytes() == before
+
+
+def test_an_event_of_the_same_time_is_scored(tiny_detector: Detector) -> None:
+    rows = codec_of(tiny_detector).fresh(1)
+    assert run(tiny_detector, rows, [event(0, timestamp=5.0), event(0, timestamp=5.0)])[0] == [Kind.SCORED, Kind.SCORED]
+
+
+def test_sequence_orders_the_events_in_place_of_the_time(tiny_detector: Detector) -> None:
+    rows = codec_of(tiny_detector).fresh(1)
+    kinds, _ = run(
+        tiny_detector,
+        rows,
+        [event(0, timestamp=50.0, sequence=5), event(0, timestamp=40.0, sequence=6), event(0, timestamp=60.0, sequence=4)],
+    )
+    assert kinds == [Kind.SCORED, Kind.SCORED, Kind.LATE]
+    assert run(tiny_detector, rows, [event(0, timestamp=40.0, sequence=6)])[0] == [Kind.DUPLICATE]
+
+
+def test_an_event_without_time_is_never_late(tiny_detector: Detector) -> None:
+    rows = codec_of(tiny_detector).fresh(1)
+    run(tiny_detector, rows, [event(0, timestamp=2e6)])  # ahead of the arrival time 1e6
+    assert run(tiny_detector, rows, [event(0)])[0] == [Kind.SCORED]
+    assert rows["last"]["timestamp"][0] == 2e6
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_no_readings_no_rounds(tiny_detector: Detector, count: int) -> None:
+    rows = codec_of(tiny_detector).fresh(1)
+    kinds, _ = run(tiny_detector, rows, [event(0, timestamp=float(i)) for i in range(count)])
+    assert kinds == [Kind.SCORED] * count
+    assert rows["version"][0] == count
