@@ -1,0 +1,95 @@
+"""A real `python -m service serve` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+import psutil
+
+START_SECONDS = 20
+
+
+class Service:
+    """Started on entering, terminated on leaving. `kill` and `start` again keep port and data folder."""
+
+    def __init__(self, data_dir: Path, *, model: Path | None = None, **environment: str) -> None:
+        self.data_dir = data_dir
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._arguments = ["--port", str(self.port), "--data-dir", str(data_dir), *(["--model", str(model)] if model else [])]
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self.log = data_dir.parent / "service.log"
+
+    def __enter__(self) -> Service:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.terminate()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        assert self._process is not None
+        return self._process.poll()
+
+    def start(self, *, ready: bool = True) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "service", "serve", *self._arguments],
+                env=os.environ | {f"ONSET_{name}": value for name, value in self._environment.items()},
+                stdout=log,
+                stderr=log,
+            )
+        if ready:
+            self.wait_ready()
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.is_ready():
+            assert self.returncode is None, f"the service ended with {self.returncode}:\n{self.log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, f"not ready after {seconds} s:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.02)
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health/ready", timeout=2).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def children(self, name: str) -> list[psutil.Process]:
+        """Child processes whose command contains `name`."""
+        try:
+            return [child for child in psutil.Process(self.pid).children(recursive=True) if name in " ".join(child.cmdline())]
+        except psutil.Error:
+            return []
+
+    def kill(self) -> None:
+        """kill -9, of the service alone."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(10)
+
+    def terminate(self) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
