@@ -2,6 +2,7 @@
 
 OnsetError
 ├── ArtifactError        a model file that is not what it says, or answers differently from what it says
+├── TableError           a file of rows that cannot be read as a stream
 ├── ItemError            one event is refused; its neighbours in the batch are not
 │   ├── BadEvent             a field has a value we cannot use
 │   ├── StateConflict        other replicas won the race for this stream three times in a row
@@ -27,6 +28,10 @@ class OnsetError(Exception):
 
 class ArtifactError(OnsetError):
     """A model file is refused: wrong format, wrong hash, or other answers than its self-test vectors."""
+
+
+class TableError(OnsetError):
+    """A file of rows is refused: what it lacks, or the column, row and value that cannot be used."""
 
 
 class ItemError(OnsetError):
