@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,6 +32,10 @@ LATEST_EPOCH = 1e11
 """Seconds; more (the year 5138) means that the column counts milliseconds or less."""
 
 
+class NoColumns(TableError):
+    """Every column of a file is left out."""
+
+
 @dataclass(frozen=True)
 class Table:
     """One stream's rows, in the order of time."""
@@ -39,6 +43,7 @@ class Table:
     name: str  # path relative to the folder that was given, with `/`
     timestamps: Float64  # [T] epoch seconds UTC, never decreasing unless ReadOptions.unsorted
     columns: dict[str, Float64]  # feature → [T], NaN = missing
+    written: Sequence[str]  # [T] the timestamps as the file writes them
 
     def __len__(self) -> int:
         return len(self.timestamps)
@@ -110,7 +115,7 @@ def read_table(source: Source, options: ReadOptions = ReadOptions(), notify: Not
     except OSError as error:
         raise TableError(f"{source.path} cannot be read: {error}.") from error
     if not table.columns:
-        raise TableError(f"{source.path} has no numeric column left to read.")
+        raise NoColumns(f"{source.path} has no numeric column left to read.")
     if len(table) == 0:
         raise TableError(f"{source.path} has no rows.")
     for column, values in table.columns.items():
@@ -118,6 +123,37 @@ def read_table(source: Source, options: ReadOptions = ReadOptions(), notify: Not
     if not options.unsorted:
         _refuse_unsorted(source, table.timestamps)
     return table
+
+
+def read_for(
+    source: Source, features: Sequence[str], options: ReadOptions = ReadOptions(), notify: Notify = print
+) -> tuple[Table, Float64]:
+    """One file for a model of F features: its table, and [T, F] in the model's order, NaN where the file has no such column.
+
+    The only column of a file stands for the only feature of a model, whatever its name. Raises TableError when nothing fits.
+    """
+    try:
+        table = read_table(source, replace(options, only=frozenset(features)), notify)
+    except NoColumns:
+        table = read_table(source, options, notify)
+        if len(features) != 1 or len(table.columns) != 1:
+            raise TableError(
+                f"{source.path} has the columns {_listed(table.columns)}, the model the features {_listed(features)}: none fits. "
+                "Rename the columns, or take a model that was trained on such files (python -m training fit --data ...)."
+            ) from None
+        name, values = next(iter(table.columns.items()))
+        notify(f"Column '{name}' is taken for the model's only feature '{features[0]}'.")
+        return table, values[:, None]
+    absent = [feature for feature in features if feature not in table.columns]
+    if absent:
+        notify(f"{source.path} lacks {_listed(absent)}: missing in every event.")
+    missing = np.full(len(table), np.nan)
+    return table, np.stack([table.columns.get(feature, missing) for feature in features], axis=1)
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = [f"'{name}'" for name in names]
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
 
 # ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,8 +176,9 @@ def _read_csv(source: Source, options: ReadOptions, notify: Notify) -> Table:
     time_column = _time_column(source, list(cells), options)
     kept = _kept_columns(source, list(cells), time_column, options, notify)
     columns = {name: _numbers(source, name, cells[name]) for name in kept}
-    timestamps = _row_numbers(len(body)) if time_column is None else _times(source, time_column, cells[time_column])
-    return Table(source.name, timestamps, columns)
+    if time_column is None:
+        return _numbered(source, columns, len(body))
+    return Table(source.name, _times(source, time_column, cells[time_column]), columns, cells[time_column])
 
 
 def _separator(line: str) -> str:
@@ -231,10 +268,10 @@ def _read_parquet(source: Source, options: ReadOptions, notify: Notify) -> Table
     time_column = _time_column(source, names, options)
     kept = _kept_columns(source, names, time_column, options, notify)
     columns = {name: _arrow_numbers(source, name, content.column(name).to_pylist()) for name in kept}
-    timestamps = _row_numbers(content.num_rows)
-    if time_column is not None:
-        timestamps = _arrow_times(source, time_column, content.column(time_column).to_pylist())
-    return Table(source.name, timestamps, columns)
+    if time_column is None:
+        return _numbered(source, columns, content.num_rows)
+    times = content.column(time_column).to_pylist()
+    return Table(source.name, _arrow_times(source, time_column, times), columns, [_text(time) for time in times])
 
 
 def _arrow_numbers(source: Source, column: str, values: list[object]) -> Float64:
@@ -244,8 +281,11 @@ def _arrow_numbers(source: Source, column: str, values: list[object]) -> Float64
 def _arrow_times(source: Source, column: str, values: list[object]) -> Float64:
     if values and isinstance(values[0], int | float):
         return _checked_epoch(source, column, np.array([math.nan if value is None else value for value in values], dtype=np.float64))
-    texts = [value.isoformat() if isinstance(value, datetime) else str(value) for value in values]
-    return np.array([_time(source, column, number, text) for number, text in enumerate(texts, 1)])
+    return np.array([_time(source, column, number, _text(value)) for number, value in enumerate(values, 1)])
+
+
+def _text(time: object) -> str:
+    return time.isoformat() if isinstance(time, datetime) else str(time)
 
 
 # ── npz ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -263,8 +303,9 @@ def _read_npz(source: Source, options: ReadOptions, notify: Notify) -> Table:
         raise TableError(f"{source.path}: `features` has {len(names)} names for {matrix.shape[1]} columns.")
     kept = _kept_columns(source, names, None, options, notify)
     columns = {name: np.ascontiguousarray(matrix[:, names.index(name)]) for name in kept}
-    timestamps = _npz_times(source, arrays, len(matrix)) if "timestamps" in arrays else _row_numbers(len(matrix))
-    return Table(source.name, timestamps, columns)
+    if "timestamps" not in arrays:
+        return _numbered(source, columns, len(matrix))
+    return Table(source.name, _npz_times(source, arrays, len(matrix)), columns, arrays["timestamps"].astype(str).tolist())
 
 
 def _npz_array(source: Source, arrays: dict[str, NDArray[np.generic]], options: ReadOptions) -> str:
@@ -309,8 +350,9 @@ def _kept_columns(source: Source, names: list[str], time_column: str | None, opt
     return [name for name in candidates if name not in labels]
 
 
-def _row_numbers(rows: int) -> Float64:
-    return np.arange(rows, dtype=np.float64)
+def _numbered(source: Source, columns: dict[str, Float64], rows: int) -> Table:
+    """A table without times: its rows are a second apart, from 0 on."""
+    return Table(source.name, np.arange(rows, dtype=np.float64), columns, [str(row) for row in range(rows)])
 
 
 def _refuse_infinite(source: Source, column: str, values: Float64) -> None:
