@@ -1,0 +1,304 @@
+"""The same step and policy over whole files, as fast as the machine allows, without a server. `training` uses it too.
+
+    files ─► groups of at most 256, the longest first ─► chunks of rows of all files of a group
+             each chunk: rounds.advance, exactly as the live scorer calls it ─► a CSV per file, written as it goes
+
+All files of a group are streams of one batch, stepped in lockstep. Causal: a row's score knows the rows before it and nothing else.
+Memory is bounded by the inputs of one group and one chunk of results, whatever the number of files.
+
+A row of a CSV: timestamp as read, anomaly_score, alert_score, p_value, is_anomaly, then <feature>_expected for each feature.
+Numbers are written so that they read back as the served ones to the last bit. Scores are always finite: while the stream warms up,
+and for a row that is late (older than one before it, so never stepped), the scores are 0, p_value is 1 and is_anomaly false.
+<feature>_expected is empty where nothing can be expected yet.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table as Grid
+
+from service.artifact import find_artifacts
+from service.detector import Detector
+from service.errors import ArtifactError, TableError
+from service.events import Readings
+from service.features import FLOAT32_MAX
+from service.policy import THRESHOLD, Policy, judge
+from service.rounds import Kind, Outcomes, advance
+from service.state import StateCodec
+from service.tables import Notify, ReadOptions, Source, find_sources, read_for
+
+GROUP_FILES = 256
+CHUNK_EVENTS = 32_768
+LISTED = 60
+"""Inputs shown in the summary; of more, those with the most alerts."""
+SCORE_COLUMNS = ("timestamp", "anomaly_score", "alert_score", "p_value", "is_anomaly")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One input: N rows of the detector's F features in the manifest's order."""
+
+    name: str
+    timestamps: Sequence[str]  # [N] as read
+    seconds: NDArray[np.float64]  # [N] since 1970
+    x: NDArray[np.float32]  # [N, F], NaN = missing
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Results of consecutive rows of one series, as columns; finite (see the module's docstring)."""
+
+    anomaly_score: NDArray[np.float64]  # [n]
+    alert_score: NDArray[np.float64]  # [n]
+    p_value: NDArray[np.float32]  # [n]
+    is_anomaly: NDArray[np.bool_]  # [n]
+    expected: NDArray[np.float32]  # [n, F], NaN = nothing to expect yet
+    judged: NDArray[np.bool_]  # [n] False = the detector gave no p-value
+    kinds: NDArray[np.uint8]  # [n] of Kind
+
+
+@dataclass
+class Tally:
+    """What became of one input's rows."""
+
+    name: str
+    rows: int = 0
+    warming_up: int = 0
+    """Rows stepped but without a p-value: the first of a stream, and those with every feature missing."""
+    late: int = 0
+    anomalous: int = 0
+    alerts: int = 0
+    alert_rows: list[int] = field(default_factory=list)
+    """Where alerts open; the first row is 0."""
+
+    def add(self, first: int, scored: Scored) -> None:
+        late = scored.kinds == Kind.LATE
+        opened = np.flatnonzero(scored.alert_score > THRESHOLD)
+        self.rows += len(scored.kinds)
+        self.late += int(late.sum())
+        self.warming_up += int((~scored.judged & ~late).sum())
+        self.anomalous += int(scored.is_anomaly.sum())
+        self.alerts += len(opened)
+        self.alert_rows += (first + opened).tolist()
+
+
+Sink = Callable[[int, int, Scored], None]
+"""Takes (series, first row, results) of a piece of one series; pieces of a series come in order."""
+
+
+def score(series: Sequence[Series], detector: Detector, policy: Policy, sink: Sink) -> None:
+    """Score all rows of all series in lockstep and hand the results on piece by piece."""
+    codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
+    rows = codec.fresh(len(series))
+    chunk = max(1, CHUNK_EVENTS // max(1, len(series)))
+    for first in range(0, max(map(len, series), default=0), chunk):
+        live = [i for i, one in enumerate(series) if first < len(one)]
+        sizes = [min(chunk, len(series[i]) - first) for i in live]
+        slots = np.repeat(np.array(live, np.intp), sizes)
+        readings = _readings([series[i] for i in live], first, chunk)
+        outcomes = advance(detector, policy, rows, readings, slots)
+        ends = np.cumsum(sizes).tolist()
+        for i, size, end in zip(live, sizes, ends, strict=True):
+            sink(i, first, finite(outcomes, slice(end - size, end)))
+
+
+def _readings(series: Sequence[Series], first: int, count: int) -> Readings:
+    part = slice(first, first + count)
+    seconds = np.concatenate([one.seconds[part] for one in series])
+    n = len(seconds)
+    names = [one.name for one in series for _ in range(len(one.seconds[part]))]
+    x = np.concatenate([one.x[part] for one in series])
+    return Readings(names, x, seconds, np.ones(n, np.bool_), np.full(n, -1, np.int64), np.zeros(n, np.uint64))
+
+
+def finite(outcomes: Outcomes, part: slice) -> Scored:
+    """Outcomes → the columns that are written."""
+    records, kinds = outcomes.records[part], outcomes.kinds[part]
+    verdicts = judge(records)
+    p_value = records["p_value"]
+    expected = np.where((kinds == Kind.SCORED)[:, None], records["expected"], np.float32(np.nan))
+    return Scored(
+        np.nan_to_num(verdicts.anomaly_score, nan=0.0),
+        np.nan_to_num(verdicts.alert_score, nan=0.0),
+        np.where(np.isnan(p_value), np.float32(1), p_value),
+        verdicts.is_anomaly,
+        expected,
+        ~np.isnan(p_value),
+        kinds,
+    )
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did."""
+
+    model: str
+    alpha: float
+    seconds: float
+    tallies: list[Tally]
+
+    @property
+    def rows(self) -> int:
+        return sum(tally.rows for tally in self.tallies)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"model": self.model, "alpha": self.alpha, "seconds": self.seconds, "inputs": [asdict(tally) for tally in self.tallies]}
+
+
+def run(
+    inputs: Sequence[Path], detector: Detector, policy: Policy, out: Path, options: ReadOptions, console: Console | None = None
+) -> Report:
+    """Score every file under `inputs` into a CSV of the same relative path under `out`. Raises TableError."""
+    console = console or Console(stderr=True)
+    began = time.perf_counter()
+    sources = find_sources(inputs)
+    targets = _targets(sources, out)
+    by_size = sorted(sources, key=lambda source: source.path.stat().st_size, reverse=True)
+    tallies: dict[str, Tally] = {}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("scoring", total=None)
+        for first in range(0, len(by_size), GROUP_FILES):
+            series = list(_read(by_size[first : first + GROUP_FILES], detector, options, _once(progress.console.print)))
+            progress.update(task, total=(progress.tasks[0].total or 0) + sum(map(len, series)))
+            written = _score_group(series, detector, policy, targets, lambda rows: progress.advance(task, rows))
+            tallies |= {tally.name: tally for tally in written}
+    ordered = [tallies[source.name] for source in sources]
+    return Report(detector.manifest.filename, policy.alpha, time.perf_counter() - began, ordered)
+
+
+def _targets(sources: Sequence[Source], out: Path) -> dict[str, Path]:
+    """Input's name → its CSV. Raises TableError when two inputs would be written to the same one."""
+    targets: dict[str, Path] = {}
+    for source in sources:
+        target = out / PurePosixPath(source.name).with_suffix(".csv")
+        if target in targets.values():
+            raise TableError(f"{source.path} and another input would both be written to {target}: run them one after the other.")
+        if target.exists() and target.samefile(source.path):
+            raise TableError(f"{target} would be overwritten with its own scores: name another folder with --out.")
+        targets[source.name] = target
+    return targets
+
+
+def _once(notify: Notify) -> Notify:
+    told: set[str] = set()
+
+    def once(message: str) -> None:
+        if message not in told:
+            told.add(message)
+            notify(message)
+
+    return once
+
+
+def _read(sources: Sequence[Source], detector: Detector, options: ReadOptions, notify: Notify) -> Iterator[Series]:
+    for source in sources:
+        table, values = read_for(source, detector.manifest.feature_names, options, notify)
+        if np.nanmax(np.abs(values), initial=0.0) > FLOAT32_MAX:
+            raise TableError(f"{source.path} holds numbers beyond the range of float32.")
+        yield Series(source.name, table.written, table.timestamps, values.astype(np.float32))
+
+
+def _score_group(
+    series: Sequence[Series], detector: Detector, policy: Policy, targets: dict[str, Path], advanced: Callable[[int], None]
+) -> list[Tally]:
+    """Score some series together and write their files; one tally each."""
+    tallies = [Tally(one.name) for one in series]
+    with ExitStack() as files:
+        writers = []
+        for one in series:
+            target = targets[one.name]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            writer = csv.writer(files.enter_context(target.open("w", newline="", encoding="utf-8")), lineterminator="\n")
+            writer.writerow([*SCORE_COLUMNS, *(f"{name}_expected" for name in detector.manifest.feature_names)])
+            writers.append(writer)
+
+        def sink(i: int, first: int, scored: Scored) -> None:
+            rows = len(scored.kinds)
+            writers[i].writerows(csv_rows(series[i].timestamps[first : first + rows], scored))
+            tallies[i].add(first, scored)
+            advanced(rows)
+
+        score(series, detector, policy, sink)
+    return tallies
+
+
+def csv_rows(timestamps: Sequence[str], scored: Scored) -> Iterator[tuple[object, ...]]:
+    """Lines of a CSV; floats are written by repr, which reads back to the same bits."""
+    expected = [["" if number != number else number for number in row] for row in scored.expected.tolist()]  # noqa: PLR0124 - NaN
+    flags = ("false", "true")
+    columns = (scored.anomaly_score.tolist(), scored.alert_score.tolist(), scored.p_value.tolist(), scored.is_anomaly.tolist())
+    for timestamp, anomaly, alert, p_value, flag, row in zip(timestamps, *columns, expected, strict=True):
+        yield (timestamp, anomaly, alert, p_value, flags[flag], *row)
+
+
+# ── command ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def command(
+    inputs: Sequence[Path], model: Path, out: Path, alpha: float, timestamp: str | None, exclude: Sequence[str], json_file: Path | None
+) -> None:
+    """What `python -m service backtest` does. Raises ArtifactError, TableError."""
+    console = plain_width(Console())
+    options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude), unsorted=True)
+    report = run(inputs, _one(model), Policy(alpha=alpha), out, options)
+    console.print(_summary(report))
+    console.print(f"{report.rows:,} rows in {report.seconds:.1f} s, {report.rows / report.seconds:,.0f} rows/s, written to {out}")
+    late = sum(tally.late for tally in report.tallies)
+    if late:
+        console.print(f"{late:,} rows are late (older than a row before them): never stepped, score 0.")
+    if json_file:
+        json_file.write_text(json.dumps(report.as_json(), indent=2), encoding="utf-8")
+
+
+def plain_width(console: Console, columns: int = 120) -> Console:
+    """A console wide enough for a table where the output is a file or a pipe, which has no width."""
+    return console if console.is_terminal else Console(file=console.file, width=columns)
+
+
+def _one(model: Path) -> Detector:
+    """The one detector that `model` names. Raises ArtifactError when a folder holds several."""
+    files = find_artifacts(model)
+    if len(files) > 1:
+        raise ArtifactError(f"{model} holds {len(files)} models: name one of {', '.join(file.name for file in files)} with --model.")
+    return Detector.load(files[0])
+
+
+def _summary(report: Report) -> Grid:
+    grid = Grid(title=f"Backtest with {report.model} at a false-alarm rate of {report.alpha:g}", box=box.SIMPLE)
+    grid.add_column("input", overflow="fold")
+    for column in ("rows", "late", "alerts", "alerts per 1000 rows", "anomalous rows"):
+        grid.add_column(column, justify="right")
+    shown = (
+        sorted(report.tallies, key=lambda tally: tally.alerts, reverse=True)[:LISTED] if len(report.tallies) > LISTED else report.tallies
+    )
+    for tally in [*shown, _total(report.tallies)]:
+        rate, share = 1000 * tally.alerts / max(1, tally.rows), 100 * tally.anomalous / max(1, tally.rows)
+        grid.add_row(tally.name, f"{tally.rows:,}", f"{tally.late:,}", f"{tally.alerts:,}", f"{rate:.2f}", f"{share:.2f} %")
+    return grid
+
+
+def _total(tallies: Sequence[Tally]) -> Tally:
+    total = Tally("all")
+    for tally in tallies:
+        for name in ("rows", "warming_up", "late", "anomalous", "alerts"):
+            setattr(total, name, getattr(total, name) + getattr(tally, name))
+    return total
