@@ -1,0 +1,68 @@
+"""A store in a dict, for unit tests; `tests/contracts/test_stores.py` holds it equal to the real one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from service.state import TOKEN
+from service.stores import TRAIL_COMMITS, Page, Write
+
+_Key = tuple[str, str]
+
+
+class MemoryStore:
+    """Implements StateStore. `clock` gives seconds; values older than their time to live are gone."""
+
+    def __init__(self, *, state_ttl: int, result_ttl: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._state_ttl = state_ttl
+        self._result_ttl = result_ttl
+        self._clock = clock
+        self._states: dict[_Key, tuple[float, bytes]] = {}
+        self._trails: dict[_Key, tuple[float, list[bytes]]] = {}
+
+    async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
+        return [self._value((model, stream_id)) for stream_id in stream_ids]
+
+    async def load_trails(self, model: str, stream_ids: Sequence[str]) -> list[list[bytes]]:
+        return [self._trail((model, stream_id)) for stream_id in stream_ids]
+
+    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+        return [self._write((model, write.stream_id), write) for write in writes]
+
+    async def delete(self, model: str, stream_id: str) -> bool:
+        there = self._value((model, stream_id)) is not None
+        self._states.pop((model, stream_id), None)
+        self._trails.pop((model, stream_id), None)
+        return there
+
+    async def scan(self, model: str, cursor: str, limit: int) -> Page:
+        ids = sorted(stream_id for name, stream_id in self._states if name == model and self._value((name, stream_id)) is not None)
+        rest = [stream_id for stream_id in ids if stream_id > cursor]
+        return Page(rest[:limit], rest[limit - 1] if len(rest) > limit else "")
+
+    async def count(self) -> int:
+        return sum(self._value(key) is not None for key in self._states) + sum(bool(self._trail(key)) for key in self._trails)
+
+    async def ping(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None
+
+    def _value(self, key: _Key) -> bytes | None:
+        until, value = self._states.get(key, (0.0, b""))
+        return value if key in self._states and self._clock() < until else None
+
+    def _trail(self, key: _Key) -> list[bytes]:
+        until, trail = self._trails.get(key, (0.0, []))
+        return list(trail) if self._clock() < until else []
+
+    def _write(self, key: _Key, write: Write) -> bool:
+        if (self._value(key) or b"")[TOKEN] != write.expected:
+            return False
+        now = self._clock()
+        self._states[key] = (now + self._state_ttl, write.value)
+        if write.trail:
+            self._trails[key] = (now + self._result_ttl, [*self._trail(key), write.trail][-TRAIL_COMMITS:])
+        return True

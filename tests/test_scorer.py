@@ -1,0 +1,303 @@
+"""The flow of a batch: answers in order, nothing stepped twice, neighbours unharmed, races lost and won."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import numpy as np
+import pytest
+
+from service.detector import Detector
+from service.errors import (
+    BadEvent,
+    ItemError,
+    NotCommitted,
+    StateConflict,
+    StoreUnavailable,
+    TooManyStreams,
+    UnknownStream,
+)
+from service.events import Event, Result
+from service.metrics import Metrics
+from service.policy import Policy
+from service.scorer import ATTEMPTS, MAX_BATCH, Limits, Scorer
+from service.stores import Write
+from service.stores.memory import MemoryStore
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1.8e9
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(detector: Detector, store: MemoryStore, limits: Limits | None = None, clock: Clock | None = None) -> Scorer:
+    scorer = Scorer(detector, Policy(), store, Metrics(), limits or Limits(), clock or Clock())
+    scorer.start()
+    return scorer
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(state_ttl=3600, result_ttl=600)
+
+
+@pytest.fixture
+async def scorer(tiny_detector: Detector, store: MemoryStore) -> AsyncIterator[Scorer]:
+    running = make(tiny_detector, store)
+    yield running
+    await running.drain(5)
+
+
+def events(count: int, stream: str = "s", start: int = 0, *, ids: bool = True, timed: bool = True) -> list[Event]:
+    rng = np.random.default_rng(start)
+    return [
+        Event(
+            stream_id=stream,
+            values={"value": float(rng.normal())},
+            timestamp=1e9 + i if timed else None,
+            event_id=f"{stream}-{i}" if ids else None,
+        )
+        for i in range(start, start + count)
+    ]
+
+
+def results(answers: Sequence[Result | ItemError]) -> list[Result]:
+    assert all(isinstance(answer, Result) for answer in answers), [a for a in answers if not isinstance(a, Result)]
+    return [answer for answer in answers if isinstance(answer, Result)]
+
+
+def scores(answers: Sequence[Result | ItemError]) -> list[tuple[float | None, int]]:
+    return [(result.p_value, result.state_version) for result in results(answers)]
+
+
+async def test_answers_come_in_the_order_of_the_items_and_errors_keep_their_place(scorer: Scorer) -> None:
+    handed_in = BadEvent("line 3 is not JSON")
+    items: list[Event | ItemError] = [
+        Event(stream_id="a", values={"value": 1.0}, event_id="1"),
+        Event(stream_id="a", values={"speed": 1.0}),
+        handed_in,
+        Event(stream_id="b", values={"value": 2.0}, event_id="2"),
+    ]
+    first, bad, same, last = await scorer.score(items)
+    assert isinstance(first, Result)
+    assert (first.stream_id, first.event_id) == ("a", "1")
+    assert isinstance(bad, BadEvent)
+    assert bad.field == "values.speed"
+    assert same is handed_in
+    assert isinstance(last, Result)
+    assert (last.stream_id, last.event_id) == ("b", "2")
+
+
+async def test_scores_are_null_while_warming_up_and_then_a_p_value(scorer: Scorer) -> None:
+    warmup = scorer.detector.manifest.warmup
+    answers = results(await scorer.score(events(warmup + 2)))
+    assert [answer.status for answer in answers] == ["warming_up"] * (warmup - 1) + ["ready"] * 3
+    assert [answer.samples_until_ready for answer in answers[:warmup]] == list(range(warmup - 1, -1, -1))
+    for cold in answers[:warmup]:
+        assert cold.anomaly_score is cold.p_value is cold.alert_score is None
+        assert not cold.is_anomaly
+    assert all(warm.p_value is not None and 0 < warm.p_value <= 1 for warm in answers[warmup:])
+
+
+async def test_a_jump_is_an_onset_with_its_direction_and_contributor(scorer: Scorer) -> None:
+    await scorer.score(events(50))
+    [jump] = results(await scorer.score([Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 100)]))
+    assert jump.is_anomaly
+    assert jump.alert_score is not None
+    assert jump.alert_score > 1
+    assert jump.direction == "up"
+    assert jump.severity == "critical"
+    assert jump.contributors[0].feature == "value"
+    assert jump.contributors[0].actual == 60.0
+    assert jump.anomaly_started_at == 1e9 + 100
+    upper = jump.upper["value"]
+    assert upper is not None
+    assert upper < 60
+
+
+async def test_concurrent_requests_give_the_scores_of_sequential_ones(tiny_detector: Detector) -> None:
+    streams = [f"s{i}" for i in range(20)]
+    alone, together = (make(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60)) for _ in range(2))
+    want = [scores(await alone.score(events(30, stream))) for stream in streams]
+    got = await asyncio.gather(*(together.score(events(30, stream)) for stream in streams))
+    assert [scores(answers) for answers in got] == want
+    for scorer in (alone, together):
+        await scorer.drain(1)
+
+
+async def test_a_bulk_larger_than_a_batch_is_scored_in_order(scorer: Scorer, tiny_detector: Detector) -> None:
+    many = events(2 * MAX_BATCH + 10)
+    single = make(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60))
+    want = [score for i in range(0, len(many), 100) for score in scores(await single.score(many[i : i + 100]))]
+    assert scores(await scorer.score(many)) == want
+    await single.drain(1)
+
+
+async def test_a_bulk_sent_again_gets_its_stored_results(scorer: Scorer) -> None:
+    bulk = events(100)
+    first = await scorer.score(bulk)
+    again = await scorer.score(bulk)
+    assert scores(again) == scores(first)
+    assert all(result.duplicate and not result.late for result in results(again))
+    assert [result.anomaly_score for result in results(again)] == [result.anomaly_score for result in results(first)]
+
+
+async def test_a_bulk_without_times_sent_again_gets_its_stored_results(scorer: Scorer) -> None:
+    bulk = events(40, timed=False)
+    first = await scorer.score(bulk)
+    await scorer.score(events(1, start=40, timed=False))
+    again = await scorer.score(bulk)
+    assert scores(again) == scores(first)
+    assert all(result.duplicate for result in results(again))
+
+
+async def test_part_of_a_bulk_sent_again_beside_new_events_steps_only_the_new_ones(scorer: Scorer, tiny_detector: Detector) -> None:
+    bulk = events(40)
+    first = await scorer.score(bulk[:30])
+    mixed = results(await scorer.score(bulk[20:]))
+    assert [result.duplicate for result in mixed] == [True] * 10 + [False] * 10
+    assert scores(mixed[:10]) == scores(first[20:])
+    straight = make(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60))
+    assert scores(await straight.score(bulk))[30:] == scores(mixed[10:])
+    await straight.drain(1)
+
+
+async def test_an_old_duplicate_whose_result_is_gone_has_a_null_score(scorer: Scorer) -> None:
+    for event in events(12):
+        await scorer.score([event])
+    [old] = results(await scorer.score([events(12)[8]]))
+    assert old.duplicate
+    assert old.p_value is None
+    assert old.state_version == 12
+
+
+async def test_a_late_event_is_reported_and_not_stepped(scorer: Scorer) -> None:
+    await scorer.score(events(10))
+    [late] = results(await scorer.score([Event(stream_id="s", values={"value": 0.0}, timestamp=5.0)]))
+    assert late.late
+    assert not late.duplicate
+    assert late.p_value is None
+    assert (await scorer.stream("s")).state_version == 10
+
+
+async def test_two_replicas_on_the_same_streams_lose_no_event(tiny_detector: Detector, store: MemoryStore) -> None:
+    replicas = [make(tiny_detector, store), make(tiny_detector, store)]
+    calls = []
+    for i in range(40):
+        event = Event(stream_id=f"s{i % 3}", values={"value": float(i)}, event_id=str(i))
+        calls.append(replicas[i % 2].score([event]))
+    answers = [answer for answered in await asyncio.gather(*calls) for answer in answered]
+    done = [answer for answer in answers if isinstance(answer, Result)]
+    assert all(isinstance(answer, Result | StateConflict) for answer in answers)
+    versions = sorted((result.stream_id, result.state_version) for result in done)
+    assert len(set(versions)) == len(versions), "no version of a stream was given out twice"
+    for s in range(3):
+        kept = (await replicas[0].stream(f"s{s}")).state_version
+        assert kept == sum(result.stream_id == f"s{s}" for result in done)
+    for replica in replicas:
+        await replica.drain(1)
+
+
+class Contended(MemoryStore):
+    """A store in which another replica always commits first to some streams."""
+
+    contended = frozenset({"hot"})
+
+    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+        written = await super().commit(model, [write for write in writes if write.stream_id not in self.contended])
+        outcome = iter(written)
+        return [write.stream_id not in self.contended and next(outcome) for write in writes]
+
+
+async def test_losing_every_race_fails_the_item_and_not_its_batch(tiny_detector: Detector) -> None:
+    scorer = make(tiny_detector, Contended(state_ttl=60, result_ttl=60))
+    lost, won = await scorer.score([Event(stream_id="hot", values={"value": 1.0}), Event(stream_id="cool", values={"value": 1.0})])
+    assert isinstance(lost, StateConflict)
+    assert f"{ATTEMPTS} times" in lost.detail
+    assert isinstance(won, Result)
+    await scorer.drain(1)
+
+
+class Failing(MemoryStore):
+    """A store that stops answering after some commits."""
+
+    commits_left = 1
+
+    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+        if self.commits_left == 0:
+            raise StoreUnavailable("The store does not answer.")
+        self.commits_left -= 1
+        return await super().commit(model, writes)
+
+
+async def test_a_store_that_fails_within_a_bulk_fails_the_rest_of_it_only(tiny_detector: Detector) -> None:
+    store = Failing(state_ttl=60, result_ttl=60)
+    scorer = make(tiny_detector, store)
+    bulk = events(3 * MAX_BATCH)
+    answers = await scorer.score(bulk)
+    assert all(isinstance(answer, Result) for answer in answers[:MAX_BATCH])
+    assert all(isinstance(answer, NotCommitted) for answer in answers[MAX_BATCH:])
+    with pytest.raises(StoreUnavailable):
+        await scorer.score(bulk[MAX_BATCH:])
+    store.commits_left = 100
+    assert [result.state_version for result in results(await scorer.score(bulk[MAX_BATCH:]))] == list(
+        range(MAX_BATCH + 1, 3 * MAX_BATCH + 1)
+    )
+    await scorer.drain(1)
+
+
+async def test_streams_beyond_the_limit_are_refused_and_known_ones_go_on(tiny_detector: Detector, store: MemoryStore) -> None:
+    scorer = make(tiny_detector, store, Limits(max_streams=3))
+    answers = await scorer.score([Event(stream_id=f"s{i}", values={"value": 1.0}) for i in range(5)])
+    assert [type(answer) for answer in answers] == [Result] * 3 + [TooManyStreams] * 2
+    known, new = await scorer.score([Event(stream_id="s0", values={"value": 1.0}), Event(stream_id="s9", values={"value": 1.0})])
+    assert isinstance(known, Result)
+    assert isinstance(new, TooManyStreams)
+    await scorer.drain(1)
+
+
+async def test_a_damaged_value_is_never_stepped_but_a_counted_fresh_start(scorer: Scorer, store: MemoryStore) -> None:
+    await scorer.score(events(10))
+    [value] = await store.load("tiny", ["s"])
+    assert value is not None
+    damaged = value[:-1] + bytes([value[-1] ^ 1])
+    assert await store.commit("tiny", [Write("s", value[8:24], damaged)]) == [True]
+    [fresh] = results(await scorer.score([Event(stream_id="s", values={"value": 1.0})]))
+    assert fresh.state_version == 1
+    assert fresh.status == "warming_up"
+    registry = scorer._metrics.registry
+    assert registry.get_sample_value("onset_fresh_states_total", {"reason": "corrupt"}) == 1
+    assert registry.get_sample_value("onset_fresh_states_total", {"reason": "new"}) == 1
+
+
+async def test_a_stream_can_be_looked_at_listed_and_forgotten(scorer: Scorer) -> None:
+    last = results(await scorer.score(events(10, "a") + events(5, "b")))[9]
+    assert (await scorer.stream("a")).p_value == last.p_value
+    listed, cursor = await scorer.streams("", 10)
+    assert {result.stream_id: result.state_version for result in listed} == {"a": 10, "b": 5}
+    assert cursor == ""
+    assert await scorer.forget("a")
+    assert not await scorer.forget("a")
+    with pytest.raises(UnknownStream, match="stream 'a'"):
+        await scorer.stream("a")
+    [fresh] = results(await scorer.score(events(1, "a")))
+    assert fresh.state_version == 1
+
+
+async def test_what_is_counted_is_what_happened(scorer: Scorer) -> None:
+    await scorer.score(events(50))
+    await scorer.score([Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 1000)])
+    sample = scorer._metrics.registry.get_sample_value
+    assert sample("onset_onsets_total", {"model": "tiny"}) == 1
+    assert sample("onset_anomalies_total", {"model": "tiny"}) == 1
+    assert sample("onset_batch_events_sum") == 51
+    assert sample("onset_stage_seconds_count", {"stage": "commit"}) == 2
+    assert sample("onset_state_bytes", {"model": "tiny"}) == scorer._codec.value.itemsize
+
+
+async def test_no_items_no_answers(scorer: Scorer) -> None:
+    assert await scorer.score([]) == []
