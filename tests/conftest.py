@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from service.detector import Detector
+from service.embedded import find_server
+from service.stores.redis import RedisStore
 from tests.tiny import build_tiny
 
 
@@ -19,3 +25,37 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_detector(tiny_model_path: Path) -> Detector:
     return Detector.load(tiny_model_path)
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real server, started once for the session."""
+    folder = tmp_path_factory.mktemp("valkey")
+    socket = folder / "v.sock"
+    server = subprocess.Popen(
+        [find_server(), "--port", "0", "--unixsocket", str(socket), "--dir", str(folder), "--save", "", "--logfile", str(folder / "log")]
+    )
+    deadline = time.monotonic() + 20
+    while not socket.exists():
+        assert server.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield f"unix://{socket}"
+    server.terminate()
+    server.wait(20)
+
+
+@pytest.fixture
+def empty_server(valkey_server: str) -> str:
+    """The server's URL, with nothing in it."""
+    with redis.Redis.from_url(valkey_server) as client:
+        client.flushall()
+    return valkey_server
+
+
+@pytest.fixture
+async def redis_store(empty_server: str) -> AsyncIterator[RedisStore]:
+    store = RedisStore(empty_server, state_ttl=3600, result_ttl=600)
+    await store.open()
+    yield store
+    await store.close()
