@@ -40,11 +40,19 @@ from service.rounds import Kind, Outcomes, advance
 from service.state import StateCodec
 from service.tables import Notify, ReadOptions, Source, find_sources, read_for
 
-GROUP_FILES = 256
-CHUNK_EVENTS = 32_768
 LISTED = 60
 """Inputs shown in the summary; of more, those with the most alerts."""
 SCORE_COLUMNS = ("timestamp", "anomaly_score", "alert_score", "p_value", "is_anomaly")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the memory; results do not depend on it."""
+
+    group_files: int = 256
+    """Files scored together, all in memory."""
+    chunk_events: int = 32_768
+    """Rows of all of them together between two writes."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,11 @@ Sink = Callable[[int, int, Scored], None]
 """Takes (series, first row, results) of a piece of one series; pieces of a series come in order."""
 
 
-def score(series: Sequence[Series], detector: Detector, policy: Policy, sink: Sink) -> None:
+def score(series: Sequence[Series], detector: Detector, policy: Policy, sink: Sink, limits: Limits = Limits()) -> None:
     """Score all rows of all series in lockstep and hand the results on piece by piece."""
     codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
     rows = codec.fresh(len(series))
-    chunk = max(1, CHUNK_EVENTS // max(1, len(series)))
+    chunk = max(1, limits.chunk_events // max(1, len(series)))
     for first in range(0, max(map(len, series), default=0), chunk):
         live = [i for i, one in enumerate(series) if first < len(one)]
         sizes = [min(chunk, len(series[i]) - first) for i in live]
@@ -165,7 +173,13 @@ class Report:
 
 
 def run(
-    inputs: Sequence[Path], detector: Detector, policy: Policy, out: Path, options: ReadOptions, console: Console | None = None
+    inputs: Sequence[Path],
+    detector: Detector,
+    policy: Policy,
+    out: Path,
+    options: ReadOptions,
+    console: Console | None = None,
+    limits: Limits = Limits(),
 ) -> Report:
     """Score every file under `inputs` into a CSV of the same relative path under `out`. Raises TableError."""
     console = console or Console(stderr=True)
@@ -176,10 +190,10 @@ def run(
     tallies: dict[str, Tally] = {}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("scoring", total=None)
-        for first in range(0, len(by_size), GROUP_FILES):
-            series = list(_read(by_size[first : first + GROUP_FILES], detector, options, _once(progress.console.print)))
+        for first in range(0, len(by_size), limits.group_files):
+            series = list(_read(by_size[first : first + limits.group_files], detector, options, _once(progress.console.print)))
             progress.update(task, total=(progress.tasks[0].total or 0) + sum(map(len, series)))
-            written = _score_group(series, detector, policy, targets, lambda rows: progress.advance(task, rows))
+            written = _score_group(series, detector, policy, targets, limits, lambda rows: progress.advance(task, rows))
             tallies |= {tally.name: tally for tally in written}
     ordered = [tallies[source.name] for source in sources]
     return Report(detector.manifest.filename, policy.alpha, time.perf_counter() - began, ordered)
@@ -218,7 +232,12 @@ def _read(sources: Sequence[Source], detector: Detector, options: ReadOptions, n
 
 
 def _score_group(
-    series: Sequence[Series], detector: Detector, policy: Policy, targets: dict[str, Path], advanced: Callable[[int], None]
+    series: Sequence[Series],
+    detector: Detector,
+    policy: Policy,
+    targets: dict[str, Path],
+    limits: Limits,
+    advanced: Callable[[int], None],
 ) -> list[Tally]:
     """Score some series together and write their files; one tally each."""
     tallies = [Tally(one.name) for one in series]
@@ -237,7 +256,7 @@ def _score_group(
             tallies[i].add(first, scored)
             advanced(rows)
 
-        score(series, detector, policy, sink)
+        score(series, detector, policy, sink, limits)
     return tallies
 
 

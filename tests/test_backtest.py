@@ -1,0 +1,158 @@
+"""The backtest's CSVs: complete, finite, causal, and whatever the grouping and chunking the same to the last bit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from service.backtest import Limits, Report, run
+from service.detector import Detector
+from service.errors import TableError
+from service.policy import Policy
+from service.tables import ReadOptions
+from tests.tiny import WARMUP, build_tiny
+
+UNSORTED = ReadOptions(unsorted=True)
+
+
+def write(path: Path, values: list[float | str], *, header: str = "timestamp,value", start: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"2026-01-01 {i // 3600:02}:{i % 3600 // 60:02}:{i % 60:02},{value}" for i, value in enumerate(values, start)]
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def series(seed: int, rows: int) -> list[float | str]:
+    values: list[float | str] = np.random.default_rng(seed).normal(10, 1, rows).round(3).tolist()
+    values[rows // 2] = 40.0
+    return values
+
+
+def score(inputs: list[Path], detector: Detector, out: Path, limits: Limits = Limits()) -> Report:
+    return run(inputs, detector, Policy(alpha=1e-3), out, UNSORTED, Console(file=io.StringIO()), limits)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_input_gets_a_file_of_the_same_relative_path_with_a_row_for_each_row(tmp_path: Path, tiny_detector: Detector) -> None:
+    data = tmp_path / "data"
+    write(data / "a" / "x.csv", series(1, 50))
+    write(data / "b" / "y.csv", series(2, 80))
+    score([data], tiny_detector, tmp_path / "out")
+    x, y = rows_of(tmp_path / "out/a/x.csv"), rows_of(tmp_path / "out/b/y.csv")
+    assert (len(x), len(y)) == (50, 80)
+    assert list(x[0]) == ["timestamp", "anomaly_score", "alert_score", "p_value", "is_anomaly", "value_expected"]
+    assert x[7]["timestamp"] == "2026-01-01 00:00:07"
+
+
+def test_scores_are_finite_and_zero_while_the_stream_warms_up(tmp_path: Path, tiny_detector: Detector) -> None:
+    write(tmp_path / "x.csv", ["", *series(1, 40), ""])
+    score([tmp_path / "x.csv"], tiny_detector, tmp_path / "out")
+    rows = rows_of(tmp_path / "out/x.csv")
+    for row in rows:
+        assert all(math.isfinite(float(row[name])) for name in ("anomaly_score", "alert_score", "p_value"))
+    for row in [*rows[:WARMUP], rows[-1]]:
+        assert (row["anomaly_score"], row["alert_score"], row["p_value"], row["is_anomaly"]) == ("0.0", "0.0", "1.0", "false")
+    assert rows[0]["value_expected"] == ""
+    assert float(rows[-1]["value_expected"]) == pytest.approx(10, abs=3)
+
+
+def test_the_spike_is_an_anomaly_whose_onset_alone_has_an_alert_score(tmp_path: Path, tiny_detector: Detector) -> None:
+    write(tmp_path / "x.csv", series(1, 100))
+    report = score([tmp_path / "x.csv"], tiny_detector, tmp_path / "out")
+    rows = rows_of(tmp_path / "out/x.csv")
+    assert rows[50]["is_anomaly"] == "true"
+    assert float(rows[50]["alert_score"]) > 1
+    assert 50 in report.tallies[0].alert_rows
+    assert report.tallies[0].alerts == sum(float(row["alert_score"]) > 1 for row in rows)
+    assert report.tallies[0].anomalous == sum(row["is_anomaly"] == "true" for row in rows)
+
+
+def test_a_row_older_than_one_before_it_is_late_and_equal_timestamps_are_fine(tmp_path: Path, tiny_detector: Detector) -> None:
+    lines = [f"{100 + i},{10 + i % 3}" for i in range(30)]
+    lines[20] = "110,99"
+    lines[25] = lines[24]
+    (tmp_path / "x.csv").write_text("\n".join(["timestamp,value", *lines]))
+    report = score([tmp_path / "x.csv"], tiny_detector, tmp_path / "out")
+    rows = rows_of(tmp_path / "out/x.csv")
+    assert report.tallies[0].late == 1
+    assert [rows[20][name] for name in ("timestamp", "anomaly_score", "p_value", "is_anomaly", "value_expected")] == [
+        "110",
+        "0.0",
+        "1.0",
+        "false",
+        "",
+    ]
+    assert float(rows[25]["anomaly_score"]) > 0
+
+
+def test_scores_of_a_file_do_not_depend_on_the_files_beside_it_or_on_the_chunks(tmp_path: Path, tiny_detector: Detector) -> None:
+    data = tmp_path / "data"
+    for i in range(11):
+        write(data / f"{i}.csv", series(i, 40 + 13 * i))
+    score([data], tiny_detector, tmp_path / "together")
+    score([data / "7.csv"], tiny_detector, tmp_path / "alone")
+    score([data], tiny_detector, tmp_path / "in_pieces", Limits(group_files=3, chunk_events=70))
+    for i in range(11):
+        assert (tmp_path / f"together/{i}.csv").read_text() == (tmp_path / f"in_pieces/{i}.csv").read_text()
+    assert (tmp_path / "together/7.csv").read_text() == (tmp_path / "alone/7.csv").read_text()
+
+
+def test_a_score_knows_nothing_of_the_rows_after_it(tmp_path: Path, tiny_detector: Detector) -> None:
+    values = series(3, 90)
+    write(tmp_path / "whole/x.csv", values)
+    write(tmp_path / "part/x.csv", values[:60])
+    for name in ("whole", "part"):
+        score([tmp_path / name], tiny_detector, tmp_path / f"out_{name}")
+    assert rows_of(tmp_path / "out_whole/x.csv")[:60] == rows_of(tmp_path / "out_part/x.csv")
+
+
+def test_columns_are_matched_by_name_and_a_missing_one_is_missing_throughout(tmp_path: Path) -> None:
+    detector = Detector.load(build_tiny(tmp_path, features=("x", "y"), name="pair"))
+    data = tmp_path / "data.csv"
+    data.write_text("\n".join(["time;y;label", *(f"{i};{i % 4};0" for i in range(20))]))
+    score([data], detector, tmp_path / "out")
+    rows = rows_of(tmp_path / "out/data.csv")
+    assert list(rows[0])[-2:] == ["x_expected", "y_expected"]
+    assert float(rows[-1]["y_expected"]) == pytest.approx(1.5, abs=1)
+
+
+def test_a_file_that_fits_no_feature_is_refused_with_both_lists(tmp_path: Path) -> None:
+    detector = Detector.load(build_tiny(tmp_path, features=("x", "y"), name="pair"))
+    (tmp_path / "data.csv").write_text("time,a,b\n1,2,3\n")
+    with pytest.raises(TableError, match=r"columns 'a', 'b', the model the features 'x', 'y'"):
+        score([tmp_path / "data.csv"], detector, tmp_path / "out")
+
+
+def test_a_number_beyond_float32_is_refused(tmp_path: Path, tiny_detector: Detector) -> None:
+    write(tmp_path / "x.csv", [1.0, 1e39])
+    with pytest.raises(TableError, match="float32"):
+        score([tmp_path / "x.csv"], tiny_detector, tmp_path / "out")
+
+
+def test_inputs_are_never_overwritten_and_never_share_an_output(tmp_path: Path, tiny_detector: Detector) -> None:
+    one, two = write(tmp_path / "a/x.csv", series(1, 20)), write(tmp_path / "b/x.csv", series(2, 20))
+    with pytest.raises(TableError, match="another input"):
+        score([one, two], tiny_detector, tmp_path / "out")
+    with pytest.raises(TableError, match="overwritten"):
+        score([tmp_path / "a"], tiny_detector, tmp_path / "a")
+    assert rows_of(one)[0].keys() == {"timestamp", "value"}
+
+
+def test_the_report_has_a_tally_for_each_input_in_order(tmp_path: Path, tiny_detector: Detector) -> None:
+    for name, rows in (("a", 20), ("b", 70)):
+        write(tmp_path / f"data/{name}.csv", series(1, rows))
+    report = score([tmp_path / "data"], tiny_detector, tmp_path / "out")
+    content = json.loads(json.dumps(report.as_json()))
+    assert [(one["name"], one["rows"], one["warming_up"]) for one in content["inputs"]] == [("a.csv", 20, WARMUP), ("b.csv", 70, WARMUP)]
+    assert content["alpha"] == 1e-3
