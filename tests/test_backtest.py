@@ -35,8 +35,8 @@ def series(seed: int, rows: int) -> list[float | str]:
     return values
 
 
-def score(inputs: list[Path], detector: Detector, out: Path, limits: Limits = Limits()) -> Report:
-    return run(inputs, detector, Policy(alpha=1e-3), out, UNSORTED, Console(file=io.StringIO()), limits)
+def score(inputs: list[Path], detector: Detector, out: Path, limits: Limits | None = None) -> Report:
+    return run(inputs, detector, Policy(alpha=1e-3), out, UNSORTED, Console(file=io.StringIO()), limits or Limits())
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
