@@ -1,0 +1,74 @@
+import re
+
+import pytest
+
+from tests.deploy.files import COMPOSE, Document, compose, image_environment, settings_from, tool, version
+
+
+@pytest.fixture(name="services")
+def services_fixture() -> Document:
+    services: Document = compose()["services"]
+    return services
+
+
+def seconds(text: str) -> int:
+    match = re.fullmatch(r"(\d+)s", text)
+    assert match, text
+    return int(match[1])
+
+
+def megabytes(text: str) -> float:
+    match = re.fullmatch(r"(\d+)(mb|M|G)", text)
+    assert match, text
+    return int(match[1]) * (1024 if match[2] == "G" else 1)
+
+
+def test_the_file_fulfils_the_compose_specification() -> None:
+    done = tool("check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_setting_is_known_to_the_service_and_accepted(services: Document) -> None:
+    settings = settings_from(image_environment() | services["service"]["environment"])
+    assert settings.redis_url == "redis://redis:6379/0"
+    assert services["service"]["ports"] == [f"${{PUBLISH:-127.0.0.1:8080}}:{settings.port}"]
+
+
+def test_docker_waits_longer_than_the_service_drains(services: Document) -> None:
+    settings = settings_from(services["service"]["environment"])
+    assert seconds(services["service"]["stop_grace_period"]) > settings.drain_seconds + 5
+
+
+def test_the_service_starts_once_the_store_answers(services: Document) -> None:
+    assert services["service"]["depends_on"]["redis"]["condition"] == "service_healthy"
+    assert "PONG" in services["redis"]["healthcheck"]["test"][1]
+
+
+def test_the_store_survives_a_restart_and_never_evicts_a_state(services: Document) -> None:
+    command = services["redis"]["command"]
+    options = dict(zip(command[1::2], command[2::2], strict=True))
+    assert options["--appendonly"] == "yes"
+    assert options["--maxmemory-policy"] == "noeviction"
+    assert "redis-data:/data" in services["redis"]["volumes"]
+    assert "redis-data" in compose()["volumes"]
+    assert megabytes(options["--maxmemory"]) * 1.5 <= megabytes(services["redis"]["deploy"]["resources"]["limits"]["memory"])
+
+
+def test_the_store_is_reached_by_the_service_alone(services: Document) -> None:
+    assert "ports" not in services["redis"]
+    assert services["redis"]["networks"] == ["store"]
+    assert compose()["networks"]["store"]["internal"] is True
+    assert set(services["service"]["networks"]) == {"edge", "store"}
+
+
+def test_every_container_is_bounded_and_comes_back(services: Document) -> None:
+    for service in services.values():
+        assert {"cpus", "memory", "pids"} <= set(service["deploy"]["resources"]["limits"])
+        assert service["restart"] == "unless-stopped"
+        assert service["read_only"] is True
+        assert "no-new-privileges:true" in service["security_opt"]
+
+
+def test_images_are_pinned_to_a_minor_version(services: Document) -> None:
+    assert services["service"]["image"] == f"onset:{version()}"
+    assert re.fullmatch(r"valkey/valkey:\d+\.\d+-alpine", services["redis"]["image"])

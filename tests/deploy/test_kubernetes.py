@@ -1,0 +1,225 @@
+"""The manifests, read as files; and, where kubectl is, as kustomize builds them."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from service.settings import Settings
+from tests.deploy.files import (
+    BASE,
+    K8S,
+    SINGLE,
+    Document,
+    compose,
+    env_file,
+    find,
+    image_environment,
+    instructions,
+    manifests,
+    settings_from,
+    tool,
+    version,
+)
+
+FOLDERS = [path.parent for path in sorted(K8S.rglob("kustomization.yaml"))]
+MANIFESTS = [path for path in sorted(K8S.rglob("*.yaml")) if path.name != "kustomization.yaml"]
+WORKLOADS = ("Deployment", "StatefulSet")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(K8S))
+
+
+def kustomization(folder: Path) -> Document:
+    document: Document = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    return document
+
+
+def build(folder: Path) -> list[Document]:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl, which holds kustomize, is not on this machine")
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.fixture(name="deployment")
+def deployment_fixture() -> Document:
+    return find(manifests(BASE), "Deployment", "onset")
+
+
+@pytest.fixture(name="pod")
+def pod_fixture(deployment: Document) -> Document:
+    pod: Document = deployment["spec"]["template"]["spec"]
+    return pod
+
+
+@pytest.fixture(name="container")
+def container_fixture(pod: Document) -> Document:
+    (container,) = pod["containers"]
+    assert isinstance(container, dict)
+    return container
+
+
+@pytest.fixture(name="settings")
+def settings_fixture() -> Settings:
+    return settings_from(image_environment() | env_file(BASE / "onset.env"))
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
+def test_a_manifest_fulfils_the_api_schema_strictly(path: Path) -> None:
+    done = tool("kubernetes-validate", "--strict", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+def test_a_kustomization_names_every_file_of_its_folder_and_no_other(folder: Path) -> None:
+    content = kustomization(folder)
+    resources = [entry for entry in content["resources"] if not (folder / entry).is_dir()]
+    patches = [patch["path"] for patch in content.get("patches", [])]
+    env_files = [name for generator in content.get("configMapGenerator", []) for name in generator.get("envs", [])]
+    there = {path.name for path in folder.iterdir()} - {"kustomization.yaml"}
+    assert {*resources, *patches, *env_files} == there
+    assert all((folder / entry / "kustomization.yaml").exists() for entry in content["resources"] if entry not in resources)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+def test_what_kustomize_builds_fulfils_the_api_schema_strictly(folder: Path, tmp_path: Path) -> None:
+    built = tmp_path / "built.yaml"
+    built.write_text(yaml.safe_dump_all(build(folder)))
+    done = tool("kubernetes-validate", "--strict", built)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+def test_every_selector_finds_a_workload_of_the_same_folder(folder: Path) -> None:
+    documents = manifests(folder)
+    pods = [d["spec"]["template"]["metadata"]["labels"] for d in documents if d["kind"] in WORKLOADS]
+    selectors = [d["spec"]["selector"]["matchLabels"] for d in documents if d["kind"] in (*WORKLOADS, "PodDisruptionBudget")]
+    selectors += [d["spec"]["selector"] for d in documents if d["kind"] == "Service"]
+    selectors += [d["spec"]["podSelector"]["matchLabels"] for d in documents if d["kind"] == "NetworkPolicy"]
+    spread = [c for d in documents if d["kind"] in WORKLOADS for c in d["spec"]["template"]["spec"].get("topologySpreadConstraints", [])]
+    selectors += [constraint["labelSelector"]["matchLabels"] for constraint in spread]
+    assert selectors
+    for selector in selectors:
+        assert any(selector.items() <= labels.items() for labels in pods), selector
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+def test_every_named_port_is_a_port_of_the_pods_behind_it(folder: Path) -> None:
+    documents = manifests(folder)
+    for service in (d for d in documents if d["kind"] == "Service"):
+        behind = [
+            d["spec"]["template"]["spec"]["containers"]
+            for d in documents
+            if d["kind"] in WORKLOADS and service["spec"]["selector"].items() <= d["spec"]["template"]["metadata"]["labels"].items()
+        ]
+        names = {port["name"] for containers in behind for container in containers for port in container["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+def test_every_pod_fulfils_the_restricted_security_standard_with_a_read_only_root(folder: Path) -> None:
+    for pod in (d["spec"]["template"]["spec"] for d in manifests(folder) if d["kind"] in WORKLOADS):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert all(set(volume) & {"emptyDir", "configMap", "secret", "persistentVolumeClaim"} for volume in pod.get("volumes", []))
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
+            assert "memory" in container["resources"]["limits"]
+
+
+def test_every_setting_is_known_to_the_service_and_accepted(settings: Settings, container: Document) -> None:
+    assert settings.host == "0.0.0.0"
+    assert container["ports"] == [{"name": "http", "containerPort": settings.port, "protocol": "TCP"}]
+    assert [entry["name"].removeprefix("ONSET_").lower() in Settings.model_fields for entry in container["env"]] == [True]
+
+
+def test_the_stores_url_comes_from_a_secret_and_is_in_no_file_of_the_base(container: Document) -> None:
+    (url,) = [entry for entry in container["env"] if entry["name"] == "ONSET_REDIS_URL"]
+    assert url["valueFrom"] == {"secretKeyRef": {"name": "onset-redis", "key": "url"}}
+    assert not [path for path in BASE.iterdir() if "redis://" in path.read_text()]
+
+
+def test_kubernetes_waits_longer_than_the_pause_and_the_drain_together(settings: Settings, pod: Document, container: Document) -> None:
+    command, pause = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == "sleep"
+    assert pod["terminationGracePeriodSeconds"] >= float(pause) + settings.drain_seconds + 10
+
+
+def test_a_lost_store_takes_a_pod_out_of_the_service_and_restarts_none(container: Document) -> None:
+    assert container["readinessProbe"]["httpGet"] == {"path": "/health/ready", "port": "http"}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/health/live", "port": "http"}
+    assert container["startupProbe"]["httpGet"] == {"path": "/health/live", "port": "http"}
+
+
+def test_service_links_are_off_because_they_would_overwrite_the_port_setting(pod: Document) -> None:
+    assert find(manifests(BASE), "Service", "onset")["metadata"]["name"] == "onset"
+    assert pod["enableServiceLinks"] is False
+
+
+def test_pods_run_as_the_images_user(pod: Document) -> None:
+    (user,) = [rest for name, rest in instructions() if name == "USER"]
+    assert user == f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
+
+
+def test_a_rollout_and_a_drained_node_leave_replicas_serving(deployment: Document) -> None:
+    scaler = find(manifests(BASE), "HorizontalPodAutoscaler", "onset")["spec"]
+    assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    assert find(manifests(BASE), "PodDisruptionBudget", "onset")["spec"]["maxUnavailable"] == 1
+    assert scaler["minReplicas"] >= 2
+    assert "replicas" not in deployment["spec"]
+    assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
+
+
+def test_traffic_in_is_http_and_traffic_out_is_names_and_the_store(settings: Settings) -> None:
+    policy = find(manifests(BASE), "NetworkPolicy", "onset")["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert [port["port"] for rule in policy["ingress"] for port in rule["ports"]] == ["http"]
+    assert [port["port"] for rule in policy["egress"] for port in rule["ports"]] == [53, 53, 6379, 6380]
+
+
+def test_images_and_labels_name_the_projects_version() -> None:
+    base = kustomization(BASE)
+    assert base["images"] == [{"name": "onset", "newTag": version()}]
+    assert base["labels"][0]["pairs"]["app.kubernetes.io/version"] == version()
+    assert base["labels"][0]["includeSelectors"] is False
+
+
+def test_the_cluster_runs_the_store_that_compose_runs() -> None:
+    (store,) = find(manifests(SINGLE), "StatefulSet", "valkey")["spec"]["template"]["spec"]["containers"]
+    assert store["image"] == compose()["services"]["redis"]["image"]
+    assert store["args"] == compose()["services"]["redis"]["command"]
+
+
+def test_the_built_overlay_joins_the_service_to_its_store() -> None:
+    documents = build(SINGLE)
+    (container,) = find(documents, "Deployment", "onset")["spec"]["template"]["spec"]["containers"]
+    secret = find(documents, "Secret", "onset-redis")
+    assert container["env"][0]["valueFrom"]["secretKeyRef"]["name"] == secret["metadata"]["name"]
+    assert container["envFrom"][0]["configMapRef"]["name"] == find(documents, "ConfigMap", "onset")["metadata"]["name"]
+    assert container["image"] == f"onset:{version()}"
+    assert {d["metadata"].get("namespace", "onset") for d in documents} == {"onset"}
+    assert secret["data"].keys() == {"url"}
+
+
+def test_the_built_overlay_lets_only_the_service_reach_the_store_and_the_service_only_the_store() -> None:
+    documents = build(SINGLE)
+    service = find(documents, "Deployment", "onset")["spec"]["template"]["metadata"]["labels"]
+    store = find(documents, "StatefulSet", "valkey")["spec"]["template"]["metadata"]["labels"]
+    (entry,) = find(documents, "NetworkPolicy", "valkey")["spec"]["ingress"]
+    names, out = find(documents, "NetworkPolicy", "onset")["spec"]["egress"]
+    assert entry["from"][0]["podSelector"]["matchLabels"].items() <= service.items()
+    assert not entry["from"][0]["podSelector"]["matchLabels"].items() <= store.items()
+    assert [port["port"] for port in names["ports"]] == [53, 53]
+    assert out["to"][0]["podSelector"]["matchLabels"].items() <= store.items()
