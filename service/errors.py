@@ -10,6 +10,9 @@ OnsetError
 │   └── NotCommitted         the store stopped answering in the middle of a long request
 ├── UnknownStream        no state is kept under this id
 ├── UnknownModel         no detector of this name is loaded
+├── BadBody              a body whose items cannot even be told apart
+├── BadParameter         a parameter of a request has a value we cannot use
+├── UnsupportedMedia     a content type or encoding we do not read
 ├── TooLarge             a body or a batch is over a stated limit
 ├── Overloaded           the queue is full: come back in `retry_after` seconds
 └── StoreUnavailable     the state store does not answer
@@ -64,6 +67,22 @@ class UnknownStream(OnsetError):
 
 class UnknownModel(OnsetError):
     """No detector of this name is loaded."""
+
+
+class BadBody(OnsetError):
+    """A body that cannot be split into items."""
+
+
+class BadParameter(OnsetError):
+    """A parameter of a request has a value we cannot use; `field` is its name."""
+
+    def __init__(self, detail: str, field: str) -> None:
+        super().__init__(detail)
+        self.field = field
+
+
+class UnsupportedMedia(OnsetError):
+    """A content type or encoding we do not read."""
 
 
 class TooLarge(OnsetError):

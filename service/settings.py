@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     result_ttl_seconds: Annotated[int, Field(ge=1)] = 600
     """How long the results of a bulk can be fetched again by sending it again."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
+    max_inflight_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
+    """Bytes of all requests being read and scored at once; more are refused with 429."""
     max_batch_events: Annotated[int, Field(ge=1)] = 10_000
     max_queue_events: Annotated[int, Field(ge=1)] = 20_000
     """Events waiting to be scored; more are refused with 429."""

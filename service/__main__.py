@@ -1,0 +1,131 @@
+"""The command line: `python -m service COMMAND`. Each command imports what it needs, so that --help is quick."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="service",
+    help="Onset: scores every event of a stream the moment it arrives. Settings are ONSET_... variables; options override them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path | None, typer.Option(help="A model file, or a folder of them. Default: the detector that ships.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 = any free one. Default 8080.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="A Redis >= 7.0 or Valkey. Default: an embedded valkey-server.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Data of the embedded store. Default ./onset-data.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="False onsets per event of a normal stream. Default 0.001.")] = None,
+) -> None:
+    """Serve the REST API until SIGTERM or Ctrl-C; what was accepted is finished first."""
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    from service import logs  # noqa: PLC0415
+    from service.app import create_app  # noqa: PLC0415
+    from service.errors import OnsetError  # noqa: PLC0415
+    from service.settings import Settings  # noqa: PLC0415
+
+    given: dict[str, Any] = {"model": model, "host": host, "port": port, "redis_url": redis_url, "data_dir": data_dir, "alpha": alpha}
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+        logs.configure(settings.log_level, settings.log_json)
+        asgi = create_app(settings)
+        listening = _listen(settings.host, settings.port)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(str(part) for part in first["loc"])
+        _refuse(f"ONSET_{name.upper()} or its option is {first.get('input')!r}: {first['msg']}.")
+    except OnsetError as error:
+        _refuse(error.detail)
+    _run(asgi, listening, settings.drain_seconds)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An .onnx file made by `python -m training fit`.")],
+) -> None:
+    """Verify a model file and print its manifest."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from service.detector import Detector  # noqa: PLC0415
+    from service.errors import OnsetError  # noqa: PLC0415
+
+    try:
+        detector = Detector.load(file)
+    except OnsetError as error:
+        _refuse(error.detail)
+    console = Console()
+    console.print(f"[bold]{file}[/] passes its self-test (sha256 {detector.sha256[:16]}…, {', '.join(detector.providers)})")
+    console.print_json(detector.manifest.model_dump_json())
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        _refuse(f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port (0 = any free one).")
+    return listening
+
+
+def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
+    import uvicorn  # noqa: PLC0415
+
+    class Announcing(uvicorn.Server):
+        """Says where it listens, once it does."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                host, port = listening.getsockname()[:2]
+                url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104 - compared, not bound
+                print(f"Onset serves {url} (API: {url}/docs). Try:", flush=True)
+                print(
+                    f"  curl -s {url}/v1/events -H 'content-type: application/json' "
+                    """-d '{"stream_id": "a", "values": {"value": 1.0}}'""",
+                    flush=True,
+                )
+
+    config = uvicorn.Config(
+        asgi,
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        http="httptools",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+    )
+    server = Announcing(config)
+    service = asgi.state.service
+    # uvicorn logs a failed start with its traceback; the sentence below is all there is to say.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: service.failure is None)
+    try:
+        server.run(sockets=[listening])
+    except SystemExit:
+        if service.failure is None:
+            raise
+    if service.failure is not None:
+        _refuse(service.failure)
+
+
+def _refuse(reason: str) -> NoReturn:
+    typer.echo(f"onset: {reason}", err=True)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,307 @@
+"""The HTTP door: a request → events → `scorer.score` → a reply. Nothing below knows HTTP.
+
+    POST   /v1/events                      one event, an array, or NDJSON; the reply has the same shape
+    POST   /v1/streams/{stream_id}/events  the same for one stream
+    GET    /v1/streams                     last results, page by page
+    GET    /v1/streams/{stream_id}         last result          DELETE  forget the stream
+    GET    /v1/models                      manifests of the loaded detectors
+    GET    /health/live  /health/ready  /metrics  /docs
+
+The two POST routes are plain Starlette routes: FastAPI's own cost is most of a single event's time (bench.http). Their part of the
+OpenAPI document is in openapi.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.routing import Route
+
+from service.bodies import Items, Shape, decode, encode, inflate
+from service.errors import (
+    BadEvent,
+    BadParameter,
+    ItemError,
+    NotCommitted,
+    OnsetError,
+    Overloaded,
+    StoreUnavailable,
+    TooLarge,
+    UnknownModel,
+    UnsupportedMedia,
+)
+from service.events import MAX_NAME_LENGTH, Event, Result
+from service.metrics import Metrics
+from service.problems import TABLE, late_problem, problem_of, respond
+from service.scorer import Scorer
+
+DOOR = "http"
+JSON, NDJSON = "application/json", "application/x-ndjson"
+MAX_TOP = 300
+MAX_PAGE = 1000
+IDEMPOTENCY_KEY = "idempotency-key"
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class DoorLimits:
+    """What one request may bring, and all of them together."""
+
+    max_body_bytes: int
+    max_batch_events: int
+    max_inflight_bytes: int
+
+
+class Health(Protocol):
+    """What the probes ask."""
+
+    async def live(self) -> str | None:
+        """None, or what is wrong."""
+
+    async def ready(self) -> str | None: ...
+
+
+class Door:
+    """All routes over some scorers, by model name."""
+
+    def __init__(self, scorers: Mapping[str, Scorer], default_model: str, limits: DoorLimits, metrics: Metrics, health: Health) -> None:
+        self._scorers = scorers
+        self._default = default_model
+        self._limits = limits
+        self._metrics = metrics
+        self._health = health
+        self._inflight = 0
+        self._latency = metrics.latency.labels(DOOR)
+
+    def add_to(self, app: FastAPI) -> None:
+        """Register the routes; the most specific first."""
+        app.router.routes += [
+            Route("/v1/events", self._guarded(self.post_events), methods=["POST"], name="post_events"),
+            Route(
+                "/v1/streams/{stream_id:path}/events", self._guarded(self.post_stream_events), methods=["POST"], name="post_stream_events"
+            ),
+            Route("/v1/streams", self._guarded(self.list_streams), methods=["GET"], name="list_streams"),
+            Route("/v1/streams/{stream_id:path}", self._guarded(self.one_stream), methods=["GET", "DELETE"], name="one_stream"),
+            Route("/metrics", self.get_metrics, methods=["GET"], name="metrics"),
+        ]
+        app.get("/v1/models", name="list_models")(self.list_models)
+        app.get("/health/live", name="live")(self.get_live)
+        app.get("/health/ready", name="ready")(self.get_ready)
+
+    async def post_events(self, request: Request) -> Response:
+        """Score one event, an array, or NDJSON."""
+        return await self._score(request, None)
+
+    async def post_stream_events(self, request: Request) -> Response:
+        """The same for the stream in the path; the events need not name it."""
+        stream_id = request.path_params["stream_id"]
+        if not 0 < len(stream_id) <= MAX_NAME_LENGTH:
+            raise BadParameter(f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id")
+        return await self._score(request, stream_id)
+
+    async def list_streams(self, request: Request) -> Response:
+        """A page of streams with their last results."""
+        scorer = self._scorer(request)
+        cursor = request.query_params.get("cursor", "")
+        if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= 20):
+            raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor")
+        results, following = await scorer.streams(cursor, _number(request, "limit", 100, 1, MAX_PAGE))
+        return Response(msgspec.json.encode({"streams": results, "next_cursor": following or None}), media_type=JSON)
+
+    async def one_stream(self, request: Request) -> Response:
+        """The last result of a stream; or forget it."""
+        scorer, stream_id = self._scorer(request), request.path_params["stream_id"]
+        if request.method != "DELETE":
+            return Response(msgspec.json.encode(await scorer.stream(stream_id)), media_type=JSON)
+        if not await scorer.forget(stream_id):
+            await scorer.stream(stream_id)  # raises UnknownStream
+        return Response(status_code=204)
+
+    async def list_models(self) -> Response:
+        """The manifests of the loaded detectors, with the hash of their files and where they run."""
+        models = [
+            {
+                **scorer.detector.manifest.model_dump(mode="json"),
+                "sha256": scorer.detector.sha256,
+                "providers": scorer.detector.providers,
+                "alpha": scorer.policy.alpha,
+                "default": name == self._default,
+            }
+            for name, scorer in self._scorers.items()
+        ]
+        return Response(msgspec.json.encode({"models": models}), media_type=JSON)
+
+    async def get_live(self) -> Response:
+        """Whether the process should go on: its batch loops turn."""
+        return _health(await self._health.live())
+
+    async def get_ready(self) -> Response:
+        """Whether events can be scored and committed now."""
+        return _health(await self._health.ready())
+
+    async def get_metrics(self, request: Request) -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _score(self, request: Request, stream_id: str | None) -> Response:
+        started = time.perf_counter()
+        scorer = self._scorer(request)
+        top = _number(request, "top_contributors", 10, 0, MAX_TOP)
+        lines = _is_ndjson(request)
+        content = await self._body(request)
+        try:
+            items, shape = decode(content, lines=lines, max_events=self._limits.max_batch_events)
+            del content
+            items = _addressed(items, stream_id, request.headers.get(IDEMPOTENCY_KEY))
+            answers = await self._scored(scorer, items, top)
+            self._count(answers)
+            response = _reply(answers, shape)
+        finally:
+            self._release(request)
+        self._latency.observe(time.perf_counter() - started)
+        return response
+
+    async def _scored(self, scorer: Scorer, items: Items, top: int) -> list[Result | ItemError]:
+        try:
+            return await scorer.score(items, top_contributors=top)
+        except Overloaded:
+            self._metrics.refused.labels("queue").inc()
+            raise
+
+    async def _body(self, request: Request) -> bytes:
+        """The body within the limits of one request and of all together. Raises TooLarge, Overloaded, UnsupportedMedia, BadBody."""
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding not in ("identity", "gzip"):
+            raise UnsupportedMedia(f"Content-Encoding '{encoding[:64]}' is not read here; send gzip or none.")
+        most = self._limits.max_body_bytes
+        length = request.headers.get("content-length", "")
+        stated = int(length) if length.isascii() and length.isdigit() else None
+        if stated is not None and stated > most:
+            raise self._too_large()
+        self._reserve(request, most if stated is None or encoding == "gzip" else stated)
+        try:
+            parts, size = [], 0
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise self._too_large()
+                parts.append(part)
+            content = b"".join(parts)
+            return inflate(content, most) if encoding == "gzip" else content
+        except BaseException:
+            self._release(request)
+            raise
+
+    def _reserve(self, request: Request, size: int) -> None:
+        """Count the bytes of bodies being read and scored, so that memory stays bounded however many clients there are."""
+        if self._inflight and self._inflight + size > self._limits.max_inflight_bytes:
+            self._metrics.refused.labels("bytes").inc()
+            raise Overloaded(f"{self._inflight} bytes of requests are being scored (ONSET_MAX_INFLIGHT_BYTES).", retry_after=1)
+        request.state.reserved = size
+        self._inflight += size
+
+    def _release(self, request: Request) -> None:
+        self._inflight -= getattr(request.state, "reserved", 0)
+        request.state.reserved = 0
+
+    def _too_large(self) -> TooLarge:
+        self._metrics.refused.labels("body").inc()
+        return TooLarge(f"The body is over {self._limits.max_body_bytes} bytes (ONSET_MAX_BODY_BYTES); send it in parts.")
+
+    def _scorer(self, request: Request) -> Scorer:
+        name = request.query_params.get("model") or self._default
+        scorer = self._scorers.get(name)
+        if scorer is None:
+            raise UnknownModel(f"No model '{name[:64]}' is loaded; there is {', '.join(sorted(self._scorers))}.")
+        return scorer
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """Errors of ours become problem details, here and nowhere else."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except OnsetError as error:
+                return respond(problem_of(error))
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it
+
+        return guarded
+
+    def _count(self, answers: list[Result | ItemError]) -> None:
+        for outcome, count in Counter(map(_outcome, answers)).items():
+            self._metrics.events.labels(DOOR, outcome).inc(count)
+
+
+def _reply(answers: list[Result | ItemError], shape: Shape) -> Response:
+    if shape is Shape.SINGLE:
+        [answer] = answers
+        if isinstance(answer, ItemError):
+            return respond(problem_of(answer))
+        if answer.late:
+            return respond(late_problem(answer.stream_id, f"{answer.state_version} events scored"))
+    elif answers and all(isinstance(answer, NotCommitted) for answer in answers):
+        raise StoreUnavailable(str(answers[0]))
+    return Response(encode(answers, shape), media_type=shape.media_type)
+
+
+def _outcome(answer: Result | ItemError) -> str:
+    if isinstance(answer, ItemError):
+        return "rejected" if TABLE[type(answer)][0] < 500 else "failed"
+    return "duplicate" if answer.duplicate else "late" if answer.late else "scored"
+
+
+def _addressed(items: Items, stream_id: str | None, key: str | None) -> Items:
+    """Events with the stream of the path and the identity that the Idempotency-Key header gives to those without one."""
+    if key is not None and not (0 < len(key) <= MAX_NAME_LENGTH and key.isprintable()):
+        raise BadParameter(f"Idempotency-Key has 1 to {MAX_NAME_LENGTH} printable characters.", "Idempotency-Key")
+    if stream_id is None and key is None:
+        return items
+    return [
+        item if isinstance(item, ItemError) else _address(item, stream_id, f"{key}#{i}" if key else None) for i, item in enumerate(items)
+    ]
+
+
+def _address(event: Event, stream_id: str | None, event_id: str | None) -> Event | ItemError:
+    if stream_id is not None and event.stream_id not in (None, stream_id):
+        return BadEvent(f"stream_id is '{event.stream_id}' in the body and '{stream_id}' in the path.", "stream_id")
+    changes = {}
+    if stream_id is not None:
+        changes["stream_id"] = stream_id
+    if event_id is not None and event.event_id is None and event.sequence is None:
+        changes["event_id"] = event_id
+    return msgspec.structs.replace(event, **changes) if changes else event
+
+
+def _is_ndjson(request: Request) -> bool:
+    """Whether the body is NDJSON rather than JSON. Raises UnsupportedMedia for anything else."""
+    media = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    if media in (NDJSON, "application/ndjson", "application/jsonl"):
+        return True
+    if media in (JSON, "text/json"):
+        return False
+    raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {JSON} or {NDJSON}.")
+
+
+def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
+        raise BadParameter(f"{name} is {text[:64]!r}; it is a whole number from {least} to {most}.", name)
+    return int(text)
+
+
+def _health(wrong: str | None) -> Response:
+    body = {"status": "ok"} if wrong is None else {"status": "unavailable", "detail": wrong}
+    return Response(msgspec.json.encode(body), 200 if wrong is None else 503, media_type=JSON)

@@ -1,0 +1,191 @@
+"""The composition root: builds the parts from Settings, opens them in order, closes them in reverse.
+
+open    embedded store (or the URL's) ─► commit function loaded ─► batch loops ─► ready
+close   not ready ─► loops finish what they accepted, within the drain time ─► store
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.responses import RedirectResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service import openapi
+from service.api import Door, DoorLimits
+from service.detector import Detector, load_detectors
+from service.embedded import EmbeddedStore
+from service.errors import ArtifactError, OnsetError, StoreUnavailable
+from service.metrics import Metrics
+from service.policy import Policy
+from service.problems import plain, respond
+from service.scorer import Limits, Scorer
+from service.settings import Settings
+from service.stores import StateStore
+from service.stores.redis import RedisStore
+
+REOPEN_SECONDS = 0.5
+PING_SECONDS = 1.0
+VERSION = importlib.metadata.version("onset")
+
+log = structlog.get_logger(__name__)
+
+
+class Service:
+    """All parts of one process. Use as an async context; its door answers while it is open."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Load and verify the models. Raises ArtifactError; opens nothing yet."""
+        self.settings = settings
+        self.metrics = Metrics()
+        self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads)
+        self.default_model = _default(self.detectors, settings)
+        self.scorers: dict[str, Scorer] = {}
+        self.store: StateStore | None = None
+        self._store_open = False
+        self.failure: str | None = None
+        """Why the service could not be opened."""
+        self._closing = False
+        self.metrics.build.info({"version": VERSION})
+        for name, detector in self.detectors.items():
+            self.metrics.model.labels(name).info({"version": detector.manifest.version, "sha256": detector.sha256[:16]})
+
+    async def live(self) -> str | None:
+        stuck = [name for name, scorer in self.scorers.items() if not scorer.healthy]
+        return f"The batch loop of {', '.join(stuck)} does not turn." if stuck and not self._closing else None
+
+    async def ready(self) -> str | None:
+        wrong = await self._not_ready()
+        self.metrics.ready.set(wrong is None)
+        return wrong
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Service]:
+        """Open everything; close it in reverse."""
+        async with contextlib.AsyncExitStack() as stack:
+            url = self.settings.redis_url
+            if not url:
+                embedded = EmbeddedStore(self.settings.data_dir, on_restart=self.metrics.store_restarts.inc)
+                url = await embedded.start()
+                stack.push_async_callback(embedded.stop)
+            store = RedisStore(url, state_ttl=self.settings.state_ttl_seconds, result_ttl=self.settings.result_ttl_seconds)
+            stack.push_async_callback(store.close)
+            self.store = store
+            self._start_scorers(store)
+            stack.push_async_callback(self._drain)
+            await self._open(store, stack)
+            yield self
+            self._closing = True
+            await self.ready()
+
+    def _start_scorers(self, store: StateStore) -> None:
+        settings = self.settings
+        limits = Limits(settings.max_queue_events, settings.max_streams, settings.max_future_seconds, settings.result_ttl_seconds)
+        for name, detector in self.detectors.items():
+            self.scorers[name] = Scorer(detector, Policy(alpha=settings.alpha), store, self.metrics, limits)
+            self.scorers[name].start()
+
+    async def _open(self, store: RedisStore, stack: contextlib.AsyncExitStack) -> None:
+        """Open the store now, or keep trying beside the running service, which is not ready until then."""
+        try:
+            await store.open()
+            self._store_open = True
+        except StoreUnavailable as error:
+            log.warning("store_not_open_yet", error=error.detail)
+            task = asyncio.create_task(self._reopen(store), name="open-store")
+            stack.push_async_callback(_cancelled, task)
+
+    async def _reopen(self, store: RedisStore) -> None:
+        while not self._store_open:
+            await asyncio.sleep(REOPEN_SECONDS)
+            with contextlib.suppress(StoreUnavailable):
+                await store.open()
+                self._store_open = True
+                log.info("store_open")
+
+    async def _drain(self) -> None:
+        await asyncio.gather(*(scorer.drain(self.settings.drain_seconds) for scorer in self.scorers.values()))
+
+    async def _not_ready(self) -> str | None:
+        if self._closing:
+            return "The service is stopping."
+        if self.store is None or not self._store_open:
+            return "The state store has not been opened yet."
+        stuck = await self.live()
+        if stuck:
+            return stuck
+        try:
+            async with asyncio.timeout(PING_SECONDS):
+                await self.store.ping()
+        except (StoreUnavailable, TimeoutError) as error:
+            return f"The state store does not answer a ping: {error or 'no answer within a second'}."
+        return None
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The whole service as an ASGI app. Raises ArtifactError when a model is refused."""
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with service.running():
+                yield
+        except OnsetError as error:
+            service.failure = error.detail
+            raise
+
+    app = FastAPI(title="Onset", version=VERSION, lifespan=lifespan, redoc_url=None)
+    app.state.service = service
+    limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes)
+    Door(service.scorers, service.default_model, limits, service.metrics, service).add_to(app)
+    app.get("/", include_in_schema=False)(_home)
+    app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _unexpected)
+    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _home() -> Response:
+    return RedirectResponse("/docs")
+
+
+async def _http_problem(request: Request, error: HTTPException) -> Response:
+    """Unknown addresses and wrong methods."""
+    response = respond(
+        plain(error.status_code, str(error.detail), f"{request.method} {request.url.path[:256]}: {error.detail}. See /docs.")
+    )
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """A bug: the client gets a reference, the log the rest."""
+    reference = uuid.uuid4().hex[:12]
+    log.error("unexpected_error", reference=reference, path=request.url.path[:256], exc_info=error)
+    return respond(plain(500, "A bug of ours", f"This is a bug; its reference in the service's log is {reference}."))
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _default(detectors: Mapping[str, Detector], settings: Settings) -> str:
+    """The model that scores when a request names none."""
+    if len(detectors) == 1:
+        return next(iter(detectors))
+    if settings.default_model in detectors:
+        return settings.default_model
+    raise ArtifactError(
+        f"{settings.model} holds the models {', '.join(sorted(detectors))}: name the default one by ONSET_DEFAULT_MODEL "
+        f"(it is '{settings.default_model}')."
+    )

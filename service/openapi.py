@@ -1,0 +1,163 @@
+"""The OpenAPI document: FastAPI's for its own routes, and by hand for the plain ones, with the schemas msgspec decodes by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from service.errors import OnsetError
+from service.events import MAX_NAME_LENGTH, Event, Result
+from service.problems import MEDIA_TYPE, TABLE, Problem
+
+_EXAMPLE_EVENT = {"stream_id": "pump-7/temperature", "values": {"value": 71.3}, "timestamp": "2026-11-23T08:00:00Z", "event_id": "a-17"}
+_COMPONENT = "#/components/schemas/{name}"
+_DESCRIPTION = """Scores each event of a stream the moment it arrives, with the stream's recurrent state in Redis.
+
+`p_value` is the chance of an event this unusual while the stream is normal; `anomaly_score = log p / log α` is above 1 where it is
+rarer than asked; `alert_score` is the same where an anomaly *begins* and 0 elsewhere. Scores are null while a stream warms up."""
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The whole document, made once."""
+    if app.openapi_schema is None:
+        spec = get_openapi(title="Onset", version=app.version, description=_DESCRIPTION, routes=app.routes)
+        _, components = msgspec.json.schema_components([Event, Result, Problem], ref_template=_COMPONENT)
+        spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        spec["components"]["schemas"]["Health"] = _HEALTH
+        spec["paths"] = _paths() | {
+            path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))
+        }
+        app.openapi_schema = spec
+    return app.openapi_schema
+
+
+_HEALTH = {
+    "type": "object",
+    "required": ["status"],
+    "properties": {"status": {"enum": ["ok", "unavailable"]}, "detail": {"type": "string"}},
+}
+
+
+def _paths() -> dict[str, Any]:
+    stream = _parameter(
+        "stream_id", "path", {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGTH}, "Any printable name; may hold slashes."
+    )
+    model = _parameter("model", "query", {"type": "string"}, "Which loaded model; the default one if left out.")
+    return {
+        "/v1/events": {"post": _scoring("postEvents", "Score events", [model])},
+        "/v1/streams/{stream_id}/events": {"post": _scoring("postStreamEvents", "Score events of one stream", [stream, model])},
+        "/v1/streams": {
+            "get": _operation(
+                "listStreams",
+                "List streams with their last results",
+                [
+                    _parameter("cursor", "query", {"type": "string"}, "next_cursor of the page before."),
+                    _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}, "About how many."),
+                    model,
+                ],
+                {"200": _json({"type": "object", "required": ["streams", "next_cursor"], "properties": _PAGE}, "A page.")},
+                ["bad-parameter", "unknown-model", "store-unavailable"],
+            )
+        },
+        "/v1/streams/{stream_id}": {
+            "get": _operation(
+                "getStream",
+                "The last result of a stream",
+                [stream, model],
+                {"200": _json(_ref("Result"), "Its last result.")},
+                ["unknown-stream", "store-unavailable"],
+            ),
+            "delete": _operation(
+                "deleteStream",
+                "Forget a stream",
+                [stream, model],
+                {"204": {"description": "Forgotten."}},
+                ["unknown-stream", "store-unavailable"],
+            ),
+        },
+        "/v1/models": {"get": _operation("listModels", "Manifests of the loaded models", [], {"200": _json(_MODELS, "The models.")}, [])},
+        "/health/live": {"get": _operation("live", "Whether the process should go on", [], _HEALTH_ANSWERS, [])},
+        "/health/ready": {"get": _operation("ready", "Whether events can be scored and committed", [], _HEALTH_ANSWERS, [])},
+        "/metrics": {
+            "get": {
+                "operationId": "metrics",
+                "summary": "Prometheus metrics",
+                "responses": {"200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+            }
+        },
+    }
+
+
+def _scoring(name: str, summary: str, parameters: list[Any]) -> dict[str, Any]:
+    either = {"anyOf": [_ref("Result"), _ref("Problem")]}
+    answers = {
+        "200": {
+            "description": "A result for each event, in order and in the shape of the request; in an array or NDJSON a refused event "
+            "leaves a problem in its place.",
+            "content": {
+                "application/json": {"schema": {"anyOf": [_ref("Result"), {"type": "array", "items": either}]}},
+                "application/x-ndjson": {"schema": {"type": "string", "description": "One result or problem a line."}},
+            },
+        },
+        "409": _problem("A single event older than the stream's last one."),
+    }
+    slugs = [slug for _, slug, _, _ in TABLE.values() if slug != "unknown-stream"]
+    top = _parameter(
+        "top_contributors", "query", {"type": "integer", "minimum": 0, "maximum": 300, "default": 10}, "Features to explain by."
+    )
+    key = _parameter(
+        "Idempotency-Key",
+        "header",
+        {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGTH},
+        "Gives events without event_id an identity, so that the request can be sent again.",
+    )
+    operation = _operation(name, summary, [*parameters, top, key], answers, slugs)
+    event: dict[str, Any] = _ref("Event")
+    operation["requestBody"] = {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"anyOf": [event, {"type": "array", "items": event}]}, "example": _EXAMPLE_EVENT},
+            "application/x-ndjson": {"schema": {"type": "string"}, "example": msgspec.json.encode(_EXAMPLE_EVENT).decode() + "\n"},
+        },
+    }
+    return operation
+
+
+def _operation(name: str, summary: str, parameters: list[Any], answers: dict[str, Any], slugs: list[str]) -> dict[str, Any]:
+    responses = dict(answers)
+    for status, title in _failures(slugs):
+        responses.setdefault(str(status), _problem(title))
+    return {"operationId": name, "summary": summary, "parameters": parameters, "responses": responses}
+
+
+def _failures(slugs: list[str]) -> list[tuple[int, str]]:
+    rows: list[tuple[type[OnsetError], tuple[int, str, str, int | None]]] = list(TABLE.items())
+    titles: dict[int, list[str]] = {}
+    for _, (status, slug, title, _) in rows:
+        if slug in slugs:
+            titles.setdefault(status, []).append(title)
+    return [(status, "; ".join(found) + ".") for status, found in sorted(titles.items())]
+
+
+def _parameter(name: str, where: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"name": name, "in": where, "required": where == "path", "schema": schema, "description": description}
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": _COMPONENT.format(name=name)}
+
+
+def _json(schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _problem(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {MEDIA_TYPE: {"schema": _ref("Problem")}}}
+
+
+_PAGE = {"streams": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}}, "next_cursor": {"type": ["string", "null"]}}
+_MODELS = {"type": "object", "required": ["models"], "properties": {"models": {"type": "array", "items": {"type": "object"}}}}
+_HEALTH_ANSWERS = {"200": _json(_ref("Health"), "Yes."), "503": _json(_ref("Health"), "No, and why.")}

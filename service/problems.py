@@ -1,0 +1,86 @@
+"""The one table error → HTTP status, and errors as problem details (RFC 9457)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from service.errors import (
+    BadBody,
+    BadEvent,
+    BadParameter,
+    ItemError,
+    NotCommitted,
+    OnsetError,
+    Overloaded,
+    StateConflict,
+    StoreUnavailable,
+    TooLarge,
+    TooManyStreams,
+    UnknownModel,
+    UnknownStream,
+    UnsupportedMedia,
+)
+
+MEDIA_TYPE = "application/problem+json"
+
+# error: status, slug of the type, title, seconds to wait before trying again
+TABLE: dict[type[OnsetError], tuple[int, str, str, int | None]] = {
+    BadBody: (400, "bad-body", "The body cannot be read", None),
+    BadEvent: (422, "bad-event", "An event has a field that cannot be used", None),
+    BadParameter: (422, "bad-parameter", "A parameter cannot be used", None),
+    UnknownStream: (404, "unknown-stream", "No such stream", None),
+    UnknownModel: (404, "unknown-model", "No such model", None),
+    TooLarge: (413, "too-large", "Over a limit", None),
+    UnsupportedMedia: (415, "unsupported-media", "A content type that is not read here", None),
+    Overloaded: (429, "overloaded", "More than can be scored now", 1),
+    TooManyStreams: (429, "too-many-streams", "As many streams as allowed", 60),
+    StateConflict: (503, "state-conflict", "Other replicas were faster", 1),
+    NotCommitted: (503, "not-committed", "The store stopped answering", 1),
+    StoreUnavailable: (503, "store-unavailable", "The store does not answer", 1),
+}
+LATE = (409, "late-event", "Older than the stream's last event")
+
+
+class Problem(msgspec.Struct, omit_defaults=True):
+    """Problem details; `field` is the path of what is to blame, `index` the place in a bulk."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    field: str = ""
+    index: int | None = None
+    late: bool = False
+    retry_after: int | None = None
+
+
+def problem_of(error: OnsetError, index: int | None = None) -> Problem:
+    status, slug, title, retry_after = TABLE[type(error)]
+    if isinstance(error, Overloaded):
+        retry_after = error.retry_after
+    field = error.field if isinstance(error, ItemError | BadParameter) else ""
+    return Problem(f"urn:onset:{slug}", title, status, error.detail, field, index, retry_after=retry_after)
+
+
+def late_problem(stream_id: str, last: str) -> Problem:
+    status, slug, title = LATE
+    detail = f"Stream '{stream_id}' is past this event ({last}): it was counted as late and not scored."
+    return Problem(f"urn:onset:{slug}", title, status, detail, "timestamp", late=True)
+
+
+def respond(problem: Problem) -> Response:
+    headers = {"retry-after": str(problem.retry_after)} if problem.retry_after is not None else None
+    return Response(msgspec.json.encode(problem), problem.status, headers, MEDIA_TYPE)
+
+
+def plain(status: int, title: str, detail: str) -> Problem:
+    """For what is no error of ours: an unknown address, a wrong method, a bug."""
+    return Problem("about:blank", title, status, detail)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a problem."""
+    return msgspec.json.schema(Problem)
