@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -29,6 +30,9 @@ def serve(
     alpha: Annotated[float | None, typer.Option(help="False onsets per event of a normal stream. Default 0.001.")] = None,
 ) -> None:
     """Serve the REST API until SIGTERM or Ctrl-C; what was accepted is finished first."""
+    # In force until uvicorn's own handler is, and again after it: a stop while starting ends at once (process 1 of a container would
+    # ignore it), and a drained one with 0, where uvicorn raises the signal again.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     from pydantic import ValidationError  # noqa: PLC0415
 
     from service import logs  # noqa: PLC0415
