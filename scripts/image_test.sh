@@ -2,6 +2,7 @@
 # Builds the image for real, runs it once and proves what deploy.md says of it; prints its figures. Opt-in: `make image-test`.
 #
 #   RUNTIME=cpu|gpu   which image (default cpu)        PYTHON=python3   whose pip downloads the wheels
+#   MODEL=FILE        a detector of yours instead of the one that ships
 #   KEEP=1            leave the built image in a running Docker (only where Docker was running already)
 #
 # Uses the Docker daemon that runs; where none does, and we are root on Debian, installs and starts one of its own in a scratch folder.
@@ -133,21 +134,94 @@ run_service() { # run_service NAME PORT [DOCKER OPTION...]
     --env ONSET_HOST=127.0.0.1 --env ONSET_PORT="$port" "$@" "$IMAGE" > /dev/null
 }
 
-http() { "$PYTHON" scripts/image_http.py "$@"; }
+client() { "$PYTHON" scripts/image_client.py "$@"; }
 inside() { docker exec "$NAME" "$@"; }
-health() { docker inspect --format '{{.State.Health.Status}}' "$NAME"; }
+state() { docker inspect --format "$1" "${2:-$NAME}"; }
 becomes_healthy() {
   for _ in $(seq 60); do
-    [ "$(health)" = healthy ] && return
+    [ "$(state '{{.State.Health.Status}}')" = healthy ] && return
     sleep 0.5
   done
-  docker inspect --format '{{json .State.Health}}' "$NAME"
+  state '{{json .State.Health}}'
   return 1
 }
-exit_code() { docker inspect --format '{{.State.ExitCode}}' "$1"; }
 
 start_docker
 get_base
 started=$(now); make_context; wheels_s=$(seconds_since "$started")
 started=$(now); build; build_s=$(seconds_since "$started")
 say "built $IMAGE on $BASE_KIND"
+
+MODEL_OPTIONS=()
+if [ -n "${MODEL:-}" ]; then MODEL_OPTIONS=(--volume "$(realpath "$MODEL"):/models/$(basename "$MODEL"):ro" --env ONSET_MODEL=/models); fi
+
+say "with its embedded store, read-only root, no capabilities:"
+port=$(free_port)
+started=$(now)
+run_service "$NAME" "$port" "${MODEL_OPTIONS[@]}"
+check "it becomes ready" client ready "$port" 60
+ready_s=$(seconds_since "$started")
+check "it answers a first event with state_version 1" client post "$port" image-test/a 1
+check "Docker's health check finds it healthy" becomes_healthy
+check "and would find a service that is not there unhealthy" fails docker exec --env ONSET_PORT=1 "$NAME" python -I /opt/onset/healthcheck.py
+check "it runs as user 10001" equals "$(inside id -u)" 10001
+check "its process 1 is the service" equals "$(inside cat /proc/1/cmdline | tr '\0' ' ')" "python -m service serve "
+check "it cannot write its own code" fails inside touch /opt/onset/x
+check "torch is not in it" inside python -c "import importlib.util as u; assert u.find_spec('torch') is None"
+check "training is not in it" inside python -c "import importlib.util as u; assert u.find_spec('training') is None"
+check "exactly one ONNX Runtime is in it" inside python -c "
+import importlib.metadata as m
+names = sorted({d.name for d in m.distributions() if d.name.startswith('onnxruntime')})
+assert len(names) == 1, names"
+memory=$(inside sh -c 'awk "/^VmRSS/ {print \$2 * 1024}" /proc/1/status')
+started=$(now)
+docker stop --time 30 "$NAME" > /dev/null
+stop_s=$(seconds_since "$started")
+check "SIGTERM drains and ends it with 0" equals "$(state '{{.State.ExitCode}}')" 0
+docker start "$NAME" > /dev/null
+check "started again, it becomes ready" client ready "$port" 60
+check "and goes on where the stream was: state_version 2" client post "$port" image-test/a 2
+docker kill --signal KILL "$NAME" > /dev/null
+docker start "$NAME" > /dev/null
+check "killed with -9 and started again, it becomes ready" client ready "$port" 60
+check "and goes on where the stream was: state_version 3" client post "$port" image-test/a 3
+docker stop --time 30 "$NAME" > /dev/null
+
+say "two replicas on one store, as in Kubernetes (no data folder):"
+store_port=$(free_port)
+docker run --detach --name "$NAME-store" --network host --read-only --tmpfs /tmp --entrypoint python "$IMAGE" -c "
+import os
+from service.embedded import find_server
+server = find_server()
+os.execv(server, [server, '--port', '$store_port', '--bind', '127.0.0.1', '--dir', '/tmp', '--save', ''])" > /dev/null
+docker rm --force --volumes "$NAME" > /dev/null
+replica=(--tmpfs /data:ro --env ONSET_REDIS_URL="redis://127.0.0.1:$store_port/0" "${MODEL_OPTIONS[@]}")
+other=$(free_port)
+run_service "$NAME" "$port" "${replica[@]}"
+run_service "$NAME-b" "$other" "${replica[@]}"
+check "the first becomes ready" client ready "$port" 60
+check "the second becomes ready" client ready "$other" 60
+check "the first scores a stream's first event" client post "$port" image-test/b 1
+check "the second scores the same stream's second" client post "$other" image-test/b 2
+check "the first scores its third" client post "$port" image-test/b 3
+docker stop --time 30 "$NAME-store" > /dev/null
+check "without the store the first is not ready" client not-ready "$port" 15
+check "but live" inside python -I /opt/onset/healthcheck.py /health/live
+docker start "$NAME-store" > /dev/null
+check "and ready again once the store is back" client ready "$port" 30
+check "and scores again, though the store came back empty" client post "$port" image-test/b 1
+docker stop --time 30 "$NAME" "$NAME-b" > /dev/null
+check "both end with 0" equals "$(state '{{.State.ExitCode}}') $(state '{{.State.ExitCode}}' "$NAME-b")" "0 0"
+
+size=$(docker image inspect --format '{{.Size}}' "$IMAGE")
+base_size=$(docker image inspect --format '{{.Size}}' "$BASE")
+wheels=$(du -sb "$SCRATCH/context/wheelhouse" | cut -f1)
+say "figures (runtime $RUNTIME, base: $BASE_KIND):"
+say "  image            $(megabytes "$size") MB, of which base $(megabytes "$base_size") MB, ours $(megabytes $((size - base_size))) MB"
+say "  wheelhouse       $(megabytes "$wheels") MB, filled in $wheels_s s"
+say "  build            $build_s s, without a network"
+say "  start to ready   $ready_s s (docker run until /health/ready answers 200)"
+say "  resident memory  $(megabytes "$memory") MB after the first event"
+say "  docker stop      $stop_s s"
+if [ "$FAILURES" -gt 0 ]; then die "$FAILURES checks failed"; fi
+say "image-test: all checks passed"

@@ -1,0 +1,52 @@
+"""How a container's process ends: what Docker and Kubernetes see of a stop."""
+
+import os
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.process import Service
+from tests.tiny import build_tiny
+
+STOP_SECONDS = 20
+
+
+def exit_code(service: Service) -> int | None:
+    deadline = time.monotonic() + STOP_SECONDS
+    while service.returncode is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return service.returncode
+
+
+def test_a_stopped_service_drains_and_ends_with_0_and_its_store_with_it(tmp_path: Path) -> None:
+    with Service(tmp_path / "data", model=build_tiny(tmp_path)) as service:
+        reply = httpx.post(f"{service.url}/v1/events", json={"stream_id": "a", "values": {"value": 1.0}})
+        assert reply.status_code == 200
+        (store,) = service.children("valkey-server")
+        os.kill(service.pid, signal.SIGTERM)
+        assert exit_code(service) == 0
+        assert not store.is_running()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads from /proc when the handler is in place")
+def test_a_service_stopped_while_it_starts_ends_with_0_at_once(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        service = Service(tmp_path / "data", model=build_tiny(tmp_path))
+        stack.push(service)
+        service.start(ready=False)
+        deadline = time.monotonic() + STOP_SECONDS
+        while not handles_sigterm(service.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(service.pid, signal.SIGTERM)
+        assert exit_code(service) == 0
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Whether the process has installed a handler (Linux)."""
+    (mask,) = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(mask, 16) & 1 << (signal.SIGTERM - 1))
