@@ -36,7 +36,7 @@ from service.errors import OnsetError
 from service.tables import ReadOptions, Source, Table, find_sources, read_for
 
 RETRY_STATUS = frozenset({429, 502, 503, 504})
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between tries: doubled from the first to the longest, or what Retry-After says."""
 REQUEST_SECONDS = 60.0
 SHOWN_REFUSALS = 5
@@ -169,7 +169,7 @@ class Door:
         response = self._send(lambda: self._client.get("/v1/models"))
         models = response.json()["models"]
         wanted = self._options.model
-        chosen = next((model for model in models if (model["name"] == wanted if wanted else model.get("default", len(models) == 1))), None)
+        chosen = next((model for model in models if (model["name"] == wanted if wanted else model["default"])), None)
         if chosen is None:
             names = ", ".join(f"'{model['name']}'" for model in models)
             raise ReplayFailed(f"{self._options.url} serves {names}, not '{wanted or 'a default'}': choose one with --model.")
@@ -183,7 +183,7 @@ class Door:
             answers = self._post([lines[i] for i in left])
             for i, answer in zip(left, answers, strict=True):
                 replies[i] = answer
-            left = [i for i in left if problem_status(replies[i]) in {*RETRY_STATUS, 409}]
+            left = [i for i in left if problem_status(replies[i]) == httpx.codes.SERVICE_UNAVAILABLE]
             if not left:
                 return replies
             self._wait(pause, replies[left[0]].get("detail", "some events were not committed"))

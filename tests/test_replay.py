@@ -212,7 +212,7 @@ def test_retry_after_is_honoured() -> None:
 
 def test_only_the_events_that_were_not_committed_are_sent_again() -> None:
     def half(handler: Any, events: list[dict[str, Any]]) -> None:
-        replies = [scored(events[0]), {"status": 422, "detail": "no number"}, {"status": 503, "detail": "store"}, {"status": 409}]
+        replies = [scored(events[0]), {"status": 422, "detail": "no number"}, {"status": 503, "detail": "store"}, {"status": 503}]
         reply(handler, 200, "\n".join(json.dumps(one) for one in replies))
 
     with serving(half) as server, httpx.Client(base_url=server.url) as client:

@@ -1,0 +1,163 @@
+"""The same numbers everywhere: what the service answers to a replayed file is what the backtest writes, to the last bit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from rich.console import Console
+
+from service import backtest
+from service.detector import Detector
+from service.policy import Policy
+from service.replay import Options, run
+from service.tables import ReadOptions
+from tests.e2e.process import Service
+from tests.tiny import build_tiny
+
+UNSORTED = ReadOptions(unsorted=True)
+SCORES = ("anomaly_score", "alert_score", "p_value")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny(tmp_path_factory.mktemp("model"), features=("flow", "pressure"), name="pump")
+
+
+@pytest.fixture
+def service(tmp_path: Path, model: Path) -> Iterator[Service]:
+    with Service(tmp_path / "service", model=model) as running:
+        yield running
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """Two files with gaps, missing numbers, equal timestamps, rows out of order and a label that must not be sent."""
+    folder = tmp_path / "recorded"
+    (folder / "hall").mkdir(parents=True)
+    rng = np.random.default_rng(5)
+    for name, rows in (("a.csv", 300), ("hall/b.csv", 120)):
+        seconds = 1.6e9 + np.cumsum(rng.choice([0, 0.5, 1, 60, -3], rows, p=[0.05, 0.3, 0.6, 0.04, 0.01]))
+        values = rng.normal(10, 1, (rows, 2))
+        values[rows // 2 : rows // 2 + 5] += 25
+        lines = [
+            f"{t!r},{x!r},{'' if rng.random() < 0.05 else repr(y)},1" for t, (x, y) in zip(seconds.tolist(), values.tolist(), strict=True)
+        ]
+        (folder / name).write_text("\n".join(["timestamp,flow,pressure,anomaly", *lines]) + "\n")
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def backtested(recorded: Path, model: Path, out: Path) -> dict[str, list[dict[str, str]]]:
+    """Stream → the backtest's rows."""
+    backtest.run([recorded], Detector.load(model), Policy(), out, UNSORTED, Console(file=io.StringIO()))
+    return {str(path.relative_to(out).with_suffix("")): rows_of(path) for path in out.rglob("*.csv")}
+
+
+def served(values: dict[str, Any] | dict[str, str]) -> tuple[float, ...]:
+    """Scores as the backtest writes them: finite."""
+    default = {"anomaly_score": 0.0, "alert_score": 0.0, "p_value": 1.0}
+    return tuple(default[name] if values[name] in (None, "") else float(values[name]) for name in SCORES)
+
+
+def replayed(service: Service, recorded: Path, out: Path, batch: int) -> dict[str, list[dict[str, str]]]:
+    """Stream → the replies in order, as `replay --out` writes them."""
+    options = Options(service.url, speed=math.inf, batch=batch, patience=60)
+    run([recorded], options, UNSORTED, out, Console(file=io.StringIO()))
+    streams: dict[str, list[dict[str, str]]] = {}
+    for row in rows_of(out):
+        streams.setdefault(row["stream_id"], []).append(row)
+    return streams
+
+
+def assert_same(got: dict[str, list[dict[str, str]]], want: dict[str, list[dict[str, str]]]) -> None:
+    assert got.keys() == want.keys()
+    for stream, rows in want.items():
+        assert [served(row) for row in got[stream]] == [served(row) for row in rows]
+        assert [row["is_anomaly"] for row in got[stream]] == [row["is_anomaly"] for row in rows]
+        for name in ("flow_expected", "pressure_expected"):
+            assert [row[name] for row in got[stream]] == [row[name] for row in rows]
+    assert any(row["is_anomaly"] == "true" for rows in want.values() for row in rows)
+
+
+def test_a_replayed_file_is_answered_with_the_numbers_of_the_backtest(
+    service: Service, recorded: Path, model: Path, tmp_path: Path
+) -> None:
+    want = backtested(recorded, model, tmp_path / "scores")
+    assert_same(replayed(service, recorded, tmp_path / "replies.csv", batch=64), want)
+
+
+def test_numbers_do_not_depend_on_how_events_are_cut_into_requests(service: Service, recorded: Path, model: Path, tmp_path: Path) -> None:
+    want = backtested(recorded, model, tmp_path / "scores")
+    rng = random.Random(3)
+    for stream, rows in want.items():
+        sent = rows_of(recorded / f"{stream}.csv")
+        events = [
+            {
+                "timestamp": float(row["timestamp"]),
+                "values": {name: float(row[name]) if row[name] else None for name in ("flow", "pressure")},
+            }
+            for row in sent
+        ]
+        got: list[dict[str, Any]] = []
+        with httpx.Client(base_url=service.url) as client:
+            while events:
+                part, events = events[: (size := rng.choice([1, 1, 2, 3, 7, 40]))], events[size:]
+                answer = client.post(f"/v1/streams/sliced:{stream}/events", content=json.dumps(part)).raise_for_status()
+                got += answer.json()
+        assert [served(reply) for reply in got] == [served(row) for row in rows]
+        assert [json.dumps(reply["is_anomaly"]) for reply in got] == [row["is_anomaly"] for row in rows]
+
+
+def test_a_service_killed_during_a_replay_costs_nothing(service: Service, recorded: Path, model: Path, tmp_path: Path) -> None:
+    want = backtested(recorded, model, tmp_path / "scores")
+    over = threading.Event()
+    kills = 0
+
+    def killing() -> None:
+        nonlocal kills
+        while kills < 3 and not over.wait(0.15):
+            service.kill()
+            kills += 1
+            service.start()
+
+    killer = threading.Thread(target=killing)
+    killer.start()
+    try:
+        got = replayed(service, recorded, tmp_path / "replies.csv", batch=2)
+    finally:
+        over.set()
+        killer.join()
+    assert kills > 0
+    assert_same(got, want)
+
+
+def test_a_replay_of_what_was_replayed_before_scores_nothing_again(service: Service, recorded: Path, tmp_path: Path) -> None:
+    first = replayed(service, recorded, tmp_path / "first.csv", batch=50)
+    again = replayed(service, recorded, tmp_path / "again.csv", batch=50)
+    versions = {one["stream_id"]: one["state_version"] for one in httpx.get(f"{service.url}/v1/streams").json()["streams"]}
+    for stream, rows in first.items():
+        assert versions[stream] == sum(row["late"] == "false" for row in rows)
+        assert all(row["duplicate"] == "true" or row["late"] == "true" for row in again[stream])
+
+
+def test_features_that_the_model_does_not_know_end_a_replay_with_what_to_do(service: Service, tmp_path: Path) -> None:
+    from service.errors import TableError
+
+    (tmp_path / "x.csv").write_text("timestamp,speed,torque\n1,2,3\n")
+    with pytest.raises(TableError, match="'speed', 'torque', the model the features 'flow', 'pressure'"):
+        run([tmp_path / "x.csv"], Options(service.url), UNSORTED, console=Console(file=io.StringIO()))
