@@ -34,9 +34,9 @@ def test_every_setting_is_known_to_the_service_and_accepted(services: Document) 
     assert services["service"]["ports"] == [f"${{PUBLISH:-127.0.0.1:8080}}:{settings.port}"]
 
 
-def test_docker_waits_longer_than_the_service_drains(services: Document) -> None:
+def test_docker_waits_longer_than_both_halves_of_the_drain(services: Document) -> None:
     settings = settings_from(services["service"]["environment"])
-    assert seconds(services["service"]["stop_grace_period"]) > settings.drain_seconds + 5
+    assert seconds(services["service"]["stop_grace_period"]) > 2 * settings.drain_seconds + 5
 
 
 def test_the_service_starts_once_the_store_answers(services: Document) -> None:
