@@ -56,6 +56,66 @@ def serve(
 
 
 @app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(envvar="DEMO_SECONDS", min=1, max=3600, help="How long it plays; at least 35.")] = 60.0,
+    model: Annotated[Path | None, typer.Option(help="A detector of one feature. Default: the one that ships.")] = None,
+) -> None:
+    """Score this machine's own readings live, disturb it, and show the onset."""
+    from service.demo import run  # noqa: PLC0415
+
+    raise typer.Exit(run(seconds, model))
+
+
+@app.command()
+def replay(
+    files: Annotated[list[Path], typer.Argument(help="CSV, Parquet or npz files, or folders of them; each file is one stream.")],
+    url: Annotated[str, typer.Option(help="Where the service listens.")] = "http://127.0.0.1:8080",
+    speed: Annotated[str, typer.Option(help="Recorded seconds a second, such as 100x; max = as fast as it answers.")] = "1x",
+    stream: Annotated[str | None, typer.Option(help="All files are parts of this one stream. Default: a stream for each file.")] = None,
+    timestamps: Annotated[str, typer.Option(help="original, or now (the time of sending).")] = "original",
+    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events of a request at most.")] = 1000,
+    top: Annotated[int, typer.Option(min=1, max=300, help="Contributors shown.")] = 3,
+    model: Annotated[str | None, typer.Option(help="Name of the served model. Default: the service's own default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the replies to this CSV.")] = None,
+    timestamp: Annotated[str | None, typer.Option(help="Name of the timestamp column. Default: found by name.")] = None,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to go on trying while the service does not answer.")] = 120.0,
+) -> None:
+    """Post recorded data as live events; safe to interrupt and to repeat."""
+    from service.errors import OnsetError  # noqa: PLC0415
+    from service.replay import Options, parse_speed, run, timestamps_of  # noqa: PLC0415
+    from service.tables import ReadOptions  # noqa: PLC0415
+
+    try:
+        options = Options(url, model, parse_speed(speed), timestamps_of(timestamps), stream, batch, top, patience)
+        run(files, options, ReadOptions(timestamp=timestamp, unsorted=True), out)
+    except OnsetError as error:
+        _refuse(error.detail)
+    except KeyboardInterrupt:
+        _refuse("Interrupted. Start the same replay again and it goes on where it was.")
+
+
+@app.command()
+def backtest(
+    inputs: Annotated[list[Path], typer.Argument(help="CSV, Parquet or npz files, or folders of them; each file is one stream.")],
+    out: Annotated[Path, typer.Option(help="Folder for the scores: one CSV per input, of the same relative path.")],
+    model: Annotated[Path | None, typer.Option(help="A model file, or a folder that holds one. Default: the detector that ships.")] = None,
+    alpha: Annotated[float, typer.Option(min=1e-9, max=0.499, help="False onsets per event of a normal stream.")] = 1e-3,
+    timestamp: Annotated[str | None, typer.Option(help="Name of the timestamp column. Default: found by name.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be given again.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")] = None,
+) -> None:
+    """Score whole files as the service would have, without a server."""
+    from service.backtest import command  # noqa: PLC0415
+    from service.errors import OnsetError  # noqa: PLC0415
+    from service.settings import SHIPPED_MODELS  # noqa: PLC0415
+
+    try:
+        command(inputs, model or SHIPPED_MODELS, out, alpha, timestamp, exclude or [], json_file)
+    except OnsetError as error:
+        _refuse(error.detail)
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="An .onnx file made by `python -m training fit`.")],
 ) -> None:

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import httpx
 import numpy as np
@@ -316,11 +316,22 @@ class Output:
 
 
 def parse_speed(text: str) -> float:
-    """'100x', '100' or 'max' → recorded seconds a second. Raises ValueError."""
-    speed = float("inf") if text.lower() == "max" else float(text.lower().removesuffix("x"))
+    """'100x', '100' or 'max' → recorded seconds a second. Raises ReplayFailed."""
+    try:
+        speed = float("inf") if text.lower() == "max" else float(text.lower().removesuffix("x"))
+    except ValueError:
+        speed = 0.0
     if not speed > 0:
-        raise ValueError(f"--speed {text}: give a number greater than 0, such as 100x, or max.")
+        raise ReplayFailed(f"--speed is {text!r}: give a number greater than 0, such as 100x, or max.")
     return speed
+
+
+def timestamps_of(text: str) -> Timestamps:
+    """Raises ReplayFailed when `text` is neither of the two."""
+    for choice in get_args(Timestamps):
+        if text == choice:
+            return cast(Timestamps, choice)
+    raise ReplayFailed(f"--timestamps is {text!r}: give original or now.")
 
 
 def run(
