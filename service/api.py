@@ -13,6 +13,7 @@ OpenAPI document is in openapi.py.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -49,6 +50,9 @@ JSON, NDJSON = "application/json", "application/x-ndjson"
 MAX_TOP = 300
 MAX_PAGE = 1000
 IDEMPOTENCY_KEY = "idempotency-key"
+
+VISIBLE = f"^[!-~]{{1,{MAX_NAME_LENGTH}}}$"
+_VISIBLE = re.compile(VISIBLE)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -113,7 +117,7 @@ class Door:
         """A page of streams with their last results."""
         scorer = self._scorer(request)
         cursor = request.query_params.get("cursor", "")
-        if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= 20):
+        if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 20):
             raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor")
         results, following = await scorer.streams(cursor, _number(request, "limit", 100, 1, MAX_PAGE))
         return Response(msgspec.json.encode({"streams": results, "next_cursor": following or None}), media_type=JSON)
@@ -263,8 +267,8 @@ def _outcome(answer: Result | ItemError) -> str:
 
 def _addressed(items: Items, stream_id: str | None, key: str | None) -> Items:
     """Events with the stream of the path and the identity that the Idempotency-Key header gives to those without one."""
-    if key is not None and not (0 < len(key) <= MAX_NAME_LENGTH and key.isprintable()):
-        raise BadParameter(f"Idempotency-Key has 1 to {MAX_NAME_LENGTH} printable characters.", "Idempotency-Key")
+    if key is not None and not _VISIBLE.fullmatch(key):
+        raise BadParameter(f"Idempotency-Key has 1 to {MAX_NAME_LENGTH} visible ASCII characters.", "Idempotency-Key")
     if stream_id is None and key is None:
         return items
     return [

@@ -150,7 +150,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.get("/", include_in_schema=False)(_home)
     app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _unexpected)
-    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
+    manifests = [detector.manifest for detector in service.detectors.values()]
+    app.openapi = lambda: openapi.document(app, manifests)  # type: ignore[method-assign]
     return app
 
 

@@ -121,7 +121,7 @@ def _try(item: Any) -> Event | ItemError:
 def _parse(content: bytes, what: str = "body") -> Any:
     """JSON that may hold NaN and Infinity, so that their field can be named. Raises BadBody."""
     try:
-        return json.loads(content)
+        return json.loads(content.decode())
     except RecursionError as error:
         raise BadBody(f"The {what} is nested too deeply: an event is an object with one object in it.") from error
     except UnicodeDecodeError as error:

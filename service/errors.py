@@ -5,6 +5,7 @@ OnsetError
 ├── TableError           a file of rows that cannot be read as a stream
 ├── ItemError            one event is refused; its neighbours in the batch are not
 │   ├── BadEvent             a field has a value we cannot use
+│   ├── FutureEvent          ahead of our clock: it would make every later event late
 │   ├── StateConflict        other replicas won the race for this stream three times in a row
 │   ├── TooManyStreams       the store holds as many streams as it may
 │   └── NotCommitted         the store stopped answering in the middle of a long request
@@ -47,6 +48,10 @@ class ItemError(OnsetError):
 
 class BadEvent(ItemError):
     """A field of an event has a value we cannot use."""
+
+
+class FutureEvent(BadEvent):
+    """The event's time is further ahead of our clock than allowed."""
 
 
 class StateConflict(ItemError):

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 MAX_NAME_LENGTH = 256
 MAX_MESSAGE_LENGTH = 65_536
-MAX_VALUES = 300
+UNPRINTABLE = r"[\x00-\x1f\x7f\ud800-\udfff]"
+"""What a name must not hold: control characters, and halves of characters."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH)]
 Sequence_ = Annotated[int, Meta(ge=0, le=2**63 - 1)]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import numpy as np
 
 from service.artifact import Manifest
-from service.errors import BadEvent
-from service.events import Event, Readings
+from service.errors import BadEvent, FutureEvent
+from service.events import UNPRINTABLE, Event, Readings
 from service.state import event_key
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-LATEST_SECONDS = 1e11
-"""Seconds up to the year 5138; more is a timestamp in milliseconds."""
+EARLIEST_SECONDS, LATEST_SECONDS = -62_135_683_200.0, 1e11
+"""From the year 1 (a day late, for the zones) to 5138; more is a timestamp in milliseconds."""
 _NAN = math.nan
+_unprintable = re.compile(UNPRINTABLE).search
 
 
 def to_readings(
@@ -50,18 +52,18 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
     if isinstance(value, str):
         try:
             moment = datetime.fromisoformat(value)
-        except ValueError as error:
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError) as error:
             raise BadEvent(
                 f"timestamp {value[:64]!r} is neither RFC 3339 (2026-11-23T08:00:00Z) nor seconds since 1970.", "timestamp"
             ) from error
-        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     else:
         seconds = float(value)
-    if not 0 <= seconds <= LATEST_SECONDS:
+    if not EARLIEST_SECONDS <= seconds <= LATEST_SECONDS:
         hint = " It looks like milliseconds: send seconds." if LATEST_SECONDS < seconds < 1e15 else ""
-        raise BadEvent(f"timestamp {value} is not a time after 1970 in seconds.{hint}", "timestamp")
+        raise BadEvent(f"timestamp {value} is not a time in seconds since 1970.{hint}", "timestamp")
     if seconds > latest:
-        raise BadEvent(f"timestamp {value} is too far in the future: every later event of the stream would count as late.", "timestamp")
+        raise FutureEvent(f"timestamp {value} is too far in the future: every later event of the stream would count as late.", "timestamp")
     return seconds
 
 
@@ -69,10 +71,10 @@ def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: 
     """Numbers in the manifest's order, None = missing. Raises BadEvent that names the field."""
     if not event.stream_id:
         raise BadEvent("stream_id is missing.", "stream_id")
-    if not event.stream_id.isprintable():
-        raise BadEvent(f"stream_id {event.stream_id[:64]!r} holds characters that cannot be printed.", "stream_id")
-    if event.event_id is not None and not event.event_id.isprintable():
-        raise BadEvent(f"event_id {event.event_id[:64]!r} holds characters that cannot be printed.", "event_id")
+    if _unprintable(event.stream_id):
+        raise BadEvent(f"stream_id {event.stream_id[:64]!r} holds control characters.", "stream_id")
+    if event.event_id is not None and _unprintable(event.event_id):
+        raise BadEvent(f"event_id {event.event_id[:64]!r} holds control characters.", "event_id")
     values = event.values
     if values is None or event.message is not None:
         wrong, right = ("message", "values") if event.message is not None else ("values", "values")

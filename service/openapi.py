@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from service.api import VISIBLE
+from service.artifact import Manifest
 from service.errors import OnsetError
 from service.events import MAX_NAME_LENGTH, Event, Result
+from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
 from service.problems import MEDIA_TYPE, TABLE, Problem
 
 _EXAMPLE_EVENT = {"stream_id": "pump-7/temperature", "values": {"value": 71.3}, "timestamp": "2026-11-23T08:00:00Z", "event_id": "a-17"}
+PRINTABLE = f"^[^\\u0000-\\u001F\\u007F]{{1,{MAX_NAME_LENGTH}}}$"
 _COMPONENT = "#/components/schemas/{name}"
 _DESCRIPTION = """Scores each event of a stream the moment it arrives, with the stream's recurrent state in Redis.
 
@@ -20,18 +25,49 @@ _DESCRIPTION = """Scores each event of a stream the moment it arrives, with the 
 rarer than asked; `alert_score` is the same where an anomaly *begins* and 0 elsewhere. Scores are null while a stream warms up."""
 
 
-def document(app: FastAPI) -> dict[str, Any]:
-    """The whole document, made once."""
+def document(app: FastAPI, manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """The whole document, made once; it names the features of the loaded models."""
     if app.openapi_schema is None:
         spec = get_openapi(title="Onset", version=app.version, description=_DESCRIPTION, routes=app.routes)
         _, components = msgspec.json.schema_components([Event, Result, Problem], ref_template=_COMPONENT)
+        event = _event(components.pop("Event"), manifests)
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
-        spec["components"]["schemas"]["Health"] = _HEALTH
+        spec["components"]["schemas"] |= {"Health": _HEALTH, "Event": event, "StreamEvent": _without_stream(event)}
         spec["paths"] = _paths() | {
             path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))
         }
         app.openapi_schema = spec
     return app.openapi_schema
+
+
+def _event(schema: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """The event that the loaded models take: msgspec's schema, and what features.py checks beyond it."""
+    number = {"anyOf": [{"type": "number", "minimum": -FLOAT32_MAX, "maximum": FLOAT32_MAX}, {"type": "null"}]}
+    values = [
+        {
+            "type": "object",
+            "description": f"Features of model '{manifest.name}'; null or left out = missing.",
+            "properties": dict.fromkeys(manifest.feature_names, number),
+            "additionalProperties": False,
+            "minProperties": 1,
+        }
+        for manifest in manifests
+    ]
+    name = {"type": "string", "pattern": PRINTABLE}
+    time = [{"type": "number", "minimum": EARLIEST_SECONDS, "maximum": LATEST_SECONDS}, {"type": "string", "format": "date-time"}]
+    properties = schema["properties"] | {
+        "stream_id": name,
+        "values": values[0] if len(values) == 1 else {"anyOf": values},
+        "timestamp": {"anyOf": [*time, {"type": "null"}]},
+        "event_id": {"anyOf": [name, {"type": "null"}]},
+    }
+    del properties["message"]  # no model that reads log lines yet
+    return schema | {"properties": properties, "required": ["stream_id", "values"]}
+
+
+def _without_stream(event: dict[str, Any]) -> dict[str, Any]:
+    properties = {name: schema for name, schema in event["properties"].items() if name != "stream_id"}
+    return event | {"title": "StreamEvent", "properties": properties, "required": ["values"]}
 
 
 _HEALTH = {
@@ -47,14 +83,16 @@ def _paths() -> dict[str, Any]:
     )
     model = _parameter("model", "query", {"type": "string"}, "Which loaded model; the default one if left out.")
     return {
-        "/v1/events": {"post": _scoring("postEvents", "Score events", [model])},
-        "/v1/streams/{stream_id}/events": {"post": _scoring("postStreamEvents", "Score events of one stream", [stream, model])},
+        "/v1/events": {"post": _scoring("postEvents", "Score events", [model], "Event")},
+        "/v1/streams/{stream_id}/events": {
+            "post": _scoring("postStreamEvents", "Score events of one stream", [stream, model], "StreamEvent")
+        },
         "/v1/streams": {
             "get": _operation(
                 "listStreams",
                 "List streams with their last results",
                 [
-                    _parameter("cursor", "query", {"type": "string"}, "next_cursor of the page before."),
+                    _parameter("cursor", "query", {"type": "string", "pattern": "^[0-9]{1,19}$"}, "next_cursor of the page before."),
                     _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}, "About how many."),
                     model,
                 ],
@@ -91,7 +129,7 @@ def _paths() -> dict[str, Any]:
     }
 
 
-def _scoring(name: str, summary: str, parameters: list[Any]) -> dict[str, Any]:
+def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str) -> dict[str, Any]:
     either = {"anyOf": [_ref("Result"), _ref("Problem")]}
     answers = {
         "200": {
@@ -102,7 +140,7 @@ def _scoring(name: str, summary: str, parameters: list[Any]) -> dict[str, Any]:
                 "application/x-ndjson": {"schema": {"type": "string", "description": "One result or problem a line."}},
             },
         },
-        "409": _problem("A single event older than the stream's last one."),
+        "409": _problem("A single event older than the stream's last one, or ahead of the service's clock."),
     }
     slugs = [slug for _, slug, _, _ in TABLE.values() if slug != "unknown-stream"]
     top = _parameter(
@@ -111,11 +149,11 @@ def _scoring(name: str, summary: str, parameters: list[Any]) -> dict[str, Any]:
     key = _parameter(
         "Idempotency-Key",
         "header",
-        {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGTH},
+        {"type": "string", "pattern": VISIBLE},
         "Gives events without event_id an identity, so that the request can be sent again.",
     )
     operation = _operation(name, summary, [*parameters, top, key], answers, slugs)
-    event: dict[str, Any] = _ref("Event")
+    event: dict[str, Any] = _ref(event_schema)
     operation["requestBody"] = {
         "required": True,
         "content": {

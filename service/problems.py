@@ -11,6 +11,7 @@ from service.errors import (
     BadBody,
     BadEvent,
     BadParameter,
+    FutureEvent,
     ItemError,
     NotCommitted,
     OnsetError,
@@ -30,6 +31,7 @@ MEDIA_TYPE = "application/problem+json"
 TABLE: dict[type[OnsetError], tuple[int, str, str, int | None]] = {
     BadBody: (400, "bad-body", "The body cannot be read", None),
     BadEvent: (422, "bad-event", "An event has a field that cannot be used", None),
+    FutureEvent: (409, "future-event", "Ahead of the service's clock", None),
     BadParameter: (422, "bad-parameter", "A parameter cannot be used", None),
     UnknownStream: (404, "unknown-stream", "No such stream", None),
     UnknownModel: (404, "unknown-model", "No such model", None),

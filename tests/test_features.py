@@ -50,9 +50,9 @@ def test_bad_events_do_not_touch_their_neighbours() -> None:
     ("event", "field", "says"),
     [
         (Event(values={"flow": 1.0}), "stream_id", "missing"),
-        (Event(stream_id="a\nb", values={"flow": 1.0}), "stream_id", "printed"),
-        (Event(stream_id="a\ud800", values={"flow": 1.0}), "stream_id", "printed"),
-        (Event(stream_id="a", values={"flow": 1.0}, event_id="\x00"), "event_id", "printed"),
+        (Event(stream_id="a\nb", values={"flow": 1.0}), "stream_id", "control characters"),
+        (Event(stream_id="a\ud800", values={"flow": 1.0}), "stream_id", "control characters"),
+        (Event(stream_id="a", values={"flow": 1.0}, event_id="\x00"), "event_id", "control characters"),
         (Event(stream_id="a"), "values", "'values' is missing"),
         (Event(stream_id="a", values={}), "values", "empty"),
         (Event(stream_id="a", values={"flow": 1.0, "speed": 2.0}), "values.speed", "knows 'temperature', 'flow'"),
@@ -62,8 +62,8 @@ def test_bad_events_do_not_touch_their_neighbours() -> None:
         (Event(stream_id="a", message="GET /"), "message", "not a log line"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp="yesterday"), "timestamp", "'yesterday' is neither"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=1.7e12), "timestamp", "looks like milliseconds"),
-        (Event(stream_id="a", values={"flow": 1.0}, timestamp=-1.0), "timestamp", "after 1970"),
-        (Event(stream_id="a", values={"flow": 1.0}, timestamp=float("nan")), "timestamp", "after 1970"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=-1e11), "timestamp", "since 1970"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=float("nan")), "timestamp", "since 1970"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=NOW + 61), "timestamp", "too far in the future"),
     ],
 )

@@ -1,0 +1,393 @@
+"""The HTTP door: bad input gets a problem that names the field, and its neighbours are scored."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.api import Door, DoorLimits
+from service.detector import Detector
+from service.errors import StoreUnavailable
+from service.metrics import Metrics
+from service.policy import Policy
+from service.scorer import Limits, Scorer
+from service.stores import Write
+from service.stores.memory import MemoryStore
+
+JSON = {"content-type": "application/json"}
+NDJSON = {"content-type": "application/x-ndjson"}
+LIMITS = DoorLimits(max_body_bytes=100_000, max_batch_events=1000, max_inflight_bytes=1_000_000)
+
+
+class Gated(MemoryStore):
+    """A store whose commits wait while the gate is closed."""
+
+    def __init__(self) -> None:
+        super().__init__(state_ttl=60, result_ttl=60)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.down = False
+
+    async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
+        if self.down:
+            raise StoreUnavailable("The state store does not answer.")
+        return await super().load(model, stream_ids)
+
+    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+        await self.gate.wait()
+        return await super().commit(model, writes)
+
+
+class Healthy:
+    async def live(self) -> str | None:
+        return None
+
+    async def ready(self) -> str | None:
+        return None
+
+
+class Client(httpx.AsyncClient):
+    """Posts to a door over a memory store, in this process."""
+
+    store: Gated
+    metrics: Metrics
+
+    async def raw(self, content: bytes | str, headers: dict[str, str] = JSON, path: str = "/v1/events") -> httpx.Response:
+        return await self.post(path, content=content, headers=headers)
+
+    async def score(self, body: Any, path: str = "/v1/events", **headers: str) -> Any:
+        response = await self.post(path, content=json.dumps(body), headers=JSON | headers)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+@asynccontextmanager
+async def door(detector: Detector, limits: DoorLimits = LIMITS, queue: int = 5000) -> AsyncIterator[Client]:
+    metrics, store = Metrics(), Gated()
+    scorer = Scorer(detector, Policy(), store, metrics, Limits(max_queue_events=queue, max_streams=500))
+    scorer.start()
+    app = FastAPI()
+    Door({"tiny": scorer}, "tiny", limits, metrics, Healthy()).add_to(app)
+    async with Client(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
+        client.store, client.metrics = store, metrics
+        yield client
+    store.gate.set()
+    await scorer.drain(2)
+
+
+@pytest.fixture
+async def client(tiny_detector: Detector) -> AsyncIterator[Client]:
+    async with door(tiny_detector) as running:
+        yield running
+
+
+def event(stream: str = "a", value: Any = 1.0, **more: Any) -> dict[str, Any]:
+    return {"stream_id": stream, "values": {"value": value}, **more}
+
+
+def assert_problem(response: httpx.Response, status: int, says: str, field: str | None = None) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert says in problem["detail"], problem["detail"]
+    assert {"type", "title"} <= problem.keys()
+    if field is not None:
+        assert problem.get("field", "") == field
+    return problem
+
+
+async def test_the_reply_has_the_shape_of_the_request(client: Client) -> None:
+    assert (await client.score(event()))["stream_id"] == "a"
+    assert [reply["stream_id"] for reply in await client.score([event("a"), event("b")])] == ["a", "b"]
+    assert await client.score([]) == []
+    lines = await client.raw("\n".join(json.dumps(event(s)) for s in "xyz") + "\n\n", NDJSON)
+    assert lines.headers["content-type"] == "application/x-ndjson"
+    assert [json.loads(line)["stream_id"] for line in lines.text.splitlines()] == ["x", "y", "z"]
+    assert (await client.raw("", NDJSON)).text == ""
+
+
+async def test_every_reply_field_is_there_and_echoes_the_event(client: Client) -> None:
+    for i in range(30):
+        reply = await client.score(event(value=i % 3, timestamp=f"2026-01-01T00:00:{i:02}Z", event_id=f"e{i}"))
+    assert reply["timestamp"] == "2026-01-01T00:00:29Z"
+    assert reply["event_id"] == "e29"
+    assert reply["status"] == "ready"
+    assert 0 < reply["p_value"] <= 1
+    assert reply["lower"]["value"] < reply["expected"]["value"] < reply["upper"]["value"]
+    assert sum(part["contribution"] for part in reply["contributors"]) == pytest.approx(1)
+    assert reply["alpha"] == 0.001
+    assert reply["state_version"] == 30
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says", "field"),
+    [
+        ("", 400, "empty", None),
+        ("{", 400, "not JSON", None),
+        ("nonsense", 400, "not JSON", None),
+        (b"\xff\xfe", 400, "not UTF-8", None),
+        ("[" * 50_000, 400, "nested too deeply", None),
+        ("null", 422, "An event is an object, not null", ""),
+        ("3", 422, "An event is an object, not 3", ""),
+        ('"text"', 422, "An event is an object", ""),
+        ("{}", 422, "stream_id is missing", "stream_id"),
+        ('{"stream_id": "a"}', 422, "'values' is missing", "values"),
+        ('{"stream_id": "", "values": {"value": 1}}', 422, "stream_id", "stream_id"),
+        (json.dumps(event("x" * 2000)), 422, "256", "stream_id"),
+        (json.dumps(event("a\nb")), 422, "control characters", "stream_id"),
+        ('{"stream_id": "\\ud800", "values": {"value": 1}}', 422, "control characters", "stream_id"),
+        ('{"stream_id": 5, "values": {"value": 1}}', 422, "5", "stream_id"),
+        ('{"stream_id": "a", "values": {"value": NaN}}', 422, "values.value is nan", "values.value"),
+        ('{"stream_id": "a", "values": {"value": -Infinity}}', 422, "values.value is -inf", "values.value"),
+        ('{"stream_id": "a", "values": {"value": 1e999}}', 422, "values.value is inf", "values.value"),
+        ('{"stream_id": "a", "values": {"value": 1e300}}', 422, "range of float32", "values.value"),
+        (json.dumps(event(value=10**400)), 422, "value", None),
+        (json.dumps(event(value="warm")), 422, 'values.value is "warm"', "values.value"),
+        (json.dumps(event(value=True)), 422, "values.value is true", "values.value"),
+        (json.dumps(event(value={"deep": 1})), 422, "values.value is", "values.value"),
+        ('{"stream_id": "a", "values": {"flow": 1}}', 422, "values.flow is not a feature", "values.flow"),
+        ('{"stream_id": "a", "values": {"value": 1, "": 2}}', 422, "1 to 256 characters", "values."),
+        ('{"stream_id": "a", "values": []}', 422, "[]", "values"),
+        ('{"stream_id": "a", "values": {}}', 422, "values is empty", "values"),
+        (json.dumps(event(speed=1)), 422, "'speed' is no field", "speed"),
+        (json.dumps(event(timestamp="soon")), 422, "'soon' is neither", "timestamp"),
+        (json.dumps(event(timestamp=1.7e12)), 422, "milliseconds", "timestamp"),
+        (json.dumps(event(timestamp=-1e11)), 422, "since 1970", "timestamp"),
+        (json.dumps(event(timestamp=[])), 422, "[]", "timestamp"),
+        (json.dumps(event(sequence=-1)), 422, "-1", "sequence"),
+        (json.dumps(event(sequence=1.5)), 422, "1.5", "sequence"),
+        (json.dumps(event(event_id="")), 422, "event_id", "event_id"),
+        (json.dumps({"stream_id": "a", "message": "GET /"}), 422, "not a log line", "message"),
+    ],
+)
+async def test_a_bad_event_is_a_problem_that_names_field_and_value(
+    client: Client, body: str | bytes, status: int, says: str, field: str | None
+) -> None:
+    assert_problem(await client.raw(body), status, says, field)
+    if status == 422:  # the same within a bulk, between two good ones
+        good = json.dumps(event("neighbour")).encode()
+        content = body.encode() if isinstance(body, str) else body
+        for bulk, headers in ((b"[" + good + b"," + content + b"," + good + b"]", JSON), (b"\n".join([good, content, good]), NDJSON)):
+            response = await client.raw(bulk, headers)
+            assert response.status_code == 200, response.text
+            first, bad, last = response.json() if headers is JSON else [json.loads(line) for line in response.text.splitlines()]
+            assert first["stream_id"] == last["stream_id"] == "neighbour"
+            assert bad["status"] == 422
+            assert bad["index"] == 1
+            assert says in bad["detail"]
+
+
+async def test_a_line_that_is_not_json_fails_alone(client: Client) -> None:
+    response = await client.raw(
+        b'{"stream_id": "a", "values": {"value": 1}}\n{oops\n\xff\n{"stream_id": "b", "values": {"value": 1}}', NDJSON
+    )
+    first, bad, worse, last = [json.loads(line) for line in response.text.splitlines()]
+    assert (first["stream_id"], last["stream_id"]) == ("a", "b")
+    assert bad["detail"].startswith("The line is not JSON")
+    assert worse["detail"].startswith("The line is not UTF-8")
+
+
+async def test_a_body_over_the_limit_is_refused_before_it_is_read(client: Client) -> None:
+    assert_problem(await client.raw(b" " * 100_001), 413, "over 100000 bytes")
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(200):
+            yield b" " * 1000
+
+    assert_problem(await client.post("/v1/events", content=chunks(), headers=JSON), 413, "over 100000 bytes")
+    assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "body"}) == 2
+    await client.score(event())
+
+
+async def test_more_events_than_allowed_are_refused_whole(client: Client) -> None:
+    lines = "\n".join(['{"stream_id":"a","values":{"value":1}}'] * 1001)
+    assert_problem(await client.raw(lines, NDJSON), 413, "1001 events in one request; at most 1000")
+    assert (await client.get("/v1/streams/a")).status_code == 404
+
+
+async def test_gzip_is_read_within_the_limit(client: Client) -> None:
+    zipped = JSON | {"content-encoding": "gzip"}
+    assert (await client.raw(gzip.compress(json.dumps(event()).encode()), zipped)).status_code == 200
+    assert_problem(await client.raw(gzip.compress(b" " * 1_000_000), zipped), 413, "when unpacked")
+    assert_problem(await client.raw(b"plain", zipped), 400, "not gzip")
+    assert_problem(await client.raw(gzip.compress(b"{}")[:-3], zipped), 400, "cut off")
+    assert_problem(await client.raw(b"x", JSON | {"content-encoding": "br"}), 415, "'br'")
+
+
+async def test_another_content_type_is_refused(client: Client) -> None:
+    assert_problem(await client.raw(b"a,b", {"content-type": "text/csv"}), 415, "'text/csv'")
+
+
+async def test_the_stream_of_the_path_is_the_events_stream(client: Client) -> None:
+    path = "/v1/streams/plant 7/line:3/pump/events"
+    assert (await client.score({"values": {"value": 1}}, path))["stream_id"] == "plant 7/line:3/pump"
+    assert (await client.get("/v1/streams/plant 7/line:3/pump")).json()["state_version"] == 1
+    same, other = await client.score([event("plant 7/line:3/pump"), event("b")], path)
+    assert same["state_version"] == 2
+    assert other["field"] == "stream_id"
+    assert "'b' in the body" in other["detail"]
+    assert_problem(await client.raw(json.dumps({"values": {"value": 1}}), path="/v1/streams/" + "x" * 300 + "/events"), 422, "256")
+
+
+async def test_a_late_event_is_a_conflict_alone_and_marked_in_a_bulk(client: Client) -> None:
+    await client.score(event(timestamp=1000))
+    problem = assert_problem(await client.raw(json.dumps(event(timestamp=999))), 409, "counted as late", "timestamp")
+    assert problem["late"] is True
+    late, fine = await client.score([event(timestamp=999), event(timestamp=1001)])
+    assert late["late"]
+    assert late["p_value"] is None
+    assert not fine["late"]
+
+
+async def test_an_event_ahead_of_the_clock_is_a_conflict(client: Client) -> None:
+    assert_problem(await client.raw(json.dumps(event(timestamp="2100-01-01"))), 409, "too far in the future", "timestamp")
+    ahead, fine = await client.score([event(timestamp="2100-01-01"), event()])
+    assert ahead["status"] == 409
+    assert fine["state_version"] == 1
+
+
+async def test_an_idempotency_key_makes_a_request_repeatable(client: Client) -> None:
+    body = [event(value=i) for i in range(20)]
+    first = await client.score(body, **{"Idempotency-Key": "k1"})
+    again = await client.score(body, **{"Idempotency-Key": "k1"})
+    assert [(r["p_value"], r["state_version"]) for r in again] == [(r["p_value"], r["state_version"]) for r in first]
+    assert all(reply["duplicate"] for reply in again)
+    assert not any(reply["duplicate"] for reply in await client.score(body, **{"Idempotency-Key": "k2"}))
+    assert_problem(await client.post("/v1/events", content="[]", headers=JSON | {"Idempotency-Key": "x" * 300}), 422, "256 visible")
+
+
+async def test_unknown_models_and_bad_parameters_are_named(client: Client) -> None:
+    assert_problem(await client.raw("{}", path="/v1/events?model=nope"), 404, "No model 'nope' is loaded; there is tiny")
+    assert_problem(await client.raw("{}", path="/v1/events?top_contributors=many"), 422, "whole number from 0 to 300", "top_contributors")
+    assert_problem(await client.get("/v1/streams?limit=0"), 422, "from 1 to 1000", "limit")
+    assert_problem(await client.get("/v1/streams?cursor=x"), 422, "none of ours", "cursor")
+
+
+async def test_streams_are_listed_shown_and_forgotten(client: Client) -> None:
+    await client.score([event(s) for s in "abc"])
+    listed = (await client.get("/v1/streams")).json()
+    assert {stream["stream_id"] for stream in listed["streams"]} == set("abc")
+    assert listed["next_cursor"] is None
+    assert (await client.delete("/v1/streams/a")).status_code == 204
+    assert_problem(await client.delete("/v1/streams/a"), 404, "stream 'a'")
+    assert_problem(await client.get("/v1/streams/a"), 404, "stream 'a'")
+
+
+async def test_models_are_listed_with_their_manifest(client: Client, tiny_detector: Detector) -> None:
+    [model] = (await client.get("/v1/models")).json()["models"]
+    assert model["name"] == "tiny"
+    assert model["default"]
+    assert model["sha256"] == tiny_detector.sha256
+    assert model["providers"] == ["CPUExecutionProvider"]
+    assert [feature["name"] for feature in model["features"]] == ["value"]
+
+
+async def test_a_full_queue_is_429_with_retry_after_and_recovers(tiny_detector: Detector) -> None:
+    async with door(tiny_detector, queue=50) as client:
+        client.store.gate.clear()
+        first = asyncio.create_task(client.score([event("a", i) for i in range(30)]))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(client.score([event("b", i) for i in range(30)]))
+        await asyncio.sleep(0.05)
+        refused = await client.raw(json.dumps([event("c", i) for i in range(30)]))
+        assert_problem(refused, 429, "the queue holds 50")
+        assert int(refused.headers["retry-after"]) >= 1
+        client.store.gate.set()
+        assert len(await first) == len(await second) == 30
+        assert len(await client.score([event("c", i) for i in range(30)])) == 30
+        assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "queue"}) == 1
+
+
+async def test_the_bytes_of_all_requests_together_are_bounded(tiny_detector: Detector) -> None:
+    async with door(tiny_detector, DoorLimits(100_000, 1000, max_inflight_bytes=3000)) as client:
+        client.store.gate.clear()
+        body = json.dumps([event()]).ljust(2000)
+        first = asyncio.create_task(client.raw(body))
+        await asyncio.sleep(0.05)
+        assert_problem(await client.raw(body), 429, "ONSET_MAX_INFLIGHT_BYTES")
+        client.store.gate.set()
+        assert (await first).status_code == 200
+        assert (await client.raw(body)).status_code == 200
+
+
+async def test_a_store_that_is_down_is_503_and_the_door_recovers_with_it(client: Client) -> None:
+    client.store.down = True
+    for body in (event(), [event(), event("b")]):
+        response = await client.raw(json.dumps(body))
+        assert_problem(response, 503, "does not answer")
+        assert int(response.headers["retry-after"]) >= 1
+    client.store.down = False
+    assert (await client.score(event()))["state_version"] == 1
+
+
+@pytest.mark.parametrize("leaves", range(4))
+async def test_a_client_that_leaves_does_not_hurt_the_others(tiny_detector: Detector, leaves: int) -> None:
+    async with door(tiny_detector) as client:
+        client.store.gate.clear()
+        head = asyncio.create_task(client.score(event("head")))
+        await asyncio.sleep(0.02)
+        tasks = [asyncio.create_task(client.score(event(f"s{i}"))) for i in range(4)]
+        await asyncio.sleep(0.02)
+        tasks[leaves].cancel()
+        await asyncio.sleep(0)
+        client.store.gate.set()
+        answers = await asyncio.gather(*(task for i, task in enumerate(tasks) if i != leaves))
+        assert {answer["stream_id"] for answer in answers} == {f"s{i}" for i in range(4) if i != leaves}
+        await head
+
+
+async def test_what_came_of_the_events_is_counted(client: Client) -> None:
+    await client.score([event(timestamp=5, event_id="a"), event(timestamp=4), event(timestamp=5, event_id="a"), event(value="x")])
+    sample = client.metrics.registry.get_sample_value
+    for outcome in ("scored", "late", "duplicate", "rejected"):
+        assert sample("onset_events_total", {"door": "http", "outcome": outcome}) == 1, outcome
+    assert "onset_request_seconds" in (await client.get("/metrics")).text
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+almost_events = st.fixed_dictionaries(
+    {},
+    optional={
+        "stream_id": anything,
+        "values": anything | st.dictionaries(st.just("value") | st.text(max_size=3), anything, max_size=2),
+        "timestamp": anything,
+        "event_id": anything,
+        "sequence": anything,
+        "message": anything,
+        "other": anything,
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(almost_events | anything, max_size=4), st.booleans())
+def test_whatever_comes_the_neighbours_are_scored(tiny_detector: Detector, items: list[Any], lines: bool) -> None:
+    async def post() -> None:
+        async with door(tiny_detector) as client:
+            everything = [event("first"), *items, event("last")]
+            texts = [json.dumps(item) for item in everything]
+            content = "\n".join(texts) if lines else "[" + ",".join(texts) + "]"
+            response = await client.raw(content.encode("utf-8", "surrogatepass"), NDJSON if lines else JSON)
+            assert response.status_code == 200, response.text
+            answers = [json.loads(line) for line in response.text.splitlines()] if lines else response.json()
+            assert len(answers) == len(everything)
+            assert answers[0]["stream_id"] == "first"
+            assert answers[-1]["stream_id"] == "last"
+            assert all("p_value" in answer or answer["status"] in (409, 422, 429) for answer in answers)
+
+    asyncio.run(post())
