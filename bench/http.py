@@ -26,11 +26,10 @@ from typing import Annotated
 import numpy as np
 import psutil
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from bench.load import Request, Tally, drive, post
-from bench.servers import Server, service, started
+from bench.servers import Server, console, service, started
 
 STREAMS, BULK_EVENTS = 1000, 1000
 BULK_CONNECTIONS, SINGLE_CONNECTIONS = 4, 64
@@ -54,16 +53,17 @@ class Row:
 
 def main(
     seconds: Annotated[float, typer.Option(help="Measured time of each of the six loads.")] = 10.0,
+    model: Annotated[str, typer.Option(help="A model file of the one feature `value`; without it, the shipped one.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure the three servers in turn and print a table."""
-    console = Console()
+    screen = console()
     rows = []
-    for name, start in _servers().items():
+    for name, start in _servers(model).items():
         with start() as server:
             rows.append(measure(name, server, seconds))
-            console.print(f"{name}: done", style="dim")
-    console.print(_table(rows))
+            screen.print(f"{name}: done", style="dim")
+    screen.print(_table(rows))
     if json_file:
         json_file.write_text(json.dumps({"machine": _machine(), "seconds": seconds, "rows": [asdict(row) for row in rows]}, indent=2))
     if any(row.failures for row in rows):
@@ -121,17 +121,17 @@ def _stamped(templates: list[bytes]) -> Request:
     return lambda: next(rounds).replace(_STAMP, b"%.3f" % time.time())
 
 
-def _servers() -> dict[str, Callable[[], AbstractContextManager[Server]]]:
+def _servers(model: str) -> dict[str, Callable[[], AbstractContextManager[Server]]]:
     return {
-        "service": _service,
+        "service": lambda: _service(model),
         "constant scorer": lambda: _baseline("constant"),
         "empty handler": lambda: _baseline("empty"),
     }
 
 
 @contextmanager
-def _service() -> Iterator[Server]:
-    with tempfile.TemporaryDirectory(prefix="onset-bench-") as folder, service(Path(folder)) as server:
+def _service(model: str) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(prefix="onset-bench-") as folder, service(Path(folder), model=model) as server:
         yield server
 
 

@@ -20,11 +20,10 @@ from typing import Annotated, Any
 
 import redis
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from bench.http import BULK_EVENTS
-from bench.servers import service
+from bench.servers import console, service
 from service.embedded import EmbeddedStore
 
 MAX_STREAMS = 1_000_000
@@ -49,7 +48,7 @@ def main(
 ) -> None:
     """Fill the store and print the bytes a stream takes."""
     figures = asyncio.run(measure(streams, model))
-    Console().print(_table(figures))
+    console().print(_table(figures))
     if json_file:
         json_file.write_text(json.dumps(asdict(figures), indent=2))
 

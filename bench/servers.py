@@ -15,7 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 START_SECONDS = 60.0
+
+
+def console() -> Console:
+    """Wide enough for a table where the output is a file or a pipe, which has no width."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=140)
 
 
 @dataclass(frozen=True)

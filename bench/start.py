@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from bench.servers import service
+from bench.servers import console, service
 
 
 def main(
@@ -33,7 +32,7 @@ def main(
         table.add_column(column, justify="left" if column == "data folder" else "right")
     for name, seconds in (("fresh", fresh), ("used before", again)):
         table.add_row(name, *(f"{value:.2f}" for value in (statistics.median(seconds), min(seconds), max(seconds))))
-    Console().print(table)
+    console().print(table)
     if json_file:
         json_file.write_text(json.dumps({"fresh": fresh, "used_before": again}, indent=2))
 

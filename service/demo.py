@@ -396,7 +396,7 @@ def run(seconds: float, model: Path | None = None, console: Console | None = Non
             with served(folder, model) as url:
                 board = Board(gauges(), phases, url)
                 _play(board, phases, url, folder, console)
-        return _verdict(board, phases, console)
+        return verdict(board, phases, console)
     except DemoFailed as failure:
         console.print(f"[bold red]The demo failed.[/] {failure}")
         return 1
@@ -483,7 +483,7 @@ def _screen(board: Board, console: Console) -> Iterator[Callable[[float], None]]
     yield show
 
 
-def _verdict(board: Board, phases: Phases, console: Console) -> int:
+def verdict(board: Board, phases: Phases, console: Console) -> int:
     """Say what was flagged; 0 when the disturbance was, where it must be."""
     if board.failed_requests:
         console.print(f"[red]{board.failed_requests} requests were not answered.[/]")

@@ -1,0 +1,53 @@
+"""The demo as a newcomer runs it: real readings, a real disturbance, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+COMMAND = [sys.executable, "-m", "service", "demo"]
+FOLDERS = [Path("/var/tmp"), Path("/tmp")]
+
+
+def leftovers() -> set[Path]:
+    return {path for folder in FOLDERS for path in folder.glob("onset-demo-*")}
+
+
+def start() -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ONSET_")}
+    return subprocess.Popen(COMMAND, env=environment | {"DEMO_SECONDS": "35"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_the_demo_flags_the_disturbance_and_leaves_nothing_running() -> None:
+    before = leftovers()
+    demo = start()
+    output, _ = demo.communicate(timeout=120)
+    assert demo.returncode == 0, output
+    assert "DISTURBANCE: all processors busy" in output
+    assert "after it began" in output
+    assert "Where to go next" in output
+    assert leftovers() == before
+
+
+def test_an_interrupted_demo_ends_everything_it_started() -> None:
+    before = leftovers()
+    demo = start()
+    deadline = time.monotonic() + 60
+    assert demo.stdout
+    while time.monotonic() < deadline and "quiet" not in demo.stdout.readline():
+        pass
+    time.sleep(14)  # into the disturbance
+    family = psutil.Process(demo.pid).children(recursive=True)
+    assert len(family) >= 3
+    demo.send_signal(signal.SIGINT)
+    demo.communicate(timeout=30)
+    assert demo.returncode == 130
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+    assert leftovers() == before
