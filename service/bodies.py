@@ -135,6 +135,8 @@ def _checked(item: Any) -> Event:
     if not isinstance(item, dict):
         raise BadEvent(f"An event is an object, not {_shown(item)}.")
     _check_values(item.get("values"))
+    if isinstance(sequence := item.get("sequence"), float) and sequence.is_integer():
+        item["sequence"] = int(sequence)  # JSON has no integers: 7.0 is 7
     try:
         return msgspec.convert(item, Event)
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:

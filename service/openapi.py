@@ -78,9 +78,7 @@ _HEALTH = {
 
 
 def _paths() -> dict[str, Any]:
-    stream = _parameter(
-        "stream_id", "path", {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGTH}, "Any printable name; may hold slashes."
-    )
+    stream = _parameter("stream_id", "path", {"type": "string", "pattern": PRINTABLE}, "No control characters; may hold slashes.")
     model = _parameter("model", "query", {"type": "string"}, "Which loaded model; the default one if left out.")
     return {
         "/v1/events": {"post": _scoring("postEvents", "Score events", [model], "Event")},
