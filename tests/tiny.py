@@ -24,7 +24,8 @@ tiny (float[B, S] state, float[B, F] x, float[B, 3] t, float[B] learn, float[B] 
   => (float[B, S] state_out, float[B] p_value, float[B] onset_p, float[B, F] expected, float[B, F] lower, float[B, F] upper,
       float[B, F] contribution)
 <float[1] one = {1.0}, float[1] nan = {nan}, float[1] floor = {1e-3}, float[1] smallest = {1e-30},
- float[1] warmup = {WARMUP}, float[1] memory = {100.0}, float[1] three = {3.0}, float lowest = {-1e30}, float highest = {1e30}, int64[1] axis = {1}, int64[3] sizes = {1, F, F}>
+ float[1] warmup = {WARMUP}, float[1] memory = {100.0}, float[1] three = {3.0}, float lowest = {-1e30},
+ float highest = {1e30}, int64[1] axis = {1}, int64[3] sizes = {1, F, F}>
 {
   n, mean, deviation = Split <axis = 1> (state, sizes)
   missing = IsNaN(x)

@@ -19,12 +19,14 @@ START_SECONDS = 20
 class Service:
     """Started on entering, terminated on leaving. `kill` and `start` again keep port and data folder."""
 
-    def __init__(self, data_dir: Path, *, model: Path | None = None, **environment: str) -> None:
+    def __init__(self, data_dir: Path, *, model: Path | None = None, wait: bool = True, **environment: str) -> None:
+        """`environment` holds settings without their ONSET_ prefix; `wait` = until it is ready."""
         self.data_dir = data_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._arguments = ["--port", str(self.port), "--data-dir", str(data_dir), *(["--model", str(model)] if model else [])]
         self._environment = environment
+        self._wait = wait
         self._process: subprocess.Popen[bytes] | None = None
         self.log = data_dir.parent / "service.log"
 
@@ -46,7 +48,7 @@ class Service:
         assert self._process is not None
         return self._process.poll()
 
-    def start(self, *, ready: bool = True) -> None:
+    def start(self) -> None:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "service", "serve", *self._arguments],
@@ -54,7 +56,7 @@ class Service:
                 stdout=log,
                 stderr=log,
             )
-        if ready:
+        if self._wait:
             self.wait_ready()
 
     def wait_ready(self, seconds: float = START_SECONDS) -> None:
@@ -65,10 +67,14 @@ class Service:
             time.sleep(0.02)
 
     def is_ready(self) -> bool:
+        return self.readiness() == 200
+
+    def readiness(self) -> int:
+        """Status of the readiness probe; 0 = no answer."""
         try:
-            return httpx.get(f"{self.url}/health/ready", timeout=2).status_code == 200
+            return httpx.get(f"{self.url}/health/ready", timeout=2).status_code
         except httpx.TransportError:
-            return False
+            return 0
 
     def children(self, name: str) -> list[psutil.Process]:
         """Child processes whose command contains `name`."""

@@ -1,0 +1,127 @@
+"""A store that goes away and comes back, and more load than can be scored: the service says so and goes on by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from service.embedded import find_server
+from tests.e2e.process import Service
+
+JSON = {"content-type": "application/json"}
+
+
+class Valkey:
+    """A server of its own, on a unix socket, that can be stopped and started with its data."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self.url = f"unix://{folder}/v.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = ["--port", "0", "--unixsocket", f"{self._folder}/v.sock", "--dir", str(self._folder), "--appendonly", "yes", "--save", ""]
+        self._process = subprocess.Popen([find_server(), *options, "--logfile", f"{self._folder}/log"])
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[Valkey]:
+    server = Valkey(tmp_path / "v")
+    yield server
+    server.stop()
+
+
+def post(service: Service, value: float, event_id: str) -> httpx.Response:
+    event = {"stream_id": "a", "values": {"value": value}, "event_id": event_id}
+    return httpx.post(f"{service.url}/v1/events", content=json.dumps(event), headers=JSON, timeout=10)
+
+
+def becomes_ready(service: Service, ready: bool) -> None:
+    """Waits until the service answers, and answers so."""
+    deadline = time.monotonic() + 10
+    while service.readiness() != (200 if ready else 503):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_readiness_follows_the_store_and_scoring_recovers_without_a_restart(valkey: Valkey, tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path, wait=False, REDIS_URL=valkey.url) as service:
+        becomes_ready(service, False)
+        assert post(service, 1.0, "0").status_code == 503
+        assert httpx.get(f"{service.url}/health/live").status_code == 200
+        valkey.start()
+        becomes_ready(service, True)
+        for i in range(7):
+            assert post(service, float(i), str(i)).status_code == 200
+        last = post(service, 6.0, "6").json()
+        assert last["duplicate"]
+        pid = service.pid
+        for _ in range(2):
+            valkey.stop()
+            down = post(service, 7.0, "7")
+            assert down.status_code == 503
+            assert down.headers["content-type"] == "application/problem+json"
+            assert int(down.headers["retry-after"]) >= 1
+            becomes_ready(service, False)
+            assert httpx.get(f"{service.url}/health/live").status_code == 200
+            valkey.start()
+            becomes_ready(service, True)
+        again = post(service, 6.0, "6").json()
+        assert (again["p_value"], again["state_version"]) == (last["p_value"], last["state_version"])
+        assert post(service, 7.0, "7").json()["state_version"] == 8
+        assert service.pid == pid
+
+
+def test_a_service_without_its_store_starts_and_waits(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path, wait=False, REDIS_URL="redis://127.0.0.1:1") as service:
+        becomes_ready(service, False)
+        detail = httpx.get(f"{service.url}/health/ready").json()["detail"]
+        assert "store" in detail
+        service.terminate()
+        assert service.returncode == 0
+
+
+def test_more_load_than_can_be_scored_is_refused_and_memory_stays_bounded(tmp_path: Path, tiny_model_path: Path) -> None:
+    body = "\n".join(json.dumps({"stream_id": f"s{i}", "values": {"value": 1.0}}) for i in range(1000)).encode()
+    with Service(tmp_path / "data", model=tiny_model_path, MAX_QUEUE_EVENTS="3000") as service:
+        statuses, peak = asyncio.run(flood(service, body, clients=24, requests=8))
+        assert set(statuses) == {200, 429}
+        assert statuses.count(200) >= 24
+        assert peak < 400e6, f"{peak / 1e6:.0f} MB"
+        assert post(service, 1.0, "after").status_code == 200
+        refused = [line for line in httpx.get(f"{service.url}/metrics").text.splitlines() if line.startswith("onset_refused_total")]
+        assert any('reason="queue"' in line and float(line.rsplit(" ", 1)[1]) == statuses.count(429) for line in refused)
+
+
+async def flood(service: Service, body: bytes, clients: int, requests: int) -> tuple[list[int], int]:
+    """Statuses of all requests, and the service's largest resident size in bytes."""
+    statuses: list[int] = []
+    process, peak = psutil.Process(service.pid), 0
+
+    async def client() -> None:
+        nonlocal peak
+        async with httpx.AsyncClient(timeout=30) as session:
+            for _ in range(requests):
+                response = await session.post(f"{service.url}/v1/events", content=body, headers={"content-type": "application/x-ndjson"})
+                statuses.append(response.status_code)
+                if response.status_code == 429:
+                    assert int(response.headers["retry-after"]) >= 1
+                peak = max(peak, process.memory_info().rss)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return statuses, peak
