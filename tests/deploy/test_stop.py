@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -34,10 +33,7 @@ def test_a_stopped_service_drains_and_ends_with_0_and_its_store_with_it(tmp_path
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads from /proc when the handler is in place")
 def test_a_service_stopped_while_it_starts_ends_with_0_at_once(tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        service = Service(tmp_path / "data", model=build_tiny(tmp_path))
-        stack.push(service)
-        service.start(ready=False)
+    with Service(tmp_path / "data", model=build_tiny(tmp_path), wait=False) as service:
         deadline = time.monotonic() + STOP_SECONDS
         while not handles_sigterm(service.pid):
             assert time.monotonic() < deadline
