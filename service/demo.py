@@ -11,6 +11,7 @@ it misses the disturbance the demo says so and exits with 1. Everything started 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -43,8 +44,8 @@ QUIET_SHARE, BURST_SHARE, MIN_BURST_SECONDS = 1 / 3, 8 / 60, 6.0
 GRACE_SECONDS = 2.0
 """A reading covers the last second, so an onset this long after the burst still belongs to it."""
 START_SECONDS, STOP_SECONDS = 60.0, 15.0
-BURST_BYTES, BURST_FILE_BYTES = 1 << 30, 64 << 20
-"""The disturbance writes at most 1 GiB in all, over and over into a file of at most 64 MiB."""
+BURST_BYTES_PER_SECOND, BURST_FILE_BYTES = 100_000_000, 64 << 20
+"""The disturbance writes at most this fast (under 1 GB in all), over and over into a file of at most 64 MiB."""
 MAX_BURNERS = 32
 MUST_SEE = ("this-machine/cpu", "this-machine/disk-write")
 """The disturbance is real on both of these; it must be flagged on one at least."""
@@ -58,14 +59,14 @@ while time.monotonic() < end and os.getppid() == parent:
 """
 _WRITE = """
 import os, sys, time
-path, parent, end = sys.argv[2], os.getppid(), time.monotonic() + float(sys.argv[1])
-left, size, block = int(sys.argv[3]), int(sys.argv[4]), os.urandom(1 << 21)
+path, parent, begin = sys.argv[2], os.getppid(), time.monotonic()
+end, rate, size, block = begin + float(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4]), os.urandom(1 << 21)
 file = os.open(path, os.O_WRONLY | os.O_CREAT)
-at = 0
-while time.monotonic() < end and left > 0 and os.getppid() == parent:
-    left -= os.pwrite(file, block, at)
-    at = (at + len(block)) % size
+written = 0
+while time.monotonic() < end and os.getppid() == parent:
+    written += os.pwrite(file, block, written % size)
     os.fsync(file)
+    time.sleep(max(0.0, begin + written / rate - time.monotonic()))
 """
 
 
@@ -98,12 +99,14 @@ class Gauge:
     unit: str
     read: Callable[[], float | None]
     per_second: bool = False
+    most: float = math.inf
+    """A rate cannot be more: what goes beyond is the rounding of two counters."""
 
 
 def gauges() -> list[Gauge]:
     """What this machine can tell; one stream per subsystem."""
     found = [
-        Gauge("this-machine/cpu", "%", _busy_seconds, per_second=True),
+        Gauge("this-machine/cpu", "%", _busy_seconds, per_second=True, most=100.0),
         Gauge("this-machine/memory", "MiB", lambda: psutil.virtual_memory().used / 2**20),
         Gauge("this-machine/disk-write", "kB/s", lambda: _disk("write_bytes"), per_second=True),
         Gauge("this-machine/disk-read", "kB/s", lambda: _disk("read_bytes"), per_second=True),
@@ -147,17 +150,17 @@ class Sampler:
         for gauge in self._gauges:
             value = gauge.read()
             if value is not None and gauge.per_second:
-                value = self._rate(gauge.stream, value)
+                value = self._rate(gauge, value)
             if value is not None:
                 readings[gauge.stream] = round(value, 3)
         return readings
 
-    def _rate(self, stream: str, counter: float) -> float | None:
-        past = self._past[stream]
+    def _rate(self, gauge: Gauge, counter: float) -> float | None:
+        past = self._past[gauge.stream]
         past.append((self._clock(), counter))
         (then, before), (now, after) = past[0], past[-1]
         full = len(past) > WINDOW
-        return max(0.0, after - before) / (now - then) if full and now > then else None
+        return min(gauge.most, max(0.0, after - before) / (now - then)) if full and now > then else None
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -175,7 +178,7 @@ class Disturbance:
         burners = min(psutil.cpu_count() or 1, MAX_BURNERS)
         seconds = f"{self._seconds:.1f}"
         self._children = [_spawn([sys.executable, "-c", _BURN, seconds]) for _ in range(burners)]
-        writer = [sys.executable, "-c", _WRITE, seconds, str(self._file), str(BURST_BYTES), str(BURST_FILE_BYTES)]
+        writer = [sys.executable, "-c", _WRITE, seconds, str(self._file), str(BURST_BYTES_PER_SECOND), str(BURST_FILE_BYTES)]
         self._children.append(_spawn(writer))
 
     def stop(self) -> None:
