@@ -151,7 +151,9 @@ def test_the_stores_url_comes_from_a_secret_and_is_in_no_file_of_the_base(contai
     assert not [path for path in BASE.iterdir() if "redis://" in path.read_text()]
 
 
-def test_kubernetes_waits_longer_than_the_pause_and_both_halves_of_the_drain(settings: Settings, pod: Document, container: Document) -> None:
+def test_kubernetes_waits_longer_than_the_pause_and_both_halves_of_the_drain(
+    settings: Settings, pod: Document, container: Document
+) -> None:
     command, pause = container["lifecycle"]["preStop"]["exec"]["command"]
     assert command == "sleep"
     assert pod["terminationGracePeriodSeconds"] >= float(pause) + 2 * settings.drain_seconds + 10
