@@ -1,0 +1,117 @@
+"""Command line of the training: data in, one sealed detector out.
+
+read ─► fit ─► calibrate ─► export ─► evaluate ─► verify & publish ─► report
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from service.errors import ArtifactError, OnsetError
+from service.tables import ReadOptions
+from training.autoencoder import Sizes
+from training.fit import Plan
+from training.pipeline import Job, default_job, fleet_job, produce
+from training.verify import verify_file
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Train an LSTM autoencoder on unlabelled streams and publish it as one self-describing ONNX file.",
+)
+console = Console()
+EXAMPLE = "Example: python -m training fit --data sensors/ --out out/pumps, then python -m service serve --model out/pumps"
+
+Out = Annotated[Path, typer.Option(help="Folder for the model, its report (md, png, json) and the checkpoint.")]
+Seed = Annotated[int, typer.Option(help="Every random number follows from it: same data, same seed, same weights.")]
+Steps = Annotated[int, typer.Option(min=1, help="Training steps at most; early stopping may end sooner.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of PyTorch. One is usually fastest for networks this small.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out (same data and settings).")]
+Version = Annotated[str, typer.Option(help="Version of the published file.")]
+
+
+@app.command(epilog=EXAMPLE)
+def fit(
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="CSV (, ; or tab), Parquet or npz file, or a folder of them: one stream each, all with the same features. Repeatable."
+        ),
+    ],
+    out: Out,
+    name: Annotated[str | None, typer.Option(help="Name of the detector: lower case, digits, - and _. Default: from --data.")] = None,
+    version: Version = "1",
+    timestamp: Annotated[str | None, typer.Option(help="Column with the time (RFC 3339, ISO or epoch seconds). Default: by name.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Column to leave out. Repeatable. Columns named like labels always are.")
+    ] = None,
+    array: Annotated[str | None, typer.Option(help="Array of an npz to train on. Default: `train`, or the only one.")] = None,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the encoder.")] = 32,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the encoder.")] = 1,
+    code: Annotated[int, typer.Option(min=1, help="Width of the bottleneck.")] = 8,
+    decoder_hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the decoder. Default suits up to some ten features.")] = 24,
+    steps: Steps = 400,
+    validation: Annotated[float, typer.Option(min=0.02, max=0.5, help="Share of each stream's last rows kept for early stopping.")] = 0.15,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    resume: Resume = False,
+) -> None:
+    """Train one detector for a whole fleet of streams with the same features."""
+    options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude or ()), array=array)
+    plan = Plan(steps=steps, seed=seed)
+    sizes = Sizes(hidden, layers, code, decoder_hidden)
+    _run(lambda: fleet_job(data, options, sizes, plan, validation, name, version, _command(), console.print), out, threads, resume)
+
+
+@app.command()
+def default(
+    out: Out,
+    version: Version = "0.1.0",
+    seed: Seed = 0,
+    steps: Steps = 600,
+    threads: Threads = 1,
+    resume: Resume = False,
+) -> None:
+    """Build the detector that ships with the service: one feature, trained and calibrated on the synthetic generator alone."""
+    plan = Plan(steps=steps, seed=seed, chunk=192)
+    _run(lambda: default_job(plan, version, _command()), out, threads, resume)
+
+
+@app.command()
+def verify(file: Annotated[Path, typer.Argument(help="A published model.")]) -> None:
+    """Check a published file as the service does: hash, self-test vectors, rows independent of their batch."""
+    try:
+        manifest = verify_file(file)
+    except ArtifactError as error:
+        _refuse(error)
+    console.print(
+        f"{file}: {manifest.name} {manifest.version}, {len(manifest.features)} feature(s), "
+        f"{4 * manifest.state_size} bytes a stream, warm-up {manifest.warmup} events. Hash, self-test and batch invariance hold."
+    )
+
+
+def _run(job: Callable[[], Job], out: Path, threads: int, resume: bool) -> None:
+    try:
+        produce(job(), out, threads=threads, resume=resume, console=console)
+    except (OnsetError, ValueError) as error:
+        _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    Console(stderr=True).print(str(error), style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def _command() -> str:
+    return "python -m training " + shlex.join(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    app()

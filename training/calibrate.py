@@ -1,0 +1,219 @@
+"""Fits the tail's constants on unlabelled streams: the pooled tails, the age profile, and how different streams are.
+
+    streams ──► DetectorStep.judge, event by event ──► Observed (strengths, ratios) ──► Calibration
+
+Nothing here sees a label. Shapes: T steps, B streams, F features, K signals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from training.data import Float32, Float64
+from training.detector import DetectorStep
+from training.tail import HOLD, LEVEL_STEP, LEVELS, Calibration, Curve
+
+Bool = NDArray[np.bool_]
+SETTLED = 500
+"""Age from which on events count for the pooled tails of the signals."""
+YOUNG = 150
+"""Age from which on onsets count for the age profile: the first are truncated by the warm-up."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the detector saw in the streams, before any tail."""
+
+    strengths: Float32  # [T, B, K]
+    ratio: Float32  # [T, B, F] |residual| ÷ spread, NaN = missing
+    valid: Bool  # [T, B] the event has a value
+    age: Float32  # [T, B] events learned before this one
+
+
+@torch.no_grad()
+def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], None] = lambda: None) -> Observed:
+    """Run x [T, B, F], t [T, B, 3] through everything before the tail."""
+    T, B, _ = x.shape
+    parts = step.layout.split(step.fresh_state(B))
+    learn, alpha = torch.ones(B, 1, dtype=torch.bool), torch.full((B, 1), 1e-3)
+    strengths, ratios = np.zeros((T, B, len(step.signals.names)), np.float32), np.zeros(x.shape, np.float32)
+    valid, ages = np.zeros((T, B), bool), np.zeros((T, B), np.float32)
+    for i in range(T):
+        ages[i] = parts["age"][:, 0].numpy()
+        judged, parts = step.judge(parts, torch.from_numpy(x[i]), torch.from_numpy(t[i]), learn, alpha)
+        present = judged.event.present
+        strengths[i] = judged.strengths.numpy()
+        ratios[i] = torch.where(present & judged.event.known, judged.ratio, torch.nan).numpy()
+        valid[i] = present.any(dim=1).numpy()
+        on_step()
+    return Observed(strengths, ratios, valid, ages)
+
+
+def calibrate(observed: Observed, burn: int) -> Calibration:
+    """All constants, from the streams in `observed`."""
+    K = observed.strengths.shape[2]
+    quantile, mean = zip(*(_scale(observed.strengths[:, :, k][_live(observed, burn)]) for k in range(K)), strict=True)
+    flat = Curve((0.0, 1.0), (0.0, 1.0), 1.0)
+    draft = Calibration(quantile, mean, (flat,) * K, flat, flat, _band(observed), tau=0.0, shape=10.0, weight=10.0)
+    evidence = evidence_of(observed, draft, burn)
+    settled = observed.valid & (observed.age >= SETTLED)
+    if settled.sum() < 2000:
+        settled = _live(observed, burn)
+    draft = replace(draft, signals=tuple(_pooled_tail(evidence[:, :, k][settled]) for k in range(K)))
+    surprisal = surprisal_of(evidence, draft)
+    heights = onsets_of(np.maximum(surprisal - draft.floor, 0).sum(axis=2), observed.valid)
+    tau = _age_profile(heights, observed)
+    exposure = np.where(_live(observed, burn), 1 + tau / (observed.age + 1), 0.0)
+    onsets = _aged_tail(heights[(heights > 0) & (observed.age >= YOUNG)], exposure[observed.age >= YOUNG].sum(), knots=24)
+    total = surprisal.sum(axis=2)
+    events = _aged_tail(total[(total > 0) & _live(observed, burn)], exposure.sum(), knots=24)
+    draft = replace(draft, tau=tau, onsets=onsets, events=events)
+    shape, weight = _heterogeneity(heights, exposure, onsets)
+    return replace(draft, shape=shape, weight=weight)
+
+
+def evidence_of(observed: Observed, calibration: Calibration, burn: int) -> Float64:
+    """log1p(strength ÷ the stream's scale), as `training.tail.Tail` computes it; [T, B, K]."""
+    quantile, mean = np.array(calibration.quantile), np.array(calibration.mean)
+    strengths = observed.strengths.astype(np.float64)
+    live = _live(observed, burn)[:, :, None]
+    clipped = np.where(live, np.minimum(strengths, 3 * quantile), 0.0)
+    before = np.cumsum(clipped, axis=0) - clipped
+    count = np.maximum(observed.age - burn, 0)[:, :, None]
+    prior = calibration.prior_events
+    scale = quantile / mean * (prior * mean + before) / (prior + count)
+    return np.asarray(np.log1p(strengths / scale))
+
+
+def surprisal_of(evidence: Float64, calibration: Calibration) -> Float64:
+    """Decades [T, B, K], 0 where there is no evidence."""
+    parts = [on_curve(curve, evidence[:, :, k]) for k, curve in enumerate(calibration.signals)]
+    return np.where(evidence > 0, np.stack(parts, axis=2), 0.0)
+
+
+def on_curve(curve: Curve, value: Float64) -> Float64:
+    x, y = np.asarray(curve.x), np.asarray(curve.y)
+    return np.asarray(np.where(value > x[-1], y[-1] + curve.slope * (value - x[-1]), np.interp(value, x, y)))
+
+
+def onsets_of(heights: Float64, valid: Bool) -> Float64:
+    """Heights [T, B] where they exceed the last emission of the past HOLD events, else 0."""
+    emitted = np.zeros_like(heights)
+    last, age = np.zeros(heights.shape[1]), np.zeros(heights.shape[1])
+    for i, height in enumerate(heights):
+        age += 1
+        onset = (height > np.where(age <= HOLD, last, 0.0)) & valid[i]
+        emitted[i] = np.where(onset, height, 0.0)
+        last, age = np.where(onset, height, last), np.where(onset, 0.0, age)
+    return emitted
+
+
+def _live(observed: Observed, burn: int) -> Bool:
+    return observed.valid & (observed.age >= burn)
+
+
+def _scale(strengths: Float32) -> tuple[float, float]:
+    """Pooled 99 % quantile and mean of min(strength, 3·quantile)."""
+    quantile = max(float(np.quantile(strengths, 0.99)), 1e-3) if len(strengths) else 1.0
+    return quantile, max(float(np.minimum(strengths, 3 * quantile).mean()), 1e-6) if len(strengths) else 0.1
+
+
+def _band(observed: Observed) -> Curve:
+    """Tail of |residual| ÷ spread for the typical stream: the median over streams and features of each one's own quantiles.
+
+    Pooled over all rows instead, a few streams that are constant for hours would make everybody's band endless.
+    """
+    settled = observed.age[:, :, None] >= min(200.0, float(observed.age.max()) / 2)
+    ratio = np.where(settled & (observed.ratio < 1e6), observed.ratio, np.nan)
+    columns = [column[np.isfinite(column)] for column in ratio.reshape(len(ratio), -1).T]
+    columns = [column for column in columns if len(column) >= 100]
+    decades: Float64 = np.array([0.3, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
+    decades = decades[decades <= np.log10(max((len(column) for column in columns), default=1) / 2)]
+    if len(decades) < 2:
+        return Curve((1.0, 3.0), (0.5, 2.0), 0.5)
+    ratios = np.maximum.accumulate(np.median([np.quantile(column, 1 - 10.0**-decades) for column in columns], axis=0))
+    slope = float((decades[-1] - decades[-2]) / max(ratios[-1] - ratios[-2], 1e-3))
+    return Curve(tuple(map(float, ratios)), tuple(map(float, decades)), min(slope, 10.0))
+
+
+def _pooled_tail(values: Float64, knots: int = 12) -> Curve:
+    """-log10 of the share of all `values` at or above, knots at log-spaced ranks of the positive ones, exponential beyond."""
+    return _tail_curve(values[values > 0], float(len(values)), knots, smallest_rank=20)
+
+
+def _aged_tail(values: Float64, exposure: float, knots: int) -> Curve:
+    """The same against an exposure in events of an infinitely old stream."""
+    return _tail_curve(values, float(exposure), knots, smallest_rank=max(10, len(values) // 400))
+
+
+def _tail_curve(positive: Float64, total: float, knots: int, smallest_rank: int) -> Curve:
+    ordered = np.sort(positive)[::-1].astype(np.float64)
+    if len(ordered) < 10:  # too little was ever seen: one decade per unit, from the rate of what was
+        start = float(np.log10(max(total, 10.0) / max(len(ordered), 1)))
+        greatest = float(ordered[0]) if len(ordered) else 0.0
+        return Curve((0.0, greatest + 1.0), (start, start + 1.0), 1.0)
+    ranks = np.unique(np.round(np.geomspace(min(smallest_rank, len(ordered) // 3), len(ordered), knots)).astype(int))
+    x, y = ordered[ranks - 1][::-1], -np.log10(ranks / total)[::-1]
+    x, keep = np.unique(x, return_index=True)  # ties: one knot, at the rank that counts them all
+    top = ordered[: max(10, min(len(ordered) // 2, max(30, len(ordered) // 50)))]
+    excess = max(float((top - top[-1]).mean()), 1e-3)
+    decades = np.maximum(y[keep], 0.0)
+    if len(x) == 1:
+        x, decades = np.array([x[0], x[0] + 1.0]), np.array([decades[0], decades[0] + 1 / (excess * np.log(10))])
+    return Curve(tuple(map(float, x)), tuple(map(float, decades)), float(1 / (excess * np.log(10))))
+
+
+def _age_profile(heights: Float64, observed: Observed) -> float:
+    """τ of g(n) = 1 + τ/n by maximum likelihood of the ages at which onsets happened, given when streams were watched."""
+    watched = observed.valid & (observed.age >= YOUNG)
+    ages = observed.age[(heights > 0) & watched] + 1.0
+    if len(ages) < 30:
+        return 0.0 if len(ages) == 0 else 300.0
+    inverse = 1 / (observed.age[watched] + 1.0)
+    return _maximise(lambda tau: float(np.log1p(tau / ages).sum() - len(ages) * np.log((1 + tau * inverse).sum())), 1.0, 2e4)
+
+
+def _heterogeneity(heights: Float64, exposure: Float64, onsets: Curve) -> tuple[float, float]:
+    """How alike streams are: shape of the gamma prior of their rates, weight of the beta prior of their chains (marginal likelihood)."""
+    decades = on_curve(onsets, heights)
+    levels = onsets.y[0] + LEVEL_STEP * np.arange(LEVELS)
+    counted = (heights > 0) & (exposure > 0)
+    counts = np.array([(counted & (decades >= level)).sum(axis=0) for level in levels])  # [LEVELS, B]
+    expected, number = 10 ** -levels[0] * exposure.sum(axis=0), counted.sum(axis=0)
+    rho = 10**-LEVEL_STEP
+
+    def rate(shape: float) -> float:
+        odds = number * np.log(np.maximum(expected, 1e-12) / (shape + expected)) + shape * np.log(shape / (shape + expected))
+        return float((_gammaln(number + shape) - _gammaln(np.array(shape)) + odds).sum())
+
+    def chain(weight: float) -> float:
+        passed, failed = counts[1:], counts[:-1] - counts[1:]
+        a, b = weight * rho, weight * (1 - rho)
+        return float((_betaln(passed + a, failed + b) - _betaln(np.array(a), np.array(b))).sum())
+
+    if number.sum() < 30 or heights.shape[1] < 4:
+        return 10.0, 10.0
+    return _maximise(rate, 0.2, 400.0), _maximise(chain, 1.0, 400.0)
+
+
+def _maximise(objective: Callable[[float], float], low: float, high: float) -> float:
+    """The argument with the greatest value, on a logarithmic grid refined twice."""
+    argument = low
+    for _ in range(3):
+        grid = [float(value) for value in np.geomspace(low, high, 40)]
+        best = int(np.argmax([objective(value) for value in grid]))
+        argument, low, high = grid[best], grid[max(0, best - 1)], grid[min(39, best + 1)]
+    return argument
+
+
+def _gammaln(value: Float64) -> Float64:
+    return np.asarray(torch.lgamma(torch.from_numpy(np.asarray(value, dtype=np.float64))).numpy())
+
+
+def _betaln(a: Float64, b: Float64) -> Float64:
+    return np.asarray(_gammaln(a) + _gammaln(b) - _gammaln(a + b))

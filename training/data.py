@@ -1,0 +1,121 @@
+"""Streams in, training blocks out. A block is B lanes of consecutive events; the state is carried through its chunks.
+
+    Source.block(rng)     lanes for training, drawn anew for every block
+    Source.validation()   the fixed lanes that early stopping looks at: later rows than any training lane sees
+
+Arrays are time-major, as the network runs: x [T, B, F] float32 (NaN = missing), t [T, B, 3] as in the step function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.tables import Table
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
+CONTEXT = 256
+"""Rows before the split that lead a validation lane into the stream; they do not count."""
+SHORTEST = 96
+
+
+@dataclass(frozen=True)
+class Block:
+    """B lanes of T events, and from which event on each counts for the loss."""
+
+    x: Float32  # [T, B, F]
+    t: Float32  # [T, B, 3]
+    counts_from: int = 32
+
+
+class Source(Protocol):
+    """Where lanes come from."""
+
+    def block(self, rng: np.random.Generator, lanes: int, length: int) -> Block: ...
+
+    def validation(self) -> Block: ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream's rows."""
+
+    name: str
+    x: Float32  # [T, F]
+    t: Float32  # [T, 3]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def clock(timestamps: Float64) -> Float32:
+    """Epoch seconds [T] → t [T, 3]: seconds since the previous event (NaN first), second of the day, day of the week (UTC)."""
+    gap = np.diff(timestamps, prepend=np.nan)
+    day = np.floor(timestamps / 86400)
+    return np.stack([gap, timestamps - day * 86400, (day + EPOCH_WEEKDAY) % 7], axis=-1).astype(np.float32)
+
+
+def streams_of(tables: Sequence[Table], features: Sequence[str]) -> list[Stream]:
+    return [Stream(table.name, table.matrix(features).astype(np.float32), clock(table.timestamps)) for table in tables]
+
+
+def digest(streams: Sequence[Stream]) -> str:
+    """SHA-256 of names and rows: the same data, the same hash."""
+    sha = hashlib.sha256()
+    for stream in streams:
+        sha.update(stream.name.encode())
+        sha.update(np.ascontiguousarray(stream.x).tobytes())
+        sha.update(np.ascontiguousarray(stream.t).tobytes())
+    return sha.hexdigest()
+
+
+def pad(streams: Sequence[Stream], length: int) -> tuple[Float32, Float32]:
+    """Streams side by side: x [length, B, F] and t [length, B, 3]; rows after a stream's end are NaN."""
+    x = np.full((length, len(streams), streams[0].x.shape[1]), np.nan, np.float32)
+    t = np.full((length, len(streams), 3), np.nan, np.float32)
+    for i, stream in enumerate(streams):
+        rows = min(length, len(stream))
+        x[:rows, i], t[:rows, i] = stream.x[:rows], stream.t[:rows]
+        t[0, i, 0] = np.nan
+    return x, t
+
+
+def cut(stream: Stream, start: int, stop: int) -> Stream:
+    return Stream(stream.name, stream.x[start:stop], stream.t[start:stop])
+
+
+class Fleet:
+    """The user's streams, each split in time: the last `validation_share` of its rows is never trained on."""
+
+    def __init__(self, streams: Sequence[Stream], validation_share: float = 0.15) -> None:
+        self.streams = list(streams)
+        self.splits = [max(1, int(len(stream) * (1 - validation_share))) for stream in self.streams]
+
+    def block(self, rng: np.random.Generator, lanes: int, length: int) -> Block:
+        """Each lane starts at a random row of a stream, chosen in proportion to its rows: a young stream of any age of the data."""
+        weights = np.array(self.splits, float)
+        chosen = rng.choice(len(self.streams), size=lanes, p=weights / weights.sum())
+        pieces = []
+        for index in chosen:
+            last = max(1, self.splits[index] - length + 1)
+            start = int(rng.integers(last))
+            pieces.append(cut(self.streams[index], start, min(self.splits[index], start + length)))
+        return Block(*pad(pieces, max(len(piece) for piece in pieces)))
+
+    def validation(self) -> Block:
+        order = np.argsort([-len(stream) for stream in self.streams])[:32]
+        pieces = [
+            cut(self.streams[i], max(0, self.splits[i] - CONTEXT), min(len(self.streams[i]), self.splits[i] + 2 * CONTEXT)) for i in order
+        ]
+        leads = [min(CONTEXT, self.splits[i]) for i in order]
+        longest = max(leads)
+        shifted = [cut(piece, lead - min(leads), len(piece)) for piece, lead in zip(pieces, leads, strict=True)]
+        counts_from = min(leads) if longest else 0
+        return Block(*pad(shifted, max(len(piece) for piece in shifted)), counts_from=max(1, min(counts_from, CONTEXT)))

@@ -1,0 +1,137 @@
+"""The whole detector as one pure step: what is exported, and what calibration runs. Every operation is row-wise.
+
+    x, t ─► normaliser, clock ─► z ─► residual = actual - forecast made BEFORE this event ─► signals ─► tail ─► p_value, onset_p
+                                 └─► autoencoder ─► forecast of the next event, kept in the state
+                                                     expected, lower, upper ◄─ band
+
+The state is S floats (`layout` names its slices); zeros are a fresh stream. Shapes: B streams, F features, S state, K signals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.autoencoder import Autoencoder, Sizes
+from training.layout import Layout, Parts, Slot, row_sum
+from training.normaliser import Clock, Normalised, Normaliser
+from training.signals import MemorySignals, Residual, ResidualSignals
+from training.tail import Band, Calibration, Curve, Tail
+
+WARMUP = 100
+
+OUTPUTS = ("state_out", "p_value", "onset_p", "expected", "lower", "upper", "contribution")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One event after the network and the signals, before the tail; what calibration learns from."""
+
+    event: Normalised
+    strengths: Tensor  # [B, K]
+    weights: Tensor  # [B, F]
+    expected: Tensor  # [B, F] relative to the reference
+    residual: Tensor  # [B, F] raw
+    ratio: Tensor  # [B, F] |residual| ÷ spread
+    margin: Tensor  # [B, F] half width of the band
+
+
+def flat_calibration(signals: int) -> Calibration:
+    """Constants before calibration: any strength is worth what it says."""
+    line = Curve((0.0, 10.0), (0.0, 10.0), 1.0)
+    ones = (1.0,) * signals
+    return Calibration(ones, ones, (line,) * signals, line, line, line, tau=0.0, shape=10.0, weight=10.0)
+
+
+class DetectorStep(nn.Module):
+    """One event for each of B streams. `forward` has the signature of the artifact's step function."""
+
+    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 12) -> None:
+        super().__init__()
+        self.features = features
+        self.normaliser = Normaliser(features, clip)
+        self.clock = Clock()
+        self.autoencoder = Autoencoder(3 * features + Clock.inputs, features, sizes)
+        self.signals: MemorySignals | ResidualSignals = MemorySignals(intervals) if features == 1 else ResidualSignals(features)
+        self.calibrate(flat_calibration(len(self.signals.names)))
+
+    def calibrate(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.tail = Tail(len(self.signals.names), self.signals.burn, calibration)
+        self.band = Band(self.features, calibration.band)
+        counters = (Slot("events", 1), Slot("age", 1), Slot("previous_z", self.features), Slot("forecast", self.features))
+        slots = (self.normaliser.slots, self.clock.slots, self.autoencoder.slots, self.signals.slots, self.band.slots, self.tail.slots)
+        self.layout = Layout([*counters, *(slot for part in slots for slot in part)])
+
+    @property
+    def state_size(self) -> int:
+        return self.layout.size
+
+    def fresh_state(self, rows: int) -> Tensor:
+        return torch.zeros(rows, self.state_size)
+
+    def forward(self, state: Tensor, x: Tensor, t: Tensor, learn: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
+        """The step function: see the service's contract for shapes and meaning of inputs and outputs."""
+        parts = self.layout.split(state)
+        may_learn, asked = learn.unsqueeze(1) > 0.5, alpha.unsqueeze(1)
+        judged, after = self.judge(parts, x, t, may_learn, asked)
+        event = judged.event
+        any_value = event.present.any(dim=1, keepdim=True)
+        p_value, onset_p, tail_parts = self.tail(judged.strengths, any_value, any_value & may_learn, parts["age"], parts)
+        state_out = self.layout.join({**after, **tail_parts})
+
+        silent = ~any_value | (parts["events"] < WARMUP)
+        p_value, onset_p = (torch.where(silent, torch.nan, p).squeeze(1) for p in (p_value, onset_p))
+        expected = torch.where(event.known, judged.expected + event.reference, torch.nan)
+        return state_out, p_value, onset_p, expected, expected - judged.margin, expected + judged.margin, _shares(judged)
+
+    def judge(self, parts: Parts, x: Tensor, t: Tensor, may_learn: Tensor, alpha: Tensor) -> tuple[Judged, Parts]:
+        """Everything before the tail; all [B, ·]. Returns the parts after the event, those of the tail as they were."""
+        event, normalised_parts = self.normaliser(x, may_learn, parts)
+        clock, clock_parts = self.clock(t, parts["events"], parts)
+        expected = torch.where(event.known, self.normaliser.raw(parts["forecast"], event), event.u)
+        residual = Residual(
+            raw=torch.where(event.present, event.u - expected, 0.0),
+            z=torch.where(event.present & event.known, event.z - parts["forecast"], 0.0),
+        )
+        strengths, weights, signal_parts = self.signals(event, residual, parts, parts["age"])
+        margin, ratio, band_parts = self.band(residual.raw, event.learns, parts["seen"], alpha, parts)
+        forecast, network_parts = self.autoencoder.step(self.inputs(event, clock, parts["previous_z"]), parts)
+        any_learned = event.learns.any(dim=1, keepdim=True)
+        after = {
+            **parts,
+            **normalised_parts,
+            **clock_parts,
+            **network_parts,
+            **signal_parts,
+            **band_parts,
+            "events": parts["events"] + 1,
+            "age": torch.where(any_learned, parts["age"] + 1, parts["age"]),
+            "previous_z": torch.where(event.present, event.z, parts["previous_z"]),
+            "forecast": forecast,
+        }
+        return Judged(event, strengths, weights, expected, residual.raw, ratio, margin), after
+
+    def inputs(self, event: Normalised, clock: Tensor, previous_z: Tensor) -> Tensor:
+        """What the network sees of an event: z, its change, what is present, and the clock [B, 3F + 5]."""
+        change = torch.where(event.present & event.known, event.z - previous_z, 0.0)
+        return torch.cat([event.z, change, event.present.to(event.z.dtype), clock], dim=1)
+
+
+def _shares(judged: Judged) -> Tensor:
+    """Attribution: weights as shares of 1 over the features that are present."""
+    present = judged.event.present.to(judged.weights.dtype)
+    if present.shape[1] == 1:
+        return present
+    weights = (judged.weights + 1e-6) * present
+    return weights / row_sum(weights).clamp(min=1e-12)
+
+
+def example_inputs(step: DetectorStep, rows: int) -> tuple[Any, ...]:
+    """Inputs of the right shapes, for the exporter."""
+    F = step.features
+    ones = torch.ones(rows)
+    return torch.zeros(rows, step.state_size), torch.zeros(rows, F), torch.ones(rows, 3), ones, ones * 1e-3

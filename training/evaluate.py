@@ -1,0 +1,105 @@
+"""How good a detector is, without labels: false onsets on streams it never saw, and named anomalies injected into them.
+
+Runs the step function exactly as it is served (ONNX Runtime, padded batches). Shapes: T steps, B streams, F features.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data import Float32, Stream, cut, pad
+from training.detector import WARMUP
+from training.synthetic import ANOMALIES
+from training.verify import StepFunction
+
+ASKED = (1e-3, 1 / 2016, 1e-4)
+REACTION = 20
+"""Events after an injected anomaly within which its onset counts as found."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Answers of a whole run."""
+
+    p_value: Float32  # [T, B]
+    onset_p: Float32  # [T, B]
+    expected: Float32  # [T, B, F]
+    lower: Float32  # [T, B, F]
+    upper: Float32  # [T, B, F]
+    contribution: Float32  # [T, B, F]
+
+
+def run_streams(
+    step: StepFunction, state_size: int, x: Float32, t: Float32, alpha: float = 1e-3, on_step: Callable[[], None] = lambda: None
+) -> Scores:
+    """All of x [T, B, F], t [T, B, 3], from fresh states."""
+    T, B, F = x.shape
+    state, ones = np.zeros((B, state_size), np.float32), np.ones(B, np.float32)
+    asked = np.full(B, alpha, np.float32)
+    answers: dict[str, Float32] = {name: np.zeros((T, B), np.float32) for name in ("p_value", "onset_p")}
+    answers |= {name: np.zeros((T, B, F), np.float32) for name in ("expected", "lower", "upper", "contribution")}
+    for i in range(T):
+        out = step(state, x[i], t[i], ones, asked)
+        for name, values in answers.items():
+            values[i] = getattr(out, name)
+        state = out.state
+        on_step()
+    return Scores(**answers)
+
+
+def false_onsets(onset_p: Float32, counted: NDArray[np.bool_]) -> dict[str, dict[str, float]]:
+    """Onsets rarer than asked on normal rows, as a multiple of what was asked. `counted` [T, B] marks the rows to look at."""
+    judged = counted & np.isfinite(onset_p)
+    events = int(judged.sum())
+    measured = {}
+    for asked in ASKED:
+        found = int((judged & (onset_p < asked)).sum())
+        measured[f"{asked:.2g}"] = {"asked": asked, "events": events, "onsets": found, "measured": round(found / max(events, 1), 7)}
+        measured[f"{asked:.2g}"]["ratio"] = round(found / max(events, 1) / asked, 3)
+    return measured
+
+
+def false_onsets_by_age(onset_p: Float32, asked: float = 1e-3) -> dict[str, float]:
+    """Measured ÷ asked by the age of the stream: young streams spend a learning allowance."""
+    edges = (WARMUP, 300, 1000, 2000, 4000, len(onset_p))
+    ages = {}
+    for low, high in itertools.pairwise(edges):
+        part = onset_p[low:high]
+        judged = np.isfinite(part)
+        if judged.any():
+            ages[f"{low}-{high}"] = round(float((part[judged] < asked).mean()) / asked, 3)
+    return ages
+
+
+def detection(step: StepFunction, state_size: int, streams: Sequence[Stream], at: int, seed: int, asked: float = 1e-3) -> dict[str, Any]:
+    """Each named anomaly injected at event `at` into every stream: share found within REACTION events, and the median delay.
+
+    `at_random` is the share of the same streams, untouched, that raise an onset in as many events: the floor of the table.
+    """
+    rng = np.random.default_rng([seed, at])
+    pieces = [cut(stream, 0, at + REACTION) for stream in streams]
+    changed = list(pieces)
+    for make in ANOMALIES.values():
+        changed += [Stream(piece.name, _injected(rng, piece.x, at, make), piece.t) for piece in pieces]
+    scores = run_streams(step, state_size, *pad(changed, at + REACTION))
+    hits = (scores.onset_p[at:] < asked).reshape(REACTION, len(ANOMALIES) + 1, len(pieces))
+    found = {}
+    for i, name in enumerate(("at_random", *ANOMALIES)):
+        hit = hits[:, i].any(axis=0)
+        delay = float(np.median(hits[:, i].argmax(axis=0)[hit])) if hit.any() else None
+        found[name] = {"found": round(float(hit.mean()), 3), "median_delay_events": delay}
+    return found
+
+
+def _injected(rng: np.random.Generator, x: Float32, at: int, make: Callable[..., Any]) -> Float32:
+    """One feature changed, the others as they were."""
+    y = x.copy()
+    feature = int(rng.integers(x.shape[1]))
+    y[:, feature] = make(rng, x[:, feature].astype(np.float64), at)
+    return y

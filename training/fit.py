@@ -1,0 +1,267 @@
+"""The training loop: truncated back-propagation through time over lanes whose state is carried from chunk to chunk.
+
+    block  ──► chunk 0 ──► chunk 1 ──► ...      normaliser and LSTM states flow through, gradients stop at each border
+
+Inputs are corrupted (spikes, offsets, frozen values, masks), targets are clean. Every random number follows from (seed, block),
+so a run that was killed continues from its checkpoint and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.autoencoder import LAGS, Outputs
+from training.cells import CellState
+from training.data import Block, Float32, Source
+from training.detector import DetectorStep
+from training.layout import Parts
+
+CODE_NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how wide, how fast."""
+
+    steps: int = 600
+    lanes: int = 32
+    chunk: int = 128
+    chunks: int = 4  # per block
+    learning_rate: float = 4e-3
+    seed: int = 0
+    check_every: int = 5  # blocks between looks at the validation part
+    patience: int = 8  # looks without a better one before stopping
+
+
+@dataclass
+class Progress:
+    """What a run has reached; all of it is in the checkpoint."""
+
+    block: int = 0
+    best_loss: float = math.inf
+    looks_since_best: int = 0
+    training: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the network is given of one chunk, and what it should answer."""
+
+    inputs: Tensor  # [T, B, I] clean
+    z: Tensor  # [T, B, F]
+    present: Tensor  # [T, B, F] bool
+
+
+@dataclass
+class Lanes:
+    """The state that flows from chunk to chunk."""
+
+    parts: Parts  # of normaliser and clock
+    events: Tensor  # [B, 1]
+    encoder: CellState
+    decoder: CellState
+
+    @classmethod
+    def fresh(cls, step: DetectorStep, rows: int) -> Lanes:
+        slots = (*step.normaliser.slots, *step.clock.slots)
+        parts = {slot.name: torch.zeros(rows, slot.size) for slot in slots} | {"previous_z": torch.zeros(rows, step.features)}
+        network = step.autoencoder
+        return cls(parts, torch.zeros(rows, 1), network.encoder.fresh(rows), network.decoder.fresh(rows))
+
+
+@torch.no_grad()
+def prepare(step: DetectorStep, x: Tensor, t: Tensor, lanes: Lanes) -> Prepared:
+    """Run normaliser and clock over x [T, B, F], t [T, B, 3]; `lanes` advances."""
+    inputs, zs, presents = [], [], []
+    learn = torch.ones(x.shape[1], 1, dtype=torch.bool)
+    for x_now, t_now in zip(x.unbind(0), t.unbind(0), strict=True):
+        event, learned = step.normaliser(x_now, learn, lanes.parts)
+        clock, cadence = step.clock(t_now, lanes.events, lanes.parts)
+        inputs.append(step.inputs(event, clock, lanes.parts["previous_z"]))
+        previous = torch.where(event.present, event.z, lanes.parts["previous_z"])
+        lanes.parts = {**learned, **cadence, "previous_z": previous}
+        lanes.events = lanes.events + 1
+        zs.append(event.z)
+        presents.append(event.present)
+    return Prepared(torch.stack(inputs), torch.stack(zs), torch.stack(presents))
+
+
+def corrupted(prepared: Prepared, features: int, rng: np.random.Generator) -> Tensor:
+    """Inputs [T, B, I] with anomalies and gaps; the targets stay what they were."""
+    z = prepared.z.numpy().copy()
+    T, B, F = z.shape
+    z += (rng.random(z.shape) < 0.02) * rng.normal(size=z.shape).astype(np.float32) * 2
+    hidden = ~prepared.present.numpy() | (rng.random(z.shape) < 0.1)
+    for b in range(B):
+        f = rng.integers(F)
+        start, length = rng.integers(max(1, T - 40)), rng.integers(3, 40)
+        kind = rng.random()
+        if kind < 0.3:
+            z[start : start + length, b, f] += rng.normal() * 1.5
+        elif kind < 0.45:
+            z[start : start + length, b, f] = z[start, b, f]
+        elif kind < 0.7:
+            hidden[start : start + length // 2, b, f] = True
+    z += rng.normal(size=z.shape).astype(np.float32) * 0.05
+    z[hidden] = 0
+    inputs = prepared.inputs.clone()
+    inputs[:, :, :F] = torch.from_numpy(z)
+    inputs[:, :, F : 2 * F] = torch.from_numpy(_changes(z, hidden))
+    inputs[:, :, 2 * F : 3 * F] = torch.from_numpy((~hidden).astype(np.float32))
+    timeless = torch.from_numpy(rng.random(B) < 0.3)
+    inputs[:, timeless, 3 * F : 3 * F + 4] = 0
+    return inputs
+
+
+def _changes(z: Float32, hidden: np.ndarray[Any, Any]) -> Float32:
+    """Difference to the last value that was present; 0 where hidden. [T, B, F]"""
+    row = np.where(hidden, 0, np.arange(len(z))[:, None, None])
+    last = np.maximum.accumulate(row, axis=0)
+    before = np.concatenate([last[:1], last[:-1]])
+    change = z - np.take_along_axis(z, before, axis=0)
+    change[hidden] = 0
+    return change
+
+
+def loss_of(outputs: Outputs, prepared: Prepared, counts_from: int) -> Tensor:
+    """3 × smooth L1 of the reconstructed lags + Laplace likelihood of the next value, over present values from `counts_from` on."""
+    z, present = prepared.z, prepared.present.to(prepared.z.dtype)
+    T = len(z)
+    reconstruction = z.new_zeros(())
+    for j, lag in enumerate(LAGS):
+        first = max(lag, counts_from)
+        if first < T:
+            error = functional.smooth_l1_loss(outputs.lags[first:, :, :, j], z[first - lag : T - lag], reduction="none", beta=0.3)
+            reconstruction = reconstruction + _mean(error, present[first - lag : T - lag])
+    start = min(max(counts_from, 0), T - 2)
+    log_scale = outputs.log_scale[start:-1].clamp(-5, 2)
+    surprise = log_scale + (z[start + 1 :] - outputs.location[start:-1]).abs() * torch.exp(-log_scale)
+    return 3 * reconstruction / len(LAGS) + _mean(surprise, present[start + 1 :])
+
+
+def _mean(error: Tensor, weight: Tensor) -> Tensor:
+    return (error * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+def learning_rate(plan: Plan, step: int) -> float:
+    """One cycle: up for a tenth of the steps, then down to nearly nothing along a cosine."""
+    rise = max(1, plan.steps // 10)
+    if step < rise:
+        return plan.learning_rate * (0.04 + 0.96 * step / rise)
+    return plan.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, plan.steps - rise))))
+
+
+class Trainer:
+    """Owns the weights while they are learned. `run` returns with the best ones (by validation loss) loaded."""
+
+    def __init__(self, step: DetectorStep, source: Source, plan: Plan, checkpoint: Path | None = None) -> None:
+        self.step, self.source, self.plan, self.checkpoint = step, source, plan, checkpoint
+        self.network = step.autoencoder
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=plan.learning_rate)
+        self.progress = Progress()
+        self.best = _copy(self.network)
+        self._validation = source.validation()
+
+    @property
+    def blocks(self) -> int:
+        return max(1, self.plan.steps // self.plan.chunks)
+
+    def run(self, on_block: Callable[[Progress], None] = lambda _: None) -> Progress:
+        """Train to the end or until the validation part gets no better. `on_block` is called after each block is safe."""
+        if self.progress.block == 0:
+            self._look()
+        while self.progress.block < self.blocks and self.progress.looks_since_best < self.plan.patience:
+            loss = self._block(self.progress.block)
+            self.progress.block += 1
+            self.progress.training.append((self.progress.block * self.plan.chunks, loss))
+            if self.progress.block % self.plan.check_every == 0 or self.progress.block == self.blocks:
+                self._look()
+                self.save()
+            on_block(self.progress)
+        self.network.load_state_dict(self.best)
+        return self.progress
+
+    def _block(self, index: int) -> float:
+        rng = np.random.default_rng([self.plan.seed, index])
+        block = self.source.block(rng, self.plan.lanes, self.plan.chunk * self.plan.chunks)
+        noise = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + index)
+        lanes, losses = Lanes.fresh(self.step, block.x.shape[1]), []
+        for number, start in enumerate(range(0, len(block.x) - len(LAGS), self.plan.chunk)):
+            x, t = (torch.from_numpy(part[start : start + self.plan.chunk]) for part in (block.x, block.t))
+            prepared = prepare(self.step, x, t, lanes)
+            losses.append(self._learn(prepared, corrupted(prepared, self.step.features, rng), lanes, block, number, index, noise))
+        return float(np.mean(losses))
+
+    def _learn(
+        self, prepared: Prepared, inputs: Tensor, lanes: Lanes, block: Block, number: int, index: int, noise: torch.Generator
+    ) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.plan, index * self.plan.chunks + number)
+        code_noise = CODE_NOISE * torch.randn(*inputs.shape[:2], self.network.sizes.code, generator=noise)
+        outputs = self.network.sequence(inputs, lanes.encoder, lanes.decoder, code_noise)
+        loss = loss_of(outputs, prepared, block.counts_from if number == 0 else 0)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        lanes.encoder, lanes.decoder = (CellState(*(part.detach() for part in state)) for state in (outputs.encoder, outputs.decoder))
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Loss of the clean validation lanes."""
+        block = self._validation
+        lanes = Lanes.fresh(self.step, block.x.shape[1])
+        prepared = prepare(self.step, torch.from_numpy(block.x), torch.from_numpy(block.t), lanes)
+        outputs = self.network.sequence(prepared.inputs, lanes.encoder, lanes.decoder)
+        return float(loss_of(outputs, prepared, block.counts_from))
+
+    def _look(self) -> None:
+        loss = self.validate()
+        self.progress.validation.append((self.progress.block * self.plan.chunks, loss))
+        if loss < self.progress.best_loss:
+            self.progress.best_loss, self.progress.looks_since_best = loss, 0
+            self.best = _copy(self.network)
+        else:
+            self.progress.looks_since_best += 1
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        if self.checkpoint is None:
+            return
+        content = {
+            "plan": asdict(self.plan),
+            "progress": asdict(self.progress),
+            "network": self.network.state_dict(),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(content, partial)
+        partial.replace(self.checkpoint)
+
+    def resume(self) -> bool:
+        """Continue from the checkpoint, if there is one. Raises ValueError when it is of another plan."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return False
+        content = torch.load(self.checkpoint, weights_only=True)
+        if content["plan"] != asdict(self.plan):
+            raise ValueError(f"{self.checkpoint} belongs to a run with other settings: {content['plan']}; delete it or use the same ones.")
+        self.network.load_state_dict(content["network"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.best, self.progress = content["best"], Progress(**content["progress"])
+        return True
+
+
+def _copy(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.state_dict().items()}

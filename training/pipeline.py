@@ -1,0 +1,299 @@
+"""A training run from data to published file, told in order. `Job` says what is to be made, `produce` makes it.
+
+train ─► calibrate ─► export ─► evaluate ─► publish (verifies, refuses) ─► report
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from service.artifact import Feature, Manifest
+from service.errors import TableError
+from service.tables import Notify, ReadOptions, read_tables
+from training import report, synthetic
+from training.autoencoder import Sizes
+from training.calibrate import calibrate, observe
+from training.data import Fleet, Source, Stream, cut, digest, pad, streams_of
+from training.detector import DetectorStep
+from training.evaluate import Scores, detection, false_onsets, false_onsets_by_age, run_streams
+from training.export import manifest_of, publish, to_onnx, training_record
+from training.fit import Lanes, Plan, Trainer, prepare
+from training.fit import Progress as Reached
+from training.signals import ResidualSignals
+from training.verify import Runner, session_of
+
+MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
+CALIBRATION_SEED, EVALUATION_SEED = 9_001, 9_002
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be made, from what."""
+
+    name: str
+    version: str
+    description: str
+    features: list[str]
+    sizes: Sizes
+    plan: Plan
+    source: Source
+    command: str
+    data: str
+    data_sha256: str
+    clip: float
+    calibration: Sequence[Stream]  # unlabelled history the tail's constants are fitted on
+    evaluation: Sequence[Stream]  # streams or later rows that neither training nor calibration saw
+    counted_from: Sequence[int]  # row of each evaluation stream from which on it is unseen
+    pooled_floor: float = 0.1  # share of the pooled deviation below which no stream's scale falls; 0 = none
+    streams: int = 0
+    rows: int = 0
+
+
+def fleet_job(
+    paths: Sequence[Path],
+    options: ReadOptions,
+    sizes: Sizes,
+    plan: Plan,
+    validation: float,
+    name: str | None,
+    version: str,
+    command: str,
+    notify: Notify,
+) -> Job:
+    """A detector for the user's own streams. Raises TableError when files differ in features or are too short."""
+    tables = list(read_tables(paths, options, notify))
+    features = list(tables[0].columns)
+    for table in tables:
+        unknown = [column for column in table.columns if column not in features]
+        if unknown:
+            raise TableError(f"{table.name} has the column {unknown[0]!r} that {tables[0].name} lacks: one model, one set of features.")
+    streams = streams_of(tables, features)
+    fleet = Fleet(streams, validation)
+    if max(fleet.splits) < plan.chunk:
+        raise TableError(f"The longest stream has {max(map(len, streams))} rows: too few to train on ({plan.chunk} at least).")
+    rows = sum(map(len, streams))
+    notify(
+        f"Read {len(streams)} stream(s), {rows:,} rows, {len(features)} feature(s): {', '.join(features[:8])}{' …' * (len(features) > 8)}"
+    )
+    longest = sorted(range(len(streams)), key=lambda i: -len(streams[i]))[:MAX_CALIBRATION_LANES]
+    evaluation = [cut(streams[i], max(0, fleet.splits[i] - 4000), len(streams[i])) for i in longest]
+    return Job(
+        name=name or _slug(paths[0]),
+        version=version,
+        description=f"One detector for {len(streams)} stream(s) of {len(features)} feature(s).",
+        features=features,
+        sizes=sizes,
+        plan=plan,
+        source=fleet,
+        command=command,
+        data=", ".join(path.name for path in paths),
+        data_sha256=digest(streams),
+        clip=1e4 if len(features) == 1 else 50.0,
+        calibration=_lanes([cut(streams[i], 0, fleet.splits[i]) for i in longest]),
+        evaluation=evaluation,
+        counted_from=[min(fleet.splits[i], 4000) for i in longest],
+        pooled_floor=0.0 if len(features) == 1 else 0.1,
+        streams=len(streams),
+        rows=rows,
+    )
+
+
+def default_job(plan: Plan, version: str, command: str, lanes: int = 192, length: int = 6000) -> Job:
+    """The shipped default: one feature named `value`, the synthetic generator and nothing else."""
+    held_out = synthetic.streams(np.random.default_rng([plan.seed, EVALUATION_SEED]), lanes, length)
+    return Job(
+        name="default",
+        version=version,
+        description="Any single reading, without training on it: learned and calibrated on a synthetic generator alone.",
+        features=["value"],
+        sizes=Sizes(hidden=32, layers=1, code=8, decoder_hidden=16),
+        plan=plan,
+        source=synthetic.Synthetic(plan.seed),
+        command=command,
+        data="synthetic generator, training/synthetic.py",
+        data_sha256="",
+        clip=1e4,
+        calibration=synthetic.streams(np.random.default_rng([plan.seed, CALIBRATION_SEED]), lanes, length),
+        evaluation=held_out,
+        counted_from=[0] * len(held_out),
+        pooled_floor=0.0,
+    )
+
+
+def produce(job: Job, out: Path, *, threads: int = 1, resume: bool = False, console: Console | None = None) -> Path:
+    """Make the model of `job` and its report in `out`; returns the published file. Raises ArtifactError when it is refused."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(job.plan.seed)
+    console = console or Console(quiet=True)
+    out.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    step = DetectorStep(len(job.features), job.sizes, job.clip)
+    _pool_floor(step, job)
+
+    with _timed(seconds, "training"):
+        reached = _train(step, job, out / "checkpoint.pt", resume, console)
+    with _timed(seconds, "calibration"):
+        _calibrate(step, job, console)
+    with _timed(seconds, "export"), console.status("Exporting"):
+        graph = to_onnx(step)
+        run = Runner(session_of(graph))
+    with _timed(seconds, "evaluation"), console.status("Measuring false onsets and injected anomalies on unseen rows"):
+        quality, shown = _evaluate(step, job, run)
+    with _timed(seconds, "verification"), console.status("Verifying"):
+        manifest = _manifest(step, job, quality)
+        model = publish(step, graph, manifest, out)
+
+    next_steps = _next_steps(model)
+    report.draw(out / "report.png", reached, shown)
+    report.write(out, manifest, reached, model, seconds, next_steps)
+    _tell(console, manifest, model, seconds, next_steps)
+    return model
+
+
+def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console: Console) -> Reached:
+    trainer = Trainer(step, job.source, job.plan, checkpoint)
+    if resume and trainer.resume():
+        console.print(f"Continuing at step {trainer.progress.block * job.plan.chunks}.")
+    with _bar(console) as bar:
+        task = bar.add_task("Training", total=trainer.blocks * job.plan.chunks, completed=trainer.progress.block * job.plan.chunks)
+
+        def show(reached: Reached) -> None:
+            loss = f"loss {reached.training[-1][1]:.3f}, validation {reached.best_loss:.3f}" if reached.training else ""
+            bar.update(task, completed=reached.block * job.plan.chunks, description=f"Training, {loss}")
+
+        return trainer.run(show)
+
+
+def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
+    x, t = pad(job.calibration, min(MAX_CALIBRATION_ROWS, max(map(len, job.calibration))))
+    if isinstance(step.signals, ResidualSignals):
+        step.signals.usual.copy_(_usual_residual(step, x[: 4 * job.plan.chunk], t[: 4 * job.plan.chunk]))
+    with _bar(console) as bar:
+        task = bar.add_task("Calibrating", total=len(x))
+        observed = observe(step, x, t, lambda: bar.advance(task))
+    step.calibrate(calibrate(observed, step.signals.burn))
+
+
+@torch.no_grad()
+def _usual_residual(step: DetectorStep, x: Any, t: Any) -> torch.Tensor:
+    """Pooled mean |z - forecast| of each feature, without its largest hundredth."""
+    lanes = Lanes.fresh(step, x.shape[1])
+    prepared = prepare(step, torch.from_numpy(x), torch.from_numpy(t), lanes)
+    outputs = step.autoencoder.sequence(prepared.inputs, lanes.encoder, lanes.decoder)
+    size = (prepared.z[1:] - outputs.location[:-1]).abs()[30:]
+    weight = prepared.present[1:][30:].to(size.dtype)
+    size = size.clamp(max=float(torch.quantile(size.flatten()[:1_000_000], 0.99)))
+    return ((size * weight).sum(dim=(0, 1)) / weight.sum(dim=(0, 1)).clamp(min=1.0)).clamp(min=1e-3)
+
+
+def _pool_floor(step: DetectorStep, job: Job) -> None:
+    if job.pooled_floor > 0:
+        variances = np.array([np.nanvar(stream.x.astype(np.float64), axis=0) for stream in job.calibration])
+        step.normaliser.floor.copy_(torch.from_numpy(job.pooled_floor * np.sqrt(np.nan_to_num(variances).mean(axis=0))).float())
+
+
+def _evaluate(step: DetectorStep, job: Job, run: Runner) -> tuple[dict[str, Any], report.Shown]:
+    x, t = pad(job.evaluation, max(map(len, job.evaluation)))
+    scores = run_streams(run, step.state_size, x, t)
+    unseen = np.arange(len(x))[:, None] >= np.array(job.counted_from)[None]
+    quality: dict[str, Any] = {"false_onsets_on_unseen_rows": false_onsets(scores.onset_p, unseen)}
+    if not any(job.counted_from):
+        quality["false_onsets_by_age_at_0.001"] = false_onsets_by_age(scores.onset_p)
+    shortest = min(map(len, job.evaluation))
+    at = max(150, min(1000, shortest - 50)) if shortest > 200 else 0
+    if at:
+        longer = [stream for stream in job.evaluation if len(stream) >= at + 20][:64]
+        quality["injected_anomalies_found_in_20_events"] = detection(run, step.state_size, longer, at, job.plan.seed)
+    return quality, _shown(step, job, run)
+
+
+def _shown(step: DetectorStep, job: Job, run: Runner) -> report.Shown:
+    """The longest unseen stream with a level shift in its last part, for the picture."""
+    stream = max(job.evaluation, key=len)
+    stream = cut(stream, max(0, len(stream) - 2500), len(stream))
+    changed_at = len(stream) - min(150, len(stream) // 3)
+    x = stream.x.copy()
+    feature = 0
+    past = x[:changed_at, feature]
+    x[changed_at : changed_at + 60, feature] += 1.5 * (np.nanmax(past) - np.nanmin(past))
+    stream = Stream(stream.name, x, stream.t)
+    scores: Scores = run_streams(run, step.state_size, *pad([stream], len(stream)))
+    return report.Shown(stream, scores, job.features, max(0, len(stream) - 600), changed_at, "offset")
+
+
+def _manifest(step: DetectorStep, job: Job, quality: dict[str, Any]) -> Manifest:
+    record = training_record(
+        command=job.command, seed=job.plan.seed, data=job.data, data_sha256=job.data_sha256, streams=job.streams, rows=job.rows
+    )
+    return manifest_of(
+        step,
+        name=job.name,
+        version=job.version,
+        features=[Feature(name=name) for name in job.features],
+        training=record,
+        description=job.description,
+        quality=quality,
+    )
+
+
+def _lanes(streams: Sequence[Stream]) -> list[Stream]:
+    """Few streams are watched from several starting points, so that every age has been seen more than once."""
+    starts = max(1, min(8, 16 // len(streams)))
+    return [cut(stream, i * len(stream) // (starts + 1), len(stream)) for stream in streams for i in range(starts)]
+
+
+def _slug(path: Path) -> str:
+    slug = re.sub(r"[^a-z0-9_-]+", "-", path.stem.lower()).strip("-_")
+    return slug[:64] or "detector"
+
+
+def _next_steps(model: Path) -> list[str]:
+    return [
+        f"python -m service serve --model {model.parent}",
+        "python -m service replay FILE --url http://127.0.0.1:8080 --speed 100x",
+        f"python -m service backtest FILES... --model {model} --out backtest/",
+    ]
+
+
+def _tell(console: Console, manifest: Manifest, model: Path, seconds: dict[str, float], next_steps: list[str]) -> None:
+    measured = manifest.quality["false_onsets_on_unseen_rows"]["0.001"]
+    console.print(
+        f"\nPublished [bold]{model}[/bold]: {model.stat().st_size:,} bytes, {4 * manifest.state_size:,} bytes a stream, "
+        f"{sum(seconds.values()):.0f} s in all."
+    )
+    console.print(
+        f"Onsets on {measured['events']:,} unseen rows at α = 0.001: {measured['onsets']}, {measured['ratio']} times what was asked. "
+        f"Report: {model.parent / 'report.md'}"
+    )
+    console.print("Next:")
+    for command in next_steps:
+        console.print(f"  {command}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - start
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,152 @@
+"""The report of a run: report.png (loss curve, a stream with its band and scores), report.md, report.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from service.artifact import Manifest
+from training.data import Stream
+from training.evaluate import Scores
+from training.fit import Progress
+
+mpl.use("Agg")
+
+SHOWN_FEATURES = 3
+INK, QUIET, GLOW, ALARM = "#1f2933", "#9aa5b1", "#2f7ed8", "#d64545"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The stream of the picture."""
+
+    stream: Stream
+    scores: Scores  # of one stream, B = 1
+    names: list[str]
+    first: int  # first row shown
+    changed_at: int | None  # where an anomaly was injected
+    anomaly: str
+
+
+def draw(path: Path, progress: Progress, shown: Shown, alpha: float = 1e-3) -> None:
+    """Loss on top; then the features that carry the injected anomaly; then the score."""
+    features = _most_telling(shown)
+    figure = Figure(figsize=(11, 3 + 2.1 * (len(features) + 1)), layout="constrained")
+    axes = figure.subplots(len(features) + 2, 1, height_ratios=[1.1, *([1.3] * len(features)), 1])
+    _draw_loss(axes[0], progress)
+    for axis, feature in zip(axes[1:-1], features, strict=True):
+        _draw_feature(axis, shown, feature)
+    _draw_score(axes[-1], shown, alpha)
+    for axis in axes[1:]:
+        axis.set_xlim(shown.first, len(shown.stream) - 1)
+        axis.sharex(axes[1])
+    axes[-1].set_xlabel("event of the stream")
+    figure.savefig(path, dpi=110)
+
+
+def _most_telling(shown: Shown) -> list[int]:
+    start = shown.changed_at or shown.first
+    share = np.nan_to_num(shown.scores.contribution[start : start + 50, 0]).mean(axis=0)
+    return [int(i) for i in np.argsort(-share)[:SHOWN_FEATURES]]
+
+
+def _draw_loss(axis: Any, progress: Progress) -> None:
+    for points, colour, label in ((progress.training, QUIET, "training (corrupted input)"), (progress.validation, GLOW, "validation")):
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4)
+    axis.set_title("Loss by training step", loc="left", fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+    _tidy(axis)
+
+
+def _draw_feature(axis: Any, shown: Shown, feature: int) -> None:
+    rows = np.arange(len(shown.stream))[shown.first :]
+    part = slice(shown.first, None)
+    lower, upper = shown.scores.lower[part, 0, feature], shown.scores.upper[part, 0, feature]
+    actual = shown.stream.x[part, feature]
+    axis.fill_between(rows, lower, upper, color=GLOW, alpha=0.15, linewidth=0, label="band")
+    axis.plot(rows, shown.scores.expected[part, 0, feature], color=GLOW, linewidth=1.1, label="expected")
+    axis.plot(rows, actual, color=INK, linewidth=0.8, label="actual")
+    low, high = float(np.nanmin(actual)), float(np.nanmax(actual))
+    margin = 0.25 * max(high - low, 1e-9)
+    axis.set_ylim(low - margin, high + margin)
+    axis.set_title(f"{shown.stream.name} · {shown.names[feature]}", loc="left", fontsize=10)
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+    _mark(axis, shown)
+    _tidy(axis)
+
+
+def _draw_score(axis: Any, shown: Shown, alpha: float) -> None:
+    rows = np.arange(len(shown.stream))[shown.first :]
+    score = np.log(np.nan_to_num(shown.scores.p_value[shown.first :, 0], nan=1.0)) / np.log(alpha)
+    alert = np.log(np.nan_to_num(shown.scores.onset_p[shown.first :, 0], nan=1.0)) / np.log(alpha)
+    axis.plot(rows, score, color=QUIET, linewidth=0.9, label="anomaly_score")
+    onsets = alert > 1
+    axis.scatter(rows[onsets], alert[onsets], color=ALARM, s=22, zorder=3, label="alert (onset)")
+    axis.axhline(1, color=ALARM, linewidth=0.8, linestyle=":")
+    axis.set_ylim(0, max(2.0, 1.1 * float(max(score.max(), alert.max()))))
+    axis.set_title(f"log p / log α, α = {alpha:g}; above 1 is rarer than asked", loc="left", fontsize=10)
+    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    _mark(axis, shown)
+    _tidy(axis)
+
+
+def _mark(axis: Any, shown: Shown) -> None:
+    if shown.changed_at is not None:
+        axis.axvline(shown.changed_at, color=ALARM, linewidth=0.8, alpha=0.6)
+        axis.annotate(f" {shown.anomaly} injected", (shown.changed_at, 0.9), xycoords=("data", "axes fraction"), fontsize=8, color=ALARM)
+
+
+def _tidy(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def write(folder: Path, manifest: Manifest, progress: Progress, model: Path, seconds: dict[str, float], next_steps: list[str]) -> None:
+    """report.json for machines, report.md for people."""
+    content = {
+        "model": model.name,
+        "bytes": model.stat().st_size,
+        "state_bytes": 4 * manifest.state_size,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "loss": {"training": progress.training, "validation": progress.validation, "best": progress.best_loss},
+        "quality": manifest.quality,
+        "training": manifest.training.model_dump(),
+    }
+    (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "report.md").write_text("\n".join(_markdown(manifest, progress, content, next_steps)) + "\n")
+
+
+def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], next_steps: list[str]) -> list[str]:
+    cell, training = manifest.cell, manifest.training
+    lines = [
+        f"# {manifest.name} {manifest.version}",
+        "",
+        manifest.description,
+        "",
+        f"- Features: {', '.join(manifest.feature_names)}",
+        f"- Trained on {training.data}: {training.streams} streams, {training.rows} rows; `{training.command}`, seed {training.seed}",
+        f"- Network: {cell.variant} LSTM, {cell.layers} × {cell.hidden} → code {cell.code} → {cell.decoder_hidden}; "
+        f"file {content['bytes']:,} bytes, {content['state_bytes']:,} bytes a stream",
+        f"- Best validation loss {progress.best_loss:.4f}; took {', '.join(f'{n} {s} s' for n, s in content['seconds'].items())}",
+        "",
+        "![loss, a stream with its band, scores](report.png)",
+        "",
+    ]
+    for name, table in manifest.quality.items():
+        lines += [f"## {name.replace('_', ' ').capitalize()}", "", *_table(table), ""]
+    return [*lines, "## Next", "", *(f"    {step}" for step in next_steps)]
+
+
+def _table(table: Any) -> list[str]:
+    if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
+        return [f"`{json.dumps(table)}`"]
+    columns = list(next(iter(table.values())))
+    head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return head + [f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |" for name, row in table.items()]

@@ -1,0 +1,153 @@
+"""What a model must prove before it is published. Each check raises ArtifactError with a sentence that says what differs.
+
+verify_step       PyTorch = ONNX Runtime · sequence = step by step · any slicing into batches gives the same scores
+verify_manifest   the manifest survives its own encoding
+verify_file       a published file: hash, self-test, rows independent of their batch (what the service does on load)
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from service.artifact import Manifest
+from service.detector import Detector, StepOutput, bucket
+from service.errors import ArtifactError
+from training.cells import CellState
+from training.data import Float32
+from training.detector import OUTPUTS, DetectorStep
+
+TOLERANCE = 1e-5
+"""PyTorch against ONNX Runtime, relative to the size of what is compared (p-values: in decades)."""
+PROBE_STEPS, PROBE_ROWS = 160, 24
+_ANSWERS = tuple(field.name for field in fields(StepOutput))
+
+
+class StepFunction(Protocol):
+    """One event for each of B streams, as arrays."""
+
+    def __call__(self, state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput: ...
+
+
+class Runner:
+    """A graph in ONNX Runtime as a step function, padded like the service does."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+
+    def __call__(self, state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
+        rows = len(x)
+        extra = bucket(rows) - rows
+        feed = {"state": state, "x": x, "t": t, "learn": learn, "alpha": alpha}
+        padded = {name: np.concatenate([part, np.zeros((extra, *part.shape[1:]), np.float32)]) for name, part in feed.items()}
+        return StepOutput(*(out[:rows] for out in self._session.run(list(OUTPUTS), padded)))
+
+
+def session_of(graph: bytes) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def probe_inputs(steps: int, rows: int, features: int, seed: int = 0) -> tuple[Float32, Float32, Float32, Float32]:
+    """X [T,B,F], t [T,B,3], learn [T,B], alpha [T,B]: noise, steps, outliers, gaps, frozen learning, large offsets."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(steps, rows, features)) + np.where(np.arange(steps) > 0.7 * steps, 6.0, 0.0)[:, None, None]
+    x = x * np.exp(rng.normal(size=(1, rows, features))) + 10.0 * rng.normal(size=(1, rows, features))
+    x += (rng.random(x.shape) < 0.02) * 50
+    x[1:][rng.random(x[1:].shape) < 0.05] = np.nan
+    t = np.stack([np.full((steps, rows), 60.0), np.zeros((steps, rows)), np.full((steps, rows), 2.0)], axis=2)
+    t[:, :, 1] = (np.arange(steps)[:, None] * 60.0 + rng.uniform(0, 80000, rows)) % 86400
+    t[0, :, 0] = np.nan
+    learn = (rng.random((steps, rows)) > 0.05).astype(np.float32)
+    return x.astype(np.float32), t.astype(np.float32), learn, np.full((steps, rows), 1e-3, np.float32)
+
+
+def verify_step(step: DetectorStep, run: StepFunction) -> None:
+    """All checks of a model against its exported graph."""
+    verify_same_answers(step, run)
+    verify_sequence(step)
+    verify_slicing(run, step.state_size, step.features)
+
+
+def verify_same_answers(step: DetectorStep, run: StepFunction) -> None:
+    """PyTorch and ONNX Runtime agree, step for step, each from the same state."""
+    x, t, learn, alpha = probe_inputs(PROBE_STEPS, PROBE_ROWS, step.features)
+    state = np.zeros((PROBE_ROWS, step.state_size), np.float32)
+    for i in range(PROBE_STEPS):
+        inputs = (state, x[i], t[i], learn[i], alpha[i])
+        with torch.no_grad():
+            expected = [part.numpy() for part in step(*(torch.from_numpy(part) for part in inputs))]
+        got = run(*inputs)
+        for name, want in zip(_ANSWERS, expected, strict=True):
+            _compare(name, i, getattr(got, name), want)
+        state = got.state
+
+
+def _compare(name: str, step: int, got: Float32, want: Float32) -> None:
+    if name in ("p_value", "onset_p"):
+        got, want = np.log10(got), np.log10(want)
+    if not np.array_equal(np.isfinite(got), np.isfinite(want)):
+        raise ArtifactError(f"Refused: {name} of step {step} is a number in one of PyTorch and ONNX Runtime and none in the other.")
+    difference = np.abs(np.nan_to_num(got) - np.nan_to_num(want)) / (1 + np.abs(np.nan_to_num(want)))
+    if difference.max() > TOLERANCE:
+        raise ArtifactError(
+            f"Refused: {name} of step {step} differs by {difference.max():.1e} between PyTorch and ONNX Runtime "
+            f"({TOLERANCE:.0e} is allowed)."
+        )
+
+
+@torch.no_grad()
+def verify_sequence(step: DetectorStep) -> None:
+    """The network answers a sequence, as trained, with what it answers event by event, as served."""
+    network = step.autoencoder
+    T, B, inputs = 40, 8, network.encoder.cells[0].input_size
+    values = torch.randn(T, B, int(inputs), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    whole = network.sequence(values, network.encoder.fresh(B), network.decoder.fresh(B))
+    parts = {slot.name: torch.zeros(B, slot.size) for slot in network.slots}
+    for i in range(T):
+        location, parts = network.step(values[i], parts)
+        difference = float((location - whole.location[i]).abs().max())
+        if difference > TOLERANCE:
+            raise ArtifactError(f"Refused: event {i} of a sequence differs by {difference:.1e} from the same events one by one.")
+    last = CellState(parts["encoder_hidden"], parts["encoder_cell"])
+    if not all(torch.allclose(a, b, atol=TOLERANCE) for a, b in zip(last, whole.encoder, strict=True)):
+        raise ArtifactError("Refused: the network's state after a sequence differs from the state after the same events one by one.")
+
+
+def verify_slicing(run: StepFunction, state_size: int, features: int) -> None:
+    """However rows are sliced into batches, every row is answered the same to the last bit."""
+    rows, steps = 67, 130
+    x, t, learn, alpha = probe_inputs(steps, rows, features, seed=1)
+    state = np.zeros((rows, state_size), np.float32)
+    for i in range(steps):
+        inputs = (state, x[i], t[i], learn[i], alpha[i])
+        whole = run(*inputs)
+        size = (1, 3, 8, 20, 33)[i % 5]
+        slices = [run(*(part[j : j + size] for part in inputs)) for j in range(0, rows, size)] if i % 10 >= 5 else [whole]
+        for name in _ANSWERS:
+            again = np.concatenate([getattr(part, name) for part in slices])
+            if not np.array_equal(again, getattr(whole, name), equal_nan=True):
+                raise ArtifactError(
+                    f"Refused: {name} of step {i} differs when {rows} rows are run in batches of {size}: a row feels its batch-mates."
+                )
+        state = whole.state
+
+
+def verify_manifest(manifest: Manifest) -> None:
+    """What is read back is what was written."""
+    again = Manifest.model_validate_json(manifest.model_dump_json())
+    if again != manifest:
+        changed = [name for name in Manifest.model_fields if getattr(again, name) != getattr(manifest, name)]
+        raise ArtifactError(f"Refused: the manifest's {', '.join(changed)} changes when it is written and read back.")
+
+
+def verify_file(path: Path) -> Manifest:
+    """Load a published file as the service does. Raises ArtifactError."""
+    return Detector.load(path).manifest
