@@ -358,7 +358,7 @@ class Board:
     def _status(self, track: Track) -> Text:
         onset = track.first_onset(self._phases.begin, self._phases.end + GRACE_SECONDS)
         if onset:
-            return Text(f"▲ ONSET {onset[0] - self._phases.begin:.1f} s after it began", style="bold red")
+            return Text(f"▲ ONSET {_when(track.stream, onset[0] - self._phases.begin)}", style="bold red")
         if track.last["status"] == "warming_up":
             return Text(f"warming up, {track.last['samples_until_ready']} to go", style="dim")
         if track.last["is_anomaly"]:
@@ -366,6 +366,10 @@ class Board:
         if track.onsets:
             return Text(f"normal (onset at {track.onsets[-1][0]:.1f} s)", style="yellow")
         return Text("normal", style="green")
+
+
+def _when(stream: str, seconds: float) -> str:
+    return f"{seconds:.1f} s after it began" if stream in MUST_SEE else f"{seconds:.1f} s into it (perhaps of its own)"
 
 
 def _bar(score: float | None, width: int = 20) -> Text:
@@ -516,7 +520,7 @@ def _summary(board: Board, phases: Phases, flagged: dict[str, tuple[float, dict[
         top = result["contributors"][0]
         table.add_row(
             name,
-            f"[bold]{at - phases.begin:.1f} s[/] after it began",
+            _when(name, at - phases.begin),
             f"{result['p_value']:.1g}",
             f"{result['alert_score']:.2f}",
             f"{top['feature']} ({100 * top['contribution']:.0f} %)",
