@@ -1,8 +1,10 @@
 """How a container's process ends: what Docker and Kubernetes see of a stop."""
 
+import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -29,6 +31,29 @@ def test_a_stopped_service_drains_and_ends_with_0_and_its_store_with_it(tmp_path
         os.kill(service.pid, signal.SIGTERM)
         assert exit_code(service) == 0
         assert not store.is_running()
+
+
+def test_a_request_that_is_being_sent_when_the_service_is_stopped_is_still_answered(tmp_path: Path) -> None:
+    with Service(tmp_path / "data", model=build_tiny(tmp_path)) as service:
+
+        def lines() -> Iterator[bytes]:
+            for number in range(100):
+                if number == 50:
+                    os.kill(service.pid, signal.SIGTERM)
+                    wait_until_nobody_new_is_let_in(service)
+                yield b'{"stream_id": "s%d", "values": {"value": 1.0}}\n' % number
+
+        reply = httpx.post(f"{service.url}/v1/events", content=lines(), headers={"content-type": "application/x-ndjson"}, timeout=20)
+        assert reply.status_code == 200
+        assert [json.loads(line)["stream_id"] for line in reply.text.splitlines()] == [f"s{number}" for number in range(100)]
+        assert exit_code(service) == 0
+
+
+def wait_until_nobody_new_is_let_in(service: Service) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
+    while service.is_ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads from /proc when the handler is in place")
