@@ -223,7 +223,7 @@ class Door:
         return TooLarge(f"The body is over {self._limits.max_body_bytes} bytes (ONSET_MAX_BODY_BYTES); send it in parts.")
 
     def _scorer(self, request: Request) -> Scorer:
-        name = request.query_params.get("model") or self._default
+        name = _query(request, "model") or self._default
         scorer = self._scorers.get(name)
         if scorer is None:
             raise UnknownModel(f"No model '{name[:64]}' is loaded; there is {', '.join(sorted(self._scorers))}.")
@@ -297,8 +297,13 @@ def _is_ndjson(request: Request) -> bool:
     raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {JSON} or {NDJSON}.")
 
 
+def _query(request: Request, name: str) -> str | None:
+    # Most requests have no query, and making its mapping costs as much as scoring an event.
+    return request.query_params.get(name) if request.scope["query_string"] else None
+
+
 def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
-    text = request.query_params.get(name)
+    text = _query(request, name)
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):

@@ -79,8 +79,27 @@ class Result(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True)
+class Parsed:
+    """N events of one request as columns of plain values; arrays are made once for a whole batch, see `Readings.of`."""
+
+    stream_ids: list[str]
+    values: list[list[float | None]]  # [N][F], None = missing
+    timestamp: list[float]
+    timed: list[bool]
+    sequence: list[int]
+    key: list[int]
+
+    def __len__(self) -> int:
+        return len(self.stream_ids)
+
+    def part(self, start: int, stop: int) -> Parsed:
+        columns = (self.stream_ids, self.values, self.timestamp, self.timed, self.sequence, self.key)
+        return Parsed(*(column[start:stop] for column in columns))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class Readings:
-    """N events of one request as columns, in order of arrival, ready for a detector of F features."""
+    """N events as columns, in order of arrival, ready for a detector of F features."""
 
     stream_ids: Sequence[str]
     x: NDArray[np.float32]  # [N, F], NaN = missing
@@ -105,14 +124,15 @@ class Readings:
         )
 
     @staticmethod
-    def concatenate(parts: Sequence[Readings]) -> Readings:
-        if len(parts) == 1:
-            return parts[0]
+    def of(parts: Sequence[Parsed], F: int) -> Readings:
+        """The events of several requests, one after the other."""
+        stream_ids = [stream_id for part in parts for stream_id in part.stream_ids]
+        values = [row for part in parts for row in part.values]
         return Readings(
-            [stream_id for part in parts for stream_id in part.stream_ids],
-            np.concatenate([part.x for part in parts]),
-            np.concatenate([part.timestamp for part in parts]),
-            np.concatenate([part.timed for part in parts]),
-            np.concatenate([part.sequence for part in parts]),
-            np.concatenate([part.key for part in parts]),
+            stream_ids,
+            np.array(values, np.float64).reshape(len(values), F).astype(np.float32),
+            np.array([time for part in parts for time in part.timestamp], np.float64),
+            np.array([timed for part in parts for timed in part.timed], np.bool_),
+            np.array([sequence for part in parts for sequence in part.sequence], np.int64),
+            np.array([key for part in parts for key in part.key], np.uint64),
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from service.artifact import Manifest
 from service.errors import BadEvent, FutureEvent
-from service.events import UNPRINTABLE, Event, Readings
+from service.events import UNPRINTABLE, Event, Parsed, Readings
 from service.state import event_key
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -21,19 +21,15 @@ _NAN = math.nan
 _unprintable = re.compile(UNPRINTABLE).search
 
 
-def to_readings(
-    events: Sequence[Event], manifest: Manifest, *, now: float, max_future: float = math.inf
-) -> tuple[Readings, dict[int, BadEvent]]:
-    """N events → the readings of the usable ones in order, and what is wrong with the others by position.
+def parse(events: Sequence[Event], manifest: Manifest, *, now: float, max_future: float = math.inf) -> tuple[Parsed, dict[int, BadEvent]]:
+    """N events → the columns of the usable ones in order, and what is wrong with the others by position.
 
     `now` (seconds since 1970) stands in for a missing timestamp; one more than `max_future` seconds ahead of it is refused.
     """
     names = manifest.feature_names
     known = frozenset(names)
     errors: dict[int, BadEvent] = {}
-    good: list[Event] = []
-    times: list[float] = []
-    values: list[list[float | None]] = []
+    parsed = Parsed([], [], [], [], [], [])
     for i, event in enumerate(events):
         try:
             row = _row(event, names, known, manifest)
@@ -41,10 +37,19 @@ def to_readings(
         except BadEvent as error:
             errors[i] = error
             continue
-        good.append(event)
-        times.append(seconds)
-        values.append(row)
-    return _columns(good, times, values, len(names)), errors
+        parsed.stream_ids.append(event.stream_id or "")
+        parsed.values.append(row)
+        parsed.timestamp.append(seconds)
+        parsed.timed.append(event.timestamp is not None)
+        parsed.sequence.append(-1 if event.sequence is None else event.sequence)
+        parsed.key.append(event_key(event.event_id, event.sequence))
+    return parsed, errors
+
+
+def to_readings(events: Sequence[Event], manifest: Manifest, *, now: float) -> tuple[Readings, dict[int, BadEvent]]:
+    """The same as arrays, for one lot of events that needs no batching."""
+    parsed, errors = parse(events, manifest, now=now)
+    return Readings.of([parsed], len(manifest.features)), errors
 
 
 def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
@@ -91,17 +96,6 @@ def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: 
         if number is not None and not -FLOAT32_MAX <= number <= FLOAT32_MAX:
             raise BadEvent(f"values.{name} is {number}, beyond the range of float32; send null for a missing value.", f"values.{name}")
     return [values.get(name, _NAN) for name in names]
-
-
-def _columns(events: list[Event], times: list[float], values: list[list[float | None]], F: int) -> Readings:
-    return Readings(
-        stream_ids=[event.stream_id or "" for event in events],
-        x=np.array(values, np.float64).reshape(len(events), F).astype(np.float32),
-        timestamp=np.array(times, np.float64),
-        timed=np.array([event.timestamp is not None for event in events], np.bool_),
-        sequence=np.array([-1 if event.sequence is None else event.sequence for event in events], np.int64),
-        key=np.array([event_key(event.event_id, event.sequence) for event in events], np.uint64),
-    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,19 @@ from service.rounds import Kind, Outcomes
 Numbers = dict[str, float | None]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What became of N events, as one row of plain values each: made once for a whole batch, with what is to be counted."""
+
+    rows: list[tuple[Any, ...]]
+    kinds: list[int]
+    anomalies: int
+    onsets: int
+
+    def part(self, start: int, stop: int) -> Answers:
+        return Answers(self.rows[start:stop], self.kinds[start:stop], 0, 0)
+
+
 class Replies:
     """Makes the results of one detector."""
 
@@ -26,15 +40,14 @@ class Replies:
         self._policy = policy
         self._names = manifest.feature_names
 
-    def results(self, events: Sequence[Event], outcomes: Outcomes, *, top_contributors: int) -> list[Result]:
-        """One result for each of N events, in order. A duplicate echoes the event it answers and carries the stored result."""
-        records = outcomes.records
+    def judged(self, outcomes: Outcomes) -> Answers:
+        """Verdicts over a batch, and everything a reply needs as Python values."""
+        records, kinds = outcomes.records, outcomes.kinds
         verdicts = judge(records)
-        scores = [_nullable(column) for column in (verdicts.anomaly_score, records["p_value"], verdicts.alert_score)]
-        columns = zip(
-            events,
-            outcomes.kinds.tolist(),
-            *scores,
+        scored = kinds == Kind.SCORED
+        columns = (
+            kinds.tolist(),
+            *(_nullable(column) for column in (verdicts.anomaly_score, records["p_value"], verdicts.alert_score)),
             verdicts.is_anomaly.tolist(),
             verdicts.grade.tolist(),
             verdicts.severity.tolist(),
@@ -45,9 +58,17 @@ class Replies:
             _nullable(records["started_at"]),
             map(_shortest, records["alpha"].tolist()),
             *(_nullable(records[name]) for name in ("x", "expected", "lower", "upper", "contribution")),
-            strict=True,
         )
-        return [self._result(*column, top_contributors=top_contributors) for column in columns]
+        return Answers(
+            rows=list(zip(*columns, strict=True)),
+            kinds=columns[0],
+            anomalies=int((scored & (verdicts.anomaly_score > THRESHOLD)).sum()),
+            onsets=int((scored & (verdicts.alert_score > THRESHOLD)).sum()),
+        )
+
+    def results(self, events: Sequence[Event], answers: Answers, *, top_contributors: int) -> list[Result]:
+        """One result for each of N events, in order. A duplicate echoes the event it answers and carries the stored result."""
+        return [self._result(event, *row, top_contributors=top_contributors) for event, row in zip(events, answers.rows, strict=True)]
 
     def _result(
         self,

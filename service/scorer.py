@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from service.batcher import Batcher
 from service.detector import Detector
 from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, TooManyStreams, UnknownStream
-from service.events import Event, Readings, Result
-from service.features import to_readings
+from service.events import Event, Parsed, Readings, Result
+from service.features import parse
 from service.metrics import Metrics
-from service.policy import THRESHOLD, Policy, judge
-from service.results import Replies
+from service.policy import Policy
+from service.results import Answers, Replies
 from service.rounds import Kind, Outcomes, Positions, advance
 from service.state import Loaded, Origin, Rows, StateCodec
 from service.stores import StateStore, Write
@@ -73,7 +73,7 @@ class Scorer:
         self._clock = clock
         self._codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
         self._replies = Replies(detector.manifest, policy)
-        self._batcher: Batcher[Readings, Outcomes] = Batcher(self._handle, size=len, max_batch=MAX_BATCH, max_queue=limits.max_queue_events)
+        self._batcher: Batcher[Parsed, Answers] = Batcher(self._handle, size=len, max_batch=MAX_BATCH, max_queue=limits.max_queue_events)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
         self._streams, self._counted_at = 0, -COUNT_SECONDS
         metrics.state_bytes.labels(detector.name).set(self._codec.value.itemsize)
@@ -100,16 +100,16 @@ class Scorer:
         answers: list[Result | ItemError | None] = [item if isinstance(item, ItemError) else None for item in items]
         places = [i for i, item in enumerate(items) if isinstance(item, Event)]
         events = [item for item in items if isinstance(item, Event)]
-        readings, errors = to_readings(events, self.detector.manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
+        parsed, errors = parse(events, self.detector.manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
         for i, error in errors.items():
             answers[places[i]] = error
         if errors:
             places = [place for i, place in enumerate(places) if i not in errors]
             events = [event for i, event in enumerate(events) if i not in errors]
         start = 0
-        for outcomes in await self._submit(readings):
+        for outcome in await self._submit(parsed):
             piece = events[start : start + MAX_BATCH]
-            for place, answer in zip(places[start : start + MAX_BATCH], self._answers(piece, outcomes, top_contributors), strict=True):
+            for place, answer in zip(places[start : start + MAX_BATCH], self._replied(piece, outcome, top_contributors), strict=True):
                 answers[place] = answer
             start += len(piece)
             await asyncio.sleep(0)  # a long request lets the others in between its pieces
@@ -132,26 +132,27 @@ class Scorer:
         """Delete a stream's state; whether there was one."""
         return await self._store.delete(self.detector.name, stream_id)
 
-    async def _submit(self, readings: Readings) -> list[Outcomes | OnsetError]:
-        """Queue readings in pieces of MAX_BATCH, in order, all or none. Raises when the first piece failed: then none is committed."""
-        pieces = [readings.take(np.arange(i, min(i + MAX_BATCH, len(readings)))) for i in range(0, len(readings), MAX_BATCH)]
+    async def _submit(self, parsed: Parsed) -> list[Answers | OnsetError]:
+        """Queue events in pieces of MAX_BATCH, in order, all or none. Raises when the first piece failed: then none is committed."""
+        pieces = [parsed] if 0 < len(parsed) <= MAX_BATCH else [parsed.part(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
         done = await self._batcher.submit(pieces)
         for answer in done:
             if isinstance(answer, Exception) and (answer is done[0] or not isinstance(answer, OnsetError)):
                 raise answer
-        return cast("list[Outcomes | OnsetError]", done)
+        return cast("list[Answers | OnsetError]", done)
 
-    async def _handle(self, submissions: list[Readings]) -> list[Outcomes]:
+    async def _handle(self, submissions: list[Parsed]) -> list[Answers]:
         """One batch: the submissions of several clients, scored together."""
-        readings = Readings.concatenate(submissions)
+        readings = Readings.of(submissions, self.detector.features)
         self._metrics.batch.observe(len(readings))
-        outcomes = await self._run(readings)
-        self._count_alerts(outcomes)
-        ends = np.cumsum([len(part) for part in submissions])
-        return [
-            Outcomes(outcomes.records[end - len(part) : end], outcomes.kinds[end - len(part) : end])
-            for part, end in zip(submissions, ends.tolist(), strict=True)
-        ]
+        answers = self._replies.judged(await self._run(readings))
+        self._metrics.anomalies.labels(self.detector.name).inc(answers.anomalies)
+        self._metrics.onsets.labels(self.detector.name).inc(answers.onsets)
+        parts, start = [], 0
+        for submission in submissions:
+            parts.append(answers.part(start, start + len(submission)))
+            start += len(submission)
+        return parts
 
     async def _run(self, readings: Readings) -> Outcomes:
         outcomes = Outcomes.unscored(readings, self._codec.record, self.policy.alpha)
@@ -263,13 +264,14 @@ class Scorer:
         self._streams += int((new & ~refused).sum())
         return refused
 
-    def _answers(self, events: list[Event], outcomes: Outcomes | OnsetError, top: int) -> list[Result | ItemError]:
-        if isinstance(outcomes, OnsetError):
-            return [NotCommitted(f"{outcomes.detail} Earlier events of this request are scored; send this one again.")] * len(events)
-        answers: list[Result | ItemError] = list(self._replies.results(events, outcomes, top_contributors=top))
-        for i in np.flatnonzero(outcomes.kinds >= Kind.CONFLICT).tolist():
-            answers[i] = self._failure(events[i], Kind(outcomes.kinds[i]))
-        return answers
+    def _replied(self, events: list[Event], answers: Answers | OnsetError, top: int) -> list[Result | ItemError]:
+        if isinstance(answers, OnsetError):
+            return [NotCommitted(f"{answers.detail} Earlier events of this request are scored; send this one again.")] * len(events)
+        replies: list[Result | ItemError] = list(self._replies.results(events, answers, top_contributors=top))
+        for i, kind in enumerate(answers.kinds):
+            if kind >= Kind.CONFLICT:
+                replies[i] = self._failure(events[i], Kind(kind))
+        return replies
 
     def _failure(self, event: Event, kind: Kind) -> ItemError:
         if kind == Kind.CONFLICT:
@@ -285,12 +287,7 @@ class Scorer:
         events = [Event(stream_id=stream_ids[i]) for i in stored.tolist()]
         records = loaded.rows["last"][stored]
         outcomes = Outcomes(records, np.full(len(stored), Kind.SCORED, np.uint8))
-        return self._replies.results(events, outcomes, top_contributors=10)
-
-    def _count_alerts(self, outcomes: Outcomes) -> None:
-        verdicts = judge(outcomes.records[outcomes.kinds == Kind.SCORED])
-        self._metrics.anomalies.labels(self.detector.name).inc(int((verdicts.anomaly_score > THRESHOLD).sum()))
-        self._metrics.onsets.labels(self.detector.name).inc(int((verdicts.alert_score > THRESHOLD).sum()))
+        return self._replies.results(events, self._replies.judged(outcomes), top_contributors=10)
 
     def _count_fresh(self, stream_ids: list[str], origins: NDArray[np.uint8], written: Positions) -> None:
         """Count streams that started afresh, once they are committed; what should not happen is logged with the stream."""

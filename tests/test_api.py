@@ -113,7 +113,7 @@ async def test_the_reply_has_the_shape_of_the_request(client: Client) -> None:
     assert await client.score([]) == []
     lines = await client.raw("\n".join(json.dumps(event(s)) for s in "xyz") + "\n\n", NDJSON)
     assert lines.headers["content-type"] == "application/x-ndjson"
-    assert [json.loads(line)["stream_id"] for line in lines.text.splitlines()] == ["x", "y", "z"]
+    assert [json.loads(line)["stream_id"] for line in lines.content.splitlines()] == ["x", "y", "z"]
     assert (await client.raw("", NDJSON)).text == ""
 
 
@@ -181,7 +181,7 @@ async def test_a_bad_event_is_a_problem_that_names_field_and_value(
         for bulk, headers in ((b"[" + good + b"," + content + b"," + good + b"]", JSON), (b"\n".join([good, content, good]), NDJSON)):
             response = await client.raw(bulk, headers)
             assert response.status_code == 200, response.text
-            first, bad, last = response.json() if headers is JSON else [json.loads(line) for line in response.text.splitlines()]
+            first, bad, last = response.json() if headers is JSON else [json.loads(line) for line in response.content.splitlines()]
             assert first["stream_id"] == last["stream_id"] == "neighbour"
             assert bad["status"] == 422
             assert bad["index"] == 1
@@ -192,7 +192,7 @@ async def test_a_line_that_is_not_json_fails_alone(client: Client) -> None:
     response = await client.raw(
         b'{"stream_id": "a", "values": {"value": 1}}\n{oops\n\xff\n{"stream_id": "b", "values": {"value": 1}}', NDJSON
     )
-    first, bad, worse, last = [json.loads(line) for line in response.text.splitlines()]
+    first, bad, worse, last = [json.loads(line) for line in response.content.splitlines()]
     assert (first["stream_id"], last["stream_id"]) == ("a", "b")
     assert bad["detail"].startswith("The line is not JSON")
     assert worse["detail"].startswith("The line is not UTF-8")
@@ -384,7 +384,7 @@ def test_whatever_comes_the_neighbours_are_scored(tiny_detector: Detector, items
             content = "\n".join(texts) if lines else "[" + ",".join(texts) + "]"
             response = await client.raw(content.encode("utf-8", "surrogatepass"), NDJSON if lines else JSON)
             assert response.status_code == 200, response.text
-            answers = [json.loads(line) for line in response.text.splitlines()] if lines else response.json()
+            answers = [json.loads(line) for line in response.content.splitlines()] if lines else response.json()
             assert len(answers) == len(everything)
             assert answers[0]["stream_id"] == "first"
             assert answers[-1]["stream_id"] == "last"

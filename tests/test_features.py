@@ -7,7 +7,7 @@ import pytest
 
 from service.errors import BadEvent
 from service.events import Event
-from service.features import parse_timestamp, to_readings
+from service.features import parse, parse_timestamp, to_readings
 from tests.tiny import tiny_manifest
 
 MANIFEST = tiny_manifest(("temperature", "flow"))
@@ -15,8 +15,8 @@ NOW = 1.7e9
 
 
 def refused(event: Event) -> BadEvent:
-    readings, errors = to_readings([event], MANIFEST, now=NOW, max_future=60)
-    assert len(readings) == 0
+    parsed, errors = parse([event], MANIFEST, now=NOW, max_future=60)
+    assert len(parsed) == 0
     return errors[0]
 
 
