@@ -264,7 +264,10 @@ class StreamReport:
     events: int = 0
     scored: int = 0
     anomalous: int = 0
-    alerts: int = 0
+    runs: int = 0
+    """Anomalies: runs of errors in which an alert opened."""
+    onsets: int = 0
+    """Events with an alert score above the threshold; a growing anomaly has several."""
     duplicates: int = 0
     late: int = 0
     refused: int = 0
@@ -273,25 +276,35 @@ class StreamReport:
     blame_running: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """The same over all events of running anomalies (from the first error to the end of the run)."""
 
-    def add(self, reply: dict[str, Any]) -> None:
+    last_run: float | None = None
+    """When the last such run began."""
+
+    def add(self, reply: dict[str, Any]) -> bool:
+        """Take a reply in; whether an alert opens with it."""
         self.events += 1
         if problem_status(reply):
             self.refused += 1
-            return
+            return False
         self.scored += reply["anomaly_score"] is not None
         self.duplicates += reply["duplicate"]
         self.late += reply["late"]
         self.anomalous += reply["is_anomaly"]
-        self.alerts += begins(reply)
+        onset = is_onset(reply)
+        opens = onset and reply["anomaly_started_at"] != self.last_run
+        self.onsets += onset
+        self.runs += opens
+        if onset:
+            self.last_run = reply["anomaly_started_at"]
         if reply["anomaly_started_at"] is not None:
             for part in reply["contributors"]:
                 self.blame_running[part["feature"]] += part["contribution"]
                 if reply["is_anomaly"]:
                     self.blame[part["feature"]] += part["contribution"]
+        return opens
 
 
-def begins(reply: dict[str, Any]) -> bool:
-    """Whether an alert opens with this reply."""
+def is_onset(reply: dict[str, Any]) -> bool:
+    """Whether an anomaly begins, or goes beyond what it was, with this reply."""
     return bool((reply.get("alert_score") or 0.0) > reply.get("threshold", 1.0))
 
 
@@ -339,6 +352,8 @@ def run(
 ) -> dict[str, StreamReport]:
     """Replay `files` and print what happens; what became of each stream. Raises ReplayFailed, TableError."""
     console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=120)  # a pipe has no width
     with ExitStack() as stack:
         client = stack.enter_context(httpx.Client(base_url=options.url, timeout=REQUEST_SECONDS))
         progress = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))
@@ -373,10 +388,10 @@ def _play(
     for portion in Pace(options.speed, options.batch).portions(events):
         replies = door.score(encoder.lines(portion))
         for (one, _), reply in zip(portion, replies, strict=True):
-            reports[one.stream].add(reply)
+            screen.show(reply, opens=reports[one.stream].add(reply))
             if output:
                 output.write(reply)
-        screen.show(replies)
+        screen.advance(len(replies))
     return reports
 
 
@@ -389,13 +404,15 @@ class Screen:
         self._top = top
         self._refusals = 0
 
-    def show(self, replies: Sequence[dict[str, Any]]) -> None:
-        self._progress.advance(self._task, len(replies))
-        for reply in replies:
-            if problem_status(reply):
-                self._refused(reply)
-            elif begins(reply):
-                self._print(self._onset(reply))
+    def advance(self, events: int) -> None:
+        self._progress.advance(self._task, events)
+
+    def show(self, reply: dict[str, Any], *, opens: bool) -> None:
+        """One line for an event that is refused or that opens an alert."""
+        if problem_status(reply):
+            self._refused(reply)
+        elif opens:
+            self._print(self._onset(reply))
 
     def _onset(self, reply: dict[str, Any]) -> str:
         parts = ", ".join(f"{part['feature']} {100 * part['contribution']:.0f} %" for part in reply["contributors"][: self._top])
@@ -422,9 +439,9 @@ def _moment(timestamp: float | str) -> str:
 def _summary(reports: dict[str, StreamReport]) -> Grid:
     grid = Grid(title="Replay", box=box.SIMPLE)
     grid.add_column("stream", overflow="fold")
-    names = ("events", "scored", "alerts", "anomalous", "duplicates", "late", "refused")
+    names = ("events", "scored", "runs", "onsets", "anomalous", "duplicates", "late", "refused")
     for name in names:
-        grid.add_column(name, justify="right")
+        grid.add_column("anomalies" if name == "runs" else name, justify="right")
     for stream, report in reports.items():
         grid.add_row(stream, *(f"{getattr(report, name):,}" for name in names))
     return grid

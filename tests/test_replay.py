@@ -248,11 +248,13 @@ def test_contributions_add_up_over_anomalous_events_and_over_whole_runs() -> Non
         } | flags
 
     report = StreamReport()
-    for one in (event(None, False, None, 0.9), event(1.5, True, 10.0, 0.75), event(0.2, False, 10.0, 0.25), {"status": 422}):
-        report.add(one)
-    assert (report.events, report.scored, report.anomalous, report.alerts, report.refused) == (4, 2, 1, 1, 1)
+    events = [event(None, False, None, 0.9), event(1.5, True, 10.0, 0.75), event(0.2, False, 10.0, 0.25), {"status": 422}]
+    assert [report.add(one) for one in events] == [False, True, False, False]
+    assert (report.events, report.scored, report.anomalous, report.onsets, report.refused) == (4, 2, 1, 1, 1)
     assert report.blame == {"x": 0.75, "y": 0.25}
     assert report.blame_running == {"x": 1.0, "y": 1.0}
+    assert [report.add(one) for one in (event(2.0, True, 10.0, 0.5), event(1.5, True, 99.0, 0.5))] == [False, True]
+    assert (report.runs, report.onsets) == (2, 3)
 
 
 def test_a_replay_to_nowhere_says_so(tmp_path: Path) -> None:
