@@ -172,7 +172,9 @@ def _read_csv(source: Source, options: ReadOptions, notify: Notify) -> Table:
     header = _header(rows)
     body = rows[1:] if header is rows[0] else rows
     _refuse_ragged(source, body, len(header))
-    cells = dict(zip([name.strip() for name in header], zip(*body, strict=True), strict=True)) if body else {}
+    names = [name.strip() for name in header]
+    _refuse_twins(source, names)
+    cells: dict[str, Sequence[str]] = dict(zip(names, zip(*body, strict=True) if body else [()] * len(names), strict=True))
     time_column = _time_column(source, list(cells), options)
     kept = _kept_columns(source, list(cells), time_column, options, notify)
     columns = {name: _numbers(source, name, cells[name]) for name in kept}
@@ -265,6 +267,7 @@ def _read_parquet(source: Source, options: ReadOptions, notify: Notify) -> Table
     except pa.ArrowException as error:
         raise TableError(f"{source.path} is not a Parquet file: {error}.") from error
     names = content.column_names
+    _refuse_twins(source, names)
     time_column = _time_column(source, names, options)
     kept = _kept_columns(source, names, time_column, options, notify)
     columns = {name: _arrow_numbers(source, name, content.column(name).to_pylist()) for name in kept}
@@ -301,6 +304,7 @@ def _read_npz(source: Source, options: ReadOptions, notify: Notify) -> Table:
     names = [str(name) for name in arrays["features"]] if "features" in arrays else [f"f{i}" for i in range(matrix.shape[1])]
     if len(names) != matrix.shape[1]:
         raise TableError(f"{source.path}: `features` has {len(names)} names for {matrix.shape[1]} columns.")
+    _refuse_twins(source, names)
     kept = _kept_columns(source, names, None, options, notify)
     columns = {name: np.ascontiguousarray(matrix[:, names.index(name)]) for name in kept}
     if "timestamps" not in arrays:
@@ -337,10 +341,13 @@ def _time_column(source: Source, names: list[str], options: ReadOptions) -> str 
     return next((by_name[name] for name in TIMESTAMP_COLUMNS if name in by_name), None)
 
 
-def _kept_columns(source: Source, names: list[str], time_column: str | None, options: ReadOptions, notify: Notify) -> list[str]:
+def _refuse_twins(source: Source, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise TableError(f"{source.path} has more than one column {', '.join(map(repr, twice))}.")
+
+
+def _kept_columns(source: Source, names: list[str], time_column: str | None, options: ReadOptions, notify: Notify) -> list[str]:
     candidates = [name for name in names if name != time_column and name not in options.exclude]
     if options.only is not None:
         return [name for name in candidates if name in options.only]

@@ -57,7 +57,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, inputs: int, features: int, sizes: Sizes) -> None:
         super().__init__()
-        self.features, self.sizes = features, sizes
+        self.inputs, self.features, self.sizes = inputs, features, sizes
         self.encoder = Stack(inputs, sizes.hidden, sizes.layers)
         self.bottleneck = nn.Linear(sizes.hidden, sizes.code)
         self.decoder = Stack(sizes.code, sizes.decoder_hidden)

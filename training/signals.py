@@ -152,6 +152,6 @@ class ResidualSignals(nn.Module):
         strengths = torch.where(seen >= self.burn, strengths, 0.0)
         step = (torch.minimum(size, 3 * scale) - scale) / (self.prior + seen).clamp(max=self.memory)
         learned = torch.where(event.learns & (seen >= 30), parts["residual_scale"] + step, parts["residual_scale"])
-        # The level of pure noise is 1/(2·30 - 1) of its variance: so weighted, both parts of the attribution weigh the same.
-        weights = squares + (2 * LEVEL_MEMORY - 1) * level_squares
+        # White noise would ask for 2·30 - 1 to weigh both alike; residuals are not white, and then a slow bias hides a jump.
+        weights = squares + 10 * level_squares
         return strengths, weights, {"residual_level": level, "residual_scale": learned}

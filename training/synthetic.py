@@ -53,15 +53,15 @@ def streams(rng: np.random.Generator, B: int, T: int) -> list[Stream]:
 class Synthetic:
     """A `Source` that never ends."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, validation_lanes: int = 32, validation_length: int = 768) -> None:
+        self.seed, self.validation_lanes, self.validation_length = seed, validation_lanes, validation_length
 
     def block(self, rng: np.random.Generator, lanes: int, length: int) -> Block:
         return Block(*_time_major(generate(rng, lanes, length)))
 
     def validation(self) -> Block:
         rng = np.random.default_rng([self.seed, VALIDATION_SEED])
-        return Block(*_time_major(generate(rng, 32, 768)), counts_from=128)
+        return Block(*_time_major(generate(rng, self.validation_lanes, self.validation_length)), counts_from=64)
 
 
 def _time_major(fake: Fake) -> tuple[Float32, Float32]:

@@ -107,8 +107,8 @@ def _compare(name: str, step: int, got: Float32, want: Float32) -> None:
 def verify_sequence(step: DetectorStep) -> None:
     """The network answers a sequence, as trained, with what it answers event by event, as served."""
     network = step.autoencoder
-    T, B, inputs = 40, 8, network.encoder.cells[0].input_size
-    values = torch.randn(T, B, int(inputs), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    T, B = 40, 8
+    values = torch.randn(T, B, network.inputs, generator=torch.Generator().manual_seed(0))
     whole = network.sequence(values, network.encoder.fresh(B), network.decoder.fresh(B))
     parts = {slot.name: torch.zeros(B, slot.size) for slot in network.slots}
     for i in range(T):

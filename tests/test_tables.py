@@ -1,0 +1,190 @@
+"""Files of rows as tables: what is read, what is left out, and what is refused with the place named."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from service.errors import TableError
+from service.tables import ReadOptions, Source, Table, find_sources, read_table, read_tables
+
+NOON = datetime(2024, 1, 1, 12, tzinfo=UTC).timestamp()
+
+
+DEFAULTS = ReadOptions()
+
+
+def read(path: Path, options: ReadOptions = DEFAULTS, told: list[str] | None = None) -> Table:
+    return read_table(Source(path, path.name), options, (told if told is not None else []).append)
+
+
+def csv_of(folder: Path, text: str, name: str = "a.csv") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_is_read_with_its_separator(separator: str, tmp_path: Path) -> None:
+    text = "time,load,heat\n2024-01-01 12:00:00,1.5,2\n2024-01-01T12:01:00Z,,nan\n".replace(",", separator)
+    table = read(csv_of(tmp_path, text))
+    assert table.timestamps.tolist() == [NOON, NOON + 60]
+    assert list(table.columns) == ["load", "heat"]
+    assert table.columns["load"][0] == 1.5
+    assert np.isnan([table.columns["load"][1], table.columns["heat"][1]]).all()
+    assert len(table) == 2
+
+
+@pytest.mark.parametrize(
+    ("cell", "seconds"),
+    [
+        ("1704110400", NOON),
+        ("1704110400.25", NOON + 0.25),
+        ("2024-01-01T12:00:00+00:00", NOON),
+        ("2024-01-01T14:00:00+02:00", NOON),
+        ("2024-01-01T12:00:00.500Z", NOON + 0.5),
+        ("2024-01-01", NOON - 43_200),
+    ],
+)
+def test_times_are_epoch_seconds_or_iso(cell: str, seconds: float, tmp_path: Path) -> None:
+    assert read(csv_of(tmp_path, f"ts,v\n{cell},1\n")).timestamps.tolist() == [seconds]
+
+
+def test_rows_without_a_time_column_count_seconds(tmp_path: Path) -> None:
+    assert read(csv_of(tmp_path, "load\n5\n6\n7\n")).timestamps.tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_file_without_a_header_gets_numbered_columns(tmp_path: Path) -> None:
+    table = read(csv_of(tmp_path, "0.5,1\n0.6,2\n"))
+    assert list(table.columns) == ["f0", "f1"]
+    assert len(table) == 2
+
+
+def test_the_time_column_can_be_named(tmp_path: Path) -> None:
+    path = csv_of(tmp_path, "when,v\n10,1\n20,2\n")
+    assert read(path, ReadOptions(timestamp="when")).timestamps.tolist() == [10.0, 20.0]
+    with pytest.raises(TableError, match="has no column 'then'; it has 'when', 'v'"):
+        read(path, ReadOptions(timestamp="then"))
+
+
+def test_labels_are_left_out_and_said_so(tmp_path: Path) -> None:
+    told: list[str] = []
+    table = read(csv_of(tmp_path, "datetime;v;anomaly;changepoint\n2024-01-01;1;0;0\n"), told=told)
+    assert list(table.columns) == ["v"]
+    assert told == ["Left out as labels: anomaly, changepoint."]
+
+
+def test_columns_can_be_chosen(tmp_path: Path) -> None:
+    path = csv_of(tmp_path, "time,a,b,host\n1,1,2,x\n")
+    assert list(read(path, ReadOptions(exclude=frozenset({"host"}))).columns) == ["a", "b"]
+    assert list(read(path, ReadOptions(only=frozenset({"b"}))).columns) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("time,a\n1,1\n2,wet\n", r"a\.csv: column 'a', row 2: 'wet' is not a number .*--exclude"),
+        ("time,a\n1,inf\n", r"column 'a', row 1: .*inf.* is not finite"),
+        ("time,a\n2024-01-01,1\nsoon,2\n", r"column 'time', row 2: 'soon' is neither an ISO 8601 time nor epoch seconds"),
+        ("time,a\n1704110400000,1\n", r"column 'time', row 1: .* is not a time in epoch seconds"),
+        ("time,a\n1,1\n2,2\n1,3\n", r"row 3 has timestamp .* before row 2's .*: sort the file by time"),
+        ("time,a\n1,1\n2\n", r"row 2 has 1 cells, the header has 2"),
+        ("time,a,a\n1,1,2\n", r"more than one column 'a'"),
+        ("time\n1\n", r"no numeric column left"),
+        ("time,a\n", r"has no rows"),
+        ("", r"is empty"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_place(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TableError, match=message):
+        read(csv_of(tmp_path, text))
+
+
+def test_rows_that_go_back_in_time_are_read_where_the_caller_asks_for_them(tmp_path: Path) -> None:
+    path = csv_of(tmp_path, "time,a\n5,1\n4,2\n")
+    assert read(path, ReadOptions(unsorted=True)).timestamps.tolist() == [5.0, 4.0]
+
+
+def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
+    moments = [datetime(2024, 1, 1, 12, tzinfo=UTC), datetime(2024, 1, 1, 12, 1, tzinfo=UTC)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"timestamp": moments, "load": [1.0, None], "count": [3, 4], "label": [0, 1]}), path)
+    table = read(path)
+    assert table.timestamps.tolist() == [NOON, NOON + 60]
+    assert np.isnan(table.columns["load"][1])
+    assert table.columns["count"].tolist() == [3.0, 4.0]
+    assert list(table.columns) == ["load", "count"]
+
+
+def test_parquet_with_text_is_refused_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"timestamp": [1.0, 2.0], "host": ["1", "x"]}), path)
+    with pytest.raises(TableError, match=r"column 'host', row 2: 'x' is not a number"):
+        read(path)
+    path.write_bytes(b"not parquet")
+    with pytest.raises(TableError, match="is not a Parquet file"):
+        read(path)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as on a machine where it is not installed
+    with pytest.raises(TableError, match=r"onset\[arrow\]"):
+        read(tmp_path / "a.parquet")
+
+
+def test_an_npz_gives_its_train_array(tmp_path: Path) -> None:
+    path = tmp_path / "m.npz"
+    np.savez(path, train=np.arange(6.0).reshape(3, 2), test=np.ones((4, 2)), test_label=np.zeros(4))
+    assert read(path).columns["f1"].tolist() == [1.0, 3.0, 5.0]
+    assert len(read(path, ReadOptions(array="test"))) == 4
+    with pytest.raises(TableError, match=r"numeric arrays with two axes \['train', 'test'\]"):
+        read(path, ReadOptions(array="other"))
+
+
+def test_an_npz_may_carry_times_and_names(tmp_path: Path) -> None:
+    path = tmp_path / "m.npz"
+    times = np.array(["2024-01-01T12:00", "2024-01-01T12:01"], "datetime64[s]")
+    np.savez(path, rows=np.ones((2, 2), np.float32), timestamps=times, features=np.array(["load", "heat"]))
+    table = read(path)
+    assert table.timestamps.tolist() == [NOON, NOON + 60]
+    assert list(table.columns) == ["load", "heat"]
+    np.savez(path, a=np.ones((2, 2)), b=np.ones((2, 2)))
+    with pytest.raises(TableError, match="name one of them with --array"):
+        read(path)
+    np.savez(path, a=np.ones((2, 2)), timestamps=np.arange(3.0))
+    with pytest.raises(TableError, match=r"`timestamps` has shape \(3,\), the array has 2 rows"):
+        read(path)
+
+
+def test_folders_are_walked_and_named_by_relative_path(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    csv_of(tmp_path / "site", "time,v,label\n1,1,0\n", "b.csv")
+    csv_of(tmp_path, "time,v,label\n1,1,0\n", "a.csv")
+    csv_of(tmp_path, "nothing to read", "readme.txt")
+    told: list[str] = []
+    tables = list(read_tables([tmp_path], notify=told.append))
+    assert [table.name for table in tables] == ["a.csv", "site/b.csv"]
+    assert len(told) == 1
+
+
+def test_a_path_without_tables_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="holds no"):
+        find_sources([tmp_path])
+    with pytest.raises(TableError, match="does not exist"):
+        find_sources([tmp_path / "none.csv"])
+    with pytest.raises(TableError, match=r"is not one of \.csv"):
+        read(csv_of(tmp_path, "x", "a.txt"))
+
+
+def test_a_matrix_has_the_columns_in_the_asked_order(tmp_path: Path) -> None:
+    table = read(csv_of(tmp_path, "time,a,b\n1,1,2\n"))
+    assert table.matrix(["b", "a"]).tolist() == [[2.0, 1.0]]
+    with pytest.raises(TableError, match=r"has no column 'c'; it has 'a', 'b'"):
+        table.matrix(["c"])

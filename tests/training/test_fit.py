@@ -1,0 +1,209 @@
+"""From files to a published model: training, resuming, refusing, reporting."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from service.detector import Detector
+from service.tables import ReadOptions, read_tables
+from tests.training.conftest import TINY, random_step
+from training.__main__ import app
+from training.data import Fleet, clock, digest, streams_of
+from training.evaluate import run_streams
+from training.fit import Plan, Progress, Trainer, learning_rate
+from training.synthetic import ANOMALIES, Synthetic, generate, streams
+
+SMALL = Synthetic(0, validation_lanes=8, validation_length=100)
+PLAN = Plan(steps=8, lanes=4, chunk=24, chunks=2, check_every=1, patience=50)
+
+
+@pytest.fixture(scope="session")
+def fitted(fleet_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A fleet trained by the command line: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("fitted")
+    arguments = ["fit", "--data", str(fleet_folder), "--out", str(out), "--name", "pumps", "--steps", "8"]
+    arguments += ["--hidden", "6", "--code", "3", "--decoder-hidden", "4"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_one_command_makes_a_model_of_a_folder_of_streams(fitted: tuple[Path, str]) -> None:
+    out, printed = fitted
+    detector = Detector.load(out / "pumps-1.onnx")
+    assert detector.manifest.feature_names == ("load", "heat")
+    assert detector.manifest.training.streams == 2
+    assert detector.manifest.training.rows == 840
+    assert len(detector.manifest.training.data_sha256) == 64
+    assert "Left out as labels: label" in printed
+    assert "python -m service serve --model" in printed
+    assert "python -m service backtest" in printed
+
+
+def test_the_report_shows_the_loss_and_a_stream(fitted: tuple[Path, str]) -> None:
+    out, _ = fitted
+    content = json.loads((out / "report.json").read_text())
+    assert content["model"] == "pumps-1.onnx"
+    assert len(content["loss"]["training"]) == 2
+    assert content["quality"]["false_onsets_on_unseen_rows"]["0.001"]["events"] > 0
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "![" in (out / "report.md").read_text()
+
+
+def test_the_published_model_finds_an_offset_and_names_its_feature(fitted: tuple[Path, str], fleet_folder: Path) -> None:
+    detector = Detector.load(fitted[0] / "pumps-1.onnx")
+    table = next(read_tables([fleet_folder], notify=lambda _: None))
+    stream = streams_of([table], detector.manifest.feature_names)[0]
+    x = stream.x.copy()
+    x[300:, 1] += 4000
+    scores = run_streams(detector.step, detector.state_size, x[:310, None], stream.t[:310, None])
+    assert np.nanmin(scores.onset_p[300:]) < 1e-3
+    assert scores.contribution[300, 0, 1] > 0.5
+    assert np.isfinite(scores.expected[101, 0, 1])
+    assert scores.contribution[101, 0, 1] == 0
+
+
+def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path) -> None:
+    def trainer(checkpoint: Path | None) -> Trainer:
+        return Trainer(random_step(1), SMALL, PLAN, checkpoint)
+
+    whole = trainer(None)
+    whole.run()
+
+    def kill(reached: Progress) -> None:
+        if reached.block == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "checkpoint.pt").run(kill)
+    continued = trainer(tmp_path / "checkpoint.pt")
+    assert continued.resume()
+    assert continued.progress.block == 2
+    continued.run()
+    assert continued.progress == whole.progress
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(value, continued.network.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    Trainer(random_step(1), SMALL, replace(PLAN, steps=2), path).run()
+    with pytest.raises(ValueError, match="belongs to a run with other settings"):
+        Trainer(random_step(1), SMALL, PLAN, path).resume()
+
+
+def test_there_is_nothing_to_resume_without_a_checkpoint(tmp_path: Path) -> None:
+    assert not Trainer(random_step(1), SMALL, PLAN, tmp_path / "none.pt").resume()
+
+
+def test_training_lowers_the_validation_loss() -> None:
+    trainer = Trainer(random_step(1), SMALL, replace(PLAN, steps=24, lanes=8, chunk=48))
+    progress = trainer.run()
+    assert progress.best_loss < progress.validation[0][1] - 0.1
+    assert trainer.validate() == pytest.approx(progress.best_loss)
+
+
+def test_training_stops_when_the_validation_part_gets_no_better() -> None:
+    trainer = Trainer(random_step(1), SMALL, replace(PLAN, steps=200, learning_rate=0.0, patience=2))
+    assert trainer.run().block == 2
+
+
+def test_the_learning_rate_rises_then_falls() -> None:
+    plan = Plan(steps=100)
+    rates = [learning_rate(plan, step) for step in range(100)]
+    assert max(rates) == rates[10] == plan.learning_rate
+    assert rates[0] < 0.1 * plan.learning_rate
+    assert rates[99] < 0.02 * plan.learning_rate
+
+
+def test_training_lanes_never_reach_into_the_validation_part(fleet_folder: Path) -> None:
+    tables = list(read_tables([fleet_folder], ReadOptions(exclude=frozenset({"label"}))))
+    source = streams_of(tables, ["load", "heat"])
+    numbered = [replace(stream, x=np.stack([np.arange(len(stream))] * 2, axis=1).astype(np.float32)) for stream in source]
+    fleet = Fleet(numbered, validation_share=0.25)
+    for seed in range(20):
+        assert np.nanmax(fleet.block(np.random.default_rng(seed), 8, 96).x) < fleet.splits[0]
+    validation = fleet.validation()
+    assert validation.x[validation.counts_from :].min() >= fleet.splits[0]
+
+
+def test_the_data_hash_changes_with_any_row(fleet_folder: Path) -> None:
+    source = streams_of(list(read_tables([fleet_folder], notify=lambda _: None)), ["load", "heat"])
+    changed = [replace(source[0], x=source[0].x + 1), source[1]]
+    assert digest(source) == digest(source)
+    assert digest(source) != digest(changed)
+
+
+def test_the_clock_knows_gaps_days_and_weekdays() -> None:
+    monday_noon = 1_704_110_400.0  # 2024-01-01T12:00:00Z
+    t = clock(np.array([monday_noon, monday_noon + 90.0]))
+    assert np.isnan(t[0, 0])
+    assert t[1].tolist() == [90.0, 43_290.0, 0.0]
+
+
+def test_the_generator_repeats_itself_for_the_same_seed() -> None:
+    first, second = (generate(np.random.default_rng(3), 16, 200) for _ in range(2))
+    assert np.array_equal(first.x, second.x, equal_nan=True)
+    assert (np.diff(first.times, axis=1) > 0).all()
+    assert np.isfinite(first.x).mean() > 0.9
+    assert not np.array_equal(first.x, generate(np.random.default_rng(4), 16, 200).x, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ANOMALIES)
+def test_an_anomaly_leaves_the_past_alone(name: str) -> None:
+    x = streams(np.random.default_rng(1), 1, 300)[0].x[:, 0].astype(np.float64)
+    y = ANOMALIES[name](np.random.default_rng(2), x, 200)
+    assert np.array_equal(x[:200], y[:200], equal_nan=True)
+    assert not np.array_equal(x[200:], y[200:], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("timestamp,value\n" + "\n".join(f"{i},1" for i in range(20)), "too few to train on"),
+        ("timestamp,value\n1,x\n", "'x' is not a number"),
+    ],
+)
+def test_bad_data_is_refused_in_a_sentence(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text(content)
+    result = CliRunner().invoke(app, ["fit", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_streams_with_other_features_are_refused(tmp_path: Path) -> None:
+    rows = "\n".join(f"{i},1" for i in range(300))
+    (tmp_path / "a.csv").write_text("timestamp,load\n" + rows)
+    (tmp_path / "b.csv").write_text("timestamp,heat\n" + rows)
+    result = CliRunner().invoke(app, ["fit", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "b.csv has the column 'heat' that a.csv lacks" in result.output
+
+
+def test_help_names_every_option_and_an_example() -> None:
+    result = CliRunner().invoke(app, ["fit", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    for word in ("--data", "--out", "--resume", "--seed", "--exclude", "--timestamp", "--threads", "Example"):
+        assert word in result.output
+
+
+def test_verify_tells_what_a_file_is_and_refuses_a_changed_one(fitted: tuple[Path, str], tmp_path: Path) -> None:
+    model = fitted[0] / "pumps-1.onnx"
+    result = CliRunner().invoke(app, ["verify", str(model)])
+    assert result.exit_code == 0
+    assert "pumps 1, 2 feature(s)" in result.output.replace("\n", " ")
+    content = bytearray(model.read_bytes())
+    content[200] ^= 1
+    (tmp_path / "changed.onnx").write_bytes(content)
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "changed.onnx")]).exit_code == 1
+
+
+def test_sizes_are_recorded(fitted: tuple[Path, str]) -> None:
+    cell = Detector.load(fitted[0] / "pumps-1.onnx").manifest.cell
+    assert (cell.variant, cell.hidden, cell.code, cell.decoder_hidden) == ("standard", TINY.hidden, TINY.code, TINY.decoder_hidden)

@@ -1,0 +1,127 @@
+"""A model that does not prove itself is not published; each refusal says what differs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from service.artifact import Feature, Manifest
+from service.detector import Detector, StepOutput
+from service.errors import ArtifactError
+from tests.training.conftest import TINY
+from training.cells import CellState, Stack
+from training.data import Float32
+from training.detector import WARMUP, DetectorStep
+from training.export import manifest_of, publish, training_record
+from training.verify import (
+    Runner,
+    StepFunction,
+    probe_inputs,
+    verify_file,
+    verify_manifest,
+    verify_same_answers,
+    verify_sequence,
+    verify_slicing,
+)
+
+
+@pytest.fixture
+def manifest(univariate: DetectorStep) -> Manifest:
+    record = training_record(command="python -m training", seed=0, data="none", data_sha256="", streams=1, rows=1)
+    return manifest_of(univariate, name="probe", version="1", features=[Feature(name="value")], training=record)
+
+
+def test_an_honest_model_is_published_and_loads(univariate: DetectorStep, graph: bytes, manifest: Manifest, tmp_path: Path) -> None:
+    path = publish(univariate, graph, manifest, tmp_path)
+    assert verify_file(path) == manifest
+    assert [file.name for file in tmp_path.iterdir()] == ["probe-1.onnx"]
+    assert manifest.warmup == WARMUP
+    assert manifest.calibration["tau"] == univariate.calibration.tau
+    assert {"reference", "encoder_hidden", "memory_low", "onset_height"} <= {part.name for part in manifest.layout}
+
+
+def test_a_graph_that_answers_differently_from_pytorch_is_refused(
+    univariate: DetectorStep, graph: bytes, manifest: Manifest, tmp_path: Path
+) -> None:
+    changed = copy.deepcopy(univariate)
+    with torch.no_grad():
+        changed.autoencoder.heads.location.bias.add_(0.01)
+    with pytest.raises(ArtifactError, match=r"Refused: .* of step \d+ differs by .* between PyTorch and ONNX Runtime"):
+        publish(changed, graph, manifest, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_where_the_other_has_none_is_refused(univariate: DetectorStep, run: Runner) -> None:
+    def eager(state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
+        out = run(state, x, t, learn, alpha)
+        return dataclasses.replace(out, p_value=np.nan_to_num(out.p_value, nan=1.0))
+
+    with pytest.raises(ArtifactError, match="p_value of step 0 is a number in one of PyTorch and ONNX Runtime and none in the other"):
+        verify_same_answers(univariate, eager)
+
+
+class ForgetfulStack(Stack):
+    """In a sequence it forgets its state at every event."""
+
+    def sequence(self, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
+        outputs = [self.step(row, self.fresh(len(row))) for row in inputs.unbind(0)]
+        return torch.stack([self.top(output) for output in outputs]), outputs[-1]
+
+
+def test_a_network_that_answers_a_sequence_otherwise_than_its_steps_is_refused(univariate: DetectorStep) -> None:
+    verify_sequence(univariate)
+    changed = copy.deepcopy(univariate)
+    forgetful = ForgetfulStack(univariate.autoencoder.inputs, TINY.hidden, TINY.layers)
+    forgetful.load_state_dict(changed.autoencoder.encoder.state_dict())
+    changed.autoencoder.encoder = forgetful
+    with pytest.raises(ArtifactError, match=r"event 1 of a sequence differs by .* from the same events one by one"):
+        verify_sequence(changed)
+
+
+def by_batch_mean(run: StepFunction) -> StepFunction:
+    def step(state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
+        out = run(state, x, t, learn, alpha)
+        return dataclasses.replace(out, expected=(out.expected + 1e-3 * np.nan_to_num(x).mean()).astype(np.float32))
+
+    return step
+
+
+def by_position(run: StepFunction) -> StepFunction:
+    def step(state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
+        out = run(state, x, t, learn, alpha)
+        return dataclasses.replace(out, upper=np.nextafter(out.upper, (np.arange(len(x)) % 4 * 1e30).astype(np.float32)[:, None]))
+
+    return step
+
+
+@pytest.mark.parametrize(("sabotage", "name"), [(by_batch_mean, "expected"), (by_position, "upper")])
+def test_a_row_that_feels_its_batch_mates_is_refused(univariate: DetectorStep, run: Runner, sabotage: object, name: str) -> None:
+    assert callable(sabotage)
+    with pytest.raises(ArtifactError, match=f"{name} of step .* a row feels its batch-mates"):
+        verify_slicing(sabotage(run), univariate.state_size, 1)
+
+
+def test_a_manifest_that_does_not_survive_its_encoding_is_refused(manifest: Manifest) -> None:
+    verify_manifest(manifest)
+    with pytest.raises(ArtifactError, match="manifest's quality changes when it is written and read back"):
+        verify_manifest(manifest.model_copy(update={"quality": {"false_onsets": (1, 2)}}))
+
+
+def test_the_served_model_answers_as_pytorch_does(univariate: DetectorStep, graph: bytes, manifest: Manifest, tmp_path: Path) -> None:
+    detector = Detector.load(publish(univariate, graph, manifest, tmp_path))
+    verify_same_answers(univariate, detector.step)
+
+
+def test_probe_inputs_reach_beyond_the_warm_up_and_raise_onsets(univariate: DetectorStep, run: Runner) -> None:
+    x, t, learn, alpha = probe_inputs(160, 24, 1)
+    state, onsets = np.zeros((24, univariate.state_size), np.float32), 0
+    for i in range(160):
+        out = run(state, x[i], t[i], learn[i], alpha[i])
+        state, onsets = out.state, onsets + int((out.onset_p < 1).sum())
+    assert onsets > 10
