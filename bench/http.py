@@ -14,9 +14,11 @@ import asyncio
 import itertools
 import json
 import platform
+import re
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -49,6 +51,8 @@ class Row:
     server_cpu_share: float
     """Processor seconds the server process used a second of the bulk load."""
     failures: int
+    bulk_stages_ms: dict[str, float]
+    """Wall time of a batch by stage, mean; while it waits, the event loop decodes and answers other requests."""
 
 
 def main(
@@ -58,12 +62,14 @@ def main(
 ) -> None:
     """Measure the three servers in turn and print a table."""
     screen = console()
-    rows = []
+    rows: list[Row] = []
     for name, start in _servers(model).items():
         with start() as server:
             rows.append(measure(name, server, seconds))
             screen.print(f"{name}: done", style="dim")
     screen.print(_table(rows))
+    shown = ", ".join(f"{stage} {mean:.1f} ms" for stage, mean in rows[0].bulk_stages_ms.items())
+    screen.print(f"A bulk batch in the service, mean wall time of its stages: {shown}", highlight=False)
     if json_file:
         json_file.write_text(json.dumps({"machine": _machine(), "seconds": seconds, "rows": [asdict(row) for row in rows]}, indent=2))
     if any(row.failures for row in rows):
@@ -75,6 +81,7 @@ def measure(name: str, server: Server, seconds: float) -> Row:
     busy, began = _cpu(process), time.perf_counter()
     bulk = asyncio.run(drive(server.port, bulk_requests(), connections=BULK_CONNECTIONS, seconds=seconds))
     share = (_cpu(process) - busy) / (time.perf_counter() - began)
+    stages = _stages(server) if name == "service" else {}
     single = asyncio.run(drive(server.port, single_requests(), connections=SINGLE_CONNECTIONS, seconds=seconds))
     return Row(
         name,
@@ -84,6 +91,7 @@ def measure(name: str, server: Server, seconds: float) -> Row:
         *_percentiles(single),
         server_cpu_share=share,
         failures=bulk.failures + single.failures,
+        bulk_stages_ms=stages,
     )
 
 
@@ -139,6 +147,16 @@ def _baseline(kind: str) -> AbstractContextManager[Server]:
     return started([sys.executable, "-m", "bench.empty", kind], {}, ready="/health/live")
 
 
+def _stages(server: Server) -> dict[str, float]:
+    """Mean milliseconds of a batch in each stage so far, from the service's own metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    found = {
+        part: dict(re.findall(rf'^onset_stage_seconds_{part}{{stage="(\w+)"}} (\S+)$', text, re.MULTILINE)) for part in ("sum", "count")
+    }
+    return {stage: 1000 * float(total) / max(1.0, float(found["count"][stage])) for stage, total in found["sum"].items()}
+
+
 def _cpu(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
@@ -149,7 +167,7 @@ def _percentiles(tally: Tally) -> tuple[float, float]:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title=f"POST /v1/events on {_machine()}; load generator on the same machine")
+    table = Table(title=f"POST /v1/events, {_machine()}, load generator on the same machine")
     table.add_column("server")
     for column in ("bulk, events/s", "a body p50", "p99", "single, requests/s", "p50", "p99", "server cores in bulk"):
         table.add_column(column, justify="right")

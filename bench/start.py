@@ -27,7 +27,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="onset-bench-") as folder:
             fresh.append(_start(Path(folder)))
             again.append(_start(Path(folder)))
-    table = Table(title=f"Seconds from start to ready, {repetitions} times")
+    table = Table(min_width=90, title=f"Seconds from start to ready, {repetitions} times")
     for column in ("data folder", "median", "lowest", "highest"):
         table.add_column(column, justify="left" if column == "data folder" else "right")
     for name, seconds in (("fresh", fresh), ("used before", again)):
