@@ -21,6 +21,7 @@ from service import backtest
 from service.detector import Detector
 from service.policy import Policy
 from service.replay import Options, run
+from service.settings import SHIPPED_MODELS
 from service.tables import ReadOptions
 from tests.e2e.process import Service
 from tests.tiny import build_tiny
@@ -121,6 +122,21 @@ def test_numbers_do_not_depend_on_how_events_are_cut_into_requests(service: Serv
                 got += answer.json()
         assert [served(reply) for reply in got] == [served(row) for row in rows]
         assert [json.dumps(reply["is_anomaly"]) for reply in got] == [row["is_anomaly"] for row in rows]
+
+
+def test_the_shipped_detector_gives_the_same_numbers_live_and_in_the_backtest(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    values = 20 + 5 * np.sin(np.arange(600) / 20) + rng.normal(0, 0.3, 600)
+    values[450:455] = 60
+    lines = [f"2026-03-0{1 + i // 288}T{i % 288 // 12:02}:{i % 12 * 5:02}:00Z,{value!r}" for i, value in enumerate(values.tolist())]
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "recorded/x.csv").write_text("\n".join(["timestamp,value", *lines]) + "\n")
+    want = backtested(tmp_path / "recorded", next(SHIPPED_MODELS.glob("*.onnx")), tmp_path / "scores")["x"]
+    with Service(tmp_path / "service") as running:
+        got = replayed(running, tmp_path / "recorded", tmp_path / "replies.csv", batch=37)["x"]
+    assert [served(row) for row in got] == [served(row) for row in want]
+    assert [row["value_expected"] for row in got] == [row["value_expected"] for row in want]
+    assert float(want[450]["alert_score"]) > 1
 
 
 def test_a_service_killed_during_a_replay_costs_nothing(service: Service, recorded: Path, model: Path, tmp_path: Path) -> None:
