@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from service.__main__ import app
 from service.backtest import Limits, Report, run
 from service.detector import Detector
 from service.errors import TableError
@@ -156,3 +158,33 @@ def test_the_report_has_a_tally_for_each_input_in_order(tmp_path: Path, tiny_det
     content = json.loads(json.dumps(report.as_json()))
     assert [(one["name"], one["rows"], one["warming_up"]) for one in content["inputs"]] == [("a.csv", 20, WARMUP), ("b.csv", 70, WARMUP)]
     assert content["alpha"] == 1e-3
+
+
+def test_the_command_prints_a_summary_and_writes_it_as_json(tmp_path: Path, tiny_model_path: Path) -> None:
+    write(tmp_path / "data/x.csv", series(1, 60))
+    arguments = ["backtest", str(tmp_path / "data"), "--model", str(tiny_model_path), "--out", str(tmp_path / "out")]
+    ran = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "summary.json")])
+    assert ran.exit_code == 0, ran.output
+    assert "x.csv" in ran.output
+    assert "60 rows in" in ran.output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["inputs"][0]["rows"] == len(rows_of(tmp_path / "out/x.csv")) == 60
+
+
+def test_a_lower_rate_gives_fewer_alerts(tmp_path: Path, tiny_model_path: Path) -> None:
+    write(tmp_path / "x.csv", series(1, 400))
+    alerts = []
+    for alpha in ("0.1", "0.001"):
+        arguments = [str(tmp_path / "x.csv"), "--model", str(tiny_model_path), "--out", str(tmp_path / alpha), "--alpha", alpha]
+        assert CliRunner().invoke(app, ["backtest", *arguments, "--json", str(tmp_path / "s.json")]).exit_code == 0
+        alerts.append(json.loads((tmp_path / "s.json").read_text())["inputs"][0]["alerts"])
+    assert alerts[0] > alerts[1] > 0
+
+
+def test_a_folder_of_several_models_is_refused_with_their_names(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        build_tiny(tmp_path, name=name)
+    write(tmp_path / "data/x.csv", series(1, 20))
+    ran = CliRunner().invoke(app, ["backtest", str(tmp_path / "data"), "--model", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert ran.exit_code == 2
+    assert "one-1.onnx, two-1.onnx" in ran.output

@@ -14,7 +14,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from service.__main__ import app
 from service.replay import Door, Encoder, Options, Pace, Recording, ReplayFailed, StreamReport, in_order, parse_speed, record, run
 from service.tables import ReadOptions, Source, Table
 
@@ -261,3 +263,10 @@ def test_a_replay_to_nowhere_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("timestamp,value\n1,2\n")
     with pytest.raises(ReplayFailed, match="Is the service running"):
         run([tmp_path / "a.csv"], Options("http://127.0.0.1:9", patience=0.2), ReadOptions())
+
+
+@pytest.mark.parametrize(("option", "value"), [("--speed", "fast"), ("--timestamps", "soon")])
+def test_the_command_refuses_an_option_with_its_value(option: str, value: str, tmp_path: Path) -> None:
+    ran = CliRunner().invoke(app, ["replay", str(tmp_path), option, value])
+    assert ran.exit_code == 2
+    assert f"{option} is '{value}'" in ran.output
