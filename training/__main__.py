@@ -81,7 +81,8 @@ def default(
 ) -> None:
     """Build the detector that ships with the service: one feature, trained and calibrated on the synthetic generator alone."""
     plan = Plan(steps=steps, seed=seed, chunk=192)
-    _run(lambda: default_job(plan, version, _command()), out, threads, resume)
+    command = f"python -m training default --version {version} --seed {seed} --steps {steps}"
+    _run(lambda: default_job(plan, version, command), out, threads, resume)
 
 
 @app.command()

@@ -21,6 +21,8 @@ from training.tail import HOLD, LEVEL_STEP, LEVELS, Calibration, Curve
 Bool = NDArray[np.bool_]
 SETTLED = 500
 """Age from which on events count for the pooled tails of the signals."""
+CLOSEST = 0.02
+"""Smallest distance of knots: units of evidence or decades."""
 YOUNG = 150
 """Age from which on onsets count for the age profile: the first are truncated by the warm-up."""
 
@@ -39,13 +41,15 @@ class Observed:
 def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], None] = lambda: None) -> Observed:
     """Run x [T, B, F], t [T, B, 3] through everything before the tail."""
     T, B, _ = x.shape
-    parts = step.layout.split(step.fresh_state(B))
+    state = step.fresh_state(B)
     learn, alpha = torch.ones(B, 1, dtype=torch.bool), torch.full((B, 1), 1e-3)
     strengths, ratios = np.zeros((T, B, len(step.signals.names)), np.float32), np.zeros(x.shape, np.float32)
     valid, ages = np.zeros((T, B), bool), np.zeros((T, B), np.float32)
     for i in range(T):
+        parts = step.layout.split(state)
         ages[i] = parts["age"][:, 0].numpy()
-        judged, parts = step.judge(parts, torch.from_numpy(x[i]), torch.from_numpy(t[i]), learn, alpha)
+        judged, after = step.judge(parts, torch.from_numpy(x[i]), torch.from_numpy(t[i]), learn, alpha)
+        state = step.layout.join(state, {**parts, **after}, judged.event.learns)
         present = judged.event.present
         strengths[i] = judged.strengths.numpy()
         ratios[i] = torch.where(present & judged.event.known, judged.ratio, torch.nan).numpy()
@@ -159,13 +163,22 @@ def _tail_curve(positive: Float64, total: float, knots: int, smallest_rank: int)
         return Curve((0.0, greatest + 1.0), (start, start + 1.0), 1.0)
     ranks = np.unique(np.round(np.geomspace(min(smallest_rank, len(ordered) // 3), len(ordered), knots)).astype(int))
     x, y = ordered[ranks - 1][::-1], -np.log10(ranks / total)[::-1]
-    x, keep = np.unique(x, return_index=True)  # ties: one knot, at the rank that counts them all
+    x, y = _spaced(x, y)
     top = ordered[: max(10, min(len(ordered) // 2, max(30, len(ordered) // 50)))]
     excess = max(float((top - top[-1]).mean()), 1e-3)
-    decades = np.maximum(y[keep], 0.0)
+    decades = np.maximum(y, 0.0)
     if len(x) == 1:
         x, decades = np.array([x[0], x[0] + 1.0]), np.array([decades[0], decades[0] + 1 / (excess * np.log(10))])
     return Curve(tuple(map(float, x)), tuple(map(float, decades)), float(1 / (excess * np.log(10))))
+
+
+def _spaced(x: Float64, y: Float64) -> tuple[Float64, Float64]:
+    """Without knots closer than CLOSEST to the one before (ties among them): steep pieces magnify float32's rounding."""
+    kept = [0]
+    for i in range(1, len(x)):
+        if x[i] - x[kept[-1]] >= CLOSEST:
+            kept.append(i)
+    return x[kept], y[kept]
 
 
 def _age_profile(heights: Float64, observed: Observed) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.autoencoder import Autoencoder, Sizes
-from training.layout import Layout, Parts, Slot, row_sum
+from training.layout import Keeps, Layout, Parts, Slot, row_sum
 from training.normaliser import Clock, Normalised, Normaliser
 from training.signals import MemorySignals, Residual, ResidualSignals
 from training.tail import Band, Calibration, Curve, Tail
@@ -62,7 +62,7 @@ class DetectorStep(nn.Module):
         self.calibration = calibration
         self.tail = Tail(len(self.signals.names), self.signals.burn, calibration)
         self.band = Band(self.features, calibration.band)
-        counters = (Slot("events", 1), Slot("age", 1), Slot("previous_z", self.features), Slot("forecast", self.features))
+        counters = (Slot("events", 1), Slot("age", 1, Keeps.STREAM), Slot("previous_z", self.features), Slot("forecast", self.features))
         slots = (self.normaliser.slots, self.clock.slots, self.autoencoder.slots, self.signals.slots, self.band.slots, self.tail.slots)
         self.layout = Layout([*counters, *(slot for part in slots for slot in part)])
 
@@ -80,8 +80,8 @@ class DetectorStep(nn.Module):
         judged, after = self.judge(parts, x, t, may_learn, asked)
         event = judged.event
         any_value = event.present.any(dim=1, keepdim=True)
-        p_value, onset_p, tail_parts = self.tail(judged.strengths, any_value, any_value & may_learn, parts["age"], parts)
-        state_out = self.layout.join({**after, **tail_parts})
+        p_value, onset_p, tail_parts = self.tail(judged.strengths, any_value, parts["age"], parts)
+        state_out = self.layout.join(state, {**after, **tail_parts}, event.learns)
 
         silent = ~any_value | (parts["events"] < WARMUP)
         p_value, onset_p = (torch.where(silent, torch.nan, p).squeeze(1) for p in (p_value, onset_p))
@@ -89,7 +89,7 @@ class DetectorStep(nn.Module):
         return state_out, p_value, onset_p, expected, expected - judged.margin, expected + judged.margin, _shares(judged)
 
     def judge(self, parts: Parts, x: Tensor, t: Tensor, may_learn: Tensor, alpha: Tensor) -> tuple[Judged, Parts]:
-        """Everything before the tail; all [B, ·]. Returns the parts after the event, those of the tail as they were."""
+        """Everything before the tail; all [B, ·]. Returns the parts after the event, for `Layout.join`, without those of the tail."""
         event, normalised_parts = self.normaliser(x, may_learn, parts)
         clock, clock_parts = self.clock(t, parts["events"], parts)
         expected = torch.where(event.known, self.normaliser.raw(parts["forecast"], event), event.u)
@@ -98,18 +98,16 @@ class DetectorStep(nn.Module):
             z=torch.where(event.present & event.known, event.z - parts["forecast"], 0.0),
         )
         strengths, weights, signal_parts = self.signals(event, residual, parts, parts["age"])
-        margin, ratio, band_parts = self.band(residual.raw, event.learns, parts["seen"], alpha, parts)
+        margin, ratio, band_parts = self.band(residual.raw, parts["seen"], alpha, parts)
         forecast, network_parts = self.autoencoder.step(self.inputs(event, clock, parts["previous_z"]), parts)
-        any_learned = event.learns.any(dim=1, keepdim=True)
         after = {
-            **parts,
             **normalised_parts,
             **clock_parts,
             **network_parts,
             **signal_parts,
             **band_parts,
             "events": parts["events"] + 1,
-            "age": torch.where(any_learned, parts["age"] + 1, parts["age"]),
+            "age": parts["age"] + 1,
             "previous_z": torch.where(event.present, event.z, parts["previous_z"]),
             "forecast": forecast,
         }

@@ -86,10 +86,11 @@ def prepare(step: DetectorStep, x: Tensor, t: Tensor, lanes: Lanes) -> Prepared:
     learn = torch.ones(x.shape[1], 1, dtype=torch.bool)
     for x_now, t_now in zip(x.unbind(0), t.unbind(0), strict=True):
         event, learned = step.normaliser(x_now, learn, lanes.parts)
+        kept = {name: torch.where(event.learns, part, lanes.parts[name]) for name, part in learned.items()}
         clock, cadence = step.clock(t_now, lanes.events, lanes.parts)
         inputs.append(step.inputs(event, clock, lanes.parts["previous_z"]))
         previous = torch.where(event.present, event.z, lanes.parts["previous_z"])
-        lanes.parts = {**learned, **cadence, "previous_z": previous}
+        lanes.parts = {**kept, **cadence, "previous_z": previous}
         lanes.events = lanes.events + 1
         zs.append(event.z)
         presents.append(event.present)

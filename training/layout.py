@@ -2,11 +2,13 @@
 
     state [B, S]  ──split──►  {"mean": [B, F], "encoder_hidden": [B, L·H], ...}  ──join──►  state [B, S]
 
-A fresh stream's state is zeros, so every part is stored in a form whose "nothing seen yet" is zero.
+A fresh stream's state is zeros, so every part is stored in a form whose "nothing seen yet" is zero. What is learned of a stream
+stays as it was when learning is frozen or the reading is missing; `join` sees to that, so the parts themselves need not.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,27 +19,51 @@ Parts = dict[str, Tensor]
 """Slice name → [B, size]."""
 
 
+class Keeps(enum.Enum):
+    """When a slot keeps its old values."""
+
+    NEVER = "running"  # follows every event
+    FEATURE = "feature"  # [B, F]: where the feature is missing, and when learning is frozen
+    STREAM = "stream"  # when no feature has a value, and when learning is frozen
+
+
 @dataclass(frozen=True)
 class Slot:
     """A named part of the state: `size` float32."""
 
     name: str
     size: int
+    keeps: Keeps = Keeps.NEVER
 
 
 class Layout:
-    """The order of the slots of a whole detector."""
+    """The order of the slots of a whole detector: running ones first, then those learned per feature, then per stream."""
 
     def __init__(self, slots: Iterable[Slot]) -> None:
-        self.slots = tuple(slots)
+        everything = tuple(slots)
+        self._groups = {keeps: tuple(slot for slot in everything if slot.keeps is keeps) for keeps in Keeps}
+        self.slots = tuple(slot for group in self._groups.values() for slot in group)
         self.size = sum(slot.size for slot in self.slots)
 
     def split(self, state: Tensor) -> Parts:
         pieces = torch.split(state, [slot.size for slot in self.slots], dim=1)
         return dict(zip([slot.name for slot in self.slots], pieces, strict=True))
 
-    def join(self, parts: Parts) -> Tensor:
-        return torch.cat([parts[slot.name] for slot in self.slots], dim=1)
+    def join(self, before: Tensor, after: Parts, learns: Tensor) -> Tensor:
+        """The state after an event: `before` [B, S] where `learns` [B, F] bool says that nothing may be learned."""
+        running, feature, stream = (self._gather(after, keeps) for keeps in Keeps)
+        first, second = running.shape[1], running.shape[1] + feature.shape[1]
+        F = learns.shape[1]
+        if F == 1:
+            learned = torch.where(learns, torch.cat([feature, stream], dim=1), before[:, first:])
+            return torch.cat([running, learned], dim=1)
+        masks = learns.repeat(1, feature.shape[1] // F)
+        any_learns = learns.any(dim=1, keepdim=True)
+        feature = torch.where(masks, feature, before[:, first:second])
+        return torch.cat([running, feature, torch.where(any_learns, stream, before[:, second:])], dim=1)
+
+    def _gather(self, parts: Parts, keeps: Keeps) -> Tensor:
+        return torch.cat([parts[slot.name] for slot in self._groups[keeps]], dim=1)
 
 
 def row_sum(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training.layout import Parts, Slot
+from training.layout import Keeps, Parts, Slot
 
 LIMIT = 1e18
 """Readings beyond ±LIMIT are taken as ±LIMIT: squares of their differences must stay below float32's 3e38."""
@@ -49,7 +49,8 @@ class Normaliser(nn.Module):
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return tuple(Slot(name, self.features) for name in ("reference", "seen", "mean", "variance"))
+        learned = tuple(Slot(name, self.features, Keeps.FEATURE) for name in ("seen", "mean", "variance"))
+        return (Slot("reference", self.features), *learned)
 
     def forward(self, x: Tensor, learn: Tensor, parts: Parts) -> tuple[Normalised, Parts]:
         """X [B, F] (NaN = missing), learn [B, 1] bool."""
@@ -71,11 +72,8 @@ class Normaliser(nn.Module):
         difference = event.u - event.mean
         limit = torch.where((seen > 30) & (deviation > 0), 6 * deviation, 4 * LIMIT)
         difference = torch.minimum(torch.maximum(difference, -limit), limit)
-        return {
-            "seen": torch.where(event.learns, count, seen),
-            "mean": torch.where(event.learns, event.mean + rate * difference, event.mean),
-            "variance": torch.where(event.learns, (1 - rate) * (variance + rate * difference * difference), variance),
-        }
+        mean = event.mean + rate * difference
+        return {"seen": count, "mean": mean, "variance": (1 - rate) * (variance + rate * difference * difference)}
 
     def raw(self, forecast: Tensor, event: Normalised) -> Tensor:
         """A forecast in z [B, F] → raw units relative to the reference."""

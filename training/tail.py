@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.layout import Parts, Slot, hinges
+from training.layout import Keeps, Parts, Slot, hinges
 
 LOG10 = math.log(10.0)
 HOLD = 125.0
@@ -98,19 +98,19 @@ class Tail(nn.Module):
     @property
     def slots(self) -> tuple[Slot, ...]:
         return (
-            Slot("strength_sum", self.signals),
             Slot("onset_height", 1),
             Slot("onset_age", 1),
-            Slot("exposure", 1),
-            Slot("onsets", 1),
-            Slot("level_tried", LEVELS - 1),
-            Slot("level_passed", LEVELS - 1),
+            Slot("strength_sum", self.signals, Keeps.STREAM),
+            Slot("exposure", 1, Keeps.STREAM),
+            Slot("onsets", 1, Keeps.STREAM),
+            Slot("level_tried", LEVELS - 1, Keeps.STREAM),
+            Slot("level_passed", LEVELS - 1, Keeps.STREAM),
         )
 
-    def forward(self, strengths: Tensor, judge: Tensor, learn: Tensor, age: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
-        """Strengths [B, K]; judge, learn [B, 1] bool: the event has a value, and may be learned; age [B, 1] events learned before."""
-        live = age >= self.burn
-        surprisal, learned_scale = self._surprisal(strengths, age, live & learn, parts)
+    def forward(self, strengths: Tensor, judge: Tensor, age: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
+        """Strengths [B, K]; judge [B, 1] bool: the event has a value; age [B, 1] events learned before."""
+        live = (age >= self.burn).to(strengths.dtype)
+        surprisal, learned_scale = self._surprisal(strengths, age, live, parts)
         growth = torch.log(1 + self.calibration.tau / (age + 1)) / LOG10
         total = surprisal.sum(dim=1, keepdim=True)
         event_decades = torch.where(total > 0, self._on_curve("event", total) - growth, 0.0)
@@ -126,18 +126,18 @@ class Tail(nn.Module):
             "strength_sum": learned_scale,
             "onset_height": torch.where(onset, height, parts["onset_height"]),
             "onset_age": torch.where(onset, 0.0, onset_age),
-            **self._counted(onset, decades, growth, live & learn, parts),
+            **self._counted(onset, decades, growth, live, parts),
         }
         return _probability(event_decades), _probability(onset_decades), after
 
-    def _surprisal(self, strengths: Tensor, age: Tensor, learn: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+    def _surprisal(self, strengths: Tensor, age: Tensor, live: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """[B, K] decades, 0 where the strength is 0; and the learned sums."""
         prior = self.calibration.prior_events
         total = parts["strength_sum"]
         scale = self.quantile / self.mean * (prior * self.mean + total) / (prior + (age - self.burn).clamp(min=0.0))
         evidence = torch.log1p(strengths / scale)
         decades = self.signal_start + ((evidence.unsqueeze(2) - self.signal_knots).clamp(min=0.0) * self.signal_bends).sum(dim=2)
-        learned = torch.where(learn, total + torch.minimum(strengths, 3 * self.quantile), total)
+        learned = total + live * torch.minimum(strengths, 3 * self.quantile)
         return torch.where(strengths > 0, decades, 0.0), learned
 
     def _on_curve(self, name: str, value: Tensor) -> Tensor:
@@ -157,17 +157,17 @@ class Tail(nn.Module):
         beyond = (decades - self.levels[-1]).clamp(min=0.0)
         return (weights * at_levels).sum(dim=1, keepdim=True) - beyond
 
-    def _counted(self, onset: Tensor, decades: Tensor, growth: Tensor, learn: Tensor, parts: Parts) -> Parts:
+    def _counted(self, onset: Tensor, decades: Tensor, growth: Tensor, live: Tensor, parts: Parts) -> Parts:
         """Judged first, then counted, with slow forgetting."""
-        one = (onset & learn).to(decades.dtype)
-        rate, chain = 1 - 1 / self.memory_rate, 1 - 1 / self.memory_chain
-        after = {
-            "exposure": parts["exposure"] * rate + torch.exp(growth * LOG10),
-            "onsets": parts["onsets"] * rate + one,
-            "level_tried": parts["level_tried"] * chain + one * (decades >= self.levels[:-1]),
-            "level_passed": parts["level_passed"] * chain + one * (decades >= self.levels[1:]),
+        one = onset.to(decades.dtype) * live
+        chain = 1 - 1 / self.memory_chain
+        reached = one * (decades >= self.levels).to(decades.dtype)
+        return {
+            "exposure": parts["exposure"] * (1 - 1 / self.memory_rate) + live * torch.exp(growth * LOG10),
+            "onsets": parts["onsets"] * (1 - 1 / self.memory_rate) + one,
+            "level_tried": parts["level_tried"] * chain + reached[:, :-1],
+            "level_passed": parts["level_passed"] * chain + reached[:, 1:],
         }
-        return {name: torch.where(learn, part, parts[name]) for name, part in after.items()}
 
     quantile: Tensor
     mean: Tensor
@@ -180,7 +180,7 @@ class Tail(nn.Module):
 
 
 class Band(nn.Module):
-    """lower, upper = expected ∓ k(α)·spread: spread is the stream's own mean |residual|, k the pooled quantile of their ratio."""
+    """lower, upper = expected ∓ k(α)·spread: spread is the stream's own rms residual, k the pooled quantile of their ratio."""
 
     memory = 2000.0
     knots: Tensor
@@ -190,25 +190,24 @@ class Band(nn.Module):
         super().__init__()
         self.features = features
         # The curve gives decades for a ratio; here the ratio for the asked decades, -log10 α.
-        x, y = list(curve.y), list(curve.x)
-        knots, bends, self.start = hinges(x, y, 1 / max(curve.slope, 1e-3))
+        knots, bends, self.start = hinges(curve.y, curve.x, 1 / max(curve.slope, 1e-3))
         self.register_buffer("knots", torch.tensor(knots), persistent=False)
         self.register_buffer("bends", torch.tensor(bends), persistent=False)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return (Slot("spread", self.features),)
+        return (Slot("spread", self.features, Keeps.FEATURE),)
 
-    def forward(self, residual: Tensor, learns: Tensor, seen: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
-        """Residual [B, F] raw, learns [B, F] bool, seen [B, F] before, alpha [B, 1] → half width [B, F], ratio [B, F], parts."""
+    def forward(self, residual: Tensor, seen: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
+        """Residual [B, F] raw, seen [B, F] before, alpha [B, 1] → half width of the band [B, F], |residual| ÷ spread [B, F], parts."""
         spread = parts["spread"]
-        decades = -torch.log(alpha.clamp(1e-12, 1.0)) / LOG10
+        decades = torch.log(alpha.clamp(1e-12, 1.0)) * (-1 / LOG10)
         factor = self.start + (decades - self.knots).clamp(min=0.0) @ self.bends.unsqueeze(1)
         size = residual.abs()
         clipped = torch.where(seen > 30, torch.minimum(size, 6 * spread), size)
         # The first event has no forecast, so the second one is the first to be learned.
         rate = (1 / seen.clamp(min=1.0)).clamp(min=1 / self.memory)
-        learned = torch.where(learns, spread + rate * (clipped - spread), spread)
+        learned = torch.sqrt(spread * spread * (1 - rate) + rate * clipped * clipped)
         return factor * spread, size / spread.clamp(min=1e-18), {"spread": learned}
 
 

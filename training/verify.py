@@ -85,8 +85,11 @@ def verify_same_answers(step: DetectorStep, run: StepFunction) -> None:
         with torch.no_grad():
             expected = [part.numpy() for part in step(*(torch.from_numpy(part) for part in inputs))]
         got = run(*inputs)
-        for name, want in zip(_ANSWERS, expected, strict=True):
+        for name, want in zip(_ANSWERS[1:], expected[1:], strict=True):
             _compare(name, i, getattr(got, name), want)
+        after, wanted = (step.layout.split(torch.from_numpy(part)) for part in (got.state, expected[0]))
+        for name, part in after.items():
+            _compare(f"state slice '{name}'", i, part.numpy(), wanted[name].numpy())
         state = got.state
 
 

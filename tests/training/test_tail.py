@@ -19,7 +19,7 @@ def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observe
         for i in range(T):
             valid = torch.from_numpy(observed.valid[i])[:, None]
             age = torch.from_numpy(observed.age[i])[:, None]
-            _, p, parts = tail(torch.from_numpy(observed.strengths[i]), valid, valid, age, parts)
+            _, p, parts = tail(torch.from_numpy(observed.strengths[i]), valid, age, parts)
             onset_p[i] = p[:, 0].numpy()
     surprisal = surprisal_of(evidence_of(observed, calibration, tail.burn), calibration)
     heights = onsets_of(np.maximum(surprisal - calibration.floor, 0).sum(axis=2), observed.valid)
@@ -43,7 +43,7 @@ def test_onsets_come_about_as_often_as_asked_in_the_streams_they_were_calibrated
     with torch.no_grad():
         for strengths, valid, age in zip(observed.strengths, observed.valid, observed.age, strict=True):
             judge = torch.from_numpy(valid)[:, None]
-            _, p, parts = tail(torch.from_numpy(strengths), judge, judge, torch.from_numpy(age)[:, None], parts)
+            _, p, parts = tail(torch.from_numpy(strengths), judge, torch.from_numpy(age)[:, None], parts)
             settled = valid & (age >= 600)
             found, events = found + int((p[:, 0].numpy()[settled] < asked).sum()), events + int(settled.sum())
     assert 0.2 < found / events / asked < 4
@@ -54,7 +54,7 @@ def test_a_larger_strength_never_has_a_larger_p_value(univariate: DetectorStep) 
     strength = torch.cat([torch.zeros(1), torch.logspace(-4, 2, 200)])[:, None].expand(-1, 3)
     ones = torch.ones(len(strength), 1, dtype=torch.bool)
     parts = {slot.name: torch.zeros(len(strength), slot.size) for slot in tail.slots}
-    p_value, onset_p, _ = tail(strength, ones, ones, torch.full((len(strength), 1), 500.0), parts)
+    p_value, onset_p, _ = tail(strength, ones, torch.full((len(strength), 1), 500.0), parts)
     assert p_value[0] == onset_p[0] == 1
     assert (torch.diff(p_value[:, 0]) <= 1e-7).all()
     assert (torch.diff(onset_p[:, 0]) <= 1e-7).all()
@@ -66,7 +66,7 @@ def test_a_young_stream_is_judged_more_mildly(univariate: DetectorStep) -> None:
     tail = univariate.tail
     strength, ones = torch.full((2, 3), 5.0), torch.ones(2, 1, dtype=torch.bool)
     parts = {slot.name: torch.zeros(2, slot.size) for slot in tail.slots}
-    p_value, onset_p, _ = tail(strength, ones, ones, torch.tensor([[150.0], [20000.0]]), parts)
+    p_value, onset_p, _ = tail(strength, ones, torch.tensor([[150.0], [20000.0]]), parts)
     assert p_value[0] > p_value[1]
     assert onset_p[0] > onset_p[1]
 
@@ -77,7 +77,7 @@ def test_only_the_first_of_equal_errors_is_an_onset(univariate: DetectorStep) ->
     parts = {slot.name: torch.zeros(1, slot.size) for slot in tail.slots}
     onsets = []
     for _ in range(130):
-        _, p, parts = tail(torch.full((1, 3), 3.0), ones, torch.zeros_like(ones), torch.full((1, 1), 500.0), parts)
+        _, p, parts = tail(torch.full((1, 3), 3.0), ones, torch.full((1, 1), 500.0), {**parts, "strength_sum": torch.zeros(1, 3)})
         onsets.append(float(p) < 1)
     assert onsets[0]
     assert not any(onsets[1:126])
@@ -90,6 +90,6 @@ def test_a_stream_with_many_onsets_gets_milder_p_values(univariate: DetectorStep
     parts = {slot.name: torch.zeros(2, slot.size) for slot in tail.slots}
     parts["exposure"] += 3000.0
     parts["onsets"][1] += 60.0
-    _, onset_p, _ = tail(torch.full((2, 3), 3.0), ones, ones, age, parts)
+    _, onset_p, _ = tail(torch.full((2, 3), 3.0), ones, age, parts)
     assert onset_p[1] > 3 * onset_p[0]
     assert abs(LOG10 - np.log(10)) < 1e-12
