@@ -41,7 +41,7 @@ from service.errors import (
     UnknownModel,
     UnsupportedMedia,
 )
-from service.events import MAX_NAME_LENGTH, Event, Result
+from service.events import MAX_NAME_LENGTH, Event, Result, shown
 from service.metrics import Metrics
 from service.problems import TABLE, late_problem, problem_of, respond
 from service.scorer import Scorer
@@ -191,7 +191,7 @@ class Door:
             raise UnsupportedMedia(f"Content-Encoding '{encoding[:64]}' is not read here; send gzip or none.")
         most = self._limits.max_body_bytes
         length = request.headers.get("content-length", "")
-        stated = int(length) if length.isascii() and length.isdigit() else None
+        stated = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else None
         if stated is not None and stated > most:
             raise self._too_large()
         self._reserve(request, most if stated is None or encoding == "gzip" else stated)
@@ -296,7 +296,7 @@ def _addressed(items: Items, stream_id: str | None, key: str | None) -> Items:
 
 def _address(event: Event, stream_id: str | None, event_id: str | None) -> Event | ItemError:
     if stream_id is not None and event.stream_id not in (None, stream_id):
-        return BadEvent(f"stream_id is '{event.stream_id}' in the body and '{stream_id}' in the path.", "stream_id")
+        return BadEvent(f"stream_id is '{event.stream_id}' in the body and '{stream_id}' in the path.", "stream_id", shown(event.stream_id))
     changes = {}
     if stream_id is not None:
         changes["stream_id"] = stream_id

@@ -39,11 +39,12 @@ class TableError(OnsetError):
 
 
 class ItemError(OnsetError):
-    """One event of a batch failed. `field` is the path of the field to blame ('' when none is)."""
+    """One event of a batch failed. `field` is the path of the field to blame ('' when none is), `value` its value, shortened."""
 
-    def __init__(self, detail: str, field: str = "") -> None:
+    def __init__(self, detail: str, field: str = "", value: str = "") -> None:
         super().__init__(detail)
         self.field = field
+        self.value = value
 
 
 class BadEvent(ItemError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -76,6 +77,15 @@ class Result(msgspec.Struct, frozen=True, gc=False):
     state_version: int
     duplicate: bool
     late: bool
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, shortened to what a message can hold."""
+    try:
+        text = json.dumps(value[:64] if isinstance(value, str) else value, default=str)
+    except RecursionError:
+        return "a value nested too deeply"
+    return text if len(text) <= 64 else text[:61] + "..."
 
 
 @dataclass(frozen=True)

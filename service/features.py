@@ -11,7 +11,7 @@ import numpy as np
 
 from service.artifact import Manifest
 from service.errors import BadEvent, FutureEvent
-from service.events import UNPRINTABLE, Event, Parsed, Readings
+from service.events import UNPRINTABLE, Event, Parsed, Readings, shown
 from service.state import event_key
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -60,15 +60,16 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
             seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         except (ValueError, OverflowError) as error:
             raise BadEvent(
-                f"timestamp {value[:64]!r} is neither RFC 3339 (2026-11-23T08:00:00Z) nor seconds since 1970.", "timestamp"
+                f"timestamp {value[:64]!r} is neither RFC 3339 (2026-11-23T08:00:00Z) nor seconds since 1970.", "timestamp", shown(value)
             ) from error
     else:
         seconds = float(value)
     if not EARLIEST_SECONDS <= seconds <= LATEST_SECONDS:
         hint = " It looks like milliseconds: send seconds." if LATEST_SECONDS < seconds < 1e15 else ""
-        raise BadEvent(f"timestamp {value} is not a time in seconds since 1970.{hint}", "timestamp")
+        raise BadEvent(f"timestamp {value} is not a time in seconds since 1970.{hint}", "timestamp", shown(value))
     if seconds > latest:
-        raise FutureEvent(f"timestamp {value} is too far in the future: every later event of the stream would count as late.", "timestamp")
+        detail = f"timestamp {value} is too far in the future: every later event of the stream would count as late."
+        raise FutureEvent(detail, "timestamp", shown(value))
     return seconds
 
 
@@ -77,9 +78,9 @@ def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: 
     if not event.stream_id:
         raise BadEvent("stream_id is missing.", "stream_id")
     if _unprintable(event.stream_id):
-        raise BadEvent(f"stream_id {event.stream_id[:64]!r} holds control characters.", "stream_id")
+        raise BadEvent(f"stream_id {event.stream_id[:64]!r} holds control characters.", "stream_id", shown(event.stream_id))
     if event.event_id is not None and _unprintable(event.event_id):
-        raise BadEvent(f"event_id {event.event_id[:64]!r} holds control characters.", "event_id")
+        raise BadEvent(f"event_id {event.event_id[:64]!r} holds control characters.", "event_id", shown(event.event_id))
     values = event.values
     if values is None or event.message is not None:
         wrong, right = ("message", "values") if event.message is not None else ("values", "values")
@@ -90,11 +91,14 @@ def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: 
     if not values.keys() <= known:
         unknown = next(name for name in values if name not in known)
         raise BadEvent(
-            f"values.{unknown[:64]} is not a feature of model '{manifest.name}', which knows {_listed(names)}.", f"values.{unknown[:64]}"
+            f"values.{unknown[:64]} is not a feature of model '{manifest.name}', which knows {_listed(names)}.",
+            f"values.{unknown[:64]}",
+            shown(values[unknown]),
         )
     for name, number in values.items():
         if number is not None and not -FLOAT32_MAX <= number <= FLOAT32_MAX:
-            raise BadEvent(f"values.{name} is {number}, beyond the range of float32; send null for a missing value.", f"values.{name}")
+            detail = f"values.{name} is {number}, beyond the range of float32; send null for a missing value."
+            raise BadEvent(detail, f"values.{name}", shown(number))
     return [values.get(name, _NAN) for name in names]
 
 

@@ -47,13 +47,14 @@ LATE = (409, "late-event", "Older than the stream's last event")
 
 
 class Problem(msgspec.Struct, omit_defaults=True):
-    """Problem details; `field` is the path of what is to blame, `index` the place in a bulk."""
+    """Problem details; `field` is the path of what is to blame, `value` its value (JSON, shortened), `index` the place in a bulk."""
 
     type: str
     title: str
     status: int
     detail: str
     field: str = ""
+    value: str = ""
     index: int | None = None
     late: bool = False
     retry_after: int | None = None
@@ -64,7 +65,8 @@ def problem_of(error: OnsetError, index: int | None = None) -> Problem:
     if isinstance(error, Overloaded):
         retry_after = error.retry_after
     field = error.field if isinstance(error, ItemError | BadParameter) else ""
-    return Problem(f"urn:onset:{slug}", title, status, error.detail, field, index, retry_after=retry_after)
+    value = error.value if isinstance(error, ItemError) else ""
+    return Problem(f"urn:onset:{slug}", title, status, _utf8(error.detail), _utf8(field), _utf8(value), index, retry_after=retry_after)
 
 
 def late_problem(stream_id: str, last: str) -> Problem:
@@ -80,7 +82,12 @@ def respond(problem: Problem) -> Response:
 
 def plain(status: int, title: str, detail: str) -> Problem:
     """For what is no error of ours: an unknown address, a wrong method, a bug."""
-    return Problem("about:blank", title, status, detail)
+    return Problem("about:blank", title, status, _utf8(detail))
+
+
+def _utf8(text: str) -> str:
+    """The text with halves of characters (a JSON string may hold them, UTF-8 not) written as escapes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def schema() -> dict[str, Any]:

@@ -148,9 +148,9 @@ async def test_every_reply_field_is_there_and_echoes_the_event(client: Client) -
         (json.dumps(event("a\nb")), 422, "control characters", "stream_id"),
         ('{"stream_id": "\\ud800", "values": {"value": 1}}', 422, "control characters", "stream_id"),
         ('{"stream_id": 5, "values": {"value": 1}}', 422, "5", "stream_id"),
-        ('{"stream_id": "a", "values": {"value": NaN}}', 422, "values.value is nan", "values.value"),
-        ('{"stream_id": "a", "values": {"value": -Infinity}}', 422, "values.value is -inf", "values.value"),
-        ('{"stream_id": "a", "values": {"value": 1e999}}', 422, "values.value is inf", "values.value"),
+        ('{"stream_id": "a", "values": {"value": NaN}}', 422, "values.value is NaN", "values.value"),
+        ('{"stream_id": "a", "values": {"value": -Infinity}}', 422, "values.value is -Infinity", "values.value"),
+        ('{"stream_id": "a", "values": {"value": 1e999}}', 422, "values.value is Infinity", "values.value"),
         ('{"stream_id": "a", "values": {"value": 1e300}}', 422, "range of float32", "values.value"),
         (json.dumps(event(value=10**400)), 422, "value", None),
         (json.dumps(event(value="warm")), 422, 'values.value is "warm"', "values.value"),
@@ -212,7 +212,7 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read(client: Client
 
 async def test_more_events_than_allowed_are_refused_whole(client: Client) -> None:
     lines = "\n".join(['{"stream_id":"a","values":{"value":1}}'] * 1001)
-    assert_problem(await client.raw(lines, NDJSON), 413, "1001 events in one request; at most 1000")
+    assert_problem(await client.raw(lines, NDJSON), 413, "More than 1000 events in one request")
     assert (await client.get("/v1/streams/a")).status_code == 404
 
 
