@@ -12,11 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.artifact import Manifest
-from service.events import Contributor, Event, Result, Status
+from service.events import Contributor, Event, Result
 from service.policy import DIRECTIONS, SEVERITIES, THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes
 
 Numbers = dict[str, float | None]
+
+# Plain numbers, made once: a reply is made for every event, and on Python 3.11 each member of an Enum is a function call.
+_WITH_RECORD, _OLD, _LATE = (int(Kind.SCORED), int(Kind.DUPLICATE)), (int(Kind.DUPLICATE), int(Kind.REPEATED)), int(Kind.LATE)
+_FIRST = [0]
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,11 @@ class Replies:
     """Makes the results of one detector."""
 
     def __init__(self, manifest: Manifest, policy: Policy) -> None:
-        self._manifest = manifest
         self._policy = policy
+        self._model, self._model_version = manifest.name, manifest.version
+        self._warmup = manifest.warmup
         self._names = manifest.feature_names
+        self._single = len(self._names) == 1
 
     def judged(self, outcomes: Outcomes) -> Answers:
         """Verdicts over a batch, and everything a reply needs as Python values."""
@@ -68,67 +74,47 @@ class Replies:
 
     def results(self, events: Sequence[Event], answers: Answers, *, top_contributors: int) -> list[Result]:
         """One result for each of N events, in order. A duplicate echoes the event it answers and carries the stored result."""
-        return [self._result(event, *row, top_contributors=top_contributors) for event, row in zip(events, answers.rows, strict=True)]
+        return [self._result(event, row, top_contributors) for event, row in zip(events, answers.rows, strict=True)]
 
-    def _result(
-        self,
-        event: Event,
-        kind: int,
-        anomaly_score: float | None,
-        p_value: float | None,
-        alert_score: float | None,
-        is_anomaly: bool,
-        grade: float,
-        severity: int,
-        direction: int,
-        confidence: float,
-        version: int,
-        timestamp: float,
-        started_at: float | None,
-        alpha: float,
-        x: list[float | None],
-        expected: list[float | None],
-        lower: list[float | None],
-        upper: list[float | None],
-        contribution: list[float],
-        *,
-        top_contributors: int,
-    ) -> Result:
-        scored = kind in (Kind.SCORED, Kind.DUPLICATE)
-        names = self._names
-        missing = max(0, self._manifest.warmup - version)
-        status: Status = "warming_up" if missing else "ready"
-        return Result(
-            stream_id=event.stream_id or "",
-            event_id=event.event_id,
-            timestamp=event.timestamp if event.timestamp is not None else timestamp,
-            anomaly_score=anomaly_score if scored else None,
-            p_value=p_value if scored else None,
-            alert_score=alert_score if scored else None,
-            is_anomaly=is_anomaly and scored,
-            anomaly_grade=grade if scored and p_value is not None else None,
-            severity=SEVERITIES[severity] if scored else "none",
-            confidence=confidence,
-            threshold=THRESHOLD,
-            alpha=alpha,
-            direction=DIRECTIONS[direction] if scored else "none",
-            expected=dict(zip(names, expected, strict=True)) if scored else {},
-            lower=dict(zip(names, lower, strict=True)) if scored else {},
-            upper=dict(zip(names, upper, strict=True)) if scored else {},
-            contributors=self._contributors(x, expected, contribution, top_contributors) if scored else [],
-            anomaly_started_at=started_at if scored else None,
-            imputed=[name for name, number in zip(names, x, strict=True) if number is None] if scored else [],
-            status=status,
-            samples_until_ready=missing,
-            model=self._manifest.name,
-            model_version=self._manifest.version,
-            state_version=version,
-            duplicate=kind in (Kind.DUPLICATE, Kind.REPEATED),
-            late=kind == Kind.LATE,
+    def _result(self, event: Event, row: tuple[Any, ...], top: int) -> Result:
+        kind, score, p_value, alert, is_anomaly, grade, severity, direction, confidence, version, timestamp, started_at, alpha = row[:13]
+        x, expected, lower, upper, contribution = row[13:]
+        scored = kind in _WITH_RECORD
+        missing = max(0, self._warmup - version)
+        return Result(  # by position: with its 27 names this call would take five times as long
+            event.stream_id or "",
+            event.event_id,
+            event.timestamp if event.timestamp is not None else timestamp,
+            score if scored else None,
+            p_value if scored else None,
+            alert if scored else None,
+            is_anomaly and scored,
+            grade if scored and p_value is not None else None,  # anomaly_grade
+            SEVERITIES[severity] if scored else "none",
+            confidence,
+            THRESHOLD,
+            alpha,
+            DIRECTIONS[direction] if scored else "none",
+            self._named(expected) if scored else {},
+            self._named(lower) if scored else {},
+            self._named(upper) if scored else {},
+            self._contributors(x, expected, contribution, top) if scored else [],
+            started_at if scored else None,
+            [name for name, number in zip(self._names, x, strict=True) if number is None] if scored and None in x else [],  # imputed
+            "warming_up" if missing else "ready",
+            missing,
+            self._model,
+            self._model_version,
+            version,
+            kind in _OLD,  # duplicate
+            kind == _LATE,
         )
 
+    def _named(self, values: list[float | None]) -> Numbers:
+        return {self._names[0]: values[0]} if self._single else dict(zip(self._names, values, strict=True))
+
     def _contributors(self, x: list[float | None], expected: list[float | None], contribution: list[float], top: int) -> list[Contributor]:
-        order = sorted(range(len(x)), key=contribution.__getitem__, reverse=True)[:top]
+        order = _FIRST[:top] if self._single else sorted(range(len(x)), key=contribution.__getitem__, reverse=True)[:top]
         return [Contributor(self._names[j], contribution[j], x[j], expected[j]) for j in order if x[j] is not None]
 
 
