@@ -13,6 +13,7 @@ their cost is most of a single event's time (bench.http). Their part of the Open
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections import Counter
@@ -38,6 +39,7 @@ from service.errors import (
     Overloaded,
     StoreUnavailable,
     TooLarge,
+    TooSlow,
     UnknownModel,
     UnsupportedMedia,
 )
@@ -65,6 +67,7 @@ class DoorLimits:
     max_body_bytes: int
     max_batch_events: int
     max_inflight_bytes: int
+    max_body_seconds: float = 30.0
 
 
 class Health(Protocol):
@@ -157,6 +160,7 @@ class Door:
 
     async def get_metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
+        await self._health.ready()  # keeps its gauge true where no probe asks
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _score(self, request: Request, stream_id: str | None) -> Response:
@@ -166,7 +170,7 @@ class Door:
         lines = _is_ndjson(request)
         content = await self._body(request)
         try:
-            items, shape = decode(content, lines=lines, max_events=self._limits.max_batch_events)
+            items, shape = self._decoded(content, lines)
             del content
             items = _addressed(items, stream_id, request.headers.get(IDEMPOTENCY_KEY))
             answers = await self._scored(scorer, items, top)
@@ -177,6 +181,13 @@ class Door:
         self._latency.observe(time.perf_counter() - started)
         return response
 
+    def _decoded(self, content: bytes, lines: bool) -> tuple[Items, Shape]:
+        try:
+            return decode(content, lines=lines, max_events=self._limits.max_batch_events)
+        except TooLarge:
+            self._metrics.refused.labels("batch").inc()
+            raise
+
     async def _scored(self, scorer: Scorer, items: Items, top: int) -> list[Result | ItemError]:
         try:
             return await scorer.score(items, top_contributors=top)
@@ -185,7 +196,7 @@ class Door:
             raise
 
     async def _body(self, request: Request) -> bytes:
-        """The body within the limits of one request and of all together. Raises TooLarge, Overloaded, UnsupportedMedia, BadBody."""
+        """The body within the limits of one request and of all together. Raises TooLarge, TooSlow, Overloaded, ..."""
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip"):
             raise UnsupportedMedia(f"Content-Encoding '{encoding[:64]}' is not read here; send gzip or none.")
@@ -196,16 +207,31 @@ class Door:
             raise self._too_large()
         self._reserve(request, most if stated is None or encoding == "gzip" else stated)
         try:
-            parts, size = [], 0
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise self._too_large()
-                parts.append(part)
-            content = b"".join(parts)
-            return inflate(content, most) if encoding == "gzip" else content
+            async with asyncio.timeout(self._limits.max_body_seconds):
+                content = await self._read(request, most)
+            return self._inflated(content) if encoding == "gzip" else content
+        except TimeoutError as error:
+            self._release(request)
+            self._metrics.refused.labels("slow").inc()
+            raise TooSlow(f"The body did not arrive within {self._limits.max_body_seconds:g} s (ONSET_MAX_BODY_SECONDS).") from error
         except BaseException:
             self._release(request)
+            raise
+
+    async def _read(self, request: Request, most: int) -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise self._too_large()
+            parts.append(part)
+        return b"".join(parts)
+
+    def _inflated(self, content: bytes) -> bytes:
+        try:
+            return inflate(content, self._limits.max_body_bytes)
+        except TooLarge:
+            self._metrics.refused.labels("body").inc()
             raise
 
     def _reserve(self, request: Request, size: int) -> None:
@@ -238,7 +264,10 @@ class Door:
             try:
                 return await handler(request)
             except OnsetError as error:
-                return respond(problem_of(error))
+                response = respond(problem_of(error))
+                if isinstance(error, TooSlow):
+                    response.headers["connection"] = "close"  # what is still to come of the body is nothing we read
+                return response
             except ClientDisconnect:
                 return Response(status_code=499)  # nobody reads it
 

@@ -145,7 +145,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="Onset", version=VERSION, lifespan=lifespan, redoc_url=None)
     app.state.service = service
-    limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes)
+    limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes, settings.max_body_seconds)
     Door(service.scorers, service.default_model, limits, service.metrics, service).add_to(app)
     app.get("/", include_in_schema=False)(_home)
     app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]

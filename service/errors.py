@@ -15,6 +15,7 @@ OnsetError
 ├── BadParameter         a parameter of a request has a value we cannot use
 ├── UnsupportedMedia     a content type or encoding we do not read
 ├── TooLarge             a body or a batch is over a stated limit
+├── TooSlow              a body did not arrive in time
 ├── Overloaded           the queue is full: come back in `retry_after` seconds
 └── StoreUnavailable     the state store does not answer
 """
@@ -93,6 +94,10 @@ class UnsupportedMedia(OnsetError):
 
 class TooLarge(OnsetError):
     """A body, a batch or a name is over a stated limit."""
+
+
+class TooSlow(OnsetError):
+    """A body did not arrive in time."""
 
 
 class Overloaded(OnsetError):

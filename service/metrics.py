@@ -33,7 +33,7 @@ class Metrics:
         self.batch = Histogram("onset_batch_events", "Events per batch.", buckets=_EVENTS, registry=registry)
         # Gauge: events waiting. Near the queue's limit, requests are refused: add replicas.
         self.queued = Gauge("onset_queued_events", "Events waiting to be scored.", ["model"], registry=registry)
-        # Counter: requests refused, by reason: queue, bytes, body, batch.
+        # Counter: requests refused, by reason: queue, bytes, body, batch, slow.
         self.refused = Counter("onset_refused", "Requests refused at the door.", ["reason"], registry=registry)
         # Counter: compare-and-set lost against another replica. Constantly high: two senders share streams; route by stream id.
         self.conflicts = Counter("onset_state_conflicts", "Commits lost to another replica.", registry=registry)

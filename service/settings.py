@@ -35,6 +35,8 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
     max_inflight_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
     """Bytes of all requests being read and scored at once; more are refused with 429."""
+    max_body_seconds: Annotated[float, Field(gt=0)] = 30
+    """How long a body may take to arrive: until then its bytes count as being read."""
     max_batch_events: Annotated[int, Field(ge=1)] = 10_000
     max_queue_events: Annotated[int, Field(ge=1)] = 20_000
     """Events waiting to be scored; more are refused with 429."""

@@ -210,10 +210,28 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read(client: Client
     await client.score(event())
 
 
+async def test_a_body_that_does_not_arrive_is_given_up_and_its_place_is_free_again(tiny_detector: Detector) -> None:
+    async def stuck() -> AsyncIterator[bytes]:
+        yield b"["
+        await asyncio.sleep(60)
+
+    limits = DoorLimits(100_000, 1000, max_inflight_bytes=100_000, max_body_seconds=0.1)
+    async with door(tiny_detector, limits) as client:
+        hanging = asyncio.create_task(client.post("/v1/events", content=stuck(), headers=JSON))
+        await asyncio.sleep(0.05)
+        assert_problem(await client.raw(json.dumps(event())), 429, "ONSET_MAX_INFLIGHT_BYTES")
+        response = await hanging
+        assert_problem(response, 408, "within 0.1 s (ONSET_MAX_BODY_SECONDS)")
+        assert response.headers["connection"] == "close"
+        assert (await client.raw(json.dumps(event()))).status_code == 200
+        assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "slow"}) == 1
+
+
 async def test_more_events_than_allowed_are_refused_whole(client: Client) -> None:
     lines = "\n".join(['{"stream_id":"a","values":{"value":1}}'] * 1001)
     assert_problem(await client.raw(lines, NDJSON), 413, "More than 1000 events in one request")
     assert (await client.get("/v1/streams/a")).status_code == 404
+    assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "batch"}) == 1
 
 
 async def test_gzip_is_read_within_the_limit(client: Client) -> None:
@@ -222,6 +240,7 @@ async def test_gzip_is_read_within_the_limit(client: Client) -> None:
     assert_problem(await client.raw(gzip.compress(b" " * 1_000_000), zipped), 413, "when unpacked")
     assert_problem(await client.raw(b"plain", zipped), 400, "not gzip")
     assert_problem(await client.raw(gzip.compress(b"{}")[:-3], zipped), 400, "cut off")
+    assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "body"}) == 1
     assert_problem(await client.raw(b"x", JSON | {"content-encoding": "br"}), 415, "'br'")
 
 
@@ -353,6 +372,19 @@ async def test_what_came_of_the_events_is_counted(client: Client) -> None:
     for outcome in ("scored", "late", "duplicate", "rejected"):
         assert sample("onset_events_total", {"door": "http", "outcome": outcome}) == 1, outcome
     assert "onset_request_seconds" in (await client.get("/metrics")).text
+
+
+async def test_a_problem_carries_the_value_that_is_to_blame(client: Client) -> None:
+    for blamed, value in (
+        (event(timestamp="soon"), '"soon"'),
+        (event(timestamp=1.7e12), "1700000000000.0"),
+        (event(value=1e300), "1e+300"),
+        (event(value="warm"), '"warm"'),
+        (event("a\nb"), '"a\\nb"'),
+        ({"stream_id": "a", "values": {"flow": 1}}, "1.0"),
+    ):
+        problem = (await client.raw(json.dumps(blamed))).json()
+        assert problem["value"] == value, problem
 
 
 anything = st.recursive(
