@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 import signal
 import socket
 import sys
@@ -148,20 +150,17 @@ def _listen(host: str, port: int) -> socket.socket:
 def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
     import uvicorn  # noqa: PLC0415
 
+    from service.openapi import example  # noqa: PLC0415
+
     class Announcing(uvicorn.Server):
         """Says where it listens, once it does."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                host, port = listening.getsockname()[:2]
-                url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104 - compared, not bound
+                url = _url(*listening.getsockname()[:2])
                 print(f"Onset serves {url} (API: {url}/docs). Try:", flush=True)
-                print(
-                    f"  curl -s {url}/v1/events -H 'content-type: application/json' "
-                    """-d '{"stream_id": "a", "values": {"value": 1.0}}'""",
-                    flush=True,
-                )
+                print(f"  curl -s {url}/v1/events -H 'content-type: application/json' -d {shlex.quote(json.dumps(sample))}", flush=True)
 
     config = uvicorn.Config(
         asgi,
@@ -175,6 +174,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
     )
     server = Announcing(config)
     service = asgi.state.service
+    sample = example(service.detectors[service.default_model].manifest)
     # uvicorn logs a failed start with its traceback; the sentence below is all there is to say.
     logging.getLogger("uvicorn.error").addFilter(lambda record: service.failure is None)
     try:
@@ -184,6 +184,12 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
             raise
     if service.failure is not None:
         _refuse(service.failure)
+
+
+def _url(host: str, port: int) -> str:
+    """Where a client on this machine reaches what listens on `host`."""
+    near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://[{near}]:{port}" if ":" in near else f"http://{near}:{port}"
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -143,10 +143,11 @@ def create_app(settings: Settings) -> FastAPI:
             service.failure = error.detail
             raise
 
-    app = FastAPI(title="Onset", version=VERSION, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="Onset", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes, settings.max_body_seconds)
     Door(service.scorers, service.default_model, limits, service.metrics, service).add_to(app)
+    openapi.add_docs(app)
     app.get("/", include_in_schema=False)(_home)
     app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _unexpected)
@@ -156,7 +157,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 async def _home() -> Response:
-    return RedirectResponse("/docs")
+    return RedirectResponse("docs")
 
 
 async def _http_problem(request: Request, error: HTTPException) -> Response:

@@ -6,6 +6,8 @@ import logging
 import sys
 
 import structlog
+from structlog.processors import ExceptionRenderer
+from structlog.tracebacks import ExceptionDictTransformer
 
 
 def configure(level: str, as_json: bool) -> None:
@@ -15,7 +17,8 @@ def configure(level: str, as_json: bool) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.dict_tracebacks if as_json else structlog.dev.set_exc_info,
+        # Without local variables: they hold clients' data.
+        ExceptionRenderer(ExceptionDictTransformer(show_locals=False)) if as_json else structlog.dev.set_exc_info,
     ]
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=False)
     structlog.configure(

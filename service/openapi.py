@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
 
 from service.api import VISIBLE
 from service.artifact import Manifest
@@ -16,7 +21,7 @@ from service.events import MAX_NAME_LENGTH, Event, Result
 from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
 from service.problems import MEDIA_TYPE, TABLE, Problem
 
-_EXAMPLE_EVENT = {"stream_id": "pump-7/temperature", "values": {"value": 71.3}, "timestamp": "2026-11-23T08:00:00Z", "event_id": "a-17"}
+_ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 PRINTABLE = f"^[^\\u0000-\\u001F\\u007F]{{1,{MAX_NAME_LENGTH}}}$"
 _COMPONENT = "#/components/schemas/{name}"
 _DESCRIPTION = """Scores each event of a stream the moment it arrives, with the stream's recurrent state in Redis.
@@ -33,11 +38,46 @@ def document(app: FastAPI, manifests: Sequence[Manifest]) -> dict[str, Any]:
         event = _event(components.pop("Event"), manifests)
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
         spec["components"]["schemas"] |= {"Health": _HEALTH, "Event": event, "StreamEvent": _without_stream(event)}
-        spec["paths"] = _paths() | {
+        spec["paths"] = _paths(example(manifests[0])) | {
             path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))
         }
         app.openapi_schema = spec
     return app.openapi_schema
+
+
+def add_docs(app: FastAPI) -> None:
+    """A page over the document at /docs, whose files come from here: it works without the internet."""
+    spec = importlib.util.find_spec("fastapi_swagger")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("fastapi-swagger is not installed; it holds the files of the page at /docs.")
+    folder = Path(spec.submodule_search_locations[0]) / "resources"
+    script, style, icon = (f"docs/{name}" for name in _ASSETS)  # relative, so that a proxy may move the service under a path
+
+    async def page(request: object) -> Response:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title="Onset: the REST API",
+            swagger_js_url=script,
+            swagger_css_url=style,
+            swagger_favicon_url=icon,
+            swagger_ui_parameters={"validatorUrl": None, "displayRequestDuration": True},
+        )
+
+    app.router.routes.append(Route("/docs", page, include_in_schema=False))
+    for name in _ASSETS:
+        app.router.routes.append(Route(f"/docs/{name}", _file(folder / name), include_in_schema=False))
+
+
+def _file(path: Path) -> Any:
+    async def file(request: object) -> Response:
+        return FileResponse(path, headers={"cache-control": "public, max-age=86400"})
+
+    return file
+
+
+def example(manifest: Manifest) -> dict[str, Any]:
+    """An event that the model takes."""
+    return {"stream_id": "pump-7", "values": dict.fromkeys(manifest.feature_names[:8], 1.0)}
 
 
 def _event(schema: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, Any]:
@@ -77,13 +117,14 @@ _HEALTH = {
 }
 
 
-def _paths() -> dict[str, Any]:
+def _paths(event: dict[str, Any]) -> dict[str, Any]:
+    bare = {name: value for name, value in event.items() if name != "stream_id"}
     stream = _parameter("stream_id", "path", {"type": "string", "pattern": PRINTABLE}, "No control characters; may hold slashes.")
     model = _parameter("model", "query", {"type": "string"}, "Which loaded model; the default one if left out.")
     return {
-        "/v1/events": {"post": _scoring("postEvents", "Score events", [model], "Event")},
+        "/v1/events": {"post": _scoring("postEvents", "Score events", [model], "Event", event)},
         "/v1/streams/{stream_id}/events": {
-            "post": _scoring("postStreamEvents", "Score events of one stream", [stream, model], "StreamEvent")
+            "post": _scoring("postStreamEvents", "Score events of one stream", [stream, model], "StreamEvent", bare)
         },
         "/v1/streams": {
             "get": _operation(
@@ -127,7 +168,7 @@ def _paths() -> dict[str, Any]:
     }
 
 
-def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str) -> dict[str, Any]:
+def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, sample: dict[str, Any]) -> dict[str, Any]:
     either = {"anyOf": [_ref("Result"), _ref("Problem")]}
     answers = {
         "200": {
@@ -152,11 +193,16 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str) 
     )
     operation = _operation(name, summary, [*parameters, top, key], answers, slugs)
     event: dict[str, Any] = _ref(event_schema)
+    timed = sample | {"timestamp": "2026-11-23T08:00:00Z", "event_id": "a-17"}
+    examples = {
+        "one": {"summary": "One event", "value": sample},
+        "several": {"summary": "Two events with an identity, safe to send again", "value": [timed, timed | {"event_id": "a-18"}]},
+    }
     operation["requestBody"] = {
         "required": True,
         "content": {
-            "application/json": {"schema": {"anyOf": [event, {"type": "array", "items": event}]}, "example": _EXAMPLE_EVENT},
-            "application/x-ndjson": {"schema": {"type": "string"}, "example": msgspec.json.encode(_EXAMPLE_EVENT).decode() + "\n"},
+            "application/json": {"schema": {"anyOf": [event, {"type": "array", "items": event}]}, "examples": examples},
+            "application/x-ndjson": {"schema": {"type": "string"}, "example": msgspec.json.encode(sample).decode() + "\n"},
         },
     }
     return operation

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 import uvicorn
@@ -61,8 +63,30 @@ def test_every_operation_answers_as_documented(schema: Any, method: str, path: s
 
 
 def test_every_route_is_documented(served: str) -> None:
-    import httpx
-
     paths = httpx.get(f"{served}/openapi.json").json()["paths"]
     assert {(method.upper(), path) for path, item in paths.items() for method in item} == ROUTES
-    assert httpx.get(f"{served}/docs").status_code == 200
+
+
+def test_the_page_at_docs_needs_nothing_from_elsewhere(served: str) -> None:
+    page = httpx.get(f"{served}/", follow_redirects=True)
+    assert page.url.path == "/docs"
+    assert "://" not in page.text
+    files = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(files) == 3
+    for file in files:
+        answer = httpx.get(page.url.join(file))
+        assert answer.status_code == 200, file
+        assert len(answer.content) > 500
+    assert httpx.get(page.url.join("openapi.json")).json()["info"]["title"] == "Onset"
+
+
+def test_the_examples_of_the_document_are_scored(served: str) -> None:
+    paths = httpx.get(f"{served}/openapi.json").json()["paths"]
+    for path in ("/v1/events", "/v1/streams/{stream_id}/events"):
+        content = paths[path]["post"]["requestBody"]["content"]
+        url = served + path.format(stream_id="pump-7")
+        for example in content["application/json"]["examples"].values():
+            assert httpx.post(url, json=example["value"]).status_code == 200
+        lines = httpx.post(url, content=content["application/x-ndjson"]["example"], headers={"content-type": "application/x-ndjson"})
+        assert lines.status_code == 200
+        assert lines.json()["stream_id"] == "pump-7"
