@@ -11,13 +11,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from service.api import Door, DoorLimits
 from service.events import Contributor, Event, Result
@@ -72,29 +71,20 @@ ANSWER = Result(
 )
 
 
-def constant() -> FastAPI:
-    app = FastAPI()
-    limits = DoorLimits(max_body_bytes=8 << 20, max_batch_events=10_000, max_inflight_bytes=64 << 20)
-    scorers = {"default": cast(Scorer, ConstantScorer())}
-    Door(scorers, "default", limits, Metrics(), AlwaysHealthy()).add_to(app)
-    return app
-
-
-def empty() -> FastAPI:
-    async def read(request: Request) -> Response:
+class EmptyDoor(Door):
+    async def post_events(self, request: Request) -> Response:
         await request.body()
         return Response(BODY, media_type="application/json")
 
+
+def application(door: type[Door]) -> FastAPI:
     app = FastAPI()
-    app.router.routes.append(Route("/v1/events", read, methods=["POST"]))
-    app.get("/health/live")(_live)
+    limits = DoorLimits(max_body_bytes=8 << 20, max_batch_events=10_000, max_inflight_bytes=64 << 20)
+    scorers = {"default": cast(Scorer, ConstantScorer())}
+    door(scorers, "default", limits, Metrics(), AlwaysHealthy()).add_to(app)
     return app
 
 
-async def _live() -> dict[str, Any]:
-    return {}
-
-
 if __name__ == "__main__":
-    application = {"constant": constant, "empty": empty}[sys.argv[1]]()
-    uvicorn.run(application, host="127.0.0.1", port=int(os.environ["ONSET_PORT"]), log_level="warning", access_log=False)
+    app = application({"constant": Door, "empty": EmptyDoor}[sys.argv[1]])
+    uvicorn.run(app, host="127.0.0.1", port=int(os.environ["ONSET_PORT"]), log_level="warning", access_log=False)
