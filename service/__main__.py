@@ -143,7 +143,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.bind((host, port))
     except OSError as error:
-        _refuse(f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port (0 = any free one).")
+        _refuse(f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port (0 = any free one) or --host.")
     return listening
 
 

@@ -23,7 +23,7 @@ from service import openapi
 from service.api import Door, DoorLimits
 from service.detector import Detector, load_detectors
 from service.embedded import EmbeddedStore
-from service.errors import ArtifactError, OnsetError, StoreUnavailable
+from service.errors import ArtifactError, BadSetting, OnsetError, StoreUnavailable
 from service.metrics import Metrics
 from service.policy import Policy
 from service.problems import plain, respond
@@ -76,7 +76,10 @@ class Service:
                 embedded = EmbeddedStore(self.settings.data_dir, on_restart=self.metrics.store_restarts.inc)
                 url = await embedded.start()
                 stack.push_async_callback(embedded.stop)
-            store = RedisStore(url, state_ttl=self.settings.state_ttl_seconds, result_ttl=self.settings.result_ttl_seconds)
+            try:
+                store = RedisStore(url, state_ttl=self.settings.state_ttl_seconds, result_ttl=self.settings.result_ttl_seconds)
+            except ValueError as error:
+                raise BadSetting(f"ONSET_REDIS_URL cannot be used: {error}.") from error
             stack.push_async_callback(store.close)
             self.store = store
             self._start_scorers(store)

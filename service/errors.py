@@ -1,6 +1,7 @@
 """Everything that can go wrong, in one tree. The door alone knows HTTP; here an error only says what happened and to which field.
 
 OnsetError
+├── BadSetting           a setting has a value that turns out to be unusable
 ├── ArtifactError        a model file that is not what it says, or answers differently from what it says
 ├── TableError           a file of rows that cannot be read as a stream
 ├── ItemError            one event is refused; its neighbours in the batch are not
@@ -29,6 +30,10 @@ class OnsetError(Exception):
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
         self.detail = detail
+
+
+class BadSetting(OnsetError):
+    """A setting has a value that turns out to be unusable when the service starts."""
 
 
 class ArtifactError(OnsetError):

@@ -1,0 +1,126 @@
+"""`python -m service serve` as an operator meets it: it starts, says what to try, refuses in one sentence, and stops cleanly."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.e2e.process import Service
+
+NDJSON = {"content-type": "application/x-ndjson"}
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    """What a `serve` that must not start says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "service", "serve", *arguments],
+        env=os.environ | {f"ONSET_{name}": value for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 2, done
+    assert "Traceback" not in done.stdout + done.stderr
+    sentence = done.stderr.strip()
+    assert sentence.startswith("onset: "), sentence
+    assert "\n" not in sentence, sentence
+    return sentence
+
+
+def test_port_0_is_any_free_one_and_the_line_it_prints_can_be_pasted(tmp_path: Path, tiny_model_path: Path) -> None:
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--model", str(tiny_model_path), "--data-dir", str(tmp_path / "d")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first, curl = process.stdout.readline(), process.stdout.readline()
+        try:
+            url = re.search(r"http://127\.0\.0\.1:(\d+)", first)
+            assert url, first
+            assert int(url.group(1)) > 0
+            assert curl.split()[0] == "curl"
+            body = curl[curl.index("'{") + 1 : curl.rindex("}'") + 1]
+            reply = httpx.post(f"{url.group()}/v1/events", content=body, headers={"content-type": "application/json"})
+            assert reply.status_code == 200
+            assert reply.json()["state_version"] == 1
+            assert httpx.get(f"{url.group()}/health/ready").status_code == 200  # said only when it is
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_the_detector_that_ships_is_ready_within_seconds(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with Service(tmp_path / "data") as service:
+        took = time.monotonic() - started
+        [model] = httpx.get(f"{service.url}/v1/models").json()["models"]
+        assert model["default"]
+        values = dict.fromkeys((feature["name"] for feature in model["features"]), 1.0)
+        assert httpx.post(f"{service.url}/v1/streams/a/events", json={"values": values}).status_code == 200
+    assert took < 10  # 1.2 to 1.8 s alone on two processors; other tests run beside this one
+
+
+def test_what_cannot_be_served_is_refused_in_one_sentence(tmp_path: Path, tiny_model_path: Path) -> None:
+    assert "nowhere.onnx" in refused("--model", str(tmp_path / "nowhere.onnx"))
+    assert str(tmp_path) in refused("--model", str(tmp_path))
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(tiny_model_path.read_bytes()[:-100])
+    assert "broken.onnx" in refused("--model", str(broken))
+    assert re.search("ONSET_PORT.*many", refused(PORT="many"))
+    assert re.search("ONSET_ALPHA.*0.7", refused("--alpha", "0.7"))
+    assert re.search("ONSET_REDIS_URL.*redis://", refused("--redis-url", "nonsense", "--model", str(tiny_model_path)))
+    assert "ONSET_REDIS_URL" in refused("--redis-url", "redis://host:port", "--model", str(tiny_model_path))
+    assert str(broken) in refused("--data-dir", str(broken), "--model", str(tiny_model_path))  # a file where a folder must be
+    assert "--host" in refused("--host", "not a host", "--model", str(tiny_model_path))
+
+
+def test_a_port_in_use_is_named(tmp_path: Path, tiny_model_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        sentence = refused("--port", str(port), "--model", str(tiny_model_path), "--data-dir", str(tmp_path / "d"))
+    assert f"127.0.0.1:{port}" in sentence
+    assert "--port" in sentence
+
+
+def test_bad_input_over_real_http_never_hurts_the_service(tmp_path: Path, tiny_model_path: Path) -> None:
+    good = b'{"stream_id": "a", "values": {"value": 1}}'
+    with Service(tmp_path / "data", model=tiny_model_path) as service, httpx.Client(base_url=service.url, timeout=20) as client:
+        for content, status in (
+            (b"x" * 10_000_000, 413),
+            (b"\n".join([good] * 100_000), 413),
+            (b"[" * 100_000, 400),
+            (b"", 200),
+            (b"{}", 200),
+            (b'\xff\n{"stream_id": ""}\n{"stream_id": "%s"}\nNaN' % (b"x" * 2000), 200),
+        ):
+            lines = status == 200
+            answer = client.post("/v1/events", content=content, headers=NDJSON if lines or content.startswith(b"{") else {})
+            assert answer.status_code == status, (content[:40], answer.text[:200])
+            if status != 200:
+                assert answer.headers["content-type"] == "application/problem+json"
+            for line in answer.text.splitlines() if lines else []:
+                assert json.loads(line)["status"] == 422
+        assert client.get("/v1/nothing").json()["status"] == 404
+        assert client.put("/v1/events").json()["status"] == 405
+        assert client.post("/v1/events", content=good).json()["state_version"] == 1
+
+
+def test_a_client_that_hangs_up_in_the_middle_hurts_nobody(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path, MAX_INFLIGHT_BYTES="2000000") as service:
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", service.port)) as half:
+                half.sendall(b"POST /v1/events HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n[")
+        deadline = time.monotonic() + 5
+        while (answer := httpx.post(f"{service.url}/v1/events", content=b" " * 1_500_000 + b"[]")).status_code != 200:
+            assert time.monotonic() < deadline, answer.text
+            time.sleep(0.05)
