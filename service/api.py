@@ -16,14 +16,17 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
+import structlog
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
@@ -45,7 +48,7 @@ from service.errors import (
 )
 from service.events import MAX_NAME_LENGTH, Event, Result, shown
 from service.metrics import Metrics
-from service.problems import TABLE, late_problem, problem_of, respond
+from service.problems import TABLE, late_problem, plain, problem_of, respond
 from service.scorer import Scorer
 
 DOOR = "http"
@@ -56,6 +59,8 @@ IDEMPOTENCY_KEY = "idempotency-key"
 
 VISIBLE = f"^[!-~]{{1,{MAX_NAME_LENGTH}}}$"
 _VISIBLE = re.compile(VISIBLE)
+
+log = structlog.get_logger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -106,6 +111,8 @@ class Door:
         app.get("/v1/models", name="list_models")(self.list_models)
         app.get("/health/live", name="live")(self.get_live)
         app.get("/health/ready", name="ready")(self.get_ready)
+        app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
+        app.add_exception_handler(Exception, self._unexpected)
 
     async def post_events(self, request: Request) -> Response:
         """Score one event, an array, or NDJSON."""
@@ -270,8 +277,17 @@ class Door:
                 return response
             except ClientDisconnect:
                 return Response(status_code=499)  # nobody reads it
+            except Exception as error:  # a bug must not take the connection with it; it is counted and logged
+                return await self._unexpected(request, error)
 
         return guarded
+
+    async def _unexpected(self, request: Request, error: Exception) -> Response:
+        """A bug: the client gets a reference, the log the rest."""
+        reference = uuid.uuid4().hex[:12]
+        self._metrics.bugs.inc()
+        log.error("unexpected_error", reference=reference, path=request.url.path[:256], exc_info=error)
+        return respond(plain(500, "A bug of ours", f"This is a bug; its reference in the service's log is {reference}."))
 
     def _count(self, answers: list[Result | ItemError]) -> None:
         for outcome, count in Counter(map(_outcome, answers)).items():
@@ -292,6 +308,15 @@ class _HotPath:
             return
         response = await self._handler(Request(scope, receive))
         await response(scope, receive, send)
+
+
+async def _http_problem(request: Request, error: HTTPException) -> Response:
+    """Unknown addresses and wrong methods."""
+    response = respond(
+        plain(error.status_code, str(error.detail), f"{request.method} {request.url.path[:256]}: {error.detail}. See /docs.")
+    )
+    response.headers.update(error.headers or {})
+    return response
 
 
 def _reply(answers: list[Result | ItemError], shape: Shape) -> Response:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import openapi
@@ -26,7 +24,6 @@ from service.embedded import EmbeddedStore
 from service.errors import ArtifactError, BadSetting, OnsetError, StoreUnavailable
 from service.metrics import Metrics
 from service.policy import Policy
-from service.problems import plain, respond
 from service.scorer import Limits, Scorer
 from service.settings import Settings
 from service.stores import StateStore
@@ -152,8 +149,6 @@ def create_app(settings: Settings) -> FastAPI:
     Door(service.scorers, service.default_model, limits, service.metrics, service).add_to(app)
     openapi.add_docs(app)
     app.get("/", include_in_schema=False)(_home)
-    app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
-    app.add_exception_handler(Exception, _unexpected)
     manifests = [detector.manifest for detector in service.detectors.values()]
     app.openapi = lambda: openapi.document(app, manifests)  # type: ignore[method-assign]
     return app
@@ -161,22 +156,6 @@ def create_app(settings: Settings) -> FastAPI:
 
 async def _home() -> Response:
     return RedirectResponse("docs")
-
-
-async def _http_problem(request: Request, error: HTTPException) -> Response:
-    """Unknown addresses and wrong methods."""
-    response = respond(
-        plain(error.status_code, str(error.detail), f"{request.method} {request.url.path[:256]}: {error.detail}. See /docs.")
-    )
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    """A bug: the client gets a reference, the log the rest."""
-    reference = uuid.uuid4().hex[:12]
-    log.error("unexpected_error", reference=reference, path=request.url.path[:256], exc_info=error)
-    return respond(plain(500, "A bug of ours", f"This is a bug; its reference in the service's log is {reference}."))
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

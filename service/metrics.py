@@ -35,6 +35,8 @@ class Metrics:
         self.queued = Gauge("onset_queued_events", "Events waiting to be scored.", ["model"], registry=registry)
         # Counter: requests refused, by reason: queue, bytes, body, batch, slow.
         self.refused = Counter("onset_refused", "Requests refused at the door.", ["reason"], registry=registry)
+        # Counter: requests that a bug of ours failed; each is in the log with its reference. Any is worth an issue.
+        self.bugs = Counter("onset_unexpected_errors", "Requests failed by a bug.", registry=registry)
         # Counter: compare-and-set lost against another replica. Constantly high: two senders share streams; route by stream id.
         self.conflicts = Counter("onset_state_conflicts", "Commits lost to another replica.", registry=registry)
         # Counter: streams that started afresh: new, other_model (a deploy), corrupt (investigate the store at once).

@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from service.api import Door, DoorLimits
 from service.detector import Detector
@@ -37,8 +38,11 @@ class Gated(MemoryStore):
         self.gate = asyncio.Event()
         self.gate.set()
         self.down = False
+        self.buggy = False
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
+        if self.buggy:
+            raise KeyError("secret of the inside")
         if self.down:
             raise StoreUnavailable("The state store does not answer.")
         return await super().load(model, stream_ids)
@@ -348,6 +352,27 @@ async def test_a_store_that_is_down_is_503_and_the_door_recovers_with_it(client:
         assert int(response.headers["retry-after"]) >= 1
     client.store.down = False
     assert (await client.score(event()))["state_version"] == 1
+
+
+async def test_a_bug_is_a_500_with_a_reference_that_tells_nothing_else(client: Client) -> None:
+    client.store.buggy = True
+    with capture_logs() as logs:
+        answers = [await client.raw(json.dumps(event())), await client.raw(json.dumps([event()])), await client.get("/v1/streams/a")]
+    references = {entry["reference"] for entry in logs if entry["event"] == "unexpected_error"}
+    for answer in answers:
+        problem = assert_problem(answer, 500, "its reference in the service's log is")
+        assert "secret" not in answer.text
+        assert problem["detail"].rstrip(".").split()[-1] in references
+    assert client.metrics.registry.get_sample_value("onset_unexpected_errors_total") == 3
+    client.store.buggy = False
+    assert (await client.score(event()))["state_version"] == 1
+
+
+async def test_unknown_addresses_and_methods_are_problems_too(client: Client) -> None:
+    assert_problem(await client.get("/v1/nothing"), 404, "GET /v1/nothing")
+    wrong = await client.put("/v1/events")
+    assert_problem(wrong, 405, "PUT /v1/events")
+    assert wrong.headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize("leaves", range(4))
