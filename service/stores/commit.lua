@@ -1,32 +1,40 @@
-#!lua name=onset_v1
+#!lua name=onset_v2
 -- The commit of a batch: for each stream, write its new value if the stored one still carries the expected token.
 --
--- KEYS  state key and trail key of each stream, alternating; in a cluster all of one slot
--- ARGV  state TTL (s), result TTL (s), trail length, then for each stream: expected token, value, trail blob ('' = none)
+-- KEYS  state key of each stream, then trail key of each stream that has results to keep; in a cluster all of one slot
+-- ARGV  state TTL (s), result TTL (s), trail length, number of streams, frames, values, then a blob for each trail key
+--       frames: for each stream 24 bytes, little-endian: length of the token u4, token padded to 16 bytes, length of the value u4
+--       values: the new values, one after the other
+--       trail blobs: position of the stream from 1 u4, then the results
 -- Reply one integer for each stream: 1 written, 0 lost to another writer
 --
 -- A function runs alone on the server, so the compare and the writes of a stream are one step. Each stream stands for itself:
--- a loser leaves the others written. Bytes 8 to 23 of a value are its token (service/state.py).
+-- a loser leaves the others written. Bytes 8 to 23 of a value are its token (service/state.py). Few long arguments instead of many
+-- short ones: packing an argument costs the client more than cutting a string here.
 
 local function commit(keys, args)
-  local state_ttl, result_ttl, length = args[1], args[2], tonumber(args[3])
-  local outcome = {}
-  for i = 1, #keys / 2 do
-    local state, trail = keys[2 * i - 1], keys[2 * i]
-    local expected, value, results = args[3 * i + 1], args[3 * i + 2], args[3 * i + 3]
-    if redis.call('GETRANGE', state, 8, 23) == expected then
-      redis.call('SET', state, value, 'EX', state_ttl)
-      if results ~= '' then
-        redis.call('RPUSH', trail, results)
-        redis.call('LTRIM', trail, -length, -1)
-        redis.call('EXPIRE', trail, result_ttl)
-      end
+  local state_ttl, result_ttl, length, streams = args[1], args[2], tonumber(args[3]), tonumber(args[4])
+  local frames, values = args[5], args[6]
+  local outcome, start = {}, 1
+  for i = 1, streams do
+    local size, token, bytes = struct.unpack('<I4c16I4', frames, 24 * i - 23)
+    if redis.call('GETRANGE', keys[i], 8, 23) == string.sub(token, 1, size) then
+      redis.call('SET', keys[i], string.sub(values, start, start + bytes - 1), 'EX', state_ttl)
       outcome[i] = 1
     else
       outcome[i] = 0
+    end
+    start = start + bytes
+  end
+  for i = streams + 1, #keys do
+    local blob = args[6 + i - streams]
+    if outcome[struct.unpack('<I4', blob)] == 1 then
+      redis.call('RPUSH', keys[i], string.sub(blob, 5))
+      redis.call('LTRIM', keys[i], -length, -1)
+      redis.call('EXPIRE', keys[i], result_ttl)
     end
   end
   return outcome
 end
 
-redis.register_function('onset_commit_v1', commit)
+redis.register_function('onset_commit_v2', commit)

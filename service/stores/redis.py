@@ -12,31 +12,43 @@ commit was applied is for the sender to find out, by sending the same event ids 
 from __future__ import annotations
 
 import re
+import struct
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from itertools import chain
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ConnectionError, ReadOnlyError, RedisError, ResponseError, TimeoutError  # noqa: A004
+from redis.maint_notifications import MaintNotificationsConfig
 
 from service.errors import StoreUnavailable
 from service.stores import TRAIL_COMMITS, Page, Write
 
 SHARDS = 256
-FUNCTION = "onset_commit_v1"
+FUNCTION = "onset_commit_v2"
+"""With the library in commit.lua renamed whenever its arguments change: replicas of two versions may share a server."""
 LIBRARY = Path(__file__).with_name("commit.lua")
 COMMIT_STREAMS, COMMIT_BYTES = 512, 4 * 1024 * 1024
 """One call of the function stays below both, so that the server answers others in between."""
 TIMEOUT_SECONDS = 2.0
 MAX_CONNECTIONS = 16
+"""Further calls wait for one of these, TIMEOUT_SECONDS at most."""
+SCAN_COUNT = 1000
+MAX_CURSOR = 2**64 - 1
+
+KEYS_CACHED = 65_536
 
 T = TypeVar("T")
 
+_GLOB = re.compile(rb"[*?\[\]\\^]")
+_FRAME = struct.Struct("<I16sI")  # of one stream in a commit, see commit.lua
 
+
+@lru_cache(maxsize=KEYS_CACHED)
 def state_key(model: str, stream_id: str) -> bytes:
     return b"onset:{%03d}:%s:%s" % (_shard(stream_id), model.encode(), stream_id.encode())
 
@@ -54,14 +66,18 @@ class RedisStore:
 
     def __init__(self, url: str, *, state_ttl: int, result_ttl: int) -> None:
         """TTLs in seconds; `url` as redis-py takes it: redis://, rediss://, unix://."""
-        self._client = redis.Redis.from_url(
+        self._pool = redis.BlockingConnectionPool.from_url(
             url,
             socket_timeout=TIMEOUT_SECONDS,
             socket_connect_timeout=TIMEOUT_SECONDS,
             max_connections=MAX_CONNECTIONS,
+            timeout=TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),
             health_check_interval=0,
+            # With them on, redis-py would no longer look for unread replies when it reuses a connection.
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
+        self._client = redis.Redis.from_pool(self._pool)
         self._ttls = (state_ttl, result_ttl, TRAIL_COMMITS)
 
     async def open(self) -> None:
@@ -71,13 +87,13 @@ class RedisStore:
         except ResponseError as error:
             if "unknown command" in str(error).lower():
                 raise StoreUnavailable("The server knows no FUNCTION command: Onset needs Redis 7.0 or Valkey 7.2 at least.") from error
-            raise _unavailable(error) from error
+            raise await self._unavailable(error) from error
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise await self._unavailable(error) from error
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         keys = [state_key(model, stream_id) for stream_id in stream_ids]
-        return await self._ask(lambda: self._client.mget(keys)) if keys else []
+        return await self._ask(lambda: cast("Awaitable[list[bytes | None]]", self._client.mget(keys))) if keys else []
 
     async def load_trails(self, model: str, stream_ids: Sequence[str]) -> list[list[bytes]]:
         async def ask() -> list[list[bytes]]:
@@ -91,9 +107,12 @@ class RedisStore:
     async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
         done: list[bool] = []
         for part in _calls(writes):
-            keys = chain.from_iterable((state_key(model, w.stream_id), trail_key(model, w.stream_id)) for w in part)
-            values = chain.from_iterable((w.expected, w.value, w.trail) for w in part)
-            outcome = await self._call(2 * len(part), [*keys, *self._ttls, *values])
+            trails = [(i, write) for i, write in enumerate(part, 1) if write.trail]
+            keys = [state_key(model, write.stream_id) for write in part] + [trail_key(model, write.stream_id) for _, write in trails]
+            frames = b"".join(_FRAME.pack(len(write.expected), write.expected, len(write.value)) for write in part)
+            values = b"".join([write.value for write in part])
+            blobs = [i.to_bytes(4, "little") + write.trail for i, write in trails]
+            outcome = await self._call(len(keys), [*keys, *self._ttls, len(part), frames, values, *blobs])
             done += [bool(written) for written in outcome]
         return done
 
@@ -107,18 +126,22 @@ class RedisStore:
         return await self._ask(ask)
 
     async def scan(self, model: str, cursor: str, limit: int) -> Page:
-        # A model's name holds no glob character (Manifest.name); the braces of the hash tag are none either.
+        name = model.encode()
+        pattern = b"onset:{[0-9][0-9][0-9]}:%s:*" % _GLOB.sub(rb"\\\g<0>", name)
+        prefix = re.compile(rb"onset:\{\d{3}\}:" + re.escape(name) + rb":")
+
         async def ask() -> tuple[int, list[bytes]]:
-            position = int(cursor) if cursor.isdigit() else 0
+            position, count = _position(cursor), max(limit, 10)
             found: list[bytes] = []
             while True:
-                position, keys = await self._client.scan(position, match=f"onset:{{*}}:{model}:*", count=max(limit, 10))
+                position, keys = await self._client.scan(position, match=pattern, count=count)
                 found += cast("list[bytes]", keys)
                 if position == 0 or len(found) >= limit:
                     return position, found
+                if not keys:  # few of the keys are this model's: look at more of them in one call
+                    count = max(count, min(2 * count, SCAN_COUNT))
 
-        position, keys = cast("tuple[int, list[bytes]]", await self._ask(ask))
-        prefix = re.compile(rb"onset:\{\d+\}:" + re.escape(model.encode()) + rb":")
+        position, keys = await self._ask(ask)
         ids = [key[match.end() :].decode() for key in keys if (match := prefix.match(key))]
         return Page(list(dict.fromkeys(ids)), str(position) if position else "")
 
@@ -126,28 +149,41 @@ class RedisStore:
         return int(await self._ask(self._client.dbsize))
 
     async def ping(self) -> None:
-        await self._ask(self._client.ping)
+        await self._call(
+            0, [*self._ttls, 0, b"", b""]
+        )  # a commit of nothing: refused where a real one would be (replica, full memory or disk)
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def _call(self, keys: int, arguments: list[Any]) -> list[int]:
         """The commit function; loaded again where the server does not know it (a failover, a replaced server)."""
-        try:
+
+        async def ask() -> list[int]:
             return cast("list[int]", await self._client.fcall(FUNCTION, keys, *arguments))
+
+        try:
+            return await ask()
         except ResponseError as error:
             if "Function not found" not in str(error):
-                raise _unavailable(error) from error
+                raise await self._unavailable(error) from error
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise await self._unavailable(error) from error
         await self.open()
-        return cast("list[int]", await self._ask(lambda: self._client.fcall(FUNCTION, keys, *arguments)))
+        return await self._ask(ask)
 
-    async def _ask(self, ask: Callable[[], Awaitable[T] | Any]) -> T:
+    async def _ask(self, ask: Callable[[], Awaitable[T]]) -> T:
         try:
-            return cast("T", await ask())
+            return await ask()
         except (RedisError, OSError) as error:
-            raise _unavailable(error) from error
+            raise await self._unavailable(error) from error
+
+    async def _unavailable(self, error: Exception) -> StoreUnavailable:
+        """What the door is told. Where one connection leads nowhere or to a demoted server, the others do too: connect anew."""
+        if isinstance(error, ReadOnlyError | ConnectionError | TimeoutError):
+            await self._pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
+            await self._pool.disconnect(inuse_connections=False)
+        return StoreUnavailable(f"The state store does not answer ({type(error).__name__}: {error}).")
 
 
 def _calls(writes: Sequence[Write]) -> Iterator[Sequence[Write]]:
@@ -163,5 +199,7 @@ def _calls(writes: Sequence[Write]) -> Iterator[Sequence[Write]]:
         yield writes[start:]
 
 
-def _unavailable(error: Exception) -> StoreUnavailable:
-    return StoreUnavailable(f"The state store does not answer ({type(error).__name__}: {error}).")
+def _position(cursor: str) -> int:
+    """Where a scan goes on; a cursor that is none of ours starts afresh."""
+    position = int(cursor) if re.fullmatch("[0-9]{1,20}", cursor) else 0
+    return position if position <= MAX_CURSOR else 0
