@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,8 +9,8 @@ import pytest
 import redis
 
 from service.detector import Detector
-from service.embedded import find_server
 from service.stores.redis import RedisStore
+from tests.servers import Valkey
 from tests.tiny import build_tiny
 
 
@@ -30,19 +28,8 @@ def tiny_detector(tiny_model_path: Path) -> Detector:
 @pytest.fixture(scope="session")
 def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real server, started once for the session."""
-    folder = tmp_path_factory.mktemp("valkey")
-    socket = folder / "v.sock"
-    server = subprocess.Popen(
-        [find_server(), "--port", "0", "--unixsocket", str(socket), "--dir", str(folder), "--save", "", "--logfile", str(folder / "log")]
-    )
-    deadline = time.monotonic() + 20
-    while not socket.exists():
-        assert server.poll() is None, (folder / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    yield f"unix://{socket}"
-    server.terminate()
-    server.wait(20)
+    with Valkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield server.url
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -15,10 +16,10 @@ from service.errors import StoreUnavailable
 from service.state import TOKEN
 from service.stores import TRAIL_COMMITS, StateStore, Write
 from service.stores.memory import MemoryStore
-from service.stores.redis import COMMIT_STREAMS, RedisStore, state_key, trail_key
+from service.stores.redis import COMMIT_BYTES, COMMIT_STREAMS, RedisStore, state_key, trail_key
+from tests.servers import Valkey
 
 MODEL = "tiny"
-Opener = Callable[[int, int], Awaitable[StateStore]]
 
 WEIRD = [
     "plant-7/line 3/pump",
@@ -40,30 +41,49 @@ def value(content: bytes = b"state") -> bytes:
     return os.urandom(8) + os.urandom(16) + content
 
 
-@pytest.fixture(params=["memory", "redis"])
-async def open_store(request: pytest.FixtureRequest) -> AsyncIterator[Opener]:
-    """Opens a store with a state TTL and a result TTL in seconds, empty at first."""
-    url: str | None = request.getfixturevalue("empty_server") if request.param == "redis" else None
-    opened: list[StateStore] = []
+class Backend:
+    """Opens stores of one kind, with a state TTL and a result TTL in seconds, and lets their time pass."""
 
-    async def opener(state_ttl: int, result_ttl: int) -> StateStore:
-        if url is None:
-            store: StateStore = MemoryStore(state_ttl=state_ttl, result_ttl=result_ttl)
+    def __init__(self, url: str | None) -> None:
+        """`url` of an empty server; None = in memory."""
+        self._url = url
+        self._now = 0.0
+        self._opened: list[StateStore] = []
+
+    async def open(self, state_ttl: int, result_ttl: int) -> StateStore:
+        if self._url is None:
+            store: StateStore = MemoryStore(state_ttl=state_ttl, result_ttl=result_ttl, clock=lambda: self._now)
         else:
-            real = RedisStore(url, state_ttl=state_ttl, result_ttl=result_ttl)
-            await real.open()
-            store = real
-        opened.append(store)
+            store = await opened(self._url, state_ttl, result_ttl)
+        self._opened.append(store)
         return store
 
-    yield opener
-    for store in opened:
-        await store.close()
+    async def elapse(self, seconds: float) -> None:
+        self._now += seconds
+        if self._url is not None:
+            await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        for store in self._opened:
+            await store.close()
+
+
+async def opened(url: str, state_ttl: int = 3600, result_ttl: int = 600) -> RedisStore:
+    store = RedisStore(url, state_ttl=state_ttl, result_ttl=result_ttl)
+    await store.open()
+    return store
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    backend = Backend(request.getfixturevalue("empty_server") if request.param == "redis" else None)
+    yield backend
+    await backend.close()
 
 
 @pytest.fixture
-async def store(open_store: Opener) -> StateStore:
-    return await open_store(3600, 600)
+async def store(backend: Backend) -> StateStore:
+    return await backend.open(3600, 600)
 
 
 async def test_what_was_never_written_is_none(store: StateStore) -> None:
@@ -125,13 +145,13 @@ async def test_trails_keep_the_last_commits_in_order(store: StateStore) -> None:
     assert await store.load_trails(MODEL, ["a", "none"]) == [kept, []]
 
 
-async def test_states_and_trails_are_gone_after_their_time(open_store: Opener) -> None:
-    store = await open_store(2, 1)
+async def test_states_and_trails_are_gone_after_their_time(backend: Backend) -> None:
+    store = await backend.open(2, 1)
     await store.commit(MODEL, [Write("a", b"", value(), b"trail")])
-    await asyncio.sleep(1.1)
+    await backend.elapse(1.1)
     assert await store.load_trails(MODEL, ["a"]) == [[]]
     assert (await store.load(MODEL, ["a"]))[0] is not None
-    await asyncio.sleep(1.0)
+    await backend.elapse(1.0)
     assert await store.load(MODEL, ["a"]) == [None]
     assert await store.commit(MODEL, [Write("a", b"", value())]) == [True]
 
@@ -187,7 +207,178 @@ async def test_a_commit_of_many_streams_is_whole(store: StateStore) -> None:
     await store.ping()
 
 
+async def test_every_write_of_a_mixed_batch_stands_for_itself(store: StateStore) -> None:
+    taken = [f"s{i}" for i in range(0, 1500, 7)]
+    assert all(await store.commit(MODEL, [Write(name, b"", value(b"old")) for name in taken]))
+    writes = [Write(f"s{i}", b"", value(b"v" * (i % 50)), b"trail-%d" % i if i % 3 == 0 else b"") for i in range(1500)]
+    assert await store.commit(MODEL, writes) == [i % 7 != 0 for i in range(1500)]
+    ids = [write.stream_id for write in writes]
+    for i, found in enumerate(await store.load(MODEL, ids)):
+        assert (found == writes[i].value) == (i % 7 != 0)
+    expected = [[b"trail-%d" % i] if i % 3 == 0 and i % 7 != 0 else [] for i in range(1500)]
+    assert await store.load_trails(MODEL, ids) == expected
+
+
+async def test_a_trail_lives_on_from_its_last_commit(backend: Backend) -> None:
+    store = await backend.open(60, 1)
+    first, second = value(), value()
+    await store.commit(MODEL, [Write("a", b"", first, b"one")])
+    await backend.elapse(0.6)
+    await store.commit(MODEL, [Write("a", first[TOKEN], second, b"two")])
+    await backend.elapse(0.6)
+    assert await store.load_trails(MODEL, ["a"]) == [[b"one", b"two"]]
+
+
+async def test_hundreds_of_calls_at_once_are_all_answered(store: StateStore) -> None:
+    writes = [Write(f"s{i}", b"", value()) for i in range(200)]
+    assert await asyncio.gather(*(store.commit(MODEL, [write]) for write in writes)) == [[True]] * 200
+    assert await asyncio.gather(*(store.load(MODEL, [write.stream_id]) for write in writes)) == [[write.value] for write in writes]
+
+
+async def test_a_cancelled_call_leaves_no_answer_to_the_next(store: StateStore) -> None:
+    writes = [Write(f"s{i}", b"", value(b"x" * 1000)) for i in range(1000)]
+    await store.commit(MODEL, writes)
+    for i in range(30):
+        call = asyncio.create_task(store.load(MODEL, [write.stream_id for write in writes]))
+        await asyncio.sleep(0.0003 * i)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert await store.load(MODEL, ["s7", "none"]) == [writes[7].value, None]
+
+
+async def test_a_scan_finds_the_few_streams_of_one_model_among_many(store: StateStore) -> None:
+    await store.commit("many", [Write(f"s{i}", b"", value(), b"t") for i in range(3000)])
+    await store.commit("few", [Write(name, b"", value()) for name in ("a", "b")])
+    seen: list[str] = []
+    page = await store.scan("few", "", 10)
+    while True:
+        seen += page.stream_ids
+        if not page.cursor:
+            break
+        page = await store.scan("few", page.cursor, 10)
+    assert sorted(set(seen)) == ["a", "b"]
+
+
+async def test_a_model_is_scanned_by_its_very_name(store: StateStore) -> None:
+    for model in ("ab", "a*", "a?", "[ab]b", "a"):
+        await store.commit(model, [Write(f"of {model}", b"", value())])
+    for model in ("ab", "a*", "a?", "[ab]b", "a"):
+        assert (await store.scan(model, "", 100)).stream_ids == [f"of {model}"]
+
+
 # What only a real server can show.
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Valkey]:
+    """A server of the test's own, with an append-only file."""
+    with Valkey(tmp_path / "own", appendonly="yes") as server:
+        yield server
+
+
+async def test_all_that_was_acknowledged_survives_kill_9_and_the_same_store_goes_on(server: Valkey) -> None:
+    store = await opened(server.url)
+    writes = [Write(f"s{i}", b"", value(b"x" * 1400), b"t") for i in range(2000)]
+    assert all(await store.commit(MODEL, writes))
+    await asyncio.gather(*(store.ping() for _ in range(10)))  # several open connections, all to be lost
+    server.kill()
+    started = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable, match="does not answer"):
+            await store.commit(MODEL, [Write("down", b"", value())])
+    assert time.monotonic() - started < 3
+    server.start()
+    assert await store.load(MODEL, [write.stream_id for write in writes]) == [write.value for write in writes]
+    assert await asyncio.gather(*(store.load(MODEL, ["down"]) for _ in range(16))) == [[None]] * 16
+    assert await store.commit(MODEL, [Write("s0", writes[0].value[TOKEN], value())]) == [True]
+    await store.close()
+
+
+async def test_a_server_that_loads_its_data_is_unavailable_until_it_has(tmp_path: Path) -> None:
+    with Valkey(tmp_path / "own", appendonly="yes", key_load_delay="60") as server:
+        store = await opened(server.url)
+        assert all(await store.commit(MODEL, [Write(f"s{i}", b"", value()) for i in range(16_000)]))  # it looks up every 1024th
+        server.kill()
+        server.start(loaded=False)
+        await asyncio.sleep(0.01)  # nothing ran here meanwhile: the loop sees the lost connection only now
+        with pytest.raises(StoreUnavailable, match="BusyLoading"):
+            await store.commit(MODEL, [Write("new", b"", value())])
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    assert await store.commit(MODEL, [Write("new", b"", value())]) == [True]
+                    break
+                except StoreUnavailable:
+                    await asyncio.sleep(0.05)
+        await store.close()
+
+
+async def test_an_empty_server_at_the_same_address_is_taken_as_it_is(tmp_path: Path) -> None:
+    with Valkey(tmp_path / "own") as server:
+        store = await opened(server.url)
+        first = value()
+        await store.commit(MODEL, [Write("a", b"", first)])
+        server.kill()
+        server.start()
+        await asyncio.sleep(0.01)
+        await store.ping()
+        assert await store.commit(MODEL, [Write("a", first[TOKEN], value()), Write("a", b"", value())]) == [False, True]
+        await store.close()
+
+
+async def test_after_a_failover_the_new_primary_behind_the_address_is_used(server: Valkey, tmp_path: Path) -> None:
+    with Valkey(tmp_path / "new") as primary, server.client() as old:
+        store = await opened(server.url)
+        await asyncio.gather(*(store.ping() for _ in range(5)))
+        old.replicaof("127.0.0.1", "1")
+        server.socket.rename(tmp_path / "old.sock")
+        primary.socket.rename(server.socket)
+        with pytest.raises(StoreUnavailable, match="read only"):
+            await store.commit(MODEL, [Write("a", b"", value())])
+        assert await store.commit(MODEL, [Write("a", b"", value())]) == [True]
+        await store.close()
+
+
+async def test_a_server_that_takes_no_writes_is_not_ready(server: Valkey) -> None:
+    store = await opened(server.url)
+    with server.client() as client:
+        for refuse, accept, why in (
+            (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0"), "memory"),
+            (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "read only"),
+        ):
+            client.execute_command(*refuse)
+            with pytest.raises(StoreUnavailable, match=why):
+                await store.ping()
+            with pytest.raises(StoreUnavailable, match=why):
+                await store.commit(MODEL, [Write("a", b"", value())])
+            client.execute_command(*accept)
+            await store.ping()
+    assert await store.load(MODEL, ["a"]) == [None]
+    await store.close()
+
+
+async def test_a_server_without_functions_is_refused_by_name(tmp_path: Path) -> None:
+    with Valkey(tmp_path / "old", rename_command="FUNCTION ") as server:
+        store = RedisStore(server.url, state_ttl=60, result_ttl=60)
+        with pytest.raises(StoreUnavailable, match=r"Redis 7\.0 or Valkey 7\.2"):
+            await store.open()
+        await store.close()
+
+
+async def test_a_commit_of_large_values_is_cut_into_calls(redis_store: RedisStore, empty_server: str) -> None:
+    writes = [Write(f"s{i}", b"", value(b"x" * (COMMIT_BYTES // 3))) for i in range(7)]
+    async with redis.Redis.from_url(empty_server) as client:
+        await client.config_resetstat()
+        assert all(await redis_store.commit(MODEL, [*writes, Write("huge", b"", value(b"x" * (COMMIT_BYTES + 1)))]))
+        calls = await client.info("commandstats")
+    assert calls["cmdstat_fcall"]["calls"] == 5
+    assert await redis_store.load(MODEL, ["s6"]) == [writes[6].value]
+
+
+async def test_a_cursor_of_nobody_starts_afresh(redis_store: RedisStore) -> None:
+    await redis_store.commit(MODEL, [Write("a", b"", value())])
+    for cursor in ("²", "-1", "abc", "9" * 30, str(2**64)):
+        assert (await redis_store.scan(MODEL, cursor, 10)).stream_ids == ["a"]
 
 
 async def test_a_server_that_lost_the_function_gets_it_again(redis_store: RedisStore, empty_server: str) -> None:
