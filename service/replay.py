@@ -77,7 +77,7 @@ class Recording:
     """One file as a stream: N rows of the model's F features."""
 
     stream: str
-    source: str
+    source: str  # path as given: part of each event's identity
     seconds: NDArray[np.float64]  # [N] since 1970
     values: NDArray[np.float64]  # [N, F], NaN = missing
 
@@ -89,7 +89,7 @@ def record(sources: Sequence[Source], tables: Sequence[tuple[Table, NDArray[np.f
     if twice:
         raise ReplayFailed(f"Two files would be stream '{twice[0]}': replay them one after the other, or name the stream with --stream.")
     pairs = zip(names, sources, tables, strict=True)
-    return [Recording(name, source.name, table.timestamps, values) for name, source, (table, values) in pairs]
+    return [Recording(name, source.path.as_posix(), table.timestamps, values) for name, source, (table, values) in pairs]
 
 
 def in_order(recordings: Sequence[Recording], *, together: bool) -> Iterator[tuple[float, Recording, int]]:

@@ -106,6 +106,7 @@ def test_streams_are_named_after_their_files_and_never_mixed_up() -> None:
     sources = [Source(Path("d/valve1/1.csv"), "valve1/1.csv"), Source(Path("d/valve1/2.csv"), "valve1/2.csv")]
     assert [one.stream for one in record(sources, tables, None)] == ["valve1/1", "valve1/2"]
     assert [one.stream for one in record(sources, tables, "rig")] == ["rig", "rig"]
+    assert len({one.source for one in record(sources, tables, "rig")}) == 2
     with pytest.raises(ReplayFailed, match="--stream"):
         record([sources[0], sources[0]], tables, None)
 
