@@ -57,6 +57,7 @@ MAX_TOP = 300
 MAX_PAGE = 1000
 IDEMPOTENCY_KEY = "idempotency-key"
 
+_RESERVED = "onset.reserved"
 VISIBLE = f"^[!-~]{{1,{MAX_NAME_LENGTH}}}$"
 _VISIBLE = re.compile(VISIBLE)
 
@@ -212,11 +213,11 @@ class Door:
         stated = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else None
         if stated is not None and stated > most:
             raise self._too_large()
-        self._reserve(request, most if stated is None or encoding == "gzip" else stated)
+        self._reserve(request, stated or 0)
         try:
             async with asyncio.timeout(self._limits.max_body_seconds):
                 content = await self._read(request, most)
-            return self._inflated(content) if encoding == "gzip" else content
+            return self._inflated(request, content) if encoding == "gzip" else content
         except TimeoutError as error:
             self._release(request)
             self._metrics.refused.labels("slow").inc()
@@ -231,27 +232,36 @@ class Door:
             size += len(part)
             if size > most:
                 raise self._too_large()
+            self._reserve(request, size)
             parts.append(part)
         return b"".join(parts)
 
-    def _inflated(self, content: bytes) -> bytes:
+    def _inflated(self, request: Request, content: bytes) -> bytes:
         try:
-            return inflate(content, self._limits.max_body_bytes)
+            inflated = inflate(content, self._limits.max_body_bytes)
         except TooLarge:
             self._metrics.refused.labels("body").inc()
             raise
+        self._reserve(request, len(inflated))
+        return inflated
 
     def _reserve(self, request: Request, size: int) -> None:
-        """Count the bytes of bodies being read and scored, so that memory stays bounded however many clients there are."""
-        if self._inflight and self._inflight + size > self._limits.max_inflight_bytes:
+        """Count `size` bytes in all for this request, so that memory stays bounded however many clients there are.
+
+        A stated length is counted before its body is read, any other as it arrives.
+        """
+        held = request.scope.get(_RESERVED, 0)
+        if size <= held:
+            return
+        others = self._inflight - held
+        if others and others + size > self._limits.max_inflight_bytes:
             self._metrics.refused.labels("bytes").inc()
-            raise Overloaded(f"{self._inflight} bytes of requests are being scored (ONSET_MAX_INFLIGHT_BYTES).", retry_after=1)
-        request.state.reserved = size
-        self._inflight += size
+            raise Overloaded(f"{others} bytes of requests are being scored (ONSET_MAX_INFLIGHT_BYTES).", retry_after=1)
+        request.scope[_RESERVED] = size
+        self._inflight += size - held
 
     def _release(self, request: Request) -> None:
-        self._inflight -= getattr(request.state, "reserved", 0)
-        request.state.reserved = 0
+        self._inflight -= request.scope.pop(_RESERVED, 0)
 
     def _too_large(self) -> TooLarge:
         self._metrics.refused.labels("body").inc()

@@ -221,7 +221,7 @@ async def test_a_body_that_does_not_arrive_is_given_up_and_its_place_is_free_aga
 
     limits = DoorLimits(100_000, 1000, max_inflight_bytes=100_000, max_body_seconds=0.1)
     async with door(tiny_detector, limits) as client:
-        hanging = asyncio.create_task(client.post("/v1/events", content=stuck(), headers=JSON))
+        hanging = asyncio.create_task(client.post("/v1/events", content=stuck(), headers=JSON | {"content-length": "100000"}))
         await asyncio.sleep(0.05)
         assert_problem(await client.raw(json.dumps(event())), 429, "ONSET_MAX_INFLIGHT_BYTES")
         response = await hanging
@@ -344,6 +344,26 @@ async def test_the_bytes_of_all_requests_together_are_bounded(tiny_detector: Det
         assert (await client.raw(body)).status_code == 200
 
 
+async def test_small_bodies_of_unstated_size_count_as_what_they_are(tiny_detector: Detector) -> None:
+    async def chunked(body: bytes) -> AsyncIterator[bytes]:
+        yield body[:10]
+        yield body[10:]
+
+    async with door(tiny_detector, DoorLimits(100_000, 1000, max_inflight_bytes=3000)) as client:
+        client.store.gate.clear()
+        body = json.dumps(event()).encode()
+        zipped = JSON | {"content-encoding": "gzip"}
+        requests = [client.post("/v1/events", content=chunked(body), headers=JSON) for _ in range(20)]
+        requests += [client.raw(gzip.compress(body), zipped) for _ in range(20)]
+        tasks = [asyncio.create_task(request) for request in requests]
+        await asyncio.sleep(0.1)
+        assert_problem(await client.post("/v1/events", content=chunked(b" " * 3000), headers=JSON), 429, "ONSET_MAX_INFLIGHT_BYTES")
+        assert_problem(await client.raw(gzip.compress(b" " * 3000), zipped), 429, "ONSET_MAX_INFLIGHT_BYTES")
+        client.store.gate.set()
+        assert {response.status_code for response in await asyncio.gather(*tasks)} == {200}
+        assert (await client.raw(json.dumps([event()]).ljust(3000))).status_code == 200  # all is given back
+
+
 async def test_a_store_that_is_down_is_503_and_the_door_recovers_with_it(client: Client) -> None:
     client.store.down = True
     for body in (event(), [event(), event("b")]):
@@ -412,11 +432,9 @@ async def test_a_problem_carries_the_value_that_is_to_blame(client: Client) -> N
         assert problem["value"] == value, problem
 
 
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
+simple = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+nested = simple | st.lists(simple, max_size=3) | st.dictionaries(st.text(max_size=5), simple, max_size=3)
+anything = nested | st.lists(nested, max_size=3) | st.dictionaries(st.text(max_size=5), nested, max_size=3)
 almost_events = st.fixed_dictionaries(
     {},
     optional={
