@@ -159,7 +159,8 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
             await super().startup(sockets)
             if self.started:
                 url = _url(*listening.getsockname()[:2])
-                print(f"Onset serves {url} (API: {url}/docs). Try:", flush=True)
+                wrong = await service.ready()
+                print(f"Onset serves {url} (API: {url}/docs). {f'Not ready yet: {wrong} Then try' if wrong else 'Try'}:", flush=True)
                 print(f"  curl -s {url}/v1/events -H 'content-type: application/json' -d {shlex.quote(json.dumps(sample))}", flush=True)
 
     config = uvicorn.Config(

@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import httpx
+from typer.testing import CliRunner
 
+from service.__main__ import app
 from tests.e2e.process import Service
 
 NDJSON = {"content-type": "application/x-ndjson"}
@@ -66,6 +68,27 @@ def test_the_detector_that_ships_is_ready_within_seconds(tmp_path: Path) -> None
         values = dict.fromkeys((feature["name"] for feature in model["features"]), 1.0)
         assert httpx.post(f"{service.url}/v1/streams/a/events", json={"values": values}).status_code == 200
     assert took < 10  # 1.2 to 1.8 s alone on two processors; other tests run beside this one
+
+
+def test_without_its_store_it_says_what_it_waits_for(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path, wait=False, REDIS_URL="redis://127.0.0.1:1") as service:
+        deadline = time.monotonic() + 20
+        while "curl" not in service.log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "Not ready yet: The state store" in service.log.read_text()
+
+
+def test_inspect_verifies_a_file_and_prints_its_manifest(tmp_path: Path, tiny_model_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["inspect", str(tiny_model_path)])
+    assert shown.exit_code == 0
+    assert "passes its self-test" in shown.stdout
+    assert '"name": "tiny"' in shown.stdout
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(tiny_model_path.read_bytes()[:-100])
+    refusal = CliRunner().invoke(app, ["inspect", str(broken)])
+    assert refusal.exit_code == 2
+    assert refusal.stderr.startswith("onset: ")
 
 
 def test_what_cannot_be_served_is_refused_in_one_sentence(tmp_path: Path, tiny_model_path: Path) -> None:
