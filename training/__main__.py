@@ -103,6 +103,9 @@ def _run(job: Callable[[], Job], out: Path, threads: int, resume: bool) -> None:
         produce(job(), out, threads=threads, resume=resume, console=console)
     except (OnsetError, ValueError) as error:
         _refuse(error)
+    except KeyboardInterrupt:
+        console.print(f"Stopped. The same command with --resume continues from {out / 'checkpoint.pt'}.", soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def _refuse(error: Exception) -> NoReturn:

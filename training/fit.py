@@ -165,8 +165,10 @@ def learning_rate(plan: Plan, step: int) -> float:
 class Trainer:
     """Owns the weights while they are learned. `run` returns with the best ones (by validation loss) loaded."""
 
-    def __init__(self, step: DetectorStep, source: Source, plan: Plan, checkpoint: Path | None = None) -> None:
+    def __init__(self, step: DetectorStep, source: Source, plan: Plan, checkpoint: Path | None = None, identity: str = "") -> None:
+        """`identity` says what is trained on what; a checkpoint of another one is not continued."""
         self.step, self.source, self.plan, self.checkpoint = step, source, plan, checkpoint
+        self.identity = {"plan": asdict(plan), "what": identity}
         self.network = step.autoencoder
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=plan.learning_rate)
         self.progress = Progress()
@@ -241,7 +243,7 @@ class Trainer:
         if self.checkpoint is None:
             return
         content = {
-            "plan": asdict(self.plan),
+            "identity": self.identity,
             "progress": asdict(self.progress),
             "network": self.network.state_dict(),
             "best": self.best,
@@ -252,12 +254,15 @@ class Trainer:
         partial.replace(self.checkpoint)
 
     def resume(self) -> bool:
-        """Continue from the checkpoint, if there is one. Raises ValueError when it is of another plan."""
+        """Continue from the checkpoint, if there is one. Raises ValueError when it is of another run."""
         if self.checkpoint is None or not self.checkpoint.is_file():
             return False
         content = torch.load(self.checkpoint, weights_only=True)
-        if content["plan"] != asdict(self.plan):
-            raise ValueError(f"{self.checkpoint} belongs to a run with other settings: {content['plan']}; delete it or use the same ones.")
+        if content["identity"] != self.identity:
+            raise ValueError(
+                f"{self.checkpoint} belongs to a run with other settings or data: {content['identity']}, now {self.identity}. "
+                "Use the same ones, or leave --resume out to begin anew."
+            )
         self.network.load_state_dict(content["network"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.best, self.progress = content["best"], Progress(**content["progress"])

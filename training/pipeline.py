@@ -24,7 +24,7 @@ from service.tables import Notify, ReadOptions, read_tables
 from training import report, synthetic
 from training.autoencoder import Sizes
 from training.calibrate import calibrate, observe
-from training.data import Fleet, Source, Stream, cut, digest, pad, streams_of
+from training.data import Fleet, Float64, Source, Stream, cut, digest, pad, streams_of
 from training.detector import DetectorStep
 from training.evaluate import Scores, detection, false_onsets, false_onsets_by_age, run_streams
 from training.export import manifest_of, publish, to_onnx, training_record
@@ -162,7 +162,7 @@ def produce(job: Job, out: Path, *, threads: int = 1, resume: bool = False, cons
 
 
 def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console: Console) -> Reached:
-    trainer = Trainer(step, job.source, job.plan, checkpoint)
+    trainer = Trainer(step, job.source, job.plan, checkpoint, identity=f"{job.data_sha256 or job.data} {job.features} {job.sizes}")
     if resume and trainer.resume():
         console.print(f"Continuing at step {trainer.progress.block * job.plan.chunks}.")
     with _bar(console) as bar:
@@ -199,8 +199,16 @@ def _usual_residual(step: DetectorStep, x: Any, t: Any) -> torch.Tensor:
 
 def _pool_floor(step: DetectorStep, job: Job) -> None:
     if job.pooled_floor > 0:
-        variances = np.array([np.nanvar(stream.x.astype(np.float64), axis=0) for stream in job.calibration])
-        step.normaliser.floor.copy_(torch.from_numpy(job.pooled_floor * np.sqrt(np.nan_to_num(variances).mean(axis=0))).float())
+        variance = np.mean([_variance(stream.x.astype(np.float64)) for stream in job.calibration], axis=0)
+        step.normaliser.floor.copy_(torch.from_numpy(job.pooled_floor * np.sqrt(variance)).float())
+
+
+def _variance(x: Float64) -> Float64:
+    """Of each column of [T, F], 0 where nothing is present."""
+    present = np.isfinite(x)
+    count = np.maximum(present.sum(axis=0), 1)
+    centred = np.where(present, x - np.where(present, x, 0).sum(axis=0) / count, 0)
+    return np.asarray((centred**2).sum(axis=0) / count)
 
 
 def _evaluate(step: DetectorStep, job: Job, run: Runner) -> tuple[dict[str, Any], report.Shown]:
@@ -224,9 +232,9 @@ def _shown(step: DetectorStep, job: Job, run: Runner) -> report.Shown:
     stream = cut(stream, max(0, len(stream) - 2500), len(stream))
     changed_at = len(stream) - min(150, len(stream) // 3)
     x = stream.x.copy()
-    feature = 0
-    past = x[:changed_at, feature]
-    x[changed_at : changed_at + 60, feature] += 1.5 * (np.nanmax(past) - np.nanmin(past))
+    feature = int(np.isfinite(x).sum(axis=0).argmax())
+    past = x[:changed_at, feature][np.isfinite(x[:changed_at, feature])]
+    x[changed_at : changed_at + 60, feature] += 1.5 * float(np.ptp(past)) if len(past) and np.ptp(past) > 0 else 1.0
     stream = Stream(stream.name, x, stream.t)
     scores: Scores = run_streams(run, step.state_size, *pad([stream], len(stream)))
     return report.Shown(stream, scores, job.features, max(0, len(stream) - 600), changed_at, "offset")

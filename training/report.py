@@ -73,9 +73,10 @@ def _draw_feature(axis: Any, shown: Shown, feature: int) -> None:
     axis.fill_between(rows, lower, upper, color=GLOW, alpha=0.15, linewidth=0, label="band")
     axis.plot(rows, shown.scores.expected[part, 0, feature], color=GLOW, linewidth=1.1, label="expected")
     axis.plot(rows, actual, color=INK, linewidth=0.8, label="actual")
-    low, high = float(np.nanmin(actual)), float(np.nanmax(actual))
-    margin = 0.25 * max(high - low, 1e-9)
-    axis.set_ylim(low - margin, high + margin)
+    given = actual[np.isfinite(actual)]
+    if len(given):
+        margin = 0.25 * max(float(np.ptp(given)), 1e-9)
+        axis.set_ylim(float(given.min()) - margin, float(given.max()) + margin)
     axis.set_title(f"{shown.stream.name} · {shown.names[feature]}", loc="left", fontsize=10)
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
     _mark(axis, shown)

@@ -95,7 +95,7 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     Trainer(random_step(1), SMALL, replace(PLAN, steps=2), path).run()
-    with pytest.raises(ValueError, match="belongs to a run with other settings"):
+    with pytest.raises(ValueError, match="belongs to a run with other settings or data"):
         Trainer(random_step(1), SMALL, PLAN, path).resume()
 
 
