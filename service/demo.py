@@ -30,6 +30,7 @@ from typing import Any
 
 import httpx
 import psutil
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -47,6 +48,8 @@ START_SECONDS, STOP_SECONDS = 60.0, 15.0
 BURST_BYTES_PER_SECOND, BURST_FILE_BYTES = 100_000_000, 64 << 20
 """The disturbance writes at most this fast (under 1 GB in all), over and over into a file of at most 64 MiB."""
 MAX_BURNERS = 32
+WIDE = 125
+"""Columns of a terminal that the whole table fits into."""
 MUST_SEE = ("this-machine/cpu", "this-machine/disk-write")
 """The disturbance is real on both of these; it must be flagged on one at least."""
 
@@ -319,14 +322,18 @@ class Board:
         self._phases = phases
         self._url = url
 
-    def render(self, at: float) -> Group:
-        table = Table(expand=False)
-        for name, justify in (("stream", "left"), ("reading", "right"), ("expected", "right"), ("band", "right")):
-            table.add_column(name, justify=justify, min_width=10)  # type: ignore[arg-type]
-        table.add_column("anomaly score (1 = as rare as 1 in 1000)", min_width=26)
-        table.add_column("status", min_width=28)
+    def render(self, at: float, width: int) -> Group:
+        """A table for a terminal of `width` columns; the band is left out of a narrow one."""
+        wide = width >= WIDE
+        table = Table(box=box.ROUNDED if wide else box.SIMPLE, padding=(0, 1) if wide else (0, 1, 0, 0))
+        table.add_column("stream")
+        for name in ("reading", "expected", "band") if wide else ("reading", "expected"):
+            table.add_column(name, justify="right", min_width=8)
+        table.add_column("score (1 = as rare as 1 in 1000)" if wide else "score", min_width=15)
+        table.add_column("status", min_width=16)
         for track in self.tracks.values():
-            table.add_row(*self._cells(track))
+            stream, reading, expected, band, bar, status = self._cells(track)
+            table.add_row(stream, reading, expected, *([band] if wide else []), bar, status)
         return Group(Text(f"{at:5.1f} s  {self._phase(at)}", style="bold"), table, Text(f"API: {self._url}/docs", style="dim"))
 
     def lines(self, at: float) -> list[str]:
@@ -358,13 +365,13 @@ class Board:
     def _status(self, track: Track) -> Text:
         onset = track.first_onset(self._phases.begin, self._phases.end + GRACE_SECONDS)
         if onset:
-            return Text(f"▲ ONSET {_when(track.stream, onset[0] - self._phases.begin)}", style="bold red")
+            return Text(f"▲ ONSET +{onset[0] - self._phases.begin:.1f} s", style="bold red")
         if track.last["status"] == "warming_up":
             return Text(f"warming up, {track.last['samples_until_ready']} to go", style="dim")
         if track.last["is_anomaly"]:
             return Text("anomalous", style="red")
         if track.onsets:
-            return Text(f"normal (onset at {track.onsets[-1][0]:.1f} s)", style="yellow")
+            return Text(f"normal, onset at {track.onsets[-1][0]:.1f} s", style="yellow")
         return Text("normal", style="green")
 
 
@@ -372,7 +379,7 @@ def _when(stream: str, seconds: float) -> str:
     return f"{seconds:.1f} s after it began" if stream in MUST_SEE else f"{seconds:.1f} s into it (perhaps of its own)"
 
 
-def _bar(score: float | None, width: int = 20) -> Text:
+def _bar(score: float | None, width: int = 10) -> Text:
     if score is None:
         return Text("-", style="dim")
     filled = min(width, round(score / 2 * width))
@@ -472,8 +479,8 @@ def _tick(board: Board, readings: dict[str, float], feature: str, client: httpx.
 def _screen(board: Board, console: Console) -> Iterator[Callable[[float], None]]:
     """A table that stays in place on a terminal; elsewhere its lines every five seconds, and onsets at once."""
     if console.is_terminal:
-        with Live(board.render(0), console=console, auto_refresh=False) as live:
-            yield lambda at: live.update(board.render(at), refresh=True)
+        with Live(board.render(0, console.width), console=console, auto_refresh=False) as live:
+            yield lambda at: live.update(board.render(at, console.width), refresh=True)
         return
     seen, due = 0, 0.0
 
@@ -509,8 +516,8 @@ def verdict(board: Board, phases: Phases, console: Console) -> int:
 
 
 def _summary(board: Board, phases: Phases, flagged: dict[str, tuple[float, dict[str, Any]] | None]) -> Table:
-    table = Table(title="The disturbance, as the detector saw it")
-    for column in ("stream", "flagged", "p-value of the onset", "alert score", "top contributor", "reading", "expected"):
+    table = Table(title="The disturbance, as the detector saw it", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("stream", "flagged", "p-value", "alert score", "top contributor", "reading", "expected"):
         table.add_column(column, justify="left" if column in ("stream", "flagged", "top contributor") else "right")
     for name, onset in flagged.items():
         if onset is None:

@@ -133,17 +133,17 @@ def test_onsets_before_and_long_after_the_disturbance_do_not_count() -> None:
 def test_the_table_shows_warm_up_normal_streams_and_the_onset() -> None:
     shown, phases = board(cpu=21)
     shown.tracks["this-machine/memory"].see(59, 5.0, result(alert=None, status="warming_up"))
-    for said in ("\n".join(shown.lines(25.0)), _drawn(shown, 25.0)):
-        assert "▲ ONSET 1.0 s after it began" in said
+    for said in ("\n".join(shown.lines(25.0)), _drawn(shown, 25.0, 160), _drawn(shown, 25.0, 80)):
+        assert "▲ ONSET +1.0 s" in said
         assert "warming up" in said
         assert "DISTURBANCE" in said
     assert "begins in" in shown.lines(phases.begin - 5)[0]
     assert "over" in shown.lines(phases.end + 1)[0]
 
 
-def _drawn(shown: Board, at: float) -> str:
+def _drawn(shown: Board, at: float, width: int) -> str:
     output = io.StringIO()
-    Console(file=output, width=160).print(shown.render(at))
+    Console(file=output, width=width).print(shown.render(at, width))
     return output.getvalue()
 
 
