@@ -22,7 +22,7 @@ class Valkey:
     def __init__(self, folder: Path, **options: str) -> None:
         """`options` of the server, `_` for `-`; it listens on a unix socket in the folder unless they name a port."""
         self.folder = folder
-        self.socket = folder / "v.sock"
+        self.socket = Path(options.get("unixsocket", folder / "v.sock"))
         self._options = {
             "port": "0",
             "unixsocket": str(self.socket),

