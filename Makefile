@@ -46,6 +46,7 @@ train: setup ## build the shipped default detector again, from its recorded comm
 bench: setup ## all benchmarks, each with its baselines in the same run (about five minutes)
 	$(BIN)/python -m bench.http
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.start
 
 image-test: ## build the container image for real and run it once (needs root and dockerd)
 	bash scripts/image_test.sh
