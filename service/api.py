@@ -2,6 +2,7 @@
 
     POST   /v1/events                      one event, an array, or NDJSON; the reply has the same shape
     POST   /v1/streams/{stream_id}/events  the same for one stream
+    POST   /v1/streams/{stream_id}/accept  what the stream is alerted about is its new normal
     GET    /v1/streams                     last results, page by page
     GET    /v1/streams/{stream_id}         last result          DELETE  forget the stream
     GET    /v1/models                      manifests of the loaded detectors
@@ -105,6 +106,7 @@ class Door:
             Route(
                 "/v1/streams/{stream_id:path}/events", self._guarded(self.post_stream_events), methods=["POST"], name="post_stream_events"
             ),
+            Route("/v1/streams/{stream_id:path}/accept", self._guarded(self.post_accept), methods=["POST"], name="post_accept"),
             Route("/v1/streams", self._guarded(self.list_streams), methods=["GET"], name="list_streams"),
             Route("/v1/streams/{stream_id:path}", self._guarded(self.one_stream), methods=["GET", "DELETE"], name="one_stream"),
             Route("/metrics", self.get_metrics, methods=["GET"], name="metrics"),
@@ -143,6 +145,11 @@ class Door:
         if not await scorer.forget(stream_id):
             await scorer.stream(stream_id)  # raises UnknownStream
         return Response(status_code=204)
+
+    async def post_accept(self, request: Request) -> Response:
+        """Close a stream's alert and learn what it was about; its summary. Safe to repeat."""
+        result = await self._scorer(request).accept(request.path_params["stream_id"])
+        return Response(msgspec.json.encode(result), media_type=JSON)
 
     async def list_models(self) -> Response:
         """The manifests of the loaded detectors, with the hash of their files and where they run."""

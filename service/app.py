@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -89,8 +90,9 @@ class Service:
     def _start_scorers(self, store: StateStore) -> None:
         settings = self.settings
         limits = Limits(settings.max_queue_events, settings.max_streams, settings.max_future_seconds, settings.result_ttl_seconds)
+        policy = Policy(alpha=settings.alpha, accept_after=settings.accept_after or math.inf)
         for name, detector in self.detectors.items():
-            self.scorers[name] = Scorer(detector, Policy(alpha=settings.alpha), store, self.metrics, limits)
+            self.scorers[name] = Scorer(detector, policy, store, self.metrics, limits)
             self.scorers[name].start()
 
     async def _open(self, store: RedisStore, stack: contextlib.AsyncExitStack) -> None:

@@ -155,6 +155,15 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
                 ["unknown-stream", "store-unavailable"],
             ),
         },
+        "/v1/streams/{stream_id}/accept": {
+            "post": _operation(
+                "acceptStream",
+                "Take what a stream is alerted about for its new normal",
+                [stream, model],
+                {"200": _json(_ref("Result"), "The stream, its alert closed; the same when none was open.")},
+                ["unknown-stream", "state-conflict", "store-unavailable"],
+            )
+        },
         "/v1/models": {"get": _operation("listModels", "Manifests of the loaded models", [], {"200": _json(_MODELS, "The models.")}, [])},
         "/health/live": {"get": _operation("live", "Whether the process should go on", [], _HEALTH_ANSWERS, [])},
         "/health/ready": {"get": _operation("ready", "Whether events can be scored and committed", [], _HEALTH_ANSWERS, [])},

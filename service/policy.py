@@ -5,10 +5,19 @@
 
 A run of errors begins with an event rarer than α (or an onset) and ends after `recovery` ordinary events in a row; an open alert
 closes with its run.
+
+    learning ──onset──► alert open: the state is frozen, a learner beside it goes on ──`recovery` ordinary events──► learning
+                           │  after `passing` events the learner is dropped                  (with the learner's state, if there is one)
+                           └─ accepted (by call, or by age) ─► learning, no alert until `recovery` ordinary events in a row
+
+So what passes is learned as it would have been, and what lasts never turns normal by itself. While a state is frozen an event is
+ordinary only from p = CALM on: a fault's later events are less rare than its onset, whose shock the running network gets used to.
+An onset within an open alert counts only if ESCALATION times rarer than all before. Figures: LOG.md, "Lasting faults".
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -16,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.events import Direction, Severity
-from service.state import ALERT_OPEN, Rows
+from service.state import ACCEPTED, ALERT_OPEN, EXPIRED, FROZEN, LASTING, LEARNER, Rows
 
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -25,6 +34,11 @@ SEVERITY_STEPS = (1.0, 1.5, 2.0)
 """Scores above which an anomaly is minor, major and critical: p < α, α^1.5, α²."""
 THRESHOLD = 1.0
 """On every score of ours 1 means: as rare as the asked false-alarm rate."""
+CALM = 0.01
+"""p-value from which an event is ordinary for a frozen state."""
+ESCALATION = 0.1
+
+ALERT_FIELDS = ("flags", "quiet", "lasting", "peak", "started_at")
 
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
@@ -52,10 +66,12 @@ class Policy:
     """Ordinary events in a row that end an anomaly."""
     prior_events: float = 1000.0
     """Events after which a stream's own evidence weighs as much as the pooled prior (confidence 0.5)."""
-
-    def learns(self, flags: NDArray[np.uint32]) -> NDArray[np.float32]:
-        """`learn` of the step for streams with these flags: 1 = the state learns from the event."""
-        return np.ones(len(flags), np.float32)
+    settled: int = 500
+    """Events before which no state is frozen: a stream this young does not know yet what is normal for it."""
+    passing: int = 250
+    """Events after which an open alert is a lasting fault: nothing of it is learned unless it is accepted."""
+    accept_after: float = math.inf
+    """Seconds (of the events' own time) after which a running anomaly is accepted as the new normal by itself."""
 
     def confidence(self, version: NDArray[np.uint64]) -> Float64:
         events = version.astype(np.float64)
@@ -63,19 +79,43 @@ class Policy:
 
     def track(
         self, rows: Rows, slots: NDArray[np.intp], timestamp: Float64, p_value: NDArray[np.float32], onset_p: NDArray[np.float32]
-    ) -> None:
-        """Advance the alert fields of `rows[slots]` by one event each, in place."""
+    ) -> NDArray[np.float32]:
+        """Advance the alert fields of `rows[slots]` by one event each, in place; returns the onsets that count, 1 where none does."""
+        before = {name: rows[name][slots] for name in ALERT_FIELDS}
+        was_open, frozen, accepted = (before["flags"] & flag != 0 for flag in (ALERT_OPEN, FROZEN, ACCEPTED))
         alpha = np.float32(self.alpha)
+        known = accepted | (was_open & (onset_p >= before["peak"] * np.float32(ESCALATION)))
+        onset_p = np.where(known, np.float32(1), onset_p)  # NaN is not known
         opened = onset_p < alpha
-        anomalous = opened | (p_value < alpha)
-        quiet = np.where(anomalous, 0, np.minimum(rows["quiet"][slots], 2**32 - 2) + 1).astype(np.uint32)
+        stirred = opened | (p_value < np.where(frozen | accepted, np.float32(max(self.alpha, CALM)), alpha))
+        quiet = np.where(stirred, 0, np.minimum(before["quiet"], 2**32 - 2) + ~np.isnan(p_value))  # no value is no evidence
         over = quiet >= self.recovery
-        started = rows["last"]["started_at"][slots]
-        started = np.where(anomalous & np.isnan(started), timestamp, started)
-        was_open = (rows["flags"][slots] & ALERT_OPEN).astype(bool)
-        rows["quiet"][slots] = quiet
-        rows["last"]["started_at"][slots] = np.where(over, np.nan, started)
-        rows["flags"][slots] = np.where((was_open | opened) & ~over, ALERT_OPEN, 0)
+        started = before["started_at"]
+        started = np.where((opened | (p_value < alpha)) & np.isnan(started), timestamp, started)
+
+        open_ = (was_open | opened) & ~over
+        expired = open_ & (timestamp - started >= self.accept_after)
+        open_ &= ~expired
+        lasting = np.where(was_open & open_, np.minimum(before["lasting"], 2**32 - 2) + 1, 0)
+        freezes = open_ & np.where(was_open, frozen, rows["version"][slots] >= self.settled)
+        learner = freezes & (~was_open | (before["flags"] & LEARNER != 0)) & (lasting < self.passing)
+        rows["quiet"][slots], rows["lasting"][slots] = quiet, lasting
+        rows["peak"][slots] = np.where(open_, np.fmin(np.where(was_open, before["peak"], np.float32(1)), onset_p), 0)
+        rows["started_at"][slots] = np.where(over | expired, np.nan, started)
+        flags = ((ALERT_OPEN, open_), (FROZEN, freezes), (LEARNER, learner), (ACCEPTED, (accepted & ~over) | expired), (EXPIRED, expired))
+        rows["flags"][slots] = sum(np.where(on, np.uint32(flag), np.uint32(0)) for flag, on in (*flags, (LASTING, freezes & stirred)))
+        return onset_p
+
+    def accept(self, row: Rows) -> bool:
+        """Take what the stream `row` [1] is alerted about for its new normal, in place; False if no alert is open."""
+        flags = int(row["flags"][0])
+        if not flags & ALERT_OPEN:
+            return False
+        if flags & LEARNER:
+            row["vector"] = row["learner"]
+        row["learner"], row["flags"], row["started_at"] = 0, ACCEPTED, np.nan
+        row["quiet"] = row["lasting"] = row["peak"] = 0
+        return True
 
 
 def judge(records: Rows) -> Verdicts:
@@ -83,9 +123,12 @@ def judge(records: Rows) -> Verdicts:
     anomaly_score = _score(records["p_value"], records["alpha"])
     alert_score = _score(records["onset_p"], records["alpha"])
     highest = np.fmax(np.nan_to_num(anomaly_score), np.nan_to_num(alert_score))
-    is_anomaly = highest > THRESHOLD
-    severity = np.searchsorted(SEVERITY_STEPS, highest, side="left")
-    grade = np.where(is_anomaly, 1 - 1 / np.maximum(highest, 1.0), 0.0)
+    lasting = records["flags"] & LASTING != 0
+    is_anomaly = (highest > THRESHOLD) | lasting
+    severity = np.searchsorted(SEVERITY_STEPS, np.where(lasting, np.fmax(highest, np.nextafter(THRESHOLD, 2)), highest), side="left")
+    # An open alert is judged against CALM, which lasting events stay below.
+    height = np.where(lasting, np.fmax(highest, _score(records["p_value"], np.fmax(records["alpha"], np.float32(CALM)))), highest)
+    grade = np.where(is_anomaly, 1 - 1 / np.fmax(height, 1.0), 0.0)
     direction = np.where(is_anomaly, _direction(records), NO_DIRECTION)
     return Verdicts(anomaly_score, alert_score, is_anomaly, grade, severity, direction)
 

@@ -15,6 +15,7 @@ from service.artifact import Manifest
 from service.events import Contributor, Event, Result
 from service.policy import DIRECTIONS, SEVERITIES, THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes
+from service.state import FROZEN
 
 Numbers = dict[str, float | None]
 
@@ -62,6 +63,7 @@ class Replies:
             records["version"].tolist(),
             records["timestamp"].tolist(),
             _nullable(records["started_at"]),
+            (records["flags"] & FROZEN != 0).tolist(),
             map(_shortest, records["alpha"].tolist()),
             *(_nullable(records[name]) for name in ("x", "expected", "lower", "upper", "contribution")),
         )
@@ -77,8 +79,8 @@ class Replies:
         return [self._result(event, row, top_contributors) for event, row in zip(events, answers.rows, strict=True)]
 
     def _result(self, event: Event, row: tuple[Any, ...], top: int) -> Result:
-        kind, score, p_value, alert, is_anomaly, grade, severity, direction, confidence, version, timestamp, started_at, alpha = row[:13]
-        x, expected, lower, upper, contribution = row[13:]
+        kind, score, p_value, alert, is_anomaly, grade, severity, direction, confidence, version, timestamp, started_at = row[:12]
+        frozen, alpha, x, expected, lower, upper, contribution = row[12:]
         scored = kind in _WITH_RECORD
         missing = max(0, self._warmup - version)
         return Result(  # by position: with its 27 names this call would take five times as long
@@ -101,7 +103,7 @@ class Replies:
             self._contributors(x, expected, contribution, top) if scored else [],
             started_at if scored else None,
             [name for name, number in zip(self._names, x, strict=True) if number is None] if scored and None in x else [],  # imputed
-            "warming_up" if missing else "ready",
+            "warming_up" if missing else "frozen" if frozen else "ready",
             missing,
             self._model,
             self._model_version,

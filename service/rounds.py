@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from service.detector import Detector, StepOutput
 from service.events import Readings
 from service.policy import Policy
-from service.state import SEEN, Rows
+from service.state import FROZEN, LEARNER, SEEN, Rows
 
+Float32 = NDArray[np.float32]
 Positions = NDArray[np.intp]
 
 
@@ -138,19 +139,50 @@ def _step(
     outcomes: Outcomes,
 ) -> None:
     """Step distinct streams `rows[at]` by the readings at `positions`, and keep the results in both."""
-    x = readings.x[positions]
-    learn = policy.learns(rows["flags"][at])
-    alpha = np.full(len(at), policy.alpha, np.float32)
-    out = detector.step(rows["vector"][at], x, _time_features(timestamp, rows["last"]["timestamp"][at]), learn, alpha)
-    policy.track(rows, at, timestamp, out.p_value, out.onset_p)
+    x, alpha = readings.x[positions], np.full(len(at), policy.alpha, np.float32)
+    inputs = (x, _time_features(timestamp, rows["last"]["timestamp"][at]))
+    before = rows["flags"][at]
+    learners = np.flatnonzero(before & LEARNER)
+    out, learned = _judged(detector, rows, at, learners, inputs, alpha)
+    out = replace(out, onset_p=policy.track(rows, at, timestamp, out.p_value, out.onset_p))
+    after = rows["flags"][at]
+    state = out.state
+    over = after[learners] & FROZEN == 0
+    state[learners[over]] = learned[over]
+    begun = np.flatnonzero(after & ~before & FROZEN)
+    if len(begun):  # what this event teaches is the learner's alone
+        learners, learned = np.r_[learners, begun], np.r_[learned, state[begun]]
+        state[begun] = _frozen(detector, rows, at[begun], begun, inputs, alpha)
+    rows["learner"][at[learners]] = np.where((after[learners] & LEARNER != 0)[:, None], learned, 0)
     record = _record(rows, at, x, alpha, timestamp, readings.sequence[positions], readings.key[positions], out)
-    rows["vector"][at] = out.state
+    rows["vector"][at] = state
     rows["version"][at] = record["version"]
     # In every model of ours version counts events, so version % SEEN walks the ring.
     rows["seen"][at, (record["version"] % SEEN).astype(np.intp)] = record["key"]
     rows["last"][at] = record
     outcomes.records[positions] = record
     outcomes.kinds[positions] = Kind.SCORED
+
+
+def _judged(
+    detector: Detector, rows: Rows, at: Positions, learners: Positions, inputs: tuple[Float32, Float32], alpha: Float32
+) -> tuple[StepOutput, Float32]:
+    """One step of `rows[at]`, frozen where they are, and the next states of the learners beside those at `learners`."""
+    learn = (rows["flags"][at] & FROZEN == 0).astype(np.float32)
+    vector = rows["vector"][at]
+    if len(learners) == 0:
+        return detector.step(vector, *inputs, learn, alpha), vector[:0]
+    vector = np.concatenate([vector, rows["learner"][at[learners]]])
+    x, t = (np.concatenate([values, values[learners]]) for values in inputs)
+    both = detector.step(vector, x, t, np.r_[learn, np.ones(len(learners), np.float32)], np.r_[alpha, alpha[learners]])
+    judged = StepOutput(*(getattr(both, name)[: len(at)] for name in StepOutput.__dataclass_fields__))
+    return judged, both.state[len(at) :]
+
+
+def _frozen(detector: Detector, rows: Rows, at: Positions, places: Positions, inputs: tuple[Float32, Float32], alpha: Float32) -> Float32:
+    """States after the same event had nothing been learned from it."""
+    x, t = (values[places] for values in inputs)
+    return detector.step(rows["vector"][at], x, t, np.zeros(len(at), np.float32), alpha[places]).state
 
 
 def _record(
@@ -167,7 +199,7 @@ def _record(
     record["key"], record["timestamp"] = key, timestamp
     record["version"] = rows["version"][at] + 1
     record["sequence"] = np.where(sequence >= 0, sequence, rows["last"]["sequence"][at])
-    record["started_at"] = rows["last"]["started_at"][at]
+    record["started_at"] = rows["started_at"][at]
     record["flags"] = rows["flags"][at]
     record["p_value"], record["onset_p"], record["alpha"] = out.p_value, out.onset_p, alpha
     record["x"], record["expected"], record["lower"] = x, out.expected, out.lower

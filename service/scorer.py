@@ -12,6 +12,7 @@ Nothing is kept here between batches: all that a stream is lies in the store, so
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +32,11 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.results import Answers, Replies
 from service.rounds import Kind, Outcomes, Positions, advance
-from service.state import Loaded, Origin, Rows, StateCodec
+from service.state import EXPIRED, Loaded, Origin, Rows, StateCodec
 from service.stores import StateStore, Write
 
 ATTEMPTS = 3
+ACCEPT_ATTEMPTS = 20
 MAX_BATCH = 1024
 """Events per batch: one inference of the largest bucket when every stream is there once."""
 COUNT_SECONDS = 1.0
@@ -76,7 +78,7 @@ class Scorer:
         self._batcher: Batcher[Parsed, Answers] = Batcher(self._handle, size=len, max_batch=MAX_BATCH, max_queue=limits.max_queue_events)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
         self._streams, self._counted_at = 0, -COUNT_SECONDS
-        metrics.state_bytes.labels(detector.name).set(self._codec.value.itemsize)
+        metrics.state_bytes.labels(detector.name).set(self._codec.bytes)
         metrics.queued.labels(detector.name).set_function(lambda: self._batcher.queued)
 
     @property
@@ -119,7 +121,7 @@ class Scorer:
         """The last result of a stream. Raises UnknownStream."""
         results = self._summaries([stream_id], await self._store.load(self.detector.name, [stream_id]))
         if not results:
-            raise UnknownStream(f"Model '{self.detector.name}' keeps no state of stream '{stream_id[:256]}'.")
+            raise self._unknown(stream_id)
         return results[0]
 
     async def streams(self, cursor: str, limit: int) -> tuple[list[Result], str]:
@@ -127,6 +129,25 @@ class Scorer:
         page = await self._store.scan(self.detector.name, cursor, limit)
         values = await self._store.load(self.detector.name, page.stream_ids) if page.stream_ids else []
         return self._summaries(page.stream_ids, values), page.cursor
+
+    async def accept(self, stream_id: str) -> Result:
+        """Take what the stream is alerted about for its new normal; without an open alert nothing changes. Returns the stream's summary.
+
+        Raises UnknownStream, and StateConflict when other replicas won ACCEPT_ATTEMPTS times.
+        """
+        for _ in range(ACCEPT_ATTEMPTS):
+            loaded = self._codec.decode(await self._store.load(self.detector.name, [stream_id]))
+            if loaded.origins[0] != Origin.STORED:
+                raise self._unknown(stream_id)
+            before = loaded.rows.copy()
+            if not self.policy.accept(loaded.rows):
+                return self._summary([stream_id], loaded.rows)[0]
+            write = Write(stream_id, loaded.tokens[0], self._codec.encode(loaded.rows)[0])
+            if await self._store.commit(self.detector.name, [write]) == [True]:
+                self._accepted(stream_id, before[0], by="call")
+                return self._summary([stream_id], loaded.rows)[0]
+            self._metrics.conflicts.inc()
+        raise StateConflict(f"Stream '{stream_id[:256]}' changed {ACCEPT_ATTEMPTS} times while its alert was being accepted: call again.")
 
     async def forget(self, stream_id: str) -> bool:
         """Delete a stream's state; whether there was one."""
@@ -209,6 +230,9 @@ class Scorer:
         lost[changed] = ~written
         self._metrics.conflicts.inc(int((~written).sum()))
         self._count_fresh(stream_ids, loaded.origins, changed[written])
+        for i in scored[outcomes.records["flags"][scored] & EXPIRED != 0].tolist():
+            if not lost[slots[i]]:
+                self._accepted(stream_ids[slots[i]], outcomes.records[i], by="age")
         return lost
 
     def _new_trails(self, scored: Positions, slots: Positions, events: NDArray[np.intp], outcomes: Outcomes) -> dict[int, bytes]:
@@ -284,10 +308,32 @@ class Scorer:
     def _summaries(self, stream_ids: Sequence[str], values: Sequence[bytes | None]) -> list[Result]:
         loaded = self._codec.decode(values)
         stored = np.flatnonzero(loaded.origins == Origin.STORED)
-        events = [Event(stream_id=stream_ids[i]) for i in stored.tolist()]
-        records = loaded.rows["last"][stored]
-        outcomes = Outcomes(records, np.full(len(stored), Kind.SCORED, np.uint8))
+        return self._summary([stream_ids[i] for i in stored.tolist()], loaded.rows[stored])
+
+    def _summary(self, stream_ids: Sequence[str], rows: Rows) -> list[Result]:
+        """The last result of each stream, with its alert as it stands now."""
+        records = rows["last"].copy()
+        records["flags"], records["started_at"] = rows["flags"], rows["started_at"]
+        outcomes = Outcomes(records, np.full(len(rows), Kind.SCORED, np.uint8))
+        events = [Event(stream_id=stream_id) for stream_id in stream_ids]
         return self._replies.results(events, self._replies.judged(outcomes), top_contributors=10)
+
+    def _unknown(self, stream_id: str) -> UnknownStream:
+        return UnknownStream(f"Model '{self.detector.name}' keeps no state of stream '{stream_id[:256]}'.")
+
+    def _accepted(self, stream_id: str, row: Rows, by: str) -> None:
+        """For the audit: a change of regime was accepted. `row` is a value before it, or the record of the event that did it."""
+        self._metrics.accepted.labels(self.detector.name, by).inc()
+        started = float(row["started_at"])
+        log.info(
+            "regime_accepted",
+            stream_id=stream_id,
+            model=self.detector.name,
+            by=by,
+            anomaly_started_at=None if math.isnan(started) else started,
+            timestamp=float(row["timestamp"] if by == "age" else row["last"]["timestamp"]),
+            state_version=int(row["version"]),
+        )
 
     def _count_fresh(self, stream_ids: list[str], origins: NDArray[np.uint8], written: Positions) -> None:
         """Count streams that started afresh, once they are committed; what should not happen is logged with the stream."""

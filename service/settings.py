@@ -28,6 +28,8 @@ class Settings(BaseSettings):
     """Where the embedded store keeps its data."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
     """The asked false-alarm rate: false onsets per event of a normal stream."""
+    accept_after: Annotated[float, Field(ge=0)] = 0
+    """Seconds (of the events' own time) after which a lasting anomaly is taken for the new normal; 0 = only when someone says so."""
     state_ttl_seconds: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
     """A stream silent for this long is forgotten."""
     result_ttl_seconds: Annotated[int, Field(ge=1)] = 600

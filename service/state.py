@@ -10,10 +10,13 @@ A batch of values is one numpy structured array, so loading, judging and writing
     32      source u8 · offset i8 position of the last event in its queue (0, -1: it came over REST)
     48      seen 8 x u8           keys of the last 8 events with an identity, a ring by version
     112     trail_until f8        until when the store may hold a trail of earlier results (see `stores`)
-    120     quiet u4              events since the last anomalous one
-    124     flags u4              bit 0: an alert is open
-    128     last                  RECORD: the last event with its result, so that a resent event gets it again
+    120     flags u4              see ALERT_OPEN and the next ones
+    124     quiet u4              ordinary events since the last other one
+    128     lasting u4 · peak f4  events since the alert opened · its rarest onset
+    136     started_at f8         when the running anomaly began, NaN = none runs
+    144     last                  RECORD: the last event with its result, so that a resent event gets it again
             vector S x f4         the detector's state, opaque
+            learner S x f4        only while LEARNER is set: the state as if no alert were open
 
 Versioned by `format`: a reader refuses a format it does not know and the stream starts afresh, counted and logged.
 """
@@ -31,12 +34,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 1
+FORMAT = 2
 HEAD = b"ON" + FORMAT.to_bytes(2, "little")
 TOKEN = slice(8, 24)
 """The bytes of a value that compare-and-set compares."""
 SEEN = 8
+FLAGS = slice(120, 124)
+
 ALERT_OPEN = 1
+FROZEN = 2
+"""The state learns nothing."""
+LEARNER = 4
+"""Beside the frozen state the value holds the one that learns on."""
+ACCEPTED = 8
+"""A change of regime was accepted and is being learned: no alert opens."""
+EXPIRED = 16
+"""With this event the alert was accepted because of its age."""
+LASTING = 32
+"""The event is no ordinary one for a frozen state."""
 
 Rows = NDArray[Any]
 """A structured array, [B] of `value_dtype` or [N] of `record_dtype`."""
@@ -64,7 +79,7 @@ def record_dtype(features: int) -> np.dtype[Any]:
             ("p_value", "<f4"),  # NaN while warming up
             ("onset_p", "<f4"),
             ("alpha", "<f4"),
-            ("flags", "<u4"),  # ALERT_OPEN after this event
+            ("flags", "<u4"),  # of the stream after this event
             *per_feature,
         ]
     )
@@ -83,10 +98,14 @@ def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
             ("offset", "<i8"),
             ("seen", "<u8", (SEEN,)),
             ("trail_until", "<f8"),
-            ("quiet", "<u4"),
             ("flags", "<u4"),
+            ("quiet", "<u4"),
+            ("lasting", "<u4"),
+            ("peak", "<f4"),
+            ("started_at", "<f8"),
             ("last", record_dtype(features)),
             ("vector", "<f4", (state_size,)),
+            ("learner", "<f4", (state_size,)),
         ]
     )
 
@@ -115,6 +134,8 @@ class StateCodec:
     def __init__(self, features: int, state_size: int, model: int) -> None:
         self.value = value_dtype(features, state_size)
         self.record = record_dtype(features)
+        self.bytes = self.value.itemsize - 4 * state_size
+        """Of a value without learner."""
         self._model = model
 
     def fresh(self, rows: int) -> Rows:
@@ -122,7 +143,7 @@ class StateCodec:
         fresh = np.zeros(rows, self.value)
         fresh["head"], fresh["model"] = HEAD, self._model
         fresh["offset"] = fresh["last"]["sequence"] = -1
-        fresh["last"]["timestamp"] = fresh["last"]["started_at"] = np.nan
+        fresh["last"]["timestamp"] = fresh["last"]["started_at"] = fresh["started_at"] = np.nan
         return fresh
 
     def decode(self, values: Sequence[bytes | None]) -> Loaded:
@@ -131,17 +152,19 @@ class StateCodec:
         tokens = [value[TOKEN] if value is not None else b"" for value in values]
         rows = self.fresh(len(values))
         stored = np.flatnonzero(origins == Origin.STORED)
-        rows[stored] = np.frombuffer(b"".join(values[i] or b"" for i in stored.tolist()), self.value)
+        size = self.value.itemsize
+        rows[stored] = np.frombuffer(b"".join((values[i] or b"").ljust(size, b"\0") for i in stored.tolist()), self.value)
         return Loaded(rows, tokens, origins)
 
     def encode(self, rows: Rows) -> list[bytes]:
         """States → values, each with a new nonce and its CRC. Writes both into `rows`."""
         rows["nonce"] = np.frombuffer(os.urandom(8 * len(rows)), "<u8")
-        size = self.value.itemsize
+        ends = [i * self.value.itemsize + size for i, size in enumerate(np.where(rows["flags"] & LEARNER, self.value.itemsize, self.bytes))]
+        starts = range(0, rows.nbytes, self.value.itemsize)
         content = memoryview(rows.tobytes())
-        rows["crc"] = [zlib.crc32(content[i + 8 : i + size]) for i in range(0, len(content), size)]
+        rows["crc"] = [zlib.crc32(content[start + 8 : end]) for start, end in zip(starts, ends, strict=True)]
         sealed = rows.tobytes()
-        return [sealed[i : i + size] for i in range(0, len(sealed), size)]
+        return [sealed[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def encode_trail(self, records: Rows) -> bytes:
         """Results of one commit → a trail's blob: model u8, crc u4, records."""
@@ -163,4 +186,5 @@ class StateCodec:
             return Origin.CORRUPT
         if int.from_bytes(value[24:32], "little") != self._model:
             return Origin.OTHER_MODEL
-        return Origin.STORED if len(value) == self.value.itemsize else Origin.CORRUPT
+        size = self.value.itemsize if int.from_bytes(value[FLAGS], "little") & LEARNER else self.bytes
+        return Origin.STORED if len(value) == size else Origin.CORRUPT

@@ -466,3 +466,14 @@ def test_whatever_comes_the_neighbours_are_scored(tiny_detector: Detector, items
             assert all("p_value" in answer or answer["status"] in (409, 422, 429) for answer in answers)
 
     asyncio.run(post())
+
+
+async def test_a_lasting_fault_is_accepted_over_http_as_often_as_one_likes(client: Client) -> None:
+    await client.score([event("a/b", i % 3, timestamp=1e9 + i) for i in range(600)])
+    [*_, last] = await client.score([event("a/b", 60.0, timestamp=1.1e9 + i) for i in range(5)])
+    assert last["status"] == "frozen"
+    for _ in range(2):
+        response = await client.post("/v1/streams/a/b/accept")
+        assert response.status_code == 200
+        assert (response.json()["status"], response.json()["stream_id"]) == ("ready", "a/b")
+    assert_problem(await client.post("/v1/streams/none/accept"), 404, "stream 'none'")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.policy import BOTH, DIRECTIONS, DOWN, NO_DIRECTION, UP, Policy, judge
-from service.state import ALERT_OPEN, Rows, StateCodec
+from service.state import ACCEPTED, ALERT_OPEN, FROZEN, LASTING, LEARNER, Rows, StateCodec
 
 CODEC = StateCodec(features=2, state_size=1, model=1)
 
@@ -27,7 +27,7 @@ def play(policy: Policy, rows: Rows, p_values: list[float], start: float = 0.0) 
     for i, p in enumerate(p_values):
         onset = np.array([abs(p) if p < 0 else 1.0], np.float32)
         policy.track(rows, np.array([0]), np.array([start + i]), np.array([abs(p)], np.float32), onset)
-        trace.append((bool(rows["flags"][0] & ALERT_OPEN), float(rows["last"]["started_at"][0])))
+        trace.append((bool(rows["flags"][0] & ALERT_OPEN), float(rows["started_at"][0])))
     return trace
 
 
@@ -84,3 +84,77 @@ def test_confidence_grows_to_one_half_at_the_priors_weight() -> None:
     assert confidence[0] == 0
     assert confidence[1] == 0.5
     assert 0.99 < confidence[2] < 1
+
+
+def old_stream() -> Rows:
+    rows = CODEC.fresh(1)
+    rows["version"] = 5000
+    return rows
+
+
+def flags(rows: Rows, *names: int) -> list[bool]:
+    return [bool(rows["flags"][0] & name) for name in names]
+
+
+def test_an_open_alert_freezes_the_state_and_keeps_a_learner_while_it_may_be_passing() -> None:
+    policy, rows = Policy(passing=3), old_stream()
+    play(policy, rows, [0.5, -1e-5])
+    assert flags(rows, FROZEN, LEARNER) == [True, True]
+    play(policy, rows, [1e-4, 1e-4])
+    assert flags(rows, FROZEN, LEARNER) == [True, True]
+    play(policy, rows, [1e-4])
+    assert flags(rows, FROZEN, LEARNER) == [True, False]
+
+
+def test_a_frozen_state_takes_no_rare_event_for_ordinary_and_an_event_without_value_for_nothing() -> None:
+    policy, rows = Policy(recovery=3), old_stream()
+    trace = play(policy, rows, [-1e-5, *[0.005] * 1000, *[float("nan")] * 10, 0.5, 0.5])
+    assert all(open_ for open_, _ in trace)
+    assert play(policy, rows, [float("nan"), 0.5])[-1][0] is False
+    assert not rows["flags"][0]
+
+
+def test_a_stream_too_young_to_know_what_is_normal_learns_through_its_alerts() -> None:
+    rows = CODEC.fresh(1)
+    play(Policy(), rows, [-1e-5])
+    assert flags(rows, ALERT_OPEN, FROZEN) == [True, False]
+
+
+def test_within_an_open_alert_only_a_much_rarer_onset_counts() -> None:
+    rows, counted = old_stream(), []
+    for p in (1e-4, 9e-5, 2e-5, 1e-5 / 2, 1e-6, 1e-7):
+        [onset] = Policy().track(rows, np.array([0]), np.array([1.0]), np.array([p], np.float32), np.array([p], np.float32))
+        counted.append(bool(onset < 1))
+    assert counted == [True, False, False, True, False, True]
+
+
+def test_an_accepted_alert_is_closed_and_none_opens_until_the_stream_is_ordinary_again() -> None:
+    policy, rows = Policy(recovery=3), old_stream()
+    play(policy, rows, [-1e-5, 1e-4])
+    rows["learner"] = 7
+    assert policy.accept(rows)
+    assert rows["vector"][0] == 7
+    assert not policy.accept(rows)
+    assert flags(rows, ALERT_OPEN, FROZEN, LEARNER, ACCEPTED) == [False, False, False, True]
+    assert not any(open_ for open_, _ in play(policy, rows, [-1e-5, 1e-4, -1e-6, 0.5, 0.5, 0.5]))
+    assert flags(rows, ACCEPTED) == [False]
+    assert play(policy, rows, [-1e-5])[-1][0]
+
+
+def test_a_lasting_anomaly_is_accepted_by_its_age_if_so_configured() -> None:
+    rows = old_stream()
+    trace = play(Policy(accept_after=5), rows, [-1e-5, *[1e-4] * 6])
+    assert [open_ for open_, _ in trace] == [True] * 5 + [False] * 2
+    assert flags(rows, ACCEPTED, FROZEN) == [True, False]
+    assert all(open_ for open_, _ in play(Policy(), old_stream(), [-1e-5, *[1e-4] * 6]))
+
+
+def test_an_event_of_a_lasting_fault_is_anomalous_though_less_rare_than_its_onset() -> None:
+    calm, lasting = record(0.005), record(0.005)
+    lasting["flags"] = LASTING
+    assert not judge(calm).is_anomaly[0]
+    verdict = judge(lasting)
+    assert verdict.is_anomaly[0]
+    assert verdict.severity[0] == 1
+    assert 0 < verdict.grade[0] < 1
+    assert verdict.anomaly_score[0] == judge(calm).anomaly_score[0]

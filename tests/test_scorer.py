@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from service.detector import Detector
 from service.errors import (
@@ -296,8 +297,66 @@ async def test_what_is_counted_is_what_happened(scorer: Scorer) -> None:
     assert sample("onset_anomalies_total", {"model": "tiny"}) == 1
     assert sample("onset_batch_events_sum") == 51
     assert sample("onset_stage_seconds_count", {"stage": "commit"}) == 2
-    assert sample("onset_state_bytes", {"model": "tiny"}) == scorer._codec.value.itemsize
+    assert sample("onset_state_bytes", {"model": "tiny"}) == scorer._codec.bytes
 
 
 async def test_no_items_no_answers(scorer: Scorer) -> None:
     assert await scorer.score([]) == []
+
+
+async def alarmed(scorer: Scorer, stream: str = "s") -> Result:
+    """A stream old enough to be frozen, and an alert on it."""
+    await scorer.score(events(600, stream))
+    wrong = [Event(stream_id=stream, values={"value": 60.0}, timestamp=1e9 + 1000 + i, event_id=f"wrong-{i}") for i in range(30)]
+    return results(await scorer.score(wrong))[-1]
+
+
+async def test_a_lasting_fault_freezes_its_stream_until_it_is_accepted(scorer: Scorer) -> None:
+    frozen = await alarmed(scorer)
+    assert (frozen.status, frozen.is_anomaly, frozen.anomaly_started_at) == ("frozen", True, 1e9 + 1000)
+    with capture_logs() as logs:
+        accepted = await scorer.accept("s")
+        again = await scorer.accept("s")
+    assert (accepted.status, accepted.anomaly_started_at, accepted.state_version) == ("ready", None, 630)
+    assert again == accepted == await scorer.stream("s")
+    [line] = [line for line in logs if line["event"] == "regime_accepted"]
+    assert (line["stream_id"], line["by"], line["anomaly_started_at"], line["state_version"]) == ("s", "call", 1e9 + 1000, 630)
+    assert scorer._metrics.registry.get_sample_value("onset_accepted_total", {"model": "tiny", "by": "call"}) == 1
+    after = [Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 2000 + i) for i in range(300)]
+    assert not any(result.status == "frozen" for result in results(await scorer.score(after)))
+
+
+async def test_the_last_event_sent_again_after_the_acceptance_gets_its_stored_result(scorer: Scorer) -> None:
+    frozen = await alarmed(scorer)
+    await scorer.accept("s")
+    [again] = results(await scorer.score([Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 1029, event_id="wrong-29")]))
+    assert again.duplicate
+    assert (again.status, again.p_value, again.anomaly_started_at) == (frozen.status, frozen.p_value, frozen.anomaly_started_at)
+
+
+async def test_an_acceptance_that_loses_a_race_is_made_again_and_one_that_always_loses_says_so(tiny_detector: Detector) -> None:
+    store = Contended(state_ttl=60, result_ttl=60)
+    replicas = [make(tiny_detector, store) for _ in range(2)]
+    await alarmed(replicas[0])
+    wrong = [Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 1100 + i) for i in range(5)]
+    await asyncio.gather(*(replicas[0].score([event]) for event in wrong), replicas[1].accept("s"), replicas[0].accept("s"))
+    assert (await replicas[0].stream("s")).status == "ready"
+    store.contended = frozenset()
+    await alarmed(replicas[0], "hot")
+    store.contended = frozenset({"hot"})
+    with pytest.raises(StateConflict, match="call again"):
+        await replicas[1].accept("hot")
+    with pytest.raises(UnknownStream, match="stream 'none'"):
+        await replicas[1].accept("none")
+    for replica in replicas:
+        await replica.drain(1)
+
+
+async def test_an_alert_that_is_accepted_by_its_age_is_logged(tiny_detector: Detector, store: MemoryStore) -> None:
+    scorer = Scorer(tiny_detector, Policy(accept_after=20), store, Metrics(), Limits(), Clock())
+    scorer.start()
+    with capture_logs() as logs:
+        assert (await alarmed(scorer)).status == "ready"
+    [line] = [line for line in logs if line["event"] == "regime_accepted"]
+    assert (line["by"], line["stream_id"], line["timestamp"]) == ("age", "s", 1e9 + 1020)
+    await scorer.drain(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.state import TOKEN, Origin, StateCodec, event_key
+from service.state import LEARNER, TOKEN, Origin, StateCodec, event_key
 
 MODEL = 0xFEEDFACECAFEBEEF
 
@@ -32,6 +32,16 @@ def test_what_is_encoded_is_decoded(codec: StateCodec) -> None:
     assert loaded.rows.tobytes() == rows.tobytes()
     assert (loaded.origins == Origin.STORED).all()
     assert loaded.tokens == [value[TOKEN] for value in values]
+
+
+def test_a_learner_is_stored_only_while_the_flag_says_so(codec: StateCodec) -> None:
+    rows = some_rows(codec, 3)
+    rows["learner"][1], rows["flags"][1] = 5, LEARNER
+    values = codec.encode(rows)
+    assert [len(value) - codec.bytes for value in values] == [0, 4 * 10, 0]
+    loaded = codec.decode(values)
+    assert loaded.rows.tobytes() == rows.tobytes()
+    assert codec.decode([values[1][: codec.bytes], values[0] + bytes(40)]).origins.tolist() == [Origin.CORRUPT] * 2
 
 
 def test_every_commit_has_a_new_token_even_of_the_same_state(codec: StateCodec) -> None:

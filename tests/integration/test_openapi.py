@@ -21,6 +21,7 @@ from service.settings import Settings
 ROUTES = {
     ("POST", "/v1/events"),
     ("POST", "/v1/streams/{stream_id}/events"),
+    ("POST", "/v1/streams/{stream_id}/accept"),
     ("GET", "/v1/streams"),
     ("GET", "/v1/streams/{stream_id}"),
     ("DELETE", "/v1/streams/{stream_id}"),
