@@ -30,6 +30,7 @@ def serve(
     redis_url: Annotated[str | None, typer.Option(help="A Redis >= 7.0 or Valkey. Default: an embedded valkey-server.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Data of the embedded store. Default ./onset-data.")] = None,
     alpha: Annotated[float | None, typer.Option(help="False onsets per event of a normal stream. Default 0.001.")] = None,
+    strict: Annotated[bool | None, typer.Option("--strict", help="No learning allowance for new streams.")] = None,
 ) -> None:
     """Serve the REST API until SIGTERM or Ctrl-C; what was accepted is finished first."""
     # In force until uvicorn's own handler is, and again after it: a stop while starting ends at once (process 1 of a container would
@@ -43,6 +44,7 @@ def serve(
     from service.settings import Settings  # noqa: PLC0415
 
     given: dict[str, Any] = {"model": model, "host": host, "port": port, "redis_url": redis_url, "data_dir": data_dir, "alpha": alpha}
+    given["strict"] = strict
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
         logs.configure(settings.log_level, settings.log_json)
@@ -102,6 +104,7 @@ def backtest(
     out: Annotated[Path, typer.Option(help="Folder for the scores: one CSV per input, of the same relative path.")],
     model: Annotated[Path | None, typer.Option(help="A model file, or a folder that holds one. Default: the detector that ships.")] = None,
     alpha: Annotated[float, typer.Option(min=1e-9, max=0.499, help="False onsets per event of a normal stream.")] = 1e-3,
+    strict: Annotated[bool, typer.Option("--strict", help="No learning allowance for new streams.")] = False,
     timestamp: Annotated[str | None, typer.Option(help="Name of the timestamp column. Default: found by name.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be given again.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")] = None,
@@ -109,10 +112,11 @@ def backtest(
     """Score whole files as the service would have, without a server."""
     from service.backtest import command  # noqa: PLC0415
     from service.errors import OnsetError  # noqa: PLC0415
+    from service.policy import Policy  # noqa: PLC0415
     from service.settings import SHIPPED_MODELS  # noqa: PLC0415
 
     try:
-        command(inputs, model or SHIPPED_MODELS, out, alpha, timestamp, exclude or [], json_file)
+        command(inputs, model or SHIPPED_MODELS, out, Policy(alpha=alpha, strict=strict), timestamp, exclude or [], json_file)
     except OnsetError as error:
         _refuse(error.detail)
 

@@ -159,6 +159,8 @@ class Door:
                 "sha256": scorer.detector.sha256,
                 "providers": scorer.detector.providers,
                 "alpha": scorer.policy.alpha,
+                "strict": scorer.policy.strict,
+                "expected_false_alarms": scorer.policy.promise(scorer.detector.manifest.warmup),
                 "default": name == self._default,
             }
             for name, scorer in self._scorers.items()

@@ -12,6 +12,7 @@ import importlib.metadata
 import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import structlog
 from fastapi import FastAPI
@@ -90,9 +91,9 @@ class Service:
     def _start_scorers(self, store: StateStore) -> None:
         settings = self.settings
         limits = Limits(settings.max_queue_events, settings.max_streams, settings.max_future_seconds, settings.result_ttl_seconds)
-        policy = Policy(alpha=settings.alpha, accept_after=settings.accept_after or math.inf)
+        policy = Policy(alpha=settings.asked_alpha, strict=settings.strict, accept_after=settings.accept_after or math.inf)
         for name, detector in self.detectors.items():
-            self.scorers[name] = Scorer(detector, policy, store, self.metrics, limits)
+            self.scorers[name] = Scorer(detector, replace(policy, tau=detector.manifest.age_constant), store, self.metrics, limits)
             self.scorers[name].start()
 
     async def _open(self, store: RedisStore, stack: contextlib.AsyncExitStack) -> None:

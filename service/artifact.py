@@ -113,6 +113,11 @@ class Manifest(_Frozen):
         return tuple(feature.name for feature in self.features)
 
     @property
+    def age_constant(self) -> float:
+        """τ of the calibration: false onsets of a stream's n-th event are 1 + τ/n times as frequent as those of an old stream."""
+        return float(self.calibration.get("tau", 0.0))
+
+    @property
     def filename(self) -> str:
         return f"{self.name}-{self.version}.onnx"
 

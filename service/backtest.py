@@ -19,7 +19,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -273,12 +273,13 @@ def csv_rows(timestamps: Sequence[str], scored: Scored) -> Iterator[tuple[object
 
 
 def command(
-    inputs: Sequence[Path], model: Path, out: Path, alpha: float, timestamp: str | None, exclude: Sequence[str], json_file: Path | None
+    inputs: Sequence[Path], model: Path, out: Path, policy: Policy, timestamp: str | None, exclude: Sequence[str], json_file: Path | None
 ) -> None:
     """What `python -m service backtest` does. Raises ArtifactError, TableError."""
     console = plain_width(Console())
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude), unsorted=True)
-    report = run(inputs, _one(model), Policy(alpha=alpha), out, options)
+    detector = _one(model)
+    report = run(inputs, detector, replace(policy, tau=detector.manifest.age_constant), out, options)
     console.print(_summary(report))
     console.print(f"{report.rows:,} rows in {report.seconds:.1f} s, {report.rows / report.seconds:,.0f} rows/s, written to {out}")
     late = sum(tally.late for tally in report.tallies)

@@ -23,6 +23,9 @@ class Metrics:
         # Counter: events that were anomalous (p < alpha) and alerts that opened. Alerts above the asked rate: see the calibration page.
         self.anomalies = Counter("onset_anomalies", "Events rarer than the asked rate.", ["model"], registry=registry)
         self.onsets = Counter("onset_onsets", "Alerts opened.", ["model"], registry=registry)
+        # Counter: false alarms that the asked rate allows for the events scored so far, learning allowance included. onset_onsets beyond
+        # twice this, over days: something is really wrong, or alpha does not hold for these streams.
+        self.expected = Counter("onset_expected_false_alarms", "False alarms the asked rate allows.", ["model"], registry=registry)
         # Counter: alerts accepted as the new normal, by call or by age (ONSET_ACCEPT_AFTER). Each is in the log with its stream.
         self.accepted = Counter("onset_accepted", "Alerts accepted as the new normal.", ["model", "by"], registry=registry)
         # Histogram: where the time of a batch goes. load and commit grow: the store; step grows: the model or a busy processor.

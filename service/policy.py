@@ -1,7 +1,11 @@
 """p-values → verdicts: score, decision, severity, direction, and when an alert opens and closes. Pure and vectorised.
 
-    anomaly_score = log p / log α        1 = as rare as asked for, 2 = α², for every model and stream
-    alert_score   = log onset_p / log α  the same where an anomaly begins, 0 elsewhere; > 1 opens an alert
+    anomaly_score = log p / log α          1 = as rare as asked for, 2 = α², for every model and stream
+    alert_score   = log onset_p / log α_n  the same where an anomaly begins, 0 elsewhere; > 1 opens an alert
+
+Both p-values keep their promise at every age of a stream. α_n = α · g(n)^(1 - w) is what an alert may spend at the n-th event: while
+a stream is new its normal novelties are larger, g(n) = 1 + τ/n times as frequent, and so are the anomalies worth seeing. Strict
+(w = 1) is α always; the learning allowance (w = 1/2) lets a new stream alert more often, by a stated number.
 
 A run of errors begins with an event rarer than α (or an onset) and ends after `recovery` ordinary events in a row; an open alert
 closes with its run.
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +36,9 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 UP, DOWN, BOTH, NO_DIRECTION = range(4)
 SEVERITY_STEPS = (1.0, 1.5, 2.0)
 """Scores above which an anomaly is minor, major and critical: p < α, α^1.5, α²."""
+ALLOWANCE = 0.5
+"""The exponent 1 - w of g(n) that a new stream may spend; τ comes from the model's calibration."""
+LARGEST_ALPHA = 0.5
 THRESHOLD = 1.0
 """On every score of ours 1 means: as rare as the asked false-alarm rate."""
 CALM = 0.01
@@ -62,16 +69,34 @@ class Policy:
 
     alpha: float = 1e-3
     """False onsets per event of a normal stream."""
+    strict: bool = False
+    """No learning allowance: α from the first judged event on."""
     recovery: int = 10
     """Ordinary events in a row that end an anomaly."""
     prior_events: float = 1000.0
     """Events after which a stream's own evidence weighs as much as the pooled prior (confidence 0.5)."""
+    tau: float = 0.0
+    """Age constant of the model's calibration: a stream's n-th event is 1 + τ/n times as likely to start a false alarm as a late one."""
+
     settled: int = 500
     """Events before which no state is frozen: a stream this young does not know yet what is normal for it."""
     passing: int = 250
     """Events after which an open alert is a lasting fault: nothing of it is learned unless it is accepted."""
     accept_after: float = math.inf
     """Seconds (of the events' own time) after which a running anomaly is accepted as the new normal by itself."""
+
+    def onset_alpha(self, version: NDArray[Any]) -> NDArray[np.float32]:
+        """α_n: what onsets at a stream's n-th events are compared with."""
+        if self.strict:
+            return np.full(len(version), self.alpha, np.float32)
+        growth = 1 + self.tau / np.maximum(version.astype(np.float64), 1)
+        return np.minimum(self.alpha * growth**ALLOWANCE, LARGEST_ALPHA).astype(np.float32)
+
+    def promise(self, warmup: int) -> dict[str, float]:
+        """False alarms that the setting means for one normal stream, and how many of them its first 10,000 events may add."""
+        events = np.arange(warmup + 1, 10_001)
+        extra = float((self.onset_alpha(events) - np.float32(self.alpha)).sum(dtype=np.float64))
+        return {"per_stream_and_1000_events": 1000 * self.alpha, "extra_while_learning": round(extra, 3)}
 
     def confidence(self, version: NDArray[np.uint64]) -> Float64:
         events = version.astype(np.float64)
@@ -86,7 +111,7 @@ class Policy:
         alpha = np.float32(self.alpha)
         known = accepted | (was_open & (onset_p >= before["peak"] * np.float32(ESCALATION)))
         onset_p = np.where(known, np.float32(1), onset_p)  # NaN is not known
-        opened = onset_p < alpha
+        opened = onset_p < self.onset_alpha(rows["version"][slots] + np.uint64(1))
         stirred = opened | (p_value < np.where(frozen | accepted, np.float32(max(self.alpha, CALM)), alpha))
         quiet = np.where(stirred, 0, np.minimum(before["quiet"], 2**32 - 2) + ~np.isnan(p_value))  # no value is no evidence
         over = quiet >= self.recovery
@@ -121,7 +146,7 @@ class Policy:
 def judge(records: Rows) -> Verdicts:
     """Verdicts for N records, each against the α it was scored with."""
     anomaly_score = _score(records["p_value"], records["alpha"])
-    alert_score = _score(records["onset_p"], records["alpha"])
+    alert_score = _score(records["onset_p"], records["onset_alpha"])
     highest = np.fmax(np.nan_to_num(anomaly_score), np.nan_to_num(alert_score))
     lasting = records["flags"] & LASTING != 0
     is_anomaly = (highest > THRESHOLD) | lasting

@@ -32,9 +32,11 @@ class Answers:
     kinds: list[int]
     anomalies: int
     onsets: int
+    expected: float
+    """Onsets that the asked rate allows among the judged events."""
 
     def part(self, start: int, stop: int) -> Answers:
-        return Answers(self.rows[start:stop], self.kinds[start:stop], 0, 0)
+        return Answers(self.rows[start:stop], self.kinds[start:stop], 0, 0, 0.0)
 
 
 class Replies:
@@ -72,6 +74,7 @@ class Replies:
             kinds=columns[0],
             anomalies=int((scored & (verdicts.anomaly_score > THRESHOLD)).sum()),
             onsets=int((scored & (verdicts.alert_score > THRESHOLD)).sum()),
+            expected=float(records["onset_alpha"][scored & ~np.isnan(records["onset_p"])].sum(dtype=np.float64)),
         )
 
     def results(self, events: Sequence[Event], answers: Answers, *, top_contributors: int) -> list[Result]:

@@ -51,7 +51,7 @@ class Outcomes:
         records = np.zeros(len(readings), dtype)
         for name in ("p_value", "onset_p", "started_at"):
             records[name] = np.nan
-        records["alpha"], records["timestamp"], records["key"] = alpha, readings.timestamp, readings.key
+        records["alpha"], records["onset_alpha"], records["timestamp"], records["key"] = alpha, alpha, readings.timestamp, readings.key
         return cls(records, np.full(len(readings), Kind.REPEATED, np.uint8))
 
 
@@ -155,6 +155,7 @@ def _step(
         state[begun] = _frozen(detector, rows, at[begun], begun, inputs, alpha)
     rows["learner"][at[learners]] = np.where((after[learners] & LEARNER != 0)[:, None], learned, 0)
     record = _record(rows, at, x, alpha, timestamp, readings.sequence[positions], readings.key[positions], out)
+    record["onset_alpha"] = policy.onset_alpha(record["version"])
     rows["vector"][at] = state
     rows["version"][at] = record["version"]
     # In every model of ours version counts events, so version % SEEN walks the ring.

@@ -169,6 +169,7 @@ class Scorer:
         answers = self._replies.judged(await self._run(readings))
         self._metrics.anomalies.labels(self.detector.name).inc(answers.anomalies)
         self._metrics.onsets.labels(self.detector.name).inc(answers.onsets)
+        self._metrics.expected.labels(self.detector.name).inc(answers.expected)
         parts, start = [], 0
         for submission in submissions:
             parts.append(answers.part(start, start + len(submission)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+PERIODS = {"hour": 3600, "day": 86_400, "week": 604_800, "month": 2_592_000}
 SHIPPED_MODELS = Path(__file__).parent / "models"
 
 
@@ -28,6 +30,12 @@ class Settings(BaseSettings):
     """Where the embedded store keeps its data."""
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
     """The asked false-alarm rate: false onsets per event of a normal stream."""
+    cadence_seconds: Annotated[float | None, Field(gt=0)] = None
+    """Seconds between two events of a stream, for `false_alarms`."""
+    false_alarms: str = ""
+    """The same rate for people: "1 per week" (hour, day, week, month) and stream; needs `cadence_seconds` and takes the place of alpha."""
+    strict: bool = False
+    """Keep to alpha from the first event on; otherwise a new stream may spend a stated learning allowance on top (docs/api.md)."""
     accept_after: Annotated[float, Field(ge=0)] = 0
     """Seconds (of the events' own time) after which a lasting anomaly is taken for the new normal; 0 = only when someone says so."""
     state_ttl_seconds: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
@@ -50,3 +58,27 @@ class Settings(BaseSettings):
     """How long a stopping service finishes what it has accepted."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = True
+
+    @property
+    def asked_alpha(self) -> float:
+        """False onsets per event: `alpha`, or what `false_alarms` means at the stated cadence."""
+        return _per_event(self.false_alarms, self.cadence_seconds or 0) if self.false_alarms else self.alpha
+
+    @field_validator("false_alarms")
+    @classmethod
+    def _means_a_rate(cls, value: str, info: ValidationInfo) -> str:
+        cadence = info.data.get("cadence_seconds")
+        if not value:
+            return value
+        if not re.fullmatch(rf"\d+(\.\d+)? per ({'|'.join(PERIODS)})", value):
+            raise ValueError("it reads like '1 per week' (hour, day, week, month)")
+        if cadence is None:
+            raise ValueError("it needs ONSET_CADENCE_SECONDS, the seconds between two events of a stream")
+        if not 0 < _per_event(value, cadence) < 0.5:
+            raise ValueError(f"with an event every {cadence:g} s it means {_per_event(value, cadence):g} false alarms per event")
+        return value
+
+
+def _per_event(false_alarms: str, cadence: float) -> float:
+    number, _, period = false_alarms.split()
+    return float(number) * cadence / PERIODS[period]

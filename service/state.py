@@ -78,7 +78,8 @@ def record_dtype(features: int) -> np.dtype[Any]:
             ("started_at", "<f8"),  # when the running anomaly began, NaN = none runs
             ("p_value", "<f4"),  # NaN while warming up
             ("onset_p", "<f4"),
-            ("alpha", "<f4"),
+            ("alpha", "<f4"),  # asked for: what p_value is compared with
+            ("onset_alpha", "<f4"),  # what onset_p is compared with: alpha, and more while a stream is new
             ("flags", "<u4"),  # of the stream after this event
             *per_feature,
         ]

@@ -15,7 +15,7 @@ CODEC = StateCodec(features=2, state_size=1, model=1)
 
 def record(p: float, onset_p: float = 1.0, alpha: float = 1e-3) -> Rows:
     records = np.zeros(1, CODEC.record)
-    records["p_value"], records["onset_p"], records["alpha"] = p, onset_p, alpha
+    records["p_value"], records["onset_p"], records["alpha"], records["onset_alpha"] = p, onset_p, alpha, alpha
     records["contribution"] = [0.9, 0.1]
     records["lower"], records["upper"] = -1, 1
     return records
@@ -158,3 +158,28 @@ def test_an_event_of_a_lasting_fault_is_anomalous_though_less_rare_than_its_onse
     assert verdict.severity[0] == 1
     assert 0 < verdict.grade[0] < 1
     assert verdict.anomaly_score[0] == judge(calm).anomaly_score[0]
+
+
+def test_the_allowance_is_spent_while_a_stream_is_new_and_strict_spends_none() -> None:
+    ages = np.array([100, 1000, 10**8], np.uint64)
+    allowed = Policy(alpha=1e-3, tau=1500.0).onset_alpha(ages)
+    assert allowed == pytest.approx([4e-3, 1e-3 * 2.5**0.5, 1e-3], rel=1e-3)
+    assert (Policy(alpha=1e-3, tau=1500.0, strict=True).onset_alpha(ages) == np.float32(1e-3)).all()
+
+
+def test_an_alert_opens_exactly_when_its_score_is_above_one() -> None:
+    for strict, opens in ((False, True), (True, False)):
+        policy, rows = Policy(alpha=1e-3, tau=1500.0, strict=strict), CODEC.fresh(1)
+        rows["version"] = 99
+        onset_p = np.array([2e-3], np.float32)
+        policy.track(rows, np.array([0]), np.array([0.0]), np.array([0.5], np.float32), onset_p)
+        records = record(0.5, 2e-3)
+        records["onset_alpha"] = policy.onset_alpha(np.array([100]))
+        assert bool(rows["flags"][0] & ALERT_OPEN) == opens == bool(judge(records).alert_score[0] > 1)
+
+
+def test_what_the_setting_means_is_stated() -> None:
+    stated = Policy(alpha=1e-3, tau=1500.0).promise(warmup=100)
+    assert stated["per_stream_and_1000_events"] == 1
+    assert 2 < stated["extra_while_learning"] < 4
+    assert Policy(alpha=1e-3, tau=1500.0, strict=True).promise(warmup=100)["extra_while_learning"] == 0

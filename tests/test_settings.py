@@ -1,0 +1,30 @@
+"""The one knob: a false-alarm rate per event, or per stream and week at a stated cadence."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings
+
+
+def test_a_rate_for_people_becomes_a_rate_per_event() -> None:
+    assert Settings(false_alarms="1 per week", cadence_seconds=300).asked_alpha == pytest.approx(1 / 2016)
+    assert Settings(false_alarms="0.5 per day", cadence_seconds=60).asked_alpha == pytest.approx(0.5 / 1440)
+    assert Settings(alpha=2e-3).asked_alpha == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"false_alarms": "1 per week"}, "ONSET_CADENCE_SECONDS"),
+        ({"false_alarms": "weekly", "cadence_seconds": 60}, "reads like"),
+        ({"false_alarms": "1 per hour", "cadence_seconds": 3600}, "1 false alarms per event"),
+    ],
+)
+def test_a_rate_that_means_nothing_is_refused_by_name(given: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate(given)
+    (error,) = caught.value.errors()
+    assert error["loc"] == ("false_alarms",)
+    assert said in error["msg"]
