@@ -131,6 +131,12 @@ class Door:
     async def list_streams(self, request: Request) -> Response:
         """A page of streams with their last results."""
         scorer = self._scorer(request)
+        silent = _query(request, "silent")
+        if silent not in (None, "true", "false"):
+            raise BadParameter(f"silent is {silent[:64]!r}; it is true or false.", "silent")
+        if silent == "true":
+            found = await scorer.silent_streams(_number(request, "limit", 100, 1, MAX_PAGE))
+            return Response(msgspec.json.encode({"streams": found, "next_cursor": None}), media_type=JSON)
         cursor = request.query_params.get("cursor", "")
         if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 20):
             raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor")

@@ -84,6 +84,10 @@ class Service:
             self._start_scorers(store)
             stack.push_async_callback(self._drain)
             await self._open(store, stack)
+            if self.settings.silence:
+                for scorer in self.scorers.values():
+                    sweeper = scorer.sweeper(self.settings.state_ttl_seconds)
+                    stack.push_async_callback(_cancelled, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
             yield self
             self._closing = True
             await self.ready()
@@ -91,7 +95,9 @@ class Service:
     def _start_scorers(self, store: StateStore) -> None:
         settings = self.settings
         limits = Limits(settings.max_queue_events, settings.max_streams, settings.max_future_seconds, settings.result_ttl_seconds)
-        policy = Policy(alpha=settings.asked_alpha, strict=settings.strict, accept_after=settings.accept_after or math.inf)
+        policy = Policy(
+            alpha=settings.asked_alpha, strict=settings.strict, silence=settings.silence, accept_after=settings.accept_after or math.inf
+        )
         for name, detector in self.detectors.items():
             self.scorers[name] = Scorer(detector, replace(policy, tau=detector.manifest.age_constant), store, self.metrics, limits)
             self.scorers[name].start()

@@ -77,6 +77,8 @@ class Result(msgspec.Struct, frozen=True, gc=False):
     state_version: int
     duplicate: bool
     late: bool
+    silent_since: float | None = None
+    """Of a stream looked up or listed: time of its last event, where it has been silent for improbably long since."""
 
 
 def shown(value: Any) -> str:

@@ -28,6 +28,10 @@ class Metrics:
         self.expected = Counter("onset_expected_false_alarms", "False alarms the asked rate allows.", ["model"], registry=registry)
         # Counter: alerts accepted as the new normal, by call or by age (ONSET_ACCEPT_AFTER). Each is in the log with its stream.
         self.accepted = Counter("onset_accepted", "Alerts accepted as the new normal.", ["model", "by"], registry=registry)
+        # Gauge: live streams that are silent for improbably long, as the store has them (the same on every replica). Many at once: a
+        # sender or a network is down. Counter: silences that this replica raised; each is in the log with its stream.
+        self.silent = Gauge("onset_streams_silent", "Streams silent for improbably long.", ["model"], registry=registry)
+        self.silences = Counter("onset_silences", "Silences raised.", ["model"], registry=registry)
         # Histogram: where the time of a batch goes. load and commit grow: the store; step grows: the model or a busy processor.
         self.stage = Histogram("onset_stage_seconds", "Time of a batch by stage.", ["stage"], buckets=_SECONDS, registry=registry)
         # Histogram: from an accepted request to its answer.

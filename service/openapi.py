@@ -133,6 +133,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
                 [
                     _parameter("cursor", "query", {"type": "string", "pattern": "^[0-9]{1,19}$"}, "next_cursor of the page before."),
                     _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}, "About how many."),
+                    _parameter("silent", "query", {"type": "boolean"}, "true: one page of streams silent for improbably long."),
                     model,
                 ],
                 {"200": _json({"type": "object", "required": ["streams", "next_cursor"], "properties": _PAGE}, "A page.")},

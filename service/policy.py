@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.events import Direction, Severity
-from service.state import ACCEPTED, ALERT_OPEN, EXPIRED, FROZEN, LASTING, LEARNER, Rows
+from service.state import ACCEPTED, ALERT_OPEN, EXPIRED, FROZEN, LASTING, LEARNER, SILENT, Rows
 
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -82,6 +82,8 @@ class Policy:
     """Events before which no state is frozen: a stream this young does not know yet what is normal for it."""
     passing: int = 250
     """Events after which an open alert is a lasting fault: nothing of it is learned unless it is accepted."""
+    silence: bool = True
+    """Whether streams are waited for, see silence.py."""
     accept_after: float = math.inf
     """Seconds (of the events' own time) after which a running anomaly is accepted as the new normal by itself."""
 
@@ -138,7 +140,7 @@ class Policy:
             return False
         if flags & LEARNER:
             row["vector"] = row["learner"]
-        row["learner"], row["flags"], row["started_at"] = 0, ACCEPTED, np.nan
+        row["learner"], row["flags"], row["started_at"] = 0, ACCEPTED | flags & SILENT, np.nan
         row["quiet"] = row["lasting"] = row["peak"] = 0
         return True
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from service import cadence
 from service.detector import Detector, StepOutput
 from service.events import Readings
 from service.policy import Policy
@@ -141,6 +142,8 @@ def _step(
     """Step distinct streams `rows[at]` by the readings at `positions`, and keep the results in both."""
     x, alpha = readings.x[positions], np.full(len(at), policy.alpha, np.float32)
     inputs = (x, _time_features(timestamp, rows["last"]["timestamp"][at]))
+    cadence.learn(rows, at, timestamp - rows["last"]["timestamp"][at])
+    rows["silent_since"][at] = np.nan
     before = rows["flags"][at]
     learners = np.flatnonzero(before & LEARNER)
     out, learned = _judged(detector, rows, at, learners, inputs, alpha)

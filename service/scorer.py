@@ -21,6 +21,7 @@ from typing import cast
 
 import numpy as np
 import structlog
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from service.batcher import Batcher
@@ -32,7 +33,8 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.results import Answers, Replies
 from service.rounds import Kind, Outcomes, Positions, advance
-from service.state import EXPIRED, Loaded, Origin, Rows, StateCodec
+from service.silence import Sweeper, waits
+from service.state import EXPIRED, SILENT, Loaded, Origin, Rows, StateCodec
 from service.stores import StateStore, Write
 
 ATTEMPTS = 3
@@ -130,6 +132,16 @@ class Scorer:
         values = await self._store.load(self.detector.name, page.stream_ids) if page.stream_ids else []
         return self._summaries(page.stream_ids, values), page.cursor
 
+    async def silent_streams(self, limit: int) -> list[Result]:
+        """Last results of at most `limit` streams that are silent for improbably long."""
+        _, stream_ids = await self._store.silent(self.detector.name, limit)
+        values = await self._store.load(self.detector.name, stream_ids) if stream_ids else []
+        return [result for result in self._summaries(stream_ids, values) if result.silent_since is not None]
+
+    def sweeper(self, state_ttl: float) -> Sweeper:
+        """What looks for its silent streams."""
+        return Sweeper(self.detector.name, self._codec, self.policy, self._store, self._metrics, state_ttl, clock=self._clock)
+
     async def accept(self, stream_id: str) -> Result:
         """Take what the stream is alerted about for its new normal; without an open alert nothing changes. Returns the stream's summary.
 
@@ -221,11 +233,12 @@ class Scorer:
             return lost
         loaded.rows["trail_until"][events > 1] = self._clock() + self._limits.result_ttl_seconds
         rows = loaded.rows[changed]
+        watches = waits(rows, self.policy.alpha, self._clock()) if self.policy.silence else [None] * len(rows)
         values = self._codec.encode(rows)
         trails = self._new_trails(scored, slots, events, outcomes)
         writes = [
-            Write(stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""))
-            for slot, value in zip(changed.tolist(), values, strict=True)
+            Write(stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""), watch)
+            for slot, value, watch in zip(changed.tolist(), values, watches, strict=True)
         ]
         written = np.array(await self._store.commit(self.detector.name, writes), np.bool_)
         lost[changed] = ~written
@@ -317,7 +330,11 @@ class Scorer:
         records["flags"], records["started_at"] = rows["flags"], rows["started_at"]
         outcomes = Outcomes(records, np.full(len(rows), Kind.SCORED, np.uint8))
         events = [Event(stream_id=stream_id) for stream_id in stream_ids]
-        return self._replies.results(events, self._replies.judged(outcomes), top_contributors=10)
+        results = self._replies.results(events, self._replies.judged(outcomes), top_contributors=10)
+        for i in np.flatnonzero(rows["flags"] & SILENT).tolist():
+            severity = results[i].severity if results[i].severity != "none" else "minor"
+            results[i] = replace(results[i], silent_since=float(rows["silent_since"][i]), is_anomaly=True, severity=severity)
+        return results
 
     def _unknown(self, stream_id: str) -> UnknownStream:
         return UnknownStream(f"Model '{self.detector.name}' keeps no state of stream '{stream_id[:256]}'.")

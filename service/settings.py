@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     """The same rate for people: "1 per week" (hour, day, week, month) and stream; needs `cadence_seconds` and takes the place of alpha."""
     strict: bool = False
     """Keep to alpha from the first event on; otherwise a new stream may spend a stated learning allowance on top (docs/api.md)."""
+    silence: bool = True
+    """Whether a live stream that is silent for improbably long is raised."""
     accept_after: Annotated[float, Field(ge=0)] = 0
     """Seconds (of the events' own time) after which a lasting anomaly is taken for the new normal; 0 = only when someone says so."""
     state_ttl_seconds: Annotated[int, Field(ge=1)] = 30 * 24 * 3600

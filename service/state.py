@@ -14,7 +14,11 @@ A batch of values is one numpy structured array, so loading, judging and writing
     124     quiet u4              ordinary events since the last other one
     128     lasting u4 · peak f4  events since the alert opened · its rarest onset
     136     started_at f8         when the running anomaly began, NaN = none runs
-    144     last                  RECORD: the last event with its result, so that a resent event gets it again
+    144     gaps u4 · pace, pace_spread, pace_longest f4   the stream's cadence, see cadence.py
+    160     deadline f8           time of this machine until which silence is ordinary, 0 = nobody waits for the stream
+    168     watch_until f8        when the store's watch of the stream runs out, 0 = not watched
+    176     silent_since f8       last event's arrival, where the stream is silent; NaN = it is not
+    184     last                  RECORD: the last event with its result, so that a resent event gets it again
             vector S x f4         the detector's state, opaque
             learner S x f4        only while LEARNER is set: the state as if no alert were open
 
@@ -34,7 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 2
+FORMAT = 3
 HEAD = b"ON" + FORMAT.to_bytes(2, "little")
 TOKEN = slice(8, 24)
 """The bytes of a value that compare-and-set compares."""
@@ -52,6 +56,8 @@ EXPIRED = 16
 """With this event the alert was accepted because of its age."""
 LASTING = 32
 """The event is no ordinary one for a frozen state."""
+SILENT = 64
+"""The stream has been silent for improbably long. The next event clears it."""
 
 Rows = NDArray[Any]
 """A structured array, [B] of `value_dtype` or [N] of `record_dtype`."""
@@ -104,6 +110,13 @@ def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
             ("lasting", "<u4"),
             ("peak", "<f4"),
             ("started_at", "<f8"),
+            ("gaps", "<u4"),
+            ("pace", "<f4"),
+            ("pace_spread", "<f4"),
+            ("pace_longest", "<f4"),
+            ("deadline", "<f8"),
+            ("watch_until", "<f8"),
+            ("silent_since", "<f8"),
             ("last", record_dtype(features)),
             ("vector", "<f4", (state_size,)),
             ("learner", "<f4", (state_size,)),
@@ -144,7 +157,7 @@ class StateCodec:
         fresh = np.zeros(rows, self.value)
         fresh["head"], fresh["model"] = HEAD, self._model
         fresh["offset"] = fresh["last"]["sequence"] = -1
-        fresh["last"]["timestamp"] = fresh["last"]["started_at"] = fresh["started_at"] = np.nan
+        fresh["last"]["timestamp"] = fresh["last"]["started_at"] = fresh["started_at"] = fresh["silent_since"] = np.nan
         return fresh
 
     def decode(self, values: Sequence[bytes | None]) -> Loaded:

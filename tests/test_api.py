@@ -477,3 +477,10 @@ async def test_a_lasting_fault_is_accepted_over_http_as_often_as_one_likes(clien
         assert response.status_code == 200
         assert (response.json()["status"], response.json()["stream_id"]) == ("ready", "a/b")
     assert_problem(await client.post("/v1/streams/none/accept"), 404, "stream 'none'")
+
+
+async def test_silent_streams_can_be_listed(client: Client) -> None:
+    assert (await client.get("/v1/streams?silent=true")).json() == {"streams": [], "next_cursor": None}
+    await client.score(event())
+    assert len((await client.get("/v1/streams?silent=false")).json()["streams"]) == 1
+    assert_problem(await client.get("/v1/streams?silent=perhaps"), 422, "true or false", "silent")

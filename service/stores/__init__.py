@@ -3,6 +3,8 @@
 A stream's value and its trail:
 
     state key   one value, see `state.py`; replaced by every commit if its token is still the expected one
+    watch       of each stream that is waited for, the time at which it is due: a deadline, or SILENT + when a silent one is forgotten.
+                Written by the commit; a watch may be due too early (the value has the true deadline), never missing for long
     trail key   results of the stream's last commits of several events at once, so that a resent bulk gets its scores again;
                 at most TRAIL_COMMITS blobs, gone after the result TTL
 
@@ -16,11 +18,13 @@ holds the event's identity and result, so the same event sent again is answered 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 TRAIL_COMMITS = 8
+SILENT = 1e12
+"""Watches from here on are of silent streams."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Write:
     expected: bytes
     value: bytes
     trail: bytes = b""
+    watch: float | None = None
+    """When the stream is due (s), 0 = no longer watched, None = as it is."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,16 @@ class StateStore(Protocol):
         """Write each value if its stream is unchanged; says for each whether it was. Atomic for each stream; one round trip."""
 
     async def delete(self, model: str, stream_id: str) -> bool:
-        """Forget a stream with its trail; whether there was one."""
+        """Forget a stream with its trail and its watch; whether there was one."""
+
+    async def due(self, model: str, now: float, limit: int) -> list[str]:
+        """At most about `limit` streams whose watch is due at `now`, silent ones that should be forgotten by now among them."""
+
+    async def silent(self, model: str, limit: int) -> tuple[int, list[str]]:
+        """How many streams are watched as silent, and at most about `limit` of them."""
+
+    async def watch(self, model: str, times: Mapping[str, float]) -> None:
+        """Set the watches of streams outside a commit; 0 = no longer watched."""
 
     async def scan(self, model: str, cursor: str, limit: int) -> Page:
         """About `limit` stream ids from `cursor` on ("" = from the start). Every stream that stays is seen at least once."""

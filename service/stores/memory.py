@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from service.state import TOKEN
-from service.stores import TRAIL_COMMITS, Page, Write
+from service.stores import SILENT, TRAIL_COMMITS, Page, Write
 
 _Key = tuple[str, str]
 
@@ -20,6 +20,7 @@ class MemoryStore:
         self._clock = clock
         self._states: dict[_Key, tuple[float, bytes]] = {}
         self._trails: dict[_Key, tuple[float, list[bytes]]] = {}
+        self._watches: dict[_Key, float] = {}
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         return [self._value((model, stream_id)) for stream_id in stream_ids]
@@ -34,7 +35,22 @@ class MemoryStore:
         there = self._value((model, stream_id)) is not None
         self._states.pop((model, stream_id), None)
         self._trails.pop((model, stream_id), None)
+        self._watches.pop((model, stream_id), None)
         return there
+
+    async def due(self, model: str, now: float, limit: int) -> list[str]:
+        found = [
+            stream_id for (name, stream_id), due in self._watches.items() if name == model and (due <= now or SILENT <= due <= SILENT + now)
+        ]
+        return found[:limit]
+
+    async def silent(self, model: str, limit: int) -> tuple[int, list[str]]:
+        silent = [stream_id for (name, stream_id), due in self._watches.items() if name == model and due >= SILENT]
+        return len(silent), silent[:limit]
+
+    async def watch(self, model: str, times: Mapping[str, float]) -> None:
+        for stream_id, due in times.items():
+            self._watch((model, stream_id), due)
 
     async def scan(self, model: str, cursor: str, limit: int) -> Page:
         ids = sorted(stream_id for name, stream_id in self._states if name == model and self._value((name, stream_id)) is not None)
@@ -63,6 +79,14 @@ class MemoryStore:
             return False
         now = self._clock()
         self._states[key] = (now + self._state_ttl, write.value)
+        if write.watch is not None:
+            self._watch(key, write.watch)
         if write.trail:
             self._trails[key] = (now + self._result_ttl, [*self._trail(key), write.trail][-TRAIL_COMMITS:])
         return True
+
+    def _watch(self, key: _Key, due: float) -> None:
+        if due:
+            self._watches[key] = due
+        else:
+            self._watches.pop(key, None)

@@ -4,6 +4,7 @@ Keys (each name once, here):
 
     onset:{SHARD}:MODEL:STREAM     a stream's value                SHARD = crc32(stream id) % 256, three digits, a hash tag:
     onset:{SHARD}:~MODEL:STREAM    its trail, a list of blobs      a shard's keys share one slot of a cluster
+    onset:{SHARD}:!MODEL           a shard's watches, a sorted set of stream ids by time
 
 Load is one MGET, commit one call of the server-side function in commit.lua. The client never retries by itself: whether a lost
 commit was applied is for the sender to find out, by sending the same event ids again.
@@ -12,10 +13,11 @@ commit was applied is for the sender to find out, by sending the same event ids 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import struct
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,10 +29,10 @@ from redis.exceptions import ConnectionError, ReadOnlyError, RedisError, Respons
 from redis.maint_notifications import MaintNotificationsConfig
 
 from service.errors import StoreUnavailable
-from service.stores import TRAIL_COMMITS, Page, Write
+from service.stores import SILENT, TRAIL_COMMITS, Page, Write
 
 SHARDS = 256
-FUNCTION = "onset_commit_v2"
+FUNCTION = "onset_commit_v3"
 """With the library in commit.lua renamed whenever its arguments change: replicas of two versions may share a server."""
 LIBRARY = Path(__file__).with_name("commit.lua")
 COMMIT_STREAMS, COMMIT_BYTES = 512, 4 * 1024 * 1024
@@ -46,6 +48,7 @@ KEYS_CACHED = 65_536
 T = TypeVar("T")
 
 _GLOB = re.compile(rb"[*?\[\]\\^]")
+_WATCH = struct.Struct("<Id")
 _FRAME = struct.Struct("<I16sI")  # of one stream in a commit, see commit.lua
 
 
@@ -56,6 +59,10 @@ def state_key(model: str, stream_id: str) -> bytes:
 
 def trail_key(model: str, stream_id: str) -> bytes:
     return b"onset:{%03d}:~%s:%s" % (_shard(stream_id), model.encode(), stream_id.encode())
+
+
+def watch_key(model: str, shard: int) -> bytes:
+    return b"onset:{%03d}:!%s" % (shard, model.encode())
 
 
 def _shard(stream_id: str) -> int:
@@ -109,11 +116,14 @@ class RedisStore:
         done: list[bool] = []
         for part in _calls(writes):
             trails = [(i, write) for i, write in enumerate(part, 1) if write.trail]
+            watches = [(i, write) for i, write in enumerate(part, 1) if write.watch is not None]
             keys = [state_key(model, write.stream_id) for write in part] + [trail_key(model, write.stream_id) for _, write in trails]
+            keys += [watch_key(model, _shard(write.stream_id)) for _, write in watches]
             frames = b"".join(_FRAME.pack(len(write.expected), write.expected, len(write.value)) for write in part)
             values = b"".join([write.value for write in part])
             blobs = [i.to_bytes(4, "little") + write.trail for i, write in trails]
-            outcome = await self._call(len(keys), [*keys, *self._ttls, len(part), frames, values, *blobs])
+            blobs += [_WATCH.pack(i, write.watch) + write.stream_id.encode() for i, write in watches]
+            outcome = await self._call(len(keys), [*keys, *self._ttls, len(part), frames, values, len(trails), *blobs])
             done += [bool(written) for written in outcome]
         return done
 
@@ -122,6 +132,7 @@ class RedisStore:
             async with self._client.pipeline(transaction=True) as pipeline:
                 pipeline.delete(state_key(model, stream_id))
                 pipeline.delete(trail_key(model, stream_id))
+                pipeline.zrem(watch_key(model, _shard(stream_id)), stream_id.encode())
                 return bool((await pipeline.execute())[0])
 
         return await self._ask(ask)
@@ -146,12 +157,49 @@ class RedisStore:
         ids = [key[match.end() :].decode() for key in keys if (match := prefix.match(key))]
         return Page(list(dict.fromkeys(ids)), str(position) if position else "")
 
+    async def due(self, model: str, now: float, limit: int) -> list[str]:
+        return (await self._watched(model, ((0.0, now), (SILENT, SILENT + now)), limit))[:limit]
+
+    async def silent(self, model: str, limit: int) -> tuple[int, list[str]]:
+        async def ask() -> int:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for shard in range(SHARDS):
+                    pipeline.zcount(watch_key(model, shard), SILENT, "+inf")
+                return sum(cast("list[int]", await pipeline.execute()))
+
+        total = await self._ask(ask)
+        return total, (await self._watched(model, ((SILENT, math.inf),), limit))[:limit] if total and limit else []
+
+    async def watch(self, model: str, times: Mapping[str, float]) -> None:
+        async def ask() -> None:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for stream_id, time in times.items():
+                    key = watch_key(model, _shard(stream_id))
+                    if time:
+                        pipeline.zadd(key, {stream_id.encode(): time})
+                    else:
+                        pipeline.zrem(key, stream_id.encode())
+                await pipeline.execute()
+
+        if times:
+            await self._ask(ask)
+
+    async def _watched(self, model: str, ranges: Sequence[tuple[float, float]], limit: int) -> list[str]:
+        async def ask() -> list[list[bytes]]:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for shard in range(SHARDS):
+                    for least, most in ranges:
+                        pipeline.zrangebyscore(watch_key(model, shard), least, most, start=0, num=limit)
+                return cast("list[list[bytes]]", await pipeline.execute())
+
+        return [member.decode() for members in await self._ask(ask) for member in members]
+
     async def count(self) -> int:
         return int(await self._ask(self._client.dbsize))
 
     async def ping(self) -> None:
         await self._call(
-            0, [*self._ttls, 0, b"", b""]
+            0, [*self._ttls, 0, b"", b"", 0]
         )  # a commit of nothing: refused where a real one would be (replica, full memory or disk)
 
     async def close(self) -> None:

@@ -14,7 +14,7 @@ import redis.asyncio as redis
 
 from service.errors import StoreUnavailable
 from service.state import TOKEN
-from service.stores import TRAIL_COMMITS, StateStore, Write
+from service.stores import SILENT, TRAIL_COMMITS, StateStore, Write
 from service.stores.memory import MemoryStore
 from service.stores.redis import COMMIT_BYTES, COMMIT_STREAMS, RedisStore, state_key, trail_key
 from tests.servers import Valkey
@@ -164,6 +164,37 @@ async def test_models_do_not_share_streams(store: StateStore) -> None:
     assert await store.delete("two", "a")
     assert await store.load("one", ["a"]) == [mine]
     assert (await store.scan("two", "", 10)).stream_ids == []
+
+
+async def test_a_watch_is_written_with_the_value_or_not_at_all(store: StateStore) -> None:
+    first = value()
+    assert await store.commit(MODEL, [Write("a", b"", first, b"trail", watch=100.5), Write("b", b"", value(), watch=300.0)]) == [True, True]
+    assert await store.commit(MODEL, [Write("a", b"", value(), watch=0.0), Write("b", b"x" * 16, value(), watch=1.0)]) == [False, False]
+    assert await store.due(MODEL, 100.4, 10) == []
+    assert await store.due(MODEL, 100.5, 10) == ["a"]
+    assert sorted(await store.due(MODEL, 300.0, 10)) == ["a", "b"]
+    assert len(await store.due(MODEL, 300.0, 1)) == 1
+    assert await store.due("other", 300.0, 10) == []
+    second = value()
+    assert await store.commit(MODEL, [Write("a", first[TOKEN], second)]) == [True]
+    assert await store.due(MODEL, 200.0, 10) == ["a"], "None leaves the watch as it is"
+    assert await store.commit(MODEL, [Write("a", second[TOKEN], value(), b"trail", watch=0.0)]) == [True]
+    assert await store.due(MODEL, 300.0, 10) == ["b"]
+
+
+async def test_watches_can_be_moved_ended_and_counted_as_silent(store: StateStore) -> None:
+    now = 1.8e9
+    names = [*WEIRD, *(f"s{i}" for i in range(300))]
+    assert all(await store.commit(MODEL, [Write(name, b"", value(), watch=now) for name in names]))
+    assert sorted(await store.due(MODEL, now, 1000)) == sorted(names)
+    await store.watch(MODEL, dict.fromkeys(names[:11], now + 1) | {names[11]: 0.0, names[12]: SILENT + now + 5})
+    await store.watch(MODEL, {})
+    assert sorted(await store.due(MODEL, now, 1000)) == sorted(names[13:])
+    assert await store.silent(MODEL, 10) == (1, [names[12]])
+    assert await store.silent(MODEL, 0) == (1, [])
+    assert names[12] in await store.due(MODEL, now + 5, 1000), "a silent stream is due when it is to be forgotten"
+    assert await store.delete(MODEL, names[12])
+    assert await store.silent(MODEL, 10) == (0, [])
 
 
 async def test_deleting_forgets_the_trail_too(store: StateStore) -> None:

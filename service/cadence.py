@@ -1,0 +1,56 @@
+"""How often a stream speaks, learned from its gaps; and how long a silence must be to be improbable. Pure, O(1), vectorised.
+
+A stream's log gaps have a running mean and spread, and a longest that fades:
+
+    patience = exp(max(mean + z(α)·max(spread, SMALLEST), longest + log 2))
+
+The first is the gap rarer than α if gaps are lognormal, and some three cadences where they are exact; the second keeps streams with
+regular pauses (nights, batches) quiet. A gap counts for no more than four times the patience it met, so one outage does not hide the
+next, while pauses of every night are known after a few.
+Events of the same time are one. Nothing is said before GAPS gaps.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.state import Rows
+
+Float64 = NDArray[np.float64]
+
+GAPS = 50
+MEMORY, LONG_MEMORY = 200.0, 5000.0
+"""Gaps that mean and spread, and the longest, remember."""
+SMALLEST = 0.35
+HEADROOM = math.log(2)
+OUTLIER = math.log(4)
+
+
+def learn(rows: Rows, at: NDArray[np.intp], gap: Float64) -> None:
+    """Learn the gaps [B] (s; NaN = none) that ended with an event of `rows[at]`, in place."""
+    here = at[gap > 0]
+    pace = np.log(gap[gap > 0])
+    count, mean, spread, longest = (rows[name][here].astype(np.float64) for name in ("gaps", "pace", "pace_spread", "pace_longest"))
+    pace = np.where(count >= GAPS, np.minimum(pace, _log_patience(mean, spread, longest, 1e-3) + OUTLIER), pace)
+    rate = np.maximum(1 / (count + 1), 1 / MEMORY)
+    difference = pace - mean
+    rows["pace_spread"][here] = np.sqrt((1 - rate) * (spread**2 + rate * difference**2))
+    rows["pace"][here] = mean + rate * difference
+    faded = longest - (longest - mean) / LONG_MEMORY
+    rows["pace_longest"][here] = np.where(count == 0, pace, np.maximum(faded, pace))
+    rows["gaps"][here] = np.minimum(count + 1, 2**32 - 1)
+
+
+def patience(rows: Rows, alpha: float) -> Float64:
+    """Seconds [B] after which a silence of each stream is improbable at `alpha`; inf where too little is known."""
+    mean, spread, longest = (rows[name].astype(np.float64) for name in ("pace", "pace_spread", "pace_longest"))
+    return np.where(rows["gaps"] >= GAPS, np.exp(np.minimum(_log_patience(mean, spread, longest, alpha), 700.0)), np.inf)
+
+
+def _log_patience(mean: Float64, spread: Float64, longest: Float64, alpha: float) -> Float64:
+    z = NormalDist().inv_cdf(1 - alpha)
+    return np.maximum(mean + z * np.maximum(spread, SMALLEST), longest + HEADROOM)

@@ -1,0 +1,160 @@
+"""Looks for streams that have fallen silent, while they are silent. One sweeper per model and replica; all see the same watches.
+
+    commit ─► value: deadline = arrival + patience(α)     watch: when to look at the stream   (both written in one step)
+    sweep  ─► due watches ─► value's deadline is later: look again then
+                          ─► else claim: compare-and-set of the value with SILENT ─► the one who wins raises it
+
+So a silence is raised once, however many replicas there are. The next event clears it and is judged as any other. Only streams whose
+events are about now are waited for (`waits`). After a start or an outage of the store every stream gets its patience anew: it may
+have been the service that was silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from service import cadence
+from service.errors import StoreUnavailable
+from service.metrics import Metrics
+from service.policy import Policy
+from service.state import SILENT, Origin, Rows, StateCodec
+from service.stores import SILENT as SILENT_WATCH
+from service.stores import StateStore, Write
+
+SWEEP_SECONDS, COUNT_SECONDS = 1.0, 10.0
+SWEPT = 1000
+"""Streams looked at in one go."""
+ROUNDS = 10
+"""Goes of one sweep, at most."""
+LIVE_SECONDS = 300.0
+"""A stream is live while its events' times are within this (or its patience) of the time they arrive."""
+CLAIMED = 1.0
+"""`watch_until` of a silent stream: it is watched, and its next commit sets the watch anew."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Silence:
+    """A stream that should have spoken by now."""
+
+    model: str
+    stream_id: str
+    last_event: float  # its own time, seconds since 1970
+    patience: float  # seconds of silence that were still ordinary
+
+
+Raise = Callable[[Silence], None]
+"""Where silences go; called once for each."""
+
+
+def to_log(silence: Silence) -> None:
+    log.warning(
+        "stream_silent",
+        stream_id=silence.stream_id,
+        model=silence.model,
+        silent_since=silence.last_event,
+        patience_seconds=round(silence.patience, 3),
+    )
+
+
+def waits(rows: Rows, alpha: float, now: float) -> list[float | None]:
+    """Set the deadlines of streams that are about to be committed, in place; returns the watch to write for each, None = as it is."""
+    patience = cadence.patience(rows, alpha)
+    live = np.isfinite(patience) & (np.abs(now - rows["last"]["timestamp"]) <= np.maximum(patience, LIVE_SECONDS))
+    rows["deadline"] = np.where(live, now + np.where(live, patience, 0), 0)
+    begins = live & (rows["watch_until"] <= now)
+    ends = ~live & (rows["watch_until"] > 0)
+    rows["watch_until"] = np.where(begins, rows["deadline"], np.where(ends, 0, rows["watch_until"]))
+    changed, until = (begins | ends).tolist(), rows["watch_until"].tolist()
+    return [watch if change else None for change, watch in zip(changed, until, strict=True)]
+
+
+class Sweeper:
+    """Raises the silences of one model's streams. `clock` gives seconds since 1970."""
+
+    def __init__(
+        self,
+        model: str,
+        codec: StateCodec,
+        policy: Policy,
+        store: StateStore,
+        metrics: Metrics,
+        state_ttl: float,
+        raise_: Raise = to_log,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._model, self._codec, self._policy, self._store, self._metrics = model, codec, policy, store, metrics
+        self._state_ttl, self._raise, self._clock = state_ttl, raise_, clock
+        self._listening_since: float | None = None
+        self._count_at = 0.0
+
+    async def run(self) -> None:
+        """Sweep until cancelled."""
+        while True:
+            try:
+                await self.sweep()
+            except StoreUnavailable as error:
+                if self._listening_since is not None:
+                    log.warning("sweep_failed", model=self._model, error=error.detail)
+                self._listening_since = None
+            except Exception as error:  # a bug must not end the watch for all streams; it is counted and logged
+                self._metrics.bugs.inc()
+                log.error("unexpected_error", model=self._model, exc_info=error)
+            await asyncio.sleep(SWEEP_SECONDS)
+
+    async def sweep(self) -> None:
+        """Look at every stream that is due. Raises StoreUnavailable."""
+        now = self._clock()
+        if self._listening_since is None:
+            self._listening_since = now
+        for _ in range(ROUNDS):
+            due = await self._store.due(self._model, now, SWEPT)
+            if not due or not await self._look(due, now, self._listening_since) or len(due) < SWEPT:
+                break
+        if now >= self._count_at:
+            self._count_at = now + COUNT_SECONDS
+            count, _ = await self._store.silent(self._model, 0)
+            self._metrics.silent.labels(self._model).set(count)
+
+    async def _look(self, stream_ids: list[str], now: float, since: float) -> bool:
+        """Look at these streams; whether any was dealt with."""
+        loaded = self._codec.decode(await self._store.load(self._model, stream_ids))
+        rows = loaded.rows
+        patience = cadence.patience(rows, self._policy.alpha)
+        kept = (loaded.origins == Origin.STORED) & (rows["deadline"] > 0)
+        waited = kept & (rows["flags"] & SILENT == 0)
+        later = waited & (rows["deadline"] > now)
+        silent = waited & ~later & (now >= since + np.where(np.isfinite(patience), patience, 0))
+        over = ~kept
+        watches = {stream_ids[i]: float(rows["deadline"][i]) for i in np.flatnonzero(later).tolist()}
+        watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(over).tolist()}
+        # Claimed already, and due again: its value outlived the time it was to be forgotten by.
+        claimed = kept & (rows["flags"] & SILENT != 0)
+        watches |= {stream_ids[i]: SILENT_WATCH + now + self._state_ttl for i in np.flatnonzero(claimed).tolist()}
+        await self._store.watch(self._model, watches)
+        await self._claim(stream_ids, rows, loaded.tokens, np.flatnonzero(silent), now, patience)
+        return bool(watches) or bool(silent.any())
+
+    async def _claim(
+        self, stream_ids: list[str], rows: Rows, tokens: list[bytes], places: NDArray[np.intp], now: float, patience: NDArray[np.float64]
+    ) -> None:
+        if len(places) == 0:
+            return
+        claimed = rows[places]
+        claimed["flags"] |= np.uint32(SILENT)
+        claimed["silent_since"], claimed["watch_until"] = claimed["last"]["timestamp"], CLAIMED
+        forgotten = SILENT_WATCH + now + self._state_ttl
+        values = self._codec.encode(claimed)
+        writes = [Write(stream_ids[i], tokens[i], value, watch=forgotten) for i, value in zip(places.tolist(), values, strict=True)]
+        for i, won in zip(places.tolist(), await self._store.commit(self._model, writes), strict=True):
+            if won:
+                self._metrics.silences.labels(self._model).inc()
+                self._raise(Silence(self._model, stream_ids[i], float(rows["last"]["timestamp"][i]), float(patience[i])))

@@ -1,0 +1,257 @@
+"""A silence is raised while it lasts, once, and only where the stream's own cadence makes it improbable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from structlog.testing import capture_logs
+
+from service import cadence
+from service.detector import Detector
+from service.errors import StoreUnavailable
+from service.events import Event, Result
+from service.metrics import Metrics
+from service.policy import Policy
+from service.scorer import Limits, Scorer
+from service.silence import Silence, Sweeper
+from service.state import StateCodec
+from service.stores import StateStore
+from service.stores.memory import MemoryStore
+from service.stores.redis import RedisStore
+
+TTL = 3600
+CODEC = StateCodec(features=1, state_size=1, model=1)
+
+
+# ── cadence ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def surprises(gaps: NDArray[Any], alpha: float = 1e-3) -> tuple[float, NDArray[np.float64]]:
+    """Share of gaps [B, N] that outlasted the patience, and the patience [B] in the end."""
+    rows, raised, told = CODEC.fresh(len(gaps)), 0, 0
+    for gap in gaps.T:
+        patience = cadence.patience(rows, alpha)
+        told += int(np.isfinite(patience).sum())
+        raised += int((gap > patience).sum())
+        cadence.learn(rows, np.arange(len(gaps)), gap)
+    return raised / max(told, 1), cadence.patience(rows, alpha)
+
+
+RNG = np.random.default_rng(3)
+IRREGULAR: dict[str, Callable[[tuple[int, int]], NDArray[Any]]] = {
+    "poisson": lambda size: RNG.exponential(60.0, size),
+    "heavy-tailed": lambda size: RNG.lognormal(3.0, 2.0, size),
+    "jittered": lambda size: 10 * (1 + 0.1 * RNG.normal(size=size)).clip(0.2),
+    "bursts": lambda size: np.where(RNG.random(size) < 0.9, 0.0, RNG.exponential(600.0, size)),
+    "some lost": lambda size: 10.0 * RNG.geometric(0.8, size),
+}
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_gaps_that_are_usual_for_a_stream_are_no_silence(kind: str) -> None:
+    share, patience = surprises(IRREGULAR[kind]((40, 2000)))
+    assert share <= 1.5e-3
+    assert np.isfinite(patience).all()
+
+
+def test_pauses_of_every_night_are_known_after_a_few() -> None:
+    gaps = np.where(np.arange(2000) % 96 == 95, 43_200.0, 300.0)[None]
+    share, patience = surprises(gaps)
+    assert share * (2000 - cadence.GAPS) <= 4
+    assert patience[0] > 43_200
+
+
+def test_a_regular_stream_is_missed_after_a_few_cadences() -> None:
+    for cadence_seconds in (0.1, 10.0, 3600.0):
+        _, patience = surprises(np.full((1, 200), cadence_seconds))
+        assert 2 < patience[0] / cadence_seconds < 5
+
+
+def test_nothing_is_said_before_enough_gaps_and_a_stricter_rate_is_more_patient() -> None:
+    few, enough = (RNG.exponential(5.0, (1, count)) for count in (cadence.GAPS - 1, cadence.GAPS + 500))
+    assert surprises(np.concatenate([few, np.zeros((1, 9))], axis=1))[1][0] == np.inf
+    assert surprises(np.concatenate([few, np.ones((1, 1))], axis=1))[1][0] < np.inf
+    assert surprises(enough, 1e-6)[1][0] > surprises(enough, 1e-2)[1][0]
+
+
+def test_an_outage_does_not_hide_the_next_one() -> None:
+    gaps = np.full((1, 300), 10.0)
+    gaps[0, 200] = 86_400
+    assert surprises(gaps)[1][0] < 600
+
+
+# ── service ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1.8e9
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class World:
+    """Two replicas over one store, each with a sweeper, and a clock for all."""
+
+    def __init__(self, detector: Detector, store: StateStore, policy: Policy) -> None:
+        self.clock, self.store, self.raised = Clock(), store, list[Silence]()
+        self.metrics = [Metrics(), Metrics()]
+        self.replicas = [Scorer(detector, policy, store, metrics, Limits(), self.clock) for metrics in self.metrics]
+        self.sweepers = [
+            Sweeper(detector.name, one._codec, policy, store, metrics, TTL, self.raised.append, self.clock)
+            for one, metrics in zip(self.replicas, self.metrics, strict=True)
+        ]
+        for replica in self.replicas:
+            replica.start()
+
+    async def speak(self, stream: str, events: int, gap: float = 10.0, behind: float = 0.0) -> Result:
+        """Events in turn over both replicas, one every `gap` seconds."""
+        assert events
+        for i in range(events):
+            self.clock.now += gap
+            event = Event(stream_id=stream, values={"value": float(i % 3)}, timestamp=self.clock.now - behind)
+            [answer] = await self.replicas[i % 2].score([event])
+        assert isinstance(answer, Result)
+        return answer
+
+    async def sweep(self) -> None:
+        await asyncio.gather(*(sweeper.sweep() for sweeper in self.sweepers))
+
+    def sample(self, name: str) -> float:
+        return sum(metrics.registry.get_sample_value(name, {"model": "tiny"}) or 0 for metrics in self.metrics)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def any_store(request: pytest.FixtureRequest) -> StateStore:
+    if request.param == "memory":
+        return MemoryStore(state_ttl=TTL, result_ttl=600)
+    store: RedisStore = request.getfixturevalue("redis_store")
+    return store
+
+
+@pytest.fixture
+async def world(tiny_detector: Detector, any_store: StateStore) -> AsyncIterator[World]:
+    world = World(tiny_detector, any_store, Policy())
+    await world.sweep()
+    yield world
+    for replica in world.replicas:
+        await replica.drain(1)
+
+
+async def test_a_silence_is_raised_while_it_lasts_once_and_the_next_event_clears_it(world: World) -> None:
+    spoken = await world.speak("s", 100)
+    world.clock.now += 20
+    await world.sweep()
+    assert world.raised == []
+    world.clock.now += 60
+    for _ in range(3):
+        await world.sweep()
+        world.clock.now += 20
+    [silence] = world.raised
+    assert (silence.stream_id, silence.last_event) == ("s", spoken.timestamp)
+    assert 20 < silence.patience < 60
+    seen = await world.replicas[0].stream("s")
+    assert (seen.silent_since, seen.is_anomaly, seen.state_version) == (spoken.timestamp, True, 100)
+    assert [result.stream_id for result in await world.replicas[1].silent_streams(10)] == ["s"]
+    assert world.sample("onset_silences_total") == 1
+    back = await world.speak("s", 1)
+    assert (back.is_anomaly, back.silent_since) == (False, None)
+    seen = await world.replicas[0].stream("s")
+    assert (seen.silent_since, seen.is_anomaly) == (None, False)
+    assert await world.replicas[1].silent_streams(10) == []
+
+
+async def test_the_next_silence_is_raised_again(world: World) -> None:
+    for i in (1, 2):
+        await world.speak("s", 100)
+        world.clock.now += 400
+        await world.sweep()
+        assert len(world.raised) == i
+
+
+async def test_a_stream_that_speaks_is_looked_at_and_left_alone(world: World) -> None:
+    await world.speak("s", 60)
+    for _ in range(30):
+        await world.speak("s", 3)
+        await world.sweep()
+    assert world.raised == []
+
+
+async def test_nobody_waits_for_the_past_or_for_a_stream_too_new(world: World) -> None:
+    await world.speak("old", 100, behind=86_400)
+    await world.speak("new", 20)
+    world.clock.now += 7200
+    await world.sweep()
+    assert world.raised == []
+
+
+async def test_a_stream_that_turns_to_the_past_or_is_forgotten_is_no_longer_waited_for(world: World) -> None:
+    await world.speak("gone", 100)
+    await world.replicas[0].forget("gone")
+    world.clock.now += 7200
+    await world.sweep()
+    assert world.raised == []
+    assert await world.store.due("tiny", 1e11, 10) == []
+
+
+async def test_after_a_start_every_stream_gets_its_patience_anew(world: World, tiny_detector: Detector) -> None:
+    await world.speak("s", 100)
+    world.clock.now += 3000
+    late = world.sweepers[0].__class__(
+        "tiny", world.replicas[0]._codec, Policy(), world.store, Metrics(), TTL, world.raised.append, world.clock
+    )
+    await late.sweep()
+    assert world.raised == []
+    world.clock.now += 120
+    await late.sweep()
+    assert len(world.raised) == 1
+
+
+async def test_a_frozen_stream_that_falls_silent_stays_frozen_and_an_acceptance_leaves_it_silent(world: World) -> None:
+    await world.speak("s", 600)
+    for _ in range(3):
+        world.clock.now += 10
+        await world.replicas[0].score([Event(stream_id="s", values={"value": 99.0}, timestamp=world.clock.now)])
+    world.clock.now += 300
+    await world.sweep()
+    seen = await world.replicas[0].stream("s")
+    assert (seen.status, seen.silent_since is not None) == ("frozen", True)
+    accepted = await world.replicas[1].accept("s")
+    assert (accepted.status, accepted.silent_since) == ("ready", seen.silent_since)
+
+
+async def test_with_silence_off_no_watch_is_written(tiny_detector: Detector) -> None:
+    world = World(tiny_detector, MemoryStore(state_ttl=TTL, result_ttl=600), Policy(silence=False))
+    await world.speak("s", 100)
+    assert await world.store.due("tiny", 1e11, 10) == []
+    for replica in world.replicas:
+        await replica.drain(1)
+
+
+class Failing(MemoryStore):
+    down = True
+
+    async def due(self, model: str, now: float, limit: int) -> list[str]:
+        if self.down:
+            raise StoreUnavailable("The store does not answer.")
+        raise KeyError("a bug")
+
+
+async def test_a_sweeper_outlives_outages_and_bugs(tiny_detector: Detector) -> None:
+    world = World(tiny_detector, Failing(state_ttl=TTL, result_ttl=600), Policy())
+    for down, counted in ((True, 0), (False, 1)):
+        world.store.down = down  # type: ignore[attr-defined]
+        with capture_logs():
+            task = asyncio.create_task(world.sweepers[0].run())
+            await asyncio.sleep(0.05)
+            assert not task.done()
+            task.cancel()
+        assert world.metrics[0].registry.get_sample_value("onset_unexpected_errors_total") == counted
+    for replica in world.replicas:
+        await replica.drain(1)
