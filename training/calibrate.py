@@ -16,13 +16,17 @@ from numpy.typing import NDArray
 
 from training.data import Float32, Float64
 from training.detector import DetectorStep
-from training.tail import HOLD, LEVEL_STEP, LEVELS, Calibration, Curve
+from training.tail import HOLD, LEVEL_STEP, LEVELS, Calibration, Curve, Support
 
 Bool = NDArray[np.bool_]
 SETTLED = 500
 """Age from which on events count for the pooled tails of the signals."""
 CLOSEST = 0.02
 """Smallest distance of knots: units of evidence or decades."""
+ENOUGH_STREAMS = 8
+"""Different streams from which on the history itself says how streams differ."""
+PRIOR = {"tau": 1200.0, "shape": 2.0, "weight": 13.0}
+"""Where few streams are drawn to: the synthetic generator's constants; its shape is 7, here less, because real fleets differ more."""
 YOUNG = 150
 """Age from which on onsets count for the age profile: the first are truncated by the warm-up."""
 
@@ -58,8 +62,13 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
     return Observed(strengths, ratios, valid, ages)
 
 
-def calibrate(observed: Observed, burn: int) -> Calibration:
-    """All constants, from the streams in `observed`."""
+def calibrate(observed: Observed, burn: int, streams: int | None = None) -> Calibration:
+    """All constants, from the lanes in `observed`, which are of `streams` different streams (default: each its own).
+
+    Few streams tell how rare an onset is in them, not how much the next one will differ: what describes a population (age constant,
+    the priors of a stream's rate and chain) is then drawn towards the synthetic generator's, in proportion to what is missing.
+    """
+    streams = observed.valid.shape[1] if streams is None else streams
     K = observed.strengths.shape[2]
     quantile, mean = zip(*(_scale(observed.strengths[:, :, k][_live(observed, burn)]) for k in range(K)), strict=True)
     flat = Curve((0.0, 1.0), (0.0, 1.0), 1.0)
@@ -71,14 +80,17 @@ def calibrate(observed: Observed, burn: int) -> Calibration:
     draft = replace(draft, signals=tuple(_pooled_tail(evidence[:, :, k][settled]) for k in range(K)))
     surprisal = surprisal_of(evidence, draft)
     heights = onsets_of(np.maximum(surprisal - draft.floor, 0).sum(axis=2), observed.valid)
-    tau = _age_profile(heights, observed)
+    trust = min(1.0, streams / ENOUGH_STREAMS)
+    tau = float(PRIOR["tau"] ** (1 - trust) * max(_age_profile(heights, observed), 1.0) ** trust)
     exposure = np.where(_live(observed, burn), 1 + tau / (observed.age + 1), 0.0)
     onsets = _aged_tail(heights[(heights > 0) & (observed.age >= YOUNG)], exposure[observed.age >= YOUNG].sum(), knots=24)
     total = surprisal.sum(axis=2)
     events = _aged_tail(total[(total > 0) & _live(observed, burn)], exposure.sum(), knots=24)
     draft = replace(draft, tau=tau, onsets=onsets, events=events)
     shape, weight = _heterogeneity(heights, exposure, onsets)
-    return replace(draft, shape=shape, weight=weight)
+    shape, weight = (float(PRIOR[name] ** (1 - trust) * value**trust) for name, value in (("shape", shape), ("weight", weight)))
+    support = Support(streams, int(_live(observed, burn).sum()), int((heights > 0).sum()), streams >= ENOUGH_STREAMS)
+    return replace(draft, shape=shape, weight=weight, support=support)
 
 
 def evidence_of(observed: Observed, calibration: Calibration, burn: int) -> Float64:

@@ -80,7 +80,7 @@ class DetectorStep(nn.Module):
         judged, after = self.judge(parts, x, t, may_learn, asked)
         event = judged.event
         any_value = event.present.any(dim=1, keepdim=True)
-        p_value, onset_p, tail_parts = self.tail(judged.strengths, any_value, parts["age"], parts)
+        p_value, onset_p, tail_parts = self.tail(judged.strengths, any_value, parts["age"], asked, parts)
         state_out = self.layout.join(state, {**after, **tail_parts}, event.learns)
 
         silent = ~any_value | (parts["events"] < WARMUP)

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
     with _bar(console) as bar:
         task = bar.add_task("Calibrating", total=len(x))
         observed = observe(step, x, t, lambda: bar.advance(task))
-    step.calibrate(calibrate(observed, step.signals.burn))
+    step.calibrate(calibrate(observed, step.signals.burn, len({stream.name for stream in job.calibration})))
 
 
 @torch.no_grad()
@@ -215,7 +215,11 @@ def _evaluate(step: DetectorStep, job: Job, run: Runner) -> tuple[dict[str, Any]
     x, t = pad(job.evaluation, max(map(len, job.evaluation)))
     scores = run_streams(run, step.state_size, x, t)
     unseen = np.arange(len(x))[:, None] >= np.array(job.counted_from)[None]
-    quality: dict[str, Any] = {"false_onsets_on_unseen_rows": false_onsets(scores.onset_p, unseen)}
+    support = step.calibration.support
+    quality: dict[str, Any] = {"calibrated_on": asdict(support)} if support else {}
+    if support and not support.enough:
+        quality["warning"] = f"Calibrated on {support.streams} stream(s): too few to know how much others differ, so α may not hold."
+    quality |= {"false_onsets_on_unseen_rows": false_onsets(scores.onset_p, unseen)}
     if not any(job.counted_from):
         quality["false_onsets_by_age_at_0.001"] = false_onsets_by_age(scores.onset_p)
     shortest = min(map(len, job.evaluation))
@@ -280,6 +284,8 @@ def _tell(console: Console, manifest: Manifest, model: Path, seconds: dict[str, 
         f"\nPublished [bold]{model}[/bold]: {model.stat().st_size:,} bytes, {4 * manifest.state_size:,} bytes a stream, "
         f"{sum(seconds.values()):.0f} s in all."
     )
+    if "warning" in manifest.quality:
+        console.print(f"[yellow]{manifest.quality['warning']}[/]")
     console.print(
         f"Onsets on {measured['events']:,} unseen rows at α = 0.001: {measured['onsets']}, {measured['ratio']} times what was asked. "
         f"Report: {model.parent / 'report.md'}"

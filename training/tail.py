@@ -4,10 +4,15 @@
              ─► surprisal    h_k = -log10 pooled tail of e_k   (events older than 500)
              ─► event p      pooled tail of Σ h_k, corrected for the stream's age
              ─► onset        T = Σ max(h_k - floor, 0) above the last emission of the past 125 events
-             ─► onset p      this stream's rate of onsets as large: gamma-Poisson for the first level, a beta chain above
+             ─► onset p      this stream's rate of onsets as large: gamma-Poisson for the first level, a beta chain above;
+                        then the audit: up to a decade more sensitive where onsets rarer than α are rarer than α
 
 False alarms come in bursts, so onsets are calibrated, not events; and novelty gets rarer with age, g(n) = 1 + τ/n, so both are
-corrected for age. All constants are pooled from unlabelled history or from the synthetic generator: no label is ever used.
+corrected for age. How fast novelty fades differs between streams (an ECG repeats itself within a thousand events), and no count of
+the past says how the tail will go on: so the audit follows the realised rate, a bounded, one-sided adaptive conformal step: `audit` is
+in [-1, 0] decades, falls by 0.2·α with every event and rises by 0.2 with every onset rarer than α. α above what the floor resolves
+(about 2e-3 for an old stream) is monotone and safe: fewer onsets than asked. All constants are pooled from unlabelled history or from
+the synthetic generator: no label is ever used.
 Shapes: B streams, K signals, N knots.
 """
 
@@ -42,6 +47,16 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Support:
+    """What a calibration rests on. Not `enough`: its promise holds for these streams as they were, and is a guess for others."""
+
+    streams: int
+    events: int
+    onsets: int
+    enough: bool
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Everything the tail knows before a stream begins. `training.calibrate` fits it."""
 
@@ -54,9 +69,9 @@ class Calibration:
     tau: float  # age: rates are (1 + tau/n) times those of an old stream
     shape: float  # gamma prior of a stream's onset rate
     weight: float  # beta prior of a stream's chain
-    floor: float = 3.0  # decades of a signal's surprisal that do not count towards an onset
-    allowance: float = 0.5  # w: alert on rate·g^w; 1 = strict, less lets young streams alert more often
+    floor: float = 2.5  # decades of a signal's surprisal that do not count towards an onset
     prior_events: float = 1000.0  # events the pooled scale weighs
+    support: Support | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: plain lists and numbers, as JSON gives them back."""
@@ -68,6 +83,8 @@ class Tail(nn.Module):
     """Strengths → (p_value, onset_p), both in [1e-30, 1]. `burn`: events before strengths are judged."""
 
     memory_rate, memory_chain = 6000.0, 20000.0
+    audit_step, audit_limit = 0.2, 1.0
+    """Decades an onset rarer than α gives back, and the most that quiet can earn. One-sided: alerts never raise p-values through it."""
 
     def __init__(self, signals: int, burn: int, calibration: Calibration) -> None:
         super().__init__()
@@ -103,12 +120,13 @@ class Tail(nn.Module):
             Slot("strength_sum", self.signals, Keeps.STREAM),
             Slot("exposure", 1, Keeps.STREAM),
             Slot("onsets", 1, Keeps.STREAM),
+            Slot("audit", 1, Keeps.STREAM),
             Slot("level_tried", LEVELS - 1, Keeps.STREAM),
             Slot("level_passed", LEVELS - 1, Keeps.STREAM),
         )
 
-    def forward(self, strengths: Tensor, judge: Tensor, age: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
-        """Strengths [B, K]; judge [B, 1] bool: the event has a value; age [B, 1] events learned before."""
+    def forward(self, strengths: Tensor, judge: Tensor, age: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
+        """Strengths [B, K]; judge [B, 1] bool: the event has a value; age [B, 1] events learned before; alpha [B, 1] asked."""
         live = (age >= self.burn).to(strengths.dtype)
         surprisal, learned_scale = self._surprisal(strengths, age, live, parts)
         growth = torch.log(1 + self.calibration.tau / (age + 1)) / LOG10
@@ -121,14 +139,16 @@ class Tail(nn.Module):
         onset = (height > bar) & judge
         decades = self._on_curve("onset", height)
         rate = self._stream_rate(decades, parts)
-        onset_decades = torch.where(onset, -rate - self.calibration.allowance * growth, 0.0)
+        onset_p = _probability(torch.where(onset, -rate - growth - parts["audit"], 0.0))
+        surprise = (onset_p < alpha).to(onset_p.dtype) - alpha
         after = {
             "strength_sum": learned_scale,
             "onset_height": torch.where(onset, height, parts["onset_height"]),
             "onset_age": torch.where(onset, 0.0, onset_age),
+            "audit": (parts["audit"] + self.audit_step * live * surprise).clamp(-self.audit_limit, 0.0),
             **self._counted(onset, decades, growth, live, parts),
         }
-        return _probability(event_decades), _probability(onset_decades), after
+        return _probability(event_decades), onset_p, after
 
     def _surprisal(self, strengths: Tensor, age: Tensor, live: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
         """[B, K] decades, 0 where the strength is 0; and the learned sums."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from training.calibrate import Observed, evidence_of, on_curve, onsets_of, surprisal_of
+from training.calibrate import PRIOR, Observed, calibrate, evidence_of, on_curve, onsets_of, surprisal_of
 from training.detector import DetectorStep
 from training.tail import LOG10
+
+ALPHA = torch.tensor([[1e-3]])
 
 
 def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observed, univariate: DetectorStep) -> None:
@@ -19,20 +22,18 @@ def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observe
         for i in range(T):
             valid = torch.from_numpy(observed.valid[i])[:, None]
             age = torch.from_numpy(observed.age[i])[:, None]
-            _, p, parts = tail(torch.from_numpy(observed.strengths[i]), valid, age, parts)
+            _, p, parts = tail(torch.from_numpy(observed.strengths[i]), valid, age, ALPHA, parts)
             onset_p[i] = p[:, 0].numpy()
     surprisal = surprisal_of(evidence_of(observed, calibration, tail.burn), calibration)
     heights = onsets_of(np.maximum(surprisal - calibration.floor, 0).sum(axis=2), observed.valid)
     assert (heights > 0).sum() > 10
     assert ((onset_p < 1) <= (heights > 0)).all()
     assert (onset_p < 1).sum() > 0.9 * (heights > 0).sum()
-    # A stream's first onset is judged by the pooled rate, shrunk by its exposure, and the learning allowance.
+    # A stream's first onset is judged by the pooled rate, shrunk by its exposure, and its age.
     for b in range(B):
         found = np.flatnonzero(heights[:, b] > 0)
         if len(found) and observed.age[found[0], b] < 200:
-            pooled = -on_curve(calibration.onsets, heights[found[0], b]) + calibration.allowance * np.log10(
-                1 + calibration.tau / (observed.age[found[0], b] + 1)
-            )
+            pooled = -on_curve(calibration.onsets, heights[found[0], b]) + np.log10(1 + calibration.tau / (observed.age[found[0], b] + 1))
             assert abs(np.log10(onset_p[found[0], b]) - min(pooled, 0)) < 0.6
 
 
@@ -43,7 +44,7 @@ def test_onsets_come_about_as_often_as_asked_in_the_streams_they_were_calibrated
     with torch.no_grad():
         for strengths, valid, age in zip(observed.strengths, observed.valid, observed.age, strict=True):
             judge = torch.from_numpy(valid)[:, None]
-            _, p, parts = tail(torch.from_numpy(strengths), judge, torch.from_numpy(age)[:, None], parts)
+            _, p, parts = tail(torch.from_numpy(strengths), judge, torch.from_numpy(age)[:, None], ALPHA, parts)
             settled = valid & (age >= 600)
             found, events = found + int((p[:, 0].numpy()[settled] < asked).sum()), events + int(settled.sum())
     assert 0.2 < found / events / asked < 4
@@ -54,7 +55,7 @@ def test_a_larger_strength_never_has_a_larger_p_value(univariate: DetectorStep) 
     strength = torch.cat([torch.zeros(1), torch.logspace(-4, 2, 200)])[:, None].expand(-1, 3)
     ones = torch.ones(len(strength), 1, dtype=torch.bool)
     parts = {slot.name: torch.zeros(len(strength), slot.size) for slot in tail.slots}
-    p_value, onset_p, _ = tail(strength, ones, torch.full((len(strength), 1), 500.0), parts)
+    p_value, onset_p, _ = tail(strength, ones, torch.full((len(strength), 1), 500.0), ALPHA, parts)
     assert p_value[0] == onset_p[0] == 1
     assert (torch.diff(p_value[:, 0]) <= 1e-7).all()
     assert (torch.diff(onset_p[:, 0]) <= 1e-7).all()
@@ -66,7 +67,7 @@ def test_a_young_stream_is_judged_more_mildly(univariate: DetectorStep) -> None:
     tail = univariate.tail
     strength, ones = torch.full((2, 3), 5.0), torch.ones(2, 1, dtype=torch.bool)
     parts = {slot.name: torch.zeros(2, slot.size) for slot in tail.slots}
-    p_value, onset_p, _ = tail(strength, ones, torch.tensor([[150.0], [20000.0]]), parts)
+    p_value, onset_p, _ = tail(strength, ones, torch.tensor([[150.0], [20000.0]]), ALPHA, parts)
     assert p_value[0] > p_value[1]
     assert onset_p[0] > onset_p[1]
 
@@ -77,7 +78,7 @@ def test_only_the_first_of_equal_errors_is_an_onset(univariate: DetectorStep) ->
     parts = {slot.name: torch.zeros(1, slot.size) for slot in tail.slots}
     onsets = []
     for _ in range(130):
-        _, p, parts = tail(torch.full((1, 3), 3.0), ones, torch.full((1, 1), 500.0), {**parts, "strength_sum": torch.zeros(1, 3)})
+        _, p, parts = tail(torch.full((1, 3), 3.0), ones, torch.full((1, 1), 500.0), ALPHA, {**parts, "strength_sum": torch.zeros(1, 3)})
         onsets.append(float(p) < 1)
     assert onsets[0]
     assert not any(onsets[1:126])
@@ -90,6 +91,35 @@ def test_a_stream_with_many_onsets_gets_milder_p_values(univariate: DetectorStep
     parts = {slot.name: torch.zeros(2, slot.size) for slot in tail.slots}
     parts["exposure"] += 3000.0
     parts["onsets"][1] += 60.0
-    _, onset_p, _ = tail(torch.full((2, 3), 3.0), ones, age, parts)
+    _, onset_p, _ = tail(torch.full((2, 3), 3.0), ones, age, ALPHA, parts)
     assert onset_p[1] > 3 * onset_p[0]
     assert abs(LOG10 - np.log(10)) < 1e-12
+
+
+def test_the_audit_follows_the_realised_rate_up_to_a_decade(univariate: DetectorStep) -> None:
+    tail = univariate.tail
+    ones = torch.ones(2, 1, dtype=torch.bool)
+    parts = {slot.name: torch.zeros(2, slot.size) for slot in tail.slots}
+    parts["audit"] -= torch.tensor([[0.0], [0.5]])
+    strengths, audits = torch.tensor([[0.0], [9.0]]).expand(2, 3), []
+    for _ in range(60):
+        # Every event of the second stream is an onset rarer than alpha; the first is never surprised.
+        quiet = {"onset_age": torch.full((2, 1), 1000.0), "strength_sum": torch.zeros(2, 3)}
+        _, p, parts = tail(strengths, ones, torch.full((2, 1), 5000.0), ALPHA, {**parts, **quiet})
+        audits.append(parts["audit"][:, 0].tolist())
+    assert p[1] < 1
+    assert audits[-1][0] == pytest.approx(-60 * tail.audit_step * 1e-3, rel=1e-3)
+    assert audits[-1][1] == 0  # an alert gives back what quiet has earned and no more: it never makes the next one harder
+    parts["audit"] = torch.full((2, 1), -tail.audit_limit)
+    _, _, parts = tail(torch.zeros(2, 3), ones, torch.full((2, 1), 5000.0), ALPHA, parts)
+    assert (parts["audit"] == -tail.audit_limit).all()
+
+
+def test_few_streams_are_drawn_to_the_generators_constants_and_say_so(observed: Observed) -> None:
+    few, many = calibrate(observed, 100, streams=1), calibrate(observed, 100, streams=64)
+    assert few.support is not None
+    assert many.support is not None
+    assert (few.support.enough, many.support.enough) == (False, True)
+    for name, prior in PRIOR.items():
+        assert abs(np.log(getattr(few, name) / prior)) < abs(np.log(getattr(many, name) / prior)) + 1e-9
+    assert few.as_dict()["support"]["streams"] == 1
