@@ -45,7 +45,7 @@ def uninterrupted(detector: Detector, events: list[dict[str, Any]]) -> dict[str,
     readings, _ = to_readings([Event(**event) for event in events], detector.manifest, now=0)
     slots = np.array([int(stream_id[1:]) for stream_id in readings.stream_ids], np.intp)
     codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
-    records = advance(detector, Policy(), codec.fresh(STREAMS), readings, slots).records
+    records = advance(detector, Policy(tau=detector.manifest.age_constant), codec.fresh(STREAMS), readings, slots).records
     scores = [None if np.isnan(p) else p for p in records["p_value"].tolist()]
     return {event["event_id"]: (p, version) for event, p, version in zip(events, scores, records["version"].tolist(), strict=True)}
 

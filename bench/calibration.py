@@ -1,0 +1,364 @@
+"""Does the p-value keep its promise? Onsets on normal data, measured against asked, and the detection left at that rate.
+
+    python -m bench.calibration [--data ../shared/data] [--model FILE] [--quick] [--json FILE]
+
+Every set runs through the served step function (ONNX Runtime, padded batches) from fresh states, each channel a stream of its own. The
+shipped default was trained and calibrated on the synthetic generator alone, so every set here is unseen. Labels are used to leave the
+labelled parts out and to measure, for nothing else. What an exact Poisson stream of the same length would reach is the ceiling of
+`within 2x`. Strict compares onset_p with α; else with α_n, which a new stream's learning allowance is part of (service/policy.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench.servers import console
+from service.detector import Detector, load_detectors
+from service.policy import Policy
+from service.settings import SHIPPED_MODELS
+from training import synthetic
+from training.data import Float32, Stream, clock, cut, pad
+
+ASKED = (1e-3, 1 / 2016, 1e-4)
+NAB_ASKED = (2e-3, 1.5e-3, 1e-3, 7e-4, 5e-4)
+AGES = (100, 300, 1000, 2000, 4000, 8000, 30_000)
+UNSEEN_SEED = 9_003
+MONDAY = 1_704_067_200.0
+"""Start of recordings that carry no timestamps."""
+REACH = 100
+"""Events after a labelled segment within which an onset still counts as a hit."""
+
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stream and what is known of its rows."""
+
+    stream: Stream
+    normal: Bool  # [T] rows on which an onset is false
+    anomalous: Bool | None = None  # [T] labelled rows, where detection is measured
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Onset p-values of the streams of one set."""
+
+    parts: list[Part]
+    onset_p: Float32  # [T, B] at the asked α
+    normal: Bool  # [T, B] normal and judged
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set at one α."""
+
+    set: str
+    asked: float
+    strict: bool
+    streams: int
+    events: int
+    onsets: int
+    ratio: float
+    within_two: float
+    ceiling: float
+    by_age: dict[str, float]
+
+
+# ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plain(name: str, x: NDArray[Any], cadence: float) -> Stream:
+    column = np.asarray(x, np.float32).reshape(-1, 1)
+    return Stream(name, column, clock(MONDAY + cadence * np.arange(len(column), dtype=np.float64)))
+
+
+def generator(data: Path) -> Iterator[Part]:
+    for stream in synthetic.streams(np.random.default_rng(UNSEEN_SEED), 240, 8000):
+        yield Part(stream, np.isfinite(stream.x[:, 0]))
+
+
+def servers(name: str, rows: int, every: int) -> Callable[[Path], Iterator[Part]]:
+    """Each `every`-th channel of the training parts that is not nearly constant."""
+
+    def load(data: Path) -> Iterator[Part]:
+        for path in sorted((data / name).glob("*.npz")):
+            x = np.load(path)["train"][:rows]
+            for column in range(0, x.shape[1], every):
+                if len(np.unique(x[:, column])) > 5:
+                    yield Part(plain(f"{path.stem}:{column}", x[:, column], 60.0), np.ones(len(x), bool))
+
+    return load
+
+
+def telemetry(name: str, labelled: bool = False) -> Callable[[Path], Iterator[Part]]:
+    """Column 0, the telemetry value; the labelled test part follows the training part in one pass."""
+
+    def load(data: Path) -> Iterator[Part]:
+        for path in sorted((data / name).glob("*.npz")):
+            content = np.load(path)
+            train = content["train"][:, 0]
+            if len(np.unique(train)) <= 5:
+                continue
+            if not labelled:
+                yield Part(plain(path.stem, train, 60.0), np.ones(len(train), bool))
+                continue
+            x = np.concatenate([train, content["test"][:, 0]])
+            anomalous = np.concatenate([np.zeros(len(train), bool), content["test_label"] > 0])
+            near = np.convolve(anomalous, np.ones(2 * REACH + 1), "same") > 0.5
+            yield Part(plain(path.stem, x, 60.0), ~near & (np.arange(len(x)) >= 500), anomalous)
+
+    return load
+
+
+def ecg(data: Path, rows: int = 20_000) -> Iterator[Part]:
+    for path in sorted((data / "ecg").glob("MBA*.csv")):
+        table = np.loadtxt(path, delimiter=",")
+        for start in range(0, len(table) - rows + 1, rows):
+            x, label = table[start : start + rows].T
+            beats = np.convolve(label > 0, np.ones(385), "full")[128 : 128 + rows] > 0.5  # a second before, two after
+            yield Part(plain(f"{path.stem}:{start}", x, 1 / 128), ~beats)
+
+
+def nab(data: Path) -> Iterator[Part]:
+    """Outside the labelled windows and the probation (the first 15 %, at most 750 rows)."""
+    windows = json.loads((data / "nab/labels/combined_windows.json").read_text())
+    for name in sorted(windows):
+        with (data / "nab/data" / name).open(newline="") as file:
+            rows = list(csv.reader(file))[1:]
+        times = np.array([row[0] for row in rows], "datetime64[us]")
+        normal = np.arange(len(rows)) >= min(int(0.15 * len(rows)), 750)
+        anomalous = np.zeros(len(rows), bool)
+        for start, end in windows[name]:
+            anomalous[np.searchsorted(times, np.datetime64(start)) : np.searchsorted(times, np.datetime64(end)) + 1] = True
+        x = np.array([[float(row[1])] for row in rows], np.float32)
+        yield Part(Stream(name, x, clock(times.astype(np.int64) / 1e6)), normal & ~anomalous, anomalous)
+
+
+SETS: dict[str, Callable[[Path], Iterator[Part]]] = {
+    "generator": generator,
+    "smd": servers("smd", 10_000, 1),
+    "asd": servers("asd", 8640, 2),
+    "smap": telemetry("smap"),
+    "msl": telemetry("msl"),
+    "ecg": ecg,
+    "nab": nab,
+}
+LABELLED = {"smap": telemetry("smap", labelled=True), "msl": telemetry("msl", labelled=True)}
+
+
+# ── measuring ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(detector: Detector, parts: list[Part], asked: float, on_step: Callable[[float], None]) -> Judged:
+    """All streams side by side through the served step."""
+    x, t = pad([part.stream for part in parts], max(len(part.stream) for part in parts))
+    T, B, _ = x.shape
+    state, ones, alpha = detector.fresh_states(B), np.ones(B, np.float32), np.full(B, asked, np.float32)
+    onset_p = np.empty((T, B), np.float32)
+    for i in range(T):
+        out = detector.step(state, x[i], t[i], ones, alpha)
+        state, onset_p[i] = out.state, out.onset_p
+        on_step(1 / T)
+    normal = np.zeros((T, B), bool)
+    for column, part in enumerate(parts):
+        normal[: len(part.normal), column] = part.normal
+    return Judged(parts, onset_p, normal & np.isfinite(onset_p))
+
+
+def alarms(judged: Judged, policy: Policy) -> Bool:
+    """[T, B] onsets that open an alert."""
+    budget = policy.onset_alpha(np.arange(1, len(judged.onset_p) + 1))
+    found: Bool = judged.onset_p < budget[:, None]  # NaN, the warm-up, is not below
+    return found
+
+
+def measure(name: str, judged: Judged, policy: Policy) -> Row:
+    false = alarms(judged, policy) & judged.normal
+    counts, expected = false.sum(axis=0), policy.alpha * judged.normal.sum(axis=0)
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    by_age = {}
+    for low, high in itertools.pairwise(AGES):
+        seen = int(judged.normal[low:high].sum())
+        if policy.alpha * seen >= 3:
+            by_age[f"{low}-{high}"] = round(float(false[low:high].sum()) / seen / policy.alpha, 2)
+    return Row(
+        set=name,
+        asked=policy.alpha,
+        strict=policy.strict,
+        streams=len(counts),
+        events=int(judged.normal.sum()),
+        onsets=int(counts.sum()),
+        ratio=round(float(counts.sum() / expected.sum()), 3),
+        within_two=round(float(((counts >= expected / 2) & (counts <= 2 * expected)).mean()), 3),
+        ceiling=round(float(np.mean([_poisson_within_two(mean) for mean in expected.tolist()])), 3),
+        by_age=by_age,
+    )
+
+
+def _poisson_within_two(mean: float) -> float:
+    counts = range(math.ceil(mean / 2), math.floor(2 * mean) + 1)
+    return math.fsum(math.exp(n * math.log(mean) - mean - math.lgamma(n + 1)) for n in counts)
+
+
+def segments(name: str, judged: Judged, policy: Policy) -> dict[str, Any]:
+    """Labelled segments with an alert inside or at most REACH events later, and how many chance would hit at the measured rate."""
+    found = alarms(judged, policy)
+    rate = float((found & judged.normal).sum() / judged.normal.sum())
+    hit, lengths = 0, []
+    for column, part in enumerate(judged.parts):
+        assert part.anomalous is not None
+        edges = np.flatnonzero(np.diff(part.anomalous.astype(np.int8), prepend=0, append=0))
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            hit += bool(found[start : end + REACH, column].any())
+            lengths.append(end - start + REACH)
+    chance = float(sum(1 - math.exp(-rate * length) for length in lengths))
+    ratio = round(rate / policy.alpha, 2)
+    return {
+        "set": name,
+        "asked": policy.alpha,
+        "strict": policy.strict,
+        "segments": len(lengths),
+        "hit": hit,
+        "by_chance": round(chance, 1),
+        "ratio": ratio,
+    }
+
+
+def nab_score(judged: Judged, policy: Policy) -> float:
+    """NAB's standard profile at this one threshold: 0 = no alert at all, 100 = all windows at their first row and no false alert.
+
+    Equal to `nab_score.py --threshold 1` on a backtest's `alert_score` but for what frozen learning changes there.
+    """
+    found, total, windows = alarms(judged, policy), 0.0, 0
+    for column, part in enumerate(judged.parts):
+        assert part.anomalous is not None
+        rows = len(part.normal)
+        probation = min(int(0.15 * rows), 750)
+        edges = np.flatnonzero(np.diff(part.anomalous.astype(np.int8), prepend=0, append=0))
+        spans = list(zip(edges[::2].tolist(), (edges[1::2] - 1).tolist(), strict=True))
+        alerts = np.flatnonzero(found[:rows, column])
+        alerts = alerts[alerts >= probation]
+        windows += len(spans)
+        for start, end in spans:
+            inside = alerts[(alerts >= start) & (alerts <= end)]
+            total += _sigmoid(-(end - int(inside[0]) + 1) / (end - start + 1)) / _sigmoid(-1.0) if len(inside) else -1.0
+        for at in alerts[~part.anomalous[alerts]].tolist():
+            before = [span for span in spans if span[1] < at]
+            total += 0.11 * (_sigmoid((at - before[-1][1]) / (before[-1][1] - before[-1][0])) if before else -1.0)
+    return round(100 * (total + windows) / (2 * windows), 1)
+
+
+def _sigmoid(position: float) -> float:
+    return -1.0 if position > 3 else 2 / (1 + math.exp(5 * position)) - 1
+
+
+# ── telling ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of the data sets.")] = Path("../shared/data"),
+    model: Annotated[Path, typer.Option(help="A model of one feature.")] = SHIPPED_MODELS,
+    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the streams, 6,000 rows each, no detection.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Measure all sets and print the tables."""
+    detector = next(iter(load_detectors(model).values()))
+    screen = console()
+    rows: list[Row] = []
+    hits: list[dict[str, Any]] = []
+    scores: list[dict[str, Any]] = []
+    tau = detector.manifest.age_constant
+    detection = () if quick else [*LABELLED, "nab"]
+    runs = len(SETS) * len(ASKED) + (0 if quick else 2 * len(ASKED) + len(NAB_ASKED))
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("Scoring", total=runs)
+
+        def judged(load: Callable[[Path], Iterator[Part]], asked: float) -> Judged:
+            parts = list(load(data))
+            return run(detector, _few(parts) if quick else parts, asked, lambda share: progress.advance(task, share))
+
+        for name, load in SETS.items():
+            progress.update(task, description=name)
+            for asked in ASKED:
+                seen = judged(load, asked)
+                rows += [measure(name, seen, Policy(alpha=asked, strict=strict, tau=tau)) for strict in (True, False)]
+        for name in detection:
+            progress.update(task, description=f"{name}, detection")
+            for asked in NAB_ASKED if name == "nab" else ASKED:
+                seen = judged(LABELLED.get(name, nab), asked)
+                for strict in (True, False):
+                    policy = Policy(alpha=asked, strict=strict, tau=tau)
+                    if name == "nab":
+                        scores.append({"asked": asked, "strict": strict, "score": nab_score(seen, policy)})
+                    else:
+                        hits.append(segments(name, seen, policy))
+    screen.print(_promise(rows))
+    if not quick:
+        screen.print(_hits(hits))
+        screen.print(_nab(scores))
+    if json_file:
+        content = {"model": detector.manifest.filename, "sha256": detector.sha256, "rows": [asdict(row) for row in rows]}
+        json_file.write_text(json.dumps(content | {"segments": hits, "nab": scores}, indent=2))
+
+
+def _few(parts: list[Part]) -> list[Part]:
+    return [Part(cut(part.stream, 0, 6000), part.normal[:6000]) for part in parts[:: 5 if len(parts) > 20 else 2]]
+
+
+def _promise(rows: list[Row]) -> Table:
+    ages = [f"{low}-{high}" for low, high in itertools.pairwise(AGES)]
+    table = Table(title="False onsets, measured ÷ asked; share of streams within a factor 2 against Poisson's own; by age of the stream")
+    for column in ("set", "asked", "", "events", "onsets", "ratio", "within 2x / ceiling", *ages):
+        table.add_column(column, justify="right")
+    for row in rows:
+        good = "green" if 0.5 <= row.ratio <= 2 else "red"
+        shares = f"{row.within_two:.2f} / {row.ceiling:.2f}"
+        mode = "strict" if row.strict else "allowance"
+        figures = (
+            f"{row.events:,}",
+            str(row.onsets),
+            f"[{good}]{row.ratio:.2f}[/]",
+            shares,
+            *(str(row.by_age.get(age, "")) for age in ages),
+        )
+        table.add_row(row.set, f"{row.asked:.2g}", mode, *figures)
+    return table
+
+
+def _hits(hits: list[dict[str, Any]]) -> Table:
+    table = Table(title="Labelled segments with an alert, against chance at the measured rate")
+    for column in ("set", "asked", "", "hit", "by chance", "false ÷ asked"):
+        table.add_column(column, justify="right")
+    for row in hits:
+        mode = "strict" if row["strict"] else "allowance"
+        table.add_row(row["set"], f"{row['asked']:.2g}", mode, f"{row['hit']}/{row['segments']}", str(row["by_chance"]), str(row["ratio"]))
+    return table
+
+
+def _nab(scores: list[dict[str, Any]]) -> Table:
+    table = Table(title="NAB, standard profile, at the asked rate (no threshold chosen on labels)")
+    table.add_column("")
+    for asked in NAB_ASKED:
+        table.add_column(f"{asked:.2g}", justify="right")
+    for strict in (True, False):
+        table.add_row("strict" if strict else "allowance", *(str(row["score"]) for row in scores if row["strict"] == strict))
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
