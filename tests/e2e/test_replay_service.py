@@ -65,7 +65,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def backtested(recorded: Path, model: Path, out: Path) -> dict[str, list[dict[str, str]]]:
     """Stream → the backtest's rows."""
-    backtest.run([recorded], Detector.load(model), Policy(), out, UNSORTED, Console(file=io.StringIO()))
+    detector = Detector.load(model)
+    backtest.run([recorded], detector, Policy(tau=detector.manifest.age_constant), out, UNSORTED, Console(file=io.StringIO()))
     return {str(path.relative_to(out).with_suffix("")): rows_of(path) for path in out.rglob("*.csv")}
 
 
