@@ -16,7 +16,7 @@ from service.state import event_key
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 EARLIEST_SECONDS, LATEST_SECONDS = -62_135_683_200.0, 1e11
-"""From the year 1 (a day late, for the zones) to 5138; more is a timestamp in milliseconds."""
+"""From the year 1 (a day late, for the zones) to 5138; a greater number is a time in milliseconds."""
 _NAN = math.nan
 _unprintable = re.compile(UNPRINTABLE).search
 
@@ -64,7 +64,8 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
             ) from error
     else:
         seconds = float(value)
-    if not EARLIEST_SECONDS <= seconds <= LATEST_SECONDS:
+    limit = math.inf if isinstance(value, str) else LATEST_SECONDS  # a written year is no mistaken unit
+    if not EARLIEST_SECONDS <= seconds <= limit:
         hint = " It looks like milliseconds: send seconds." if LATEST_SECONDS < seconds < 1e15 else ""
         raise BadEvent(f"timestamp {value} is not a time in seconds since 1970.{hint}", "timestamp", shown(value))
     if seconds > latest:
