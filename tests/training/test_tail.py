@@ -123,3 +123,17 @@ def test_few_streams_are_drawn_to_the_generators_constants_and_say_so(observed: 
     for name, prior in PRIOR.items():
         assert abs(np.log(getattr(few, name) / prior)) < abs(np.log(getattr(many, name) / prior)) + 1e-9
     assert few.as_dict()["support"]["streams"] == 1
+
+
+def test_who_asks_for_more_false_alarms_never_gets_fewer(observed: Observed, univariate: DetectorStep) -> None:
+    tail, counts = univariate.tail, []
+    for asked in (1e-4, 1e-3, 1e-2, 1e-1):
+        parts = {slot.name: torch.zeros(observed.strengths.shape[1], slot.size) for slot in tail.slots}
+        found = 0
+        for strengths, valid, age in zip(observed.strengths, observed.valid, observed.age, strict=True):
+            events = (torch.from_numpy(strengths), torch.from_numpy(valid)[:, None], torch.from_numpy(age)[:, None])
+            _, p, parts = tail(*events, torch.tensor([[asked]]), parts)
+            found += int((p < asked).sum())
+        counts.append(found)
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
