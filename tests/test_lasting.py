@@ -132,7 +132,7 @@ def test_an_accepted_level_is_normal_within_moments(detector: Detector) -> None:
         _, after = play(detector, Policy(), x[:, wait : wait + 400] + level, rows, start=NORMAL + wait)
         assert not flagged(after, FROZEN)[:, :20].any()
         assert flagged(after, ALERT_OPEN)[:, 20:].mean() < 0.2  # ordinary false alarms of a stream this young
-        assert (after["p_value"][:, 20:] < 0.001).mean() < 0.02
+        assert (after["p_value"][:, 20:] < 0.001).mean() < 0.1  # a season at the new level is known after its first period
 
 
 def test_any_cut_into_batches_gives_the_same_states_through_an_alert(detector: Detector) -> None:
