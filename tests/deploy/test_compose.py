@@ -48,6 +48,7 @@ def test_the_store_survives_a_restart_and_never_evicts_a_state(services: Documen
     command = services["redis"]["command"]
     options = dict(zip(command[1::2], command[2::2], strict=True))
     assert options["--appendonly"] == "yes"
+    assert options["--appendfsync"] == "always"
     assert options["--maxmemory-policy"] == "noeviction"
     assert "redis-data:/data" in services["redis"]["volumes"]
     assert "redis-data" in compose()["volumes"]
