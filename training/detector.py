@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training.autoencoder import Autoencoder, Sizes
 from training.layout import Keeps, Layout, Parts, Slot, row_sum
 from training.normaliser import Clock, Normalised, Normaliser
-from training.signals import MemorySignals, Residual, ResidualSignals
+from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals
 from training.tail import Band, Calibration, Curve, Tail
 
 WARMUP = 100
@@ -95,7 +95,8 @@ class DetectorStep(nn.Module):
         expected = torch.where(event.known, self.normaliser.raw(parts["forecast"], event), event.u)
         residual = Residual(
             raw=torch.where(event.present, event.u - expected, 0.0),
-            z=torch.where(event.present & event.known, event.z - parts["forecast"], 0.0),
+            # Not in asinh units: there, what is far off already could go twice as far unnoticed.
+            scaled=torch.where(event.present & event.known, (event.u - expected) / event.scale, 0.0).clamp(-SCALED_LIMIT, SCALED_LIMIT),
         )
         strengths, weights, signal_parts = self.signals(event, residual, parts, parts["age"])
         margin, ratio, band_parts = self.band(residual.raw, parts["seen"], alpha, parts)

@@ -30,7 +30,8 @@ from training.evaluate import Scores, detection, false_onsets, false_onsets_by_a
 from training.export import manifest_of, publish, to_onnx, training_record
 from training.fit import Lanes, Plan, Trainer, prepare
 from training.fit import Progress as Reached
-from training.signals import ResidualSignals
+from training.normaliser import FORECAST_LIMIT
+from training.signals import LEVEL_MEMORY, SCALED_LIMIT, ResidualSignals
 from training.verify import Runner, session_of
 
 MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
@@ -178,7 +179,9 @@ def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console
 def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
     x, t = pad(job.calibration, min(MAX_CALIBRATION_ROWS, max(map(len, job.calibration))))
     if isinstance(step.signals, ResidualSignals):
-        step.signals.usual.copy_(_usual_residual(step, x[: 4 * job.plan.chunk], t[: 4 * job.plan.chunk]))
+        usual, usual_level = _usual_residual(step, x[: 4 * job.plan.chunk], t[: 4 * job.plan.chunk])
+        step.signals.usual.copy_(usual)
+        step.signals.usual_level.copy_(usual_level)
     with _bar(console) as bar:
         task = bar.add_task("Calibrating", total=len(x))
         observed = observe(step, x, t, lambda: bar.advance(task))
@@ -186,13 +189,24 @@ def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
 
 
 @torch.no_grad()
-def _usual_residual(step: DetectorStep, x: Any, t: Any) -> torch.Tensor:
-    """Pooled mean |z - forecast| of each feature, without its largest hundredth."""
+def _usual_residual(step: DetectorStep, x: Any, t: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled mean |residual| of each feature, over the scale, and of its slow level, each without its largest hundredth; [F], [F]."""
     lanes = Lanes.fresh(step, x.shape[1])
     prepared = prepare(step, torch.from_numpy(x), torch.from_numpy(t), lanes)
     outputs = step.autoencoder.sequence(prepared.inputs, lanes.encoder, lanes.decoder)
-    size = (prepared.z[1:] - outputs.location[:-1]).abs()[30:]
-    weight = prepared.present[1:][30:].to(size.dtype)
+    expected = torch.sinh(outputs.location[:-1].clamp(-FORECAST_LIMIT, FORECAST_LIMIT))
+    residual, present = (torch.sinh(prepared.z[1:]) - expected).clamp(-SCALED_LIMIT, SCALED_LIMIT), prepared.present[1:]
+    levels, level = [], torch.zeros_like(residual[0])
+    for i, (now, given) in enumerate(zip(residual.unbind(0), present.unbind(0), strict=True)):
+        level = torch.where(given, level + max(1 / (i + 1), 1 / LEVEL_MEMORY) * (now - level), level)
+        levels.append(level)
+    weight = present[30:].to(residual.dtype)
+    return _mean_size(residual[30:], weight), _mean_size(torch.stack(levels)[30:], weight)
+
+
+def _mean_size(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean |value| of each feature over the rows of [T, B, F] with weight 1, without its largest hundredth."""
+    size = value.abs()
     size = size.clamp(max=float(torch.quantile(size.flatten()[:1_000_000], 0.99)))
     return ((size * weight).sum(dim=(0, 1)) / weight.sum(dim=(0, 1)).clamp(min=1.0)).clamp(min=1e-3)
 

@@ -20,6 +20,8 @@ from training.normaliser import TINY, Normalised
 
 LEVEL_MEMORY = 30.0
 """Events of the exponentially weighted level."""
+SCALED_LIMIT = 50.0
+"""Residuals over the stream's scale beyond this count as this."""
 FAR = 1e20
 """Beyond every reading (`LIMIT`), yet far from overflow."""
 
@@ -29,7 +31,7 @@ class Residual:
     """Expected against actual, of one event; 0 where the feature is missing or was never seen before."""
 
     raw: Tensor  # [B, F]
-    z: Tensor  # [B, F]
+    scaled: Tensor  # [B, F] over the stream's scale, within ±SCALED_LIMIT
 
 
 class Signals(Protocol):
@@ -115,39 +117,48 @@ class MemorySignals(nn.Module):
 
 
 class ResidualSignals(nn.Module):
-    """For several features: rms of |residual| over the stream's own scale, and rms of the residuals' slow level.
+    """For several features: rms of |residual| over the stream's own scale, and rms of the residuals' slow level over its own.
 
-    The scale of each feature starts at the pooled `usual` size and becomes the stream's own within some hundred events.
+    Both scales of each feature start at pooled sizes and become the stream's own within some hundred events: a feature that always
+    drifts has a large level and must not drown the others, in the score or in the attribution.
     """
 
     names = ("residual", "level")
     prior, memory, cap = 200.0, 5000.0, 100.0
 
     usual: Tensor
+    usual_level: Tensor
 
     def __init__(self, features: int, burn: int = 60) -> None:
         super().__init__()
         self.features, self.burn = features, burn
         self.register_buffer("usual", torch.full((features,), 0.3))  # pooled mean |residual|, fitted
+        self.register_buffer("usual_level", torch.full((features,), 0.1))  # pooled mean |level of the residual|, fitted
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return (Slot("residual_level", self.features), Slot("residual_scale", self.features, Keeps.FEATURE))
+        scales = tuple(Slot(name, self.features, Keeps.FEATURE) for name in ("residual_scale", "level_scale"))
+        return (Slot("residual_level", self.features), *scales)
 
     def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
-        """Seen [B, 1]: events learned before this one. `residual_scale` is kept as the difference from `usual`."""
-        present = event.present.to(residual.z.dtype)
+        """Age [B, 1]: events learned before this one. The scales are kept as differences from the pooled ones."""
+        present = event.present.to(residual.scaled.dtype)
         given = row_sum(present).clamp(min=1.0)
-        size, scale = residual.z.abs(), self.usual + parts["residual_scale"]
-        ratio = (size / scale).clamp(max=self.cap) * present
         rate = (1 / (age + 1)).clamp(min=1 / LEVEL_MEMORY)
-        level = torch.where(event.present, parts["residual_level"] + rate * (residual.z - parts["residual_level"]), parts["residual_level"])
-        level_ratio = (level / scale).clamp(-self.cap, self.cap) * present
-        squares, level_squares = ratio * ratio, level_ratio * level_ratio
+        level = torch.where(
+            event.present, parts["residual_level"] + rate * (residual.scaled - parts["residual_level"]), parts["residual_level"]
+        )
+        squares, scale = self._against_scale(residual.scaled, self.usual, parts["residual_scale"], age)
+        level_squares, level_scale = self._against_scale(level, self.usual_level, parts["level_scale"], age)
+        squares, level_squares = squares * present, level_squares * present
         strengths = torch.sqrt(torch.cat([row_sum(squares), row_sum(level_squares)], dim=1) / given)
         strengths = torch.where(age >= self.burn, strengths, 0.0)
+        learned = {"residual_level": level, "residual_scale": scale, "level_scale": level_scale}
+        return strengths, squares + level_squares, learned
+
+    def _against_scale(self, value: Tensor, usual: Tensor, learned: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared size of values [B, F] over their scale, and the scale's new difference from `usual` [F]."""
+        size, scale = value.abs(), usual + learned
+        ratio = (size / scale).clamp(max=self.cap)
         step = (torch.minimum(size, 3 * scale) - scale) / (self.prior + age).clamp(max=self.memory)
-        learned = parts["residual_scale"] + torch.where(age >= 30, step, 0.0)
-        # White noise would ask for 2·30 - 1 to weigh both alike; residuals are not white, and then a slow bias hides a jump.
-        weights = squares + 10 * level_squares
-        return strengths, weights, {"residual_level": level, "residual_scale": learned}
+        return ratio * ratio, learned + torch.where(age >= 30, step, 0.0)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psutil
 
-COMMAND = [sys.executable, "-m", "service", "demo"]
+# Like `python -m service demo` in a terminal, also where whoever started the tests ignores Ctrl-C.
+RUN = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module('service', run_name='__main__')"
+COMMAND = [sys.executable, "-c", RUN, "demo"]
 FOLDERS = [Path("/var/tmp"), Path("/tmp")]
 
 
