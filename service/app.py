@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import openapi
+from service import openapi, tasks
 from service.api import Door, DoorLimits
 from service.detector import Detector, load_detectors
 from service.embedded import EmbeddedStore
@@ -87,7 +87,7 @@ class Service:
             if self.settings.silence:
                 for scorer in self.scorers.values():
                     sweeper = scorer.sweeper(self.settings.state_ttl_seconds)
-                    stack.push_async_callback(_cancelled, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
+                    stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
             yield self
             self._closing = True
             await self.ready()
@@ -110,7 +110,7 @@ class Service:
         except StoreUnavailable as error:
             log.warning("store_not_open_yet", error=error.detail)
             task = asyncio.create_task(self._reopen(store), name="open-store")
-            stack.push_async_callback(_cancelled, task)
+            stack.push_async_callback(tasks.end, task)
 
     async def _reopen(self, store: RedisStore) -> None:
         while not self._store_open:
@@ -165,11 +165,6 @@ def create_app(settings: Settings) -> FastAPI:
 
 async def _home() -> Response:
     return RedirectResponse("docs")
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 def _default(detectors: Mapping[str, Detector], settings: Settings) -> str:

@@ -19,6 +19,7 @@ from typing import Generic, TypeVar, cast
 
 import structlog
 
+from service import tasks
 from service.errors import OnsetError, Overloaded
 
 Item = TypeVar("Item")
@@ -113,8 +114,7 @@ class Batcher(Generic[Item, Answer]):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await tasks.end(self._task)
 
     async def _run(self) -> None:
         try:

@@ -32,6 +32,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 
+from service import tasks
 from service.errors import StoreUnavailable
 
 START_SECONDS = 30.0
@@ -104,8 +105,7 @@ class EmbeddedStore:
         if self._lock is None:
             return
         if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+            await tasks.end(self._supervisor)
         await self._end_server()
         self._socket.unlink(missing_ok=True)
         if self._short is not None:
