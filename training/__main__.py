@@ -17,6 +17,7 @@ from rich.console import Console
 from service.errors import ArtifactError, OnsetError
 from service.tables import ReadOptions
 from training.autoencoder import Sizes
+from training.cells import CellName
 from training.fit import Plan
 from training.pipeline import Job, default_job, fleet_job, produce
 from training.verify import verify_file
@@ -53,6 +54,7 @@ def fit(
         list[str] | None, typer.Option(help="Column to leave out. Repeatable. Columns named like labels always are.")
     ] = None,
     array: Annotated[str | None, typer.Option(help="Array of an npz to train on. Default: `train`, or the only one.")] = None,
+    cell: Annotated[CellName, typer.Option(help="LSTM cell of encoder and decoder.")] = "standard",
     hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the encoder.")] = 32,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the encoder.")] = 1,
     code: Annotated[int, typer.Option(min=1, help="Width of the bottleneck.")] = 8,
@@ -66,7 +68,7 @@ def fit(
     """Train one detector for a whole fleet of streams with the same features."""
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude or ()), array=array)
     plan = Plan(steps=steps, seed=seed)
-    sizes = Sizes(hidden, layers, code, decoder_hidden)
+    sizes = Sizes(hidden, layers, code, decoder_hidden, cell)
     _run(lambda: fleet_job(data, options, sizes, plan, validation, name, version, _command(), console.print), out, threads, resume)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training.cells import CellState, Stack
+from training.cells import CELLS, CellName, CellState, Stack
 from training.layout import Parts, Slot
 
 LAGS = (0, 1, 3, 7, 15, 31)
@@ -28,6 +28,7 @@ class Sizes:
     layers: int = 1
     code: int = 8
     decoder_hidden: int = 16
+    cell: CellName = "standard"
 
 
 class Forecast(nn.Module):
@@ -58,9 +59,10 @@ class Autoencoder(nn.Module):
     def __init__(self, inputs: int, features: int, sizes: Sizes) -> None:
         super().__init__()
         self.inputs, self.features, self.sizes = inputs, features, sizes
-        self.encoder = Stack(inputs, sizes.hidden, sizes.layers)
+        cell = CELLS[sizes.cell]
+        self.encoder = Stack(inputs, sizes.hidden, sizes.layers, cell)
         self.bottleneck = nn.Linear(sizes.hidden, sizes.code)
-        self.decoder = Stack(sizes.code, sizes.decoder_hidden)
+        self.decoder = Stack(sizes.code, sizes.decoder_hidden, cell=cell)
         self.heads = Forecast(sizes.decoder_hidden, features)
 
     @property

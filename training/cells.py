@@ -4,13 +4,18 @@
     i = σ(W_i·[h, x] + b_i)     input gate           C' = f∗C + i∗C̃               cell state
     o = σ(W_o·[h, x] + b_o)     output gate          h' = o∗tanh(C')              hidden state
 
-(Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000.) Shapes: T steps, B streams, I inputs, H hidden, L layers.
+(Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000: the standard cell.) The variants change this much:
+
+    peephole   the gates see the cell state: f, i = σ(… + p∗C), o = σ(… + p_o∗C')       Gers, Schraudolph & Schmidhuber 2002
+    coupled    what is forgotten makes room for what enters: i = 1 - f                   CIFG in Greff et al. 2017
+
+Shapes: T steps, B streams, I inputs, H hidden, G gates' width, L layers.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +45,16 @@ class Cell(Protocol):
 
 
 class StandardCell(nn.Module):
-    """The standard LSTM cell. Its four gates are one matrix, in the order forget, input, output, candidate."""
+    """The standard LSTM cell. Its gates are one matrix, in the order forget, input, output, candidate."""
 
     variant = "standard"
+    gates = 4
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.input_size, self.hidden_size = input_size, hidden_size
-        self.from_input = nn.Linear(input_size, 4 * hidden_size)
-        self.from_hidden = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
+        self.from_input = nn.Linear(input_size, self.gates * hidden_size)
+        self.from_hidden = nn.Linear(hidden_size, self.gates * hidden_size, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -73,6 +79,46 @@ class StandardCell(nn.Module):
         return CellState(hidden_state, cell_state)
 
 
+class PeepholeCell(StandardCell):
+    """Gates that see the cell state: forget and input gate the one before, the output gate the one after."""
+
+    variant = "peephole"
+
+    def _initialise(self) -> None:
+        self.from_cell = nn.Parameter(torch.empty(3, self.hidden_size))  # diagonal weights of forget, input, output gate
+        super()._initialise()
+
+    def advance(self, projected: Tensor, state: CellState) -> CellState:
+        hidden_state, cell_state = state
+        H = self.hidden_size
+        forget_raw, input_raw, output_raw, candidate_raw = torch.split(projected + self.from_hidden(hidden_state), H, dim=1)
+        forget_gate = torch.sigmoid(forget_raw + self.from_cell[0] * cell_state)
+        input_gate = torch.sigmoid(input_raw + self.from_cell[1] * cell_state)
+        cell_state = forget_gate * cell_state + input_gate * torch.tanh(candidate_raw)
+        output_gate = torch.sigmoid(output_raw + self.from_cell[2] * cell_state)
+        return CellState(output_gate * torch.tanh(cell_state), cell_state)
+
+
+class CoupledCell(StandardCell):
+    """Coupled input and forget gate (CIFG): i = 1 - f. Its gates are in the order forget, output, candidate."""
+
+    variant = "coupled"
+    gates = 3
+
+    def advance(self, projected: Tensor, state: CellState) -> CellState:
+        hidden_state, cell_state = state
+        H = self.hidden_size
+        gates = projected + self.from_hidden(hidden_state)
+        forget_gate, output_gate = torch.split(torch.sigmoid(gates[:, : 2 * H]), H, dim=1)
+        candidate = torch.tanh(gates[:, 2 * H :])
+        cell_state = candidate + forget_gate * (cell_state - candidate)
+        return CellState(output_gate * torch.tanh(cell_state), cell_state)
+
+
+CellName = Literal["standard", "peephole", "coupled"]
+CELLS: dict[CellName, type[StandardCell]] = {"standard": StandardCell, "peephole": PeepholeCell, "coupled": CoupledCell}
+
+
 class Stack(nn.Module):
     """L cells on top of each other. Its state is two tensors [B, L·H]: all hidden states, all cell states."""
 
@@ -92,8 +138,7 @@ class Stack(nn.Module):
 
     def fresh(self, rows: int) -> CellState:
         parameter = next(self.parameters())
-        zeros = parameter.new_zeros(rows, self.state_size)
-        return CellState(zeros, zeros)
+        return CellState(parameter.new_zeros(rows, self.state_size), parameter.new_zeros(rows, self.state_size))
 
     def step(self, inputs: Tensor, state: CellState) -> CellState:
         """One event: inputs [B, I]. The top layer's hidden state is `top(state)`."""

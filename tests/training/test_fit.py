@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from service.__main__ import app as service_app
 from service.detector import Detector
 from service.tables import ReadOptions, read_tables
 from tests.training.conftest import TINY, random_step
@@ -207,3 +208,17 @@ def test_verify_tells_what_a_file_is_and_refuses_a_changed_one(fitted: tuple[Pat
 def test_sizes_are_recorded(fitted: tuple[Path, str]) -> None:
     cell = Detector.load(fitted[0] / "pumps-1.onnx").manifest.cell
     assert (cell.variant, cell.hidden, cell.code, cell.decoder_hidden) == ("standard", TINY.hidden, TINY.code, TINY.decoder_hidden)
+
+
+@pytest.mark.parametrize("cell", ["peephole", "coupled"])
+def test_every_cell_is_trained_published_and_served_by_the_same_commands(cell: str, fleet_folder: Path, tmp_path: Path) -> None:
+    arguments = ["fit", "--data", str(fleet_folder), "--out", str(tmp_path), "--name", "pumps", "--steps", "8", "--cell", cell]
+    result = CliRunner().invoke(app, [*arguments, "--layers", "2", "--hidden", "6", "--code", "3", "--decoder-hidden", "4"])
+    assert result.exit_code == 0, result.output
+    manifest = Detector.load(tmp_path / "pumps-1.onnx").manifest  # what the service does: hash, self-test, rows independent
+    assert (manifest.cell.variant, manifest.cell.layers) == (cell, 2)
+    scores = tmp_path / "scores"
+    backtest = ["backtest", str(fleet_folder), "--model", str(tmp_path / "pumps-1.onnx"), "--out", str(scores)]
+    result = CliRunner().invoke(service_app, backtest)
+    assert result.exit_code == 0, result.output
+    assert len(list(scores.glob("**/*.csv"))) >= 2
