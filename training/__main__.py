@@ -16,8 +16,7 @@ from rich.console import Console
 
 from service.errors import ArtifactError, OnsetError
 from service.tables import ReadOptions
-from training.autoencoder import Sizes
-from training.cells import CellName
+from training.autoencoder import Sizes, Variant
 from training.fit import Plan
 from training.pipeline import Job, default_job, fleet_job, produce
 from training.verify import verify_file
@@ -54,7 +53,9 @@ def fit(
         list[str] | None, typer.Option(help="Column to leave out. Repeatable. Columns named like labels always are.")
     ] = None,
     array: Annotated[str | None, typer.Option(help="Array of an npz to train on. Default: `train`, or the only one.")] = None,
-    cell: Annotated[CellName, typer.Option(help="LSTM cell of encoder and decoder.")] = "standard",
+    cell: Annotated[
+        Variant, typer.Option(help="LSTM variant. `memoryless` (a perceptron) and `none` are what it has to beat.")
+    ] = "standard",
     hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the encoder.")] = 32,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the encoder.")] = 1,
     code: Annotated[int, typer.Option(min=1, help="Width of the bottleneck.")] = 8,

@@ -10,14 +10,17 @@ next event is expected to be is the decoder's location. Shapes: T steps, B strea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from training.cells import CELLS, CellName, CellState, Stack
+from training.cells import CELLS, StandardCell
 from training.layout import Parts, Slot
+from training.networks import Bidirectional, Convolutional, Memoryless, Network, Stack
 
 LAGS = (0, 1, 3, 7, 15, 31)
+Variant = Literal["standard", "peephole", "coupled", "bidirectional", "convolutional", "memoryless", "none"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Sizes:
     layers: int = 1
     code: int = 8
     decoder_hidden: int = 16
-    cell: CellName = "standard"
+    cell: Variant = "standard"
 
 
 class Forecast(nn.Module):
@@ -49,52 +52,88 @@ class Outputs:
     lags: Tensor  # [T, B, F, len(LAGS)]
     location: Tensor  # [T, B, F] of the next event
     log_scale: Tensor  # [T, B, F]
-    encoder: CellState
-    decoder: CellState
+    state: Parts  # after the last
 
 
 class Autoencoder(nn.Module):
-    """`inputs` numbers an event in, `features` forecasts out."""
+    """`inputs` numbers an event in, `features` forecasts out. Its state's parts are named after encoder and decoder."""
 
     def __init__(self, inputs: int, features: int, sizes: Sizes) -> None:
         super().__init__()
         self.inputs, self.features, self.sizes = inputs, features, sizes
-        cell = CELLS[sizes.cell]
-        self.encoder = Stack(inputs, sizes.hidden, sizes.layers, cell)
-        self.bottleneck = nn.Linear(sizes.hidden, sizes.code)
-        self.decoder = Stack(sizes.code, sizes.decoder_hidden, cell=cell)
+        self.encoder = encoder_of(inputs, sizes)
+        self.bottleneck = nn.Linear(self.encoder.output_size, sizes.code)
+        self.decoder = _decoder(sizes)
         self.heads = Forecast(sizes.decoder_hidden, features)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        encoder, decoder = self.encoder.state_size, self.decoder.state_size
-        return (
-            Slot("encoder_hidden", encoder),
-            Slot("encoder_cell", encoder),
-            Slot("decoder_hidden", decoder),
-            Slot("decoder_cell", decoder),
-        )
+        networks = (("encoder", self.encoder), ("decoder", self.decoder))
+        return tuple(Slot(f"{prefix}_{name}", size) for prefix, network in networks for name, size in network.sizes.items())
+
+    def fresh(self, rows: int) -> Parts:
+        return _prefixed(self.encoder.fresh(rows), self.decoder.fresh(rows))
 
     def step(self, inputs: Tensor, parts: Parts) -> tuple[Tensor, Parts]:
         """One event [B, I] → location of the next one [B, F], and the state's parts after it."""
-        encoder = self.encoder.step(inputs, CellState(parts["encoder_hidden"], parts["encoder_cell"]))
-        code = torch.tanh(self.bottleneck(self.encoder.top(encoder)))
-        decoder = self.decoder.step(code, CellState(parts["decoder_hidden"], parts["decoder_cell"]))
-        location = self.heads.location(self.decoder.top(decoder))
-        after = {
-            "encoder_hidden": encoder.hidden_state,
-            "encoder_cell": encoder.cell_state,
-            "decoder_hidden": decoder.hidden_state,
-            "decoder_cell": decoder.cell_state,
-        }
-        return location, after
+        hidden, encoder = self.encoder.step(inputs, _of("encoder", parts))
+        code = torch.tanh(self.bottleneck(hidden))
+        decoded, decoder = self.decoder.step(code, _of("decoder", parts))
+        return self.heads.location(decoded), _prefixed(encoder, decoder)
 
-    def sequence(self, inputs: Tensor, encoder: CellState, decoder: CellState, code_noise: Tensor | None = None) -> Outputs:
-        """T events [T, B, I], the states carried in and out. `code_noise` [T, B, code] is added to the code (training only)."""
-        hidden, encoder = self.encoder.sequence(inputs, encoder)
+    def sequence(self, inputs: Tensor, parts: Parts, code_noise: Tensor | None = None) -> Outputs:
+        """T events [T, B, I], the state carried in and out. `code_noise` [T, B, code] is added to the code (training only)."""
+        hidden, encoder = self.encoder.sequence(inputs, _of("encoder", parts))
         code = torch.tanh(self.bottleneck(hidden))
         if code_noise is not None:
             code = code + code_noise
-        decoded, decoder = self.decoder.sequence(code, decoder)
+        decoded, decoder = self.decoder.sequence(code, _of("decoder", parts))
         lags = self.heads.lags(decoded).unflatten(-1, (self.features, len(LAGS)))
-        return Outputs(lags, self.heads.location(decoded), self.heads.log_scale(decoded), encoder, decoder)
+        return Outputs(lags, self.heads.location(decoded), self.heads.log_scale(decoded), _prefixed(encoder, decoder))
+
+
+class NoNetwork(nn.Module):
+    """In the autoencoder's place where no network pays: every value is expected at its stream's mean, z = 0."""
+
+    slots: tuple[Slot, ...] = ()
+
+    def __init__(self, inputs: int, features: int, sizes: Sizes) -> None:
+        super().__init__()
+        self.inputs, self.features, self.sizes = inputs, features, sizes
+
+    def fresh(self, rows: int) -> Parts:
+        return {}
+
+    def step(self, inputs: Tensor, parts: Parts) -> tuple[Tensor, Parts]:
+        return torch.zeros_like(inputs[:, : self.features]), {}
+
+    def sequence(self, inputs: Tensor, parts: Parts, code_noise: Tensor | None = None) -> Outputs:
+        zeros = torch.zeros_like(inputs[:, :, : self.features])
+        return Outputs(zeros.unsqueeze(-1).repeat(1, 1, 1, len(LAGS)), zeros, zeros, {})
+
+
+def encoder_of(inputs: int, sizes: Sizes) -> Network:
+    """The encoder of a variant that has one. Raises KeyError for `none`."""
+    cell = sizes.cell
+    if cell == "bidirectional":
+        return Bidirectional(inputs, sizes.hidden, sizes.layers)
+    if cell == "convolutional":
+        return Convolutional(inputs, sizes.hidden, sizes.layers)
+    if cell == "memoryless":
+        return Memoryless(inputs, sizes.hidden, sizes.layers)
+    return Stack.of(CELLS[cell], inputs, sizes.hidden, sizes.layers)
+
+
+def _decoder(sizes: Sizes) -> Network:
+    """Of the encoder's cell; of the standard cell where the encoder runs over a ring."""
+    if sizes.cell == "memoryless":
+        return Memoryless(sizes.code, sizes.decoder_hidden)
+    return Stack.of(CELLS.get(sizes.cell, StandardCell), sizes.code, sizes.decoder_hidden)
+
+
+def _of(prefix: str, parts: Parts) -> Parts:
+    return {name.removeprefix(f"{prefix}_"): part for name, part in parts.items() if name.startswith(f"{prefix}_")}
+
+
+def _prefixed(encoder: Parts, decoder: Parts) -> Parts:
+    return {f"encoder_{name}": part for name, part in encoder.items()} | {f"decoder_{name}": part for name, part in decoder.items()}

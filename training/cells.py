@@ -8,14 +8,16 @@
 
     peephole   the gates see the cell state: f, i = σ(… + p∗C), o = σ(… + p_o∗C')       Gers, Schraudolph & Schmidhuber 2002
     coupled    what is forgotten makes room for what enters: i = 1 - f                   CIFG in Greff et al. 2017
+    convolutional   x, h and C are rows of R positions; W∗x and W∗h are convolutions along them, peepholes as above   Shi et al. 2015
 
-Shapes: T steps, B streams, I inputs, H hidden, G gates' width, L layers.
+How cells are stacked, and run over a ring of recent events, is in `training.networks`.
+Shapes: T steps, B streams, I inputs, H hidden, G gates' width; of a convolutional cell also E input channels, C channels, R positions.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -89,14 +91,17 @@ class PeepholeCell(StandardCell):
         super()._initialise()
 
     def advance(self, projected: Tensor, state: CellState) -> CellState:
-        hidden_state, cell_state = state
-        H = self.hidden_size
-        forget_raw, input_raw, output_raw, candidate_raw = torch.split(projected + self.from_hidden(hidden_state), H, dim=1)
-        forget_gate = torch.sigmoid(forget_raw + self.from_cell[0] * cell_state)
-        input_gate = torch.sigmoid(input_raw + self.from_cell[1] * cell_state)
-        cell_state = forget_gate * cell_state + input_gate * torch.tanh(candidate_raw)
-        output_gate = torch.sigmoid(output_raw + self.from_cell[2] * cell_state)
-        return CellState(output_gate * torch.tanh(cell_state), cell_state)
+        return _peephole(projected + self.from_hidden(state.hidden_state), state.cell_state, self.from_cell)
+
+
+def _peephole(gates: Tensor, cell_state: Tensor, from_cell: Tensor) -> CellState:
+    """Gates [B, 4H] without the peepholes' share, in the order forget, input, output, candidate; from_cell [3, H]."""
+    forget_raw, input_raw, output_raw, candidate_raw = torch.split(gates, cell_state.shape[1], dim=1)
+    forget_gate = torch.sigmoid(forget_raw + from_cell[0] * cell_state)
+    input_gate = torch.sigmoid(input_raw + from_cell[1] * cell_state)
+    cell_state = forget_gate * cell_state + input_gate * torch.tanh(candidate_raw)
+    output_gate = torch.sigmoid(output_raw + from_cell[2] * cell_state)
+    return CellState(output_gate * torch.tanh(cell_state), cell_state)
 
 
 class CoupledCell(StandardCell):
@@ -115,64 +120,35 @@ class CoupledCell(StandardCell):
         return CellState(output_gate * torch.tanh(cell_state), cell_state)
 
 
-CellName = Literal["standard", "peephole", "coupled"]
-CELLS: dict[CellName, type[StandardCell]] = {"standard": StandardCell, "peephole": PeepholeCell, "coupled": CoupledCell}
+class ConvolutionalCell(nn.Module):
+    """ConvLSTM along R positions. To others a cell like any: inputs [.., E·R], hidden size C·R, gates [.., 4·C·R]."""
 
+    variant = "convolutional"
+    width = 3
 
-class Stack(nn.Module):
-    """L cells on top of each other. Its state is two tensors [B, L·H]: all hidden states, all cell states."""
-
-    def __init__(self, input_size: int, hidden_size: int, layers: int = 1, cell: type[StandardCell] = StandardCell) -> None:
+    def __init__(self, input_channels: int, channels: int, positions: int) -> None:
         super().__init__()
-        self.hidden_size, self.layers = hidden_size, layers
-        self.cells = nn.ModuleList([cell(input_size if i == 0 else hidden_size, hidden_size) for i in range(layers)])
+        self.input_channels, self.channels, self.positions = input_channels, channels, positions
+        self.input_size, self.hidden_size = input_channels * positions, channels * positions
+        self.from_input = nn.Conv1d(input_channels, 4 * channels, self.width, padding=self.width // 2)
+        self.from_hidden = nn.Conv1d(channels, 4 * channels, self.width, padding=self.width // 2, bias=False)
+        self.from_cell = nn.Parameter(torch.empty(3, channels * positions))  # weights of forget, input, output gate
+        bound = 1 / math.sqrt(channels * self.width)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        if self.from_input.bias is not None:
+            with torch.no_grad():
+                self.from_input.bias[:channels] += 1.0
 
-    @property
-    def variant(self) -> str:
-        return str(self.cells[0].variant)
+    def project(self, inputs: Tensor) -> Tensor:
+        rows = inputs.reshape(-1, self.input_channels, self.positions)
+        convolved: Tensor = self.from_input(rows)
+        return convolved.reshape(*inputs.shape[:-1], 4 * self.hidden_size)
 
-    @property
-    def state_size(self) -> int:
-        """Floats of each of the state's two tensors."""
-        return self.layers * self.hidden_size
-
-    def fresh(self, rows: int) -> CellState:
-        parameter = next(self.parameters())
-        return CellState(parameter.new_zeros(rows, self.state_size), parameter.new_zeros(rows, self.state_size))
-
-    def step(self, inputs: Tensor, state: CellState) -> CellState:
-        """One event: inputs [B, I]. The top layer's hidden state is `top(state)`."""
-        before, after, value = self._layers_of(state), [], inputs
-        for cell, layer_state in zip(self.cells, before, strict=True):
-            advanced = cell.advance(cell.project(value), layer_state)  # type: ignore[operator]
-            after.append(advanced)
-            value = advanced.hidden_state
-        return _joined(after)
-
-    def sequence(self, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
-        """Many events: inputs [T, B, I] → the top layer's hidden states [T, B, H] and the last state."""
-        last, values = [], inputs
-        for cell, layer_state in zip(self.cells, self._layers_of(state), strict=True):
-            projected, outputs, current = cell.project(values), [], layer_state  # type: ignore[operator]
-            for step in projected.unbind(0):
-                current = cell.advance(step, current)  # type: ignore[operator]
-                outputs.append(current.hidden_state)
-            values = torch.stack(outputs)
-            last.append(current)
-        return values, _joined(last)
-
-    def top(self, state: CellState) -> Tensor:
-        """The top layer's hidden state [B, H]."""
-        return state.hidden_state[:, -self.hidden_size :]
-
-    def _layers_of(self, state: CellState) -> list[CellState]:
-        if self.layers == 1:
-            return [state]
-        hidden, cell = (torch.split(part, self.hidden_size, dim=1) for part in state)
-        return [CellState(h, c) for h, c in zip(hidden, cell, strict=True)]
+    def advance(self, projected: Tensor, state: CellState) -> CellState:
+        hidden_state, cell_state = state
+        convolved = self.from_hidden(hidden_state.reshape(-1, self.channels, self.positions)).flatten(1)
+        return _peephole(projected + convolved, cell_state, self.from_cell)
 
 
-def _joined(states: list[CellState]) -> CellState:
-    if len(states) == 1:
-        return states[0]
-    return CellState(torch.cat([s.hidden_state for s in states], dim=1), torch.cat([s.cell_state for s in states], dim=1))
+CELLS: dict[str, type[StandardCell]] = {"standard": StandardCell, "peephole": PeepholeCell, "coupled": CoupledCell}

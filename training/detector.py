@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.autoencoder import Autoencoder, Sizes
+from training.autoencoder import Autoencoder, NoNetwork, Sizes
 from training.layout import Keeps, Layout, Parts, Slot, row_sum
 from training.normaliser import Clock, Normalised, Normaliser
 from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals
@@ -54,7 +54,8 @@ class DetectorStep(nn.Module):
         self.features = features
         self.normaliser = Normaliser(features, clip)
         self.clock = Clock()
-        self.autoencoder = Autoencoder(3 * features + Clock.inputs, features, sizes)
+        network: type[Autoencoder | NoNetwork] = NoNetwork if sizes.cell == "none" else Autoencoder
+        self.autoencoder = network(3 * features + Clock.inputs, features, sizes)
         self.signals: MemorySignals | ResidualSignals = MemorySignals(intervals) if features == 1 else ResidualSignals(features)
         self.calibrate(flat_calibration(len(self.signals.names)))
 

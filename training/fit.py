@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.autoencoder import LAGS, Outputs
-from training.cells import CellState
 from training.data import Block, Float32, Source
 from training.detector import DetectorStep
 from training.layout import Parts
@@ -68,15 +67,13 @@ class Lanes:
 
     parts: Parts  # of normaliser and clock
     events: Tensor  # [B, 1]
-    encoder: CellState
-    decoder: CellState
+    network: Parts
 
     @classmethod
     def fresh(cls, step: DetectorStep, rows: int) -> Lanes:
         slots = (*step.normaliser.slots, *step.clock.slots)
         parts = {slot.name: torch.zeros(rows, slot.size) for slot in slots} | {"previous_z": torch.zeros(rows, step.features)}
-        network = step.autoencoder
-        return cls(parts, torch.zeros(rows, 1), network.encoder.fresh(rows), network.decoder.fresh(rows))
+        return cls(parts, torch.zeros(rows, 1), step.autoencoder.fresh(rows))
 
 
 @torch.no_grad()
@@ -211,13 +208,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.plan, index * self.plan.chunks + number)
         code_noise = CODE_NOISE * torch.randn(*inputs.shape[:2], self.network.sizes.code, generator=noise)
-        outputs = self.network.sequence(inputs, lanes.encoder, lanes.decoder, code_noise)
+        outputs = self.network.sequence(inputs, lanes.network, code_noise)
         loss = loss_of(outputs, prepared, block.counts_from if number == 0 else 0)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        lanes.encoder, lanes.decoder = (CellState(*(part.detach() for part in state)) for state in (outputs.encoder, outputs.decoder))
+        lanes.network = {name: part.detach() for name, part in outputs.state.items()}
         return float(loss.detach())
 
     @torch.no_grad()
@@ -226,7 +223,7 @@ class Trainer:
         block = self._validation
         lanes = Lanes.fresh(self.step, block.x.shape[1])
         prepared = prepare(self.step, torch.from_numpy(block.x), torch.from_numpy(block.t), lanes)
-        outputs = self.network.sequence(prepared.inputs, lanes.encoder, lanes.decoder)
+        outputs = self.network.sequence(prepared.inputs, lanes.network)
         return float(loss_of(outputs, prepared, block.counts_from))
 
     def _look(self) -> None:

@@ -22,7 +22,7 @@ from service.artifact import Feature, Manifest
 from service.errors import TableError
 from service.tables import Notify, ReadOptions, read_tables
 from training import report, synthetic
-from training.autoencoder import Sizes
+from training.autoencoder import NoNetwork, Sizes
 from training.calibrate import calibrate, observe
 from training.data import Fleet, Float64, Source, Stream, cut, digest, pad, streams_of
 from training.detector import DetectorStep
@@ -163,6 +163,8 @@ def produce(job: Job, out: Path, *, threads: int = 1, resume: bool = False, cons
 
 
 def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console: Console) -> Reached:
+    if isinstance(step.autoencoder, NoNetwork):
+        return Reached()
     trainer = Trainer(step, job.source, job.plan, checkpoint, identity=f"{job.data_sha256 or job.data} {job.features} {job.sizes}")
     if resume and trainer.resume():
         console.print(f"Continuing at step {trainer.progress.block * job.plan.chunks}.")
@@ -193,7 +195,7 @@ def _usual_residual(step: DetectorStep, x: Any, t: Any) -> tuple[torch.Tensor, t
     """Pooled mean |residual| of each feature, over the scale, and of its slow level, each without its largest hundredth; [F], [F]."""
     lanes = Lanes.fresh(step, x.shape[1])
     prepared = prepare(step, torch.from_numpy(x), torch.from_numpy(t), lanes)
-    outputs = step.autoencoder.sequence(prepared.inputs, lanes.encoder, lanes.decoder)
+    outputs = step.autoencoder.sequence(prepared.inputs, lanes.network)
     expected = torch.sinh(outputs.location[:-1].clamp(-FORECAST_LIMIT, FORECAST_LIMIT))
     residual, present = (torch.sinh(prepared.z[1:]) - expected).clamp(-SCALED_LIMIT, SCALED_LIMIT), prepared.present[1:]
     levels, level = [], torch.zeros_like(residual[0])

@@ -60,8 +60,9 @@ def _draw_loss(axis: Any, progress: Progress) -> None:
     for points, colour, label in ((progress.training, QUIET, "training (corrupted input)"), (progress.validation, GLOW, "validation")):
         if points:
             axis.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.4)
-    axis.set_title("Loss by training step", loc="left", fontsize=10)
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_title("Loss by training step" if progress.training else "No network, nothing to train", loc="left", fontsize=10)
+    if axis.lines:
+        axis.legend(frameon=False, fontsize=8)
     _tidy(axis)
 
 
@@ -116,7 +117,11 @@ def write(folder: Path, manifest: Manifest, progress: Progress, model: Path, sec
         "bytes": model.stat().st_size,
         "state_bytes": 4 * manifest.state_size,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "loss": {"training": progress.training, "validation": progress.validation, "best": progress.best_loss},
+        "loss": {
+            "training": progress.training,
+            "validation": progress.validation,
+            "best": progress.best_loss if progress.validation else None,
+        },
         "quality": manifest.quality,
         "training": manifest.training.model_dump(),
     }
@@ -126,6 +131,10 @@ def write(folder: Path, manifest: Manifest, progress: Progress, model: Path, sec
 
 def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], next_steps: list[str]) -> list[str]:
     cell, training = manifest.cell, manifest.training
+    network = f"{cell.variant}, {cell.layers} × {cell.hidden} → code {cell.code} → {cell.decoder_hidden}"
+    if cell.variant == "none":
+        network = "none"
+    best = f"Best validation loss {progress.best_loss:.4f}; " if progress.validation else ""
     lines = [
         f"# {manifest.name} {manifest.version}",
         "",
@@ -133,9 +142,8 @@ def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], n
         "",
         f"- Features: {', '.join(manifest.feature_names)}",
         f"- Trained on {training.data}: {training.streams} streams, {training.rows} rows; `{training.command}`, seed {training.seed}",
-        f"- Network: {cell.variant} LSTM, {cell.layers} × {cell.hidden} → code {cell.code} → {cell.decoder_hidden}; "
-        f"file {content['bytes']:,} bytes, {content['state_bytes']:,} bytes a stream",
-        f"- Best validation loss {progress.best_loss:.4f}; took {', '.join(f'{n} {s} s' for n, s in content['seconds'].items())}",
+        f"- Network: {network}; file {content['bytes']:,} bytes, {content['state_bytes']:,} bytes a stream",
+        f"- {best}took {', '.join(f'{n} {s} s' for n, s in content['seconds'].items())}",
         "",
         "![loss, a stream with its band, scores](report.png)",
         "",

@@ -18,7 +18,6 @@ import torch
 from service.artifact import Manifest
 from service.detector import Detector, StepOutput, bucket
 from service.errors import ArtifactError
-from training.cells import CellState
 from training.data import Float32
 from training.detector import OUTPUTS, DetectorStep
 
@@ -112,15 +111,14 @@ def verify_sequence(step: DetectorStep) -> None:
     network = step.autoencoder
     T, B = 40, 8
     values = torch.randn(T, B, network.inputs, generator=torch.Generator().manual_seed(0))
-    whole = network.sequence(values, network.encoder.fresh(B), network.decoder.fresh(B))
-    parts = {slot.name: torch.zeros(B, slot.size) for slot in network.slots}
+    whole = network.sequence(values, network.fresh(B))
+    parts = network.fresh(B)
     for i in range(T):
         location, parts = network.step(values[i], parts)
         difference = float((location - whole.location[i]).abs().max())
         if difference > TOLERANCE:
             raise ArtifactError(f"Refused: event {i} of a sequence differs by {difference:.1e} from the same events one by one.")
-    last = CellState(parts["encoder_hidden"], parts["encoder_cell"])
-    if not all(torch.allclose(a, b, atol=TOLERANCE) for a, b in zip(last, whole.encoder, strict=True)):
+    if not all(torch.allclose(part, whole.state[name], atol=TOLERANCE) for name, part in parts.items()):
         raise ArtifactError("Refused: the network's state after a sequence differs from the state after the same events one by one.")
 
 

@@ -210,7 +210,7 @@ def test_sizes_are_recorded(fitted: tuple[Path, str]) -> None:
     assert (cell.variant, cell.hidden, cell.code, cell.decoder_hidden) == ("standard", TINY.hidden, TINY.code, TINY.decoder_hidden)
 
 
-@pytest.mark.parametrize("cell", ["peephole", "coupled"])
+@pytest.mark.parametrize("cell", ["peephole", "coupled", "bidirectional", "convolutional", "memoryless", "none"])
 def test_every_cell_is_trained_published_and_served_by_the_same_commands(cell: str, fleet_folder: Path, tmp_path: Path) -> None:
     arguments = ["fit", "--data", str(fleet_folder), "--out", str(tmp_path), "--name", "pumps", "--steps", "8", "--cell", cell]
     result = CliRunner().invoke(app, [*arguments, "--layers", "2", "--hidden", "6", "--code", "3", "--decoder-hidden", "4"])

@@ -15,10 +15,13 @@ from service.artifact import Feature, Manifest
 from service.detector import Detector, StepOutput
 from service.errors import ArtifactError
 from tests.training.conftest import TINY
-from training.cells import CellState, Stack
+from training.autoencoder import Autoencoder
+from training.cells import StandardCell
 from training.data import Float32
 from training.detector import WARMUP, DetectorStep
 from training.export import manifest_of, publish, training_record
+from training.layout import Parts
+from training.networks import Stack
 from training.verify import (
     Runner,
     StepFunction,
@@ -50,6 +53,7 @@ def test_a_graph_that_answers_differently_from_pytorch_is_refused(
     univariate: DetectorStep, graph: bytes, manifest: Manifest, tmp_path: Path
 ) -> None:
     changed = copy.deepcopy(univariate)
+    assert isinstance(changed.autoencoder, Autoencoder)
     with torch.no_grad():
         changed.autoencoder.heads.location.bias.add_(0.01)
     with pytest.raises(ArtifactError, match=r"Refused: .* of step \d+ differs by .* between PyTorch and ONNX Runtime"):
@@ -69,15 +73,16 @@ def test_a_number_where_the_other_has_none_is_refused(univariate: DetectorStep, 
 class ForgetfulStack(Stack):
     """In a sequence it forgets its state at every event."""
 
-    def sequence(self, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
-        outputs = [self.step(row, self.fresh(len(row))) for row in inputs.unbind(0)]
-        return torch.stack([self.top(output) for output in outputs]), outputs[-1]
+    def sequence(self, inputs: Tensor, state: Parts) -> tuple[Tensor, Parts]:
+        steps = [self.step(row, self.fresh(len(row))) for row in inputs.unbind(0)]
+        return torch.stack([output for output, _ in steps]), steps[-1][1]
 
 
 def test_a_network_that_answers_a_sequence_otherwise_than_its_steps_is_refused(univariate: DetectorStep) -> None:
     verify_sequence(univariate)
     changed = copy.deepcopy(univariate)
-    forgetful = ForgetfulStack(univariate.autoencoder.inputs, TINY.hidden, TINY.layers)
+    assert isinstance(changed.autoencoder, Autoencoder)
+    forgetful = ForgetfulStack.of(StandardCell, changed.autoencoder.inputs, TINY.hidden, TINY.layers)
     forgetful.load_state_dict(changed.autoencoder.encoder.state_dict())
     changed.autoencoder.encoder = forgetful
     with pytest.raises(ArtifactError, match=r"event 1 of a sequence differs by .* from the same events one by one"):
