@@ -57,7 +57,7 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
         present = judged.event.present
         strengths[i] = judged.strengths.numpy()
         ratios[i] = torch.where(present & judged.event.known, judged.ratio, torch.nan).numpy()
-        valid[i] = present.any(dim=1).numpy()
+        valid[i] = step.judges(judged.event)[:, 0].numpy()
         on_step()
     return Observed(strengths, ratios, valid, ages)
 

@@ -99,8 +99,11 @@ class Fleet:
         self.splits = [max(1, int(len(stream) * (1 - validation_share))) for stream in self.streams]
 
     def block(self, rng: np.random.Generator, lanes: int, length: int) -> Block:
-        """Each lane starts at a random row of a stream, chosen in proportion to its rows: a young stream of any age of the data."""
-        weights = np.array(self.splits, float)
+        """Each lane starts at a random row of a stream: a young stream of any age of the data.
+
+        Streams are chosen in proportion to their rows up to one lane's, so that a long recording does not drown the short ones.
+        """
+        weights = np.minimum(np.array(self.splits, float), length)
         chosen = rng.choice(len(self.streams), size=lanes, p=weights / weights.sum())
         pieces = []
         for index in chosen:

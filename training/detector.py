@@ -9,6 +9,7 @@ The state is S floats (`layout` names its slices); zeros are a fresh stream. Sha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +50,19 @@ def flat_calibration(signals: int) -> Calibration:
 class DetectorStep(nn.Module):
     """One event for each of B streams. `forward` has the signature of the artifact's step function."""
 
-    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 12) -> None:
+    scored: Tensor
+
+    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 12, scored: Sequence[bool] | None = None) -> None:
+        """`scored` [F]: False for context, which the network sees and nothing judges. By default all are scored."""
         super().__init__()
         self.features = features
+        self.register_buffer("scored", torch.tensor(scored or [True] * features))
         self.normaliser = Normaliser(features, clip)
         self.clock = Clock()
         network: type[Autoencoder | NoNetwork] = NoNetwork if sizes.cell == "none" else Autoencoder
         self.autoencoder = network(3 * features + Clock.inputs, features, sizes)
-        self.signals: MemorySignals | ResidualSignals = MemorySignals(intervals) if features == 1 else ResidualSignals(features)
+        several = features > 1
+        self.signals: MemorySignals | ResidualSignals = ResidualSignals(features, scored) if several else MemorySignals(intervals)
         self.calibrate(flat_calibration(len(self.signals.names)))
 
     def calibrate(self, calibration: Calibration) -> None:
@@ -80,14 +86,19 @@ class DetectorStep(nn.Module):
         may_learn, asked = learn.unsqueeze(1) > 0.5, alpha.unsqueeze(1)
         judged, after = self.judge(parts, x, t, may_learn, asked)
         event = judged.event
-        any_value = event.present.any(dim=1, keepdim=True)
+        any_value = self.judges(event)
         p_value, onset_p, tail_parts = self.tail(judged.strengths, any_value, parts["age"], asked, parts)
         state_out = self.layout.join(state, {**after, **tail_parts}, event.learns)
 
         silent = ~any_value | (parts["events"] < WARMUP)
         p_value, onset_p = (torch.where(silent, torch.nan, p).squeeze(1) for p in (p_value, onset_p))
         expected = torch.where(event.known, judged.expected + event.reference, torch.nan)
-        return state_out, p_value, onset_p, expected, expected - judged.margin, expected + judged.margin, _shares(judged)
+        contribution = _shares(judged, event.present & self.scored)
+        return state_out, p_value, onset_p, expected, expected - judged.margin, expected + judged.margin, contribution
+
+    def judges(self, event: Normalised) -> Tensor:
+        """[B, 1] bool: there is a value to be scored."""
+        return (event.present & self.scored).any(dim=1, keepdim=True)
 
     def judge(self, parts: Parts, x: Tensor, t: Tensor, may_learn: Tensor, alpha: Tensor) -> tuple[Judged, Parts]:
         """Everything before the tail; all [B, ·]. Returns the parts after the event, for `Layout.join`, without those of the tail."""
@@ -96,8 +107,8 @@ class DetectorStep(nn.Module):
         expected = torch.where(event.known, self.normaliser.raw(parts["forecast"], event), event.u)
         residual = Residual(
             raw=torch.where(event.present, event.u - expected, 0.0),
-            # Not in asinh units: there, what is far off already could go twice as far unnoticed.
             scaled=torch.where(event.present & event.known, (event.u - expected) / event.scale, 0.0).clamp(-SCALED_LIMIT, SCALED_LIMIT),
+            z=torch.where(event.present & event.known, event.z - parts["forecast"], 0.0),
         )
         strengths, weights, signal_parts = self.signals(event, residual, parts, parts["age"])
         margin, ratio, band_parts = self.band(residual.raw, parts["seen"], alpha, parts)
@@ -121,9 +132,9 @@ class DetectorStep(nn.Module):
         return torch.cat([event.z, change, event.present.to(event.z.dtype), clock], dim=1)
 
 
-def _shares(judged: Judged) -> Tensor:
-    """Attribution: weights as shares of 1 over the features that are present."""
-    present = judged.event.present.to(judged.weights.dtype)
+def _shares(judged: Judged, scored: Tensor) -> Tensor:
+    """Attribution: weights as shares of 1 over the features that are present and scored [B, F]."""
+    present = scored.to(judged.weights.dtype)
     if present.shape[1] == 1:
         return present
     weights = (judged.weights + 1e-6) * present

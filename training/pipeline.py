@@ -31,10 +31,12 @@ from training.export import manifest_of, publish, to_onnx, training_record
 from training.fit import Lanes, Plan, Trainer, prepare
 from training.fit import Progress as Reached
 from training.normaliser import FORECAST_LIMIT
-from training.signals import LEVEL_MEMORY, SCALED_LIMIT, ResidualSignals
+from training.signals import SCALED_LIMIT, ResidualSignals
 from training.verify import Runner, session_of
 
 MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
+POOLED_ROWS = 4000
+"""Rows of each calibration lane that the pooled constants of the signals are fitted on."""
 CALIBRATION_SEED, EVALUATION_SEED = 9_001, 9_002
 
 
@@ -59,6 +61,7 @@ class Job:
     pooled_floor: float = 0.1  # share of the pooled deviation below which no stream's scale falls; 0 = none
     streams: int = 0
     rows: int = 0
+    context: frozenset[str] = frozenset()  # features that are not scored
 
 
 def fleet_job(
@@ -139,7 +142,7 @@ def produce(job: Job, out: Path, *, threads: int = 1, resume: bool = False, cons
     console = console or Console(quiet=True)
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    step = DetectorStep(len(job.features), job.sizes, job.clip)
+    step = DetectorStep(len(job.features), job.sizes, job.clip, scored=[name not in job.context for name in job.features])
     _pool_floor(step, job)
 
     with _timed(seconds, "training"):
@@ -181,9 +184,7 @@ def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console
 def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
     x, t = pad(job.calibration, min(MAX_CALIBRATION_ROWS, max(map(len, job.calibration))))
     if isinstance(step.signals, ResidualSignals):
-        usual, usual_level = _usual_residual(step, x[: 4 * job.plan.chunk], t[: 4 * job.plan.chunk])
-        step.signals.usual.copy_(usual)
-        step.signals.usual_level.copy_(usual_level)
+        step.signals.fit(*_residuals(step, x[:POOLED_ROWS], t[:POOLED_ROWS]))
     with _bar(console) as bar:
         task = bar.add_task("Calibrating", total=len(x))
         observed = observe(step, x, t, lambda: bar.advance(task))
@@ -191,26 +192,15 @@ def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
 
 
 @torch.no_grad()
-def _usual_residual(step: DetectorStep, x: Any, t: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled mean |residual| of each feature, over the scale, and of its slow level, each without its largest hundredth; [F], [F]."""
+def _residuals(step: DetectorStep, x: Any, t: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residuals of x [T, B, F] once each lane has settled, in asinh and in linear units [N, F]; NaN where missing."""
     lanes = Lanes.fresh(step, x.shape[1])
     prepared = prepare(step, torch.from_numpy(x), torch.from_numpy(t), lanes)
     outputs = step.autoencoder.sequence(prepared.inputs, lanes.network)
-    expected = torch.sinh(outputs.location[:-1].clamp(-FORECAST_LIMIT, FORECAST_LIMIT))
-    residual, present = (torch.sinh(prepared.z[1:]) - expected).clamp(-SCALED_LIMIT, SCALED_LIMIT), prepared.present[1:]
-    levels, level = [], torch.zeros_like(residual[0])
-    for i, (now, given) in enumerate(zip(residual.unbind(0), present.unbind(0), strict=True)):
-        level = torch.where(given, level + max(1 / (i + 1), 1 / LEVEL_MEMORY) * (now - level), level)
-        levels.append(level)
-    weight = present[30:].to(residual.dtype)
-    return _mean_size(residual[30:], weight), _mean_size(torch.stack(levels)[30:], weight)
-
-
-def _mean_size(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean |value| of each feature over the rows of [T, B, F] with weight 1, without its largest hundredth."""
-    size = value.abs()
-    size = size.clamp(max=float(torch.quantile(size.flatten()[:1_000_000], 0.99)))
-    return ((size * weight).sum(dim=(0, 1)) / weight.sum(dim=(0, 1)).clamp(min=1.0)).clamp(min=1e-3)
+    z, forecast, present = prepared.z[1:], outputs.location[:-1], prepared.present[1:]
+    linear = (torch.sinh(z) - torch.sinh(forecast.clamp(-FORECAST_LIMIT, FORECAST_LIMIT))).clamp(-SCALED_LIMIT, SCALED_LIMIT)
+    settled = min(60, len(z) // 4)
+    return tuple(torch.where(present, part, torch.nan)[settled:].flatten(0, 1) for part in (z - forecast, linear))  # type: ignore[return-value]
 
 
 def _pool_floor(step: DetectorStep, job: Job) -> None:
@@ -268,7 +258,7 @@ def _manifest(step: DetectorStep, job: Job, quality: dict[str, Any]) -> Manifest
         step,
         name=job.name,
         version=job.version,
-        features=[Feature(name=name) for name in job.features],
+        features=[Feature(name=name, role="context" if name in job.context else "scored") for name in job.features],
         training=record,
         description=job.description,
         quality=quality,

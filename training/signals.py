@@ -1,7 +1,7 @@
 """What of an event is unusual, as K non-negative strengths: the exchangeable part between the network and the tail.
 
     one feature        `MemorySignals`    how far the value, its level and the residual lie from where they have been before
-    several features   `ResidualSignals`  size of the residuals over the stream's own scale, and their slow level
+    several features   `ResidualSignals`  size of the residuals, their slow level, and how unusual they are together
 
 A strength of 0 means: nothing to see. What a strength is worth as a probability is the tail's business, not theirs.
 Shapes: B streams, F features, K signals, M intervals.
@@ -9,6 +9,7 @@ Shapes: B streams, F features, K signals, M intervals.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,8 @@ LEVEL_MEMORY = 30.0
 """Events of the exponentially weighted level."""
 SCALED_LIMIT = 50.0
 """Residuals over the stream's scale beyond this count as this."""
+WIDEST = 40
+"""Features up to which the precision matrix is of the features themselves: WIDEST·(WIDEST + 1)/2 floats of state at most."""
 FAR = 1e20
 """Beyond every reading (`LIMIT`), yet far from overflow."""
 
@@ -32,6 +35,7 @@ class Residual:
 
     raw: Tensor  # [B, F]
     scaled: Tensor  # [B, F] over the stream's scale, within ±SCALED_LIMIT
+    z: Tensor  # [B, F] in asinh units, as the network sees them
 
 
 class Signals(Protocol):
@@ -117,48 +121,113 @@ class MemorySignals(nn.Module):
 
 
 class ResidualSignals(nn.Module):
-    """For several features: rms of |residual| over the stream's own scale, and rms of the residuals' slow level over its own.
+    """For several features: three looks at the residuals of those that are scored. LOG.md, "Fleets", has what else was tried.
 
-    Both scales of each feature start at pooled sizes and become the stream's own within some hundred events: a feature that always
-    drifts has a large level and must not drown the others, in the score or in the attribution.
+        residual   rms of |residual| in asinh units over the stream's own scale: one feature far off must not hide the others
+        level      rms of the residuals' slow level (1/30) in linear units: small offsets that last
+        distance   Mahalanobis distance of the linear residuals, averaged (1/5): values unusual together that are not alone
+
+    Scale, mean and precision P start at pooled ones and become the stream's own. P follows d by one step of Sherman and Morrison,
+    P - a·Pd·dᵀP / (1 + a·dᵀPd), and is fed a·P0: so it stays positive definite in float32 for ever, and ends at the geometric mean
+    of what the fleet and what the stream says. Beyond WIDEST features, d is their projection on as many pooled principal directions.
     """
 
-    names = ("residual", "level")
+    names = ("residual", "level", "distance")
     prior, memory, cap = 200.0, 5000.0, 100.0
+    prior_rows, smoothing, leak = 500.0, 0.2, 0.05
 
+    scored: Tensor
     usual: Tensor
-    usual_level: Tensor
+    usual_mean: Tensor
+    directions: Tensor
+    usual_precision: Tensor
+    first: Tensor
+    second: Tensor
+    unpack: Tensor
 
-    def __init__(self, features: int, burn: int = 60) -> None:
+    def __init__(self, features: int, scored: Sequence[bool] | None = None, burn: int = 60) -> None:
+        """`scored` [F]: False for features that are context, seen by the network and never judged."""
         super().__init__()
         self.features, self.burn = features, burn
+        self.width = D = min(features, WIDEST)
+        first, second = torch.triu_indices(D, D)
+        place = torch.zeros(D, D, dtype=torch.long)
+        place[first, second] = place[second, first] = torch.arange(len(first))
+        self.register_buffer("scored", torch.tensor(scored or [True] * features))
         self.register_buffer("usual", torch.full((features,), 0.3))  # pooled mean |residual|, fitted
-        self.register_buffer("usual_level", torch.full((features,), 0.1))  # pooled mean |level of the residual|, fitted
+        self.register_buffer("usual_mean", torch.zeros(features))  # pooled mean of the linear residuals, fitted
+        self.register_buffer("directions", torch.eye(features)[:, :D].contiguous())
+        self.register_buffer("usual_precision", (first == second).float())  # packed upper triangle, fitted
+        for name, index in (("first", first), ("second", second), ("unpack", place.flatten())):
+            self.register_buffer(name, index, persistent=False)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        scales = tuple(Slot(name, self.features, Keeps.FEATURE) for name in ("residual_scale", "level_scale"))
-        return (Slot("residual_level", self.features), *scales)
+        return (
+            Slot("residual_level", self.features),
+            Slot("distance", 1),
+            Slot("residual_scale", self.features, Keeps.FEATURE),
+            Slot("residual_mean", self.features, Keeps.FEATURE),
+            Slot("precision", len(self.first), Keeps.STREAM),
+        )
+
+    @torch.no_grad()
+    def fit(self, residual: Tensor, linear: Tensor) -> None:
+        """The pooled constants, from residuals [N, F] of unlabelled rows in asinh and in linear units; NaN where missing."""
+        given = ~torch.isnan(residual)
+        count = given.sum(dim=0).clamp(min=1)
+        size = torch.where(given, residual.abs(), 0.0).clamp(max=3.0).sum(dim=0) / count
+        self.usual.copy_(size.clamp(min=0.05 * float(size.mean()) + 1e-4))
+        clipped = torch.where(given, linear, 0.0).clamp(-6.0, 6.0).double()
+        mean = clipped.sum(dim=0) / count
+        centred = torch.where(given & self.scored, clipped - mean, 0.0)
+        covariance = centred.T @ centred / max(len(centred), 1)
+        if self.width < self.features:
+            self.directions.copy_(torch.linalg.eigh(covariance)[1][:, -self.width :])
+            covariance = self.directions.double().T @ covariance @ self.directions.double()
+        ridge = 0.05 * covariance.trace() / self.width + 1e-6
+        precision = torch.linalg.inv(covariance + ridge * torch.eye(self.width, dtype=torch.float64))
+        self.usual_mean.copy_(mean)
+        self.usual_precision.copy_(precision[self.first, self.second])
 
     def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
-        """Age [B, 1]: events learned before this one. The scales are kept as differences from the pooled ones."""
-        present = event.present.to(residual.scaled.dtype)
+        """Age [B, 1]: events learned before this one. Scale, mean and precision are kept as differences from the pooled ones."""
+        judged = event.present & self.scored
+        present = judged.to(residual.scaled.dtype)
         given = row_sum(present).clamp(min=1.0)
+        squares, scale = self._against_scale(residual.z, parts["residual_scale"], age)
         rate = (1 / (age + 1)).clamp(min=1 / LEVEL_MEMORY)
         level = torch.where(
             event.present, parts["residual_level"] + rate * (residual.scaled - parts["residual_level"]), parts["residual_level"]
         )
-        squares, scale = self._against_scale(residual.scaled, self.usual, parts["residual_scale"], age)
-        level_squares, level_scale = self._against_scale(level, self.usual_level, parts["level_scale"], age)
-        squares, level_squares = squares * present, level_squares * present
-        strengths = torch.sqrt(torch.cat([row_sum(squares), row_sum(level_squares)], dim=1) / given)
-        strengths = torch.where(age >= self.burn, strengths, 0.0)
-        learned = {"residual_level": level, "residual_scale": scale, "level_scale": level_scale}
-        return strengths, squares + level_squares, learned
+        squares, level_squares = squares * present, level * level * present
+        distance, learned = self._distance(residual.scaled, present, given, parts, age)
+        sums = torch.sqrt(torch.cat([row_sum(squares), row_sum(level_squares)], dim=1) / given)
+        strengths = torch.where(age >= self.burn, torch.cat([sums, distance], dim=1), 0.0)
+        after = {"residual_level": level, "distance": distance, "residual_scale": scale, **learned}
+        return strengths, squares + level_squares, after
 
-    def _against_scale(self, value: Tensor, usual: Tensor, learned: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared size of values [B, F] over their scale, and the scale's new difference from `usual` [F]."""
-        size, scale = value.abs(), usual + learned
+    def _against_scale(self, value: Tensor, learned: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared size of values [B, F] over their scale, and the scale's new difference from the pooled one."""
+        size, scale = value.abs(), self.usual + learned
         ratio = (size / scale).clamp(max=self.cap)
         step = (torch.minimum(size, 3 * scale) - scale) / (self.prior + age).clamp(max=self.memory)
         return ratio * ratio, learned + torch.where(age >= 30, step, 0.0)
+
+    def _distance(self, value: Tensor, present: Tensor, given: Tensor, parts: Parts, age: Tensor) -> tuple[Tensor, Parts]:
+        """Smoothed Mahalanobis distance [B, 1] of values [B, F], judged by the precision before, and what is learned of them."""
+        deviation = (value - self.usual_mean - parts["residual_mean"]) * present
+        projected = deviation @ self.directions if self.width < self.features else deviation
+        precision = (self.usual_precision + parts["precision"])[:, self.unpack].reshape(-1, self.width, self.width)
+        pulled = torch.matmul(precision, projected.unsqueeze(2)).squeeze(2)
+        square = row_sum(projected * pulled).clamp(min=0.0)
+        smoothing = (1 / (age + 1)).clamp(min=self.smoothing)
+        distance = parts["distance"] + smoothing * (torch.sqrt(square) - parts["distance"])
+
+        rate = torch.where(age >= 30, 1 / (self.prior_rows + age).clamp(max=self.memory), 0.0)
+        near = torch.minimum(10 * torch.sqrt(given / square.clamp(min=1e-9)), torch.ones_like(square))  # what is far off teaches less
+        gain = rate * near * near / (1 + rate * square * near * near)
+        learned = parts["precision"] * (1 - self.leak * rate) + rate * self.usual_precision
+        learned = learned - gain * pulled[:, self.first] * pulled[:, self.second]
+        mean = parts["residual_mean"] + rate * near * deviation
+        return distance, {"precision": learned, "residual_mean": mean}

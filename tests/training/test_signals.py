@@ -135,7 +135,7 @@ def test_frozen_learning_keeps_a_fault_from_becoming_normal(features: int) -> No
         for _ in range(50):
             state, *_ = step(state, torch.full((2, features), 40.0), t, torch.zeros(2), torch.full((2,), 1e-3))
     before, after = step.layout.split(normal), step.layout.split(state)
-    running = {"events", "level", "residual_level", "previous_z", "forecast", "cadence", "onset_height", "onset_age"}
+    running = {"events", "level", "residual_level", "distance", "previous_z", "forecast", "cadence", "onset_height", "onset_age"}
     learned = [name for name in before if name not in running and not name.startswith(("encoder", "decoder"))]
     assert len(learned) > 8
     for name in learned:
