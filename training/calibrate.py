@@ -84,7 +84,7 @@ def calibrate(observed: Observed, burn: int, streams: int | None = None) -> Cali
     tau = float(PRIOR["tau"] ** (1 - trust) * max(_age_profile(heights, observed), 1.0) ** trust)
     exposure = np.where(_live(observed, burn), 1 + tau / (observed.age + 1), 0.0)
     onsets = _aged_tail(heights[(heights > 0) & (observed.age >= YOUNG)], exposure[observed.age >= YOUNG].sum(), knots=24)
-    total = surprisal.sum(axis=2)
+    total = evidence.sum(axis=2)
     events = _aged_tail(total[(total > 0) & _live(observed, burn)], exposure.sum(), knots=24)
     draft = replace(draft, tau=tau, onsets=onsets, events=events)
     shape, weight = _heterogeneity(heights, exposure, onsets)

@@ -57,7 +57,7 @@ class DetectorStep(nn.Module):
         super().__init__()
         self.features = features
         self.register_buffer("scored", torch.tensor(scored or [True] * features))
-        self.normaliser = Normaliser(features, clip)
+        self.normaliser = Normaliser(features, clip, memory=2000.0 if features == 1 else 10_000.0)
         self.clock = Clock()
         network: type[Autoencoder | NoNetwork] = NoNetwork if sizes.cell == "none" else Autoencoder
         self.autoencoder = network(3 * features + Clock.inputs, features, sizes)

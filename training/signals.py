@@ -128,13 +128,15 @@ class ResidualSignals(nn.Module):
         distance   Mahalanobis distance of the linear residuals, averaged (1/5): values unusual together that are not alone
 
     Scale, mean and precision P start at pooled ones and become the stream's own. P follows d by one step of Sherman and Morrison,
-    P - a·Pd·dᵀP / (1 + a·dᵀPd), and is fed a·P0: so it stays positive definite in float32 for ever, and ends at the geometric mean
-    of what the fleet and what the stream says. Beyond WIDEST features, d is their projection on as many pooled principal directions.
+    (1 + a)·(P - a·Pd·dᵀP / (1 + a·dᵀPd)). Where nothing moves (a constant feature) that grows without end; so P is drawn back to the
+    pooled one as soon as a diagonal element is some tens of times the pooled one's: it stays positive definite in float32 for ever.
+    Beyond WIDEST features, d is their projection on as many pooled principal directions.
     """
 
     names = ("residual", "level", "distance")
     prior, memory, cap = 200.0, 5000.0, 100.0
-    prior_rows, smoothing, leak = 500.0, 0.2, 0.05
+    prior_rows, smoothing = 500.0, 0.2
+    growth_free, growth_bound, most_drawn = 30.0, 100.0, 1.05
 
     scored: Tensor
     usual: Tensor
@@ -144,6 +146,7 @@ class ResidualSignals(nn.Module):
     first: Tensor
     second: Tensor
     unpack: Tensor
+    diagonal: Tensor
 
     def __init__(self, features: int, scored: Sequence[bool] | None = None, burn: int = 60) -> None:
         """`scored` [F]: False for features that are context, seen by the network and never judged."""
@@ -158,7 +161,7 @@ class ResidualSignals(nn.Module):
         self.register_buffer("usual_mean", torch.zeros(features))  # pooled mean of the linear residuals, fitted
         self.register_buffer("directions", torch.eye(features)[:, :D].contiguous())
         self.register_buffer("usual_precision", (first == second).float())  # packed upper triangle, fitted
-        for name, index in (("first", first), ("second", second), ("unpack", place.flatten())):
+        for name, index in (("first", first), ("second", second), ("unpack", place.flatten()), ("diagonal", place.diagonal().clone())):
             self.register_buffer(name, index, persistent=False)
 
     @property
@@ -218,7 +221,8 @@ class ResidualSignals(nn.Module):
         """Smoothed Mahalanobis distance [B, 1] of values [B, F], judged by the precision before, and what is learned of them."""
         deviation = (value - self.usual_mean - parts["residual_mean"]) * present
         projected = deviation @ self.directions if self.width < self.features else deviation
-        precision = (self.usual_precision + parts["precision"])[:, self.unpack].reshape(-1, self.width, self.width)
+        packed = self.usual_precision + parts["precision"]
+        precision = packed[:, self.unpack].reshape(-1, self.width, self.width)
         pulled = torch.matmul(precision, projected.unsqueeze(2)).squeeze(2)
         square = row_sum(projected * pulled).clamp(min=0.0)
         smoothing = (1 / (age + 1)).clamp(min=self.smoothing)
@@ -227,7 +231,9 @@ class ResidualSignals(nn.Module):
         rate = torch.where(age >= 30, 1 / (self.prior_rows + age).clamp(max=self.memory), 0.0)
         near = torch.minimum(10 * torch.sqrt(given / square.clamp(min=1e-9)), torch.ones_like(square))  # what is far off teaches less
         gain = rate * near * near / (1 + rate * square * near * near)
-        learned = parts["precision"] * (1 - self.leak * rate) + rate * self.usual_precision
-        learned = learned - gain * pulled[:, self.first] * pulled[:, self.second]
+        growth = (packed[:, self.diagonal] / self.usual_precision[self.diagonal]).amax(dim=1, keepdim=True)
+        drawn = rate * ((growth - self.growth_free) / (self.growth_bound - self.growth_free)).clamp(0.0, self.most_drawn)
+        learned = (1 + rate - drawn) * (packed - gain * pulled[:, self.first] * pulled[:, self.second])
+        learned = learned - (1 - drawn) * self.usual_precision
         mean = parts["residual_mean"] + rate * near * deviation
         return distance, {"precision": learned, "residual_mean": mean}

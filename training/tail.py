@@ -2,7 +2,7 @@
 
     strength ─► evidence     e_k = log1p(strength_k / c_k)     c_k the stream's own scale, shrunk to the pooled one
              ─► surprisal    h_k = -log10 pooled tail of e_k   (events older than 500)
-             ─► event p      pooled tail of Σ h_k, corrected for the stream's age
+             ─► event p      pooled tail of Σ e_k, corrected for the stream's age
              ─► onset        T = Σ max(h_k - floor, 0) above the last emission of the past 125 events
              ─► onset p      this stream's rate of onsets as large: gamma-Poisson for the first level, a beta chain above;
                         then the audit: up to a decade more sensitive where onsets rarer than α are rarer than α
@@ -63,7 +63,7 @@ class Calibration:
     quantile: Sequence[float]  # [K] pooled 99 % quantile of the strengths
     mean: Sequence[float]  # [K] pooled mean of min(strength, 3·quantile)
     signals: Sequence[Curve]  # [K] tail of each evidence
-    events: Curve  # tail of Σ surprisal, at infinite age
+    events: Curve  # tail of Σ evidence, at infinite age
     onsets: Curve  # tail of onsets, at infinite age
     band: Curve  # tail of |residual| ÷ spread
     tau: float  # age: rates are (1 + tau/n) times those of an old stream
@@ -128,9 +128,9 @@ class Tail(nn.Module):
     def forward(self, strengths: Tensor, judge: Tensor, age: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
         """Strengths [B, K]; judge [B, 1] bool: the event has a value; age [B, 1] events learned before; alpha [B, 1] asked."""
         live = (age >= self.burn).to(strengths.dtype)
-        surprisal, learned_scale = self._surprisal(strengths, age, live, parts)
+        evidence, surprisal, learned_scale = self._surprisal(strengths, age, live, parts)
         growth = torch.log(1 + self.calibration.tau / (age + 1)) / LOG10
-        total = surprisal.sum(dim=1, keepdim=True)
+        total = evidence.sum(dim=1, keepdim=True)
         event_decades = torch.where(total > 0, self._on_curve("event", total) - growth, 0.0)
 
         height = (surprisal - self.calibration.floor).clamp(min=0.0).sum(dim=1, keepdim=True)
@@ -150,15 +150,15 @@ class Tail(nn.Module):
         }
         return _probability(event_decades), onset_p, after
 
-    def _surprisal(self, strengths: Tensor, age: Tensor, live: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
-        """[B, K] decades, 0 where the strength is 0; and the learned sums."""
+    def _surprisal(self, strengths: Tensor, age: Tensor, live: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+        """Evidence [B, K], its decades [B, K] (0 where the strength is 0), and the learned sums."""
         prior = self.calibration.prior_events
         total = parts["strength_sum"]
         scale = self.quantile / self.mean * (prior * self.mean + total) / (prior + (age - self.burn).clamp(min=0.0))
         evidence = torch.log1p(strengths / scale)
         decades = self.signal_start + ((evidence.unsqueeze(2) - self.signal_knots).clamp(min=0.0) * self.signal_bends).sum(dim=2)
         learned = total + live * torch.minimum(strengths, 3 * self.quantile)
-        return torch.where(strengths > 0, decades, 0.0), learned
+        return evidence, torch.where(strengths > 0, decades, 0.0), learned
 
     def _on_curve(self, name: str, value: Tensor) -> Tensor:
         knots, bends, start = (getattr(self, f"{name}_{part}") for part in ("knots", "bends", "start"))
