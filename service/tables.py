@@ -1,18 +1,24 @@
 """Files of rows → `Table`: what training, backtest and replay read. CSV (`,` `;` or tab), Parquet (extra `arrow`) and npz.
 
-    folder ── walked ──► Source(path, name) ── read_table ──► Table(name, timestamps, columns)
+    folder ── walked ──► Source(path, name) ── read_batches ──► consecutive Tables ── read_table ──► Table(name, timestamps, columns)
 
-One file is one stream. Columns of labels are left out by name and said so; every other column must be numeric.
+One file is one stream. Columns of labels are left out by name and said so; every other column must be numeric. Files are read a batch of
+rows at a time, so `read_batches` takes files larger than memory, but for an npz whose array is in Fortran's order.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +33,8 @@ TIMESTAMP_COLUMNS = ("timestamp", "time", "datetime", "date_time", "date", "ts",
 LABEL_COLUMNS = frozenset(
     {"anomaly", "anomalies", "is_anomaly", "anomaly_label", "label", "labels", "is_label", "ground_truth", "changepoint", "change_point"}
 )
+BATCH_CELLS = 1 << 17
+"""Cells of a batch."""
 MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-"})
 LATEST_EPOCH = 1e11
 """Seconds; more (the year 5138) means that the column counts milliseconds or less."""
@@ -43,7 +51,7 @@ class Table:
     name: str  # path relative to the folder that was given, with `/`
     timestamps: Float64  # [T] epoch seconds UTC, never decreasing unless ReadOptions.unsorted
     columns: dict[str, Float64]  # feature → [T], NaN = missing
-    written: Sequence[str]  # [T] the timestamps as the file writes them
+    written: Sequence[str]  # [T] the timestamps as the file writes them; empty from `read_batches`
 
     def __len__(self) -> int:
         return len(self.timestamps)
@@ -91,8 +99,8 @@ def find_sources(paths: Iterable[Path]) -> list[Source]:
     return sources
 
 
-def read_tables(paths: Iterable[Path], options: ReadOptions = ReadOptions(), notify: Notify = print) -> Iterator[Table]:
-    """All tables under `paths`, one at a time. `notify` gets one sentence per set of columns left out."""
+def once_each(notify: Notify) -> Notify:
+    """`notify` without repetitions."""
     told: set[str] = set()
 
     def once(message: str) -> None:
@@ -100,29 +108,69 @@ def read_tables(paths: Iterable[Path], options: ReadOptions = ReadOptions(), not
             told.add(message)
             notify(message)
 
+    return once
+
+
+def read_tables(paths: Iterable[Path], options: ReadOptions = ReadOptions(), notify: Notify = print) -> Iterator[Table]:
+    """All tables under `paths`, one at a time. `notify` gets one sentence per set of columns left out."""
+    once = once_each(notify)
     for source in find_sources(paths):
         yield read_table(source, options, once)
 
 
 def read_table(source: Source, options: ReadOptions = ReadOptions(), notify: Notify = print) -> Table:
     """One file. Raises TableError that names file, column, row (the first after the header is 1) and value."""
+    batches = list(_batches(_Reading(source, options, notify, texts=True)))
+    if len(batches) == 1:
+        return batches[0]
+    columns = {name: np.concatenate([batch.columns[name] for batch in batches]) for name in batches[0].columns}
+    timestamps = np.concatenate([batch.timestamps for batch in batches])
+    return Table(source.name, timestamps, columns, list(itertools.chain.from_iterable(batch.written for batch in batches)))
+
+
+def read_batches(source: Source, options: ReadOptions = ReadOptions(), notify: Notify = print, cells: int = BATCH_CELLS) -> Iterator[Table]:
+    """One file as consecutive tables of about `cells` cells each, at least one. Raises TableError when it gets to what is wrong."""
+    return _batches(_Reading(source, options, notify, cells))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One reading of a file."""
+
+    source: Source
+    options: ReadOptions
+    notify: Notify
+    cells: int = BATCH_CELLS
+    texts: bool = False  # whether Table.written is wanted
+
+    def rows(self, width: int) -> int:
+        """Rows of a batch."""
+        return max(1, self.cells // max(1, width))
+
+
+def _batches(reading: _Reading) -> Iterator[Table]:
+    source, options = reading.source, reading.options
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".npz": _read_npz}
     suffix = source.path.suffix.lower()
     if suffix not in readers:
         raise TableError(f"{source.path} is not one of {', '.join(SUFFIXES)}.")
+    rows, last = 0, -math.inf
     try:
-        table = readers[suffix](source, options, notify)
+        for table in readers[suffix](reading):
+            if not table.columns:
+                raise NoColumns(f"{source.path} has no numeric column left to read.")
+            for column, values in table.columns.items():
+                _refuse_infinite(source, column, values, rows)
+            if len(table) == 0:
+                continue
+            if not options.unsorted:
+                _refuse_unsorted(source, np.concatenate([[last], table.timestamps]), rows)
+            rows, last = rows + len(table), table.timestamps[-1]
+            yield table
     except OSError as error:
         raise TableError(f"{source.path} cannot be read: {error}.") from error
-    if not table.columns:
-        raise NoColumns(f"{source.path} has no numeric column left to read.")
-    if len(table) == 0:
+    if rows == 0:
         raise TableError(f"{source.path} has no rows.")
-    for column, values in table.columns.items():
-        _refuse_infinite(source, column, values)
-    if not options.unsorted:
-        _refuse_unsorted(source, table.timestamps)
-    return table
 
 
 def read_for(
@@ -159,39 +207,53 @@ def _listed(names: Iterable[str]) -> str:
 # ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_csv(source: Source, options: ReadOptions, notify: Notify) -> Table:
+def _read_csv(reading: _Reading) -> Iterator[Table]:
+    source = reading.source
     with source.path.open(newline="", encoding="utf-8-sig") as file:
         try:
             separator = _separator(file.readline())
             file.seek(0)
-            rows = [row for row in csv.reader(file, delimiter=separator) if row]
+            yield from _csv_tables(reading, (row for row in csv.reader(file, delimiter=separator) if row))
         except (UnicodeDecodeError, csv.Error) as error:
             raise TableError(f"{source.path} is not a text table: {error}.") from error
-    if not rows:
+
+
+def _csv_tables(reading: _Reading, rows: Iterator[list[str]]) -> Iterator[Table]:
+    """At least one, empty where there is a header alone."""
+    source = reading.source
+    first = next(rows, None)
+    if first is None:
         raise TableError(f"{source.path} is empty.")
-    header = _header(rows)
-    body = rows[1:] if header is rows[0] else rows
-    _refuse_ragged(source, body, len(header))
+    header = _header(first)
+    body = rows if header is first else itertools.chain([first], rows)
     names = [name.strip() for name in header]
     _refuse_twins(source, names)
-    cells: dict[str, Sequence[str]] = dict(zip(names, zip(*body, strict=True) if body else [()] * len(names), strict=True))
-    time_column = _time_column(source, list(cells), options)
-    kept = _kept_columns(source, list(cells), time_column, options, notify)
-    columns = {name: _numbers(source, name, cells[name]) for name in kept}
-    if time_column is None:
-        return _numbered(source, columns, len(body))
-    return Table(source.name, _times(source, time_column, cells[time_column]), columns, cells[time_column])
+    time_column = _time_column(source, names, reading.options)
+    kept = _kept_columns(source, names, time_column, reading.options, reading.notify)
+    before = 0
+    while (batch := list(itertools.islice(body, reading.rows(len(names))))) or before == 0:
+        _refuse_ragged(source, batch, len(names), before)
+        cells: dict[str, Sequence[str]] = dict(zip(names, zip(*batch, strict=True) if batch else [()] * len(names), strict=True))
+        columns = {name: _numbers(source, name, cells[name], before) for name in kept}
+        if time_column is None:
+            yield _numbered(reading, columns, before, len(batch))
+        else:
+            times = _times(source, time_column, cells[time_column], before)
+            yield Table(source.name, times, columns, cells[time_column] if reading.texts else ())
+        if not batch:
+            return
+        before += len(batch)
 
 
 def _separator(line: str) -> str:
     return max(",;\t", key=line.count)
 
 
-def _header(rows: list[list[str]]) -> list[str]:
+def _header(first: list[str]) -> list[str]:
     """The first row, or f0, f1, ... when that row is already numbers."""
-    if all(_is_number(cell) for cell in rows[0]):
-        return [f"f{i}" for i in range(len(rows[0]))]
-    return rows[0]
+    if all(_is_number(cell) for cell in first):
+        return [f"f{i}" for i in range(len(first))]
+    return first
 
 
 def _is_number(cell: str) -> bool:
@@ -202,17 +264,18 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _refuse_ragged(source: Source, body: list[list[str]], width: int) -> None:
-    for number, row in enumerate(body, 1):
+def _refuse_ragged(source: Source, batch: list[list[str]], width: int, before: int) -> None:
+    for number, row in enumerate(batch, before + 1):
         if len(row) != width:
             raise TableError(f"{source.path}: row {number} has {len(row)} cells, the header has {width}.")
 
 
-def _numbers(source: Source, column: str, cells: Sequence[str]) -> Float64:
+def _numbers(source: Source, column: str, cells: Sequence[str], before: int) -> Float64:
+    """`before`, here and below: rows of the file before these."""
     try:
         return np.array(cells, dtype=np.float64)
     except ValueError:
-        return np.array([_number(source, column, number, cell) for number, cell in enumerate(cells, 1)])
+        return np.array([_number(source, column, number, cell) for number, cell in enumerate(cells, before + 1)])
 
 
 def _number(source: Source, column: str, number: int, cell: str) -> float:
@@ -226,12 +289,12 @@ def _number(source: Source, column: str, number: int, cell: str) -> float:
         ) from None
 
 
-def _times(source: Source, column: str, cells: Sequence[str]) -> Float64:
+def _times(source: Source, column: str, cells: Sequence[str], before: int) -> Float64:
     try:
         seconds = np.array(cells, dtype=np.float64)
     except ValueError:
-        return np.array([_time(source, column, number, cell) for number, cell in enumerate(cells, 1)])
-    return _checked_epoch(source, column, seconds)
+        return np.array([_time(source, column, number, cell) for number, cell in enumerate(cells, before + 1)])
+    return _checked_epoch(source, column, seconds, before)
 
 
 def _time(source: Source, column: str, number: int, cell: str) -> float:
@@ -245,46 +308,64 @@ def _time(source: Source, column: str, number: int, cell: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _checked_epoch(source: Source, column: str, seconds: Float64) -> Float64:
+def _checked_epoch(source: Source, column: str, seconds: Float64, before: int) -> Float64:
     bad = ~(np.abs(seconds) < LATEST_EPOCH)  # true for NaN too
     if bad.any():
         row = int(bad.argmax())
-        raise TableError(f"{source.path}: column {column!r}, row {row + 1}: {seconds[row]!r} is not a time in epoch seconds.")
+        raise TableError(f"{source.path}: column {column!r}, row {before + row + 1}: {seconds[row]!r} is not a time in epoch seconds.")
     return seconds
 
 
 # ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_parquet(source: Source, options: ReadOptions, notify: Notify) -> Table:
+def _read_parquet(reading: _Reading) -> Iterator[Table]:
+    source = reading.source
     try:
         import pyarrow as pa  # noqa: PLC0415  optional: extra `arrow`
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
         raise TableError(f"{source.path}: reading Parquet needs the extra 'arrow': pip install 'onset[arrow]'.") from error
     try:
-        content = parquet.read_table(source.path)
+        # Without a buffer's size, the pages of a whole row group are read at once: the whole file, where it has one.
+        with parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            yield from _parquet_tables(reading, file, pa)
     except pa.ArrowException as error:
         raise TableError(f"{source.path} is not a Parquet file: {error}.") from error
-    names = content.column_names
+
+
+def _parquet_tables(reading: _Reading, file: Any, pa: Any) -> Iterator[Table]:
+    """At least one, empty where there are no rows."""
+    source, names = reading.source, file.schema_arrow.names
     _refuse_twins(source, names)
-    time_column = _time_column(source, names, options)
-    kept = _kept_columns(source, names, time_column, options, notify)
-    columns = {name: _arrow_numbers(source, name, content.column(name).to_pylist()) for name in kept}
-    if time_column is None:
-        return _numbered(source, columns, content.num_rows)
-    times = content.column(time_column).to_pylist()
-    return Table(source.name, _arrow_times(source, time_column, times), columns, [_text(time) for time in times])
+    time_column = _time_column(source, names, reading.options)
+    kept = _kept_columns(source, names, time_column, reading.options, reading.notify)
+    wanted = kept if time_column is None else [time_column, *kept]
+    before = 0
+    batches = file.iter_batches(batch_size=reading.rows(len(wanted)), columns=wanted or names)
+    for batch in itertools.chain(batches, [file.schema_arrow.empty_table()] if file.metadata.num_rows == 0 else []):
+        columns = {name: _arrow_numbers(source, name, batch.column(name), before, pa) for name in kept}
+        if time_column is None:
+            yield _numbered(reading, columns, before, batch.num_rows)
+        else:
+            times = batch.column(time_column).to_pylist()
+            written = [_text(time) for time in times] if reading.texts else ()
+            yield Table(source.name, _arrow_times(source, time_column, times, before), columns, written)
+        before += batch.num_rows
 
 
-def _arrow_numbers(source: Source, column: str, values: list[object]) -> Float64:
-    return np.array([math.nan if value is None else _number(source, column, i, str(value)) for i, value in enumerate(values, 1)])
+def _arrow_numbers(source: Source, column: str, values: Any, before: int, pa: Any) -> Float64:
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))  # null is NaN
+    cells = values.to_pylist()
+    return np.array([math.nan if cell is None else _number(source, column, i, str(cell)) for i, cell in enumerate(cells, before + 1)])
 
 
-def _arrow_times(source: Source, column: str, values: list[object]) -> Float64:
+def _arrow_times(source: Source, column: str, values: list[object], before: int) -> Float64:
     if values and isinstance(values[0], int | float):
-        return _checked_epoch(source, column, np.array([math.nan if value is None else value for value in values], dtype=np.float64))
-    return np.array([_time(source, column, number, _text(value)) for number, value in enumerate(values, 1)])
+        seconds = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+        return _checked_epoch(source, column, seconds, before)
+    return np.array([_time(source, column, number, _text(value)) for number, value in enumerate(values, before + 1)])
 
 
 def _text(time: object) -> str:
@@ -294,39 +375,84 @@ def _text(time: object) -> str:
 # ── npz ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_npz(source: Source, options: ReadOptions, notify: Notify) -> Table:
+@dataclass(frozen=True)
+class _Member:
+    """An array of an npz that is read from its start on, a few rows at a time."""
+
+    file: IO[bytes]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    by_column: bool  # Fortran's order: its first row ends where the array ends
+
+    def read(self, rows: int) -> NDArray[Any]:
+        """The next `rows` rows. Raises ValueError where the file ends before."""
+        width = math.prod(self.shape[1:])
+        content = self.file.read(rows * width * self.dtype.itemsize)
+        return np.frombuffer(content, self.dtype).reshape(rows, *self.shape[1:])
+
+    def whole(self) -> NDArray[Any]:
+        flat = _Member(self.file, (math.prod(self.shape),), self.dtype, by_column=False)
+        return flat.read(flat.shape[0]).reshape(self.shape, order="F" if self.by_column else "C")
+
+
+def _member(file: IO[bytes]) -> _Member:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_column, dtype = read(file)
+    return _Member(file, shape, dtype, by_column)
+
+
+def _read_npz(reading: _Reading) -> Iterator[Table]:
+    source = reading.source
     try:
-        with np.load(source.path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except ValueError as error:
+        with zipfile.ZipFile(source.path) as archive, ExitStack() as stack:
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            arrays = {name.removesuffix(".npy"): _member(stack.enter_context(archive.open(name))) for name in names}
+            yield from _npz_tables(reading, arrays)
+    except (ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise TableError(f"{source.path} is not an npz of plain arrays: {error}.") from error
-    matrix = arrays[_npz_array(source, arrays, options)].astype(np.float64)
-    names = [str(name) for name in arrays["features"]] if "features" in arrays else [f"f{i}" for i in range(matrix.shape[1])]
-    if len(names) != matrix.shape[1]:
-        raise TableError(f"{source.path}: `features` has {len(names)} names for {matrix.shape[1]} columns.")
+
+
+def _npz_tables(reading: _Reading, arrays: dict[str, _Member]) -> Iterator[Table]:
+    """At least one, empty where there are no rows."""
+    source = reading.source
+    if any(array.dtype.hasobject for array in arrays.values()):
+        raise ValueError("objects are not read")
+    matrix = arrays[_npz_array(source, arrays, reading.options)]
+    rows, width = matrix.shape
+    names = [str(name) for name in arrays["features"].whole()] if "features" in arrays else [f"f{i}" for i in range(width)]
+    if len(names) != width:
+        raise TableError(f"{source.path}: `features` has {len(names)} names for {width} columns.")
     _refuse_twins(source, names)
-    kept = _kept_columns(source, names, None, options, notify)
-    columns = {name: np.ascontiguousarray(matrix[:, names.index(name)]) for name in kept}
-    if "timestamps" not in arrays:
-        return _numbered(source, columns, len(matrix))
-    return Table(source.name, _npz_times(source, arrays, len(matrix)), columns, arrays["timestamps"].astype(str).tolist())
+    kept = _kept_columns(source, names, None, reading.options, reading.notify)
+    times = arrays.get("timestamps")
+    if times is not None and times.shape != (rows,):
+        raise TableError(f"{source.path}: `timestamps` has shape {times.shape}, the array has {rows} rows.")
+    everything = matrix.whole() if matrix.by_column else None
+    for before in range(0, max(1, rows), reading.rows(width)):
+        count = min(reading.rows(width), rows - before)
+        part = (matrix.read(count) if everything is None else everything[before : before + count]).astype(np.float64)
+        columns = {name: np.ascontiguousarray(part[:, names.index(name)]) for name in kept}
+        if times is None:
+            yield _numbered(reading, columns, before, count)
+        else:
+            moments = times.read(count)
+            written = moments.astype(str).tolist() if reading.texts else ()
+            yield Table(source.name, _npz_times(source, moments, before), columns, written)
 
 
-def _npz_array(source: Source, arrays: dict[str, NDArray[np.generic]], options: ReadOptions) -> str:
-    flat = [name for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind in "fiu"]
+def _npz_array(source: Source, arrays: dict[str, _Member], options: ReadOptions) -> str:
+    flat = [name for name, array in arrays.items() if len(array.shape) == 2 and array.dtype.kind in "fiu"]
     wanted = options.array or ("train" if "train" in flat else flat[0] if len(flat) == 1 else None)
     if wanted not in flat or wanted is None:
         raise TableError(f"{source.path} has the numeric arrays with two axes {flat}: name one of them with --array.")
     return wanted
 
 
-def _npz_times(source: Source, arrays: dict[str, NDArray[np.generic]], rows: int) -> Float64:
-    values = arrays["timestamps"]
-    if values.shape != (rows,):
-        raise TableError(f"{source.path}: `timestamps` has shape {values.shape}, the array has {rows} rows.")
+def _npz_times(source: Source, values: NDArray[Any], before: int) -> Float64:
     if values.dtype.kind == "M":
         return values.astype("datetime64[us]").astype(np.float64) / 1e6
-    return _checked_epoch(source, "timestamps", values.astype(np.float64))
+    return _checked_epoch(source, "timestamps", values.astype(np.float64), before)
 
 
 # ── what all formats share ───────────────────────────────────────────────────────────────────────────────────────────
@@ -357,25 +483,27 @@ def _kept_columns(source: Source, names: list[str], time_column: str | None, opt
     return [name for name in candidates if name not in labels]
 
 
-def _numbered(source: Source, columns: dict[str, Float64], rows: int) -> Table:
+def _numbered(reading: _Reading, columns: dict[str, Float64], before: int, rows: int) -> Table:
     """A table without times: its rows are a second apart, from 0 on."""
-    return Table(source.name, np.arange(rows, dtype=np.float64), columns, [str(row) for row in range(rows)])
+    written = [str(row) for row in range(before, before + rows)] if reading.texts else ()
+    return Table(reading.source.name, np.arange(before, before + rows, dtype=np.float64), columns, written)
 
 
-def _refuse_infinite(source: Source, column: str, values: Float64) -> None:
+def _refuse_infinite(source: Source, column: str, values: Float64, before: int) -> None:
     infinite = np.isinf(values)
     if infinite.any():
         row = int(infinite.argmax())
-        raise TableError(f"{source.path}: column {column!r}, row {row + 1}: {values[row]!r} is not finite.")
+        raise TableError(f"{source.path}: column {column!r}, row {before + row + 1}: {values[row]!r} is not finite.")
 
 
-def _refuse_unsorted(source: Source, timestamps: Float64) -> None:
-    back = np.diff(timestamps) < 0
+def _refuse_unsorted(source: Source, timestamps: Float64, before: int) -> None:
+    """`timestamps` of the row before these, -inf for none, and of these."""
+    back = timestamps[1:] < timestamps[:-1]
     if back.any():
-        row = int(back.argmax()) + 2
+        row = int(back.argmax()) + 1
         raise TableError(
-            f"{source.path}: row {row} has timestamp {_shown(timestamps[row - 1])}, before row {row - 1}'s {_shown(timestamps[row - 2])}: "
-            "sort the file by time."
+            f"{source.path}: row {before + row} has timestamp {_shown(timestamps[row])}, before row {before + row - 1}'s "
+            f"{_shown(timestamps[row - 1])}: sort the file by time."
         )
 
 

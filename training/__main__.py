@@ -5,6 +5,7 @@ read ─► fit ─► calibrate ─► export ─► evaluate ─► verify & p
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from rich.console import Console
 from service.errors import ArtifactError, OnsetError
 from service.tables import ReadOptions
 from training.autoencoder import Sizes, Variant
+from training.cache import CACHE, convert, open_cache
+from training.distributed import Device, Precision, join
 from training.fit import Plan
 from training.pipeline import Job, default_job, fleet_job, produce
 from training.verify import verify_file
@@ -27,7 +30,10 @@ app = typer.Typer(
     help="Train an LSTM autoencoder on unlabelled streams and publish it as one self-describing ONNX file.",
 )
 console = Console()
-EXAMPLE = "Example: python -m training fit --data sensors/ --out out/pumps, then python -m service serve --model out/pumps"
+EXAMPLE = (
+    "Example: python -m training fit --data sensors/ --out out/pumps, then python -m service serve --model out/pumps. "
+    "In several processes: torchrun --nproc-per-node 4 -m training fit ..."
+)
 
 Out = Annotated[Path, typer.Option(help="Folder for the model, its report (md, png, json) and the checkpoint.")]
 Seed = Annotated[int, typer.Option(help="Every random number follows from it: same data, same seed, same weights.")]
@@ -62,15 +68,31 @@ def fit(
     decoder_hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the decoder. Default suits up to some ten features.")] = 24,
     steps: Steps = 400,
     validation: Annotated[float, typer.Option(min=0.02, max=0.5, help="Share of each stream's last rows kept for early stopping.")] = 0.15,
+    lanes: Annotated[int, typer.Option(min=1, help="Pieces of streams in each step, split over the processes of torchrun.")] = 32,
     seed: Seed = 0,
     threads: Threads = 1,
+    device: Annotated[Device, typer.Option(help="Where the network learns. `auto`: a GPU where there is one.")] = "auto",
+    precision: Annotated[
+        Precision, typer.Option(help="Of its products while it learns; weights stay float32. `auto`: bfloat16 on a GPU that has it.")
+    ] = "auto",
     resume: Resume = False,
 ) -> None:
-    """Train one detector for a whole fleet of streams with the same features."""
+    """Train one detector for a whole fleet of streams with the same features.
+
+    The files are read piece by piece and kept as float32 in OUT/cache, so data may be larger than memory. All processes of torchrun must
+    see the same OUT.
+    """
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude or ()), array=array)
-    plan = Plan(steps=steps, seed=seed)
+    plan = Plan(steps=steps, lanes=lanes, seed=seed)
     sizes = Sizes(hidden, layers, code, decoder_hidden, cell)
-    _run(lambda: fleet_job(data, options, sizes, plan, validation, name, version, _command(), console.print), out, threads, resume)
+
+    def job(said: Console) -> Job:
+        convert(data, options, out / CACHE, said.print)
+        cached = open_cache(out / CACHE)
+        said.print(cached.summary)
+        return fleet_job(cached, data, sizes, plan, validation, name, version, _command())
+
+    _run(job, out, threads, resume, device, precision)
 
 
 @app.command()
@@ -85,7 +107,7 @@ def default(
     """Build the detector that ships with the service: one feature, trained and calibrated on the synthetic generator alone."""
     plan = Plan(steps=steps, seed=seed, chunk=192)
     command = f"python -m training default --version {version} --seed {seed} --steps {steps}"
-    _run(lambda: default_job(plan, version, command), out, threads, resume)
+    _run(lambda said: default_job(plan, version, command), out, threads, resume)
 
 
 @app.command()
@@ -101,13 +123,21 @@ def verify(file: Annotated[Path, typer.Argument(help="A published model.")]) -> 
     )
 
 
-def _run(job: Callable[[], Job], out: Path, threads: int, resume: bool) -> None:
+def _run(
+    job: Callable[[Console], Job], out: Path, threads: int, resume: bool, device: Device = "cpu", precision: Precision = "float32"
+) -> None:
+    """`job` reads the data, in process 0 first; only that process prints."""
+    first = os.environ.get("RANK", "0") == "0"
+    said = console if first else Console(quiet=True)
     try:
-        produce(job(), out, threads=threads, resume=resume, console=console)
+        world = join(device, precision)
+        if world.size > 1 or world.device.type != "cpu":
+            said.print(f"Training in {world}.")
+        produce(world.in_turn(lambda: job(said)), out, threads=threads, resume=resume, console=said, world=world)
     except (OnsetError, ValueError) as error:
         _refuse(error)
     except KeyboardInterrupt:
-        console.print(f"Stopped. The same command with --resume continues from {out / 'checkpoint.pt'}.", soft_wrap=True)
+        said.print(f"Stopped. The same command with --resume continues from {out / 'checkpoint.pt'}.", soft_wrap=True)
         raise typer.Exit(130) from None
 
 
@@ -117,7 +147,9 @@ def _refuse(error: Exception) -> NoReturn:
 
 
 def _command() -> str:
-    return "python -m training " + shlex.join(sys.argv[1:])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    return f"{launcher} -m training {shlex.join(sys.argv[1:])}"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ Arrays are time-major, as the network runs: x [T, B, F] float32 (NaN = missing),
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +22,8 @@ Float64 = NDArray[np.float64]
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
 CONTEXT = 256
 """Rows before the split that lead a validation lane into the stream; they do not count."""
-SHORTEST = 96
+PIECE = 1 << 18
+"""Numbers that are read at a time where all rows of a stream are."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Stream:
         return len(self.x)
 
 
-def clock(timestamps: Float64) -> Float32:
-    """Epoch seconds [T] → t [T, 3]: seconds since the previous event (NaN first), second of the day, day of the week (UTC)."""
-    gap = np.diff(timestamps, prepend=np.nan)
+def clock(timestamps: Float64, before: float = np.nan) -> Float32:
+    """Epoch seconds [T] → t [T, 3]: seconds since the previous event (NaN = none), second of the day, day of the week (UTC)."""
+    gap = np.diff(timestamps, prepend=before)
     day = np.floor(timestamps / 86400)
     return np.stack([gap, timestamps - day * 86400, (day + EPOCH_WEEKDAY) % 7], axis=-1).astype(np.float32)
 
@@ -66,14 +66,24 @@ def streams_of(tables: Sequence[Table], features: Sequence[str]) -> list[Stream]
     return [Stream(table.name, table.matrix(features).astype(np.float32), clock(table.timestamps)) for table in tables]
 
 
-def digest(streams: Sequence[Stream]) -> str:
-    """SHA-256 of names and rows: the same data, the same hash."""
-    sha = hashlib.sha256()
-    for stream in streams:
-        sha.update(stream.name.encode())
-        sha.update(np.ascontiguousarray(stream.x).tobytes())
-        sha.update(np.ascontiguousarray(stream.t).tobytes())
-    return sha.hexdigest()
+def variance_of(x: Float32) -> Float64:
+    """Of each column of [T, F], F > 1; 0 where nothing is present. Reads a piece at a time: `x` may be a file's."""
+    count = np.maximum(_sum(np.isfinite(piece).astype(np.float64) for piece in _pieces(x)), 1)
+    mean = _sum(np.where(np.isfinite(piece), piece, 0) for piece in _pieces(x)) / count
+    return np.asarray(_sum(np.where(np.isfinite(piece), piece - mean, 0) ** 2 for piece in _pieces(x)) / count)
+
+
+def _pieces(x: Float32) -> Iterator[Float64]:
+    rows = max(1, PIECE // x.shape[1])
+    return (x[start : start + rows].astype(np.float64) for start in range(0, len(x), rows))
+
+
+def _sum(pieces: Iterator[Float64]) -> Float64:
+    """Over the rows of all pieces [·, F]. The sum so far is the next piece's first row: added up in the order of the whole, bit for bit."""
+    total: Float64 = next(pieces).sum(axis=0)
+    for piece in pieces:
+        total = np.concatenate([total[None], piece]).sum(axis=0)
+    return total
 
 
 def pad(streams: Sequence[Stream], length: int) -> tuple[Float32, Float32]:

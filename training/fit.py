@@ -3,7 +3,8 @@
     block  ──► chunk 0 ──► chunk 1 ──► ...      normaliser and LSTM states flow through, gradients stop at each border
 
 Inputs are corrupted (spikes, offsets, frozen values, masks), targets are clean. Every random number follows from (seed, block),
-so a run that was killed continues from its checkpoint and ends with the same weights.
+so a run that was killed continues from its checkpoint and ends with the same weights. Several processes draw the same block and take
+their lanes of it, so that they end, up to the rounding of sums, with the weights of one (`training.distributed`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.autoencoder import LAGS, Outputs
-from training.data import Block, Float32, Source
+from training.data import Float32, Source
 from training.detector import DetectorStep
+from training.distributed import ALONE, World
 from training.layout import Parts
 
 CODE_NOISE = 0.05
@@ -60,6 +62,9 @@ class Prepared:
     z: Tensor  # [T, B, F]
     present: Tensor  # [T, B, F] bool
 
+    def to(self, device: torch.device) -> Prepared:
+        return Prepared(self.inputs.to(device), self.z.to(device), self.present.to(device))
+
 
 @dataclass
 class Lanes:
@@ -94,29 +99,37 @@ def prepare(step: DetectorStep, x: Tensor, t: Tensor, lanes: Lanes) -> Prepared:
     return Prepared(torch.stack(inputs), torch.stack(zs), torch.stack(presents))
 
 
-def corrupted(prepared: Prepared, features: int, rng: np.random.Generator) -> Tensor:
-    """Inputs [T, B, I] with anomalies and gaps; the targets stay what they were."""
+def corrupted(prepared: Prepared, features: int, rng: np.random.Generator, lanes: int, own: slice) -> Tensor:
+    """Inputs [T, B, I] with anomalies and gaps; the targets stay what they were. `prepared` holds the lanes `own` of a block of `lanes`.
+
+    Random numbers are drawn for the whole block: however it is split over processes, a lane gets the same ones.
+    """
     z = prepared.z.numpy().copy()
     T, B, F = z.shape
-    z += (rng.random(z.shape) < 0.02) * rng.normal(size=z.shape).astype(np.float32) * 2
-    hidden = ~prepared.present.numpy() | (rng.random(z.shape) < 0.1)
-    for b in range(B):
+    block = (T, lanes, F)
+    z += ((rng.random(block) < 0.02) * rng.normal(size=block).astype(np.float32) * 2)[:, own]
+    hidden = ~prepared.present.numpy() | (rng.random(block) < 0.1)[:, own]
+    for lane in range(lanes):
         f = rng.integers(F)
         start, length = rng.integers(max(1, T - 40)), rng.integers(3, 40)
         kind = rng.random()
+        offset = rng.normal() * 1.5 if kind < 0.3 else 0.0
+        b = lane - own.start
+        if not 0 <= b < B:
+            continue
         if kind < 0.3:
-            z[start : start + length, b, f] += rng.normal() * 1.5
+            z[start : start + length, b, f] += offset
         elif kind < 0.45:
             z[start : start + length, b, f] = z[start, b, f]
         elif kind < 0.7:
             hidden[start : start + length // 2, b, f] = True
-    z += rng.normal(size=z.shape).astype(np.float32) * 0.05
+    z += rng.normal(size=block).astype(np.float32)[:, own] * 0.05
     z[hidden] = 0
     inputs = prepared.inputs.clone()
     inputs[:, :, :F] = torch.from_numpy(z)
     inputs[:, :, F : 2 * F] = torch.from_numpy(_changes(z, hidden))
     inputs[:, :, 2 * F : 3 * F] = torch.from_numpy((~hidden).astype(np.float32))
-    timeless = torch.from_numpy(rng.random(B) < 0.3)
+    timeless = torch.from_numpy((rng.random(lanes) < 0.3)[own])
     inputs[:, timeless, 3 * F : 3 * F + 4] = 0
     return inputs
 
@@ -131,24 +144,34 @@ def _changes(z: Float32, hidden: np.ndarray[Any, Any]) -> Float32:
     return change
 
 
-def loss_of(outputs: Outputs, prepared: Prepared, counts_from: int) -> Tensor:
-    """3 × smooth L1 of the reconstructed lags + Laplace likelihood of the next value, over present values from `counts_from` on."""
+def counted(prepared: Prepared) -> Tensor:
+    """Present values of each event [T], over all lanes and features."""
+    return prepared.present.sum(dim=(1, 2))
+
+
+def loss_of(outputs: Outputs, prepared: Prepared, counts_from: int, counts: Tensor) -> Tensor:
+    """3 × smooth L1 of the reconstructed lags + Laplace likelihood of the next value, over present values from `counts_from` on.
+
+    `counts` [T] are the present values of each event in all lanes that the mean is over. Where these lanes are a part of them, so is the
+    loss: the parts' sum is the loss of all.
+    """
     z, present = prepared.z, prepared.present.to(prepared.z.dtype)
     T = len(z)
     reconstruction = z.new_zeros(())
     for j, lag in enumerate(LAGS):
         first = max(lag, counts_from)
         if first < T:
-            error = functional.smooth_l1_loss(outputs.lags[first:, :, :, j], z[first - lag : T - lag], reduction="none", beta=0.3)
-            reconstruction = reconstruction + _mean(error, present[first - lag : T - lag])
+            seen = slice(first - lag, T - lag)
+            error = functional.smooth_l1_loss(outputs.lags[first:, :, :, j], z[seen], reduction="none", beta=0.3)
+            reconstruction = reconstruction + _mean(error, present[seen], counts[seen])
     start = min(max(counts_from, 0), T - 2)
     log_scale = outputs.log_scale[start:-1].clamp(-5, 2)
     surprise = log_scale + (z[start + 1 :] - outputs.location[start:-1]).abs() * torch.exp(-log_scale)
-    return 3 * reconstruction / len(LAGS) + _mean(surprise, present[start + 1 :])
+    return 3 * reconstruction / len(LAGS) + _mean(surprise, present[start + 1 :], counts[start + 1 :])
 
 
-def _mean(error: Tensor, weight: Tensor) -> Tensor:
-    return (error * weight).sum() / weight.sum().clamp(min=1.0)
+def _mean(error: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return (error * weight).sum() / counts.sum().clamp(min=1).to(error.dtype)
 
 
 def learning_rate(plan: Plan, step: int) -> float:
@@ -162,11 +185,13 @@ def learning_rate(plan: Plan, step: int) -> float:
 class Trainer:
     """Owns the weights while they are learned. `run` returns with the best ones (by validation loss) loaded."""
 
-    def __init__(self, step: DetectorStep, source: Source, plan: Plan, checkpoint: Path | None = None, identity: str = "") -> None:
-        """`identity` says what is trained on what; a checkpoint of another one is not continued."""
-        self.step, self.source, self.plan, self.checkpoint = step, source, plan, checkpoint
+    def __init__(
+        self, step: DetectorStep, source: Source, plan: Plan, checkpoint: Path | None = None, identity: str = "", world: World = ALONE
+    ) -> None:
+        """`identity` says what is trained on what; a checkpoint of another one is not continued. In what world it is, is not asked."""
+        self.step, self.source, self.plan, self.checkpoint, self.world = step, source, plan, checkpoint, world
         self.identity = {"plan": asdict(plan), "what": identity}
-        self.network = step.autoencoder
+        self.network = step.autoencoder.to(world.device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=plan.learning_rate)
         self.progress = Progress()
         self.best = _copy(self.network)
@@ -178,6 +203,8 @@ class Trainer:
 
     def run(self, on_block: Callable[[Progress], None] = lambda _: None) -> Progress:
         """Train to the end or until the validation part gets no better. `on_block` is called after each block is safe."""
+        if self.world.size > 1:
+            self._restore(self.world.agree(self._content()))
         if self.progress.block == 0:
             self._look()
         while self.progress.block < self.blocks and self.progress.looks_since_best < self.plan.patience:
@@ -195,23 +222,33 @@ class Trainer:
         rng = np.random.default_rng([self.plan.seed, index])
         block = self.source.block(rng, self.plan.lanes, self.plan.chunk * self.plan.chunks)
         noise = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + index)
-        lanes, losses = Lanes.fresh(self.step, block.x.shape[1]), []
+        width = block.x.shape[1]
+        own = self.world.share(width)
+        lanes, losses = Lanes.fresh(self.step, own.stop - own.start), []
         for number, start in enumerate(range(0, len(block.x) - len(LAGS), self.plan.chunk)):
-            x, t = (torch.from_numpy(part[start : start + self.plan.chunk]) for part in (block.x, block.t))
+            x, t = (torch.from_numpy(part[start : start + self.plan.chunk, own]) for part in (block.x, block.t))
             prepared = prepare(self.step, x, t, lanes)
-            losses.append(self._learn(prepared, corrupted(prepared, self.step.features, rng), lanes, block, number, index, noise))
+            inputs = corrupted(prepared, self.step.features, rng, width, own)
+            code_noise = CODE_NOISE * torch.randn(len(x), width, self.network.sizes.code, generator=noise)[:, own]
+            self._set_rate(index * self.plan.chunks + number)
+            losses.append(self._learn(prepared, inputs, code_noise, lanes, block.counts_from if number == 0 else 0))
         return float(np.mean(losses))
 
-    def _learn(
-        self, prepared: Prepared, inputs: Tensor, lanes: Lanes, block: Block, number: int, index: int, noise: torch.Generator
-    ) -> float:
+    def _set_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.plan, index * self.plan.chunks + number)
-        code_noise = CODE_NOISE * torch.randn(*inputs.shape[:2], self.network.sizes.code, generator=noise)
-        outputs = self.network.sequence(inputs, lanes.network, code_noise)
-        loss = loss_of(outputs, prepared, block.counts_from if number == 0 else 0)
+            group["lr"] = learning_rate(self.plan, step)
+
+    def _learn(self, prepared: Prepared, inputs: Tensor, code_noise: Tensor, lanes: Lanes, counts_from: int) -> float:
+        """One step of the optimizer; returns the loss over the lanes of all processes."""
+        device = self.world.device
+        prepared = prepared.to(device)
+        counts = self.world.total(counted(prepared))
+        with self.world.autocast():
+            outputs = _float32(self.network.sequence(inputs.to(device), lanes.network, code_noise.to(device)))
+        loss = loss_of(outputs, prepared, counts_from, counts)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        loss = self.world.total_gradients(self.network.parameters(), loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         lanes.network = {name: part.detach() for name, part in outputs.state.items()}
@@ -219,12 +256,13 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Loss of the clean validation lanes."""
+        """Loss of the clean validation lanes, in float32 as the model will be served."""
         block = self._validation
-        lanes = Lanes.fresh(self.step, block.x.shape[1])
-        prepared = prepare(self.step, torch.from_numpy(block.x), torch.from_numpy(block.t), lanes)
+        own = self.world.share(block.x.shape[1])
+        lanes = Lanes.fresh(self.step, own.stop - own.start)
+        prepared = prepare(self.step, torch.from_numpy(block.x[:, own]), torch.from_numpy(block.t[:, own]), lanes).to(self.world.device)
         outputs = self.network.sequence(prepared.inputs, lanes.network)
-        return float(loss_of(outputs, prepared, block.counts_from))
+        return float(self.world.total(loss_of(outputs, prepared, block.counts_from, self.world.total(counted(prepared)))))
 
     def _look(self) -> None:
         loss = self.validate()
@@ -235,36 +273,52 @@ class Trainer:
         else:
             self.progress.looks_since_best += 1
 
-    def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
-        if self.checkpoint is None:
-            return
-        content = {
+    def _content(self) -> dict[str, Any]:
+        return {
             "identity": self.identity,
             "progress": asdict(self.progress),
-            "network": self.network.state_dict(),
+            "network": _copy(self.network),
             "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _on_cpu(self.optimizer.state_dict()),
         }
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        self.network.load_state_dict(content["network"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.best, self.progress = content["best"], Progress(**content["progress"])
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all; process 0 does."""
+        if self.checkpoint is None or not self.world.first:
+            return
         partial = self.checkpoint.with_suffix(".partial")
-        torch.save(content, partial)
+        torch.save(self._content(), partial)
         partial.replace(self.checkpoint)
 
     def resume(self) -> bool:
-        """Continue from the checkpoint, if there is one. Raises ValueError when it is of another run."""
+        """Continue from the checkpoint, if there is one; `run` tells the other processes. Raises ValueError when it is of another run."""
         if self.checkpoint is None or not self.checkpoint.is_file():
             return False
-        content = torch.load(self.checkpoint, weights_only=True)
+        content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         if content["identity"] != self.identity:
             raise ValueError(
                 f"{self.checkpoint} belongs to a run with other settings or data: {content['identity']}, now {self.identity}. "
                 "Use the same ones, or leave --resume out to begin anew."
             )
-        self.network.load_state_dict(content["network"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.best, self.progress = content["best"], Progress(**content["progress"])
+        self._restore(content)
         return True
 
 
 def _copy(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in network.state_dict().items()}
+    return {name: value.detach().to("cpu", copy=True) for name, value in network.state_dict().items()}
+
+
+def _on_cpu(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state that may be unpickled where there is no GPU, or another one."""
+    return {**optimizer, "state": {i: {name: value.cpu() for name, value in state.items()} for i, state in optimizer["state"].items()}}
+
+
+def _float32(outputs: Outputs) -> Outputs:
+    """Whatever the network computed in: the loss and the state carried on are float32."""
+    state = {name: part.float() for name, part in outputs.state.items()}
+    return Outputs(outputs.lags.float(), outputs.location.float(), outputs.log_scale.float(), state)

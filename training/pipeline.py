@@ -20,12 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.artifact import Feature, Manifest
 from service.errors import TableError
-from service.tables import Notify, ReadOptions, read_tables
 from training import report, synthetic
 from training.autoencoder import NoNetwork, Sizes
+from training.cache import Cached
 from training.calibrate import calibrate, observe
-from training.data import Fleet, Float64, Source, Stream, cut, digest, pad, streams_of
+from training.data import Fleet, Source, Stream, cut, pad, variance_of
 from training.detector import DetectorStep
+from training.distributed import ALONE, World
 from training.evaluate import Scores, detection, false_onsets, false_onsets_by_age, run_streams
 from training.export import manifest_of, publish, to_onnx, training_record
 from training.fit import Lanes, Plan, Trainer, prepare
@@ -37,6 +38,10 @@ from training.verify import Runner, session_of
 MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
 POOLED_ROWS = 4000
 """Rows of each calibration lane that the pooled constants of the signals are fitted on."""
+MAX_EVALUATION_ROWS = 20_000
+"""Unseen rows of a stream that are looked at."""
+MAX_FLOOR_ROWS = 1_000_000
+"""Rows of a calibration lane that the pooled floor is of."""
 CALIBRATION_SEED, EVALUATION_SEED = 9_001, 9_002
 
 
@@ -65,33 +70,15 @@ class Job:
 
 
 def fleet_job(
-    paths: Sequence[Path],
-    options: ReadOptions,
-    sizes: Sizes,
-    plan: Plan,
-    validation: float,
-    name: str | None,
-    version: str,
-    command: str,
-    notify: Notify,
+    cached: Cached, paths: Sequence[Path], sizes: Sizes, plan: Plan, validation: float, name: str | None, version: str, command: str
 ) -> Job:
-    """A detector for the user's own streams. Raises TableError when files differ in features or are too short."""
-    tables = list(read_tables(paths, options, notify))
-    features = list(tables[0].columns)
-    for table in tables:
-        unknown = [column for column in table.columns if column not in features]
-        if unknown:
-            raise TableError(f"{table.name} has the column {unknown[0]!r} that {tables[0].name} lacks: one model, one set of features.")
-    streams = streams_of(tables, features)
+    """A detector for the user's own streams. Raises TableError when they are too short."""
+    streams, features = cached.streams, cached.features
     fleet = Fleet(streams, validation)
     if max(fleet.splits) < plan.chunk:
         raise TableError(f"The longest stream has {max(map(len, streams))} rows: too few to train on ({plan.chunk} at least).")
-    rows = sum(map(len, streams))
-    notify(
-        f"Read {len(streams)} stream(s), {rows:,} rows, {len(features)} feature(s): {', '.join(features[:8])}{' …' * (len(features) > 8)}"
-    )
     longest = sorted(range(len(streams)), key=lambda i: -len(streams[i]))[:MAX_CALIBRATION_LANES]
-    evaluation = [cut(streams[i], max(0, fleet.splits[i] - 4000), len(streams[i])) for i in longest]
+    evaluation = [cut(streams[i], max(0, fleet.splits[i] - 4000), fleet.splits[i] + MAX_EVALUATION_ROWS) for i in longest]
     return Job(
         name=name or _slug(paths[0]),
         version=version,
@@ -102,14 +89,14 @@ def fleet_job(
         source=fleet,
         command=command,
         data=", ".join(path.name for path in paths),
-        data_sha256=digest(streams),
+        data_sha256=cached.sha256,
         clip=1e4 if len(features) == 1 else 50.0,
         calibration=_lanes([cut(streams[i], 0, fleet.splits[i]) for i in longest]),
         evaluation=evaluation,
         counted_from=[min(fleet.splits[i], 4000) for i in longest],
         pooled_floor=0.0 if len(features) == 1 else 0.1,
         streams=len(streams),
-        rows=rows,
+        rows=sum(map(len, streams)),
     )
 
 
@@ -135,8 +122,13 @@ def default_job(plan: Plan, version: str, command: str, lanes: int = 192, length
     )
 
 
-def produce(job: Job, out: Path, *, threads: int = 1, resume: bool = False, console: Console | None = None) -> Path:
-    """Make the model of `job` and its report in `out`; returns the published file. Raises ArtifactError when it is refused."""
+def produce(
+    job: Job, out: Path, *, threads: int = 1, resume: bool = False, console: Console | None = None, world: World = ALONE
+) -> Path | None:
+    """Make the model of `job` and its report in `out`; returns the published file. Raises ArtifactError when it is refused.
+
+    In every process of `world`: all train, the first does the rest, the others return None.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(job.plan.seed)
     console = console or Console(quiet=True)
@@ -146,7 +138,10 @@ def produce(job: Job, out: Path, *, threads: int = 1, resume: bool = False, cons
     _pool_floor(step, job)
 
     with _timed(seconds, "training"):
-        reached = _train(step, job, out / "checkpoint.pt", resume, console)
+        reached = _train(step, job, out / "checkpoint.pt", resume, console, world)
+    world.part()
+    if not world.first:
+        return None
     with _timed(seconds, "calibration"):
         _calibrate(step, job, console)
     with _timed(seconds, "export"), console.status("Exporting"):
@@ -165,11 +160,14 @@ def produce(job: Job, out: Path, *, threads: int = 1, resume: bool = False, cons
     return model
 
 
-def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console: Console) -> Reached:
+def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console: Console, world: World) -> Reached:
     if isinstance(step.autoencoder, NoNetwork):
         return Reached()
-    trainer = Trainer(step, job.source, job.plan, checkpoint, identity=f"{job.data_sha256 or job.data} {job.features} {job.sizes}")
-    if resume and trainer.resume():
+    identity = f"{job.data_sha256 or job.data} {job.features} {job.sizes}"
+    trainer = Trainer(step, job.source, job.plan, checkpoint, identity, world)
+    if resume:
+        world.in_turn(trainer.resume)
+    if trainer.progress.block:
         console.print(f"Continuing at step {trainer.progress.block * job.plan.chunks}.")
     with _bar(console) as bar:
         task = bar.add_task("Training", total=trainer.blocks * job.plan.chunks, completed=trainer.progress.block * job.plan.chunks)
@@ -178,7 +176,9 @@ def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console
             loss = f"loss {reached.training[-1][1]:.3f}, validation {reached.best_loss:.3f}" if reached.training else ""
             bar.update(task, completed=reached.block * job.plan.chunks, description=f"Training, {loss}")
 
-        return trainer.run(show)
+        reached = trainer.run(show)
+    step.autoencoder.cpu()  # calibration, export and verification are of what is served: float32 on a CPU
+    return reached
 
 
 def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
@@ -205,16 +205,8 @@ def _residuals(step: DetectorStep, x: Any, t: Any) -> tuple[torch.Tensor, torch.
 
 def _pool_floor(step: DetectorStep, job: Job) -> None:
     if job.pooled_floor > 0:
-        variance = np.mean([_variance(stream.x.astype(np.float64)) for stream in job.calibration], axis=0)
+        variance = np.mean([variance_of(stream.x[:MAX_FLOOR_ROWS]) for stream in job.calibration], axis=0)
         step.normaliser.floor.copy_(torch.from_numpy(job.pooled_floor * np.sqrt(variance)).float())
-
-
-def _variance(x: Float64) -> Float64:
-    """Of each column of [T, F], 0 where nothing is present."""
-    present = np.isfinite(x)
-    count = np.maximum(present.sum(axis=0), 1)
-    centred = np.where(present, x - np.where(present, x, 0).sum(axis=0) / count, 0)
-    return np.asarray((centred**2).sum(axis=0) / count)
 
 
 def _evaluate(step: DetectorStep, job: Job, run: Runner) -> tuple[dict[str, Any], report.Shown]:

@@ -1,0 +1,119 @@
+"""The user's files, converted once into two files of float32 that are mapped, not loaded: data may be larger than memory.
+
+    cache/x.f32 [rows, F]    cache/t.f32 [rows, 3]    cache/index.json: names, rows, features, SHA-256, and what they were made of
+
+All streams lie in the same two files, one after the other: a fleet may have more streams than a process may open files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from service.errors import TableError
+from service.tables import Notify, ReadOptions, Source, find_sources, once_each, read_batches
+from training.data import Float32, Stream, clock
+
+CACHE = "cache"
+"""Its folder, in the folder of the model."""
+FORMAT = 1
+READ = 1 << 20
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Streams with the same features whose rows stay on the disk until they are looked at."""
+
+    features: list[str]
+    streams: list[Stream]
+    sha256: str  # of names and rows: the same data, the same hash
+
+    @property
+    def summary(self) -> str:
+        names = ", ".join(self.features[:8]) + " …" * (len(self.features) > 8)
+        return f"Read {len(self.streams)} stream(s), {sum(map(len, self.streams)):,} rows, {len(self.features)} feature(s): {names}"
+
+
+def convert(paths: Sequence[Path], options: ReadOptions, folder: Path, notify: Notify) -> None:
+    """Make `folder` of the files under `paths`, or leave it when it is of these very files. Raises TableError, and leaves nothing then."""
+    sources = find_sources(paths)
+    made_of = _made_of(sources, options)
+    if _index(folder).get("made_of") == made_of:
+        notify(f"Rows are taken from {folder}: the files have not changed.")
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    for old in (folder, partial):
+        shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        index = _write(sources, options, partial, once_each(notify))
+        (partial / "index.json").write_text(json.dumps({**index, "made_of": made_of}))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_cache(folder: Path) -> Cached:
+    """What `convert` made."""
+    index = _index(folder)
+    names, lengths, features = index["names"], index["lengths"], index["features"]
+    x, t = _mapped(folder / "x.f32", len(features)), _mapped(folder / "t.f32", 3)
+    ends = np.cumsum(lengths).tolist()
+    streams = [Stream(name, x[end - rows : end], t[end - rows : end]) for name, rows, end in zip(names, lengths, ends, strict=True)]
+    return Cached(features, streams, index["sha256"])
+
+
+def _mapped(path: Path, width: int) -> Float32:
+    # asarray: a slice of a memmap is a memmap, an object of many times the size.
+    return np.asarray(np.memmap(path, np.float32, mode="r")).reshape(-1, width)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads((folder / "index.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return index
+
+
+def _made_of(sources: Sequence[Source], options: ReadOptions) -> list[Any]:
+    files = [[str(source.path.resolve()), source.name, source.path.stat().st_size, source.path.stat().st_mtime_ns] for source in sources]
+    return [FORMAT, {**asdict(options), "exclude": sorted(options.exclude)}, files]
+
+
+def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify: Notify) -> dict[str, Any]:
+    sha, lengths = hashlib.sha256(), []
+    features: list[str] = []
+    with (folder / "x.f32").open("wb") as x, (folder / "t.f32").open("w+b") as t:
+        for source in sources:
+            sha.update(source.name.encode())
+            start, rows, before = t.tell(), 0, np.nan
+            for table in read_batches(source, options, notify):
+                features = features or list(table.columns)
+                unknown = [column for column in table.columns if column not in features]
+                if unknown:
+                    raise TableError(
+                        f"{source.name} has the column {unknown[0]!r} that {sources[0].name} lacks: one model, one set of features."
+                    )
+                values = table.matrix(features).astype(np.float32).tobytes()
+                sha.update(values)
+                x.write(values)
+                t.write(clock(table.timestamps, before).tobytes())
+                rows, before = rows + len(table), table.timestamps[-1]
+            lengths.append(rows)
+            _hash_from(t, start, sha)
+    return {"names": [source.name for source in sources], "lengths": lengths, "features": features, "sha256": sha.hexdigest()}
+
+
+def _hash_from(file: BinaryIO, start: int, sha: Any) -> None:
+    """The file's bytes from `start` on, into the hash; the file stands at its end again."""
+    file.seek(start)
+    while piece := file.read(READ):
+        sha.update(piece)
