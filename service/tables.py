@@ -330,6 +330,8 @@ def _read_parquet(reading: _Reading) -> Iterator[Table]:
         # Without a buffer's size, the pages of a whole row group are read at once: the whole file, where it has one.
         with parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
             yield from _parquet_tables(reading, file, pa)
+    except MemoryError:  # Arrow's own is an ArrowException too
+        raise
     except pa.ArrowException as error:
         raise TableError(f"{source.path} is not a Parquet file: {error}.") from error
 

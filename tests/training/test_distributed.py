@@ -1,4 +1,4 @@
-"""One model, however many processes train it and whatever they compute with. The processes are real: torchrun starts them, gloo joins them."""
+"""One model, however many processes train it, whatever they compute with. The processes are real: started by torchrun, joined by gloo."""
 
 from __future__ import annotations
 

@@ -1,0 +1,171 @@
+"""Files as a mapped cache: the same rows, read once, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from service.errors import TableError
+from service.tables import BATCH_CELLS, ReadOptions
+from training.cache import Cached, convert, open_cache
+from training.data import PIECE, Float32, Float64, clock, variance_of
+
+ROWS, FEATURES = 2 * BATCH_CELLS // 3 + 7, ["load", "heat"]
+"""More than two batches."""
+
+
+def converted(data: Path, folder: Path, told: list[str] | None = None) -> Cached:
+    convert([data], ReadOptions(), folder, (told if told is not None else []).append)
+    return open_cache(folder)
+
+
+def small(folder: Path, name: str = "a.csv", value: float = 1.0) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("timestamp,load\n" + "\n".join(f"{i},{value + i % 3}" for i in range(9)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[Float64, Float64]:
+    """Times [T] and values [T, F] of a file of several batches."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(ROWS, 2)).round(3)
+    values[1000, 1] = np.nan
+    return 1.7e9 + np.cumsum(rng.uniform(0.5, 2, ROWS)).round(2), values
+
+
+def write(path: Path, times: Float64, values: Float64) -> None:
+    if path.name == "a.csv":
+        lines = ["timestamp,load,heat", *(f"{time!r},{x!r},{y!r}" for time, (x, y) in zip(times.tolist(), values.tolist(), strict=True))]
+        path.write_text("\n".join(lines))
+    elif path.name == "a.parquet":
+        columns = {"timestamp": times, "load": values[:, 0], "heat": pa.array(values[:, 1], from_pandas=True)}  # a null, not a NaN
+        parquet.write_table(pa.table(columns), path, row_group_size=50_000)
+    else:
+        matrix = np.asfortranarray(values) if path.name == "fortran.npz" else values
+        np.savez_compressed(path, rows=matrix, timestamps=times, features=np.array(FEATURES))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.npz", "fortran.npz"])
+def test_a_file_of_many_batches_has_its_rows_and_times_in_the_cache(name: str, rows: tuple[Float64, Float64], tmp_path: Path) -> None:
+    times, values = rows
+    write(tmp_path / name, times, values)
+    cached = converted(tmp_path / name, tmp_path / "cache")
+    assert cached.features == FEATURES
+    assert [stream.name for stream in cached.streams] == [name]
+    assert np.array_equal(cached.streams[0].x, values.astype(np.float32), equal_nan=True)
+    assert np.array_equal(cached.streams[0].t, clock(times), equal_nan=True)
+
+
+def test_streams_lie_one_after_the_other_and_start_without_a_gap(tmp_path: Path) -> None:
+    data = small(small(tmp_path / "data"), "b.csv", 5).resolve()
+    cached = converted(data, tmp_path / "cache")
+    assert [stream.name for stream in cached.streams] == ["a.csv", "b.csv"]
+    assert cached.streams[1].x[:3, 0].tolist() == [5.0, 6.0, 7.0]
+    assert all(np.isnan(stream.t[0, 0]) and (stream.t[1:, 0] == 1).all() for stream in cached.streams)
+
+
+def test_the_data_hash_changes_with_any_row_and_name(tmp_path: Path) -> None:
+    first = converted(small(tmp_path / "a"), tmp_path / "cache-a").sha256
+    assert len(first) == 64
+    assert converted(small(tmp_path / "b"), tmp_path / "cache-b").sha256 == first
+    assert converted(small(tmp_path / "c", value=1.5), tmp_path / "cache-c").sha256 != first
+    assert converted(small(tmp_path / "d", "renamed.csv"), tmp_path / "cache-d").sha256 != first
+
+
+def test_files_that_have_not_changed_are_not_read_again(tmp_path: Path) -> None:
+    data, told = small(tmp_path / "data"), list[str]()
+    first = converted(data, tmp_path / "cache", told)
+    assert told == []
+    again = converted(data, tmp_path / "cache", told)
+    assert (again.sha256, len(told)) == (first.sha256, 1)
+    assert "have not changed" in told[0]
+    small(data, value=7.0)
+    os.utime(data / "a.csv", ns=(1, 1))  # even where the clock is coarse, another file
+    assert converted(data, tmp_path / "cache", told).streams[0].x[0, 0] == 7.0
+    assert len(told) == 1
+    convert([data], ReadOptions(timestamp="timestamp"), tmp_path / "cache", told.append)
+    assert len(told) == 1, "other options read other rows"
+
+
+def test_a_refused_file_leaves_no_cache(tmp_path: Path) -> None:
+    data = small(tmp_path / "data")
+    (data / "b.csv").write_text("timestamp,load\n1,x\n")
+    with pytest.raises(TableError, match="'x' is not a number"):
+        converted(data, tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_variance_of_a_stream_is_the_same_by_pieces(rows: tuple[Float64, Float64]) -> None:
+    x: Float32 = np.tile(rows[1], (4, 1)).astype(np.float32)
+    assert x.size > 2 * PIECE
+    present = np.isfinite(x)
+    count = present.sum(axis=0)
+    wide = x.astype(np.float64)
+    centred = np.where(present, wide - np.where(present, wide, 0).sum(axis=0) / count, 0)
+    assert np.array_equal(variance_of(x), (centred**2).sum(axis=0) / count)
+    assert variance_of(np.full((5, 2), np.nan, np.float32)).tolist() == [0, 0]
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ALLOWED = 32 << 20
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np, pyarrow.parquet
+from service.tables import ReadOptions
+from training.cache import convert, open_cache
+from training.data import Fleet
+
+def use(data, folder):
+    convert([Path(data)], ReadOptions(), Path(folder), print)
+    cached = open_cache(Path(folder))
+    fleet = Fleet(cached.streams)
+    fleet.validation()
+    for seed in range(20):
+        fleet.block(np.random.default_rng(seed), 32, 512)
+    return sum(map(len, cached.streams))
+
+little, little_cache, large, large_cache, allowed = sys.argv[1:]
+use(little, little_cache)
+status = Path("/proc/self/status").read_text()
+held = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1])
+resource.setrlimit(resource.RLIMIT_DATA, (held + int(allowed), held + int(allowed)))
+print(use(large, large_cache))
+"""
+"""Uses a small file, then a large one with so many bytes more than the first took. What is mapped from a file does not count: the kernel
+takes it back when memory is short."""
+
+
+def wide(path: Path, rows: int) -> Path:
+    """A file of 8 features."""
+    values = np.random.default_rng(0).normal(size=(rows, 8))
+    if path.suffix == ".npz":
+        np.savez(path, rows=values)
+    elif path.suffix == ".parquet":  # one row group, not compressed: what is worst
+        table = pa.table({f"f{i}": values[:, i] for i in range(8)})
+        parquet.write_table(table, path, row_group_size=rows, compression=None, use_dictionary=False)
+    else:
+        path.write_text("\n".join(["f0,f1,f2,f3,f4,f5,f6,f7", *(",".join(f"{cell:.9f}" for cell in row) for row in values)]))
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits with Linux's RLIMIT_DATA")
+@pytest.mark.parametrize(("suffix", "rows"), [(".parquet", 3_200_000), (".npz", 3_200_000), (".csv", 600_000)])
+def test_a_file_needs_a_fraction_of_its_size_in_memory(suffix: str, rows: int, tmp_path: Path) -> None:
+    little, large = wide(tmp_path / f"little{suffix}", 30_000), wide(tmp_path / f"large{suffix}", rows)
+    assert large.stat().st_size > (55e6 if suffix == ".csv" else 200e6)
+    arguments = [*(str(path) for path in (little, tmp_path / "little", large, tmp_path / "large")), str(ALLOWED)]
+    environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # its own one reserves more than it uses
+    command = [sys.executable, "-c", LIMITED, *arguments]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) == rows
