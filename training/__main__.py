@@ -59,13 +59,19 @@ def fit(
         list[str] | None, typer.Option(help="Column to leave out. Repeatable. Columns named like labels always are.")
     ] = None,
     array: Annotated[str | None, typer.Option(help="Array of an npz to train on. Default: `train`, or the only one.")] = None,
+    context: Annotated[
+        list[str] | None, typer.Option(help="Column the network sees but nothing scores, such as a command or a set point. Repeatable.")
+    ] = None,
     cell: Annotated[
         Variant, typer.Option(help="LSTM variant. `memoryless` (a perceptron) and `none` are what it has to beat.")
     ] = "standard",
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the encoder.")] = 32,
+    keep_network: Annotated[
+        bool, typer.Option("--keep-network", help="Publish the network even where injected faults are found as well without it.")
+    ] = False,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the encoder.")] = 48,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the encoder.")] = 1,
-    code: Annotated[int, typer.Option(min=1, help="Width of the bottleneck.")] = 8,
-    decoder_hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the decoder. Default suits up to some ten features.")] = 24,
+    code: Annotated[int, typer.Option(min=1, help="Width of the bottleneck.")] = 12,
+    decoder_hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the decoder.")] = 48,
     steps: Steps = 400,
     validation: Annotated[float, typer.Option(min=0.02, max=0.5, help="Share of each stream's last rows kept for early stopping.")] = 0.15,
     lanes: Annotated[int, typer.Option(min=1, help="Pieces of streams in each step, split over the processes of torchrun.")] = 32,
@@ -90,7 +96,7 @@ def fit(
         convert(data, options, out / CACHE, said.print)
         cached = open_cache(out / CACHE)
         said.print(cached.summary)
-        return fleet_job(cached, data, sizes, plan, validation, name, version, _command())
+        return fleet_job(cached, data, sizes, plan, validation, name, version, _command(), frozenset(context or ()), keep_network)
 
     _run(job, out, threads, resume, device, precision)
 

@@ -9,9 +9,9 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from training.detector import DetectorStep
 from training.distributed import ALONE, World
 from training.evaluate import Scores, detection, false_onsets, false_onsets_by_age, run_streams
 from training.export import manifest_of, publish, to_onnx, training_record
+from training.faults import faulty_streams, found
 from training.fit import Lanes, Plan, Trainer, prepare
 from training.fit import Progress as Reached
 from training.normaliser import FORECAST_LIMIT
@@ -67,13 +68,32 @@ class Job:
     streams: int = 0
     rows: int = 0
     context: frozenset[str] = frozenset()  # features that are not scored
+    network: Literal["keep", "if it pays"] = "keep"  # what to publish where injected faults are found as well without it
+
+    @property
+    def scored(self) -> list[bool]:
+        return [name not in self.context for name in self.features]
 
 
 def fleet_job(
-    cached: Cached, paths: Sequence[Path], sizes: Sizes, plan: Plan, validation: float, name: str | None, version: str, command: str
+    cached: Cached,
+    paths: Sequence[Path],
+    sizes: Sizes,
+    plan: Plan,
+    validation: float,
+    name: str | None,
+    version: str,
+    command: str,
+    context: frozenset[str] = frozenset(),
+    keep_network: bool = False,
 ) -> Job:
-    """A detector for the user's own streams. Raises TableError when they are too short."""
+    """A detector for the user's own streams. Raises TableError when they are too short, or nothing is left to score."""
     streams, features = cached.streams, cached.features
+    unknown = sorted(context - set(features))
+    if unknown:
+        raise TableError(f"There is no column {unknown[0]!r} to be context; there are {', '.join(features)}.")
+    if context >= set(features):
+        raise TableError("All columns are context: at least one must be scored.")
     fleet = Fleet(streams, validation)
     if max(fleet.splits) < plan.chunk:
         raise TableError(f"The longest stream has {max(map(len, streams))} rows: too few to train on ({plan.chunk} at least).")
@@ -97,6 +117,8 @@ def fleet_job(
         pooled_floor=0.0 if len(features) == 1 else 0.1,
         streams=len(streams),
         rows=sum(map(len, streams)),
+        context=context,
+        network="keep" if keep_network else "if it pays",
     )
 
 
@@ -134,14 +156,16 @@ def produce(
     console = console or Console(quiet=True)
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    step = DetectorStep(len(job.features), job.sizes, job.clip, scored=[name not in job.context for name in job.features])
-    _pool_floor(step, job)
+    step = _step(job, job.sizes)
 
     with _timed(seconds, "training"):
         reached = _train(step, job, out / "checkpoint.pt", resume, console, world)
     world.part()
     if not world.first:
         return None
+    with _timed(seconds, "injected faults"), console.status("Looking for injected faults with the network and without"):
+        _pool_signals(step, job)
+        step, faults = _what_pays(step, job)
     with _timed(seconds, "calibration"):
         _calibrate(step, job, console)
     with _timed(seconds, "export"), console.status("Exporting"):
@@ -149,6 +173,7 @@ def produce(
         run = Runner(session_of(graph))
     with _timed(seconds, "evaluation"), console.status("Measuring false onsets and injected anomalies on unseen rows"):
         quality, shown = _evaluate(step, job, run)
+        quality |= faults
     with _timed(seconds, "verification"), console.status("Verifying"):
         manifest = _manifest(step, job, quality)
         model = publish(step, graph, manifest, out)
@@ -158,6 +183,36 @@ def produce(
     report.write(out, manifest, reached, model, seconds, next_steps)
     _tell(console, manifest, model, seconds, next_steps)
     return model
+
+
+def _step(job: Job, sizes: Sizes) -> DetectorStep:
+    """Untrained, with the pooled floor of the scales."""
+    step = DetectorStep(len(job.features), sizes, job.clip, scored=job.scored)
+    if job.pooled_floor > 0:
+        variance = np.mean([variance_of(stream.x[:MAX_FLOOR_ROWS]) for stream in job.calibration], axis=0)
+        step.normaliser.floor.copy_(torch.from_numpy(job.pooled_floor * np.sqrt(variance)).float())
+    return step
+
+
+def _pool_signals(step: DetectorStep, job: Job) -> None:
+    """The pooled constants of the signals, which need the trained network."""
+    if isinstance(step.signals, ResidualSignals):
+        step.signals.fit(*_residuals(step, *pad(job.calibration, min(POOLED_ROWS, max(map(len, job.calibration))))))
+
+
+def _what_pays(step: DetectorStep, job: Job) -> tuple[DetectorStep, dict[str, Any]]:
+    """The detector to publish, with its network or without, and what was found on injected faults, for the report."""
+    streams = faulty_streams(job.calibration, job.scored, job.plan.seed) if job.network == "if it pays" else None
+    if streams is None or isinstance(step.autoencoder, NoNetwork):
+        return step, {}
+    bare = _step(job, replace(job.sizes, cell="none"))
+    _pool_signals(bare, job)
+    with_network, without = found(step, streams), found(bare, streams)
+    pays = with_network["sum"] > without["sum"]
+    random = dict.fromkeys(with_network, round(streams.share, 3))
+    table = {f"with the {job.sizes.cell} network": with_network, "without a network": without, "random": random}
+    published = f"{'with' if pays else 'without'} the network"
+    return step if pays else bare, {"injected_faults_average_precision": table, "published": published}
 
 
 def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console: Console, world: World) -> Reached:
@@ -183,8 +238,6 @@ def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console
 
 def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
     x, t = pad(job.calibration, min(MAX_CALIBRATION_ROWS, max(map(len, job.calibration))))
-    if isinstance(step.signals, ResidualSignals):
-        step.signals.fit(*_residuals(step, x[:POOLED_ROWS], t[:POOLED_ROWS]))
     with _bar(console) as bar:
         task = bar.add_task("Calibrating", total=len(x))
         observed = observe(step, x, t, lambda: bar.advance(task))
@@ -201,12 +254,6 @@ def _residuals(step: DetectorStep, x: Any, t: Any) -> tuple[torch.Tensor, torch.
     linear = (torch.sinh(z) - torch.sinh(forecast.clamp(-FORECAST_LIMIT, FORECAST_LIMIT))).clamp(-SCALED_LIMIT, SCALED_LIMIT)
     settled = min(60, len(z) // 4)
     return tuple(torch.where(present, part, torch.nan)[settled:].flatten(0, 1) for part in (z - forecast, linear))  # type: ignore[return-value]
-
-
-def _pool_floor(step: DetectorStep, job: Job) -> None:
-    if job.pooled_floor > 0:
-        variance = np.mean([variance_of(stream.x[:MAX_FLOOR_ROWS]) for stream in job.calibration], axis=0)
-        step.normaliser.floor.copy_(torch.from_numpy(job.pooled_floor * np.sqrt(variance)).float())
 
 
 def _evaluate(step: DetectorStep, job: Job, run: Runner) -> tuple[dict[str, Any], report.Shown]:
@@ -284,6 +331,9 @@ def _tell(console: Console, manifest: Manifest, model: Path, seconds: dict[str, 
     )
     if "warning" in manifest.quality:
         console.print(f"[yellow]{manifest.quality['warning']}[/]")
+    if "published" in manifest.quality:
+        faults = [f"{row['sum']} {name}" for name, row in manifest.quality["injected_faults_average_precision"].items()]
+        console.print(f"Average precision on injected faults: {', '.join(faults)}. Published {manifest.quality['published']}.")
     console.print(
         f"Onsets on {measured['events']:,} unseen rows at α = 0.001: {measured['onsets']}, {measured['ratio']} times what was asked. "
         f"Report: {model.parent / 'report.md'}"

@@ -193,11 +193,3 @@ def test_a_gpu_that_is_not_there_is_refused_in_a_sentence(fleet_folder: Path, tm
     result = CliRunner().invoke(app, arguments(fleet_folder, tmp_path, "--device", "cuda"))
     assert result.exit_code == 1
     assert "needs a GPU of its own, PyTorch sees 0" in " ".join(result.output.split())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_makes_nearly_the_model_of_a_cpu(alone: Path, fleet_folder: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, arguments(fleet_folder, tmp_path, "--device", "cuda"))
-    assert result.exit_code == 0, result.output
-    assert verify_file(tmp_path / "pumps-1.onnx").name == "pumps"
-    assert checkpoint(tmp_path)["progress"]["best_loss"] == pytest.approx(checkpoint(alone)["progress"]["best_loss"], rel=0.05)

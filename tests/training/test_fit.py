@@ -205,7 +205,20 @@ def test_sizes_are_recorded(fitted: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("cell", ["peephole", "coupled", "bidirectional", "convolutional", "memoryless", "none"])
 def test_every_cell_is_trained_published_and_served_by_the_same_commands(cell: str, fleet_folder: Path, tmp_path: Path) -> None:
-    arguments = ["fit", "--data", str(fleet_folder), "--out", str(tmp_path), "--name", "pumps", "--steps", "8", "--cell", cell]
+    arguments = [
+        "fit",
+        "--data",
+        str(fleet_folder),
+        "--out",
+        str(tmp_path),
+        "--name",
+        "pumps",
+        "--steps",
+        "8",
+        "--cell",
+        cell,
+        "--keep-network",
+    ]
     result = CliRunner().invoke(app, [*arguments, "--layers", "2", "--hidden", "6", "--code", "3", "--decoder-hidden", "4"])
     assert result.exit_code == 0, result.output
     manifest = Detector.load(tmp_path / "pumps-1.onnx").manifest  # what the service does: hash, self-test, rows independent

@@ -9,9 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.training.conftest import random_step
+from tests.training.conftest import TINY, random_step
 from training.detector import DetectorStep
-from training.signals import MemorySignals
+from training.normaliser import Normalised
+from training.signals import WIDEST, MemorySignals, Residual, ResidualSignals
 
 Float64 = NDArray[np.float64]
 
@@ -152,3 +153,89 @@ def test_readings_far_from_zero_keep_their_digits() -> None:
     for name in ("mean", "variance", "level"):
         assert torch.equal(old[name], new[name])
     assert torch.equal(old["memory"].reshape(-1, 3)[:, :2], new["memory"].reshape(-1, 3)[:, :2])
+
+
+def of_residual(values: torch.Tensor) -> tuple[Normalised, Residual]:
+    """An event whose residuals are `values` [B, F], in whatever units; NaN = missing."""
+    present = ~torch.isnan(values)
+    filled = torch.where(present, values, 0.0)
+    return Normalised(filled, filled, present, present, present, filled, filled, torch.ones_like(filled)), Residual(filled, filled, filled)
+
+
+def run_signals(signals: ResidualSignals, values: Float64) -> tuple[Float64, dict[str, torch.Tensor]]:
+    """Residuals [T, B, F] → strengths [T, B, K] and the last parts; every event is learned."""
+    B = values.shape[1]
+    parts = {slot.name: torch.zeros(B, slot.size) for slot in signals.slots}
+    strengths = []
+    for age, row in enumerate(torch.from_numpy(values).float()):
+        strength, _, parts = signals(*of_residual(row), parts, torch.full((B, 1), float(age)))
+        strengths.append(strength.numpy())
+    return np.stack(strengths).astype(np.float64), parts
+
+
+def correlated(T: int, B: int, F: int, seed: int = 0) -> Float64:
+    rng = np.random.default_rng(seed)
+    return np.asarray(rng.normal(size=(T, B, F)) @ rng.normal(size=(F, F)) * 0.5)
+
+
+def test_the_distance_equals_mahalanobis_in_loops() -> None:
+    F, T = 4, 400
+    signals = ResidualSignals(F)
+    signals.fit(*[torch.from_numpy(correlated(500, 1, F, 1)[:, 0]).float()] * 2)
+    values = correlated(T, 1, F, 2)
+    strengths, _ = run_signals(signals, values)
+    prior = np.zeros((F, F))
+    prior[signals.first, signals.second] = prior[signals.second, signals.first] = signals.usual_precision.numpy()
+    P, mean, smooth = prior.copy(), signals.usual_mean.double().numpy(), 0.0
+    for age, value in enumerate(values[:, 0]):
+        d = value - mean
+        q = P @ d
+        square = d @ q
+        smooth += max(1 / (age + 1), 0.2) * (np.sqrt(square) - smooth)
+        if age >= signals.burn:
+            assert strengths[age, 0, 2] == pytest.approx(smooth, rel=1e-3)
+        if age >= 30:
+            a, near = 1 / min(500 + age, 5000), min(1, 10 * np.sqrt(F / square))
+            P = (1 + a) * (P - a * near**2 / (1 + a * square * near**2) * np.outer(q, q))
+            mean = mean + a * near * d
+
+
+def test_a_feature_that_stands_still_for_ever_leaves_the_precision_finite_and_definite() -> None:
+    signals = ResidualSignals(3)
+    signals.memory = 40.0  # each event weighs as much as a hundred
+    signals.prior_rows = 1.0
+    values = correlated(4000, 2, 3)
+    values[:, :, 1] = 0.0
+    _, parts = run_signals(signals, values)
+    packed = (signals.usual_precision + parts["precision"]).double().numpy()
+    for row in packed:
+        P = row[signals.unpack.numpy()].reshape(3, 3)
+        assert np.linalg.eigvalsh(P).min() > 0
+        assert P[1, 1] < 150 * signals.usual_precision[signals.diagonal[1]]
+
+
+def test_context_is_seen_by_nothing_that_judges() -> None:
+    signals = ResidualSignals(3, [True, False, True])
+    values = correlated(200, 2, 3)
+    strengths, _ = run_signals(signals, values)
+    values[150:, :, 1] += 50
+    again, _ = run_signals(signals, values)
+    np.testing.assert_array_equal(strengths, again)
+    step = DetectorStep(2, TINY, scored=[True, False]).eval()
+    outputs, _ = steps(step, np.stack([correlated(120, 1, 2)[:, 0]], axis=1))
+    assert outputs[-1][-1].tolist() == [[1.0, 0.0]]
+    x = correlated(120, 1, 2)
+    x[110:, :, 0] = np.nan  # nothing left to score
+    outputs, _ = steps(step, x)
+    assert torch.isnan(outputs[-1][0]).all()
+
+
+def test_very_many_features_are_measured_along_their_main_directions() -> None:
+    F = WIDEST + 20
+    signals = ResidualSignals(F)
+    assert sum(slot.size for slot in signals.slots) == 3 * F + 1 + WIDEST * (WIDEST + 1) // 2
+    rows = torch.from_numpy(correlated(300, 1, F)[:, 0]).float()
+    signals.fit(rows, rows)
+    assert torch.allclose(signals.directions.T @ signals.directions, torch.eye(WIDEST), atol=1e-5)
+    strengths, _ = run_signals(signals, correlated(80, 2, F))
+    assert np.isfinite(strengths).all()

@@ -1,0 +1,135 @@
+"""Faults injected into unlabelled history: does the network earn its place in this fleet, and what does each signal find?
+
+    history ──► faults in its later half ──► strengths of the detector, with and without its network ──► average precision of each
+
+Nothing is known of the fleet's real faults; these are of many kinds, sizes, lengths and numbers of features. On SMD, ASD and SKAB they
+rank network against none as the labels do. They do not choose weights of the signals well (LOG.md), so those are summed as they are.
+Shapes: T steps, B streams, F features, K signals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.calibrate import Observed, observe
+from training.data import Float32, Float64, Stream, cut, pad
+from training.detector import DetectorStep
+
+Bool = NDArray[np.bool_]
+ROWS, STREAMS = 3000, 16
+"""At most this much history is looked at."""
+LONGEST = 300
+FEWEST = 400
+"""Rows a stream needs to take part."""
+
+Fault = Callable[[np.random.Generator, Float64, float, float], Float64]
+"""(rng, piece [L], size in deviations, deviation) → the piece with the fault."""
+
+
+def _offset(rng: np.random.Generator, piece: Float64, size: float, deviation: float) -> Float64:
+    return np.asarray(piece + rng.choice([-1, 1]) * size * deviation)
+
+
+def _noise(rng: np.random.Generator, piece: Float64, size: float, deviation: float) -> Float64:
+    return np.asarray(piece + rng.normal(size=len(piece)) * size * deviation)
+
+
+def _stuck(rng: np.random.Generator, piece: Float64, size: float, deviation: float) -> Float64:
+    return np.full_like(piece, piece[0])
+
+
+def _ramp(rng: np.random.Generator, piece: Float64, size: float, deviation: float) -> Float64:
+    return np.asarray(piece + rng.choice([-1, 1]) * 1.5 * size * deviation * np.arange(len(piece)) / len(piece))
+
+
+def _amplified(rng: np.random.Generator, piece: Float64, size: float, deviation: float) -> Float64:
+    return np.asarray(piece.mean() + (piece - piece.mean()) * (1 + size))
+
+
+def _shuffled(rng: np.random.Generator, piece: Float64, size: float, deviation: float) -> Float64:
+    """Its usual values in an unusual order: what only a look at the course, or at the other features, can find."""
+    return rng.permutation(piece)
+
+
+FAULTS: tuple[Fault, ...] = (_offset, _noise, _stuck, _ramp, _amplified, _shuffled)
+
+
+def inject(rng: np.random.Generator, x: Float32, scored: Bool, start: int) -> tuple[Float32, Bool]:
+    """Faults into x [T, F] from row `start` on, with quiet in between; returns the changed copy and which rows [T] are faulty."""
+    y, faulty = x.astype(np.float64), np.zeros(len(x), bool)
+    deviation = np.nanstd(y[:start], axis=0)
+    able = np.flatnonzero(scored & np.isfinite(deviation) & (deviation > 0) & np.isfinite(y[start:]).all(axis=0))
+    at = start + int(rng.integers(10, 60))
+    while len(able) and at < len(x) - 12:
+        length = min(int(math.exp(rng.uniform(math.log(3), math.log(LONGEST)))), len(x) - at)
+        count = round(math.exp(rng.uniform(0, math.log(len(able)))))
+        fault, size = FAULTS[rng.integers(len(FAULTS))], math.exp(rng.uniform(math.log(0.5), math.log(4)))
+        for feature in rng.choice(able, count, replace=False):
+            y[at : at + length, feature] = fault(rng, y[at : at + length, feature], size, deviation[feature])
+        faulty[at : at + length] = True
+        at += length + int(rng.integers(100, 300))
+    return y.astype(np.float32), faulty
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """Streams with injected faults, side by side."""
+
+    x: Float32  # [T, B, F]
+    t: Float32  # [T, B, 3]
+    faulty: Bool  # [T, B]
+    start: int  # the first row that may be faulty
+
+    @property
+    def share(self) -> float:
+        """Of faulty rows: the average precision of random scores."""
+        return float(self.faulty[self.start :].mean())
+
+
+def faulty_streams(streams: Sequence[Stream], scored: Sequence[bool], seed: int) -> Faulty | None:
+    """The longest streams, cut to the same rows; None where the history is too short."""
+    longest = sorted((stream for stream in streams if len(stream) >= FEWEST), key=len, reverse=True)[:STREAMS]
+    if not longest:
+        return None
+    rows = min(ROWS, len(longest[-1]))
+    rng = np.random.default_rng([seed, rows])
+    changed, labels = [], []
+    for stream in longest:
+        piece = cut(stream, 0, rows)
+        x, faulty = inject(rng, piece.x, np.array(scored), rows // 2)
+        changed.append(Stream(piece.name, x, piece.t))
+        labels.append(faulty)
+    x, t = pad(changed, rows)
+    return Faulty(x, t, np.stack(labels, axis=1), rows // 2)
+
+
+def found(step: DetectorStep, streams: Faulty) -> dict[str, float]:
+    """Average precision of the sum of the evidence over the rows that may be faulty, and of each signal alone."""
+    observed = observe(step, streams.x, streams.t)
+    evidence = _evidence(observed, streams.start, step.signals.burn)[streams.start :]
+    labels = streams.faulty[streams.start :].ravel()
+    scores = {"sum": evidence.sum(axis=2)} | {name: evidence[:, :, k] for k, name in enumerate(step.signals.names)}
+    return {name: round(average_precision(score.ravel(), labels), 3) for name, score in scores.items()}
+
+
+def _evidence(observed: Observed, start: int, burn: int) -> Float64:
+    """log1p(strength ÷ its 99 % quantile in the clean part), [T, B, K]."""
+    clean = observed.strengths[burn:start].reshape(-1, observed.strengths.shape[2])
+    quantile = np.maximum(np.quantile(clean, 0.99, axis=0), 1e-6)
+    return np.asarray(np.log1p(observed.strengths / quantile), np.float64)
+
+
+def average_precision(score: Float64, label: Bool) -> float:
+    """Σ precision · Δrecall over the distinct thresholds, as in scikit-learn; 0 where nothing is labelled."""
+    order = np.argsort(-score, kind="stable")
+    hits = np.cumsum(label[order])
+    if not len(hits) or hits[-1] == 0:
+        return 0.0
+    last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
+    recall = hits[last] / hits[-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * hits[last] / (last + 1)))
