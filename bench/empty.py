@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api import Door, DoorLimits
+from service.control import Alpha, Asked, Control, Strict
 from service.events import Contributor, Event, Result
 from service.metrics import Metrics
 from service.scorer import Scorer
@@ -80,8 +81,9 @@ class EmptyDoor(Door):
 def application(door: type[Door]) -> FastAPI:
     app = FastAPI()
     limits = DoorLimits(max_body_bytes=8 << 20, max_batch_events=10_000, max_inflight_bytes=64 << 20)
-    scorers = {"default": cast(Scorer, ConstantScorer())}
-    door(scorers, "default", limits, Metrics(), AlwaysHealthy()).add_to(app)
+    scorers, metrics = {"default": cast(Scorer, ConstantScorer())}, Metrics()
+    control = Control(Asked(Alpha(1e-3), Strict(False)), None, scorers, metrics)
+    door(scorers, "default", limits, metrics, AlwaysHealthy(), control).add_to(app)
     return app
 
 

@@ -6,6 +6,7 @@
     GET    /v1/streams                     last results, page by page
     GET    /v1/streams/{stream_id}         last result          DELETE  forget the stream
     GET    /v1/models                      manifests of the loaded detectors
+    GET    /v1/policy                      the asked false-alarm rate, and what it means      PUT  change it      DELETE  undo that
     GET    /health/live  /health/ready  /metrics  /docs
 
 The routes of events and streams are plain Starlette routes, and POST /v1/events is answered before the router and its middleware:
@@ -21,7 +22,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -33,7 +34,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.bodies import Items, Shape, decode, encode, inflate
+from service.bodies import Items, Shape, decode, decode_object, encode, inflate
+from service.control import Control
 from service.errors import (
     BadEvent,
     BadParameter,
@@ -89,12 +91,21 @@ class Health(Protocol):
 class Door:
     """All routes over some scorers, by model name."""
 
-    def __init__(self, scorers: Mapping[str, Scorer], default_model: str, limits: DoorLimits, metrics: Metrics, health: Health) -> None:
+    def __init__(
+        self,
+        scorers: Mapping[str, Scorer],
+        default_model: str,
+        limits: DoorLimits,
+        metrics: Metrics,
+        health: Health,
+        control: Control,
+    ) -> None:
         self._scorers = scorers
         self._default = default_model
         self._limits = limits
         self._metrics = metrics
         self._health = health
+        self._control = control
         self._inflight = 0
         self._latency = metrics.latency.labels(DOOR)
 
@@ -109,6 +120,7 @@ class Door:
             Route("/v1/streams/{stream_id:path}/accept", self._guarded(self.post_accept), methods=["POST"], name="post_accept"),
             Route("/v1/streams", self._guarded(self.list_streams), methods=["GET"], name="list_streams"),
             Route("/v1/streams/{stream_id:path}", self._guarded(self.one_stream), methods=["GET", "DELETE"], name="one_stream"),
+            Route("/v1/policy", self._guarded(self.policy), methods=["GET", "PUT", "DELETE"], name="policy"),
             Route("/metrics", self.get_metrics, methods=["GET"], name="metrics"),
         ]
         app.get("/v1/models", name="list_models")(self.list_models)
@@ -156,6 +168,14 @@ class Door:
         """Close a stream's alert and learn what it was about; its summary. Safe to repeat."""
         result = await self._scorer(request).accept(request.path_params["stream_id"])
         return Response(msgspec.json.encode(result), media_type=JSON)
+
+    async def policy(self, request: Request) -> Response:
+        """The policy in force; changed by PUT, the environment's again by DELETE, on all replicas."""
+        if request.method == "PUT":
+            await self._control.change(await self._object(request))
+        elif request.method == "DELETE":
+            await self._control.reset()
+        return Response(msgspec.json.encode(await self._control.reply()), media_type=JSON)
 
     async def list_models(self) -> Response:
         """The manifests of the loaded detectors, with the hash of their files and where they run."""
@@ -217,6 +237,16 @@ class Door:
         except Overloaded:
             self._metrics.refused.labels("queue").inc()
             raise
+
+    async def _object(self, request: Request) -> dict[str, Any]:
+        """The body as one JSON object."""
+        if _is_ndjson(request):
+            raise UnsupportedMedia(f"Content-Type '{NDJSON}' is not read here; send {JSON}.")
+        content = await self._body(request)
+        try:
+            return decode_object(content)
+        finally:
+            self._release(request)
 
     async def _body(self, request: Request) -> bytes:
         """The body within the limits of one request and of all together. Raises TooLarge, TooSlow, Overloaded, ..."""

@@ -1,6 +1,6 @@
 """The composition root: builds the parts from Settings, opens them in order, closes them in reverse.
 
-open    embedded store (or the URL's) ─► commit function loaded ─► batch loops ─► ready
+open    embedded store (or the URL's) ─► batch loops ─► commit function loaded, policy read ─► ready
 close   not ready ─► loops finish what they accepted, within the drain time ─► store
 """
 
@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from service import openapi, tasks
 from service.api import Door, DoorLimits
+from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector, load_detectors
 from service.embedded import EmbeddedStore
 from service.errors import ArtifactError, BadSetting, OnsetError, StoreUnavailable
@@ -48,6 +49,7 @@ class Service:
         self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads)
         self.default_model = _default(self.detectors, settings)
         self.scorers: dict[str, Scorer] = {}
+        self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics)
         self.store: StateStore | None = None
         self._store_open = False
         self.failure: str | None = None
@@ -81,9 +83,11 @@ class Service:
                 raise BadSetting(f"ONSET_REDIS_URL cannot be used: {error}.") from error
             stack.push_async_callback(store.close)
             self.store = store
+            self.control.connect(store)
             self._start_scorers(store)
             stack.push_async_callback(self._drain)
             await self._open(store, stack)
+            stack.push_async_callback(tasks.end, asyncio.create_task(self.control.run(), name="policy"))
             if self.settings.silence:
                 for scorer in self.scorers.values():
                     sweeper = scorer.sweeper(self.settings.state_ttl_seconds)
@@ -99,14 +103,14 @@ class Service:
             alpha=settings.asked_alpha, strict=settings.strict, silence=settings.silence, accept_after=settings.accept_after or math.inf
         )
         for name, detector in self.detectors.items():
-            self.scorers[name] = Scorer(detector, replace(policy, tau=detector.manifest.age_constant), store, self.metrics, limits)
+            policy_of = replace(policy, tau=detector.manifest.age_constant)
+            self.scorers[name] = Scorer(detector, policy_of, store, self.metrics, limits, held=True)
             self.scorers[name].start()
 
     async def _open(self, store: RedisStore, stack: contextlib.AsyncExitStack) -> None:
         """Open the store now, or keep trying beside the running service, which is not ready until then."""
         try:
-            await store.open()
-            self._store_open = True
+            await self._try_open(store)
         except StoreUnavailable as error:
             log.warning("store_not_open_yet", error=error.detail)
             task = asyncio.create_task(self._reopen(store), name="open-store")
@@ -116,9 +120,13 @@ class Service:
         while not self._store_open:
             await asyncio.sleep(REOPEN_SECONDS)
             with contextlib.suppress(StoreUnavailable):
-                await store.open()
-                self._store_open = True
+                await self._try_open(store)
                 log.info("store_open")
+
+    async def _try_open(self, store: RedisStore) -> None:
+        await store.open()
+        await self.control.refresh()
+        self._store_open = True
 
     async def _drain(self) -> None:
         await asyncio.gather(*(scorer.drain(self.settings.drain_seconds) for scorer in self.scorers.values()))
@@ -155,7 +163,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="Onset", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes, settings.max_body_seconds)
-    Door(service.scorers, service.default_model, limits, service.metrics, service).add_to(app)
+    Door(service.scorers, service.default_model, limits, service.metrics, service, service.control).add_to(app)
     openapi.add_docs(app)
     app.get("/", include_in_schema=False)(_home)
     manifests = [detector.manifest for detector in service.detectors.values()]
@@ -165,6 +173,12 @@ def create_app(settings: Settings) -> FastAPI:
 
 async def _home() -> Response:
     return RedirectResponse("docs")
+
+
+def _asked(settings: Settings) -> Asked:
+    """What the environment asks for."""
+    cadence = settings.cadence_seconds if settings.false_alarms else None
+    return Asked(Alpha(settings.asked_alpha, None, settings.false_alarms, cadence), Strict(settings.strict))
 
 
 def _default(detectors: Mapping[str, Detector], settings: Settings) -> str:

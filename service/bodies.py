@@ -61,6 +61,16 @@ def decode(content: bytes, *, lines: bool, max_events: int) -> tuple[Items, Shap
         return [_checked(_parse(content))], Shape.SINGLE
 
 
+def decode_object(content: bytes) -> dict[str, Any]:
+    """A body that is one JSON object. Raises BadBody."""
+    if not content.strip():
+        raise BadBody("The body is empty: send a JSON object.")
+    body = _parse(content)
+    if not isinstance(body, dict):
+        raise BadBody(f"The body is a JSON object, not {shown(body)}.")
+    return body
+
+
 def encode(answers: Sequence[Result | ItemError], shape: Shape) -> bytes:
     """Results, and problems in the place of failed items, in the shape of the request."""
     if shape is Shape.SINGLE:

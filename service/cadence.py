@@ -51,6 +51,12 @@ def patience(rows: Rows, alpha: float) -> Float64:
     return np.where(rows["gaps"] >= GAPS, np.exp(np.minimum(_log_patience(mean, spread, longest, alpha), 700.0)), np.inf)
 
 
+def rate(rows: Rows) -> Float64:
+    """Events a second [B] of each stream, the mean of lognormal gaps; NaN where too little is known."""
+    mean, spread = rows["pace"].astype(np.float64), rows["pace_spread"].astype(np.float64)
+    return np.where(rows["gaps"] >= GAPS, np.exp(np.clip(-(mean + spread**2 / 2), -700.0, 700.0)), np.nan)
+
+
 def _log_patience(mean: Float64, spread: Float64, longest: Float64, alpha: float) -> Float64:
     z = NormalDist().inv_cdf(1 - alpha)
     return np.maximum(mean + z * np.maximum(spread, SMALLEST), longest + HEADROOM)

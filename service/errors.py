@@ -86,11 +86,12 @@ class BadBody(OnsetError):
 
 
 class BadParameter(OnsetError):
-    """A parameter of a request has a value we cannot use; `field` is its name."""
+    """A parameter of a request has a value we cannot use; `field` is its name, `value` its value, shortened."""
 
-    def __init__(self, detail: str, field: str) -> None:
+    def __init__(self, detail: str, field: str, value: str = "") -> None:
         super().__init__(detail)
         self.field = field
+        self.value = value
 
 
 class UnsupportedMedia(OnsetError):

@@ -28,6 +28,12 @@ class Metrics:
         self.expected = Counter("onset_expected_false_alarms", "False alarms the asked rate allows.", ["model"], registry=registry)
         # Counter: alerts accepted as the new normal, by call or by age (ONSET_ACCEPT_AFTER). Each is in the log with its stream.
         self.accepted = Counter("onset_accepted", "Alerts accepted as the new normal.", ["model", "by"], registry=registry)
+        # Gauges: the asked rate in force on this replica, and whether new streams have no learning allowance (0 or 1). Differing between
+        # replicas for more than a few seconds: one does not reach the store. Counter: changes at run time, by "call" (answered here) or
+        # "refresh" (answered by another replica); each is in the log with the values before it.
+        self.alpha = Gauge("onset_alpha", "The asked false-alarm rate in force.", registry=registry)
+        self.strict = Gauge("onset_strict", "Whether new streams have no learning allowance.", registry=registry)
+        self.policy_changes = Counter("onset_policy_changes", "Changes of the policy at run time.", ["by"], registry=registry)
         # Gauge: live streams that are silent for improbably long, as the store has them (the same on every replica). Many at once: a
         # sender or a network is down. Counter: silences that this replica raised; each is in the log with its stream.
         self.silent = Gauge("onset_streams_silent", "Streams silent for improbably long.", ["model"], registry=registry)

@@ -16,9 +16,11 @@ from starlette.routing import Route
 
 from service.api import VISIBLE
 from service.artifact import Manifest
+from service.control import PolicyReply
 from service.errors import OnsetError
 from service.events import MAX_NAME_LENGTH, Event, Result
 from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
+from service.policy import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.problems import MEDIA_TYPE, TABLE, Problem
 
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
@@ -34,10 +36,10 @@ def document(app: FastAPI, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """The whole document, made once; it names the features of the loaded models."""
     if app.openapi_schema is None:
         spec = get_openapi(title="Onset", version=app.version, description=_DESCRIPTION, routes=app.routes)
-        _, components = msgspec.json.schema_components([Event, Result, Problem], ref_template=_COMPONENT)
+        _, components = msgspec.json.schema_components([Event, Result, Problem, PolicyReply], ref_template=_COMPONENT)
         event = _event(components.pop("Event"), manifests)
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
-        spec["components"]["schemas"] |= {"Health": _HEALTH, "Event": event, "StreamEvent": _without_stream(event)}
+        spec["components"]["schemas"] |= {"Health": _HEALTH, "Event": event, "StreamEvent": _without_stream(event), "PolicyChange": _CHANGE}
         spec["paths"] = _paths(example(manifests[0])) | {
             path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))
         }
@@ -110,6 +112,52 @@ def _without_stream(event: dict[str, Any]) -> dict[str, Any]:
     return event | {"title": "StreamEvent", "properties": properties, "required": ["values"]}
 
 
+_CHANGES = {
+    "rate": {"summary": "False onsets per event of a normal stream", "value": {"alpha": 0.001}},
+    "words": {"summary": "The same for people", "value": {"false_alarms": "1 per week", "cadence_seconds": 300}},
+    "strict": {"summary": "No learning allowance for new streams", "value": {"strict": True}},
+}
+_STRICT = {"type": "boolean", "description": "No learning allowance for new streams."}
+_CHANGE = {
+    "description": "What is left out stays as it is. alpha and false_alarms say the same thing: one of them at most.",
+    "anyOf": [
+        {
+            "type": "object",
+            "required": [required],
+            "properties": {
+                "alpha": {
+                    "type": "number",
+                    "minimum": SMALLEST_ALPHA,
+                    "exclusiveMaximum": LARGEST_ALPHA,
+                    "description": "False onsets per event of a normal stream.",
+                },
+                "strict": _STRICT,
+            },
+            "additionalProperties": False,
+        }
+        for required in ("alpha", "strict")
+    ]
+    + [
+        {
+            "type": "object",
+            "required": ["false_alarms"],
+            "properties": {
+                "false_alarms": {
+                    "type": "string",
+                    "pattern": f"^[0-9]+(\\.[0-9]+)? per ({'|'.join(PERIODS)})$",
+                    "description": f"For each stream. With the cadence it must mean {ALPHA_RANGE} false alarms per event.",
+                },
+                "cadence_seconds": {
+                    "type": "number",
+                    "exclusiveMinimum": 0,
+                    "description": "Between two events of a stream; ONSET_CADENCE_SECONDS if left out.",
+                },
+                "strict": _STRICT,
+            },
+            "additionalProperties": False,
+        }
+    ],
+}
 _HEALTH = {
     "type": "object",
     "required": ["status"],
@@ -165,6 +213,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
                 ["unknown-stream", "state-conflict", "store-unavailable"],
             )
         },
+        "/v1/policy": _policy_operations(),
         "/v1/models": {"get": _operation("listModels", "Manifests of the loaded models", [], {"200": _json(_MODELS, "The models.")}, [])},
         "/health/live": {"get": _operation("live", "Whether the process should go on", [], _HEALTH_ANSWERS, [])},
         "/health/ready": {"get": _operation("ready", "Whether events can be scored and committed", [], _HEALTH_ANSWERS, [])},
@@ -175,6 +224,23 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
                 "responses": {"200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}},
             }
         },
+    }
+
+
+def _policy_operations() -> dict[str, Any]:
+    reply = {"200": _json(_ref("PolicyReply"), "The policy in force here, and the false alarms it means.")}
+    put = _operation(
+        "putPolicy",
+        "Change the asked false-alarm rate, on all replicas, at once",
+        [],
+        reply,
+        ["bad-body", "too-slow", "too-large", "unsupported-media", "bad-parameter", "overloaded", "store-unavailable"],
+    )
+    put["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref("PolicyChange"), "examples": _CHANGES}}}
+    return {
+        "get": _operation("getPolicy", "The asked false-alarm rate, where it comes from, and what it means", [], reply, []),
+        "put": put,
+        "delete": _operation("deletePolicy", "Go back to the environment's, on all replicas", [], reply, ["store-unavailable"]),
     }
 
 

@@ -22,6 +22,7 @@ An onset within an open alert counts only if ESCALATION times rarer than all bef
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -38,7 +39,10 @@ SEVERITY_STEPS = (1.0, 1.5, 2.0)
 """Scores above which an anomaly is minor, major and critical: p < α, α^1.5, α²."""
 ALLOWANCE = 0.5
 """The exponent 1 - w of g(n) that a new stream may spend; τ comes from the model's calibration."""
-LARGEST_ALPHA = 0.5
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-9, 0.5
+"""What may be asked for: the first included, the second not."""
+ALPHA_RANGE = f"from {SMALLEST_ALPHA:g} to below {LARGEST_ALPHA:g}"
+PERIODS = {"hour": 3600, "day": 86_400, "week": 604_800, "month": 2_592_000}
 THRESHOLD = 1.0
 """On every score of ours 1 means: as rare as the asked false-alarm rate."""
 CALM = 0.01
@@ -143,6 +147,17 @@ class Policy:
         row["learner"], row["flags"], row["started_at"] = 0, ACCEPTED | flags & SILENT, np.nan
         row["quiet"] = row["lasting"] = row["peak"] = 0
         return True
+
+
+def per_event(false_alarms: str, cadence: float) -> float:
+    """False onsets per event that '1 per week' and stream means, with an event every `cadence` s. Raises ValueError, a sentence."""
+    if not re.fullmatch(rf"[0-9]+(\.[0-9]+)? per ({'|'.join(PERIODS)})", false_alarms):
+        raise ValueError("it reads like '1 per week' (hour, day, week, month)")
+    number, _, period = false_alarms.split()
+    alpha = float(number) * cadence / PERIODS[period]
+    if not SMALLEST_ALPHA <= alpha < LARGEST_ALPHA:
+        raise ValueError(f"with an event every {cadence:g} s it means {alpha:g} false alarms per event, which may be {ALPHA_RANGE}")
+    return alpha
 
 
 def judge(records: Rows) -> Verdicts:

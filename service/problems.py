@@ -67,7 +67,7 @@ def problem_of(error: OnsetError, index: int | None = None) -> Problem:
     if isinstance(error, Overloaded):
         retry_after = error.retry_after
     field = error.field if isinstance(error, ItemError | BadParameter) else ""
-    value = error.value if isinstance(error, ItemError) else ""
+    value = error.value if isinstance(error, ItemError | BadParameter) else ""
     return Problem(f"urn:onset:{slug}", title, status, _utf8(error.detail), _utf8(field), _utf8(value), index, retry_after=retry_after)
 
 

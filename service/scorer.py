@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from dataclasses import replace as changed
+from itertools import groupby
 from typing import cast
 
 import numpy as np
@@ -24,9 +26,10 @@ import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from service import cadence
 from service.batcher import Batcher
 from service.detector import Detector
-from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, TooManyStreams, UnknownStream
+from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
 from service.events import Event, Parsed, Readings, Result
 from service.features import parse
 from service.metrics import Metrics
@@ -57,8 +60,19 @@ class Limits:
     result_ttl_seconds: int = 600
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Events of one request, and the policy that was in force when it came: a whole request is judged by one."""
+
+    events: Parsed
+    policy: Policy
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+
 class Scorer:
-    """Scores events with one detector. `clock` gives seconds since 1970."""
+    """Scores events with one detector. `clock` gives seconds since 1970. `held` = nothing is scored before `ask`."""
 
     def __init__(
         self,
@@ -68,16 +82,19 @@ class Scorer:
         metrics: Metrics,
         limits: Limits,
         clock: Callable[[], float] = time.time,
+        *,
+        held: bool = False,
     ) -> None:
         self.detector = detector
         self.policy = policy
+        self._held = held
         self._store = store
         self._metrics = metrics
         self._limits = limits
         self._clock = clock
         self._codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
         self._replies = Replies(detector.manifest, policy)
-        self._batcher: Batcher[Parsed, Answers] = Batcher(self._handle, size=len, max_batch=MAX_BATCH, max_queue=limits.max_queue_events)
+        self._batcher: Batcher[_Piece, Answers] = Batcher(self._handle, size=len, max_batch=MAX_BATCH, max_queue=limits.max_queue_events)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
         self._streams, self._counted_at = 0, -COUNT_SECONDS
         metrics.state_bytes.labels(detector.name).set(self._codec.bytes)
@@ -91,6 +108,12 @@ class Scorer:
     def start(self) -> None:
         self._batcher.start()
 
+    def ask(self, alpha: float, strict: bool) -> None:
+        """From here on requests are judged by these; those that wait keep what they came with."""
+        self._held = False
+        if (alpha, strict) != (self.policy.alpha, self.policy.strict):
+            self.policy = changed(self.policy, alpha=alpha, strict=strict)
+
     async def drain(self, seconds: float) -> None:
         """Finish what was accepted within `seconds`, then stop."""
         await self._batcher.drain(seconds)
@@ -101,6 +124,8 @@ class Scorer:
 
         Raises Overloaded when the queue is full, StoreUnavailable when nothing of this call is known to be committed.
         """
+        if self._held:
+            raise StoreUnavailable("The policy has not been read from the state store yet.")
         answers: list[Result | ItemError | None] = [item if isinstance(item, ItemError) else None for item in items]
         places = [i for i, item in enumerate(items) if isinstance(item, Event)]
         events = [item for item in items if isinstance(item, Event)]
@@ -140,7 +165,15 @@ class Scorer:
 
     def sweeper(self, state_ttl: float) -> Sweeper:
         """What looks for its silent streams."""
-        return Sweeper(self.detector.name, self._codec, self.policy, self._store, self._metrics, state_ttl, clock=self._clock)
+        return Sweeper(self.detector.name, self._codec, lambda: self.policy, self._store, self._metrics, state_ttl, clock=self._clock)
+
+    async def pace(self, limit: int) -> tuple[int, NDArray[np.float64]]:
+        """How many live streams there are whose cadence is known, and the events a second of at most about `limit` of them."""
+        count, stream_ids = await self._store.waited(self.detector.name, limit)
+        loaded = self._codec.decode(await self._store.load(self.detector.name, stream_ids) if stream_ids else [])
+        live = (loaded.origins == Origin.STORED) & (loaded.rows["flags"] & SILENT == 0)
+        rates = cadence.rate(loaded.rows[live])
+        return count, rates[~np.isnan(rates)]
 
     async def accept(self, stream_id: str) -> Result:
         """Take what the stream is alerted about for its new normal; without an open alert nothing changes. Returns the stream's summary.
@@ -167,18 +200,26 @@ class Scorer:
 
     async def _submit(self, parsed: Parsed) -> list[Answers | OnsetError]:
         """Queue events in pieces of MAX_BATCH, in order, all or none. Raises when the first piece failed: then none is committed."""
-        pieces = [parsed] if 0 < len(parsed) <= MAX_BATCH else [parsed.part(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
-        done = await self._batcher.submit(pieces)
+        parts = [parsed] if 0 < len(parsed) <= MAX_BATCH else [parsed.part(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
+        policy = self.policy
+        done = await self._batcher.submit([_Piece(part, policy) for part in parts])
         for answer in done:
             if isinstance(answer, Exception) and (answer is done[0] or not isinstance(answer, OnsetError)):
                 raise answer
         return cast("list[Answers | OnsetError]", done)
 
-    async def _handle(self, submissions: list[Parsed]) -> list[Answers]:
-        """One batch: the submissions of several clients, scored together."""
+    async def _handle(self, pieces: list[_Piece]) -> list[Answers]:
+        """One batch: pieces of several clients, scored together; in two runs where the policy changed while they waited."""
+        parts: list[Answers] = []
+        for _, run in groupby(pieces, key=lambda piece: id(piece.policy)):
+            together = list(run)
+            parts += await self._judge([piece.events for piece in together], together[0].policy)
+        return parts
+
+    async def _judge(self, submissions: list[Parsed], policy: Policy) -> list[Answers]:
         readings = Readings.of(submissions, self.detector.features)
         self._metrics.batch.observe(len(readings))
-        answers = self._replies.judged(await self._run(readings))
+        answers = self._replies.judged(await self._run(readings, policy))
         self._metrics.anomalies.labels(self.detector.name).inc(answers.anomalies)
         self._metrics.onsets.labels(self.detector.name).inc(answers.onsets)
         self._metrics.expected.labels(self.detector.name).inc(answers.expected)
@@ -188,11 +229,11 @@ class Scorer:
             start += len(submission)
         return parts
 
-    async def _run(self, readings: Readings) -> Outcomes:
-        outcomes = Outcomes.unscored(readings, self._codec.record, self.policy.alpha)
+    async def _run(self, readings: Readings, policy: Policy) -> Outcomes:
+        outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
         pending: Positions = np.arange(len(readings))
         for _ in range(ATTEMPTS):
-            attempt, lost = await self._attempt(readings.take(pending))
+            attempt, lost = await self._attempt(readings.take(pending), policy)
             outcomes.records[pending], outcomes.kinds[pending] = attempt.records, attempt.kinds
             pending = pending[lost]
             if len(pending) == 0:
@@ -200,7 +241,7 @@ class Scorer:
         outcomes.kinds[pending] = Kind.CONFLICT
         return outcomes
 
-    async def _attempt(self, readings: Readings) -> tuple[Outcomes, NDArray[np.bool_]]:
+    async def _attempt(self, readings: Readings, policy: Policy) -> tuple[Outcomes, NDArray[np.bool_]]:
         """Load, step and commit once. Also says for each reading whether its stream was lost to another replica."""
         index: dict[str, int] = {}
         slots = np.array([index.setdefault(stream_id, len(index)) for stream_id in readings.stream_ids], np.intp)
@@ -209,21 +250,23 @@ class Scorer:
             loaded = self._codec.decode(await self._store.load(self.detector.name, stream_ids))
             trails = await self._trails_of_untimed(readings, slots, stream_ids, loaded)
         refused = (await self._refused(loaded.origins))[slots]
-        outcomes = Outcomes.unscored(readings, self._codec.record, self.policy.alpha)
+        outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
         outcomes.kinds[refused] = Kind.REFUSED
         go = np.flatnonzero(~refused)
         with self._metrics.stage.labels("step").time():
             repeated = _known(trails, slots[go], readings.key[go])
             stepped = await asyncio.get_running_loop().run_in_executor(
-                self._worker, advance, self.detector, self.policy, loaded.rows, readings.take(go), slots[go], repeated
+                self._worker, advance, self.detector, policy, loaded.rows, readings.take(go), slots[go], repeated
             )
         outcomes.records[go], outcomes.kinds[go] = stepped.records, stepped.kinds
         with self._metrics.stage.labels("commit").time():
-            lost = await self._commit(stream_ids, loaded, outcomes, slots)
+            lost = await self._commit(stream_ids, loaded, outcomes, slots, policy)
         await self._answer_from_trails(readings, slots, stream_ids, outcomes, trails)
         return outcomes, lost[slots]
 
-    async def _commit(self, stream_ids: list[str], loaded: Loaded, outcomes: Outcomes, slots: Positions) -> NDArray[np.bool_]:
+    async def _commit(
+        self, stream_ids: list[str], loaded: Loaded, outcomes: Outcomes, slots: Positions, policy: Policy
+    ) -> NDArray[np.bool_]:
         """Write the states that were stepped; [B] whether each was lost to another replica."""
         scored = np.flatnonzero(outcomes.kinds == Kind.SCORED)
         events = np.bincount(slots[scored], minlength=len(stream_ids))
@@ -233,7 +276,7 @@ class Scorer:
             return lost
         loaded.rows["trail_until"][events > 1] = self._clock() + self._limits.result_ttl_seconds
         rows = loaded.rows[changed]
-        watches = waits(rows, self.policy.alpha, self._clock()) if self.policy.silence else [None] * len(rows)
+        watches = waits(rows, policy.alpha, self._clock()) if policy.silence else [None] * len(rows)
         values = self._codec.encode(rows)
         trails = self._new_trails(scored, slots, events, outcomes)
         writes = [

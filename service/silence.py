@@ -78,13 +78,13 @@ def waits(rows: Rows, alpha: float, now: float) -> list[float | None]:
 
 
 class Sweeper:
-    """Raises the silences of one model's streams. `clock` gives seconds since 1970."""
+    """Raises the silences of one model's streams, by the policy in force. `clock` gives seconds since 1970."""
 
     def __init__(
         self,
         model: str,
         codec: StateCodec,
-        policy: Policy,
+        policy: Callable[[], Policy],
         store: StateStore,
         metrics: Metrics,
         state_ttl: float,
@@ -128,7 +128,7 @@ class Sweeper:
         """Look at these streams; whether any was dealt with."""
         loaded = self._codec.decode(await self._store.load(self._model, stream_ids))
         rows = loaded.rows
-        patience = cadence.patience(rows, self._policy.alpha)
+        patience = cadence.patience(rows, self._policy().alpha)
         kept = (loaded.origins == Origin.STORED) & (rows["deadline"] > 0)
         waited = kept & (rows["flags"] & SILENT == 0)
         later = waited & (rows["deadline"] > now)

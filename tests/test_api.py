@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from service.api import Door, DoorLimits
+from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
 from service.errors import StoreUnavailable
 from service.metrics import Metrics
@@ -81,7 +82,9 @@ async def door(detector: Detector, limits: DoorLimits = LIMITS, queue: int = 500
     scorer = Scorer(detector, Policy(), store, metrics, Limits(max_queue_events=queue, max_streams=500))
     scorer.start()
     app = FastAPI()
-    Door({"tiny": scorer}, "tiny", limits, metrics, Healthy()).add_to(app)
+    control = Control(Asked(Alpha(1e-3), Strict(False)), None, {"tiny": scorer}, metrics)
+    control.connect(store)
+    Door({"tiny": scorer}, "tiny", limits, metrics, Healthy(), control).add_to(app)
     async with Client(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         client.store, client.metrics = store, metrics
         yield client

@@ -104,7 +104,7 @@ class World:
         self.metrics = [Metrics(), Metrics()]
         self.replicas = [Scorer(detector, policy, store, metrics, Limits(), self.clock) for metrics in self.metrics]
         self.sweepers = [
-            Sweeper(detector.name, one._codec, policy, store, metrics, TTL, self.raised.append, self.clock)
+            Sweeper(detector.name, one._codec, lambda: policy, store, metrics, TTL, self.raised.append, self.clock)
             for one, metrics in zip(self.replicas, self.metrics, strict=True)
         ]
         for replica in self.replicas:
@@ -204,7 +204,7 @@ async def test_after_a_start_every_stream_gets_its_patience_anew(world: World, t
     await world.speak("s", 100)
     world.clock.now += 3000
     late = world.sweepers[0].__class__(
-        "tiny", world.replicas[0]._codec, Policy(), world.store, Metrics(), TTL, world.raised.append, world.clock
+        "tiny", world.replicas[0]._codec, Policy, world.store, Metrics(), TTL, world.raised.append, world.clock
     )
     await late.sweep()
     assert world.raised == []

@@ -12,6 +12,8 @@ A stream's value and its trail:
         token of the stored value == expected ?  →  SET value EX ttl; RPUSH trail; LTRIM; EXPIRE  →  True
                                       otherwise  →  nothing is written                          →  False
 
+Beside the streams it keeps one small mapping for all replicas: the policy as it was changed at run time (control.py).
+
 What a crash leaves: before the commit reached the server, nothing happened and the event may be sent again; after it, the state
 holds the event's identity and result, so the same event sent again is answered from it and never stepped twice.
 """
@@ -73,6 +75,15 @@ class StateStore(Protocol):
 
     async def scan(self, model: str, cursor: str, limit: int) -> Page:
         """About `limit` stream ids from `cursor` on ("" = from the start). Every stream that stays is seen at least once."""
+
+    async def waited(self, model: str, limit: int) -> tuple[int, list[str]]:
+        """How many streams are watched and not silent, and at most about `limit` of all watched ones, drawn by chance."""
+
+    async def policy(self) -> dict[str, bytes]:
+        """What was changed at run time, by name; empty = nothing."""
+
+    async def change_policy(self, changes: Mapping[str, bytes | None]) -> dict[str, bytes]:
+        """Set these (None = remove) in one step and leave the others; returns all as they are then."""
 
     async def count(self) -> int:
         """About how many values the store holds (trails included)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,6 +22,7 @@ class MemoryStore:
         self._states: dict[_Key, tuple[float, bytes]] = {}
         self._trails: dict[_Key, tuple[float, list[bytes]]] = {}
         self._watches: dict[_Key, float] = {}
+        self._policy: dict[str, bytes] = {}
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         return [self._value((model, stream_id)) for stream_id in stream_ids]
@@ -56,6 +58,19 @@ class MemoryStore:
         ids = sorted(stream_id for name, stream_id in self._states if name == model and self._value((name, stream_id)) is not None)
         rest = [stream_id for stream_id in ids if stream_id > cursor]
         return Page(rest[:limit], rest[limit - 1] if len(rest) > limit else "")
+
+    async def waited(self, model: str, limit: int) -> tuple[int, list[str]]:
+        watched = [stream_id for name, stream_id in self._watches if name == model]
+        silent, _ = await self.silent(model, 0)
+        return len(watched) - silent, random.sample(watched, min(limit, len(watched)))
+
+    async def policy(self) -> dict[str, bytes]:
+        return dict(self._policy)
+
+    async def change_policy(self, changes: Mapping[str, bytes | None]) -> dict[str, bytes]:
+        merged: dict[str, bytes | None] = {**self._policy, **changes}
+        self._policy = {name: value for name, value in merged.items() if value is not None}
+        return dict(self._policy)
 
     async def count(self) -> int:
         return sum(self._value(key) is not None for key in self._states) + sum(bool(self._trail(key)) for key in self._trails)

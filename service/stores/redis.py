@@ -5,6 +5,7 @@ Keys (each name once, here):
     onset:{SHARD}:MODEL:STREAM     a stream's value                SHARD = crc32(stream id) % 256, three digits, a hash tag:
     onset:{SHARD}:~MODEL:STREAM    its trail, a list of blobs      a shard's keys share one slot of a cluster
     onset:{SHARD}:!MODEL           a shard's watches, a sorted set of stream ids by time
+    onset:policy                   what was changed of the policy at run time, a hash
 
 Load is one MGET, commit one call of the server-side function in commit.lua. The client never retries by itself: whether a lost
 commit was applied is for the sender to find out, by sending the same event ids again.
@@ -44,6 +45,7 @@ SCAN_COUNT = 1000
 MAX_CURSOR = 2**64 - 1
 
 KEYS_CACHED = 65_536
+POLICY_KEY = b"onset:policy"
 
 T = TypeVar("T")
 
@@ -194,6 +196,39 @@ class RedisStore:
 
         return [member.decode() for members in await self._ask(ask) for member in members]
 
+    async def waited(self, model: str, limit: int) -> tuple[int, list[str]]:
+        async def ask() -> tuple[int, list[list[bytes]]]:
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for shard in range(SHARDS):
+                    pipeline.zcard(watch_key(model, shard))
+                    pipeline.zcount(watch_key(model, shard), SILENT, "+inf")
+                counts = cast("list[int]", await pipeline.execute())
+                watched, silent = counts[::2], counts[1::2]
+                part = min(1.0, limit / max(sum(watched), 1))
+                for shard, size in enumerate(watched):
+                    if size:
+                        pipeline.zrandmember(watch_key(model, shard), math.ceil(size * part))
+                return sum(watched) - sum(silent), cast("list[list[bytes]]", await pipeline.execute())
+
+        count, members = await self._ask(ask)
+        return count, [member.decode() for some in members for member in some]
+
+    async def policy(self) -> dict[str, bytes]:
+        return _named(await self._ask(lambda: cast("Awaitable[dict[bytes, bytes]]", self._client.hgetall(POLICY_KEY))))
+
+    async def change_policy(self, changes: Mapping[str, bytes | None]) -> dict[str, bytes]:
+        async def ask() -> dict[bytes, bytes]:
+            async with self._client.pipeline(transaction=True) as pipeline:
+                for name, value in changes.items():
+                    if value is None:
+                        pipeline.hdel(POLICY_KEY, name)
+                    else:
+                        pipeline.hset(POLICY_KEY, name, value)
+                pipeline.hgetall(POLICY_KEY)
+                return cast("dict[bytes, bytes]", (await pipeline.execute())[-1])
+
+        return _named(await self._ask(ask))
+
     async def count(self) -> int:
         return int(await self._ask(self._client.dbsize))
 
@@ -247,6 +282,10 @@ def _calls(writes: Sequence[Write]) -> Iterator[Sequence[Write]]:
         size += more
     if start < len(writes):
         yield writes[start:]
+
+
+def _named(fields: Mapping[bytes, bytes]) -> dict[str, bytes]:
+    return {name.decode(errors="replace"): value for name, value in fields.items()}
 
 
 def _position(cursor: str) -> int:
