@@ -148,10 +148,10 @@ class Control:
         """Go back to the environment's, on all replicas. Raises StoreUnavailable."""
         await self._change({"alpha": None, "strict": None})
 
-    async def run(self) -> None:
+    async def run(self, every: float = REFRESH_SECONDS) -> None:
         """Refresh until cancelled."""
         while True:
-            await asyncio.sleep(REFRESH_SECONDS)
+            await asyncio.sleep(every)
             try:
                 await self.refresh()
             except StoreUnavailable as error:

@@ -487,3 +487,55 @@ async def test_silent_streams_can_be_listed(client: Client) -> None:
     await client.score(event())
     assert len((await client.get("/v1/streams?silent=false")).json()["streams"]) == 1
     assert_problem(await client.get("/v1/streams?silent=perhaps"), 422, "true or false", "silent")
+
+
+async def test_the_policy_is_shown_changed_and_put_back(tiny_detector: Detector) -> None:
+    async with door(tiny_detector) as client:
+        shown = (await client.get("/v1/policy")).json()
+        assert (shown["alpha"], shown["strict"], shown["origin"]["alpha"]) == (0.001, False, {"source": "environment", "changed_at": None})
+        assert shown["expected_false_alarms"]["tiny"]["per_stream_and_day"] is None
+        changed = await client.put("/v1/policy", json={"alpha": 0.02, "strict": True})
+        assert changed.status_code == 200
+        assert (changed.json()["alpha"], changed.json()["strict"]) == (0.02, True)
+        assert changed.json()["origin"]["alpha"]["source"] == "run time"
+        assert (await client.score({"stream_id": "a", "values": {"value": 1}}))["alpha"] == 0.02
+        [model] = (await client.get("/v1/models")).json()["models"]
+        assert (model["alpha"], model["strict"]) == (0.02, True)
+        back = await client.delete("/v1/policy")
+        assert (back.status_code, back.json()["alpha"], back.json()["strict"]) == (200, 0.001, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "media", "status", "field", "value"),
+    [
+        ('{"alpha": 0.7}', "application/json", 422, "alpha", "0.7"),
+        ('{"alpha": NaN}', "application/json", 422, "alpha", "NaN"),
+        ('{"strict": "yes"}', "application/json", 422, "strict", '"yes"'),
+        ('{"beta": {"a": [1]}}', "application/json", 422, "beta", '{"a": [1]}'),
+        ('{"\\ud800": 1}', "application/json", 422, "\\ud800", "1"),
+        ("[0.001]", "application/json", 400, None, None),
+        ("0.001", "application/json", 400, None, None),
+        ("", "application/json", 400, None, None),
+        ("{", "application/json", 400, None, None),
+        ("[" * 5000, "application/json", 400, None, None),
+        ('{"alpha": 0.01}', "application/x-ndjson", 415, None, None),
+        ('{"alpha": 0.01}', "application/x-www-form-urlencoded", 415, None, None),
+        (" " * 100_001, "application/json", 413, None, None),
+    ],
+)
+async def test_a_policy_that_cannot_be_asked_for_is_a_problem_and_changes_nothing(
+    tiny_detector: Detector, content: str, media: str, status: int, field: str | None, value: str | None
+) -> None:
+    async with door(tiny_detector) as client:
+        answer = await client.put("/v1/policy", content=content, headers={"content-type": media})
+        problem = answer.json()
+        assert (answer.status_code, problem["status"]) == (status, status)
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (problem.get("field"), problem.get("value")) == (field, value)
+        assert await client.store.policy() == {}
+        assert (await client.score({"stream_id": "a", "values": {"value": 1}}))["alpha"] == 0.001
+
+
+async def test_other_methods_on_the_policy_are_no_methods_of_it(tiny_detector: Detector) -> None:
+    async with door(tiny_detector) as client:
+        assert (await client.post("/v1/policy", json={"alpha": 0.01})).status_code == 405

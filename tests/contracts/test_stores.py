@@ -297,6 +297,44 @@ async def test_a_model_is_scanned_by_its_very_name(store: StateStore) -> None:
         assert (await store.scan(model, "", 100)).stream_ids == [f"of {model}"]
 
 
+async def test_the_policy_is_one_mapping_of_which_each_change_leaves_the_rest(store: StateStore) -> None:
+    assert await store.policy() == {}
+    assert await store.change_policy({"alpha": b"1"}) == {"alpha": b"1"}
+    assert await store.change_policy({"strict": b"\x00\xff", "alpha": None}) == {"strict": b"\x00\xff"}
+    assert await store.change_policy({"alpha": b""}) == {"strict": b"\x00\xff", "alpha": b""}
+    assert await store.policy() == {"strict": b"\x00\xff", "alpha": b""}
+    assert await store.change_policy({"alpha": None, "strict": None, "never there": None}) == {}
+    assert await store.policy() == {}
+
+
+async def test_changes_of_the_policy_at_the_same_time_all_hold(store: StateStore) -> None:
+    answers = await asyncio.gather(*(store.change_policy({f"n{i}": b"%d" % i}) for i in range(20)))
+    assert all(answers[i][f"n{i}"] == b"%d" % i for i in range(20))
+    assert await store.policy() == {f"n{i}": b"%d" % i for i in range(20)}
+
+
+async def test_the_policy_outlives_the_streams_and_is_none_of_them(backend: Backend) -> None:
+    store = await backend.open(1, 1)
+    await store.change_policy({"alpha": b"1"})
+    assert (await store.scan("policy", "", 10)).stream_ids == []
+    assert (await store.scan(MODEL, "", 10)).stream_ids == []
+    await backend.elapse(1.1)
+    assert await store.policy() == {"alpha": b"1"}
+
+
+async def test_streams_that_are_waited_for_are_counted_without_the_silent_ones_and_drawn(store: StateStore) -> None:
+    assert await store.waited(MODEL, 10) == (0, [])
+    await store.watch(MODEL, {f"s{i}": 100.0 + i for i in range(300)} | {f"silent {i}": SILENT + i for i in range(5)})
+    await store.watch("other", {"s": 1.0})
+    count, everyone = await store.waited(MODEL, 1000)
+    assert count == 300
+    assert len(everyone) == len(set(everyone)) == 305
+    count, some = await store.waited(MODEL, 50)
+    assert count == 300
+    assert 50 <= len(some) == len(set(some)) <= 50 + 256
+    assert set(some) <= set(everyone)
+
+
 # What only a real server can show.
 
 
@@ -311,6 +349,7 @@ async def test_all_that_was_acknowledged_survives_kill_9_and_the_same_store_goes
     store = await opened(server.url)
     writes = [Write(f"s{i}", b"", value(b"x" * 1400), b"t") for i in range(2000)]
     assert all(await store.commit(MODEL, writes))
+    await store.change_policy({"alpha": b"1"})
     await asyncio.gather(*(store.ping() for _ in range(10)))  # several open connections, all to be lost
     server.kill()
     started = time.monotonic()
@@ -320,6 +359,7 @@ async def test_all_that_was_acknowledged_survives_kill_9_and_the_same_store_goes
     assert time.monotonic() - started < 3
     server.start()
     assert await store.load(MODEL, [write.stream_id for write in writes]) == [write.value for write in writes]
+    assert await store.policy() == {"alpha": b"1"}
     assert await asyncio.gather(*(store.load(MODEL, ["down"]) for _ in range(16))) == [[None]] * 16
     assert await store.commit(MODEL, [Write("s0", writes[0].value[TOKEN], value())]) == [True]
     await store.close()
@@ -382,6 +422,8 @@ async def test_a_server_that_takes_no_writes_is_not_ready(server: Valkey) -> Non
                 await store.ping()
             with pytest.raises(StoreUnavailable, match=why):
                 await store.commit(MODEL, [Write("a", b"", value())])
+            with pytest.raises(StoreUnavailable, match=why):
+                await store.change_policy({"alpha": b"1"})
             client.execute_command(*accept)
             await store.ping()
     assert await store.load(MODEL, ["a"]) == [None]
@@ -452,7 +494,8 @@ async def test_both_protocols_read_the_same(empty_server: str, protocol: int) ->
 async def test_no_server_is_told_at_once() -> None:
     store = RedisStore("redis://127.0.0.1:1", state_ttl=60, result_ttl=60)
     started = time.monotonic()
-    for call in (store.open(), store.load(MODEL, ["a"]), store.commit(MODEL, [Write("a", b"", value())]), store.ping()):
+    calls = (store.open(), store.load(MODEL, ["a"]), store.commit(MODEL, [Write("a", b"", value())]), store.ping())
+    for call in (*calls, store.policy(), store.change_policy({"alpha": b"1"}), store.waited(MODEL, 1)):
         with pytest.raises(StoreUnavailable, match="does not answer"):
             await call
     assert time.monotonic() - started < 3
