@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from service.errors import ArtifactError
 
 FORMAT = 1
+AUDIT = "audit"
 MANIFEST_KEY, SELFTEST_KEY, SHA256_KEY = "onset.manifest", "onset.selftest", "onset.sha256"
 MAX_FEATURES = 300
 SELFTEST_STEPS, SELFTEST_ROWS = 32, 8
@@ -107,6 +108,16 @@ class Manifest(_Frozen):
         if total != self.state_size:
             raise ValueError(f"the layout's slices add up to {total} floats, state_size says {self.state_size}")
         return self
+
+    @property
+    def audit(self) -> slice | None:
+        """Where the state keeps the sensitivity that a stream's quiet has earned at its α (training/tail.py); None = it has none."""
+        start = 0
+        for part in self.layout:
+            if part.name == AUDIT:
+                return slice(start, start + part.size)
+            start += part.size
+        return None
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -103,6 +103,11 @@ class Detector:
         """First 64 bits of the file's hash: marks the states that belong to it."""
         return int(self.sha256[:16], 16)
 
+    @cached_property
+    def audit(self) -> slice | None:
+        """See `Manifest.audit`."""
+        return self.manifest.audit
+
     @property
     def providers(self) -> list[str]:
         """Execution providers really in use, as the session says."""

@@ -141,6 +141,7 @@ def _step(
 ) -> None:
     """Step distinct streams `rows[at]` by the readings at `positions`, and keep the results in both."""
     x, alpha = readings.x[positions], np.full(len(at), policy.alpha, np.float32)
+    _ask_less(detector, rows, at, alpha)
     inputs = (x, _time_features(timestamp, rows["last"]["timestamp"][at]))
     cadence.learn(rows, at, timestamp - rows["last"]["timestamp"][at])
     rows["silent_since"][at] = np.nan
@@ -166,6 +167,14 @@ def _step(
     rows["last"][at] = record
     outcomes.records[positions] = record
     outcomes.kinds[positions] = Kind.SCORED
+
+
+def _ask_less(detector: Detector, rows: Rows, at: Positions, alpha: Float32) -> None:
+    """Take back, in place, what quiet earned at a larger α: kept, it would mean several times the false alarms that are asked for now."""
+    fewer = at[rows["last"]["alpha"][at] > alpha]
+    if len(fewer) and detector.audit is not None:
+        for name in ("vector", "learner"):
+            rows[name][fewer, detector.audit] = 0
 
 
 def _judged(
