@@ -5,7 +5,7 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format train bench image-test up clean
+.PHONY: help setup demo test check format train fit bench image-test up clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ format: setup ## format and fix what can be fixed
 
 train: setup ## build the shipped default detector again, from its recorded command
 	$(BIN)/python -m training default --out out/default
+
+PROCESSES ?= 1
+fit: setup ## train on your own streams: make fit DATA=history/ OUT=models/ PROCESSES=4
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m training fit --data $(DATA) --out $(OUT)
 
 bench: setup ## all benchmarks, each with its baselines in the same run (about five minutes)
 	$(BIN)/python -m bench.http

@@ -230,7 +230,7 @@ def _csv_tables(reading: _Reading, rows: Iterator[list[str]]) -> Iterator[Table]
     _refuse_twins(source, names)
     time_column = _time_column(source, names, reading.options)
     kept = _kept_columns(source, names, time_column, reading.options, reading.notify)
-    before = 0
+    before, epoch = 0, True
     while (batch := list(itertools.islice(body, reading.rows(len(names))))) or before == 0:
         _refuse_ragged(source, batch, len(names), before)
         cells: dict[str, Sequence[str]] = dict(zip(names, zip(*batch, strict=True) if batch else [()] * len(names), strict=True))
@@ -238,8 +238,10 @@ def _csv_tables(reading: _Reading, rows: Iterator[list[str]]) -> Iterator[Table]
         if time_column is None:
             yield _numbered(reading, columns, before, len(batch))
         else:
-            times = _times(source, time_column, cells[time_column], before)
-            yield Table(source.name, times, columns, cells[time_column] if reading.texts else ())
+            written = cells[time_column]
+            epoch = _is_number(written[0]) if before == 0 and written else epoch
+            times = _times(source, time_column, written, before, epoch)
+            yield Table(source.name, times, columns, written if reading.texts else ())
         if not batch:
             return
         before += len(batch)
@@ -289,11 +291,17 @@ def _number(source: Source, column: str, number: int, cell: str) -> float:
         ) from None
 
 
-def _times(source: Source, column: str, cells: Sequence[str], before: int) -> Float64:
+def _times(source: Source, column: str, cells: Sequence[str], before: int, epoch: bool) -> Float64:
+    """`epoch`: as the file's first time is, so are all."""
+    if not epoch:
+        return np.array([_time(source, column, number, cell) for number, cell in enumerate(cells, before + 1)])
     try:
         seconds = np.array(cells, dtype=np.float64)
     except ValueError:
-        return np.array([_time(source, column, number, cell) for number, cell in enumerate(cells, before + 1)])
+        row = next(i for i, cell in enumerate(cells) if not _is_number(cell))
+        raise TableError(
+            f"{source.path}: column {column!r}, row {before + row + 1}: {cells[row]!r} is not a time in epoch seconds."
+        ) from None
     return _checked_epoch(source, column, seconds, before)
 
 
@@ -344,7 +352,8 @@ def _parquet_tables(reading: _Reading, file: Any, pa: Any) -> Iterator[Table]:
     kept = _kept_columns(source, names, time_column, reading.options, reading.notify)
     wanted = kept if time_column is None else [time_column, *kept]
     before = 0
-    batches = file.iter_batches(batch_size=reading.rows(len(wanted)), columns=wanted or names)
+    # One thread: each more holds a decoded column.
+    batches = file.iter_batches(batch_size=reading.rows(len(wanted)), columns=wanted or names, use_threads=False)
     for batch in itertools.chain(batches, [file.schema_arrow.empty_table()] if file.metadata.num_rows == 0 else []):
         columns = {name: _arrow_numbers(source, name, batch.column(name), before, pa) for name in kept}
         if time_column is None:

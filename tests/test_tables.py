@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from service.errors import TableError
-from service.tables import ReadOptions, Source, Table, find_sources, read_table, read_tables
+from service.tables import BATCH_CELLS, ReadOptions, Source, Table, find_sources, read_batches, read_table, read_tables
 
 NOON = datetime(2024, 1, 1, 12, tzinfo=UTC).timestamp()
 
@@ -106,6 +106,46 @@ def test_what_cannot_be_read_is_refused_with_its_place(text: str, message: str, 
         read(csv_of(tmp_path, text))
 
 
+LONG = BATCH_CELLS // 2 + 3
+"""Rows of two columns: more than one batch."""
+
+
+@pytest.mark.parametrize(
+    ("row", "line", "message"),
+    [
+        (LONG - 1, "{row},wet", r"column 'a', row {row}: 'wet' is not a number"),
+        (LONG - 1, "{row},-inf", r"column 'a', row {row}: .*inf.* is not finite"),
+        (LONG - 1, "soon,1", r"column 'time', row {row}: 'soon' is not a time in epoch seconds"),
+        (LONG - 1, "2024-01-01,1", r"column 'time', row {row}: '2024-01-01' is not a time in epoch seconds"),
+        (LONG - 1, "1e12,1", r"column 'time', row {row}: .* is not a time in epoch seconds"),
+        (LONG - 1, "{row}", r"row {row} has 1 cells, the header has 2"),
+        (LONG - 2, "5,1", r"row {row} has timestamp 1970-01-01T00:00:05\+00:00, before row {before}'s 1970-01-01T18:12:1"),
+    ],
+)
+def test_the_place_of_what_is_refused_is_counted_from_the_first_row_of_a_long_file(
+    row: int, line: str, message: str, tmp_path: Path
+) -> None:
+    lines = [f"{number},1" for number in range(1, LONG + 1)]
+    lines[row - 1] = line.format(row=row)
+    with pytest.raises(TableError, match=message.format(row=row, before=row - 1)):
+        read(csv_of(tmp_path, "time,a\n" + "\n".join(lines)))
+
+
+def test_the_batches_of_a_file_are_its_table_in_pieces(tmp_path: Path) -> None:
+    path = csv_of(tmp_path, "a,b\n" + "\n".join(f"{i},{i * i}" for i in range(10)))
+    whole, batches = read(path), list(read_batches(Source(path, path.name), cells=6))
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+    assert np.concatenate([batch.timestamps for batch in batches]).tolist() == whole.timestamps.tolist()
+    assert np.concatenate([batch.matrix(["a", "b"]) for batch in batches]).tolist() == whole.matrix(["a", "b"]).tolist()
+
+
+def test_a_long_file_is_one_table_with_its_times_as_written(tmp_path: Path) -> None:
+    table = read(csv_of(tmp_path, "time,a\n" + "\n".join(f"{number},1" for number in range(LONG))))
+    assert len(table) == len(table.written) == LONG
+    assert table.written[-1] == str(LONG - 1)
+    assert table.timestamps[-1] == LONG - 1
+
+
 def test_rows_that_go_back_in_time_are_read_where_the_caller_asks_for_them(tmp_path: Path) -> None:
     path = csv_of(tmp_path, "time,a\n5,1\n4,2\n")
     assert read(path, ReadOptions(unsorted=True)).timestamps.tolist() == [5.0, 4.0]
@@ -130,6 +170,19 @@ def test_parquet_with_text_is_refused_with_its_place(tmp_path: Path) -> None:
     path.write_bytes(b"not parquet")
     with pytest.raises(TableError, match="is not a Parquet file"):
         read(path)
+
+
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"timestamp": pa.array([], pa.float64()), "load": pa.array([], pa.float64())}), path)
+    with pytest.raises(TableError, match="has no rows"):
+        read(path)
+    parquet.write_table(pa.table({"label": [1, 0]}), path)
+    with pytest.raises(TableError, match="no numeric column left"):
+        read(path)
+    np.savez(tmp_path / "a.npz", a=np.ones((0, 2)))
+    with pytest.raises(TableError, match="has no rows"):
+        read(tmp_path / "a.npz")
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +213,17 @@ def test_an_npz_may_carry_times_and_names(tmp_path: Path) -> None:
         read(path)
     np.savez(path, a=np.ones((2, 2)), timestamps=np.arange(3.0))
     with pytest.raises(TableError, match=r"`timestamps` has shape \(3,\), the array has 2 rows"):
+        read(path)
+
+
+def test_an_npz_that_is_broken_or_holds_objects_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.npz"
+    np.savez(path, a=np.ones((50, 2)), names=np.array([{}], dtype=object))
+    with pytest.raises(TableError, match="is not an npz of plain arrays"):
+        read(path)
+    np.savez(path, a=np.ones((50, 2)))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(TableError, match="is not an npz of plain arrays"):
         read(path)
 
 

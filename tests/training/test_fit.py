@@ -183,7 +183,20 @@ def test_streams_with_other_features_are_refused(tmp_path: Path) -> None:
 
 def test_help_names_every_option_and_an_example() -> None:
     result = CliRunner().invoke(app, ["fit", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    for word in ("--data", "--out", "--resume", "--seed", "--exclude", "--timestamp", "--threads", "Example"):
+    for word in (
+        "--data",
+        "--out",
+        "--resume",
+        "--seed",
+        "--exclude",
+        "--timestamp",
+        "--threads",
+        "--lanes",
+        "--device",
+        "--precision",
+        "torchrun",
+        "Example",
+    ):
         assert word in result.output
 
 
