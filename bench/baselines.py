@@ -68,7 +68,7 @@ class Lanes:
 
 
 def normalise(x: Float64, floor: Float64, memory: float, clip: float) -> Float64:
-    """z [T, B, F] = asinh of the distance from the running mean in deviations, by what was known before the row; 0 where x is missing."""
+    """Distance from the running mean in deviations, as asinh, by what was known before the row; 0 where x is missing [T, B, F]."""
     z = np.zeros_like(x)
     mean, variance = np.nan_to_num(x[0]), np.zeros_like(x[0])
     for i, row in enumerate(x):
@@ -215,7 +215,7 @@ def _evidence(signal: Float64, lanes: Lanes, prior: float = 1000) -> Float64:
 
 
 def trees(data: DataSet, seed: int) -> list[Answer]:
-    """River's HalfSpaceTrees behind its MinMaxScaler, as its documentation has it, one for each stream. Raises ImportError without river."""
+    """River's HalfSpaceTrees behind its MinMaxScaler, one for each stream. Raises ImportError without river."""
     scores = [_tree_scores(case, seed) for case in data.cases]
     return [_answer(case, score, None) for case, score in zip(data.cases, scores, strict=True)]
 
@@ -262,3 +262,4 @@ BASELINES: dict[str, Baseline] = {
     "random": at_random,
     "always 1": always,
 }
+SEEDED = ("HalfSpaceTrees", "random")

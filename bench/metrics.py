@@ -118,7 +118,7 @@ class Named:
 
 
 def blamed(contribution: NDArray[np.float32], flagged: Bool, named: Sequence[Named]) -> list[tuple[bool, float]]:
-    """For each anomaly with a flag: is the feature with the largest mean share over the flagged rows a named one, and the odds by chance."""
+    """For each anomaly with a flag: is the feature with the largest mean share over the flagged rows a named one; the odds by chance."""
     judged = []
     for anomaly in named:
         rows = np.flatnonzero(flagged[anomaly.start : anomaly.stop]) + anomaly.start

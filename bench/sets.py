@@ -52,6 +52,11 @@ class Case:
     def stream(self) -> Stream:
         return Stream(self.name, self.x, clock(self.seconds))
 
+    @property
+    def days(self) -> float:
+        """Of scored rows without a label, at the usual gap between rows."""
+        return float((~self.label).sum() * np.median(np.diff(self.seconds))) / 86_400
+
     def column(self, number: int) -> Case:
         return replace(self, x=self.x[:, number : number + 1], named=())
 
@@ -62,8 +67,8 @@ class DataSet:
 
     name: str
     cases: list[Case]
-    cadence: float | None
-    """Seconds between rows, None = not known."""
+    timed: bool = True
+    """Whether the seconds between rows are known."""
     history: list[Float32] = field(default_factory=list)
     """Further recordings to learn from, [n, F] each."""
     telemetry: bool = False
@@ -71,7 +76,7 @@ class DataSet:
 
     @property
     def features(self) -> int:
-        return self.cases[0].x.shape[1]
+        return int(self.cases[0].x.shape[1])
 
     def signal(self) -> DataSet:
         """Column 0 alone."""
@@ -105,7 +110,7 @@ def _arrays(name: str, cadence: float, telemetry: bool = False) -> Callable[[Pat
                 named=_named(path.with_suffix(".interpretation.txt")),
             )
             cases.append(case)
-        return DataSet(name, cases, cadence, telemetry=telemetry)
+        return DataSet(name, cases, telemetry=telemetry)
 
     return read
 
@@ -149,7 +154,7 @@ def _skab(data: Path, fit: int = 400) -> DataSet:
         name = f"{path.parent.name}-{path.stem}"
         cases.append(Case(name, x.astype(np.float32), seconds, label, fit, fit, vus_window(x[:, 0])))
     _, normal = _skab_file(folder / "anomaly-free/anomaly-free.csv")
-    return DataSet("skab", cases, 1.0, [normal[:, :8].astype(np.float32)])
+    return DataSet("skab", cases, history=[normal[:, :8].astype(np.float32)])
 
 
 def _skab_file(path: Path) -> tuple[Float64, Float64]:
@@ -164,7 +169,7 @@ def _ecg(data: Path) -> DataSet:
     for path in sorted((data / "ecg").glob("MBA*.csv")):
         x, label = np.loadtxt(path, delimiter=",").T
         cases.append(_plain(path.stem, x, label > 0, 1 / 128, fit=len(x) // 10, scored=0, window=vus_window(x)))
-    return DataSet("ecg", cases, 1 / 128)
+    return DataSet("ecg", cases)
 
 
 def _ucr(data: Path) -> DataSet:
@@ -175,7 +180,7 @@ def _ucr(data: Path) -> DataSet:
         label = np.zeros(len(x), bool)
         label[start - 1 : end] = True
         cases.append(_plain(path.stem, x, label, 1.0, fit=fit, scored=fit, window=vus_window(x)))
-    return DataSet("ucr", cases, None)
+    return DataSet("ucr", cases, timed=False)
 
 
 def _plain(name: str, x: Float64, label: Bool, cadence: float, *, fit: int, scored: int, window: int) -> Case:
@@ -200,7 +205,7 @@ def _nab(data: Path) -> DataSet:
         fit = nab_probation(len(rows))
         seconds: NDArray[np.float64] = times.astype(np.int64) / 1e6
         cases.append(Case(name, x.astype(np.float32)[:, None], seconds, label, fit, fit, vus_window(x), name in published))
-    return DataSet("nab", cases, 5 * MINUTE)
+    return DataSet("nab", cases)
 
 
 SETS: dict[str, Callable[[Path], DataSet]] = {

@@ -77,6 +77,7 @@ class Scored:
     p_value: NDArray[np.float32]  # [n]
     is_anomaly: NDArray[np.bool_]  # [n]
     expected: NDArray[np.float32]  # [n, F], NaN = nothing to expect yet
+    contribution: NDArray[np.float32]  # [n, F] shares of the features in the score
     judged: NDArray[np.bool_]  # [n] False = the detector gave no p-value
     kinds: NDArray[np.uint8]  # [n] of Kind
 
@@ -147,6 +148,7 @@ def finite(outcomes: Outcomes, part: slice) -> Scored:
         np.where(np.isnan(p_value), np.float32(1), p_value),
         verdicts.is_anomaly,
         expected,
+        records["contribution"],
         ~np.isnan(p_value),
         kinds,
     )
