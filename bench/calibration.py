@@ -12,12 +12,11 @@ backtest ../shared/data/nab/data --out OUT`, then `python ../shared/tools/nab_sc
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +28,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench import metrics
 from bench.servers import console
+from bench.sets import MONDAY, load
 from service.detector import Detector, load_detectors
 from service.policy import Policy
 from service.settings import SHIPPED_MODELS
@@ -40,8 +41,6 @@ ASKED = (1e-3, 1 / 2016, 1e-4)
 NAB_ASKED = (2e-3, 1.5e-3, 1e-3, 7e-4, 5e-4)
 AGES = (100, 300, 1000, 2000, 4000, 8000, 30_000)
 UNSEEN_SEED = 9_003
-MONDAY = 1_704_067_200.0
-"""Start of recordings that carry no timestamps."""
 REACH = 100
 """Events after a labelled segment within which an onset still counts as a hit."""
 
@@ -85,11 +84,6 @@ class Row:
 # ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def plain(name: str, x: NDArray[Any], cadence: float) -> Stream:
-    column = np.asarray(x, np.float32).reshape(-1, 1)
-    return Stream(name, column, clock(MONDAY + cadence * np.arange(len(column), dtype=np.float64)))
-
-
 def generator(data: Path) -> Iterator[Part]:
     for stream in synthetic.streams(np.random.default_rng(UNSEEN_SEED), 240, 8000):
         yield Part(stream, np.isfinite(stream.x[:, 0]))
@@ -98,58 +92,45 @@ def generator(data: Path) -> Iterator[Part]:
 def servers(name: str, rows: int, every: int) -> Callable[[Path], Iterator[Part]]:
     """Each `every`-th channel of the training parts that is not nearly constant."""
 
-    def load(data: Path) -> Iterator[Part]:
-        for path in sorted((data / name).glob("*.npz")):
-            x = np.load(path)["train"][:rows]
-            for column in range(0, x.shape[1], every):
-                if len(np.unique(x[:, column])) > 5:
-                    yield Part(plain(f"{path.stem}:{column}", x[:, column], 60.0), np.ones(len(x), bool))
+    def read(data: Path) -> Iterator[Part]:
+        for case in load(name, data).cases:
+            for column in range(0, case.x.shape[1], every):
+                channel = cut(case.column(column).stream, 0, min(rows, case.fit))
+                if len(np.unique(channel.x)) > 5:
+                    yield Part(replace(channel, name=f"{case.name}:{column}"), np.ones(len(channel), bool))
 
-    return load
+    return read
 
 
 def telemetry(name: str, labelled: bool = False) -> Callable[[Path], Iterator[Part]]:
     """Column 0, the telemetry value; the labelled test part follows the training part in one pass."""
 
-    def load(data: Path) -> Iterator[Part]:
-        for path in sorted((data / name).glob("*.npz")):
-            content = np.load(path)
-            train = content["train"][:, 0]
-            if len(np.unique(train)) <= 5:
+    def read(data: Path) -> Iterator[Part]:
+        for case in load(name, data).signal().cases:
+            if len(np.unique(case.x[: case.fit])) <= 5:
                 continue
             if not labelled:
-                yield Part(plain(path.stem, train, 60.0), np.ones(len(train), bool))
+                yield Part(cut(case.stream, 0, case.fit), np.ones(case.fit, bool))
                 continue
-            x = np.concatenate([train, content["test"][:, 0]])
-            anomalous = np.concatenate([np.zeros(len(train), bool), content["test_label"] > 0])
-            near = np.convolve(anomalous, np.ones(2 * REACH + 1), "same") > 0.5
-            yield Part(plain(path.stem, x, 60.0), ~near & (np.arange(len(x)) >= 500), anomalous)
+            near = np.convolve(case.anomalous, np.ones(2 * REACH + 1), "same") > 0.5
+            yield Part(case.stream, ~near & (np.arange(len(near)) >= 500), case.anomalous)
 
-    return load
+    return read
 
 
 def ecg(data: Path, rows: int = 20_000) -> Iterator[Part]:
-    for path in sorted((data / "ecg").glob("MBA*.csv")):
-        table = np.loadtxt(path, delimiter=",")
-        for start in range(0, len(table) - rows + 1, rows):
-            x, label = table[start : start + rows].T
-            beats = np.convolve(label > 0, np.ones(385), "full")[128 : 128 + rows] > 0.5  # a second before, two after
-            yield Part(plain(f"{path.stem}:{start}", x, 1 / 128), ~beats)
+    for case in load("ecg", data).cases:
+        for start in range(0, len(case.x) - rows + 1, rows):
+            piece = slice(start, start + rows)
+            beats = np.convolve(case.anomalous[piece], np.ones(385), "full")[128 : 128 + rows] > 0.5  # a second before, two after
+            seconds = MONDAY + np.arange(rows, dtype=np.float64) / 128
+            yield Part(Stream(f"{case.name}:{start}", case.x[piece], clock(seconds)), ~beats)
 
 
 def nab(data: Path) -> Iterator[Part]:
     """Outside the labelled windows and the probation (the first 15 %, at most 750 rows)."""
-    windows = json.loads((data / "nab/labels/combined_windows.json").read_text())
-    for name in sorted(windows):
-        with (data / "nab/data" / name).open(newline="") as file:
-            rows = list(csv.reader(file))[1:]
-        times = np.array([row[0] for row in rows], "datetime64[us]")
-        normal = np.arange(len(rows)) >= min(int(0.15 * len(rows)), 750)
-        anomalous = np.zeros(len(rows), bool)
-        for start, end in windows[name]:
-            anomalous[np.searchsorted(times, np.datetime64(start)) : np.searchsorted(times, np.datetime64(end)) + 1] = True
-        x = np.array([[float(row[1])] for row in rows], np.float32)
-        yield Part(Stream(name, x, clock(times.astype(np.int64) / 1e6)), normal & ~anomalous, anomalous)
+    for case in load("nab", data).cases:
+        yield Part(case.stream, (np.arange(len(case.x)) >= case.scored) & ~case.anomalous, case.anomalous)
 
 
 SETS: dict[str, Callable[[Path], Iterator[Part]]] = {
@@ -243,31 +224,10 @@ def segments(name: str, judged: Judged, policy: Policy) -> dict[str, Any]:
 
 
 def nab_score(judged: Judged, policy: Policy) -> float:
-    """NAB's standard profile at this one threshold: 0 = no alert at all, 100 = all windows at their first row and no false alert.
-
-    What `nab_score.py --threshold 1` says of the same alerts (checked: 64.8 and 66.1 both ways).
-    """
-    found, total, windows = alarms(judged, policy), 0.0, 0
-    for column, part in enumerate(judged.parts):
-        assert part.anomalous is not None
-        rows = len(part.normal)
-        probation = min(int(0.15 * rows), 750)
-        edges = np.flatnonzero(np.diff(part.anomalous.astype(np.int8), prepend=0, append=0))
-        spans = list(zip(edges[::2].tolist(), (edges[1::2] - 1).tolist(), strict=True))
-        alerts = np.flatnonzero(found[:rows, column])
-        alerts = alerts[alerts >= probation]
-        windows += len(spans)
-        for start, end in spans:
-            inside = alerts[(alerts >= start) & (alerts <= end)]
-            total += _sigmoid(-(end - int(inside[0]) + 1) / (end - start + 1)) / _sigmoid(-1.0) if len(inside) else -1.0
-        for at in alerts[~part.anomalous[alerts]].tolist():
-            before = [span for span in spans if span[1] < at]
-            total += 0.11 * (_sigmoid((at - before[-1][1]) / (before[-1][1] - before[-1][0])) if before else -1.0)
-    return round(100 * (total + windows) / (2 * windows), 1)
-
-
-def _sigmoid(position: float) -> float:
-    return -1.0 if position > 3 else 2 / (1 + math.exp(5 * position)) - 1
+    """NAB's standard profile at this one threshold, see bench.metrics."""
+    found = alarms(judged, policy)
+    labels = [part.anomalous for part in judged.parts if part.anomalous is not None]
+    return metrics.nab_score([found[: len(label), i] for i, label in enumerate(labels)], labels)
 
 
 # ── telling ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
