@@ -23,6 +23,11 @@ from service.detector import Detector
 from service.policy import THRESHOLD, Policy
 from service.settings import SHIPPED_MODELS
 
+
+class FitFailed(Exception):
+    """`training fit` made no model; the message says where its words are."""
+
+
 ALPHA = 1e-3
 NEVER = 2**62
 
@@ -51,7 +56,7 @@ class Setting:
 
 
 def fit_and_score(data: DataSet, recipe: Recipe, setting: Setting, seed: int, folder: Path) -> list[Answer]:
-    """Fit in `folder` (unless that was done; what was interrupted continues), score. Raises SystemExit where the fit fails."""
+    """Fit in `folder` (unless that was done; what was interrupted continues), score. Raises FitFailed."""
     data = data.signal() if recipe.signal_only else data
     model = SHIPPED_MODELS if recipe.cell is None else _fitted(data, recipe.cell, setting.steps, seed, folder)
     detector = Detector.load(find_artifacts(model)[0])
@@ -75,7 +80,7 @@ def _fitted(data: DataSet, cell: str, steps: int, seed: int, folder: Path) -> Pa
     with log.open("w") as file:
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:
-        raise SystemExit(f"`training fit` ended with {code}; the end of {log} says:\n{log.read_text()[-2000:]}")
+        raise FitFailed(f"`training fit` ended with {code}; {log} ends with: {log.read_text().strip().splitlines()[-1]}")
     return model
 
 

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import metrics
 from bench.baselines import BASELINES, SEEDED, Answer, Baseline
-from bench.ours import Recipe, Setting, fit_and_score, recipes
+from bench.ours import FitFailed, Recipe, Setting, fit_and_score, recipes
 from bench.quality_tables import set_table, summary
 from bench.servers import console
 from bench.sets import SETS, Case, DataSet, load
@@ -34,7 +34,7 @@ from bench.sets import SETS, Case, DataSet, load
 SIGNAL_BASELINES = ("VAR + PCA", "EW level", "|z|")
 QUICK_CASES, QUICK_ROWS, QUICK_STEPS = 3, 6000, 40
 ROOT = Path(__file__).parent.parent
-HARNESS = ("bench/metrics.py", "bench/sets.py", "bench/baselines.py")
+HARNESS = ("bench/metrics.py", "bench/sets.py", "bench/baselines.py", "bench/quality.py")
 FITTED = ("bench/sets.py", "bench/ours.py", "training/*.py")
 PRODUCT = (*FITTED, *HARNESS, "service/*.py", "service/models/*.onnx")
 
@@ -104,30 +104,38 @@ def main(
     setting = Setting(min(steps, QUICK_STEPS) if quick else steps, raw)
     chosen = [_few(load(name, data)) if quick else load(name, data) for name in sets.split(",")]
     wanted = [work for one in chosen for work in jobs(one, setting, seeds, quick) if _matches(work.detector, detectors)]
-    rows = _run(wanted, out)
+    rows, failures = _run(wanted, out)
     screen = console()
     for one in chosen:
         screen.print(set_table(one.name, [asdict(row) for row in rows if row.set == one.name], data / one.name))
     screen.print(summary([asdict(row) for row in rows]))
     if json_file:
         content = {"steps": setting.steps, "raw": raw, "quick": quick, "seeds": seeds, "rows": [asdict(row) for row in rows]}
-        json_file.write_text(json.dumps(content, indent=2))
+        json_file.write_text(json.dumps(content | {"failures": failures}, indent=2))
+    if failures:
+        screen.print("Without a result:", *failures, sep="\n", markup=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 def _matches(detector: str, words: str) -> bool:
     return not words or any(word in detector for word in words.split(","))
 
 
-def _run(works: Sequence[Work], out: Path) -> list[Row]:
+def _run(works: Sequence[Work], out: Path) -> tuple[list[Row], list[str]]:
+    """Rows of what worked, and sentences on what did not: one failed fit does not cost the other results."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows = []
+    rows, failures = [], []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(works))
         for work in works:
-            progress.update(task, description=f"{work.data.name}: {work.detector}, seed {work.seed}")
-            rows.append(result(work, out))
+            name = f"{work.data.name}: {work.detector}, seed {work.seed}"
+            progress.update(task, description=name)
+            try:
+                rows.append(result(work, out))
+            except (FitFailed, ImportError) as error:
+                failures.append(f"{name}: {error}")
             progress.advance(task)
-    return rows
+    return rows, failures
 
 
 # ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -206,6 +206,20 @@ def test_a_run_prints_its_tables_and_what_is_done_is_not_run_again(tmp_path: Pat
     assert models == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/models").rglob("*.onnx")}
 
 
+def test_a_fit_that_fails_is_said_and_costs_no_other_result(tmp_path: Path) -> None:
+    (tmp_path / "data/asd").mkdir(parents=True)
+    for case in made_set(rows=1060, fit=40).cases:  # too short to train on
+        label = case.anomalous[40:].astype(np.uint8)
+        np.savez(tmp_path / f"data/asd/{case.name}.npz", train=case.x[:40], test=case.x[40:], test_label=label)
+    app = Typer()
+    app.command()(quality.main)
+    arguments = ["--data", str(tmp_path / "data"), "--sets", "asd", "--detectors", "detector,random", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "asd: detector, seed 0: `training fit` ended with 1" in result.output
+    assert "random" in result.output
+
+
 def test_an_unknown_set_is_refused_by_name() -> None:
     app = Typer()
     app.command()(quality.main)
