@@ -44,6 +44,7 @@ class Lanes:
 
     x: Float64  # [T, B, F]
     fit: list[int]  # [B] leading rows that may be learned from
+    alike: bool  # a feature is the same quantity in all streams
 
     @classmethod
     def of(cls, data: DataSet) -> Lanes:
@@ -51,7 +52,7 @@ class Lanes:
         x = np.full((max(map(len, parts)), len(parts), data.features), np.nan)
         for i, part in enumerate(parts):
             x[: len(part), i] = part
-        return cls(x, [case.fit for case in data.cases] + [len(part) for part in data.history])
+        return cls(x, [case.fit for case in data.cases] + [len(part) for part in data.history], data.alike)
 
     def learned(self, values: Float64, most: int = 3000) -> Float64:
         """Settled `fit` rows of values [T, B, ...] behind one another, of each stream about as many."""
@@ -59,12 +60,17 @@ class Lanes:
         return np.concatenate(pieces)
 
     def floor(self) -> Float64:
-        """Below this no feature's deviation falls [F]: a tenth of the pooled one, and more than nothing where it is constant."""
+        """Below this no feature's deviation falls [B, F]: a tenth of the pooled one, and more than nothing where it is constant.
+
+        Where streams are not alike there is nothing to pool.
+        """
         parts = [self.x[:n, i] for i, n in enumerate(self.fit)]
         deviation = np.stack([part.std(axis=0) for part in parts])
         size = np.stack([np.abs(part).mean(axis=0) for part in parts])
+        if not self.alike:
+            return 1e-3 * deviation + 1e-6 * size + 1e-9
         floor: Float64 = 0.1 * np.sqrt((deviation**2).mean(axis=0)) + 1e-3 * deviation.max() + 1e-6 * size.max(axis=0) + 1e-9
-        return floor
+        return np.repeat(floor[None], len(self.fit), axis=0)
 
 
 def normalise(x: Float64, floor: Float64, memory: float, clip: float) -> Float64:

@@ -71,6 +71,8 @@ class DataSet:
     """Whether the seconds between rows are known."""
     history: list[Float32] = field(default_factory=list)
     """Further recordings to learn from, [n, F] each."""
+    alike: bool = True
+    """Whether a feature is the same quantity in all streams."""
     telemetry: bool = False
     """Column 0 is the signal, the others are command bits."""
 
@@ -205,7 +207,7 @@ def _nab(data: Path) -> DataSet:
         fit = nab_probation(len(rows))
         seconds: NDArray[np.float64] = times.astype(np.int64) / 1e6
         cases.append(Case(name, x.astype(np.float32)[:, None], seconds, label, fit, fit, vus_window(x), name in published))
-    return DataSet("nab", cases)
+    return DataSet("nab", cases, alike=False)
 
 
 SETS: dict[str, Callable[[Path], DataSet]] = {

@@ -142,6 +142,13 @@ def test_a_missing_value_scores_zero_and_teaches_nothing() -> None:
     assert np.isfinite(with_gap).all()
 
 
+def test_streams_in_different_units_share_no_floor() -> None:
+    data = replace(made_set(), alike=False)
+    loud = replace(data, cases=[data.cases[0], replace(data.cases[1], x=data.cases[1].x * np.float32(2.0**20))])
+    quiet_z, loud_z = (normalise(lanes.x, lanes.floor(), 2000, 50) for lanes in (Lanes.of(data), Lanes.of(loud)))
+    np.testing.assert_allclose(quiet_z, loud_z, atol=1e-4)
+
+
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
