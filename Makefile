@@ -51,6 +51,7 @@ bench: setup ## all benchmarks, each with its baselines in the same run (about f
 	$(BIN)/python -m bench.http
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.start
+	$(BIN)/python -m bench.step
 
 image-test: ## build the container image for real and run it once (needs root and dockerd)
 	bash scripts/image_test.sh

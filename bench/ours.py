@@ -75,7 +75,7 @@ def _fitted(data: DataSet, cell: str, steps: int, seed: int, folder: Path) -> Pa
     for i, x in enumerate(data.history):
         np.savez(rows / f"history-{i}.npz", train=x, timestamps=MONDAY + np.arange(len(x), dtype=np.float64))
     command = [sys.executable, "-m", "training", "fit", "--data", str(rows), "--out", str(model), "--name", "quality"]
-    command += ["--cell", cell, "--steps", str(steps), "--seed", str(seed), "--resume"]
+    command += ["--cell", cell, "--steps", str(steps), "--seed", str(seed), "--resume", "--keep-network"]
     log = folder / "fit.log"
     with log.open("w") as file:
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False).returncode

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.cells import CELLS, StandardCell
-from training.layout import Parts, Slot
+from training.layout import Keeps, Parts, Slot
 from training.networks import Bidirectional, Convolutional, Memoryless, Network, Stack
 
 LAGS = (0, 1, 3, 7, 15, 31)
@@ -69,7 +69,7 @@ class Autoencoder(nn.Module):
     @property
     def slots(self) -> tuple[Slot, ...]:
         networks = (("encoder", self.encoder), ("decoder", self.decoder))
-        return tuple(Slot(f"{prefix}_{name}", size) for prefix, network in networks for name, size in network.sizes.items())
+        return tuple(Slot(f"{prefix}_{name}", size, Keeps.ROWS) for prefix, network in networks for name, size in network.sizes.items())
 
     def fresh(self, rows: int) -> Parts:
         return _prefixed(self.encoder.fresh(rows), self.decoder.fresh(rows))

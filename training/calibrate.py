@@ -46,18 +46,19 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
     """Run x [T, B, F], t [T, B, 3] through everything before the tail."""
     T, B, _ = x.shape
     state = step.fresh_state(B)
-    learn, alpha = torch.ones(B, 1, dtype=torch.bool), torch.full((B, 1), 1e-3)
+    learn = torch.ones(B, dtype=torch.bool)
     strengths, ratios = np.zeros((T, B, len(step.signals.names)), np.float32), np.zeros(x.shape, np.float32)
     valid, ages = np.zeros((T, B), bool), np.zeros((T, B), np.float32)
     for i in range(T):
         parts = step.layout.split(state)
-        ages[i] = parts["age"][:, 0].numpy()
-        judged, after = step.judge(parts, torch.from_numpy(x[i]), torch.from_numpy(t[i]), learn, alpha)
-        state = step.layout.join(state, {**parts, **after}, judged.event.learns)
+        ages[i] = step.age(parts)[0].numpy()
+        judged, after = step.judge(parts, torch.from_numpy(x[i]).t(), torch.from_numpy(t[i]).t(), learn)
+        state = step.layout.join(parts, {**parts, **after}, judged.event.learns)
         present = judged.event.present
-        strengths[i] = judged.strengths.numpy()
-        ratios[i] = torch.where(present & judged.event.known, judged.ratio, torch.nan).numpy()
-        valid[i] = step.judges(judged.event)[:, 0].numpy()
+        strengths[i] = judged.strengths.t().numpy()
+        ratio = judged.residual.abs() / judged.spread.clamp(min=1e-18)
+        ratios[i] = torch.where(present & judged.event.known, ratio, torch.nan).t().numpy()
+        valid[i] = step.judges(judged.event)[0].numpy()
         on_step()
     return Observed(strengths, ratios, valid, ages)
 

@@ -74,8 +74,9 @@ class StandardCell(nn.Module):
         hidden_state, cell_state = state
         H = self.hidden_size
         gates = projected + self.from_hidden(hidden_state)
-        forget_gate, input_gate, output_gate = torch.split(torch.sigmoid(gates[:, : 3 * H]), H, dim=1)
-        candidate = torch.tanh(gates[:, 3 * H :])
+        open_raw, candidate_raw = torch.split(gates, [3 * H, H], dim=1)
+        forget_gate, input_gate, output_gate = torch.split(torch.sigmoid(open_raw), H, dim=1)
+        candidate = torch.tanh(candidate_raw)
         cell_state = forget_gate * cell_state + input_gate * candidate
         hidden_state = output_gate * torch.tanh(cell_state)
         return CellState(hidden_state, cell_state)
@@ -114,8 +115,9 @@ class CoupledCell(StandardCell):
         hidden_state, cell_state = state
         H = self.hidden_size
         gates = projected + self.from_hidden(hidden_state)
-        forget_gate, output_gate = torch.split(torch.sigmoid(gates[:, : 2 * H]), H, dim=1)
-        candidate = torch.tanh(gates[:, 2 * H :])
+        open_raw, candidate_raw = torch.split(gates, [2 * H, H], dim=1)
+        forget_gate, output_gate = torch.split(torch.sigmoid(open_raw), H, dim=1)
+        candidate = torch.tanh(candidate_raw)
         cell_state = candidate + forget_gate * (cell_state - candidate)
         return CellState(output_gate * torch.tanh(cell_state), cell_state)
 

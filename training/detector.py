@@ -5,13 +5,15 @@
                                                      expected, lower, upper ◄─ band
 
 The state is S floats (`layout` names its slices); zeros are a fresh stream. Shapes: B streams, F features, S state, K signals.
+Outside, the batch is the first axis of everything; inside the last (see `layout`), but for the network's.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +34,11 @@ class Judged:
     """One event after the network and the signals, before the tail; what calibration learns from."""
 
     event: Normalised
-    strengths: Tensor  # [B, K]
-    weights: Tensor  # [B, F]
-    expected: Tensor  # [B, F] relative to the reference
-    residual: Tensor  # [B, F] raw
-    ratio: Tensor  # [B, F] |residual| ÷ spread
-    margin: Tensor  # [B, F] half width of the band
+    strengths: Tensor  # [K, B]
+    weights: Tensor  # [F, B]
+    forecast: Tensor  # [F, B] relative to the reference; means nothing where not known
+    residual: Tensor  # [F, B] raw
+    spread: Tensor  # [F, B] of the residuals so far
 
 
 def flat_calibration(signals: int) -> Calibration:
@@ -47,16 +48,26 @@ def flat_calibration(signals: int) -> Calibration:
     return Calibration(ones, ones, (line,) * signals, line, line, line, tau=0.0, shape=10.0, weight=10.0)
 
 
-class DetectorStep(nn.Module):
+class StepModule(nn.Module, ABC):
+    """What can be exported as an artifact's step function."""
+
+    features: int
+
+    @property
+    @abstractmethod
+    def state_size(self) -> int: ...
+
+
+class DetectorStep(StepModule):
     """One event for each of B streams. `forward` has the signature of the artifact's step function."""
 
     scored: Tensor
 
     def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 12, scored: Sequence[bool] | None = None) -> None:
-        """`scored` [F]: False for context, which the network sees and nothing judges. By default all are scored."""
+        """`scored` of F: False for context, which the network sees and nothing judges. By default all are scored."""
         super().__init__()
         self.features = features
-        self.register_buffer("scored", torch.tensor(scored or [True] * features))
+        self.register_buffer("scored", torch.tensor(scored or [True] * features).unsqueeze(1))
         self.normaliser = Normaliser(features, clip, memory=2000.0 if features == 1 else 10_000.0)
         self.clock = Clock()
         network: type[Autoencoder | NoNetwork] = NoNetwork if sizes.cell == "none" else Autoencoder
@@ -68,8 +79,10 @@ class DetectorStep(nn.Module):
     def calibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.tail = Tail(len(self.signals.names), self.signals.burn, calibration)
-        self.band = Band(self.features, calibration.band)
-        counters = (Slot("events", 1), Slot("age", 1, Keeps.STREAM), Slot("previous_z", self.features), Slot("forecast", self.features))
+        self.band = Band(self.features)
+        counters = [Slot("events", 1), Slot("previous_z", self.features), Slot("forecast", self.features)]
+        if self.features > 1:
+            counters.append(Slot("age", 1, Keeps.STREAM))
         slots = (self.normaliser.slots, self.clock.slots, self.autoencoder.slots, self.signals.slots, self.band.slots, self.tail.slots)
         self.layout = Layout([*counters, *(slot for part in slots for slot in part)])
 
@@ -80,39 +93,54 @@ class DetectorStep(nn.Module):
     def fresh_state(self, rows: int) -> Tensor:
         return torch.zeros(rows, self.state_size)
 
+    def age(self, parts: Parts) -> Tensor:
+        """Events learned of each stream [1, B]. With one feature that is how often the feature was."""
+        return parts["seen" if self.features == 1 else "age"]
+
     def forward(self, state: Tensor, x: Tensor, t: Tensor, learn: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
         """The step function: see the service's contract for shapes and meaning of inputs and outputs."""
         parts = self.layout.split(state)
-        may_learn, asked = learn.unsqueeze(1) > 0.5, alpha.unsqueeze(1)
-        judged, after = self.judge(parts, x, t, may_learn, asked)
+        judged, after = self.judge(parts, x.t(), t.t(), learn > 0.5)
         event = judged.event
-        any_value = self.judges(event)
-        p_value, onset_p, tail_parts = self.tail(judged.strengths, any_value, parts["age"], asked, parts)
-        state_out = self.layout.join(state, {**after, **tail_parts}, event.learns)
+        judges = self.judges(event) & (parts["events"] >= WARMUP)
+        answer, tail_parts = self.tail(judged.strengths, judges, self.age(parts), alpha, parts)
+        state_out = self.layout.join(parts, {**after, **tail_parts}, event.learns)
 
-        silent = ~any_value | (parts["events"] < WARMUP)
-        p_value, onset_p = (torch.where(silent, torch.nan, p).squeeze(1) for p in (p_value, onset_p))
-        expected = torch.where(event.known, judged.expected + event.reference, torch.nan)
-        contribution = _shares(judged, event.present & self.scored)
-        return state_out, p_value, onset_p, expected, expected - judged.margin, expected + judged.margin, contribution
+        expected = torch.where(event.known, judged.forecast + event.reference, torch.nan)
+        margin = answer.factor * judged.spread
+        answers = (expected, expected - margin, expected + margin, self._shares(judged))
+        return state_out, answer.p_value.squeeze(0), answer.onset_p.squeeze(0), *(part.t() for part in answers)
 
     def judges(self, event: Normalised) -> Tensor:
-        """[B, 1] bool: there is a value to be scored."""
-        return (event.present & self.scored).any(dim=1, keepdim=True)
+        """[1, B] bool: there is a value to be scored."""
+        if self.features == 1:
+            return event.present
+        return (event.present & self.scored).any(dim=0, keepdim=True)
 
-    def judge(self, parts: Parts, x: Tensor, t: Tensor, may_learn: Tensor, alpha: Tensor) -> tuple[Judged, Parts]:
-        """Everything before the tail; all [B, ·]. Returns the parts after the event, for `Layout.join`, without those of the tail."""
+    def _shares(self, judged: Judged) -> Tensor:
+        """Attribution [F, B]: weights as shares of 1 over the features that are present and scored."""
+        if self.features == 1:
+            return judged.event.present.to(judged.weights.dtype)
+        weights = (judged.weights + 1e-6) * (judged.event.present & self.scored).to(judged.weights.dtype)
+        return weights / row_sum(weights.t()).t().clamp(min=1e-12)
+
+    def judge(self, parts: Parts, x: Tensor, t: Tensor, may_learn: Tensor) -> tuple[Judged, Parts]:
+        """Everything before the tail, from x [F, B], t [3, B], may_learn [B] bool.
+
+        Returns the parts after the event, for `Layout.join`, without those of the tail.
+        """
         event, normalised_parts = self.normaliser(x, may_learn, parts)
         clock, clock_parts = self.clock(t, parts["events"], parts)
-        expected = torch.where(event.known, self.normaliser.raw(parts["forecast"], event), event.u)
+        forecast, both = self.normaliser.raw(parts["forecast"], event), (event.present & event.known).to(x.dtype)
+        error = (event.u - forecast) * both
         residual = Residual(
-            raw=torch.where(event.present, event.u - expected, 0.0),
-            scaled=torch.where(event.present & event.known, (event.u - expected) / event.scale, 0.0).clamp(-SCALED_LIMIT, SCALED_LIMIT),
-            z=torch.where(event.present & event.known, event.z - parts["forecast"], 0.0),
+            raw=error,
+            scaled=(error / event.scale).clamp(-SCALED_LIMIT, SCALED_LIMIT),
+            z=(event.z - parts["forecast"]) * both,
         )
-        strengths, weights, signal_parts = self.signals(event, residual, parts, parts["age"])
-        margin, ratio, band_parts = self.band(residual.raw, parts["seen"], alpha, parts)
-        forecast, network_parts = self.autoencoder.step(self.inputs(event, clock, parts["previous_z"]), parts)
+        strengths, weights, signal_parts = self._signals(event, residual, parts)
+        spread, band_parts = self.band(residual.raw, parts["seen"], parts)
+        location, network_parts = self.autoencoder.step(self.inputs(event, clock, parts["previous_z"]), parts)
         after = {
             **normalised_parts,
             **clock_parts,
@@ -120,28 +148,35 @@ class DetectorStep(nn.Module):
             **signal_parts,
             **band_parts,
             "events": parts["events"] + 1,
-            "age": parts["age"] + 1,
+            "age": self.age(parts) + 1,
             "previous_z": torch.where(event.present, event.z, parts["previous_z"]),
-            "forecast": forecast,
+            "forecast": location.t(),
         }
-        return Judged(event, strengths, weights, expected, residual.raw, ratio, margin), after
+        return Judged(event, strengths, weights, forecast, residual.raw, spread), after
+
+    def _signals(self, event: Normalised, residual: Residual, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
+        if isinstance(self.signals, MemorySignals):
+            return self.signals.forward(event, residual, parts, self.age(parts))
+        by_rows = {slot.name: parts[slot.name].t() for slot in self.signals.slots}
+        strengths, weights, after = self.signals.forward(_turned(event), _turned(residual), by_rows, self.age(parts).t())
+        strengths = torch.where(self.judges(event), strengths.t(), 0.0)
+        return strengths, weights.t(), {name: part.t() for name, part in after.items()}
 
     def inputs(self, event: Normalised, clock: Tensor, previous_z: Tensor) -> Tensor:
         """What the network sees of an event: z, its change, what is present, and the clock [B, 3F + 5]."""
-        change = torch.where(event.present & event.known, event.z - previous_z, 0.0)
-        return torch.cat([event.z, change, event.present.to(event.z.dtype), clock], dim=1)
+        change = (event.z - previous_z) * (event.present & event.known).to(event.z.dtype)
+        return torch.cat([event.z, change, event.present.to(event.z.dtype), clock]).t()
 
 
-def _shares(judged: Judged, scored: Tensor) -> Tensor:
-    """Attribution: weights as shares of 1 over the features that are present and scored [B, F]."""
-    present = scored.to(judged.weights.dtype)
-    if present.shape[1] == 1:
-        return present
-    weights = (judged.weights + 1e-6) * present
-    return weights / row_sum(weights).clamp(min=1e-12)
+Turned = TypeVar("Turned", Normalised, Residual)
 
 
-def example_inputs(step: DetectorStep, rows: int) -> tuple[Any, ...]:
+def _turned(columns: Turned) -> Turned:
+    """All its tensors [F, B] as [B, F]."""
+    return replace(columns, **{field.name: getattr(columns, field.name).t() for field in fields(columns)})
+
+
+def example_inputs(step: StepModule, rows: int) -> tuple[Any, ...]:
     """Inputs of the right shapes, for the exporter."""
     F = step.features
     ones = torch.ones(rows)

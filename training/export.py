@@ -33,15 +33,15 @@ from service.artifact import (
     Training,
     seal,
 )
-from service.detector import Detector, StepOutput
-from training.detector import OUTPUTS, WARMUP, DetectorStep, example_inputs
-from training.verify import Runner, probe_inputs, session_of, verify_manifest, verify_step
+from service.detector import Detector, StepOutput, session_of
+from training.detector import OUTPUTS, WARMUP, DetectorStep, StepModule, example_inputs
+from training.verify import Runner, probe_inputs, verify_manifest, verify_step
 
 OPSET = 18
 INPUTS = ("state", "x", "t", "learn", "alpha")
 
 
-def to_onnx(step: DetectorStep) -> bytes:
+def to_onnx(step: StepModule) -> bytes:
     """The step function as one ONNX graph with a dynamic number of rows."""
     rows = torch.export.Dim("rows", min=1, max=1 << 20)
     step = step.eval()

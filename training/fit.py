@@ -71,31 +71,31 @@ class Lanes:
     """The state that flows from chunk to chunk."""
 
     parts: Parts  # of normaliser and clock
-    events: Tensor  # [B, 1]
+    events: Tensor  # [1, B]
     network: Parts
 
     @classmethod
     def fresh(cls, step: DetectorStep, rows: int) -> Lanes:
         slots = (*step.normaliser.slots, *step.clock.slots)
-        parts = {slot.name: torch.zeros(rows, slot.size) for slot in slots} | {"previous_z": torch.zeros(rows, step.features)}
-        return cls(parts, torch.zeros(rows, 1), step.autoencoder.fresh(rows))
+        parts = {slot.name: torch.zeros(slot.size, rows) for slot in slots} | {"previous_z": torch.zeros(step.features, rows)}
+        return cls(parts, torch.zeros(1, rows), step.autoencoder.fresh(rows))
 
 
 @torch.no_grad()
 def prepare(step: DetectorStep, x: Tensor, t: Tensor, lanes: Lanes) -> Prepared:
     """Run normaliser and clock over x [T, B, F], t [T, B, 3]; `lanes` advances."""
     inputs, zs, presents = [], [], []
-    learn = torch.ones(x.shape[1], 1, dtype=torch.bool)
+    learn = torch.ones(x.shape[1], dtype=torch.bool)
     for x_now, t_now in zip(x.unbind(0), t.unbind(0), strict=True):
-        event, learned = step.normaliser(x_now, learn, lanes.parts)
+        event, learned = step.normaliser(x_now.t(), learn, lanes.parts)
         kept = {name: torch.where(event.learns, part, lanes.parts[name]) for name, part in learned.items()}
-        clock, cadence = step.clock(t_now, lanes.events, lanes.parts)
+        clock, cadence = step.clock(t_now.t(), lanes.events, lanes.parts)
         inputs.append(step.inputs(event, clock, lanes.parts["previous_z"]))
         previous = torch.where(event.present, event.z, lanes.parts["previous_z"])
         lanes.parts = {**kept, **cadence, "previous_z": previous}
         lanes.events = lanes.events + 1
-        zs.append(event.z)
-        presents.append(event.present)
+        zs.append(event.z.t())
+        presents.append(event.present.t())
     return Prepared(torch.stack(inputs), torch.stack(zs), torch.stack(presents))
 
 

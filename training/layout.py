@@ -1,9 +1,13 @@
 """The state vector's named slices: how S opaque floats become the parts of a detector and back.
 
-    state [B, S]  ──split──►  {"mean": [B, F], "encoder_hidden": [B, L·H], ...}  ──join──►  state [B, S]
+    state [B, S]  ──split──►  {"mean": [F, B], "encoder_hidden": [B, L·H], ...}  ──join──►  state [B, S]
+
+Inside, the batch is the LAST axis: slices are then contiguous, and a scalar of each stream meets a table of constants a row at a time.
+With rows of 3 or 12 numbers ONNX Runtime takes several times as long. Only the network's parts stay rows, as its products want them.
 
 A fresh stream's state is zeros, so every part is stored in a form whose "nothing seen yet" is zero. What is learned of a stream
-stays as it was when learning is frozen or the reading is missing; `join` sees to that, so the parts themselves need not.
+stays as it was when learning is frozen or the reading is missing; `join` sees to that, so the parts themselves need not, except
+those that keep themselves (`Keeps.ITSELF`).
 """
 
 from __future__ import annotations
@@ -16,14 +20,18 @@ import torch
 from torch import Tensor
 
 Parts = dict[str, Tensor]
-"""Slice name → [B, size]."""
+"""Slice name → [size, B]; the network's [B, size]."""
+LEARNED = "learned"
+"""Under this name `split` also gives all slots that `join` keeps, as one piece [n, B]."""
 
 
 class Keeps(enum.Enum):
-    """When a slot keeps its old values."""
+    """When a slot keeps its old values. Members are in the order of the state."""
 
+    ROWS = "rows"  # follows every event; the network's, [B, size]
     NEVER = "running"  # follows every event
-    FEATURE = "feature"  # [B, F]: where the feature is missing, and when learning is frozen
+    ITSELF = "itself"  # when its part says so
+    FEATURE = "feature"  # [n·F, B]: where the feature is missing, and when learning is frozen
     STREAM = "stream"  # when no feature has a value, and when learning is frozen
 
 
@@ -37,7 +45,7 @@ class Slot:
 
 
 class Layout:
-    """The order of the slots of a whole detector: running ones first, then those learned per feature, then per stream."""
+    """The order of the slots of a whole detector: group by group as in `Keeps`."""
 
     def __init__(self, slots: Iterable[Slot]) -> None:
         everything = tuple(slots)
@@ -46,24 +54,36 @@ class Layout:
         self.size = sum(slot.size for slot in self.slots)
 
     def split(self, state: Tensor) -> Parts:
-        pieces = torch.split(state, [slot.size for slot in self.slots], dim=1)
-        return dict(zip([slot.name for slot in self.slots], pieces, strict=True))
+        """State [B, S] → its parts."""
+        rows, kept = self._groups[Keeps.ROWS], (*self._groups[Keeps.FEATURE], *self._groups[Keeps.STREAM])
+        running = (*self._groups[Keeps.NEVER], *self._groups[Keeps.ITSELF])
+        rest = self.size - _size(rows)
+        *row_parts, columns = torch.split(state, [*(slot.size for slot in rows), rest], dim=1)
+        *parts, learned = torch.split(columns.t(), [*(slot.size for slot in running), _size(kept)])
+        kept_parts = torch.split(learned, [slot.size for slot in kept])
+        pieces = (*row_parts, *parts, *kept_parts)
+        return {LEARNED: learned, **dict(zip([slot.name for slot in (*rows, *running, *kept)], pieces, strict=True))}
 
-    def join(self, before: Tensor, after: Parts, learns: Tensor) -> Tensor:
-        """The state after an event: `before` [B, S] where `learns` [B, F] bool says that nothing may be learned."""
-        running, feature, stream = (self._gather(after, keeps) for keeps in Keeps)
-        first, second = running.shape[1], running.shape[1] + feature.shape[1]
-        F = learns.shape[1]
+    def join(self, before: Parts, after: Parts, learns: Tensor) -> Tensor:
+        """The state [B, S] after an event; of `before` remains what may not be learned, where `learns` [F, B] bool says so."""
+        kept = self._kept(before[LEARNED], after, learns)
+        running = [after[slot.name] for keeps in (Keeps.NEVER, Keeps.ITSELF) for slot in self._groups[keeps]]
+        columns = torch.cat([*running, *kept]).t()
+        return torch.cat([*(after[slot.name] for slot in self._groups[Keeps.ROWS]), columns], dim=1)
+
+    def _kept(self, before: Tensor, after: Parts, learns: Tensor) -> list[Tensor]:
+        feature, stream = ([after[slot.name] for slot in self._groups[keeps]] for keeps in (Keeps.FEATURE, Keeps.STREAM))
+        F = learns.shape[0]
         if F == 1:
-            learned = torch.where(learns, torch.cat([feature, stream], dim=1), before[:, first:])
-            return torch.cat([running, learned], dim=1)
-        masks = learns.repeat(1, feature.shape[1] // F)
-        any_learns = learns.any(dim=1, keepdim=True)
-        feature = torch.where(masks, feature, before[:, first:second])
-        return torch.cat([running, feature, torch.where(any_learns, stream, before[:, second:])], dim=1)
+            return [torch.where(learns, torch.cat([*feature, *stream]), before)]
+        of_features, of_stream = torch.split(before, [_size(self._groups[keeps]) for keeps in (Keeps.FEATURE, Keeps.STREAM)])
+        masks = learns.repeat(of_features.shape[0] // F, 1)
+        any_learns = learns.any(dim=0, keepdim=True)
+        return [torch.where(masks, torch.cat(feature), of_features), torch.where(any_learns, torch.cat(stream), of_stream)]
 
-    def _gather(self, parts: Parts, keeps: Keeps) -> Tensor:
-        return torch.cat([parts[slot.name] for slot in self._groups[keeps]], dim=1)
+
+def _size(slots: Iterable[Slot]) -> int:
+    return sum(slot.size for slot in slots)
 
 
 def row_sum(values: Tensor) -> Tensor:
@@ -72,12 +92,8 @@ def row_sum(values: Tensor) -> Tensor:
 
 
 def hinges(knots_x: Iterable[float], knots_y: Iterable[float], last_slope: float) -> tuple[list[float], list[float], float]:
-    """A piecewise linear function as Σ relu(x - knot)·bend + start: (knots, bends, start). Flat left of the first knot.
-
-    Padded with idle knots to a multiple of four: ONNX Runtime's row sums of other widths depend on where in the batch a row lies.
-    """
+    """A piecewise linear function as Σ relu(x - knot)·bend + start: (knots, bends, start). Flat left of the first knot."""
     x, y = list(knots_x), list(knots_y)
     slopes = [(y[i + 1] - y[i]) / max(x[i + 1] - x[i], 1e-6) for i in range(len(x) - 1)] + [last_slope]
     bends = [slope - before for slope, before in zip(slopes, [0.0, *slopes[:-1]], strict=True)]
-    idle = -len(x) % 4
-    return x + [0.0] * idle, bends + [0.0] * idle, y[0]
+    return x, bends, y[0]

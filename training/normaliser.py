@@ -25,20 +25,20 @@ TINY = 1e-18
 
 @dataclass(frozen=True)
 class Normalised:
-    """One event of B streams."""
+    """One event of B streams; all [F, B]."""
 
-    u: Tensor  # [B, F] raw units relative to the reference; the mean where missing
-    z: Tensor  # [B, F] 0 where missing
-    present: Tensor  # [B, F] bool
-    known: Tensor  # [B, F] bool: seen at least once before this event
-    learns: Tensor  # [B, F] bool: present and not frozen
-    reference: Tensor  # [B, F]
-    mean: Tensor  # [B, F] before this event, relative to the reference
-    scale: Tensor  # [B, F] before this event
+    u: Tensor  # raw units relative to the reference; the mean where missing
+    z: Tensor  # 0 where missing
+    present: Tensor  # bool
+    known: Tensor  # bool: seen at least once before this event
+    learns: Tensor  # bool: present and not frozen
+    reference: Tensor
+    mean: Tensor  # before this event, relative to the reference
+    scale: Tensor  # before this event
 
 
 class Normaliser(nn.Module):
-    """Per feature and stream: reference, events seen, mean, variance."""
+    """Per feature and stream: reference, events seen, mean, variance. Shapes: F features, B streams, the batch last."""
 
     floor: Tensor
 
@@ -53,30 +53,31 @@ class Normaliser(nn.Module):
         return (Slot("reference", self.features), *learned)
 
     def forward(self, x: Tensor, learn: Tensor, parts: Parts) -> tuple[Normalised, Parts]:
-        """X [B, F] (NaN = missing), learn [B, 1] bool."""
+        """X [F, B] (NaN = missing), learn [B] bool."""
         seen, mean, variance = parts["seen"], parts["mean"], parts["variance"]
         present, known = ~torch.isnan(x), seen > 0.5
         value = torch.where(present, x, 0.0).clamp(-LIMIT, LIMIT)
-        reference = torch.where(present & ~known, value, parts["reference"])
+        reference = torch.where(known, parts["reference"], value)
         u = torch.where(present, value - reference, mean)
-        deviation = torch.sqrt(variance + self.floor * self.floor)
+        # The univariate detector pools no floor: one operator less for each event.
+        floored = variance if self.features == 1 else variance + (self.floor * self.floor).unsqueeze(1)
+        deviation = torch.sqrt(floored)
         scale = torch.maximum(deviation, 1e-6 * (mean + reference).abs()).clamp(min=TINY)
-        z = torch.asinh(((u - mean) / scale).clamp(-self.clip, self.clip))
-        learns = present & learn
-        event = Normalised(u, z, present, known, learns, reference, mean, scale)
-        return event, {"reference": reference, **self._learned(event, seen, deviation, variance)}
+        difference = u - mean
+        z = torch.asinh((difference / scale).clamp(-self.clip, self.clip))
+        event = Normalised(u, z, present, known, present & learn, reference, mean, scale)
+        return event, {"reference": reference, **self._learned(difference, seen, mean, deviation, variance)}
 
-    def _learned(self, event: Normalised, seen: Tensor, deviation: Tensor, variance: Tensor) -> Parts:
+    def _learned(self, difference: Tensor, seen: Tensor, mean: Tensor, deviation: Tensor, variance: Tensor) -> Parts:
         count = seen + 1
-        rate = (1 / count).clamp(min=1 / self.memory)
-        difference = event.u - event.mean
+        rate = torch.reciprocal(count).clamp(min=1 / self.memory)
         limit = torch.where((seen > 30) & (deviation > 0), 6 * deviation, 4 * LIMIT)
         difference = torch.minimum(torch.maximum(difference, -limit), limit)
-        mean = event.mean + rate * difference
-        return {"seen": count, "mean": mean, "variance": (1 - rate) * (variance + rate * difference * difference)}
+        step = rate * difference
+        return {"seen": count, "mean": mean + step, "variance": (1 - rate) * (variance + step * difference)}
 
     def raw(self, forecast: Tensor, event: Normalised) -> Tensor:
-        """A forecast in z [B, F] → raw units relative to the reference."""
+        """A forecast in z [F, B] → raw units relative to the reference."""
         return (event.mean + event.scale * torch.sinh(forecast.clamp(-FORECAST_LIMIT, FORECAST_LIMIT))).clamp(-2 * LIMIT, 2 * LIMIT)
 
 
@@ -86,22 +87,25 @@ class Clock(nn.Module):
     inputs = 5
     slots = (Slot("cadence", 1),)
     memory = 200.0
+    angles: Tensor
+    phases: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        day, week = 2 * math.pi / 86400, 2 * math.pi / 7
+        self.register_buffer("angles", torch.tensor([[day, 0.0], [day / 7, week]] * 2), persistent=False)
+        # A cosine is a sine a quarter turn on: one operator for all four.
+        self.register_buffer("phases", torch.tensor([[0.0], [0.0], [math.pi / 2], [math.pi / 2]]), persistent=False)
 
     def forward(self, t: Tensor, events: Tensor, parts: Parts) -> tuple[Tensor, Parts]:
-        """T [B, 3] = seconds since the previous event (NaN on the first), second of the day, day of the week; events [B, 1] before.
+        """T [3, B] = seconds since the previous event (NaN on the first), second of the day, day of the week; events [1, B] before.
 
-        Returns [B, 5]: sin, cos of the day, sin, cos of the week, log of gap ÷ the stream's usual gap. An unknown time is zeros.
+        Returns [5, B]: sin of the day and of the week, their cos, log of gap ÷ the stream's usual gap. An unknown time is zeros.
         """
-        clock = t[:, 1:]
-        day = clock[:, :1] * (2 * math.pi / 86400)
-        week = day / 7 + clock[:, 1:] * (2 * math.pi / 7)
-        angle = torch.cat([day, week], dim=1)
-        waves = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+        gap, clock = torch.split(t, [1, 2])
+        waves = torch.sin(torch.addmm(self.phases, self.angles, clock))
         waves = torch.where(torch.isnan(waves), 0.0, waves)
-        cadence, gap = parts["cadence"], t[:, :1]
-        timed = ~torch.isnan(gap)
-        pace = torch.log(torch.where(timed, gap, 1.0).clamp(1e-3, 1e9))
-        surprise = torch.where(timed & (events > 1.5), (pace - cadence).clamp(-4, 4), 0.0)
-        rate = (1 / events.clamp(min=1.0)).clamp(min=1 / self.memory)
-        learned = torch.where(timed, cadence + rate * (pace - cadence), cadence)
-        return torch.cat([waves, surprise], dim=1), {"cadence": learned}
+        cadence = parts["cadence"]
+        change = torch.where(torch.isnan(gap), 0.0, torch.log(gap.clamp(1e-3, 1e9)) - cadence)
+        surprise = change.clamp(-4, 4) * (events > 1.5).to(change.dtype)
+        return torch.cat([waves, surprise]), {"cadence": cadence + change / events.clamp(1.0, self.memory)}

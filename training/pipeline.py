@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from service.artifact import Feature, Manifest
+from service.detector import session_of
 from service.errors import TableError
 from training import report, synthetic
 from training.autoencoder import NoNetwork, Sizes
@@ -34,7 +35,7 @@ from training.fit import Lanes, Plan, Trainer, prepare
 from training.fit import Progress as Reached
 from training.normaliser import FORECAST_LIMIT
 from training.signals import SCALED_LIMIT, ResidualSignals
-from training.verify import Runner, session_of
+from training.verify import Runner
 
 MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
 POOLED_ROWS = 4000

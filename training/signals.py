@@ -4,7 +4,7 @@
     several features   `ResidualSignals`  size of the residuals, their slow level, and how unusual they are together
 
 A strength of 0 means: nothing to see. What a strength is worth as a probability is the tail's business, not theirs.
-Shapes: B streams, F features, K signals, M intervals.
+Shapes: B streams, F features, K signals, M intervals. The batch is the last axis, but for `ResidualSignals`, which see it first.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FAR = 1e20
 
 @dataclass(frozen=True)
 class Residual:
-    """Expected against actual, of one event; 0 where the feature is missing or was never seen before."""
+    """Expected against actual, of one event [F, B]; 0 where the feature is missing or was never seen before."""
 
-    raw: Tensor  # [B, F]
-    scaled: Tensor  # [B, F] over the stream's scale, within ±SCALED_LIMIT
-    z: Tensor  # [B, F] in asinh units, as the network sees them
+    raw: Tensor
+    scaled: Tensor  # over the stream's scale, within ±SCALED_LIMIT
+    z: Tensor  # in asinh units, as the network sees them
 
 
 class Signals(Protocol):
@@ -48,7 +48,7 @@ class Signals(Protocol):
     def slots(self) -> tuple[Slot, ...]: ...
 
     def __call__(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
-        """Strengths [B, K], weights of the features [B, F] for attribution (not normalised), and the parts after the event."""
+        """Strengths [K, B], 0 where no feature is present; weights of the features [F, B] for attribution; the parts after the event."""
         ...
 
 
@@ -60,64 +60,69 @@ class MemorySignals(nn.Module):
     to the hull of the rest. A value extends the nearest interval if that stays within `widest` of the range (or no slot is free),
     else it opens its own. The range grows at most by its own width per event.
 
-    Inside, the batch is the last axis: [M, K, B]. Rows of 12 numbers cost ONNX Runtime several times as much.
+    Stored so that both ends are one tensor and every comparison has the same sign: low with -high [2, M, K, B], the range likewise;
+    `debt` = -life, which grows by 1 an event (0: dead, as in a fresh stream); `visits` = -forget·visits.
     """
 
     names = ("value", "level", "residual")
-    tie_break: Tensor
+    sides: Tensor
+    far: Tensor
 
     def __init__(self, intervals: int = 12, burn: int = 100, widest: float = 0.3, forget: float = 1000.0) -> None:
         super().__init__()
         self.intervals, self.burn, self.widest, self.forget = intervals, burn, widest, forget
-        self.register_buffer("tie_break", (torch.arange(intervals) / 16).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("sides", torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1), persistent=False)
+        # Each slot has a distance of its own when it is dead, so that of several dead ones exactly one is the farthest: the free one.
+        self.register_buffer("far", FAR * (1 + torch.arange(intervals) / 16).reshape(1, -1, 1, 1), persistent=False)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """`memory` is low, high, visits, life of M intervals × K signals, then minimum and maximum of the K signals."""
-        K = len(self.names)
-        return (Slot("level", 1), Slot("memory", (4 * self.intervals + 2) * K, Keeps.STREAM))
+        K, M = len(self.names), self.intervals
+        memory = (("ends", 2 * M * K), ("visits", M * K), ("debt", M * K))
+        return (Slot("level", 1), *(Slot(name, size, Keeps.ITSELF) for name, size in memory), Slot("range", 2 * K, Keeps.STREAM))
 
     def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
-        """Age [B, 1]: events learned before this one."""
-        rate = (1 / (age + 1)).clamp(min=1 / LEVEL_MEMORY)
-        level = torch.where(event.present, parts["level"] + rate * (event.u - parts["level"]), parts["level"])
-        values = torch.cat([event.u, level, residual.raw], dim=1)
-        novelty, memory = self.visit(values.t(), parts["memory"].t(), (age >= self.burn).t())
-        strengths = torch.where(event.present, novelty.t(), 0.0)
-        return strengths, torch.ones_like(event.u), {"level": level, "memory": memory.t()}
+        """Age [1, B]: events learned before this one."""
+        present = event.present.to(event.u.dtype)
+        rate = torch.reciprocal(age + 1).clamp(min=1 / LEVEL_MEMORY) * present
+        level = parts["level"] + rate * (event.u - parts["level"])
+        values = torch.cat([event.u, level, residual.raw])
+        strengths, memory = self.visit(values, parts, (age >= self.burn) & event.present, event.learns)
+        return strengths, present, {"level": level, **memory}
 
-    def visit(self, value: Tensor, memory: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-        """Value [K, B], memory [(4M + 2)·K, B], live [1, B] bool → novelty [K, B] and the memory after the visit."""
+    def visit(self, values: Tensor, parts: Parts, live: Tensor, learns: Tensor) -> tuple[Tensor, Parts]:
+        """Values [K, B], live and learns [1, B] bool → novelty [K, B], 0 where not live, and the memory's parts after the visit.
+
+        Where not `learns`, all parts but `range` are as they were.
+        """
         K, M = len(self.names), self.intervals
-        wide, minimum, maximum = torch.split(memory, [4 * M * K, K, K])
-        low, high, visits, life = wide.reshape(4, M, K, -1).unbind(0)
-        life = (life - 1).clamp(min=-1000.0)
-        dead = (-life).clamp(0.0, 1.0)  # life is a whole number
-        low_alive, high_alive = low + FAR * dead, high - FAR * dead
-        minimum, maximum = torch.maximum(minimum, low_alive.amin(0)), torch.minimum(maximum, high_alive.amax(0))
-        width = (maximum - minimum).clamp(min=TINY)
+        ends = parts["ends"].reshape(2, M, K, -1)
+        visits, debt = (parts[name].reshape(1, M, K, -1) for name in ("visits", "debt"))
+        value = self.sides * values  # [2, 1, K, B]
+        dead = (debt + 1).clamp(0.0, 1.0) * self.far  # [1, M, K, B]; debt is a whole number
+        alive = ends + dead
+        hull = torch.maximum(parts["range"].reshape(2, 1, K, -1), alive.amin(1, keepdim=True))
+        narrow = hull.sum(0, keepdim=True).clamp(max=-TINY)  # -width [1, 1, K, B]
 
-        gap = torch.maximum(value - high_alive, low_alive - value).clamp(min=0.0)
-        distance = gap.amin(0)
-        novelty = torch.where(live, (distance / width).clamp(max=1e3), 0.0)
+        beyond_low, beyond_high = torch.split(alive - value, 1)  # the greater is the gap, the lesser -(gap + width)
+        gap = torch.maximum(beyond_low, beyond_high)
+        distance = gap.amin(1, keepdim=True).clamp(min=0.0)
+        span = torch.where(gap <= distance, torch.minimum(beyond_low, beyond_high), 0.0).amin(1, keepdim=True)  # of the nearest, negative
+        novelty = (distance / narrow).clamp(min=-1e3) * -live.to(values.dtype)
 
-        maximum = torch.maximum(maximum, torch.where(live, torch.minimum(value, maximum + width), value))
-        minimum = torch.minimum(minimum, torch.where(live, torch.maximum(value, minimum - width), value))
-        widest = self.widest * (maximum - minimum).clamp(min=TINY)
-
-        nearest = (gap <= distance).to(value.dtype)
-        order = life + self.tie_break  # the deadest slot is the free one; none is when all live
-        weakest = order.amin(0)
-        free = (order <= weakest).to(value.dtype)
-        span = (nearest * (high - low)).amax(0) + distance
-        extend = ((distance <= 0) | (span <= widest) | (weakest >= 0)).to(value.dtype)
-        touched = free + extend * (nearest - free)
-        visited = touched > 0.5
-        visits = visits - visits * dead + touched
+        hull = torch.minimum(hull, torch.maximum(value, hull + torch.where(live, narrow, -FAR)))
+        free = dead.amax(1, keepdim=True)
+        excess = self.widest * hull.sum(0, keepdim=True).clamp(max=-TINY) - span
+        extends = torch.minimum(torch.minimum(distance, free), excess) <= 0
+        visited = (gap <= torch.where(extends, distance, -FAR)) | (dead >= torch.where(extends, 4 * FAR, free))
+        visited = visited & learns
         # A dead slot's ends are FAR away, so growing to the value is also how a new interval opens.
-        low, high = torch.where(visited, torch.minimum(low_alive, value), low), torch.where(visited, torch.maximum(high_alive, value), high)
-        life = torch.where(visited, self.forget * visits, life)
-        return novelty, torch.cat([torch.stack([low, high, visits, life]).reshape(4 * M * K, -1), minimum, maximum])
+        ends = torch.where(visited, torch.minimum(alive, value), ends)
+        grown = visits * extends.to(values.dtype) - self.forget
+        debt = torch.where(visited, grown, debt + learns.to(values.dtype))
+        visits = torch.where(visited, grown, visits)
+        after = {"ends": ends, "visits": visits, "debt": debt, "range": hull}
+        return novelty.reshape(K, -1), {name: part.reshape(parts[name].shape[0], -1) for name, part in after.items()}
 
 
 class ResidualSignals(nn.Module):

@@ -13,7 +13,7 @@ the past says how the tail will go on: so the audit follows the realised rate, a
 in [-1, 0] decades, falls by 0.2·α with every event and rises by 0.2 with every onset rarer than α. α above what the floor resolves
 (about 2e-3 for an old stream) is monotone and safe: fewer onsets than asked. All constants are pooled from unlabelled history or from
 the synthetic generator: no label is ever used.
-Shapes: B streams, K signals, N knots.
+Shapes: B streams, K signals, N knots; the batch is the last axis.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,10 @@ from training.layout import Keeps, Parts, Slot, hinges
 LOG10 = math.log(10.0)
 HOLD = 125.0
 """Events for which an emission keeps smaller ones from being onsets."""
-SMALLEST_DECADES = 30.0
+SMALLEST = -69.0775
+"""Natural logarithm of the smallest probability, 1e-30, with a margin for how exp rounds."""
 LEVELS, LEVEL_STEP = 8, 0.25
-"""The beta chain: levels of the onset tail, in decades. Eight, a multiple of four: see `training.layout.hinges`."""
+"""The beta chain: levels of the onset tail, in decades."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,12 @@ class Calibration:
 
 
 class Tail(nn.Module):
-    """Strengths → (p_value, onset_p), both in [1e-30, 1]. `burn`: events before strengths are judged."""
+    """Strengths → p_value, onset_p, both in [1e-30, 1], and the band's width. `burn`: events before strengths are judged.
+
+    All pooled curves are sums of hinges, Σ bend·relu(x - knot), so that a curve of a curve is a chain of products with constants:
+
+        evidence, log α ──pick──► relu ──surprise──► relu ──pick──► relu ──decades──► event, onset, chain, band
+    """
 
     memory_rate, memory_chain = 6000.0, 20000.0
     audit_step, audit_limit = 0.2, 1.0
@@ -90,151 +96,160 @@ class Tail(nn.Module):
         super().__init__()
         self.signals, self.burn, self.calibration = signals, burn, calibration
         c = calibration
-        self._table("quantile", c.quantile)
-        self._table("mean", c.mean)
-        rows = _same_width([hinges(curve.x, curve.y, curve.slope) for curve in c.signals])
-        self._table("signal_knots", [row[0] for row in rows])
-        self._table("signal_bends", [row[1] for row in rows])
-        self._table("signal_start", [row[2] for row in rows])
-        self._curve("event", c.events)
-        self._curve("onset", c.onsets)
+        quantile, mean = torch.tensor(c.quantile).unsqueeze(1), torch.tensor(c.mean).unsqueeze(1)
         self.first_level = float(c.onsets.y[0])
-        self._table("levels", [self.first_level + LEVEL_STEP * k for k in range(LEVELS)])
-        self._table("positions", [float(k) for k in range(LEVELS)])
-        self.register_buffer("cumulate", torch.triu(torch.ones(LEVELS, LEVELS)), persistent=False)
+        self._keep("most", 3 * quantile)
+        self._keep("pooled_sums", c.prior_events * quantile)
+        self._curves_of_signals()
+        self._curves_of_sums()
+        self._counting(quantile / mean)
+        last = torch.tensor([[0.0] * LEVELS + [0.0, -LOG10, 1.0, 0.0], [1.0] * LEVELS + [-LOG10, 0.0, 1.0, LOG10]])
+        self._keep("exponents", last)
+        self._keep("exponents_start", torch.tensor([[0.0], [-LOG10 * self.first_level]]))
 
-    def _table(self, name: str, values: object) -> None:
-        self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
+    def _keep(self, name: str, table: Tensor) -> None:
+        self.register_buffer(name, table.float(), persistent=False)
 
-    def _curve(self, name: str, curve: Curve) -> None:
-        knots, bends, start = hinges(curve.x, curve.y, curve.slope)
-        self._table(f"{name}_knots", knots)
-        self._table(f"{name}_bends", bends)
-        setattr(self, f"{name}_start", start)
+    def _curves_of_signals(self) -> None:
+        """[evidence of K signals, log α] → [K surprisals above the floor, Σ evidence, factor of the band]."""
+        c, K = self.calibration, self.signals
+        # The band's curve gives decades for a ratio; here the ratio for the asked decades, -log10 α.
+        band = Curve(c.band.y, c.band.x, 1 / max(c.band.slope, 1e-3))
+        curves = [hinges(curve.x, curve.y, curve.slope) for curve in (*c.signals, band)]
+        picks = [torch.eye(K + 1)[k] * (-1 / LOG10 if k == K else 1.0) for k in range(K + 1)]
+        own_picks = [picks[k] for k, (knots, _, _) in enumerate(curves) for _ in knots]
+        self._keep("signal_pick", torch.stack([*own_picks, *picks[:K]]))  # the last K: evidence as it is, which is never negative
+        self._keep("signal_knots", -torch.tensor([*(knot for knots, _, _ in curves for knot in knots), *[0.0] * K]).unsqueeze(1))
+        bends = torch.zeros(K + 1, sum(len(knots) for knots, _, _ in curves))
+        at = 0
+        for k, (_, own, _) in enumerate(curves):
+            bends[k, at : at + len(own)] = torch.tensor(own)
+            at += len(own)
+        starts = torch.diag(torch.tensor([start for _, _, start in curves[:K]]))  # met by 1 where there is a strength at all
+        table = torch.cat([bends, torch.zeros(K + 1, K), torch.cat([starts, torch.zeros(1, K)])], dim=1)
+        total = torch.cat([torch.zeros(bends.shape[1]), torch.ones(K), torch.zeros(K)]).unsqueeze(0)
+        self._keep("surprise", torch.cat([table[:K], total, table[K:]]))
+        self._keep("surprise_start", torch.tensor([-c.floor] * K + [0.0, curves[K][2]]).unsqueeze(1))
+
+    def _curves_of_sums(self) -> None:
+        """What `_curves_of_signals` gives → [place on each level, decades beyond the last, decades of the event, height, Σ, factor]."""
+        K = self.signals
+        (event_knots, event_bends, event_start), (knots, bends, start) = (
+            hinges(curve.x, curve.y, curve.slope) for curve in (self.calibration.events, self.calibration.onsets)
+        )
+        height, total, factor = torch.tensor([[1.0] * K + [0, 0], [0.0] * K + [1, 0], [0.0] * K + [0, 1]])
+        self._keep("sum_pick", torch.stack([total] * len(event_knots) + [height] * len(knots) + [height, total, factor]))
+        self._keep("sum_knots", -torch.tensor([*event_knots, *knots, 0.0, 0.0, 0.0]).unsqueeze(1))
+        E, N = len(event_knots), len(event_knots) + len(knots)
+        table, offset = torch.zeros(LEVELS + 5, N + 3), torch.zeros(LEVELS + 5, 1)
+        table[1:LEVELS, E:N] = torch.tensor(bends) / LEVEL_STEP
+        table[LEVELS, E:N], table[LEVELS + 1, :E], table[LEVELS + 2 :, N:] = torch.tensor(bends), torch.tensor(event_bends), torch.eye(3)
+        offset[:LEVELS, 0] = 1 - torch.arange(LEVELS)
+        offset[LEVELS], offset[LEVELS + 1] = start - self.first_level - LEVEL_STEP * (LEVELS - 1), event_start
+        self._keep("decades", table)
+        self._keep("decades_start", offset)
+
+    def _counting(self, scale: Tensor) -> None:
+        """`counts` after an event = fading · counts + counting @ [levels reached, exposure, clipped strengths]."""
+        c, K, L = self.calibration, self.signals, LEVELS
+        base, rho = 10**-self.first_level, 10**-LEVEL_STEP
+        rate, chain = 1 - 1 / self.memory_rate, 1 - 1 / self.memory_chain
+        counting = torch.zeros(2 * L + K, L + 1 + K)
+        counting[:L, :L], counting[L, L], counting[L + 1 : 2 * L, : L - 1] = torch.eye(L), base, torch.eye(L - 1)
+        counting[2 * L :, L + 1 :] = torch.diag(scale[:, 0])
+        self._keep("counting", counting)
+        self._keep("fading", torch.tensor([rate] + [chain] * (L - 1) + [rate] + [chain] * (L - 1) + [1.0] * K).unsqueeze(1))
+        self._keep("passed_prior", torch.tensor([c.shape] + [c.weight * rho] * (L - 1)).unsqueeze(1))
+        self._keep("tried_prior", torch.tensor([c.shape] + [c.weight] * (L - 1)).unsqueeze(1))
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return (
-            Slot("onset_height", 1),
-            Slot("onset_age", 1),
-            Slot("strength_sum", self.signals, Keeps.STREAM),
-            Slot("exposure", 1, Keeps.STREAM),
-            Slot("onsets", 1, Keeps.STREAM),
-            Slot("audit", 1, Keeps.STREAM),
-            Slot("level_tried", LEVELS - 1, Keeps.STREAM),
-            Slot("level_passed", LEVELS - 1, Keeps.STREAM),
-        )
+        """`counts`: onsets and passes of the levels above the first, exposure in expected onsets and tries, sums of the strengths."""
+        counts = Slot("counts", 2 * LEVELS + self.signals, Keeps.STREAM)
+        return (Slot("onset_height", 1), Slot("onset_age", 1), counts, Slot("audit", 1, Keeps.STREAM))
 
-    def forward(self, strengths: Tensor, judge: Tensor, age: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
-        """Strengths [B, K]; judge [B, 1] bool: the event has a value; age [B, 1] events learned before; alpha [B, 1] asked."""
+    def forward(self, strengths: Tensor, judge: Tensor, age: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tail.Answer, Parts]:
+        """Strengths [K, B], 0 where the event has no value; age [1, B] events learned before; alpha [B] asked.
+
+        Where not `judge` [1, B] bool, the probabilities are NaN.
+        """
         live = (age >= self.burn).to(strengths.dtype)
-        evidence, surprisal, learned_scale = self._surprisal(strengths, age, live, parts)
-        growth = torch.log(1 + self.calibration.tau / (age + 1)) / LOG10
-        total = evidence.sum(dim=1, keepdim=True)
-        event_decades = torch.where(total > 0, self._on_curve("event", total) - growth, 0.0)
+        passed, tried, sums = torch.split(parts["counts"], [LEVELS, LEVELS, self.signals])
+        ratio = strengths * (age + (self.calibration.prior_events - self.burn)).clamp(min=self.calibration.prior_events)
+        growth = torch.reciprocal(age + 1) * self.calibration.tau + 1
+        chain = (passed + self.passed_prior) / (tried + self.tried_prior)
+        asked = alpha.clamp(1e-12, 1.0).unsqueeze(0)
+        logs = torch.log(torch.cat([ratio / (sums + self.pooled_sums) + 1, asked, growth, chain]))
+        evidence, log_growth, log_chain = torch.split(logs, [self.signals + 1, 1, LEVELS])
+        places, beyond, event, height, total, factor = self._decades(evidence, strengths)
 
-        height = (surprisal - self.calibration.floor).clamp(min=0.0).sum(dim=1, keepdim=True)
         onset_age = parts["onset_age"] + 1
-        bar = torch.where(onset_age <= HOLD, parts["onset_height"], 0.0)
-        onset = (height > bar) & judge
-        decades = self._on_curve("onset", height)
-        rate = self._stream_rate(decades, parts)
-        onset_p = _probability(torch.where(onset, -rate - growth - parts["audit"], 0.0))
-        surprise = (onset_p < alpha).to(onset_p.dtype) - alpha
+        onset = height > parts["onset_height"] * (onset_age <= HOLD).to(live.dtype)
+        counted = onset.to(live.dtype)
+        terms = [places.clamp(0.0, 1.0) * log_chain, beyond.clamp(min=0.0), event, log_growth, parts["audit"]]
+        exponents = torch.addmm(self.exponents_start, self.exponents, torch.cat(terms)) * torch.cat([torch.sign(total), counted])
+        p_value, onset_p = torch.split(torch.where(judge, torch.exp(exponents.clamp(SMALLEST, 0.0)), torch.nan), 1)
+        surprise = (onset_p < alpha).to(live.dtype) - alpha
+        reached = (places >= 1).to(live.dtype) * counted
+        news = torch.cat([reached, growth, torch.minimum(strengths, self.most)]) * live
         after = {
-            "strength_sum": learned_scale,
             "onset_height": torch.where(onset, height, parts["onset_height"]),
-            "onset_age": torch.where(onset, 0.0, onset_age),
+            "onset_age": onset_age * (1 - counted),
             "audit": (parts["audit"] + self.audit_step * live * surprise).clamp(-self.audit_limit, 0.0),
-            **self._counted(onset, decades, growth, live, parts),
+            "counts": torch.addmm(parts["counts"] * self.fading, self.counting, news),
         }
-        return _probability(event_decades), onset_p, after
+        return self.Answer(p_value, onset_p, factor), after
 
-    def _surprisal(self, strengths: Tensor, age: Tensor, live: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
-        """Evidence [B, K], its decades [B, K] (0 where the strength is 0), and the learned sums."""
-        prior = self.calibration.prior_events
-        total = parts["strength_sum"]
-        scale = self.quantile / self.mean * (prior * self.mean + total) / (prior + (age - self.burn).clamp(min=0.0))
-        evidence = torch.log1p(strengths / scale)
-        decades = self.signal_start + ((evidence.unsqueeze(2) - self.signal_knots).clamp(min=0.0) * self.signal_bends).sum(dim=2)
-        learned = total + live * torch.minimum(strengths, 3 * self.quantile)
-        return evidence, torch.where(strengths > 0, decades, 0.0), learned
+    def _decades(self, evidence: Tensor, strengths: Tensor) -> tuple[Tensor, ...]:
+        """See `_curves_of_sums`; [LEVELS, B], then [1, B] each."""
+        hinged = torch.relu(torch.addmm(self.signal_knots, self.signal_pick, evidence))
+        summed = torch.relu(torch.addmm(self.surprise_start, self.surprise, torch.cat([hinged, torch.sign(strengths)])))
+        hinged = torch.relu(torch.addmm(self.sum_knots, self.sum_pick, summed))
+        return torch.split(torch.addmm(self.decades_start, self.decades, hinged), [LEVELS, 1, 1, 1, 1, 1])
 
-    def _on_curve(self, name: str, value: Tensor) -> Tensor:
-        knots, bends, start = (getattr(self, f"{name}_{part}") for part in ("knots", "bends", "start"))
-        decades: Tensor = start + (value - knots).clamp(min=0.0) @ bends.unsqueeze(1)
-        return decades
+    class Answer(NamedTuple):
+        """All [1, B]."""
 
-    def _stream_rate(self, decades: Tensor, parts: Parts) -> Tensor:
-        """log10 rate, per event of an old stream, of onsets of THIS stream as large as `decades` says the pool's are."""
-        c = self.calibration
-        base, rho = 10**-self.first_level, 10**-LEVEL_STEP
-        first = torch.log((c.shape + parts["onsets"]) / (c.shape + base * parts["exposure"])) / LOG10 - self.first_level
-        steps = torch.log((c.weight * rho + parts["level_passed"]) / (c.weight + parts["level_tried"])) / LOG10
-        at_levels = torch.cat([first, steps], dim=1) @ self.cumulate
-        place = ((decades - self.first_level) / LEVEL_STEP).clamp(0.0, LEVELS - 1.0)
-        weights = (1 - (place - self.positions).abs()).clamp(min=0.0)
-        beyond = (decades - self.levels[-1]).clamp(min=0.0)
-        return (weights * at_levels).sum(dim=1, keepdim=True) - beyond
+        p_value: Tensor
+        onset_p: Tensor
+        factor: Tensor  # half width of the band ÷ spread
 
-    def _counted(self, onset: Tensor, decades: Tensor, growth: Tensor, live: Tensor, parts: Parts) -> Parts:
-        """Judged first, then counted, with slow forgetting."""
-        one = onset.to(decades.dtype) * live
-        chain = 1 - 1 / self.memory_chain
-        reached = one * (decades >= self.levels).to(decades.dtype)
-        return {
-            "exposure": parts["exposure"] * (1 - 1 / self.memory_rate) + live * torch.exp(growth * LOG10),
-            "onsets": parts["onsets"] * (1 - 1 / self.memory_rate) + one,
-            "level_tried": parts["level_tried"] * chain + reached[:, :-1],
-            "level_passed": parts["level_passed"] * chain + reached[:, 1:],
-        }
-
-    quantile: Tensor
-    mean: Tensor
+    most: Tensor
+    pooled_sums: Tensor
+    signal_pick: Tensor
     signal_knots: Tensor
-    signal_bends: Tensor
-    signal_start: Tensor
-    levels: Tensor
-    positions: Tensor
-    cumulate: Tensor
+    surprise: Tensor
+    surprise_start: Tensor
+    sum_pick: Tensor
+    sum_knots: Tensor
+    decades: Tensor
+    decades_start: Tensor
+    counting: Tensor
+    fading: Tensor
+    passed_prior: Tensor
+    tried_prior: Tensor
+    exponents: Tensor
+    exponents_start: Tensor
 
 
 class Band(nn.Module):
-    """lower, upper = expected ∓ k(α)·spread: spread is the stream's own rms residual, k the pooled quantile of their ratio."""
+    """lower, upper = expected ∓ k(α)·spread: spread is the stream's own rms residual, k the pooled quantile of their ratio (`Tail`)."""
 
     memory = 2000.0
-    knots: Tensor
-    bends: Tensor
 
-    def __init__(self, features: int, curve: Curve) -> None:
+    def __init__(self, features: int) -> None:
         super().__init__()
         self.features = features
-        # The curve gives decades for a ratio; here the ratio for the asked decades, -log10 α.
-        knots, bends, self.start = hinges(curve.y, curve.x, 1 / max(curve.slope, 1e-3))
-        self.register_buffer("knots", torch.tensor(knots), persistent=False)
-        self.register_buffer("bends", torch.tensor(bends), persistent=False)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
+        """The spread's square."""
         return (Slot("spread", self.features, Keeps.FEATURE),)
 
-    def forward(self, residual: Tensor, seen: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
-        """Residual [B, F] raw, seen [B, F] before, alpha [B, 1] → half width of the band [B, F], |residual| ÷ spread [B, F], parts."""
-        spread = parts["spread"]
-        decades = torch.log(alpha.clamp(1e-12, 1.0)) * (-1 / LOG10)
-        factor = self.start + (decades - self.knots).clamp(min=0.0) @ self.bends.unsqueeze(1)
-        size = residual.abs()
-        clipped = torch.where(seen > 30, torch.minimum(size, 6 * spread), size)
+    def forward(self, residual: Tensor, seen: Tensor, parts: Parts) -> tuple[Tensor, Parts]:
+        """Residual [F, B] raw, seen [F, B] before → spread [F, B] before this event, parts."""
+        square, size = parts["spread"], residual * residual
+        clipped = torch.where(seen > 30, torch.minimum(size, 36 * square), size)
         # The first event has no forecast, so the second one is the first to be learned.
-        rate = (1 / seen.clamp(min=1.0)).clamp(min=1 / self.memory)
-        learned = torch.sqrt(spread * spread * (1 - rate) + rate * clipped * clipped)
-        return factor * spread, size / spread.clamp(min=1e-18), {"spread": learned}
-
-
-def _same_width(rows: list[tuple[list[float], list[float], float]]) -> list[tuple[list[float], list[float], float]]:
-    width = max(len(knots) for knots, _, _ in rows)
-    return [(knots + [0.0] * (width - len(knots)), bends + [0.0] * (width - len(knots)), start) for knots, bends, start in rows]
-
-
-def _probability(decades: Tensor) -> Tensor:
-    return torch.exp(-LOG10 * decades.clamp(0.0, SMALLEST_DECADES)).clamp(1e-30, 1.0)
+        learned = square + (clipped - square) / seen.clamp(1.0, self.memory)
+        return torch.sqrt(square), {"spread": learned}

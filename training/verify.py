@@ -47,13 +47,6 @@ class Runner:
         return StepOutput(*(out[:rows] for out in self._session.run(list(OUTPUTS), padded)))
 
 
-def session_of(graph: bytes) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
 def probe_inputs(steps: int, rows: int, features: int, seed: int = 0) -> tuple[Float32, Float32, Float32, Float32]:
     """X [T,B,F], t [T,B,3], learn [T,B], alpha [T,B]: noise, steps, outliers, gaps, frozen learning, large offsets."""
     rng = np.random.default_rng(seed)

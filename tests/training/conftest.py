@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from service.detector import session_of
 from training.autoencoder import Sizes
 from training.calibrate import Observed, calibrate, observe
 from training.data import pad
 from training.detector import DetectorStep
 from training.export import to_onnx
 from training.synthetic import streams
-from training.verify import Runner, session_of
+from training.verify import Runner
 
 TINY = Sizes(hidden=6, layers=2, code=3, decoder_hidden=4)
 

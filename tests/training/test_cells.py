@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from service.detector import session_of
 from training.autoencoder import Sizes, Variant, encoder_of
 from training.cells import CELLS, ConvolutionalCell, PeepholeCell, StandardCell
 from training.networks import EMBEDDED, RING, Bidirectional, Convolutional, Memoryless, Network, Ring, Stack
-from training.verify import session_of
 
 Float64 = NDArray[np.float64]
 

@@ -8,22 +8,23 @@ import torch
 
 from training.calibrate import PRIOR, Observed, calibrate, evidence_of, on_curve, onsets_of, surprisal_of
 from training.detector import DetectorStep
-from training.tail import LOG10
+from training.tail import LEVELS, LOG10
 
-ALPHA = torch.tensor([[1e-3]])
+ALPHA = torch.tensor([1e-3])  # asked of every stream: expand(B)
+ONSETS, EXPOSURE, STRENGTHS = 0, LEVELS, slice(2 * LEVELS, None)  # rows of `counts`
 
 
 def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observed, univariate: DetectorStep) -> None:
     tail, calibration = univariate.tail, univariate.calibration
     T, B, _ = observed.strengths.shape
-    parts = {slot.name: torch.zeros(B, slot.size) for slot in tail.slots}
+    parts = {slot.name: torch.zeros(slot.size, B) for slot in tail.slots}
     onset_p = np.ones((T, B))
     with torch.no_grad():
         for i in range(T):
-            valid = torch.from_numpy(observed.valid[i])[:, None]
-            age = torch.from_numpy(observed.age[i])[:, None]
-            _, p, parts = tail(torch.from_numpy(observed.strengths[i]), valid, age, ALPHA, parts)
-            onset_p[i] = p[:, 0].numpy()
+            valid = torch.from_numpy(observed.valid[i])[None]
+            age = torch.from_numpy(observed.age[i])[None]
+            answer, parts = tail(torch.from_numpy(observed.strengths[i]).t(), valid, age, ALPHA.expand(B), parts)
+            onset_p[i] = answer.onset_p[0].numpy()
     surprisal = surprisal_of(evidence_of(observed, calibration, tail.burn), calibration)
     heights = onsets_of(np.maximum(surprisal - calibration.floor, 0).sum(axis=2), observed.valid)
     assert (heights > 0).sum() > 10
@@ -39,35 +40,37 @@ def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observe
 
 def test_onsets_come_about_as_often_as_asked_in_the_streams_they_were_calibrated_on(observed: Observed, univariate: DetectorStep) -> None:
     tail = univariate.tail
-    parts = {slot.name: torch.zeros(observed.strengths.shape[1], slot.size) for slot in tail.slots}
+    parts = {slot.name: torch.zeros(slot.size, observed.strengths.shape[1]) for slot in tail.slots}
     asked, found, events = 1e-3, 0, 0
     with torch.no_grad():
         for strengths, valid, age in zip(observed.strengths, observed.valid, observed.age, strict=True):
-            judge = torch.from_numpy(valid)[:, None]
-            _, p, parts = tail(torch.from_numpy(strengths), judge, torch.from_numpy(age)[:, None], ALPHA, parts)
+            judge = torch.from_numpy(valid)[None]
+            answer, parts = tail(torch.from_numpy(strengths).t(), judge, torch.from_numpy(age)[None], ALPHA.expand(len(age)), parts)
             settled = valid & (age >= 600)
-            found, events = found + int((p[:, 0].numpy()[settled] < asked).sum()), events + int(settled.sum())
+            found, events = found + int((answer.onset_p[0].numpy()[settled] < asked).sum()), events + int(settled.sum())
     assert 0.2 < found / events / asked < 4
 
 
 def test_a_larger_strength_never_has_a_larger_p_value(univariate: DetectorStep) -> None:
     tail = univariate.tail
-    strength = torch.cat([torch.zeros(1), torch.logspace(-4, 2, 200)])[:, None].expand(-1, 3)
-    ones = torch.ones(len(strength), 1, dtype=torch.bool)
-    parts = {slot.name: torch.zeros(len(strength), slot.size) for slot in tail.slots}
-    p_value, onset_p, _ = tail(strength, ones, torch.full((len(strength), 1), 500.0), ALPHA, parts)
+    strength = torch.cat([torch.zeros(1), torch.logspace(-4, 2, 200)]).expand(3, -1)
+    rows = strength.shape[1]
+    parts = {slot.name: torch.zeros(slot.size, rows) for slot in tail.slots}
+    answer, _ = tail(strength, torch.ones(1, rows, dtype=torch.bool), torch.full((1, rows), 500.0), ALPHA.expand(rows), parts)
+    p_value, onset_p = answer.p_value[0], answer.onset_p[0]
     assert p_value[0] == onset_p[0] == 1
-    assert (torch.diff(p_value[:, 0]) <= 1e-7).all()
-    assert (torch.diff(onset_p[:, 0]) <= 1e-7).all()
+    assert (torch.diff(p_value) <= 1e-7).all()
+    assert (torch.diff(onset_p) <= 1e-7).all()
     assert p_value[-1] < 1e-3
     assert onset_p[-1] < 1e-3
 
 
 def test_a_young_stream_is_judged_more_mildly(univariate: DetectorStep) -> None:
     tail = univariate.tail
-    strength, ones = torch.full((2, 3), 5.0), torch.ones(2, 1, dtype=torch.bool)
-    parts = {slot.name: torch.zeros(2, slot.size) for slot in tail.slots}
-    p_value, onset_p, _ = tail(strength, ones, torch.tensor([[150.0], [20000.0]]), ALPHA, parts)
+    strength, ones = torch.full((3, 2), 5.0), torch.ones(1, 2, dtype=torch.bool)
+    parts = {slot.name: torch.zeros(slot.size, 2) for slot in tail.slots}
+    answer, _ = tail(strength, ones, torch.tensor([[150.0, 20000.0]]), ALPHA.expand(2), parts)
+    p_value, onset_p = answer.p_value[0], answer.onset_p[0]
     assert p_value[0] > p_value[1]
     assert onset_p[0] > onset_p[1]
 
@@ -75,11 +78,12 @@ def test_a_young_stream_is_judged_more_mildly(univariate: DetectorStep) -> None:
 def test_only_the_first_of_equal_errors_is_an_onset(univariate: DetectorStep) -> None:
     tail = univariate.tail
     ones = torch.ones(1, 1, dtype=torch.bool)
-    parts = {slot.name: torch.zeros(1, slot.size) for slot in tail.slots}
+    parts = {slot.name: torch.zeros(slot.size, 1) for slot in tail.slots}
     onsets = []
     for _ in range(130):
-        _, p, parts = tail(torch.full((1, 3), 3.0), ones, torch.full((1, 1), 500.0), ALPHA, {**parts, "strength_sum": torch.zeros(1, 3)})
-        onsets.append(float(p) < 1)
+        answer, parts = tail(torch.full((3, 1), 3.0), ones, torch.full((1, 1), 500.0), ALPHA.expand(1), parts)
+        parts["counts"][STRENGTHS] = 0
+        onsets.append(float(answer.onset_p) < 1)
     assert onsets[0]
     assert not any(onsets[1:126])
     assert onsets[126]
@@ -87,31 +91,31 @@ def test_only_the_first_of_equal_errors_is_an_onset(univariate: DetectorStep) ->
 
 def test_a_stream_with_many_onsets_gets_milder_p_values(univariate: DetectorStep) -> None:
     tail = univariate.tail
-    ones, age = torch.ones(2, 1, dtype=torch.bool), torch.full((2, 1), 5000.0)
-    parts = {slot.name: torch.zeros(2, slot.size) for slot in tail.slots}
-    parts["exposure"] += 3000.0
-    parts["onsets"][1] += 60.0
-    _, onset_p, _ = tail(torch.full((2, 3), 3.0), ones, age, ALPHA, parts)
-    assert onset_p[1] > 3 * onset_p[0]
+    ones, age = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 5000.0)
+    parts = {slot.name: torch.zeros(slot.size, 2) for slot in tail.slots}
+    parts["counts"][EXPOSURE] += 3000.0 * 10**-tail.first_level
+    parts["counts"][ONSETS, 1] += 60.0
+    answer, _ = tail(torch.full((3, 2), 3.0), ones, age, ALPHA.expand(2), parts)
+    assert answer.onset_p[0, 1] > 3 * answer.onset_p[0, 0]
     assert abs(LOG10 - np.log(10)) < 1e-12
 
 
 def test_the_audit_follows_the_realised_rate_up_to_a_decade(univariate: DetectorStep) -> None:
     tail = univariate.tail
-    ones = torch.ones(2, 1, dtype=torch.bool)
-    parts = {slot.name: torch.zeros(2, slot.size) for slot in tail.slots}
-    parts["audit"] -= torch.tensor([[0.0], [0.5]])
-    strengths, audits = torch.tensor([[0.0], [9.0]]).expand(2, 3), []
+    ones, age = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 5000.0)
+    parts = {slot.name: torch.zeros(slot.size, 2) for slot in tail.slots}
+    parts["audit"] -= torch.tensor([[0.0, 0.5]])
+    strengths, audits = torch.tensor([[0.0, 9.0]]).expand(3, 2), []
     for _ in range(60):
         # Every event of the second stream is an onset rarer than alpha; the first is never surprised.
-        quiet = {"onset_age": torch.full((2, 1), 1000.0), "strength_sum": torch.zeros(2, 3)}
-        _, p, parts = tail(strengths, ones, torch.full((2, 1), 5000.0), ALPHA, {**parts, **quiet})
-        audits.append(parts["audit"][:, 0].tolist())
-    assert p[1] < 1
+        parts["counts"][STRENGTHS] = 0
+        answer, parts = tail(strengths, ones, age, ALPHA.expand(2), {**parts, "onset_age": torch.full((1, 2), 1000.0)})
+        audits.append(parts["audit"][0].tolist())
+    assert answer.onset_p[0, 1] < 1
     assert audits[-1][0] == pytest.approx(-60 * tail.audit_step * 1e-3, rel=1e-3)
     assert audits[-1][1] == 0  # an alert gives back what quiet has earned and no more: it never makes the next one harder
-    parts["audit"] = torch.full((2, 1), -tail.audit_limit)
-    _, _, parts = tail(torch.zeros(2, 3), ones, torch.full((2, 1), 5000.0), ALPHA, parts)
+    parts["audit"] = torch.full((1, 2), -tail.audit_limit)
+    _, parts = tail(torch.zeros(3, 2), ones, age, ALPHA.expand(2), parts)
     assert (parts["audit"] == -tail.audit_limit).all()
 
 
@@ -128,12 +132,12 @@ def test_few_streams_are_drawn_to_the_generators_constants_and_say_so(observed: 
 def test_who_asks_for_more_false_alarms_never_gets_fewer(observed: Observed, univariate: DetectorStep) -> None:
     tail, counts = univariate.tail, []
     for asked in (1e-4, 1e-3, 1e-2, 1e-1):
-        parts = {slot.name: torch.zeros(observed.strengths.shape[1], slot.size) for slot in tail.slots}
+        parts = {slot.name: torch.zeros(slot.size, observed.strengths.shape[1]) for slot in tail.slots}
         found = 0
         for strengths, valid, age in zip(observed.strengths, observed.valid, observed.age, strict=True):
-            events = (torch.from_numpy(strengths), torch.from_numpy(valid)[:, None], torch.from_numpy(age)[:, None])
-            _, p, parts = tail(*events, torch.tensor([[asked]]), parts)
-            found += int((p < asked).sum())
+            events = (torch.from_numpy(strengths).t(), torch.from_numpy(valid)[None], torch.from_numpy(age)[None])
+            answer, parts = tail(*events, torch.full((len(age),), asked), parts)
+            found += int((answer.onset_p < asked).sum())
         counts.append(found)
     assert counts == sorted(counts)
     assert counts[0] < counts[-1]

@@ -46,7 +46,7 @@ def test_an_honest_model_is_published_and_loads(univariate: DetectorStep, graph:
     assert [file.name for file in tmp_path.iterdir()] == ["probe-1.onnx"]
     assert manifest.warmup == WARMUP
     assert manifest.calibration["tau"] == univariate.calibration.tau
-    assert {"reference", "encoder_hidden", "memory", "onset_height"} <= {part.name for part in manifest.layout}
+    assert {"reference", "encoder_hidden", "ends", "onset_height"} <= {part.name for part in manifest.layout}
 
 
 def test_a_graph_that_answers_differently_from_pytorch_is_refused(
