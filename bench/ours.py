@@ -40,6 +40,8 @@ class Recipe:
     """`--cell` of `training fit`; None = the shipped default, nothing is fitted."""
     signal_only: bool = False
     """Of telemetry only column 0 is given."""
+    context: bool = False
+    """Of telemetry only column 0 is scored; the commands are context."""
 
     @property
     def seeded(self) -> bool:
@@ -58,13 +60,13 @@ class Setting:
 def fit_and_score(data: DataSet, recipe: Recipe, setting: Setting, seed: int, folder: Path) -> list[Answer]:
     """Fit in `folder` (unless that was done; what was interrupted continues), score. Raises FitFailed."""
     data = data.signal() if recipe.signal_only else data
-    model = SHIPPED_MODELS if recipe.cell is None else _fitted(data, recipe.cell, setting.steps, seed, folder)
+    model = SHIPPED_MODELS if recipe.cell is None else _fitted(data, recipe, setting.steps, seed, folder)
     detector = Detector.load(find_artifacts(model)[0])
     policy = Policy(alpha=ALPHA, tau=detector.manifest.age_constant, settled=NEVER if setting.raw else Policy.settled)
     return _scored(data, detector, policy)
 
 
-def _fitted(data: DataSet, cell: str, steps: int, seed: int, folder: Path) -> Path:
+def _fitted(data: DataSet, recipe: Recipe, steps: int, seed: int, folder: Path) -> Path:
     rows, model = folder / "rows", folder / "model"
     if any(model.glob("*.onnx")):
         return model
@@ -75,7 +77,8 @@ def _fitted(data: DataSet, cell: str, steps: int, seed: int, folder: Path) -> Pa
     for i, x in enumerate(data.history):
         np.savez(rows / f"history-{i}.npz", train=x, timestamps=MONDAY + np.arange(len(x), dtype=np.float64))
     command = [sys.executable, "-m", "training", "fit", "--data", str(rows), "--out", str(model), "--name", "quality"]
-    command += ["--cell", cell, "--steps", str(steps), "--seed", str(seed), "--resume", "--keep-network"]
+    command += [argument for i in range(1, data.features if recipe.context else 1) for argument in ("--context", f"f{i}")]
+    command += ["--cell", str(recipe.cell), "--steps", str(steps), "--seed", str(seed), "--resume", "--keep-network"]
     log = folder / "fit.log"
     with log.open("w") as file:
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
@@ -106,6 +109,9 @@ RECIPES: dict[str, Recipe] = {
     "memoryless": Recipe("memoryless"),
 }
 SIGNAL_RECIPES: dict[str, Recipe] = {f"{name}, signal only": Recipe(recipe.cell, signal_only=True) for name, recipe in RECIPES.items()}
+CONTEXT_RECIPES: dict[str, Recipe] = {
+    f"{name}, commands as context": Recipe(recipe.cell, context=True) for name, recipe in RECIPES.items() if recipe.cell != "memoryless"
+}
 SHIPPED: dict[str, Recipe] = {"shipped default": Recipe(None)}
 SHIPPED_SIGNAL: dict[str, Recipe] = {"shipped default, signal only": Recipe(None, signal_only=True)}
 
@@ -113,5 +119,5 @@ SHIPPED_SIGNAL: dict[str, Recipe] = {"shipped default, signal only": Recipe(None
 def recipes(data: DataSet) -> dict[str, Recipe]:
     """Those that make sense on this set."""
     if data.telemetry:
-        return RECIPES | SIGNAL_RECIPES | SHIPPED_SIGNAL
+        return RECIPES | CONTEXT_RECIPES | SIGNAL_RECIPES | SHIPPED_SIGNAL
     return RECIPES | (SHIPPED if data.features == 1 else {})
