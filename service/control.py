@@ -262,12 +262,12 @@ class Control:
         policy = replace(scorer.policy, alpha=alpha, strict=asked.strict.value)
         return Expectation(
             cadence="measured" if measured else "configured" if stated else None,
-            events_per_stream_and_day=events,
-            per_stream_and_day=each,
-            per_stream_and_week=7 * each if each is not None else None,
+            events_per_stream_and_day=_about(events),
+            per_stream_and_day=_about(each),
+            per_stream_and_week=_about(7 * each if each is not None else None),
             active_streams=count if measured else None,
             sampled_streams=len(rates),
-            fleet_per_day=count * each if measured and each is not None else None,
+            fleet_per_day=_about(count * each if measured and each is not None else None),
             extra_while_learning=policy.promise(scorer.detector.manifest.warmup)["extra_while_learning"],
             reason=reason or None,
         )
@@ -283,6 +283,11 @@ async def _pace(scorer: Scorer) -> tuple[int, np.ndarray[Any, np.dtype[np.float6
     except StoreUnavailable as error:
         return 0, nothing, error.detail
     return count, rates, "" if len(rates) else "No live stream has shown its cadence yet; that takes some fifty events."
+
+
+def _about(number: float | None) -> float | None:
+    """Four digits: more than an expectation is worth."""
+    return None if number is None else float(f"{number:.4g}")
 
 
 def _read(kept: bytes | None, kind: type[Value], before: Value, environment: Value) -> Value:
