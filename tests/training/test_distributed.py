@@ -43,6 +43,17 @@ def torchrun(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*TORCHRUN, *arguments], stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+def ended(run: subprocess.Popen[str]) -> str:
+    """What it printed; nothing of it outlives the test."""
+    try:
+        return run.communicate(timeout=SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        launcher = psutil.Process(run.pid)
+        for process in (*launcher.children(recursive=True), launcher):
+            process.kill()
+        raise
+
+
 def checkpoint(out: Path) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
     return content
@@ -67,7 +78,7 @@ def alone(fleet_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_make_the_model_of_one(alone: Path, fleet_folder: Path, tmp_path: Path) -> None:
     run = torchrun(*arguments(fleet_folder, tmp_path))
-    printed, _ = run.communicate(timeout=SECONDS)
+    printed = ended(run)
     assert run.returncode == 0, printed
     assert "2 processes on cpu, float32" in printed
     assert printed.count("Published") == printed.count("Left out as labels") == 1
@@ -92,14 +103,14 @@ def test_when_a_process_is_killed_the_others_end_and_the_run_continues_to_the_sa
     assert len(workers) == 2
     last = next(worker for worker in workers if worker.environ()["RANK"] == "1")
     last.send_signal(signal.SIGKILL)
-    printed, _ = run.communicate(timeout=SECONDS)
+    printed = ended(run)
     assert run.returncode != 0
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     assert "Published" not in printed
     assert checkpoint(tmp_path)["progress"]["block"] < 15
 
     run = torchrun(*arguments(fleet_folder, tmp_path, "--resume"))
-    printed, _ = run.communicate(timeout=SECONDS)
+    printed = ended(run)
     assert run.returncode == 0, printed
     assert "Continuing at step " in printed
     assert_same_training(alone, tmp_path)
@@ -108,7 +119,7 @@ def test_when_a_process_is_killed_the_others_end_and_the_run_continues_to_the_sa
 def test_what_is_refused_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("timestamp,value\n1,x\n")
     run = torchrun(*arguments(tmp_path / "bad.csv", tmp_path / "out"))
-    printed, _ = run.communicate(timeout=SECONDS)
+    printed = ended(run)
     assert run.returncode == 1
     assert printed.count("'x' is not a number") == 1
 
