@@ -150,7 +150,7 @@ def test_any_cut_into_batches_gives_the_same_states_through_an_alert(detector: D
 
 
 def test_a_smaller_rate_takes_back_what_quiet_earned_at_a_larger_one_and_nothing_else(detector: Detector) -> None:
-    # Kept, it meant 7 times the false alarms asked for when 0.1 became 1e-4 (128 normal streams, 4,000 events after 5,000).
+    # Kept, it meant 5 times the false alarms asked for when 0.1 became 1e-4 (128 normal streams, 4,000 events after 5,000).
     x = normal(4, 500)
     loud_policy, quiet_policy = (Policy(alpha=alpha, settled=2**62) for alpha in (0.1, 1e-4))  # never freezes
     loud, _ = play(detector, loud_policy, x[:, :400])
