@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from training.autoencoder import Autoencoder, NoNetwork, Sizes
-from training.layout import Keeps, Layout, Parts, Slot, row_sum
+from training.layout import Keeps, Layout, Parts, Slot, any_of, row_sum
 from training.normaliser import Clock, Normalised, Normaliser
 from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals
 from training.tail import Band, Calibration, Curve, Tail
@@ -115,7 +115,7 @@ class DetectorStep(StepModule):
         """[1, B] bool: there is a value to be scored."""
         if self.features == 1:
             return event.present
-        return (event.present & self.scored).any(dim=0, keepdim=True)
+        return any_of(event.present & self.scored)
 
     def _shares(self, judged: Judged) -> Tensor:
         """Attribution [F, B]: weights as shares of 1 over the features that are present and scored."""

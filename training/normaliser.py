@@ -64,7 +64,7 @@ class Normaliser(nn.Module):
         deviation = torch.sqrt(floored)
         scale = torch.maximum(deviation, 1e-6 * (mean + reference).abs()).clamp(min=TINY)
         difference = u - mean
-        z = torch.asinh((difference / scale).clamp(-self.clip, self.clip))
+        z = self._asinh((difference / scale).clamp(-self.clip, self.clip))
         event = Normalised(u, z, present, known, present & learn, reference, mean, scale)
         return event, {"reference": reference, **self._learned(difference, seen, mean, deviation, variance)}
 
@@ -78,7 +78,20 @@ class Normaliser(nn.Module):
 
     def raw(self, forecast: Tensor, event: Normalised) -> Tensor:
         """A forecast in z [F, B] → raw units relative to the reference."""
-        return (event.mean + event.scale * torch.sinh(forecast.clamp(-FORECAST_LIMIT, FORECAST_LIMIT))).clamp(-2 * LIMIT, 2 * LIMIT)
+        return (event.mean + event.scale * self._sinh(forecast.clamp(-FORECAST_LIMIT, FORECAST_LIMIT))).clamp(-2 * LIMIT, 2 * LIMIT)
+
+    # ONNX Runtime takes 13 and 10 ns a number for Asinh and Sinh, 1.4 and 0.1 for Log and Exp: with one feature fewer operators win,
+    # with several cheaper ones. What cancels near zero is 1e-7 of a deviation.
+    def _asinh(self, value: Tensor) -> Tensor:
+        if self.features == 1:
+            return torch.asinh(value)
+        return torch.sign(value) * torch.log(value.abs() + torch.sqrt(value * value + 1))
+
+    def _sinh(self, value: Tensor) -> Tensor:
+        if self.features == 1:
+            return torch.sinh(value)
+        grown = torch.exp(value)
+        return 0.5 * (grown - torch.reciprocal(grown))
 
 
 class Clock(nn.Module):
