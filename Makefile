@@ -47,7 +47,7 @@ PROCESSES ?= 1
 fit: setup ## train on your own streams: make fit DATA=history/ OUT=models/ PROCESSES=4
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m training fit --data $(DATA) --out $(OUT)
 
-bench: setup ## all benchmarks, each with its baselines in the same run (about five minutes)
+bench: setup ## all benchmarks, each with its baselines in the same run (about eight minutes)
 	$(BIN)/python -m bench.http
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.start
