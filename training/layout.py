@@ -87,7 +87,7 @@ def _size(slots: Iterable[Slot]) -> int:
 
 
 def any_of(marked: Tensor) -> Tensor:
-    """Whether any feature of bool [F, B] is, as [1, B]; by a product with ones, which takes a fifth of the time of `any`."""
+    """Whether any feature of bool [F, B] is, as [1, B]; by a product with ones: `any` becomes a ReduceMax, several times slower."""
     return marked if marked.shape[0] == 1 else torch.ones(1, marked.shape[0]) @ marked.to(torch.float32) > 0.5
 
 
