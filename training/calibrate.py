@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from training.data import Float32, Float64
 from training.detector import DetectorStep
-from training.tail import HOLD, LEVEL_STEP, LEVELS, Calibration, Curve, Summed, Support
+from training.tail import HOLD, LEVEL_STEP, LEVELS, Calibration, Curve, Support
 
 Bool = NDArray[np.bool_]
 SETTLED = 500
@@ -63,7 +63,7 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
     return Observed(strengths, ratios, valid, ages)
 
 
-def calibrate(observed: Observed, burn: int, streams: int | None = None, sums: Summed = "surprisal") -> Calibration:
+def calibrate(observed: Observed, burn: int, streams: int | None = None) -> Calibration:
     """All constants, from the lanes in `observed`, which are of `streams` different streams (default: each its own).
 
     Few streams tell how rare an onset is in them, not how much the next one will differ: what describes a population (age constant,
@@ -73,7 +73,7 @@ def calibrate(observed: Observed, burn: int, streams: int | None = None, sums: S
     K = observed.strengths.shape[2]
     quantile, mean = zip(*(_scale(observed.strengths[:, :, k][_live(observed, burn)]) for k in range(K)), strict=True)
     flat = Curve((0.0, 1.0), (0.0, 1.0), 1.0)
-    draft = Calibration(quantile, mean, (flat,) * K, flat, flat, _band(observed), tau=0.0, shape=10.0, weight=10.0, sums=sums)
+    draft = Calibration(quantile, mean, (flat,) * K, flat, flat, _band(observed), tau=0.0, shape=10.0, weight=10.0)
     evidence = evidence_of(observed, draft, burn)
     settled = observed.valid & (observed.age >= SETTLED)
     if settled.sum() < 2000:
@@ -85,7 +85,7 @@ def calibrate(observed: Observed, burn: int, streams: int | None = None, sums: S
     tau = float(PRIOR["tau"] ** (1 - trust) * max(_age_profile(heights, observed), 1.0) ** trust)
     exposure = np.where(_live(observed, burn), 1 + tau / (observed.age + 1), 0.0)
     onsets = _aged_tail(heights[(heights > 0) & (observed.age >= YOUNG)], exposure[observed.age >= YOUNG].sum(), knots=24)
-    total = (surprisal if sums == "surprisal" else evidence).sum(axis=2)
+    total = evidence.sum(axis=2)
     events = _aged_tail(total[(total > 0) & _live(observed, burn)], exposure.sum(), knots=24)
     draft = replace(draft, tau=tau, onsets=onsets, events=events)
     shape, weight = _heterogeneity(heights, exposure, onsets)

@@ -242,7 +242,7 @@ def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
     with _bar(console) as bar:
         task = bar.add_task("Calibrating", total=len(x))
         observed = observe(step, x, t, lambda: bar.advance(task))
-    step.calibrate(calibrate(observed, step.signals.burn, len({stream.name for stream in job.calibration}), step.signals.sums))
+    step.calibrate(calibrate(observed, step.signals.burn, len({stream.name for stream in job.calibration})))
 
 
 @torch.no_grad()

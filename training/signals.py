@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from training.layout import Keeps, Parts, Slot, row_sum
 from training.normaliser import TINY, Normalised
-from training.tail import Summed
 
 LEVEL_MEMORY = 30.0
 """Events of the exponentially weighted level."""
@@ -44,8 +43,6 @@ class Signals(Protocol):
 
     names: tuple[str, ...]
     burn: int
-    sums: Summed
-    """What of the signals is summed for an event's p-value: LOG.md, 2026-11-25."""
 
     @property
     def slots(self) -> tuple[Slot, ...]: ...
@@ -68,7 +65,6 @@ class MemorySignals(nn.Module):
     """
 
     names = ("value", "level", "residual")
-    sums: Summed = "surprisal"
     sides: Tensor
     far: Tensor
 
@@ -143,7 +139,6 @@ class ResidualSignals(nn.Module):
     """
 
     names = ("residual", "level", "distance")
-    sums: Summed = "evidence"
     prior, memory, cap = 200.0, 5000.0, 100.0
     prior_rows, smoothing = 500.0, 0.2
     growth_free, growth_bound, most_drawn = 30.0, 100.0, 1.05

@@ -2,7 +2,7 @@
 
     strength ─► evidence     e_k = log1p(strength_k / c_k)     c_k the stream's own scale, shrunk to the pooled one
              ─► surprisal    h_k = -log10 pooled tail of e_k   (events older than 500)
-             ─► event p      pooled tail of Σ h_k, for fleets of Σ e_k, corrected for the stream's age
+             ─► event p      pooled tail of Σ e_k, corrected for the stream's age
              ─► onset        T = Σ max(h_k - floor, 0) above the last emission of the past 125 events
              ─► onset p      this stream's rate of onsets as large: gamma-Poisson for the first level, a beta chain above;
                         then the audit: up to a decade more sensitive where onsets rarer than α are rarer than α
@@ -22,7 +22,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,6 @@ SMALLEST = -69.0775
 """Natural logarithm of the smallest probability, 1e-30, with a margin for how exp rounds."""
 LEVELS, LEVEL_STEP = 8, 0.25
 """The beta chain: levels of the onset tail, in decades."""
-
-
-Summed = Literal["evidence", "surprisal"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Calibration:
     quantile: Sequence[float]  # [K] pooled 99 % quantile of the strengths
     mean: Sequence[float]  # [K] pooled mean of min(strength, 3·quantile)
     signals: Sequence[Curve]  # [K] tail of each evidence
-    events: Curve  # tail of the sum over the signals, at infinite age
+    events: Curve  # tail of Σ evidence, at infinite age
     onsets: Curve  # tail of onsets, at infinite age
     band: Curve  # tail of |residual| ÷ spread
     tau: float  # age: rates are (1 + tau/n) times those of an old stream
@@ -76,7 +73,6 @@ class Calibration:
     floor: float = 2.5  # decades of a signal's surprisal that do not count towards an onset
     prior_events: float = 1000.0  # events the pooled scale weighs
     support: Support | None = None
-    sums: Summed = "surprisal"  # what of the signals is summed for an event's p-value
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: plain lists and numbers, as JSON gives them back."""
@@ -115,7 +111,7 @@ class Tail(nn.Module):
         self.register_buffer(name, table.float(), persistent=False)
 
     def _curves_of_signals(self) -> None:
-        """[evidence of K signals, log α] → [K surprisals above the floor, Σ evidence or surprisal, factor of the band]."""
+        """[evidence of K signals, log α] → [K surprisals above the floor, Σ evidence, factor of the band]."""
         c, K = self.calibration, self.signals
         # The band's curve gives decades for a ratio; here the ratio for the asked decades, -log10 α.
         band = Curve(c.band.y, c.band.x, 1 / max(c.band.slope, 1e-3))
@@ -131,9 +127,7 @@ class Tail(nn.Module):
             at += len(own)
         starts = torch.diag(torch.tensor([start for _, _, start in curves[:K]]))  # met by 1 where there is a strength at all
         table = torch.cat([bends, torch.zeros(K + 1, K), torch.cat([starts, torch.zeros(1, K)])], dim=1)
-        total = table[:K].sum(dim=0, keepdim=True)
-        if c.sums == "evidence":
-            total = torch.cat([torch.zeros(bends.shape[1]), torch.ones(K), torch.zeros(K)]).unsqueeze(0)
+        total = torch.cat([torch.zeros(bends.shape[1]), torch.ones(K), torch.zeros(K)]).unsqueeze(0)
         self._keep("surprise", torch.cat([table[:K], total, table[K:]]))
         self._keep("surprise_start", torch.tensor([-c.floor] * K + [0.0, curves[K][2]]).unsqueeze(1))
 
