@@ -249,7 +249,8 @@ class Band(nn.Module):
     def forward(self, residual: Tensor, seen: Tensor, parts: Parts) -> tuple[Tensor, Parts]:
         """Residual [F, B] raw, seen [F, B] before → spread [F, B] before this event, parts."""
         square, size = parts["spread"], residual * residual
-        clipped = torch.where(seen > 30, torch.minimum(size, 36 * square), size)
+        # Of a stream that stood still so far, the first move is all there is to learn from.
+        clipped = torch.where((seen > 30) & (square > 0), torch.minimum(size, 36 * square), size)
         # The first event has no forecast, so the second one is the first to be learned.
         learned = square + (clipped - square) / seen.clamp(1.0, self.memory)
         return torch.sqrt(square), {"spread": learned}

@@ -8,7 +8,7 @@ import torch
 
 from training.calibrate import PRIOR, Observed, calibrate, evidence_of, on_curve, onsets_of, surprisal_of
 from training.detector import DetectorStep
-from training.tail import LEVELS, LOG10
+from training.tail import LEVELS, LOG10, Band
 
 ALPHA = torch.tensor([1e-3])  # asked of every stream: expand(B)
 ONSETS, EXPOSURE, STRENGTHS = 0, LEVELS, slice(2 * LEVELS, None)  # rows of `counts`
@@ -141,3 +141,12 @@ def test_who_asks_for_more_false_alarms_never_gets_fewer(observed: Observed, uni
         counts.append(found)
     assert counts == sorted(counts)
     assert counts[0] < counts[-1]
+
+
+def test_a_stream_that_stood_still_at_first_gets_a_band_once_it_moves() -> None:
+    band = Band(1)
+    parts = {slot.name: torch.zeros(slot.size, 1) for slot in band.slots}
+    residuals = [0.0] * 100 + np.random.default_rng(0).normal(size=300).tolist()
+    for seen, residual in enumerate(residuals):
+        spread, parts = band(torch.tensor([[residual]]), torch.tensor([[float(seen)]]), parts)
+    assert 0.5 < float(spread) < 1.5
