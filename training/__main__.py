@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -20,7 +21,7 @@ from service.tables import ReadOptions
 from training.autoencoder import Sizes, Variant
 from training.cache import CACHE, convert, open_cache
 from training.distributed import Device, Precision, join
-from training.fit import Plan
+from training.fit import WAVEFORM_PLAN, Plan
 from training.pipeline import Job, default_job, fleet_job, produce
 from training.verify import verify_file
 
@@ -72,7 +73,13 @@ def fit(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the encoder.")] = 1,
     code: Annotated[int, typer.Option(min=1, help="Width of the bottleneck.")] = 12,
     decoder_hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the decoder.")] = 48,
-    steps: Steps = 400,
+    waveform: Annotated[
+        bool,
+        typer.Option(
+            "--waveform", help="One column that is a waveform (ECG, vibration, current), judged by the shape of its last 96 values."
+        ),
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps at most. Default: 400, of a waveform 900.")] = None,
     validation: Annotated[float, typer.Option(min=0.02, max=0.5, help="Share of each stream's last rows kept for early stopping.")] = 0.15,
     lanes: Annotated[int, typer.Option(min=1, help="Pieces of streams in each step, split over the processes of torchrun.")] = 32,
     seed: Seed = 0,
@@ -89,8 +96,9 @@ def fit(
     see the same OUT.
     """
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude or ()), array=array)
-    plan = Plan(steps=steps, lanes=lanes, seed=seed)
-    sizes = Sizes(hidden, layers, code, decoder_hidden, cell)
+    plan = WAVEFORM_PLAN if waveform else Plan(steps=400)
+    plan = replace(plan, steps=steps or plan.steps, lanes=lanes, seed=seed)
+    sizes = Sizes(hidden, layers, code, decoder_hidden, cell, waveform)
 
     def job(said: Console) -> Job:
         convert(data, options, out / CACHE, said.print)

@@ -4,7 +4,14 @@
                                                                      └► reconstruction of the events 0, 1, 3, 7, 15, 31 steps back
 
 The narrow code must carry what is regular of the recent past; the reconstruction of the lags trains it to. What a stream's
-next event is expected to be is the decoder's location. Shapes: T steps, B streams, F features, I inputs.
+next event is expected to be is the decoder's location.
+
+A waveform's (ECG, vibration, current) is asked for more: the code alone must give the whole last window and forecasts far ahead.
+
+    z, change ─► encoder LSTM ─► code ─► perceptrons ─┬► window: the last WINDOW values
+                                                       └► location, log-scale of the value HORIZONS events ahead
+
+Shapes: T steps, B streams, F features, I inputs, W = WINDOW, H = len(HORIZONS).
 """
 
 from __future__ import annotations
@@ -20,6 +27,13 @@ from training.layout import Keeps, Parts, Slot
 from training.networks import Bidirectional, Convolutional, Memoryless, Network, Stack
 
 LAGS = (0, 1, 3, 7, 15, 31)
+WINDOW = 96
+"""Values of a waveform that its code must give back."""
+WINDOW_HIDDEN = 64
+HORIZONS = (1, 8, 16, 32, 64)
+"""Events ahead that a waveform is forecast; the first is the next event."""
+LOG_SCALES = (-4.0, 2.0)
+"""Bounds of a waveform's log-scales."""
 Variant = Literal["standard", "peephole", "coupled", "bidirectional", "convolutional", "memoryless", "none"]
 
 
@@ -32,6 +46,7 @@ class Sizes:
     code: int = 8
     decoder_hidden: int = 16
     cell: Variant = "standard"
+    waveform: bool = False  # one feature, judged by the shape of its recent past
 
 
 class Forecast(nn.Module):
@@ -53,6 +68,23 @@ class Outputs:
     location: Tensor  # [T, B, F] of the next event
     log_scale: Tensor  # [T, B, F]
     state: Parts  # after the last
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a waveform's code says, for one event or T of them."""
+
+    seen: Tensor  # [..., 1] the newest value, as the network was given it
+    window: Tensor  # [..., W] the last values, the newest first
+    location: Tensor  # [..., H] of the value HORIZONS ahead
+    log_scale: Tensor  # [..., H] within LOG_SCALES
+
+
+@dataclass(frozen=True)
+class WaveformOutputs(Outputs):
+    """As `Outputs`, which speak of the next event; the window stands for the lags."""
+
+    outlook: Outlook
 
 
 class Autoencoder(nn.Module):
@@ -90,6 +122,53 @@ class Autoencoder(nn.Module):
         decoded, decoder = self.decoder.sequence(code, _of("decoder", parts))
         lags = self.heads.lags(decoded).unflatten(-1, (self.features, len(LAGS)))
         return Outputs(lags, self.heads.location(decoded), self.heads.log_scale(decoded), _prefixed(encoder, decoder))
+
+
+class WaveformAutoencoder(nn.Module):
+    """For one feature: inputs [B, 2] are z and its change. What is made of the code is memoryless: the code must hold the shape."""
+
+    def __init__(self, inputs: int, features: int, sizes: Sizes) -> None:
+        """Raises ValueError for several features."""
+        super().__init__()
+        if features != 1:
+            raise ValueError(f"A waveform is one feature, not {features}.")
+        self.inputs, self.features, self.sizes = inputs, features, sizes
+        self.encoder = encoder_of(inputs, sizes)
+        self.bottleneck = nn.Linear(self.encoder.output_size, sizes.code)
+        self.window = nn.Sequential(nn.Linear(sizes.code, WINDOW_HIDDEN), nn.Tanh(), nn.Linear(WINDOW_HIDDEN, WINDOW))
+        self.forecasts = nn.Sequential(
+            nn.Linear(sizes.code, sizes.decoder_hidden), nn.Tanh(), nn.Linear(sizes.decoder_hidden, 2 * len(HORIZONS))
+        )
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple(Slot(f"encoder_{name}", size, Keeps.ROWS) for name, size in self.encoder.sizes.items())
+
+    def fresh(self, rows: int) -> Parts:
+        return _prefixed(self.encoder.fresh(rows), {})
+
+    def look(self, inputs: Tensor, parts: Parts) -> tuple[Outlook, Parts]:
+        """One event [B, 2] → what its code says, and the state's parts after it."""
+        hidden, encoder = self.encoder.step(inputs, _of("encoder", parts))
+        return self._outlook(inputs, torch.tanh(self.bottleneck(hidden))), _prefixed(encoder, {})
+
+    def step(self, inputs: Tensor, parts: Parts) -> tuple[Tensor, Parts]:
+        """One event [B, 2] → location of the next one [B, 1], and the state's parts after it."""
+        outlook, after = self.look(inputs, parts)
+        return outlook.location[:, :1], after
+
+    def sequence(self, inputs: Tensor, parts: Parts, code_noise: Tensor | None = None) -> WaveformOutputs:
+        """T events [T, B, 2], the state carried in and out. `code_noise` [T, B, code] is added to the code (training only)."""
+        hidden, encoder = self.encoder.sequence(inputs, _of("encoder", parts))
+        code = torch.tanh(self.bottleneck(hidden))
+        if code_noise is not None:
+            code = code + code_noise
+        said = self._outlook(inputs, code)
+        return WaveformOutputs(said.window.unsqueeze(2), said.location[..., :1], said.log_scale[..., :1], _prefixed(encoder, {}), said)
+
+    def _outlook(self, inputs: Tensor, code: Tensor) -> Outlook:
+        location, log_scale = self.forecasts(code).split(len(HORIZONS), dim=-1)
+        return Outlook(inputs[..., :1], self.window(code), location, log_scale.clamp(*LOG_SCALES))
 
 
 class NoNetwork(nn.Module):

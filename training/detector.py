@@ -4,6 +4,7 @@
                                  └─► autoencoder ─► forecast of the next event, kept in the state
                                                      expected, lower, upper ◄─ band
 
+A waveform's network sees the event before the signals do: they ask what its code makes of it.
 The state is S floats (`layout` names its slices); zeros are a fresh stream. Shapes: B streams, F features, S state, K signals.
 Outside, the batch is the first axis of everything; inside the last (see `layout`), but for the network's.
 """
@@ -18,13 +19,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from training.autoencoder import Autoencoder, NoNetwork, Sizes
+from training.autoencoder import Autoencoder, NoNetwork, Outlook, Sizes, WaveformAutoencoder
 from training.layout import Keeps, Layout, Parts, Slot, any_of, row_sum
 from training.normaliser import Clock, Normalised, Normaliser
-from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals
+from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals, WaveformSignals
 from training.tail import Band, Calibration, Curve, Tail
 
 WARMUP = 100
+WAVEFORM_MEMORY = 5000.0
+"""Events of a waveform's normaliser: tens of its periods."""
 
 OUTPUTS = ("state_out", "p_value", "onset_p", "expected", "lower", "upper", "contribution")
 
@@ -68,12 +71,15 @@ class DetectorStep(StepModule):
         super().__init__()
         self.features = features
         self.register_buffer("scored", torch.tensor(scored or [True] * features).unsqueeze(1))
-        self.normaliser = Normaliser(features, clip, memory=2000.0 if features == 1 else 10_000.0)
+        memory = WAVEFORM_MEMORY if sizes.waveform else 2000.0 if features == 1 else 10_000.0
+        self.normaliser = Normaliser(features, clip, memory)
         self.clock = Clock()
-        network: type[Autoencoder | NoNetwork] = NoNetwork if sizes.cell == "none" else Autoencoder
-        self.autoencoder = network(3 * features + Clock.inputs, features, sizes)
-        several = features > 1
-        self.signals: MemorySignals | ResidualSignals = ResidualSignals(features, scored) if several else MemorySignals(intervals)
+        self.autoencoder = _network(features, sizes)
+        self.signals: MemorySignals | ResidualSignals | WaveformSignals
+        if features > 1:
+            self.signals = ResidualSignals(features, scored)
+        else:
+            self.signals = WaveformSignals() if isinstance(self.autoencoder, WaveformAutoencoder) else MemorySignals(intervals)
         self.calibrate(flat_calibration(len(self.signals.names)))
 
     def calibrate(self, calibration: Calibration) -> None:
@@ -138,9 +144,10 @@ class DetectorStep(StepModule):
             scaled=(error / event.scale).clamp(-SCALED_LIMIT, SCALED_LIMIT),
             z=(event.z - parts["forecast"]) * both,
         )
+        location, outlook, network_parts = self._next(self.inputs(event, clock, parts["previous_z"]), parts)
+        residual = replace(residual, outlook=outlook)
         strengths, weights, signal_parts = self._signals(event, residual, parts)
         spread, band_parts = self.band(residual.raw, parts["seen"], parts)
-        location, network_parts = self.autoencoder.step(self.inputs(event, clock, parts["previous_z"]), parts)
         after = {
             **normalised_parts,
             **clock_parts,
@@ -157,23 +164,47 @@ class DetectorStep(StepModule):
     def _signals(self, event: Normalised, residual: Residual, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
         if isinstance(self.signals, MemorySignals):
             return self.signals.forward(event, residual, parts, self.age(parts))
-        by_rows = {slot.name: parts[slot.name].t() for slot in self.signals.slots}
+        columns = {slot.name for slot in self.signals.slots if slot.keeps is not Keeps.ROWS}
+        by_rows = {slot.name: parts[slot.name].t() if slot.name in columns else parts[slot.name] for slot in self.signals.slots}
         strengths, weights, after = self.signals.forward(_turned(event), _turned(residual), by_rows, self.age(parts).t())
         strengths = torch.where(self.judges(event), strengths.t(), 0.0)
-        return strengths, weights.t(), {name: part.t() for name, part in after.items()}
+        return strengths, weights.t(), {name: part.t() if name in columns else part for name, part in after.items()}
+
+    def _next(self, inputs: Tensor, parts: Parts) -> tuple[Tensor, Outlook | None, Parts]:
+        """Forecast of the next event [B, F], a waveform's outlook, and the network's parts after this event."""
+        if isinstance(self.autoencoder, WaveformAutoencoder):
+            outlook, after = self.autoencoder.look(inputs, parts)
+            return outlook.location[:, :1], outlook, after
+        forecast, after = self.autoencoder.step(inputs, parts)
+        return forecast, None, after
 
     def inputs(self, event: Normalised, clock: Tensor, previous_z: Tensor) -> Tensor:
-        """What the network sees of an event: z, its change, what is present, and the clock [B, 3F + 5]."""
+        """What the network sees of an event: z, its change, what is present, and the clock [B, 3F + 5].
+
+        Of a waveform z and its change [B, 2], where a missing value is the last one: its shape knows no time of day.
+        """
         change = (event.z - previous_z) * (event.present & event.known).to(event.z.dtype)
+        if isinstance(self.autoencoder, WaveformAutoencoder):
+            return torch.cat([torch.where(event.present, event.z, previous_z), change]).t()
         return torch.cat([event.z, change, event.present.to(event.z.dtype), clock]).t()
+
+
+def _network(features: int, sizes: Sizes) -> Autoencoder | WaveformAutoencoder | NoNetwork:
+    if sizes.cell == "none":
+        return NoNetwork(3 * features + Clock.inputs, features, sizes)
+    if sizes.waveform:
+        return WaveformAutoencoder(2, features, sizes)
+    return Autoencoder(3 * features + Clock.inputs, features, sizes)
 
 
 Turned = TypeVar("Turned", Normalised, Residual)
 
 
 def _turned(columns: Turned) -> Turned:
-    """All its tensors [F, B] as [B, F]."""
-    return replace(columns, **{field.name: getattr(columns, field.name).t() for field in fields(columns)})
+    """All its tensors [F, B] as [B, F]; an outlook has the batch first as it is."""
+    parts = {field.name: getattr(columns, field.name) for field in fields(columns)}
+    turned: dict[str, Any] = {name: part.t() for name, part in parts.items() if isinstance(part, Tensor)}
+    return replace(columns, **turned)
 
 
 def example_inputs(step: StepModule, rows: int) -> tuple[Any, ...]:

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.autoencoder import LAGS, Outputs
+from training.autoencoder import HORIZONS, LAGS, WINDOW, Outlook, Outputs, WaveformOutputs
 from training.data import Float32, Source
 from training.detector import DetectorStep
 from training.distributed import ALONE, World
 from training.layout import Parts
 
 CODE_NOISE = 0.05
+WAVEFORM_SETTLED = 128
+"""Rows of a waveform's lane before its normaliser and its window are worth learning from."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Plan:
     seed: int = 0
     check_every: int = 5  # blocks between looks at the validation part
     patience: int = 8  # looks without a better one before stopping
+
+
+WAVEFORM_PLAN = Plan(steps=900, chunk=320, learning_rate=5e-3, patience=30)
+"""Patient: the loss of a few lanes' last rows is noisy, and a one-cycle run is best at its end."""
 
 
 @dataclass
@@ -134,6 +140,32 @@ def corrupted(prepared: Prepared, features: int, rng: np.random.Generator, lanes
     return inputs
 
 
+@dataclass(frozen=True)
+class Shaken:
+    """Another patient, another machine: each lane of a block of waveforms larger or smaller, higher or lower, [B, 1] each."""
+
+    factor: Tensor
+    offset: Tensor
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, lanes: int, own: slice) -> Shaken:
+        factor, offset = np.exp(0.1 * rng.normal(size=lanes)), 0.05 * rng.normal(size=lanes)
+        return cls(*(torch.from_numpy(part[own].astype(np.float32)).unsqueeze(1) for part in (factor, offset)))
+
+    def apply(self, prepared: Prepared) -> Prepared:
+        """Inputs and targets alike."""
+        value, change = torch.split(prepared.inputs, 1, dim=2)
+        inputs = torch.cat([value * self.factor + self.offset, change * self.factor], dim=2)
+        return Prepared(inputs, prepared.z * self.factor + self.offset, prepared.present)
+
+
+def noisy(prepared: Prepared, rng: np.random.Generator, lanes: int, own: slice) -> Tensor:
+    """A waveform's inputs [T, B, 2] with a little noise; `prepared` holds the lanes `own` of a block of `lanes`."""
+    noise = torch.from_numpy(0.03 * rng.standard_normal((len(prepared.z), lanes, 1), dtype=np.float32)[:, own])
+    changed = torch.cat([noise[:1], noise[1:] - noise[:-1]])
+    return prepared.inputs + torch.cat([noise, changed], dim=2)
+
+
 def _changes(z: Float32, hidden: np.ndarray[Any, Any]) -> Float32:
     """Difference to the last value that was present; 0 where hidden. [T, B, F]"""
     row = np.where(hidden, 0, np.arange(len(z))[:, None, None])
@@ -155,6 +187,8 @@ def loss_of(outputs: Outputs, prepared: Prepared, counts_from: int, counts: Tens
     `counts` [T] are the present values of each event in all lanes that the mean is over. Where these lanes are a part of them, so is the
     loss: the parts' sum is the loss of all.
     """
+    if isinstance(outputs, WaveformOutputs):
+        return _waveform_loss(outputs.outlook, prepared, counts_from, counts)
     z, present = prepared.z, prepared.present.to(prepared.z.dtype)
     T = len(z)
     reconstruction = z.new_zeros(())
@@ -168,6 +202,27 @@ def loss_of(outputs: Outputs, prepared: Prepared, counts_from: int, counts: Tens
     log_scale = outputs.log_scale[start:-1].clamp(-5, 2)
     surprise = log_scale + (z[start + 1 :] - outputs.location[start:-1]).abs() * torch.exp(-log_scale)
     return 3 * reconstruction / len(LAGS) + _mean(surprise, present[start + 1 :], counts[start + 1 :])
+
+
+def _waveform_loss(outlook: Outlook, prepared: Prepared, counts_from: int, counts: Tensor) -> Tensor:
+    """8 × smooth L1 of the window, where all of it is in this sequence, + mean Laplace likelihood over the horizons."""
+    z, present = prepared.z, prepared.present.to(prepared.z.dtype)
+    T = len(z)
+    loss = z.new_zeros(())
+    first = max(counts_from, WINDOW)
+    if first < T:
+        target, weight, count = (
+            part[first - WINDOW + 1 :].unfold(0, WINDOW, 1).flip(-1) for part in (z[:, :, 0], present[:, :, 0], counts)
+        )
+        error = functional.smooth_l1_loss(outlook.window[first:], target, reduction="none", beta=0.3)
+        loss = loss + 8 * _mean(error, weight, count)
+    for j, h in enumerate(HORIZONS):
+        start = max(counts_from, 0)
+        if start + h < T:
+            log_scale, location = outlook.log_scale[start:-h, :, j : j + 1], outlook.location[start:-h, :, j : j + 1]
+            surprise = log_scale + (z[start + h :] - location).abs() * torch.exp(-log_scale)
+            loss = loss + _mean(surprise, present[start + h :], counts[start + h :]) / len(HORIZONS)
+    return loss
 
 
 def _mean(error: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -225,13 +280,19 @@ class Trainer:
         width = block.x.shape[1]
         own = self.world.share(width)
         lanes, losses = Lanes.fresh(self.step, own.stop - own.start), []
+        shaken = Shaken.drawn(rng, width, own) if self.network.sizes.waveform else None
         for number, start in enumerate(range(0, len(block.x) - len(LAGS), self.plan.chunk)):
             x, t = (torch.from_numpy(part[start : start + self.plan.chunk, own]) for part in (block.x, block.t))
             prepared = prepare(self.step, x, t, lanes)
-            inputs = corrupted(prepared, self.step.features, rng, width, own)
+            if shaken is None:
+                inputs = corrupted(prepared, self.step.features, rng, width, own)
+            else:
+                prepared = shaken.apply(prepared)
+                inputs = noisy(prepared, rng, width, own)
             code_noise = CODE_NOISE * torch.randn(len(x), width, self.network.sizes.code, generator=noise)[:, own]
             self._set_rate(index * self.plan.chunks + number)
-            losses.append(self._learn(prepared, inputs, code_noise, lanes, block.counts_from if number == 0 else 0))
+            young = block.counts_from if shaken is None else max(block.counts_from, WAVEFORM_SETTLED)
+            losses.append(self._learn(prepared, inputs, code_noise, lanes, young if number == 0 else 0))
         return float(np.mean(losses))
 
     def _set_rate(self, step: int) -> None:
@@ -321,4 +382,9 @@ def _on_cpu(optimizer: dict[str, Any]) -> dict[str, Any]:
 def _float32(outputs: Outputs) -> Outputs:
     """Whatever the network computed in: the loss and the state carried on are float32."""
     state = {name: part.float() for name, part in outputs.state.items()}
-    return Outputs(outputs.lags.float(), outputs.location.float(), outputs.log_scale.float(), state)
+    lags, location, log_scale = outputs.lags.float(), outputs.location.float(), outputs.log_scale.float()
+    if isinstance(outputs, WaveformOutputs):
+        said = outputs.outlook
+        outlook = Outlook(said.seen.float(), said.window.float(), said.location.float(), said.log_scale.float())
+        return WaveformOutputs(lags, location, log_scale, state, outlook)
+    return Outputs(lags, location, log_scale, state)

@@ -95,6 +95,10 @@ def fleet_job(
         raise TableError(f"There is no column {unknown[0]!r} to be context; there are {', '.join(features)}.")
     if context >= set(features):
         raise TableError("All columns are context: at least one must be scored.")
+    if sizes.waveform and len(features) != 1:
+        raise TableError(f"A waveform is one column, here are {len(features)}: {', '.join(features)}. Leave the others out with --exclude.")
+    if sizes.waveform and sizes.cell == "none":
+        raise TableError("A waveform is judged by its network: --waveform and --cell none exclude each other.")
     fleet = Fleet(streams, validation)
     if max(fleet.splits) < plan.chunk:
         raise TableError(f"The longest stream has {max(map(len, streams))} rows: too few to train on ({plan.chunk} at least).")
@@ -111,7 +115,7 @@ def fleet_job(
         command=command,
         data=", ".join(path.name for path in paths),
         data_sha256=cached.sha256,
-        clip=1e4 if len(features) == 1 else 50.0,
+        clip=1e4 if len(features) == 1 and not sizes.waveform else 50.0,
         calibration=_lanes([cut(streams[i], 0, fleet.splits[i]) for i in longest]),
         evaluation=evaluation,
         counted_from=[min(fleet.splits[i], 4000) for i in longest],
@@ -119,7 +123,7 @@ def fleet_job(
         streams=len(streams),
         rows=sum(map(len, streams)),
         context=context,
-        network="keep" if keep_network else "if it pays",
+        network="keep" if keep_network or sizes.waveform else "if it pays",
     )
 
 
@@ -206,7 +210,7 @@ def _what_pays(step: DetectorStep, job: Job) -> tuple[DetectorStep, dict[str, An
     streams = faulty_streams(job.calibration, job.scored, job.plan.seed) if job.network == "if it pays" else None
     if streams is None or isinstance(step.autoencoder, NoNetwork):
         return step, {}
-    bare = _step(job, replace(job.sizes, cell="none"))
+    bare = _step(job, replace(job.sizes, cell="none", waveform=False))
     _pool_signals(bare, job)
     with_network, without = found(step, streams), found(bare, streams)
     pays = with_network["sum"] > without["sum"]

@@ -1,6 +1,7 @@
 """What of an event is unusual, as K non-negative strengths: the exchangeable part between the network and the tail.
 
     one feature        `MemorySignals`    how far the value, its level and the residual lie from where they have been before
+    a waveform         `WaveformSignals`  how far the last window lies from what the code gives back, and the forecasts from what came
     several features   `ResidualSignals`  size of the residuals, their slow level, and how unusual they are together
 
 A strength of 0 means: nothing to see. What a strength is worth as a probability is the tail's business, not theirs.
@@ -16,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from training.autoencoder import HORIZONS, WINDOW, Outlook
 from training.layout import Keeps, Parts, Slot, row_sum
 from training.normaliser import TINY, Normalised
 
@@ -36,6 +38,7 @@ class Residual:
     raw: Tensor
     scaled: Tensor  # over the stream's scale, within ±SCALED_LIMIT
     z: Tensor  # in asinh units, as the network sees them
+    outlook: Outlook | None = None  # a waveform's, after the network has seen this event, [B, ·]
 
 
 class Signals(Protocol):
@@ -123,6 +126,59 @@ class MemorySignals(nn.Module):
         visits = torch.where(visited, grown, visits)
         after = {"ends": ends, "visits": visits, "debt": debt, "range": hull}
         return novelty.reshape(K, -1), {name: part.reshape(parts[name].shape[0], -1) for name, part in after.items()}
+
+
+class WaveformSignals(nn.Module):
+    """For a waveform: is the shape of the last window, and are the values forecast some time ago, what the code holds for usual?
+
+        window     mean |value - reconstruction| over the last WINDOW values
+        forecast   |value - forecast| over the network's own scale, averaged over SMOOTHED events, combined over the JUDGED horizons
+
+    Rings have the newest first. A pending forecast is its location and its precision exp(-log-scale): zeros say nothing, so a fresh
+    stream's errors are 0. Nothing is learned of a stream here: frozen streams are judged on.
+    """
+
+    names = ("window", "forecast")
+    JUDGED = (8, 16, 32)
+    SMOOTHED = 64
+
+    def __init__(self, burn: int = 200) -> None:
+        super().__init__()
+        self.burn = burn
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        pending = [Slot(f"{name}_{h}", h, Keeps.ROWS) for h in self.JUDGED for name in ("pending_location", "pending_precision")]
+        errors = [Slot(f"errors_{h}", self.SMOOTHED, Keeps.ROWS) for h in self.JUDGED]
+        return (Slot("recent", WINDOW, Keeps.ROWS), *pending, *errors)
+
+    def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
+        """Age [B, 1]: events learned before this one. Where the value is missing, the last one stands for it, and the last error."""
+        outlook = residual.outlook
+        if outlook is None:
+            raise ValueError("WaveformSignals need the outlook of a WaveformAutoencoder.")
+        after = {"recent": _pushed(outlook.seen, parts["recent"])}
+        window = row_sum((after["recent"] - outlook.window).abs()) / WINDOW
+        logs = torch.zeros_like(window)
+        for h in self.JUDGED:
+            location, precision, errors = (parts[f"{name}_{h}"] for name in ("pending_location", "pending_precision", "errors"))
+            error = (outlook.seen - location[:, -1:]).abs() * precision[:, -1:]
+            errors = _pushed(torch.where(event.present, error, errors[:, :1]), errors)
+            logs = logs + torch.log1p(row_sum(errors) / self.SMOOTHED)
+            at = HORIZONS.index(h)
+            after |= {
+                f"errors_{h}": errors,
+                f"pending_location_{h}": _pushed(outlook.location[:, at : at + 1], location),
+                f"pending_precision_{h}": _pushed(torch.exp(-outlook.log_scale[:, at : at + 1]), precision),
+            }
+        strengths = torch.cat([window, torch.exp(logs / len(self.JUDGED)) - 1], dim=1)
+        strengths = torch.where(event.present & (age >= self.burn), strengths, 0.0)
+        return strengths, torch.ones_like(event.u), after
+
+
+def _pushed(newest: Tensor, ring: Tensor) -> Tensor:
+    """The ring [B, N] with the newest [B, 1] before all, and without its oldest."""
+    return torch.cat([newest, ring[:, :-1]], dim=1)
 
 
 class ResidualSignals(nn.Module):
