@@ -27,8 +27,6 @@ from training.distributed import ALONE, World
 from training.layout import Parts
 
 CODE_NOISE = 0.05
-WAVEFORM_SETTLED = 128
-"""Rows of a waveform's lane before its normaliser and its window are worth learning from."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,10 @@ class Plan:
     seed: int = 0
     check_every: int = 5  # blocks between looks at the validation part
     patience: int = 8  # looks without a better one before stopping
+    lead: int = 0  # first rows of each lane, which the normaliser alone sees
 
 
-WAVEFORM_PLAN = Plan(steps=900, chunk=320, learning_rate=5e-3, patience=30)
+WAVEFORM_PLAN = Plan(steps=900, chunk=320, learning_rate=5e-3, patience=30, lead=500)
 """Patient: the loss of a few lanes' last rows is noisy, and a one-cycle run is best at its end."""
 
 
@@ -275,13 +274,16 @@ class Trainer:
 
     def _block(self, index: int) -> float:
         rng = np.random.default_rng([self.plan.seed, index])
-        block = self.source.block(rng, self.plan.lanes, self.plan.chunk * self.plan.chunks)
+        block = self.source.block(rng, self.plan.lanes, self.plan.lead + self.plan.chunk * self.plan.chunks)
         noise = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + index)
         width = block.x.shape[1]
         own = self.world.share(width)
         lanes, losses = Lanes.fresh(self.step, own.stop - own.start), []
         shaken = Shaken.drawn(rng, width, own) if self.network.sizes.waveform else None
-        for number, start in enumerate(range(0, len(block.x) - len(LAGS), self.plan.chunk)):
+        lead = min(self.plan.lead, len(block.x) // 4)
+        if lead:
+            prepare(self.step, torch.from_numpy(block.x[:lead, own]), torch.from_numpy(block.t[:lead, own]), lanes)
+        for number, start in enumerate(range(lead, len(block.x) - len(LAGS), self.plan.chunk)):
             x, t = (torch.from_numpy(part[start : start + self.plan.chunk, own]) for part in (block.x, block.t))
             prepared = prepare(self.step, x, t, lanes)
             if shaken is None:
@@ -291,8 +293,7 @@ class Trainer:
                 inputs = noisy(prepared, rng, width, own)
             code_noise = CODE_NOISE * torch.randn(len(x), width, self.network.sizes.code, generator=noise)[:, own]
             self._set_rate(index * self.plan.chunks + number)
-            young = block.counts_from if shaken is None else max(block.counts_from, WAVEFORM_SETTLED)
-            losses.append(self._learn(prepared, inputs, code_noise, lanes, young if number == 0 else 0))
+            losses.append(self._learn(prepared, inputs, code_noise, lanes, block.counts_from if number == 0 else 0))
         return float(np.mean(losses))
 
     def _set_rate(self, step: int) -> None:
