@@ -171,6 +171,8 @@ def _key(data: DataSet, detector: str, seed: int, settings: str, sources: Sequen
     for pattern in sources:
         for path in sorted(ROOT.glob(pattern)):
             sha.update(path.read_bytes())
+    for case in data.cases:
+        sha.update(case.x.tobytes())
     slug = re.sub(r"[^a-z0-9]+", "-", detector.lower()).strip("-")
     return f"{data.name}-{slug}-{seed}-{sha.hexdigest()[:12]}"
 

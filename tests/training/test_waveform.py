@@ -11,15 +11,14 @@ import torch
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from service.detector import Detector
+from service.detector import Detector, session_of
 from training.__main__ import app
 from training.autoencoder import HORIZONS, WINDOW, Outlook, Sizes, WaveformAutoencoder
 from training.data import Float32
-from training.detector import DetectorStep
 from training.fit import Prepared, loss_of
 from training.normaliser import Normalised
 from training.signals import Residual, WaveformSignals
-from training.verify import Runner, session_of
+from training.verify import Runner
 
 TINY = Sizes(hidden=6, code=3, decoder_hidden=4, waveform=True)
 
