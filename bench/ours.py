@@ -42,6 +42,8 @@ class Recipe:
     """Of telemetry only column 0 is given."""
     context: bool = False
     """Of telemetry only column 0 is scored; the commands are context."""
+    waveform: bool = False
+    """`--waveform`, with its own number of steps."""
 
     @property
     def seeded(self) -> bool:
@@ -78,7 +80,8 @@ def _fitted(data: DataSet, recipe: Recipe, steps: int, seed: int, folder: Path) 
         np.savez(rows / f"history-{i}.npz", train=x, timestamps=MONDAY + np.arange(len(x), dtype=np.float64))
     command = [sys.executable, "-m", "training", "fit", "--data", str(rows), "--out", str(model), "--name", "quality"]
     command += [argument for i in range(1, data.features if recipe.context else 1) for argument in ("--context", f"f{i}")]
-    command += ["--cell", str(recipe.cell), "--steps", str(steps), "--seed", str(seed), "--resume", "--keep-network"]
+    command += ["--cell", str(recipe.cell), "--seed", str(seed), "--resume", "--keep-network"]
+    command += ["--waveform", "--steps", str(steps * 9 // 4)] if recipe.waveform else ["--steps", str(steps)]  # 900 for 400: the defaults
     log = folder / "fit.log"
     with log.open("w") as file:
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
@@ -112,6 +115,10 @@ SIGNAL_RECIPES: dict[str, Recipe] = {f"{name}, signal only": Recipe(recipe.cell,
 CONTEXT_RECIPES: dict[str, Recipe] = {
     f"{name}, commands as context": Recipe(recipe.cell, context=True) for name, recipe in RECIPES.items() if recipe.cell != "memoryless"
 }
+WAVEFORM_RECIPES: dict[str, Recipe] = {
+    "detector, waveform": Recipe("standard", waveform=True),
+    "memoryless, waveform": Recipe("memoryless", waveform=True),
+}
 SHIPPED: dict[str, Recipe] = {"shipped default": Recipe(None)}
 SHIPPED_SIGNAL: dict[str, Recipe] = {"shipped default, signal only": Recipe(None, signal_only=True)}
 
@@ -120,4 +127,6 @@ def recipes(data: DataSet) -> dict[str, Recipe]:
     """Those that make sense on this set."""
     if data.telemetry:
         return RECIPES | CONTEXT_RECIPES | SIGNAL_RECIPES | SHIPPED_SIGNAL
+    if data.waveform:
+        return WAVEFORM_RECIPES | RECIPES | SHIPPED
     return RECIPES | (SHIPPED if data.features == 1 else {})

@@ -73,6 +73,8 @@ class DataSet:
     """Further recordings to learn from, [n, F] each."""
     alike: bool = True
     """Whether a feature is the same quantity in all streams."""
+    waveform: bool = False
+    """One feature, whose shape over time is what matters."""
     telemetry: bool = False
     """Column 0 is the signal, the others are command bits."""
 
@@ -171,7 +173,7 @@ def _ecg(data: Path) -> DataSet:
     for path in sorted((data / "ecg").glob("MBA*.csv")):
         x, label = np.loadtxt(path, delimiter=",").T
         cases.append(_plain(path.stem, x, label > 0, 1 / 128, fit=len(x) // 10, scored=0, window=vus_window(x)))
-    return DataSet("ecg", cases)
+    return DataSet("ecg", cases, waveform=True)
 
 
 def _ucr(data: Path) -> DataSet:
