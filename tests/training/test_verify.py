@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from service.artifact import Feature, Manifest
-from service.detector import Detector, StepOutput
+from service.detector import Detector, StepOutput, session_of
 from service.errors import ArtifactError
-from tests.training.conftest import TINY
+from tests.training.conftest import TINY, random_step
 from training.autoencoder import Autoencoder
 from training.cells import StandardCell
 from training.data import Float32
 from training.detector import WARMUP, DetectorStep
-from training.export import manifest_of, publish, training_record
+from training.export import manifest_of, publish, to_onnx, training_record
 from training.layout import Parts
 from training.networks import Stack
+from training.signals import ResidualSignals
 from training.verify import (
     Runner,
     StepFunction,
@@ -130,3 +131,13 @@ def test_probe_inputs_reach_beyond_the_warm_up_and_raise_onsets(univariate: Dete
         out = run(state, x[i], t[i], learn[i], alpha[i])
         state, onsets = out.state, onsets + int((out.onset_p < 1).sum())
     assert onsets > 10
+
+
+def test_a_fleet_of_commands_that_hardly_ever_change_is_published() -> None:
+    """Their pooled precision is large, and what a stream adds to it a small difference of large numbers."""
+    step = random_step(45)
+    assert isinstance(step.signals, ResidualSignals)
+    commands = torch.from_numpy((np.random.default_rng(0).random((3000, 45)) < 0.002).astype(np.float32))
+    step.signals.fit(commands, commands)
+    assert step.signals.usual_precision.max() > 100
+    verify_same_answers(step, Runner(session_of(to_onnx(step))))
