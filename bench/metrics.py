@@ -45,15 +45,6 @@ def vus_window(x: Float64) -> int:
     return best + 3 if 3 <= best <= 300 else 125
 
 
-def average_precision(score: Float64, label: Bool) -> float:
-    """Area under the precision-recall curve as steps, equal scores as one threshold (scikit-learn's)."""
-    order = np.argsort(-score, kind="stable")
-    ranked, hits = score[order], np.cumsum(label[order])
-    last = np.append(ranked[1:] != ranked[:-1], True)
-    recall = hits[last] / hits[-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * hits[last] / (np.flatnonzero(last) + 1)))
-
-
 def vus_pr(score: Float64, label: Bool, window: int) -> float:
     """Mean over w = 0..window of the area under the PR curve with labels that fade over w/2 rows. `label` has a true row."""
     falling = -np.sort(-score)

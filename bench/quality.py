@@ -30,11 +30,12 @@ from bench.ours import FitFailed, Recipe, Setting, fit_and_score, recipes
 from bench.quality_tables import set_table, summary
 from bench.servers import console
 from bench.sets import SETS, Case, DataSet, load
+from training.faults import average_precision
 
 SIGNAL_BASELINES = ("VAR + PCA", "EW level", "|z|")
 QUICK_CASES, QUICK_ROWS, QUICK_STEPS = 3, 6000, 40
 ROOT = Path(__file__).parent.parent
-HARNESS = ("bench/metrics.py", "bench/sets.py", "bench/baselines.py", "bench/quality.py")
+HARNESS = ("training/faults.py", "bench/metrics.py", "bench/sets.py", "bench/baselines.py", "bench/quality.py")
 FITTED = ("bench/sets.py", "bench/ours.py", "training/*.py")
 PRODUCT = (*FITTED, *HARNESS, "service/*.py", "service/models/*.onnx")
 
@@ -239,7 +240,7 @@ def measure(data: DataSet, detector: str, seed: int, answers: Sequence[Answer], 
 
 
 def _areas(case: Case, answer: Answer) -> tuple[float, float]:
-    return metrics.vus_pr(answer.score, case.label, case.window), metrics.average_precision(answer.score, case.label)
+    return metrics.vus_pr(answer.score, case.label, case.window), average_precision(answer.score, case.label)
 
 
 def _blamed(case: Case, answer: Answer) -> list[tuple[bool, float]]:

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from bench import quality
 from bench.baselines import BASELINES, Answer, Lanes, normalise, threshold
-from bench.metrics import Bool, Float64, Named, alarms, average_precision, blamed, delays, f1, vus_pr, vus_window
+from bench.metrics import Bool, Float64, Named, alarms, blamed, delays, f1, vus_pr, vus_window
 from bench.sets import Case, DataSet, load
+from training.faults import average_precision
 
 
 def ranked(seed: int, rows: int, runs: list[tuple[int, int]], tied: bool, shift: float) -> tuple[Float64, Bool]:

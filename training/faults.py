@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.calibrate import Observed, observe
-from training.data import Float32, Float64, Stream, cut, pad
+from training.data import Float32, Float64, Stream, cut, pad, variance_of
 from training.detector import DetectorStep
 
 Bool = NDArray[np.bool_]
@@ -62,16 +62,19 @@ FAULTS: tuple[Fault, ...] = (_offset, _noise, _stuck, _ramp, _amplified, _shuffl
 def inject(rng: np.random.Generator, x: Float32, scored: Bool, start: int) -> tuple[Float32, Bool]:
     """Faults into x [T, F] from row `start` on, with quiet in between; returns the changed copy and which rows [T] are faulty."""
     y, faulty = x.astype(np.float64), np.zeros(len(x), bool)
-    deviation = np.nanstd(y[:start], axis=0)
-    able = np.flatnonzero(scored & np.isfinite(deviation) & (deviation > 0) & np.isfinite(y[start:]).all(axis=0))
+    deviation = np.sqrt(variance_of(x[:start]))
+    given = np.isfinite(y)
+    able = np.flatnonzero(scored & (deviation > 0) & given[start:].any(axis=0))
     at = start + int(rng.integers(10, 60))
     while len(able) and at < len(x) - 12:
         length = min(int(math.exp(rng.uniform(math.log(3), math.log(LONGEST)))), len(x) - at)
         count = round(math.exp(rng.uniform(0, math.log(len(able)))))
         fault, size = FAULTS[rng.integers(len(FAULTS))], math.exp(rng.uniform(math.log(0.5), math.log(4)))
         for feature in rng.choice(able, count, replace=False):
-            y[at : at + length, feature] = fault(rng, y[at : at + length, feature], size, deviation[feature])
-        faulty[at : at + length] = True
+            rows = at + np.flatnonzero(given[at : at + length, feature])  # a gap stays a gap
+            if len(rows):
+                y[rows, feature] = fault(rng, y[rows, feature], size, deviation[feature])
+                faulty[at : at + length] = True
         at += length + int(rng.integers(100, 300))
     return y.astype(np.float32), faulty
 
@@ -92,7 +95,7 @@ class Faulty:
 
 
 def faulty_streams(streams: Sequence[Stream], scored: Sequence[bool], seed: int) -> Faulty | None:
-    """The longest streams, cut to the same rows; None where the history is too short."""
+    """The longest streams, cut to the same rows; None where the history is too short, or nothing in it ever moves."""
     longest = sorted((stream for stream in streams if len(stream) >= FEWEST), key=len, reverse=True)[:STREAMS]
     if not longest:
         return None
@@ -104,6 +107,8 @@ def faulty_streams(streams: Sequence[Stream], scored: Sequence[bool], seed: int)
         x, faulty = inject(rng, piece.x, np.array(scored), rows // 2)
         changed.append(Stream(piece.name, x, piece.t))
         labels.append(faulty)
+    if not np.any(labels):
+        return None
     x, t = pad(changed, rows)
     return Faulty(x, t, np.stack(labels, axis=1), rows // 2)
 
@@ -125,11 +130,9 @@ def _evidence(observed: Observed, start: int, burn: int) -> Float64:
 
 
 def average_precision(score: Float64, label: Bool) -> float:
-    """Σ precision · Δrecall over the distinct thresholds, as in scikit-learn; 0 where nothing is labelled."""
+    """Σ precision · Δrecall over the distinct thresholds, as in scikit-learn. `label` has a true row."""
     order = np.argsort(-score, kind="stable")
     hits = np.cumsum(label[order])
-    if not len(hits) or hits[-1] == 0:
-        return 0.0
     last = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
     recall = hits[last] / hits[-1]
     return float(np.sum(np.diff(recall, prepend=0.0) * hits[last] / (last + 1)))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 Parts = dict[str, Tensor]
-"""Slice name → [size, B]; the network's [B, size]."""
+"""Slice name → [size, B]; those of `Keeps.ROWS` [B, size]."""
 LEARNED = "learned"
 """Under this name `split` also gives all slots that `join` keeps, as one piece [n, B]."""
 
@@ -28,7 +28,7 @@ LEARNED = "learned"
 class Keeps(enum.Enum):
     """When a slot keeps its old values. Members are in the order of the state."""
 
-    ROWS = "rows"  # follows every event; the network's, [B, size]
+    ROWS = "rows"  # follows every event; the network's and a waveform's rings, [B, size]
     NEVER = "running"  # follows every event
     ITSELF = "itself"  # when its part says so
     FEATURE = "feature"  # [n·F, B]: where the feature is missing, and when learning is frozen

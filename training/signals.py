@@ -5,7 +5,7 @@
     several features   `ResidualSignals`  size of the residuals, their slow level, and how unusual they are together
 
 A strength of 0 means: nothing to see. What a strength is worth as a probability is the tail's business, not theirs.
-Shapes: B streams, F features, K signals, M intervals. The batch is the last axis, but for `ResidualSignals`, which see it first.
+Shapes: B streams, F features, K signals, M intervals. The batch is the last axis for `MemorySignals`, the first for the others.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class Signals(Protocol):
     def slots(self) -> tuple[Slot, ...]: ...
 
     def __call__(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
-        """Strengths [K, B], 0 where no feature is present; weights of the features [F, B] for attribution; the parts after the event."""
+        """Strengths, 0 where no feature is present; weights of the features for attribution; the parts after the event.
+
+        [K, B] and [F, B], or [B, K] and [B, F] where the batch is first (`DetectorStep` turns them).
+        """
         ...
 
 
@@ -191,7 +194,7 @@ class ResidualSignals(nn.Module):
     Scale, mean and precision P start at pooled ones and become the stream's own. P follows d by one step of Sherman and Morrison,
     (1 + a)·(P - a·Pd·dᵀP / (1 + a·dᵀPd)). Where nothing moves (a constant feature) that grows without end; so P is drawn back to the
     pooled one as soon as a diagonal element is some tens of times the pooled one's: it stays positive definite in float32 for ever.
-    Beyond WIDEST features, d is their projection on as many pooled principal directions.
+    d is of the scored features; beyond WIDEST of them, of their projection on as many pooled principal directions.
     """
 
     names = ("residual", "level", "distance")
@@ -213,14 +216,15 @@ class ResidualSignals(nn.Module):
         """`scored` [F]: False for features that are context, seen by the network and never judged."""
         super().__init__()
         self.features, self.burn = features, burn
-        self.width = D = min(features, WIDEST)
+        judged = torch.tensor(scored or [True] * features)
+        self.width = D = min(int(judged.sum()), WIDEST)
         first, second = torch.triu_indices(D, D)
         place = torch.zeros(D, D, dtype=torch.long)
         place[first, second] = place[second, first] = torch.arange(len(first))
-        self.register_buffer("scored", torch.tensor(scored or [True] * features))
+        self.register_buffer("scored", judged)
         self.register_buffer("usual", torch.full((features,), 0.3))  # pooled mean |residual|, fitted
         self.register_buffer("usual_mean", torch.zeros(features))  # pooled mean of the linear residuals, fitted
-        self.register_buffer("directions", torch.eye(features)[:, :D].contiguous())
+        self.register_buffer("directions", torch.eye(features)[:, judged][:, :D].contiguous())
         self.register_buffer("usual_precision", (first == second).float())  # packed upper triangle, fitted
         for name, index in (("first", first), ("second", second), ("unpack", place.flatten()), ("diagonal", place.diagonal().clone())):
             self.register_buffer(name, index, persistent=False)
@@ -246,9 +250,9 @@ class ResidualSignals(nn.Module):
         mean = clipped.sum(dim=0) / count
         centred = torch.where(given & self.scored, clipped - mean, 0.0)
         covariance = centred.T @ centred / max(len(centred), 1)
-        if self.width < self.features:
-            self.directions.copy_(torch.linalg.eigh(covariance)[1][:, -self.width :])
-            covariance = self.directions.double().T @ covariance @ self.directions.double()
+        if self.width < int(self.scored.sum()):
+            self.directions.copy_(torch.linalg.eigh(covariance)[1][:, -self.width :])  # context varies in none of them
+        covariance = self.directions.double().T @ covariance @ self.directions.double()
         ridge = 0.05 * covariance.trace() / self.width + 1e-6
         precision = torch.linalg.inv(covariance + ridge * torch.eye(self.width, dtype=torch.float64))
         self.usual_mean.copy_(mean)

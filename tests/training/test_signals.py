@@ -218,6 +218,7 @@ def test_a_feature_that_stands_still_for_ever_leaves_the_precision_finite_and_de
 
 def test_context_is_seen_by_nothing_that_judges() -> None:
     signals = ResidualSignals(3, [True, False, True])
+    assert len(signals.first) == 3  # the precision of two features, not of three
     values = correlated(200, 2, 3)
     strengths, _ = run_signals(signals, values)
     values[150:, :, 1] += 50
