@@ -46,7 +46,7 @@ class Service:
         """Load and verify the models. Raises ArtifactError; opens nothing yet."""
         self.settings = settings
         self.metrics = Metrics()
-        self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads)
+        self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads, settings.provider)
         self.default_model = _default(self.detectors, settings)
         self.scorers: dict[str, Scorer] = {}
         self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics)
@@ -57,7 +57,8 @@ class Service:
         self._closing = False
         self.metrics.build.info({"version": VERSION})
         for name, detector in self.detectors.items():
-            self.metrics.model.labels(name).info({"version": detector.manifest.version, "sha256": detector.sha256[:16]})
+            about = {"version": detector.manifest.version, "sha256": detector.sha256[:16], "provider": detector.providers[0]}
+            self.metrics.model.labels(name).info(about)
 
     async def live(self) -> str | None:
         stuck = [name for name, scorer in self.scorers.items() if not scorer.healthy]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -24,9 +25,11 @@ from service.artifact import (
     parse_manifest,
     verify_seal,
 )
-from service.errors import ArtifactError
+from service.errors import ArtifactError, BadSetting
 
 Float32 = NDArray[np.float32]
+Provider = Literal["cpu", "cuda"]
+"""Where a step runs."""
 
 MAX_ROWS = 1024
 """Largest inference batch; more rows are stepped in slices."""
@@ -35,6 +38,12 @@ SELFTEST_TOLERANCE = 1e-3
 
 _DISABLED = ["TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider"]
 """It would push the two transposes of the state through the whole graph and multiply them: 9 become 39, a third of the time."""
+
+_EXECUTION: dict[Provider, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    # TF32 keeps 10 bits of a product's factors; an algorithm found by trial may be another one after a restart, and round differently.
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
+}
 
 _INPUTS = {"state", "x", "t", "learn", "alpha"}
 _OUTPUTS = ["state_out", "p_value", "onset_p", "expected", "lower", "upper", "contribution"]
@@ -67,17 +76,21 @@ class Detector:
         self.manifest = manifest
         self.sha256 = sha256
         self._session = session
+        # On a GPU the kernels depend on the number of rows at every size, and 1,024 take hardly longer than 8: one size is all it gets.
+        self._whole_batches = self.providers[0] != _EXECUTION["cpu"][0]
 
     @classmethod
-    def load(cls, path: Path, intra_op_threads: int = 1) -> Detector:
-        """Read, verify and self-test one file. Raises ArtifactError that says why it is refused."""
+    def load(cls, path: Path, intra_op_threads: int = 1, provider: Provider = "cpu") -> Detector:
+        """Read, verify and self-test one file. Raises ArtifactError that says why it is refused, BadSetting without that provider."""
         try:
             content = path.read_bytes()
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error.strerror}.") from error
         sha256 = verify_seal(content, path)
         try:
-            session = session_of(content, intra_op_threads)
+            session = session_of(content, intra_op_threads, provider)
+        except BadSetting:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise ArtifactError(f"{path} is not a model ONNX Runtime can load: {error}") from error
         metadata = session.get_modelmeta().custom_metadata_map
@@ -151,7 +164,7 @@ class Detector:
         self._check_row_invariance(last, out)
 
     def _step_padded(self, state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
-        rows, padded = len(x), bucket(len(x))
+        rows, padded = len(x), MAX_ROWS if self._whole_batches else bucket(len(x))
         feed = {"state": state, "x": x, "t": t, "learn": learn, "alpha": alpha}
         if padded != rows:
             feed = {name: _pad(values, padded) for name, values in feed.items()}
@@ -198,24 +211,38 @@ class Detector:
                     )
 
 
-def load_detectors(path: Path, intra_op_threads: int = 1) -> dict[str, Detector]:
+def load_detectors(path: Path, intra_op_threads: int = 1, provider: Provider = "cpu") -> dict[str, Detector]:
     """All detectors that `path` names, by name. Raises ArtifactError when two files carry the same name."""
     detectors: dict[str, Detector] = {}
     for file in find_artifacts(path):
-        detector = Detector.load(file, intra_op_threads)
+        detector = Detector.load(file, intra_op_threads, provider)
         if detector.name in detectors:
             raise ArtifactError(f"{path} holds two models named '{detector.name}': keep one version of each.")
         detectors[detector.name] = detector
     return detectors
 
 
-def session_of(graph: bytes, intra_op_threads: int = 1) -> ort.InferenceSession:
-    """As every step function is run. Raises what ONNX Runtime raises when it cannot load it."""
+def session_of(graph: bytes, intra_op_threads: int = 1, provider: Provider = "cpu") -> ort.InferenceSession:
+    """As every step function is run. Raises BadSetting where `provider` cannot be had, and what ONNX Runtime raises for a bad graph.
+
+    ONNX Runtime itself goes on with its CPU provider when another one fails: what the session says it got is compared.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED)
+    name, settings = _EXECUTION[provider]
+    if name not in ort.get_available_providers():
+        raise BadSetting(f"ONSET_PROVIDER is '{provider}', but this ONNX Runtime was built without {name}: install onset[gpu].")
+    if provider == "cuda":
+        ort.preload_dlls()  # NVIDIA's libraries from their wheels; the loader would not look there
+    session = ort.InferenceSession(graph, options, providers=[(name, settings)], disabled_optimizers=_DISABLED)
+    if (got := session.get_providers())[0] != name:
+        raise BadSetting(
+            f"ONSET_PROVIDER is '{provider}', but ONNX Runtime got no further than {got[0]}: {name} needs an NVIDIA GPU with its driver, "
+            "and CUDA and cuDNN (pip install 'onset[gpu]'). Its own words are on standard error."
+        )
+    return session
 
 
 def _pad(values: Float32, rows: int) -> Float32:

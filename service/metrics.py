@@ -15,8 +15,8 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         # Info: version and runtime of this build.
         self.build = Info("onset_build", "Version and runtime of this build.", registry=registry)
-        # Info: which model file scores. Differs between replicas during a rollout, never for long.
-        self.model = Info("onset_model", "Version and hash of a loaded model.", ["model"], registry=registry)
+        # Info: which model file scores, and where ONNX Runtime really runs it. Differs between replicas during a rollout, never for long.
+        self.model = Info("onset_model", "Version, hash and execution provider of a loaded model.", ["model"], registry=registry)
         # Counter: events by door and what became of them: scored, duplicate, late, rejected, failed.
         # late grows: a sender's clock or order is wrong. rejected grows: a client sends what no model takes. failed: the store.
         self.events = Counter("onset_events", "Events by door and outcome.", ["door", "outcome"], registry=registry)

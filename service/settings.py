@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.detector import Provider
 from service.policy import LARGEST_ALPHA, SMALLEST_ALPHA, per_event
 
 SHIPPED_MODELS = Path(__file__).parent / "models"
@@ -56,6 +57,8 @@ class Settings(BaseSettings):
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""
     inference_threads: Annotated[int, Field(ge=1)] = 1
+    provider: Provider = "cpu"
+    """Where a step runs: cpu, or cuda (an NVIDIA GPU; needs the extra `gpu`). What cannot be had stops the service."""
     drain_seconds: Annotated[float, Field(ge=0)] = 10
     """How long a stopping service finishes what it has accepted."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 
+from service.app import Service
 from service.detector import MAX_ROWS, Detector, StepOutput, bucket
-from service.settings import SHIPPED_MODELS
+from service.errors import BadSetting
+from service.settings import SHIPPED_MODELS, Settings
 from tests.tiny import build_tiny
 
 FIELDS = tuple(StepOutput.__dataclass_fields__)
+GPU = Path("/dev/nvidia0").exists()
 
 
 @pytest.fixture(scope="module", params=["tiny", "shipped"])
@@ -106,3 +110,29 @@ def test_warm_up_gives_no_score_and_then_always_one(detector: Detector) -> None:
 def test_loading_the_same_file_twice_gives_the_same_fingerprint(tmp_path: Path) -> None:
     path = build_tiny(tmp_path)
     assert Detector.load(path).fingerprint == Detector.load(path).fingerprint != 0
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_a_provider_that_cannot_be_had_is_refused_and_not_replaced_by_the_cpu(tiny_model_path: Path) -> None:
+    with pytest.raises(BadSetting, match=r"ONSET_PROVIDER is 'cuda', but .*CUDAExecutionProvider"):
+        Detector.load(tiny_model_path, provider="cuda")
+    with pytest.raises(BadSetting, match="ONSET_PROVIDER"):
+        Service(Settings(model=tiny_model_path, provider="cuda"))
+
+
+@pytest.mark.skipif(not GPU, reason="there is no GPU")
+def test_on_a_gpu_the_asked_provider_runs_every_batch_and_answers_as_the_cpu() -> None:
+    path = next(SHIPPED_MODELS.glob("default-*.onnx"))
+    on_gpu, on_cpu = (Detector.load(path, provider=provider) for provider in ("cuda", "cpu"))
+    assert on_gpu.providers[0] == "CUDAExecutionProvider"
+    given = inputs(on_cpu, 100)
+    for name in FIELDS:
+        got, want = getattr(on_gpu.step(*given), name), getattr(on_cpu.step(*given), name)
+        assert np.allclose(got, want, rtol=1e-4, atol=1e-4, equal_nan=True), name
+
+
+def test_where_a_model_runs_is_a_metric(tiny_model_path: Path) -> None:
+    service = Service(Settings(model=tiny_model_path))
+    (line,) = [text for text in generate_latest(service.metrics.registry).decode().splitlines() if text.startswith("onset_model_info{")]
+    assert 'model="tiny"' in line
+    assert 'provider="CPUExecutionProvider"' in line

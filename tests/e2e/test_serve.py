@@ -97,6 +97,7 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(tmp_path: Path, tiny_m
     broken.write_bytes(tiny_model_path.read_bytes()[:-100])
     assert "broken.onnx" in refused("--model", str(broken))
     assert re.search("ONSET_PORT.*many", refused(PORT="many"))
+    assert re.search("ONSET_PROVIDER.*tpu", refused(PROVIDER="tpu"))
     assert re.search("ONSET_REDIS_URL.*redis://", refused("--redis-url", "nonsense", "--model", str(tiny_model_path)))
     assert str(broken) in refused("--data-dir", str(broken), "--model", str(tiny_model_path))  # a file where a folder must be
     assert "--host" in refused("--host", "not a host", "--model", str(tiny_model_path))
