@@ -10,20 +10,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 
 START_SECONDS = 60.0
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 def console() -> Console:
     """Wide enough for a table where the output is a file or a pipe, which has no width."""
     plain = Console()
-    return plain if plain.is_terminal else Console(width=140)
+    return plain if plain.is_terminal else Console(width=160)
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def service(data_dir: Path, *, redis_url: str = "", model: str = "") -> Iterator[Server]:
-    """`python -m service serve` as a user starts it, on a free port."""
-    settings = {"ONSET_DATA_DIR": str(data_dir), "ONSET_REDIS_URL": redis_url, "ONSET_MODEL": model}
-    with started([sys.executable, "-m", "service", "serve"], {name: value for name, value in settings.items() if value}) as server:
+def service(data_dir: Path, *, redis_url: str = "", model: str = "", settings: Mapping[str, str] = NONE) -> Iterator[Server]:
+    """`python -m service serve` as a user starts it, on a free port. `settings` are further ONSET_... variables."""
+    given = {"ONSET_DATA_DIR": str(data_dir), "ONSET_REDIS_URL": redis_url, "ONSET_MODEL": model, **settings}
+    with started([sys.executable, "-m", "service", "serve"], {name: value for name, value in given.items() if value}) as server:
         yield server
 
 

@@ -1,0 +1,69 @@
+"""Events that the benchmarks send: bodies of 1,000 events with one or several events a stream, and single events.
+
+Templates are made once; each sending puts its time into them by `bytes.replace`, so that a load generator costs little.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from bench.load import Request, post
+
+BODY_EVENTS = 1000
+PASSES = 8
+"""With one, every stream would repeat one value for ever."""
+NDJSON, JSON = "application/x-ndjson", "application/json"
+SPACING_SECONDS = 0.001
+"""Between a stream's events in one body; the last is of the time of sending."""
+
+
+def stream_id(stream: int) -> str:
+    return f"bench-{stream:06d}"
+
+
+def event_line(stream: int, values: Iterable[float], names: Sequence[str] = ("value",), place: int = 0) -> bytes:
+    """One event as a line; `place` counts a stream's events within the body."""
+    numbers = ",".join(f'"{name}":{value}' for name, value in zip(names, values, strict=True))
+    return b'{"stream_id":"%s","values":{%s},"timestamp":%s}\n' % (stream_id(stream).encode(), numbers.encode(), _stamp(place))
+
+
+def bodies(streams: Sequence[int], each: int = 1, names: Sequence[str] = ("value",), passes: int = PASSES, seed: int = 0) -> list[bytes]:
+    """NDJSON templates that pass over `streams` with new values each time; in a body `each` events of a stream, in turn as sensors tick."""
+    width = BODY_EVENTS // each
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(passes):
+        for first in range(0, len(streams), width):
+            some = streams[first : first + width]
+            values = rng.normal(20.0, 1.0, (each, len(some), len(names))).round(3).tolist()
+            made.append(b"".join(event_line(i, values[k][j], names, k) for k in range(each) for j, i in enumerate(some)))
+    return made
+
+
+def singles(streams: Sequence[int], names: Sequence[str] = ("value",), seed: int = 1) -> list[bytes]:
+    """One event a template, stream after stream."""
+    values = np.random.default_rng(seed).normal(20.0, 1.0, (len(streams), len(names))).round(3).tolist()
+    return [event_line(i, row, names) for i, row in zip(streams, values, strict=True)]
+
+
+def sent(template: bytes, each: int = 1) -> bytes:
+    """A template with the time of sending; a stream's `each` events end with it."""
+    now = time.time()
+    for place in range(each):
+        template = template.replace(_stamp(place), b"%.3f" % (now - SPACING_SECONDS * (each - 1 - place)))
+    return template
+
+
+def requests(templates: Sequence[bytes], content_type: str = NDJSON, each: int = 1, path: str = "/v1/events") -> Request:
+    """Requests from the templates, again and again, each with its time of sending."""
+    turns = itertools.cycle([post(path, template, content_type) for template in templates])
+    return lambda: sent(next(turns), each)
+
+
+def _stamp(place: int) -> bytes:
+    """Stands for the time of sending; of the same length, so that Content-Length holds."""
+    return b"17%08d.000" % place
