@@ -47,11 +47,11 @@ PROCESSES ?= 1
 fit: setup ## train on your own streams: make fit DATA=history/ OUT=models/ PROCESSES=4
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m training fit --data $(DATA) --out $(OUT)
 
-bench: setup ## all benchmarks, each with its baselines in the same run (about eight minutes)
-	$(BIN)/python -m bench.http
-	$(BIN)/python -m bench.memory
-	$(BIN)/python -m bench.start
-	$(BIN)/python -m bench.step
+BENCHES := engine http peers memory recovery overload gpu step
+bench: setup ## all benchmarks, each with its baselines in the same run (about half an hour; each alone: python -m bench.NAME)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@mkdir -p out/bench
+	for name in $(BENCHES); do $(BIN)/python -m bench.$$name --json out/bench/$$name.json || exit 1; done
 
 image-test: ## build the container image for real and run it once (needs root and dockerd)
 	bash scripts/image_test.sh

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from rich.console import Console
 
 START_SECONDS = 60.0
+READY = "/health/ready"
 NONE: Mapping[str, str] = MappingProxyType({})
 
 
@@ -43,15 +44,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def service(data_dir: Path, *, redis_url: str = "", model: str = "", settings: Mapping[str, str] = NONE) -> Iterator[Server]:
+def service(
+    data_dir: Path, *, redis_url: str = "", model: str = "", settings: Mapping[str, str] = NONE, ready: str = READY
+) -> Iterator[Server]:
     """`python -m service serve` as a user starts it, on a free port. `settings` are further ONSET_... variables."""
     given = {"ONSET_DATA_DIR": str(data_dir), "ONSET_REDIS_URL": redis_url, "ONSET_MODEL": model, **settings}
-    with started([sys.executable, "-m", "service", "serve"], {name: value for name, value in given.items() if value}) as server:
+    with started([sys.executable, "-m", "service", "serve"], {name: value for name, value in given.items() if value}, ready) as server:
         yield server
 
 
 @contextmanager
-def started(command: list[str], settings: dict[str, str], ready: str = "/health/ready") -> Iterator[Server]:
+def started(command: list[str], settings: dict[str, str], ready: str = READY) -> Iterator[Server]:
     """A server process; it is told its port by ONSET_PORT, and ended by SIGTERM."""
     port = free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith("ONSET_")}

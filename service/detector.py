@@ -6,6 +6,8 @@ whatever its batch-mates only at such sizes. Loading checks this on the machine 
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -235,7 +237,8 @@ def session_of(graph: bytes, intra_op_threads: int = 1, provider: Provider = "cp
     if name not in ort.get_available_providers():
         raise BadSetting(f"ONSET_PROVIDER is '{provider}', but this ONNX Runtime was built without {name}: install onset[gpu].")
     if provider == "cuda":
-        ort.preload_dlls()  # NVIDIA's libraries from their wheels; the loader would not look there
+        with contextlib.redirect_stdout(sys.stderr):  # where it says what it misses
+            ort.preload_dlls()  # NVIDIA's libraries from their wheels; the loader would not look there
     session = ort.InferenceSession(graph, options, providers=[(name, settings)], disabled_optimizers=_DISABLED)
     if (got := session.get_providers())[0] != name:
         raise BadSetting(
