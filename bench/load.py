@@ -70,10 +70,10 @@ class Offered:
         return Latency.of([seconds for _, seconds in self.accepted])
 
 
-def post(path: str, body: bytes, content_type: str) -> bytes:
-    """A request's bytes."""
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+def post(path: str, body: bytes, content_type: str, tenant: str = "") -> bytes:
+    """A request's bytes; `tenant` as Mimir and Loki name it."""
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}X-Scope-OrgID: {tenant}\r\n\r\n".encode() + body if tenant else f"{head}\r\n".encode() + body
 
 
 class _Connection(asyncio.Protocol):

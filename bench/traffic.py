@@ -58,9 +58,10 @@ def sent(template: bytes, each: int = 1) -> bytes:
     return template
 
 
-def requests(templates: Sequence[bytes], content_type: str = NDJSON, each: int = 1, path: str = "/v1/events") -> Request:
-    """Requests from the templates, again and again, each with its time of sending."""
-    turns = itertools.cycle([post(path, template, content_type) for template in templates])
+def requests(templates: Sequence[bytes], content_type: str = NDJSON, each: int = 1, tenants: Sequence[str] = ("",)) -> Request:
+    """Requests from the templates, again and again, each with its time of sending; the tenants take turns as the templates do."""
+    posts = [post("/v1/events", template, content_type, tenants[i % len(tenants)]) for i, template in enumerate(templates)]
+    turns = itertools.cycle(posts)
     return lambda: sent(next(turns), each)
 
 
