@@ -2,12 +2,13 @@
 
     python -m bench.memory [--quick] [--streams 1000,100000,1000000] [--model FILE] [--seconds 8] [--json FILE]
 
-For the shipped default and for a detector of eight features, or one named by --model: an embedded store is filled, in steps, with warm
-streams by the service's own commit (`bench.warm`; each has its value, its key and its watch), and at each number of streams
+For the shipped default and for a detector of eight features, or one named by --model: a store for each number of streams is filled
+with warm streams by the service's own commit (`bench.warm`; each has its value, its key and its watch), and gets a service. For each:
     bytes    the growth of the server's `used_memory` ÷ streams: values, keys, expiry, watches, the allocator's and the tables' overhead
     load     streams a second that the service's store reads, 1,000 at a time, drawn from all
     score    events a second through HTTP: bodies of 1,000 streams drawn from all, one event each, four connections
-The same number of bodies is drawn at each size, so at 1,000 streams the same ones come back at once and at a million they hardly do.
+The rates are measured in turn, round by round, so that a slower minute of the machine is everybody's. The same number of bodies is drawn
+at each size, so at 1,000 streams the same ones come back at once and at a million they hardly do.
 
 Goals: at most 1,536 bytes for the default and 2,048 at eight features, at the largest number of streams; rates there at least 0.8 of those
 at the smallest.
@@ -20,7 +21,8 @@ import itertools
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -30,15 +32,16 @@ import typer
 from rich.table import Table
 
 from bench.fleet import default_model, fleet_model
-from bench.load import drive
+from bench.load import Request, Tally, drive
 from bench.report import LATENCY_COLUMNS, Goal, Latency, Machine, report, table
-from bench.servers import service
+from bench.servers import Server, service
 from bench.traffic import BODY_EVENTS, bodies, requests, stream_id
 from bench.warm import TTL_SECONDS, fill
 from service.detector import Detector
 from service.embedded import EmbeddedStore
 from service.stores.redis import RedisStore, state_key
 
+ROUNDS = 4
 BODIES = 200
 """Drawn at each number of streams."""
 CONNECTIONS = 4
@@ -72,7 +75,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="The shipped default, up to 20,000 streams, two seconds each.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Fill the store and print what a stream takes and what it costs."""
+    """Fill the stores and print what a stream takes and what it costs."""
     machine = Machine.now()
     sizes = [1000, 20_000] if quick else [int(size) for size in streams.split(",")]
     models = [model] if model else [default_model()] if quick else [default_model(), fleet_model()]
@@ -80,53 +83,73 @@ def main(
     report([_table(rows)], goals(rows), machine, {"rows": [asdict(row) for row in rows]}, json_file)
 
 
+@dataclass
+class Store:
+    """One filled store with the service on it, and what was measured of both."""
+
+    size: int
+    client: RedisStore
+    server: Server
+    draws: list[list[int]]
+    make: Request
+    size_of: tuple[float, float, int, int]
+    """Bytes a stream, resident; of the value, of the key."""
+    filled: float
+    loaded: int = 0
+    load_seconds: float = 0.0
+    scored: Tally = field(default_factory=Tally)
+
+
 async def measure(model: Path, sizes: Sequence[int], seconds: float) -> list[Row]:
-    """One store, filled further and further."""
+    """All sizes side by side."""
     detector = Detector.load(model)
-    with tempfile.TemporaryDirectory(prefix="onset-bench-") as folder:
-        embedded = EmbeddedStore(Path(folder) / "store")
-        url = await embedded.start()
-        try:
-            return await _grow(detector, model, url, Path(folder), sizes, seconds)
-        finally:
-            await embedded.stop()
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onset-bench-")))
+        stores = [await _opened(stack, folder / str(size), detector, model, size) for size in sizes]
+        for _ in range(ROUNDS):
+            for store in stores:
+                await _load(store, detector.name, seconds / ROUNDS)
+                make, connections = store.make, CONNECTIONS
+                store.scored.add(await drive(store.server.port, make, connections=connections, seconds=seconds / ROUNDS))
+        if failures := sum(store.scored.failures for store in stores):
+            raise SystemExit(f"{failures} requests failed; the figures do not count.")
+        return [_row(detector, store) for store in stores]
 
 
-async def _grow(detector: Detector, model: Path, url: str, folder: Path, sizes: Sequence[int], seconds: float) -> list[Row]:
-    rows, held = [], 0
+async def _opened(stack: AsyncExitStack, folder: Path, detector: Detector, model: Path, size: int) -> Store:
+    embedded = EmbeddedStore(folder / "store")
+    url = await embedded.start()
+    stack.push_async_callback(embedded.stop)
     with redis.Redis.from_url(url) as client:
         empty = client.info("memory")
-        for size in sizes:
-            filled = await fill(url, detector, range(held, size))
-            held, full = size, client.info("memory")
-            key = state_key(detector.name, stream_id(0))
-            loaded = await _load_rate(detector, url, size, seconds)
-            scored, latency = await asyncio.to_thread(_score_rate, detector, model, url, folder / str(size), size, seconds)
-            grown, resident = ((full[name] - empty[name]) / size for name in ("used_memory", "used_memory_rss"))
-            taken = (grown, resident, client.strlen(key), len(key))
-            rows.append(Row(detector.name, detector.features, size, *taken, filled, loaded, scored, latency))
-    return rows
-
-
-async def _load_rate(detector: Detector, url: str, size: int, seconds: float) -> float:
+        filled = await fill(url, detector, range(size))
+        full = client.info("memory")
+        key = state_key(detector.name, stream_id(0))
+        grown, resident = ((full[name] - empty[name]) / size for name in ("used_memory", "used_memory_rss"))
+        size_of = (grown, resident, client.strlen(key), len(key))
+        while client.info("persistence")["aof_rewrite_in_progress"]:  # noqa: ASYNC110 - the server tells nobody when it is done
+            await asyncio.sleep(0.1)  # it takes a processor, and only large stores do it
     store = RedisStore(url, state_ttl=TTL_SECONDS, result_ttl=600)
-    draws = itertools.cycle([[stream_id(i) for i in some] for some in drawn(size)])
-    began, done = time.perf_counter(), 0
-    try:
-        while time.perf_counter() - began < seconds:
-            done += len(await store.load(detector.name, next(draws)))
-    finally:
-        await store.close()
-    return done / (time.perf_counter() - began)
+    stack.push_async_callback(store.close)
+    settings = {"ONSET_MAX_STREAMS": str(10 * size)}
+    server = stack.enter_context(service(folder / "data", redis_url=url, model=str(model), settings=settings))
+    draws = drawn(size)
+    names = detector.manifest.feature_names
+    make = requests([bodies(some, names=names, passes=1, seed=i)[0] for i, some in enumerate(draws)])
+    return Store(size, store, server, draws, make, size_of, filled)
 
 
-def _score_rate(detector: Detector, model: Path, url: str, data: Path, size: int, seconds: float) -> tuple[float, Latency]:
-    templates = [bodies(some, names=detector.manifest.feature_names, passes=1, seed=i)[0] for i, some in enumerate(drawn(size))]
-    with service(data, redis_url=url, model=str(model), settings={"ONSET_MAX_STREAMS": str(10 * size)}) as server:
-        tally = asyncio.run(drive(server.port, requests(templates), connections=CONNECTIONS, seconds=seconds))
-    if tally.failures:
-        raise SystemExit(f"{tally.failures} requests failed; the figures do not count.")
-    return tally.rate * BODY_EVENTS, tally.latency
+async def _load(store: Store, model: str, seconds: float) -> None:
+    draws = itertools.cycle([[stream_id(i) for i in some] for some in store.draws])
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        store.loaded += len(await store.client.load(model, next(draws)))
+    store.load_seconds += time.perf_counter() - began
+
+
+def _row(detector: Detector, store: Store) -> Row:
+    loaded, scored = store.loaded / store.load_seconds, store.scored.rate * BODY_EVENTS
+    return Row(detector.name, detector.features, store.size, *store.size_of, store.filled, loaded, scored, store.scored.latency)
 
 
 def drawn(size: int) -> list[list[int]]:
