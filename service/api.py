@@ -1,6 +1,6 @@
 """The HTTP door: a request → events → `scorer.score` → a reply. Nothing below knows HTTP.
 
-    POST   /v1/events                      one event, an array, or NDJSON; the reply has the same shape
+    POST   /v1/events                      events in JSON, NDJSON, msgpack or Arrow; the reply has the same shape
     POST   /v1/streams/{stream_id}/events  the same for one stream
     POST   /v1/streams/{stream_id}/accept  what the stream is alerted about is its new normal
     GET    /v1/streams                     last results, page by page
@@ -20,11 +20,14 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 import structlog
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -34,7 +37,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.bodies import Items, Shape, decode, decode_object, encode, inflate
+from service import arrow
+from service.bodies import Format, Items, decode, decode_object, encode, inflate
 from service.control import Control
 from service.errors import (
     BadEvent,
@@ -49,13 +53,24 @@ from service.errors import (
     UnknownModel,
     UnsupportedMedia,
 )
-from service.events import MAX_NAME_LENGTH, Event, Result, shown
+from service.events import MAX_NAME_LENGTH, Columns, Event, Result, shown
 from service.metrics import Metrics
 from service.problems import TABLE, late_problem, plain, problem_of, respond
+from service.results import Scored
+from service.rounds import Kind
 from service.scorer import Scorer
 
 DOOR = "http"
-JSON, NDJSON = "application/json", "application/x-ndjson"
+JSON = Format.JSON.value
+MEDIA = {
+    **{form.value: form for form in Format},
+    "text/json": Format.JSON,
+    "application/ndjson": Format.NDJSON,
+    "application/jsonl": Format.NDJSON,
+    "application/x-msgpack": Format.MSGPACK,
+    "application/vnd.msgpack": Format.MSGPACK,
+}
+"""What each media type is read as, and asked for in Accept."""
 MAX_TOP = 300
 MAX_PAGE = 1000
 IDEMPOTENCY_KEY = "idempotency-key"
@@ -63,6 +78,7 @@ IDEMPOTENCY_KEY = "idempotency-key"
 _RESERVED = "onset.reserved"
 VISIBLE = f"^[!-~]{{1,{MAX_NAME_LENGTH}}}$"
 _VISIBLE = re.compile(VISIBLE)
+_WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 log = structlog.get_logger(__name__)
 
@@ -130,7 +146,7 @@ class Door:
         app.add_exception_handler(Exception, self._unexpected)
 
     async def post_events(self, request: Request) -> Response:
-        """Score one event, an array, or NDJSON."""
+        """Score one event, or many."""
         return await self._score(request, None)
 
     async def post_stream_events(self, request: Request) -> Response:
@@ -210,38 +226,73 @@ class Door:
         started = time.perf_counter()
         scorer = self._scorer(request)
         top = _number(request, "top_contributors", 10, 0, MAX_TOP)
-        lines = _is_ndjson(request)
+        form = _format(request)
+        reply = _accepted(request, form)
+        if Format.ARROW in (form, reply):
+            arrow.pyarrow()  # says what is missing before anything is scored
         content = await self._body(request)
         try:
-            items, shape = self._decoded(content, lines)
-            del content
-            items = _addressed(items, stream_id, request.headers.get(IDEMPOTENCY_KEY))
-            answers = await self._scored(scorer, items, top)
-            self._count(answers)
-            response = _reply(answers, shape)
+            address = _Address(stream_id, request.headers.get(IDEMPOTENCY_KEY))
+            if form is Format.ARROW:
+                response = await self._answer_columns(scorer, address.columns(self._columns(content)), reply, top)
+            else:
+                items, bare = self._decoded(content, form)
+                del content
+                response = await self._answer(scorer, address.items(items), reply, top, bare=bare)
         finally:
             self._release(request)
         self._latency.observe(time.perf_counter() - started)
         return response
 
-    def _decoded(self, content: bytes, lines: bool) -> tuple[Items, Shape]:
-        try:
-            return decode(content, lines=lines, max_events=self._limits.max_batch_events)
-        except TooLarge:
-            self._metrics.refused.labels("batch").inc()
-            raise
+    async def _answer(self, scorer: Scorer, items: Items, reply: Format, top: int, *, bare: bool) -> Response:
+        with self._refusals("queue", Overloaded):
+            answers = await scorer.score(items, top_contributors=top)
+        self._count(Counter(map(_outcome, answers)))
+        if bare:
+            [answer] = answers
+            if isinstance(answer, ItemError):
+                return respond(problem_of(answer))
+            if answer.late:
+                return respond(late_problem(answer.stream_id, f"{answer.state_version} events scored"))
+        elif answers and all(isinstance(answer, NotCommitted) for answer in answers):
+            raise StoreUnavailable(str(answers[0]))
+        if reply is Format.ARROW:
+            return Response(arrow.encode_rows(answers, scorer.detector.manifest.feature_names), media_type=reply.value)
+        return Response(encode(answers, reply, bare=bare), media_type=reply.value)
 
-    async def _scored(self, scorer: Scorer, items: Items, top: int) -> list[Result | ItemError]:
+    async def _answer_columns(self, scorer: Scorer, columns: Columns, reply: Format, top: int) -> Response:
+        if reply is not Format.ARROW:
+            return await self._answer(scorer, columns.items(), reply, top, bare=False)
+        with self._refusals("queue", Overloaded):
+            scored = await scorer.score_columns(columns)
+        self._count(_outcomes(scored))
+        manifest = scorer.detector.manifest
+        model = (manifest.name, manifest.version)
+        content = arrow.encode(scored, manifest.feature_names, model, len(columns), top_contributors=top)
+        return Response(content, media_type=reply.value)
+
+    def _decoded(self, content: bytes, form: Format) -> tuple[Items, bool]:
+        with self._refusals("batch", TooLarge):
+            return decode(content, form, max_events=self._limits.max_batch_events)
+
+    def _columns(self, content: bytes) -> Columns:
+        with self._refusals("batch", TooLarge):
+            return arrow.decode(content, max_events=self._limits.max_batch_events, max_bytes=self._limits.max_body_bytes)
+
+    @contextmanager
+    def _refusals(self, what: str, error: type[OnsetError]) -> Iterator[None]:
+        """Counts such an error as a refusal."""
         try:
-            return await scorer.score(items, top_contributors=top)
-        except Overloaded:
-            self._metrics.refused.labels("queue").inc()
+            yield
+        except error:
+            self._metrics.refused.labels(what).inc()
             raise
 
     async def _object(self, request: Request) -> dict[str, Any]:
         """The body as one JSON object."""
-        if _is_ndjson(request):
-            raise UnsupportedMedia(f"Content-Type '{NDJSON}' is not read here; send {JSON}.")
+        form = _format(request)
+        if form is not Format.JSON:
+            raise UnsupportedMedia(f"Content-Type '{form.value}' is not read here; send {JSON}.")
         content = await self._body(request)
         try:
             return decode_object(content)
@@ -344,8 +395,8 @@ class Door:
         log.error("unexpected_error", reference=reference, path=request.url.path[:256], exc_info=error)
         return respond(plain(500, "A bug of ours", f"This is a bug; its reference in the service's log is {reference}."))
 
-    def _count(self, answers: list[Result | ItemError]) -> None:
-        for outcome, count in Counter(map(_outcome, answers)).items():
+    def _count(self, outcomes: Mapping[str, int]) -> None:
+        for outcome, count in outcomes.items():
             self._metrics.events.labels(DOOR, outcome).inc(count)
 
 
@@ -374,54 +425,85 @@ async def _http_problem(request: Request, error: HTTPException) -> Response:
     return response
 
 
-def _reply(answers: list[Result | ItemError], shape: Shape) -> Response:
-    if shape is Shape.SINGLE:
-        [answer] = answers
-        if isinstance(answer, ItemError):
-            return respond(problem_of(answer))
-        if answer.late:
-            return respond(late_problem(answer.stream_id, f"{answer.state_version} events scored"))
-    elif answers and all(isinstance(answer, NotCommitted) for answer in answers):
-        raise StoreUnavailable(str(answers[0]))
-    return Response(encode(answers, shape), media_type=shape.media_type)
-
-
 def _outcome(answer: Result | ItemError) -> str:
     if isinstance(answer, ItemError):
         return "rejected" if TABLE[type(answer)][0] < 500 else "failed"
     return "duplicate" if answer.duplicate else "late" if answer.late else "scored"
 
 
-def _addressed(items: Items, stream_id: str | None, key: str | None) -> Items:
-    """Events with the stream of the path and the identity that the Idempotency-Key header gives to those without one."""
-    if key is not None and not _VISIBLE.fullmatch(key):
-        raise BadParameter(f"Idempotency-Key has 1 to {MAX_NAME_LENGTH} visible ASCII characters.", "Idempotency-Key")
-    if stream_id is None and key is None:
-        return items
-    return [
-        item if isinstance(item, ItemError) else _address(item, stream_id, f"{key}#{i}" if key else None) for i, item in enumerate(items)
-    ]
+def _outcomes(scored: Scored) -> Counter[str]:
+    counted: Counter[str] = Counter(map(_outcome, scored.errors.values()))
+    kinds = np.bincount(np.delete(scored.scores.kinds, np.isin(scored.places, list(scored.errors))), minlength=len(Kind))
+    counted.update(scored=int(kinds[Kind.SCORED]), late=int(kinds[Kind.LATE]))
+    counted["duplicate"] += int(kinds[Kind.DUPLICATE] + kinds[Kind.REPEATED])
+    return +counted
 
 
-def _address(event: Event, stream_id: str | None, event_id: str | None) -> Event | ItemError:
-    if stream_id is not None and event.stream_id not in (None, stream_id):
-        return BadEvent(f"stream_id is '{event.stream_id}' in the body and '{stream_id}' in the path.", "stream_id", shown(event.stream_id))
-    changes = {}
-    if stream_id is not None:
-        changes["stream_id"] = stream_id
-    if event_id is not None and event.event_id is None and event.sequence is None:
-        changes["event_id"] = event_id
-    return msgspec.structs.replace(event, **changes) if changes else event
+@dataclass(frozen=True)
+class _Address:
+    """The stream that the path names, and the identity that the Idempotency-Key header gives to events without one."""
+
+    stream_id: str | None
+    key: str | None
+
+    def __post_init__(self) -> None:
+        if self.key is not None and not _VISIBLE.fullmatch(self.key):
+            raise BadParameter(f"Idempotency-Key has 1 to {MAX_NAME_LENGTH} visible ASCII characters.", "Idempotency-Key")
+
+    def items(self, items: Items) -> Items:
+        if self.stream_id is None and self.key is None:
+            return items
+        return [item if isinstance(item, ItemError) else self._event(item, i) for i, item in enumerate(items)]
+
+    def columns(self, columns: Columns) -> Columns:
+        bad, stream_ids, event_ids = columns.bad, columns.stream_ids, columns.event_ids
+        if self.stream_id is not None:
+            strangers = {i: self._stranger(name) for i, name in enumerate(stream_ids) if name not in (None, self.stream_id)}
+            bad, stream_ids = strangers | bad, [self.stream_id] * len(columns)
+        if self.key is not None:
+            own = zip(event_ids, columns.sequence.tolist(), strict=True)
+            event_ids = [f"{self.key}#{i}" if name is None and number < 0 else name for i, (name, number) in enumerate(own)]
+        return replace(columns, bad=bad, stream_ids=stream_ids, event_ids=event_ids)
+
+    def _event(self, event: Event, i: int) -> Event | ItemError:
+        if self.stream_id is not None and event.stream_id not in (None, self.stream_id):
+            return self._stranger(event.stream_id)
+        changes = {}
+        if self.stream_id is not None:
+            changes["stream_id"] = self.stream_id
+        if self.key is not None and event.event_id is None and event.sequence is None:
+            changes["event_id"] = f"{self.key}#{i}"
+        return msgspec.structs.replace(event, **changes) if changes else event
+
+    def _stranger(self, sent: str | None) -> BadEvent:
+        return BadEvent(f"stream_id is '{sent}' in the body and '{self.stream_id}' in the path.", "stream_id", shown(sent))
 
 
-def _is_ndjson(request: Request) -> bool:
-    """Whether the body is NDJSON rather than JSON. Raises UnsupportedMedia for anything else."""
+def _format(request: Request) -> Format:
+    """What the body is written in. Raises UnsupportedMedia."""
     media = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
-    if media in (NDJSON, "application/ndjson", "application/jsonl"):
-        return True
-    if media in (JSON, "text/json"):
-        return False
-    raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {JSON} or {NDJSON}.")
+    form = MEDIA.get(media)
+    if form is None:
+        raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {', '.join(form.value for form in Format)}.")
+    return form
+
+
+def _accepted(request: Request, sent: Format) -> Format:
+    """What to reply in: the first of ours among the most wanted in Accept; as the request where it names none of them."""
+    wanted = request.headers.get("accept")
+    return sent if wanted is None or wanted == "*/*" else _preferred(wanted, sent)
+
+
+@lru_cache(maxsize=256)
+def _preferred(wanted: str, sent: Format) -> Format:
+    best, weight = sent, 0.0
+    for part in wanted.split(","):
+        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        form = sent if media in ("*/*", "application/*") else MEDIA.get(media)
+        q = next((parameter[2:] for parameter in parameters if parameter.startswith("q=")), "1")
+        if form is not None and _WEIGHT.fullmatch(q) and float(q) > weight:
+            best, weight = form, float(q)
+    return best
 
 
 def _query(request: Request, name: str) -> str | None:

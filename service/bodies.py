@@ -1,4 +1,4 @@
-"""Bodies ⇄ events and results: one JSON object, a JSON array, or NDJSON.
+"""Bodies ⇄ events and results: one object or an array of them, as JSON or msgpack, or NDJSON. Arrow's columns are in columns.py.
 
 The whole body is decoded at once; only when that fails is it read again item by item, so that the neighbours of a bad item are
 scored and the error names its field and value. The number of items is checked before that: looking at a bad item costs a
@@ -27,6 +27,11 @@ Items = list[Event | ItemError]
 _event = msgspec.json.Decoder(Event)
 _events = msgspec.json.Decoder(list[Event])
 _encoder = msgspec.json.Encoder()
+_packed_event = msgspec.msgpack.Decoder(Event)
+_packed_events = msgspec.msgpack.Decoder(list[Event])
+_packed_parts = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_unpacker = msgspec.msgpack.Decoder()
+_packer = msgspec.msgpack.Encoder()
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
 _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _MAX_DIGITS = 400
@@ -34,31 +39,33 @@ _MAX_DIGITS = 400
 _FIELDS = Event.__struct_fields__
 
 
-class Shape(enum.Enum):
-    """How the items of a body are laid out; the reply has the same."""
+class Format(enum.Enum):
+    """What a body is written in, by its media type."""
 
-    SINGLE = "application/json"
-    ARRAY = "application/json; array"
-    LINES = "application/x-ndjson"
-
-    @property
-    def media_type(self) -> str:
-        return self.value.partition(";")[0]
+    JSON = "application/json"
+    NDJSON = "application/x-ndjson"
+    MSGPACK = "application/msgpack"
+    ARROW = "application/vnd.apache.arrow.stream"
 
 
-def decode(content: bytes, *, lines: bool, max_events: int) -> tuple[Items, Shape]:
-    """A body's items in order: an event, or what is wrong with it. Raises BadBody, TooLarge."""
-    if lines:
-        return _decode_lines(content, max_events), Shape.LINES
+def decode(content: bytes, form: Format, *, max_events: int) -> tuple[Items, bool]:
+    """The items in order, an event or what is wrong with it, of any format but ARROW; and whether the body is one bare event.
+
+    Raises BadBody, TooLarge, and BadEvent for the bare one.
+    """
+    if form is Format.NDJSON:
+        return _decode_lines(content, max_events), False
+    if form is Format.MSGPACK:
+        return _decode_packed(content, max_events)
     start = content.lstrip()[:1]
     if not start:
         raise BadBody("The body is empty: send an event, an array of events, or NDJSON.")
     if start == b"[":
-        return _decode_array(content, max_events), Shape.ARRAY
+        return _decode_array(content, max_events), False
     try:
-        return [_event.decode(content)], Shape.SINGLE
+        return [_event.decode(content)], True
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        return [_checked(_parse(content))], Shape.SINGLE
+        return [checked(_parse(content))], True
 
 
 def decode_object(content: bytes) -> dict[str, Any]:
@@ -71,14 +78,15 @@ def decode_object(content: bytes) -> dict[str, Any]:
     return body
 
 
-def encode(answers: Sequence[Result | ItemError], shape: Shape) -> bytes:
-    """Results, and problems in the place of failed items, in the shape of the request."""
-    if shape is Shape.SINGLE:
-        return _encoder.encode(answers[0])
+def encode(answers: Sequence[Result | ItemError], form: Format, *, bare: bool) -> bytes:
+    """Results, and problems in the place of failed items, in any format but ARROW; `bare` = the one answer without an array."""
+    encoder = _packer if form is Format.MSGPACK else _encoder
+    if bare and form is not Format.NDJSON:
+        return encoder.encode(answers[0])
     bodies: list[Result | Problem] = [
         problem_of(answer, index) if isinstance(answer, ItemError) else answer for index, answer in enumerate(answers)
     ]
-    return _encoder.encode_lines(bodies) if shape is Shape.LINES else _encoder.encode(bodies)
+    return _encoder.encode_lines(bodies) if form is Format.NDJSON else encoder.encode(bodies)
 
 
 def inflate(content: bytes, max_bytes: int) -> bytes:
@@ -113,10 +121,61 @@ def _decode_lines(content: bytes, max_events: int) -> Items:
         return [_try_line(line) for line in lines]
 
 
+def _decode_packed(content: bytes, max_events: int) -> tuple[Items, bool]:
+    if not content:
+        raise BadBody("The body is empty: send an event or an array of events.")
+    count = _packed_length(content)
+    if count is None:
+        try:
+            return [_packed_event.decode(content)], True
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+            return [checked(_unpack(content))], True
+    if count > max_events:  # before an object is made for each of them
+        raise _too_many(max_events)
+    try:
+        return list(_packed_events.decode(content)), False
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return [_try_packed(part) for part in _unpack(content, _packed_parts)], False
+
+
+def _packed_length(content: bytes) -> int | None:
+    """Items of the array that msgpack begins with; None = it begins with something else."""
+    kind = content[0]
+    if kind in (0xDC, 0xDD):
+        return int.from_bytes(content[1 : 3 if kind == 0xDC else 5], "big")
+    return kind & 0x0F if 0x90 <= kind <= 0x9F else None
+
+
+def _try_packed(part: msgspec.Raw) -> Event | ItemError:
+    try:
+        return _packed_event.decode(part)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        try:
+            return _try(_unpack(part))
+        except BadBody as error:
+            return BadEvent(error.detail.replace("The body", "The item", 1))
+
+
+def _unpack(content: bytes | msgspec.Raw, decoder: msgspec.msgpack.Decoder[Any] = _unpacker) -> Any:
+    """Msgpack → plain values. Raises BadBody."""
+    try:
+        return decoder.decode(content)
+    except RecursionError as error:
+        raise BadBody("The body is nested too deeply: an event is a map with one map in it.") from error
+    except UnicodeDecodeError as error:
+        raise BadBody(f"The body has a string that is not UTF-8: byte {error.start} of it is {error.object[error.start]:#04x}.") from error
+    except (msgspec.MsgspecError, TypeError, ValueError) as error:
+        raise BadBody(f"The body is not msgpack: {error}.") from error
+
+
 def _limited(items: list[Any], max_events: int) -> list[Any]:
     if len(items) > max_events:
-        raise TooLarge(f"More than {max_events} events in one request (ONSET_MAX_BATCH_EVENTS): send them in parts.")
+        raise _too_many(max_events)
     return items
+
+
+def _too_many(max_events: int) -> TooLarge:
+    return TooLarge(f"More than {max_events} events in one request (ONSET_MAX_BATCH_EVENTS): send them in parts.")
 
 
 def _try_line(line: bytes) -> Event | ItemError:
@@ -131,7 +190,7 @@ def _try_line(line: bytes) -> Event | ItemError:
 
 def _try(item: Any) -> Event | ItemError:
     try:
-        return _checked(item)
+        return checked(item)
     except BadEvent as error:
         return error
 
@@ -160,11 +219,13 @@ def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
-def _checked(item: Any) -> Event:
-    """A parsed item → an event. Raises BadEvent that names the field and the value."""
+def checked(item: Any) -> Event:
+    """Plain values → an event. Raises BadEvent that names the field and the value."""
     if not isinstance(item, dict):
         raise BadEvent(f"An event is an object, not {shown(item)}.", value=shown(item))
     for name in item:
+        if not isinstance(name, str):  # msgpack has such
+            raise BadEvent(f"A field's name is text, not {shown(name)}.", value=shown(item[name]))
         if name not in _FIELDS:
             raise BadEvent(f"'{name[:64]}' is no field of an event; it has {', '.join(_FIELDS)}.", name[:64], shown(item[name]))
     _check_values(item.get("values"))
@@ -186,6 +247,8 @@ def _check_values(values: Any) -> None:
     if not isinstance(values, dict):
         return
     for name, number in values.items():
+        if not isinstance(name, str):
+            raise BadEvent(f"A feature's name is text, not {shown(name)}.", "values", shown(name))
         field = f"values.{name[:64]}"
         if not 0 < len(name) <= MAX_NAME_LENGTH:
             raise BadEvent(f"A feature's name has 1 to {MAX_NAME_LENGTH} characters, this one {len(name)}.", field, shown(number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -11,6 +12,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
+
+from service.errors import ItemError
 
 MAX_NAME_LENGTH = 256
 MAX_MESSAGE_LENGTH = 65_536
@@ -87,7 +90,39 @@ def shown(value: Any) -> str:
         text = json.dumps(value[:64] if isinstance(value, str) else value, default=str)
     except RecursionError:
         return "a value nested too deeply"
+    except TypeError:  # a map of msgpack, whose keys need not be text
+        text = repr(value)
     return text if len(text) <= 64 else text[:61] + "..."
+
+
+@dataclass(frozen=True)
+class Columns:
+    """N events of one request as they were sent in columns. A row in `bad` is no event, whatever its columns hold."""
+
+    stream_ids: list[str | None]
+    event_ids: list[str | None]
+    values: dict[str, NDArray[np.float64]]  # [N] of each feature that was sent, NaN = missing
+    timestamp: NDArray[np.float64]  # [N] seconds since 1970, NaN = the time of arrival
+    sequence: NDArray[np.int64]  # [N] -1 = none
+    bad: dict[int, ItemError]
+
+    def __len__(self) -> int:
+        return len(self.stream_ids)
+
+    def event(self, i: int) -> Event:
+        """Row i by itself."""
+        values = {name: float(column[i]) for name, column in self.values.items()}
+        return Event(
+            self.stream_ids[i],
+            {name: None if math.isnan(number) else number for name, number in values.items()},
+            timestamp=None if math.isnan(self.timestamp[i]) else float(self.timestamp[i]),
+            event_id=self.event_ids[i],
+            sequence=None if self.sequence[i] < 0 else int(self.sequence[i]),
+        )
+
+    def items(self) -> list[Event | ItemError]:
+        """All rows, one by one."""
+        return [self.bad.get(i) or self.event(i) for i in range(len(self))]
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.artifact import Manifest
 from service.errors import BadEvent, FutureEvent
-from service.events import UNPRINTABLE, Event, Parsed, Readings, shown
+from service.events import UNPRINTABLE, Columns, Event, Parsed, Readings, shown
 from service.state import event_key
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -44,6 +46,56 @@ def parse(events: Sequence[Event], manifest: Manifest, *, now: float, max_future
         parsed.sequence.append(-1 if event.sequence is None else event.sequence)
         parsed.key.append(event_key(event.event_id, event.sequence))
     return parsed, errors
+
+
+def parse_columns(columns: Columns, manifest: Manifest, *, now: float, max_future: float = math.inf) -> tuple[Parsed, dict[int, BadEvent]]:
+    """The same for N events in columns. Rows that may be unusable are found for all at once, and judged one by one like any event.
+
+    A row of `columns.bad` is neither parsed nor among the errors.
+    """
+    names, N = manifest.feature_names, len(columns)
+    x = np.full((N, len(names)), np.nan)
+    for j, name in enumerate(names):
+        if name in columns.values:
+            x[:, j] = columns.values[name]
+    timed = ~np.isnan(columns.timestamp)
+    seconds = np.where(timed, columns.timestamp, now)
+    errors: dict[int, BadEvent] = {}
+    unknown = next((name for name in columns.values if name not in names), None)
+    suspicious = replace(columns, values={unknown: columns.values[unknown]}) if unknown is not None else columns
+    for i in np.flatnonzero(_suspects(suspicious, x, seconds, now + max_future, all_=unknown is not None)).tolist():
+        if i not in columns.bad:
+            _, wrong = parse([suspicious.event(i)], manifest, now=now, max_future=max_future)
+            if wrong:
+                errors[i] = wrong[0]
+    used = np.array([i for i in range(N) if i not in errors and i not in columns.bad], np.intp)
+    event_ids, sequence = [columns.event_ids[i] for i in used.tolist()], columns.sequence[used].tolist()
+    return Parsed(
+        [columns.stream_ids[i] or "" for i in used.tolist()],
+        x[used].tolist(),
+        seconds[used].tolist(),
+        timed[used].tolist(),
+        sequence,
+        [
+            event_key(event_id, number if number >= 0 else None) if event_id is not None or number >= 0 else 0
+            for event_id, number in zip(event_ids, sequence, strict=True)
+        ],
+    ), errors
+
+
+def _suspects(columns: Columns, x: NDArray[np.float64], seconds: NDArray[np.float64], latest: float, *, all_: bool) -> NDArray[np.bool_]:
+    """[N] whether a row may be unusable: all that are, and perhaps others."""
+    if all_ or not columns.values:
+        return np.ones(len(columns), np.bool_)
+    found: NDArray[np.bool_] = (np.abs(x) > FLOAT32_MAX).any(axis=1) | ~(
+        (seconds >= EARLIEST_SECONDS) & (seconds <= min(latest, LATEST_SECONDS))
+    )
+    for texts in (columns.stream_ids, columns.event_ids):
+        if _unprintable("".join([text for text in texts if text])):
+            found |= np.array([text is not None and _unprintable(text) is not None for text in texts])
+    if not all(columns.stream_ids):
+        found |= np.array([not stream_id for stream_id in columns.stream_ids])
+    return found
 
 
 def to_readings(events: Sequence[Event], manifest: Manifest, *, now: float) -> tuple[Readings, dict[int, BadEvent]]:

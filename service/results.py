@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.artifact import Manifest
-from service.events import Contributor, Event, Result
-from service.policy import DIRECTIONS, SEVERITIES, THRESHOLD, Policy, judge
+from service.errors import ItemError
+from service.events import Contributor, Event, Result, Status
+from service.policy import DIRECTIONS, NO_DIRECTION, SEVERITIES, THRESHOLD, Policy, Verdicts, judge
 from service.rounds import Kind, Outcomes
 from service.state import FROZEN
+
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 Numbers = dict[str, float | None]
 
@@ -25,18 +28,94 @@ _FIRST = [0]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What became of N events, as one row of plain values each: made once for a whole batch, with what is to be counted."""
+class Batch:
+    """A judged batch."""
 
-    rows: list[tuple[Any, ...]]
+    outcomes: Outcomes
+    verdicts: Verdicts
+    confidence: NDArray[np.float64]
+
+    @cached_property
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Everything a reply needs as plain values, one row an event: made once for all replies."""
+        records, verdicts = self.outcomes.records, self.verdicts
+        columns = (
+            self.outcomes.kinds.tolist(),
+            *(_nullable(column) for column in (verdicts.anomaly_score, records["p_value"], verdicts.alert_score)),
+            verdicts.is_anomaly.tolist(),
+            verdicts.grade.tolist(),
+            verdicts.severity.tolist(),
+            verdicts.direction.tolist(),
+            self.confidence.tolist(),
+            records["version"].tolist(),
+            records["timestamp"].tolist(),
+            _nullable(records["started_at"]),
+            (records["flags"] & FROZEN != 0).tolist(),
+            map(_shortest, records["alpha"].tolist()),
+            *(_nullable(records[name]) for name in ("x", "expected", "lower", "upper", "contribution")),
+        )
+        return list(zip(*columns, strict=True))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What became of N events: a stretch of a batch, with what is to be counted."""
+
+    batch: Batch
+    start: int
+    stop: int
     kinds: list[int]
     anomalies: int
     onsets: int
     expected: float
     """Onsets that the asked rate allows among the judged events."""
 
+    @property
+    def rows(self) -> list[tuple[Any, ...]]:
+        return self.batch.rows[self.start : self.stop]
+
     def part(self, start: int, stop: int) -> Answers:
-        return Answers(self.rows[start:stop], self.kinds[start:stop], 0, 0, 0.0)
+        return Answers(self.batch, self.start + start, self.start + stop, self.kinds[start:stop], 0, 0, 0.0)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The results of N events as columns, by the names of Result. NaN = null; codes are positions in SEVERITIES, DIRECTIONS, STATUSES."""
+
+    kinds: NDArray[np.uint8]  # [N] of Kind
+    has: NDArray[np.bool_]  # [N] whether there is a result: not of a late event, and not of an old duplicate
+    timestamp: NDArray[np.float64]
+    anomaly_score: NDArray[np.float64]
+    p_value: NDArray[np.float64]
+    alert_score: NDArray[np.float64]
+    is_anomaly: NDArray[np.bool_]
+    anomaly_grade: NDArray[np.float64]
+    severity: NDArray[np.int8]
+    confidence: NDArray[np.float64]
+    alpha: NDArray[np.float64]
+    direction: NDArray[np.int8]
+    x: NDArray[np.float32]  # [N, F], as the next three
+    expected: NDArray[np.float32]
+    lower: NDArray[np.float32]
+    upper: NDArray[np.float32]
+    contribution: NDArray[np.float32]
+    anomaly_started_at: NDArray[np.float64]
+    status: NDArray[np.int8]
+    samples_until_ready: NDArray[np.int64]
+    state_version: NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of the events of one request that came as columns: scores [M] of some, and what is wrong with the others."""
+
+    stream_ids: list[str]  # [M]
+    event_ids: list[str | None]  # [M]
+    timestamp: NDArray[np.float64]  # [M] as sent, or else when it was taken to be
+    places: NDArray[np.intp]  # [M] rows of the request
+    scores: Scores
+    errors: dict[int, ItemError]
+    """By row; such a row counts for nothing in `scores`."""
 
 
 class Replies:
@@ -50,28 +129,15 @@ class Replies:
         self._single = len(self._names) == 1
 
     def judged(self, outcomes: Outcomes) -> Answers:
-        """Verdicts over a batch, and everything a reply needs as Python values."""
+        """Verdicts over a batch."""
         records, kinds = outcomes.records, outcomes.kinds
         verdicts = judge(records)
         scored = kinds == Kind.SCORED
-        columns = (
-            kinds.tolist(),
-            *(_nullable(column) for column in (verdicts.anomaly_score, records["p_value"], verdicts.alert_score)),
-            verdicts.is_anomaly.tolist(),
-            verdicts.grade.tolist(),
-            verdicts.severity.tolist(),
-            verdicts.direction.tolist(),
-            self._policy.confidence(records["version"]).tolist(),
-            records["version"].tolist(),
-            records["timestamp"].tolist(),
-            _nullable(records["started_at"]),
-            (records["flags"] & FROZEN != 0).tolist(),
-            map(_shortest, records["alpha"].tolist()),
-            *(_nullable(records[name]) for name in ("x", "expected", "lower", "upper", "contribution")),
-        )
         return Answers(
-            rows=list(zip(*columns, strict=True)),
-            kinds=columns[0],
+            Batch(outcomes, verdicts, self._policy.confidence(records["version"])),
+            0,
+            len(kinds),
+            kinds.tolist(),
             anomalies=int((scored & (verdicts.anomaly_score > THRESHOLD)).sum()),
             onsets=int((scored & (verdicts.alert_score > THRESHOLD)).sum()),
             expected=float(records["onset_alpha"][scored & ~np.isnan(records["onset_p"])].sum(dtype=np.float64)),
@@ -80,6 +146,39 @@ class Replies:
     def results(self, events: Sequence[Event], answers: Answers, *, top_contributors: int) -> list[Result]:
         """One result for each of N events, in order. A duplicate echoes the event it answers and carries the stored result."""
         return [self._result(event, row, top_contributors) for event, row in zip(events, answers.rows, strict=True)]
+
+    def scores(self, answers: Sequence[Answers]) -> Scores:
+        """The results of several answers, one after the other, as columns."""
+        parts = [(part.batch.outcomes, slice(part.start, part.stop)) for part in answers]
+        kinds = np.concatenate([outcomes.kinds[here] for outcomes, here in parts])
+        records = np.concatenate([outcomes.records[here] for outcomes, here in parts])
+        verdicts, version = judge(records), records["version"]
+        has = (kinds == Kind.SCORED) | (kinds == Kind.DUPLICATE)
+        missing = np.maximum(0, self._warmup - version.astype(np.int64))
+        alphas, which = np.unique(records["alpha"], return_inverse=True)
+        return Scores(
+            kinds=kinds,
+            has=has,
+            timestamp=records["timestamp"],
+            anomaly_score=np.where(has, verdicts.anomaly_score, np.nan),
+            p_value=np.where(has, records["p_value"], np.nan),
+            alert_score=np.where(has, verdicts.alert_score, np.nan),
+            is_anomaly=verdicts.is_anomaly & has,
+            anomaly_grade=np.where(has & ~np.isnan(records["p_value"]), verdicts.grade, np.nan),
+            severity=np.where(has, verdicts.severity, 0).astype(np.int8),
+            confidence=self._policy.confidence(version),
+            alpha=np.array([_shortest(alpha) for alpha in alphas.tolist()], np.float64)[which],
+            direction=np.where(has, verdicts.direction, NO_DIRECTION).astype(np.int8),
+            x=records["x"],
+            expected=records["expected"],
+            lower=records["lower"],
+            upper=records["upper"],
+            contribution=records["contribution"],
+            anomaly_started_at=np.where(has, records["started_at"], np.nan),
+            status=np.where(missing > 0, 0, np.where(records["flags"] & FROZEN != 0, 2, 1)).astype(np.int8),
+            samples_until_ready=missing,
+            state_version=version,
+        )
 
     def _result(self, event: Event, row: tuple[Any, ...], top: int) -> Result:
         kind, score, p_value, alert, is_anomaly, grade, severity, direction, confidence, version, timestamp, started_at = row[:12]

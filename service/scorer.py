@@ -30,11 +30,11 @@ from service import cadence
 from service.batcher import Batcher
 from service.detector import Detector
 from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
-from service.events import Event, Parsed, Readings, Result
-from service.features import parse
+from service.events import Columns, Event, Parsed, Readings, Result
+from service.features import parse, parse_columns
 from service.metrics import Metrics
 from service.policy import Policy
-from service.results import Answers, Replies
+from service.results import Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advance
 from service.silence import Sweeper, waits
 from service.state import EXPIRED, SILENT, Loaded, Origin, Rows, StateCodec
@@ -143,6 +143,28 @@ class Scorer:
             start += len(piece)
             await asyncio.sleep(0)  # a long request lets the others in between its pieces
         return [answer for answer in answers if answer is not None]
+
+    async def score_columns(self, columns: Columns) -> Scored:
+        """The same for events that came as columns, without an object for each."""
+        if self._held:
+            raise StoreUnavailable("The policy has not been read from the state store yet.")
+        parsed, bad = parse_columns(columns, self.detector.manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
+        errors: dict[int, ItemError] = columns.bad | bad
+        places = np.array([i for i in range(len(columns)) if i not in errors], np.intp)
+        answers, start = [], 0
+        for outcome in await self._submit(parsed):
+            piece = places[start : start + MAX_BATCH]
+            failures = self._failures(parsed.stream_ids[start : start + MAX_BATCH], outcome)
+            errors |= {int(piece[i]): error for i, error in failures.items()}
+            if isinstance(outcome, Answers):  # once a piece has failed, so have all after it
+                answers.append(outcome)
+            start += len(piece)
+        nothing = self._replies.judged(Outcomes(np.zeros(0, self._codec.record), np.zeros(0, np.uint8)))
+        scores = self._replies.scores(answers or [nothing])
+        places = places[: len(scores.kinds)]
+        timestamp = np.where(np.isnan(columns.timestamp[places]), scores.timestamp, columns.timestamp[places])
+        event_ids = [columns.event_ids[i] for i in places.tolist()]
+        return Scored(parsed.stream_ids[: len(places)], event_ids, timestamp, places, scores, errors)
 
     async def stream(self, stream_id: str) -> Result:
         """The last result of a stream. Raises UnknownStream."""
@@ -346,19 +368,26 @@ class Scorer:
         return refused
 
     def _replied(self, events: list[Event], answers: Answers | OnsetError, top: int) -> list[Result | ItemError]:
+        failures = self._failures([event.stream_id or "" for event in events], answers)
         if isinstance(answers, OnsetError):
-            return [NotCommitted(f"{answers.detail} Earlier events of this request are scored; send this one again.")] * len(events)
+            return list(failures.values())
         replies: list[Result | ItemError] = list(self._replies.results(events, answers, top_contributors=top))
-        for i, kind in enumerate(answers.kinds):
-            if kind >= Kind.CONFLICT:
-                replies[i] = self._failure(events[i], Kind(kind))
+        for i, error in failures.items():
+            replies[i] = error
         return replies
 
-    def _failure(self, event: Event, kind: Kind) -> ItemError:
+    def _failures(self, stream_ids: Sequence[str], answers: Answers | OnsetError) -> dict[int, ItemError]:
+        """Which events of a piece were not scored, by position."""
+        if isinstance(answers, OnsetError):
+            error = NotCommitted(f"{answers.detail} Earlier events of this request are scored; send this one again.")
+            return dict.fromkeys(range(len(stream_ids)), error)
+        return {i: self._failure(stream_ids[i], Kind(kind)) for i, kind in enumerate(answers.kinds) if kind >= Kind.CONFLICT}
+
+    def _failure(self, stream_id: str, kind: Kind) -> ItemError:
         if kind == Kind.CONFLICT:
-            return StateConflict(f"Other replicas committed stream '{event.stream_id}' first, {ATTEMPTS} times: send the event again.")
+            return StateConflict(f"Other replicas committed stream '{stream_id}' first, {ATTEMPTS} times: send the event again.")
         return TooManyStreams(
-            f"Stream '{event.stream_id}' is new and the store already holds {self._limits.max_streams} streams (ONSET_MAX_STREAMS).",
+            f"Stream '{stream_id}' is new and the store already holds {self._limits.max_streams} streams (ONSET_MAX_STREAMS).",
             "stream_id",
         )
 

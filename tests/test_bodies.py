@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.bodies import Items, Shape, decode, encode, inflate
+from service.bodies import Format, Items, decode, encode, inflate
 from service.errors import BadBody, BadEvent, TooLarge
 from service.events import Event
 from service.problems import problem_of, respond
@@ -30,7 +30,7 @@ def refused(error: BadBody | BadEvent) -> None:
 
 
 def items_of(content: bytes, lines: bool = False, max_events: int = MAX) -> Items:
-    return decode(content, lines=lines, max_events=max_events)[0]
+    return decode(content, Format.NDJSON if lines else Format.JSON, max_events=max_events)[0]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_bad_item_is_named_and_its_neighbours_survive(item: bytes, field: str,
         assert bad.field == field
         if value is not None:
             assert bad.value == value
-        reply = msgspec.json.decode(encode([bad], Shape.ARRAY))  # can be written whatever it holds
+        reply = msgspec.json.decode(encode([bad], Format.JSON, bare=False))  # can be written whatever it holds
         assert reply[0]["status"] == 422
         assert reply[0]["index"] == 0
 
@@ -158,11 +158,11 @@ almost_events = st.dictionaries(fields, anything | st.dictionaries(st.just("valu
 def test_any_json_in_any_place_leaves_its_neighbours_and_can_be_answered(items: list[Any], lines: bool) -> None:
     texts = [GOOD.decode(), *(json.dumps(item) for item in items), GOOD.decode()]
     body = "\n".join(texts) if lines else "[" + ",".join(texts) + "]"
-    found, shape = decode(body.encode(), lines=lines, max_events=MAX)
+    found = items_of(body.encode(), lines)
     assert len(found) == len(texts)
     assert found[0] == found[-1] == EVENT
     errors = [item for item in found if isinstance(item, BadEvent)]
-    reply = encode(errors, shape)
+    reply = encode(errors, Format.NDJSON if lines else Format.JSON, bare=False)
     assert len([json.loads(line) for line in reply.splitlines()] if lines else json.loads(reply)) == len(errors)
 
 
@@ -170,6 +170,6 @@ def test_any_json_in_any_place_leaves_its_neighbours_and_can_be_answered(items: 
 @given(st.binary(max_size=60), st.booleans())
 def test_any_bytes_are_items_or_a_bad_body(content: bytes, lines: bool) -> None:
     try:
-        decode(content, lines=lines, max_events=MAX)
+        items_of(content, lines)
     except (BadBody, BadEvent) as error:
         refused(error)
