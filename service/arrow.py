@@ -184,7 +184,10 @@ def _texts(name: str, column: Any, pa: ModuleType, max_bytes: int) -> list[str |
     """One string for each row; equal ones of a dictionary are one object."""
     texts: list[str | None] = []
     for chunk in column.chunks:
-        if pa.types.is_dictionary(chunk.type):
+        if pa.types.is_dictionary(chunk.type) and pa.types.is_string_view(chunk.type.value_type):
+            everything = _plain_texts(name, chunk.dictionary, pa, max_bytes)  # Arrow cannot take from views
+            texts += [None if i is None else everything[i] for i in chunk.indices.to_pylist()]
+        elif pa.types.is_dictionary(chunk.type):
             used = pa.compute.unique(chunk.indices)
             words = dict(zip(used.to_pylist(), _plain_texts(name, chunk.dictionary.take(used), pa, max_bytes), strict=True))
             texts += [words[i] for i in chunk.indices.to_pylist()]

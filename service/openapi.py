@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from service.api import VISIBLE
 from service.artifact import Manifest
+from service.bodies import Format
 from service.control import PolicyReply
 from service.errors import OnsetError
 from service.events import MAX_NAME_LENGTH, Event, Result
@@ -244,15 +245,26 @@ def _policy_operations() -> dict[str, Any]:
     }
 
 
+_BINARY = {"type": "string", "format": "binary"}
+_ARROW = "An IPC stream; columns stream_id, timestamp, event_id and sequence, and one of numbers for each feature. Needs the extra 'arrow'."
+
+
 def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, sample: dict[str, Any]) -> dict[str, Any]:
     either = {"anyOf": [_ref("Result"), _ref("Problem")]}
     answers = {
         "200": {
-            "description": "A result for each event, in order and in the shape of the request; in an array or NDJSON a refused event "
-            "leaves a problem in its place.",
+            "description": "A result for each event, in order and in the shape of the request, in its format or the one that Accept asks for; "
+            "in a bulk a refused event leaves a problem in its place.",
             "content": {
-                "application/json": {"schema": {"anyOf": [_ref("Result"), {"type": "array", "items": either}]}},
-                "application/x-ndjson": {"schema": {"type": "string", "description": "One result or problem a line."}},
+                Format.JSON.value: {"schema": {"anyOf": [_ref("Result"), {"type": "array", "items": either}]}},
+                Format.NDJSON.value: {"schema": {"type": "string", "description": "One result or problem a line."}},
+                Format.MSGPACK.value: {"schema": {**_BINARY, "description": "The same as in JSON."}},
+                Format.ARROW.value: {
+                    "schema": {
+                        **_BINARY,
+                        "description": "A column for each field of a result, and `problem`, which a refused row holds alone.",
+                    }
+                },
             },
         },
         "409": _problem("A single event older than the stream's last one, or ahead of the service's clock."),
@@ -277,8 +289,10 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, 
     operation["requestBody"] = {
         "required": True,
         "content": {
-            "application/json": {"schema": {"anyOf": [event, {"type": "array", "items": event}]}, "examples": examples},
-            "application/x-ndjson": {"schema": {"type": "string"}, "example": msgspec.json.encode(sample).decode() + "\n"},
+            Format.JSON.value: {"schema": {"anyOf": [event, {"type": "array", "items": event}]}, "examples": examples},
+            Format.MSGPACK.value: {"schema": {**_BINARY, "description": "The same as in JSON: a map, or an array of maps."}},
+            Format.ARROW.value: {"schema": {**_BINARY, "description": _ARROW}},
+            Format.NDJSON.value: {"schema": {"type": "string"}, "example": msgspec.json.encode(sample).decode() + "\n"},
         },
     }
     return operation
