@@ -193,7 +193,7 @@ class Engine:
 
     async def results(self, body: bytes) -> list[Result]:
         """Every event scored, or SystemExit: what is measured must be the whole work."""
-        items, _ = formats.decode(body, lines=True, max_events=BODY_EVENTS)
+        items, _ = formats.decode(body, formats.Format.NDJSON, max_events=BODY_EVENTS)
         answers = await self._scorer.score(items)
         results = [answer for answer in answers if isinstance(answer, Result) and not answer.late and not answer.duplicate]
         if len(results) < len(answers):
@@ -201,7 +201,7 @@ class Engine:
         return results
 
     async def answer(self, body: bytes) -> bytes:
-        return formats.encode(await self.results(body), formats.Shape.LINES)
+        return formats.encode(await self.results(body), formats.Format.NDJSON, bare=False)
 
     async def run(self, bodies_: Iterator[bytes], each: int, seconds: float, taken: list[float], *, in_flight: int) -> float:
         """Answer bodies for that long; returns the seconds until the last was answered."""

@@ -253,7 +253,7 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, 
     either = {"anyOf": [_ref("Result"), _ref("Problem")]}
     answers = {
         "200": {
-            "description": "A result for each event, in order and in the shape of the request, in its format or the one that Accept asks for; "
+            "description": "A result for each event, in order and in the shape of the request, in its format or the one Accept wants; "
             "in a bulk a refused event leaves a problem in its place.",
             "content": {
                 Format.JSON.value: {"schema": {"anyOf": [_ref("Result"), {"type": "array", "items": either}]}},

@@ -165,7 +165,7 @@ def test_the_same_events_in_every_format_give_the_same_answers(
 
 async def test_streams_that_are_ready_alert_and_repeat_alike_in_every_format(two: Detector) -> None:
     rng = np.random.default_rng(0)
-    many = [
+    many: list[dict[str, Any]] = [
         {
             "stream_id": f"s{i % 7}",
             "values": {"flow": float(rng.normal()), "pressure": None if i % 5 == 0 else float(rng.normal())},
@@ -325,7 +325,7 @@ def test_bytes_after_the_end_and_a_cut_off_stream_are_refused() -> None:
 
 
 def _mutants(rng: random.Random) -> list[bytes]:
-    kinds = [{"compression": None}, {"compression": "lz4"}, {"compression": "zstd"}]
+    kinds: list[dict[str, Any]] = [{"compression": None}, {"compression": "lz4"}, {"compression": "zstd"}]
     rows = table([{"stream_id": f"s{i}", "values": {"flow": i, "pressure": None}, "event_id": "e", "sequence": i} for i in range(9)])
     rows = rows.append_column("timestamp2", pa.array(range(9), pa.timestamp("us")))
     seeds = [stream(rows, **kind) for kind in kinds]
