@@ -99,7 +99,13 @@ class Service:
 
     def _start_scorers(self, store: StateStore) -> None:
         settings = self.settings
-        limits = Limits(settings.max_queue_events, settings.max_streams, settings.max_future_seconds, settings.result_ttl_seconds)
+        limits = Limits(
+            settings.max_queue_events,
+            settings.max_streams,
+            settings.max_future_seconds,
+            settings.result_ttl_seconds,
+            settings.copies_bytes,
+        )
         policy = Policy(
             alpha=settings.asked_alpha, strict=settings.strict, silence=settings.silence, accept_after=settings.accept_after or math.inf
         )

@@ -1,10 +1,13 @@
 """Collects submissions of concurrent clients into batches. Knows no store, model or HTTP.
 
-    submit(item) ──► bounded queue ──► one loop: take all that waits, up to `max_batch`  ──► handle(items) ──► each client its answer
-                         │ full
-                         └──► Overloaded, at once
+    submit(items, sender) ──► a bounded queue for each sender ──► one loop: senders in turn, up to `max_batch` ──► handle(items) ──► answers
+                                  │ full                             up to `depth` batches at once
+                                  └──► Overloaded, at once
 
-While a batch is handled the next one gathers, so batches grow with the load and nobody waits for company.
+While batches are handled the next one gathers, so batches grow with the load and nobody waits for company. Two items that touch the
+same stream are never handled at once, and never in another order than they were submitted in by one sender; an item that must wait for
+such a one is passed over. A long item (many events of one stream, hence many steps one after the other) gets a batch of its own, one
+at a time, so that it holds up nobody.
 """
 
 from __future__ import annotations
@@ -12,21 +15,47 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar, cast
 
 import structlog
 
 from service import tasks
 from service.errors import OnsetError, Overloaded
 
-Item = TypeVar("Item")
+LOOK_AHEAD = 64
+"""How many items of one sender are passed over at most for one that is free."""
+LONG_ROUNDS = 64
+"""Steps one after the other that a batch takes at most; an item that takes more by itself is long."""
+STUCK_SECONDS = 60.0
+"""A batch that takes longer than this means the loop is not alive."""
+
+log = structlog.get_logger(__name__)
+
+
+class Work(Protocol):
+    """What an item says of itself."""
+
+    @property
+    def events(self) -> int: ...
+
+    @property
+    def streams(self) -> AbstractSet[str]:
+        """What it touches."""
+
+    @property
+    def rounds(self) -> int:
+        """Steps that must be taken one after the other: events of its busiest stream."""
+
+
+Item = TypeVar("Item", bound=Work)
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Waiting(Generic[Item, Answer]):
     item: Item
     future: asyncio.Future[Answer]
@@ -39,39 +68,60 @@ class _Waiting(Generic[Item, Answer]):
                 future.set_exception(error)
 
 
-STUCK_SECONDS = 60.0
-"""A batch that takes longer than this means the loop is not alive."""
+@dataclass(eq=False)
+class _Sender(Generic[Item, Answer]):
+    waiting: deque[_Waiting[Item, Answer]] = field(default_factory=deque)
+    queued: int = 0
+    """Events."""
 
-log = structlog.get_logger(__name__)
+
+@dataclass(eq=False)
+class _Batch(Generic[Item, Answer]):
+    members: list[_Waiting[Item, Answer]] = field(default_factory=list)
+    streams: set[str] = field(default_factory=set)
+    events: int = 0
+    rounds: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def long(self) -> bool:
+        return self.rounds > LONG_ROUNDS
+
+    def with_(self, item: Item) -> int:
+        """Rounds of this batch and the item."""
+        return max(self.rounds, item.rounds) if self.streams.isdisjoint(item.streams) else self.rounds + item.rounds
+
+    def add(self, waiting: _Waiting[Item, Answer]) -> None:
+        self.members.append(waiting)
+        self.rounds = self.with_(waiting.item)
+        self.streams |= waiting.item.streams
+        self.events += waiting.item.events
 
 
 class Batcher(Generic[Item, Answer]):
-    """One owner of one queue. `handle` gets some items and returns one answer for each, in order.
+    """One owner of all queues. `handle` gets some items and returns one answer for each, in order.
 
     An error of `handle` fails the items of that batch and no others. A client that left (its task was cancelled) is dropped before
     its item is handled; once handled, its answer is thrown away and its batch-mates do not notice.
     """
 
     def __init__(
-        self,
-        handle: Callable[[list[Item]], Awaitable[Sequence[Answer]]],
-        *,
-        size: Callable[[Item], int],
-        max_batch: int,
-        max_queue: int,
+        self, handle: Callable[[list[Item]], Awaitable[Sequence[Answer]]], *, max_batch: int, max_queue: int, depth: int = 1
     ) -> None:
-        """`size` of an item, `max_batch` and `max_queue` are in events."""
+        """`max_batch` and `max_queue` are in events, `depth` in batches handled at once."""
         self._handle = handle
-        self._size = size
         self._max_batch = max_batch
         self._max_queue = max_queue
-        self._waiting: deque[_Waiting[Item, Answer]] = deque()
+        self._depth = depth
+        self._senders: OrderedDict[str, _Sender[Item, Answer]] = OrderedDict()
+        """In the order of their next turn; only those that wait for something."""
         self._queued = 0
+        self._running: dict[asyncio.Task[None], _Batch[Item, Answer]] = {}
+        self._busy: set[str] = set()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
-        self._busy_since: float | None = None
         self._stopping = False
 
     @property
@@ -81,30 +131,40 @@ class Batcher(Generic[Item, Answer]):
 
     @property
     def healthy(self) -> bool:
-        """Whether the loop runs and its current batch is not stuck."""
+        """Whether the loop runs and no batch is stuck."""
         running = self._task is not None and not self._task.done()
-        return running and (self._busy_since is None or time.monotonic() - self._busy_since < STUCK_SECONDS)
+        return running and all(time.monotonic() - batch.began < STUCK_SECONDS for batch in self._running.values())
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="batcher")
 
-    async def submit(self, items: Sequence[Item]) -> list[Answer | Exception]:
+    async def submit(self, items: Sequence[Item], sender: str = "") -> list[Answer | Exception]:
         """Wait for the answers of all items, or the error that `handle` raised for one.
 
-        All are queued, in order, or none: raises Overloaded at once when the queue is full. When one fails, those after it
-        fail with it and are not handled, so that sending all of them again keeps their order.
+        All are queued, in order, or none: raises Overloaded at once when the queue is full. One sender may fill half of what the
+        others leave free, so that however much it sends there is room for the next one. When an item fails, those after it fail
+        with it and are not handled, so that sending all of them again keeps their order.
         """
         if self._stopping or self._task is None or self._task.done():
             raise Overloaded("The service is stopping and takes no more events.", retry_after=2)
-        events = sum(self._size(item) for item in items)
-        if self._queued and self._queued + events > self._max_queue:  # an empty queue takes anything
-            raise Overloaded(f"{self._queued} events are waiting to be scored; the queue holds {self._max_queue}.", retry_after=1)
+        events = sum(item.events for item in items)
+        mine = self._senders.get(sender) or _Sender()
+        # Dynamic threshold (Choudhury & Hahne 1998). An empty queue takes anything.
+        if self._queued and mine.queued + events > self._max_queue - self._queued:
+            raise Overloaded(
+                f"{self._queued} events are waiting to be scored, {mine.queued} of them from this sender; the queue holds "
+                f"{self._max_queue}, and one sender may take half of what the others leave.",
+                retry_after=1,
+            )
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Answer]] = [loop.create_future() for _ in items]
-        self._waiting.extend(_Waiting(item, future, futures[i + 1 :]) for i, (item, future) in enumerate(zip(items, futures, strict=True)))
+        mine.waiting.extend(_Waiting(item, future, futures[i + 1 :]) for i, (item, future) in enumerate(zip(items, futures, strict=True)))
+        mine.queued += events
         self._queued += events
-        self._idle.clear()
-        self._wake.set()
+        if items:
+            self._senders[sender] = mine
+            self._idle.clear()
+            self._wake.set()
         answers = await asyncio.gather(*futures, return_exceptions=True)
         return cast("list[Answer | Exception]", answers)  # futures fail with Exceptions only, see _fail
 
@@ -120,51 +180,90 @@ class Batcher(Generic[Item, Answer]):
         try:
             while True:
                 await self._wake.wait()
-                batch = self._take()
-                if batch:
-                    await self._answer(batch)
-                if not self._waiting:
-                    self._wake.clear()
-                    self._idle.set()
+                self._wake.clear()
+                self._start_batches()
         finally:
-            self._fail(self._waiting, Overloaded("The service stopped before this was scored.", retry_after=2))
-            self._waiting.clear()
+            for task in list(self._running):
+                await tasks.end(task)
+            for sender in self._senders.values():
+                self._fail(sender.waiting, Overloaded("The service stopped before this was scored.", retry_after=2))
+            self._senders.clear()
             self._queued = 0
 
-    def _take(self) -> list[_Waiting[Item, Answer]]:
-        """The next batch: whole items in order of arrival, at least one; clients that left are dropped."""
-        batch: list[_Waiting[Item, Answer]] = []
-        events = 0
-        while self._waiting:
-            first = self._waiting[0]
-            size = self._size(first.item)
-            if batch and events + size > self._max_batch:
+    def _start_batches(self) -> None:
+        while len(self._running) < self._depth:
+            batch = self._take()
+            if not batch.members:
                 break
-            self._waiting.popleft()
-            self._queued -= size
-            if not first.future.done():
-                batch.append(first)
-                events += size
+            self._busy |= batch.streams
+            task = asyncio.create_task(self._answer(batch), name="batch")
+            self._running[task] = batch
+            task.add_done_callback(self._ended)
+        if not self._senders and not self._running:
+            self._idle.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._busy -= self._running.pop(task).streams  # batches that run at once share no stream
+        self._wake.set()
+
+    def _take(self) -> _Batch[Item, Answer]:
+        """The next batch: whole items, senders in turn, each sender's in order but for those that have to wait."""
+        batch: _Batch[Item, Answer] = _Batch()
+        passed: set[str] = set()
+        turns = deque(self._senders)
+        while turns and not batch.long:
+            name = turns.popleft()
+            sender = self._senders[name]
+            taken = self._first_free(sender, batch, passed)
+            if taken is not None:
+                batch.add(taken)
+            if not sender.waiting:
+                del self._senders[name]
+            elif taken is not None:
+                self._senders.move_to_end(name)
+                turns.append(name)
         return batch
 
-    async def _answer(self, batch: list[_Waiting[Item, Answer]]) -> None:
-        self._busy_since = time.monotonic()
+    def _first_free(self, sender: _Sender[Item, Answer], batch: _Batch[Item, Answer], passed: set[str]) -> _Waiting[Item, Answer] | None:
+        """Take the sender's first item that may join the batch out of its queue; `passed` gets the streams of those that must wait."""
+        place = 0
+        while place < min(len(sender.waiting), LOOK_AHEAD):
+            waiting = sender.waiting[place]
+            gone = waiting.future.done()  # its client left
+            if gone or self._joins(waiting.item, batch, passed):
+                del sender.waiting[place]
+                sender.queued -= waiting.item.events
+                self._queued -= waiting.item.events
+                if not gone:
+                    return waiting
+            else:
+                passed |= waiting.item.streams
+                place += 1
+        return None
+
+    def _joins(self, item: Item, batch: _Batch[Item, Answer], passed: set[str]) -> bool:
+        if not (self._busy.isdisjoint(item.streams) and passed.isdisjoint(item.streams)):
+            return False
+        if batch.members:
+            return batch.events + item.events <= self._max_batch and batch.with_(item) <= LONG_ROUNDS
+        return item.rounds <= LONG_ROUNDS or not any(other.long for other in self._running.values())
+
+    async def _answer(self, batch: _Batch[Item, Answer]) -> None:
+        members = batch.members
         try:
-            answers = await self._handle([waiting.item for waiting in batch])
+            answers = await self._handle([waiting.item for waiting in members])
         except OnsetError as error:
-            self._fail(batch, error)
+            self._fail(members, error)
         except Exception as error:  # the loop outlives any bug in a batch; the batch's clients are told
-            log.exception("batch_failed", items=len(batch))
-            self._fail(batch, error)
+            log.exception("batch_failed", items=len(members))
+            self._fail(members, error)
         except BaseException:
-            self._fail(batch, Overloaded("The service stopped before this was scored.", retry_after=2))
+            self._fail(members, Overloaded("The service stopped before this was scored.", retry_after=2))
             raise
         else:
-            for waiting, answer in zip(batch, answers, strict=True):
+            for waiting, answer in zip(members, answers, strict=True):
                 if not waiting.future.done():
                     waiting.future.set_result(answer)
-        finally:
-            self._busy_since = None
 
     @staticmethod
     def _fail(batch: Iterable[_Waiting[Item, Answer]], error: Exception) -> None:

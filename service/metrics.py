@@ -52,6 +52,10 @@ class Metrics:
         self.refused = Counter("onset_refused", "Requests refused at the door.", ["reason"], registry=registry)
         # Counter: requests that a bug of ours failed; each is in the log with its reference. Any is worth an issue.
         self.bugs = Counter("onset_unexpected_errors", "Requests failed by a bug.", registry=registry)
+        # Counter: copies of states by what became of them: hit (a load was saved), miss, stale (another replica wrote the stream since; it
+        # is stepped again). stale near hit: senders spread a stream over the replicas; route by stream id. miss while streams come
+        # again and again: ONSET_COPIES_BYTES is too small for them.
+        self.copies = Counter("onset_copies", "Copies of states by result.", ["result"], registry=registry)
         # Counter: compare-and-set lost against another replica. Constantly high: two senders share streams; route by stream id.
         self.conflicts = Counter("onset_state_conflicts", "Commits lost to another replica.", registry=registry)
         # Counter: streams that started afresh: new, other_model (a deploy), corrupt (investigate the store at once).

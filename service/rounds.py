@@ -28,6 +28,10 @@ Float32 = NDArray[np.float32]
 Positions = NDArray[np.intp]
 
 
+PART_ROUNDS = 16
+"""Some two milliseconds of a single stream's steps."""
+
+
 class Kind(enum.IntEnum):
     """What became of an event."""
 
@@ -64,14 +68,30 @@ def advance(
     `repeated` marks readings known to be old ones (from a trail): they are not stepped.
     """
     outcomes = Outcomes.unscored(readings, rows.dtype["last"], policy.alpha)
+    for _ in advancing(detector, policy, rows, readings, slots, repeated, outcomes):
+        pass
+    return outcomes
+
+
+def advancing(
+    detector: Detector,
+    policy: Policy,
+    rows: Rows,
+    readings: Readings,
+    slots: Positions,
+    repeated: NDArray[np.bool_] | None,
+    outcomes: Outcomes,
+) -> Iterator[None]:
+    """The same in parts of PART_ROUNDS rounds, into `outcomes`: between two parts others may use the processor."""
     if len(readings) == 0:
-        return outcomes
+        return
     if repeated is None:
         repeated = np.zeros(len(readings), np.bool_)
-    for positions in split_rounds(slots):
+    for i, positions in enumerate(split_rounds(slots), 1):
         _round(detector, policy, rows, readings, slots, positions, repeated, outcomes)
+        if i % PART_ROUNDS == 0:
+            yield
     answer_within(outcomes, readings.key, slots)
-    return outcomes
 
 
 def split_rounds(slots: Positions) -> Iterator[Positions]:

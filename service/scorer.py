@@ -1,12 +1,13 @@
 """THE FLOW of a batch. One scorer per loaded model; both doors call `score`.
 
-    events ─► readings ─► batcher ─► load     one MGET for the distinct streams
+    events ─► readings ─► batcher ─► load     our copies (copies.py), one MGET for the other distinct streams
                                      rounds   detector.step() on distinct streams, in a worker thread   (rounds.py)
                                      commit   compare version → write, atomic for each stream           (stores/)
                                      conflict reload the losers and step them again, three times at most
     replies ◄─────────────────────── answer   only now
 
-Nothing is kept here between batches: all that a stream is lies in the store, so any replica scores any stream.
+All that a stream is lies in the store, so any replica scores any stream; a copy only saves loading it, and a stale one loses the
+compare. Batches that share no stream are under way at once: one is stepped while another is loaded or committed.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import cached_property
 from itertools import groupby
 from typing import cast
 
@@ -28,6 +31,7 @@ from numpy.typing import NDArray
 
 from service import cadence
 from service.batcher import Batcher
+from service.copies import Copies
 from service.detector import Detector
 from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
 from service.events import Columns, Event, Parsed, Readings, Result
@@ -35,15 +39,18 @@ from service.features import parse, parse_columns
 from service.metrics import Metrics
 from service.policy import Policy
 from service.results import Answers, Replies, Scored
-from service.rounds import Kind, Outcomes, Positions, advance
+from service.rounds import Kind, Outcomes, Positions, advancing
 from service.silence import Sweeper, waits
 from service.state import EXPIRED, SILENT, Loaded, Origin, Rows, StateCodec
 from service.stores import StateStore, Write
 
 ATTEMPTS = 3
+"""Besides the one that a stale copy may cost."""
 ACCEPT_ATTEMPTS = 20
 MAX_BATCH = 1024
 """Events per batch: one inference of the largest bucket when every stream is there once."""
+DEPTH = 3
+"""Batches under way at once: one loads, one is stepped, one is committed."""
 COUNT_SECONDS = 1.0
 """How long a count of the store's streams is good for."""
 
@@ -54,21 +61,33 @@ log = structlog.get_logger(__name__)
 class Limits:
     """What one scorer accepts."""
 
-    max_queue_events: int = 20_000
+    max_queue_events: int = 40_000
     max_streams: int = 1_000_000
     max_future_seconds: float = 86_400.0
     result_ttl_seconds: int = 600
+    copies_bytes: int = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class _Piece:
     """Events of one request, and the policy that was in force when it came: a whole request is judged by one."""
 
-    events: Parsed
+    parsed: Parsed
     policy: Policy
 
-    def __len__(self) -> int:
-        return len(self.events)
+    @property
+    def events(self) -> int:
+        return len(self.parsed)
+
+    @cached_property
+    def streams(self) -> frozenset[str]:
+        return frozenset(self.parsed.stream_ids)
+
+    @cached_property
+    def rounds(self) -> int:
+        if len(self.streams) == self.events:
+            return 1
+        return max(Counter(self.parsed.stream_ids).values())
 
 
 class Scorer:
@@ -94,7 +113,8 @@ class Scorer:
         self._clock = clock
         self._codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
         self._replies = Replies(detector.manifest, policy)
-        self._batcher: Batcher[_Piece, Answers] = Batcher(self._handle, size=len, max_batch=MAX_BATCH, max_queue=limits.max_queue_events)
+        self._copies = Copies(self._codec, limits.copies_bytes)
+        self._batcher: Batcher[_Piece, Answers] = Batcher(self._handle, max_batch=MAX_BATCH, max_queue=limits.max_queue_events, depth=DEPTH)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
         self._streams, self._counted_at = 0, -COUNT_SECONDS
         metrics.state_bytes.labels(detector.name).set(self._codec.bytes)
@@ -119,9 +139,10 @@ class Scorer:
         await self._batcher.drain(seconds)
         self._worker.shutdown(wait=True)
 
-    async def score(self, items: Sequence[Event | ItemError], *, top_contributors: int = 10) -> list[Result | ItemError]:
+    async def score(self, items: Sequence[Event | ItemError], *, top_contributors: int = 10, sender: str = "") -> list[Result | ItemError]:
         """One answer for each item, in order. An ItemError among the items keeps its place; a failed event becomes one.
 
+        Senders take turns: none waits for all that another one has queued.
         Raises Overloaded when the queue is full, StoreUnavailable when nothing of this call is known to be committed.
         """
         if self._held:
@@ -136,7 +157,7 @@ class Scorer:
             places = [place for i, place in enumerate(places) if i not in errors]
             events = [event for i, event in enumerate(events) if i not in errors]
         start = 0
-        for outcome in await self._submit(parsed):
+        for outcome in await self._submit(parsed, sender):
             piece = events[start : start + MAX_BATCH]
             for place, answer in zip(places[start : start + MAX_BATCH], self._replied(piece, outcome, top_contributors), strict=True):
                 answers[place] = answer
@@ -144,7 +165,7 @@ class Scorer:
             await asyncio.sleep(0)  # a long request lets the others in between its pieces
         return [answer for answer in answers if answer is not None]
 
-    async def score_columns(self, columns: Columns) -> Scored:
+    async def score_columns(self, columns: Columns, *, sender: str = "") -> Scored:
         """The same for events that came as columns, without an object for each."""
         if self._held:
             raise StoreUnavailable("The policy has not been read from the state store yet.")
@@ -152,7 +173,7 @@ class Scorer:
         errors: dict[int, ItemError] = columns.bad | bad
         places = np.array([i for i in range(len(columns)) if i not in errors], np.intp)
         answers, start = [], 0
-        for outcome in await self._submit(parsed):
+        for outcome in await self._submit(parsed, sender):
             piece = places[start : start + MAX_BATCH]
             failures = self._failures(parsed.stream_ids[start : start + MAX_BATCH], outcome)
             errors |= {int(piece[i]): error for i, error in failures.items()}
@@ -210,6 +231,7 @@ class Scorer:
             if not self.policy.accept(loaded.rows):
                 return self._summary([stream_id], loaded.rows)[0]
             write = Write(stream_id, loaded.tokens[0], self._codec.encode(loaded.rows)[0])
+            self._copies.drop([stream_id])
             if await self._store.commit(self.detector.name, [write]) == [True]:
                 self._accepted(stream_id, before[0], by="call")
                 return self._summary([stream_id], loaded.rows)[0]
@@ -218,13 +240,14 @@ class Scorer:
 
     async def forget(self, stream_id: str) -> bool:
         """Delete a stream's state; whether there was one."""
+        self._copies.drop([stream_id])
         return await self._store.delete(self.detector.name, stream_id)
 
-    async def _submit(self, parsed: Parsed) -> list[Answers | OnsetError]:
+    async def _submit(self, parsed: Parsed, sender: str) -> list[Answers | OnsetError]:
         """Queue events in pieces of MAX_BATCH, in order, all or none. Raises when the first piece failed: then none is committed."""
         parts = [parsed] if 0 < len(parsed) <= MAX_BATCH else [parsed.part(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
         policy = self.policy
-        done = await self._batcher.submit([_Piece(part, policy) for part in parts])
+        done = await self._batcher.submit([_Piece(part, policy) for part in parts], sender)
         for answer in done:
             if isinstance(answer, Exception) and (answer is done[0] or not isinstance(answer, OnsetError)):
                 raise answer
@@ -235,7 +258,7 @@ class Scorer:
         parts: list[Answers] = []
         for _, run in groupby(pieces, key=lambda piece: id(piece.policy)):
             together = list(run)
-            parts += await self._judge([piece.events for piece in together], together[0].policy)
+            parts += await self._judge([piece.parsed for piece in together], together[0].policy)
         return parts
 
     async def _judge(self, submissions: list[Parsed], policy: Policy) -> list[Answers]:
@@ -254,7 +277,7 @@ class Scorer:
     async def _run(self, readings: Readings, policy: Policy) -> Outcomes:
         outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
         pending: Positions = np.arange(len(readings))
-        for _ in range(ATTEMPTS):
+        for _ in range(ATTEMPTS + 1):
             attempt, lost = await self._attempt(readings.take(pending), policy)
             outcomes.records[pending], outcomes.kinds[pending] = attempt.records, attempt.kinds
             pending = pending[lost]
@@ -269,7 +292,7 @@ class Scorer:
         slots = np.array([index.setdefault(stream_id, len(index)) for stream_id in readings.stream_ids], np.intp)
         stream_ids = list(index)
         with self._metrics.stage.labels("load").time():
-            loaded = self._codec.decode(await self._store.load(self.detector.name, stream_ids))
+            loaded, copied = await self._load(stream_ids)
             trails = await self._trails_of_untimed(readings, slots, stream_ids, loaded)
         refused = (await self._refused(loaded.origins))[slots]
         outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
@@ -277,27 +300,56 @@ class Scorer:
         go = np.flatnonzero(~refused)
         with self._metrics.stage.labels("step").time():
             repeated = _known(trails, slots[go], readings.key[go])
-            stepped = await asyncio.get_running_loop().run_in_executor(
-                self._worker, advance, self.detector, policy, loaded.rows, readings.take(go), slots[go], repeated
-            )
+            stepped = await self._step(policy, loaded.rows, readings.take(go), slots[go], repeated)
         outcomes.records[go], outcomes.kinds[go] = stepped.records, stepped.kinds
         with self._metrics.stage.labels("commit").time():
-            lost = await self._commit(stream_ids, loaded, outcomes, slots, policy)
+            lost = await self._commit(stream_ids, loaded, copied, outcomes, slots, policy)
         await self._answer_from_trails(readings, slots, stream_ids, outcomes, trails)
         return outcomes, lost[slots]
 
+    async def _load(self, stream_ids: list[str]) -> tuple[Loaded, NDArray[np.bool_]]:
+        """States of distinct streams, and [B] which of them are our copies."""
+        places = self._copies.find(stream_ids)
+        copied = places >= 0
+        here, missing = np.flatnonzero(copied), np.flatnonzero(~copied)
+        self._metrics.copies.labels("hit").inc(len(here))
+        self._metrics.copies.labels("miss").inc(len(missing))
+        if len(here) == 0:
+            return self._codec.decode(await self._store.load(self.detector.name, stream_ids)), copied
+        rows, origins = self._codec.fresh(len(stream_ids)), np.full(len(stream_ids), Origin.STORED, np.uint8)
+        self._copies.take(places[here], rows, here)
+        tokens = self._codec.tokens(rows)
+        if len(missing):
+            values = await self._store.load(self.detector.name, [stream_ids[i] for i in missing.tolist()])
+            rest = self._codec.decode(values)
+            rows[missing], origins[missing] = rest.rows, rest.origins
+            for i, token in zip(missing.tolist(), rest.tokens, strict=True):
+                tokens[i] = token
+        return Loaded(rows, tokens, origins), copied
+
+    async def _step(self, policy: Policy, rows: Rows, readings: Readings, slots: Positions, repeated: NDArray[np.bool_]) -> Outcomes:
+        """Step `rows` in place in the worker thread, which other batches use between the parts of a long one."""
+        outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
+        parts = advancing(self.detector, policy, rows, readings, slots, repeated, outcomes)
+        while await asyncio.get_running_loop().run_in_executor(self._worker, _goes_on, parts):
+            pass
+        return outcomes
+
     async def _commit(
-        self, stream_ids: list[str], loaded: Loaded, outcomes: Outcomes, slots: Positions, policy: Policy
+        self, stream_ids: list[str], loaded: Loaded, copied: NDArray[np.bool_], outcomes: Outcomes, slots: Positions, policy: Policy
     ) -> NDArray[np.bool_]:
         """Write the states that were stepped; [B] whether each was lost to another replica."""
         scored = np.flatnonzero(outcomes.kinds == Kind.SCORED)
         events = np.bincount(slots[scored], minlength=len(stream_ids))
         changed = np.flatnonzero(events)
-        lost = np.zeros(len(stream_ids), np.bool_)
+        lost = copied & (events == 0)  # without a compare a copy vouches for nothing: what it alone would answer is asked of the store
+        self._copies.drop([stream_ids[slot] for slot in np.flatnonzero(lost).tolist()])
         if len(changed) == 0:
             return lost
         loaded.rows["trail_until"][events > 1] = self._clock() + self._limits.result_ttl_seconds
         rows = loaded.rows[changed]
+        # A stream that another replica wrote last is likely to be written by it again: a copy would be stale.
+        stays = copied[changed] | (loaded.origins[changed] != Origin.STORED) | self._codec.ours(rows)
         watches = waits(rows, policy.alpha, self._clock()) if policy.silence else [None] * len(rows)
         values = self._codec.encode(rows)
         trails = self._new_trails(scored, slots, events, outcomes)
@@ -305,9 +357,18 @@ class Scorer:
             Write(stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""), watch)
             for slot, value, watch in zip(changed.tolist(), values, watches, strict=True)
         ]
-        written = np.array(await self._store.commit(self.detector.name, writes), np.bool_)
+        self._copies.drop([stream_ids[slot] for slot in changed[~stays].tolist()])
+        try:
+            written = np.array(await self._store.commit(self.detector.name, writes), np.bool_)
+        except StoreUnavailable:  # whether it was applied is not known
+            self._copies.drop([write.stream_id for write in writes])
+            raise
+        kept = np.flatnonzero(written & stays)
+        self._copies.keep([writes[i].stream_id for i in kept.tolist()], rows[kept])
+        self._copies.drop([writes[i].stream_id for i in np.flatnonzero(~written).tolist()])
         lost[changed] = ~written
-        self._metrics.conflicts.inc(int((~written).sum()))
+        self._metrics.copies.labels("stale").inc(int((copied[changed] & ~written).sum()))
+        self._metrics.conflicts.inc(int((~copied[changed] & ~written).sum()))
         self._count_fresh(stream_ids, loaded.origins, changed[written])
         for i in scored[outcomes.records["flags"][scored] & EXPIRED != 0].tolist():
             if not lost[slots[i]]:
@@ -432,6 +493,15 @@ class Scorer:
             self._metrics.fresh.labels(origin.name.lower()).inc()
             if origin != Origin.NEW:
                 log.warning("stream_started_afresh", stream_id=stream_ids[slot], model=self.detector.name, reason=origin.name.lower())
+
+
+def _goes_on(parts: Iterator[None]) -> bool:
+    """Compute the next part; whether there may be another."""
+    try:
+        next(parts)
+    except StopIteration:
+        return False
+    return True
 
 
 def _known(trails: dict[int, Rows], slots: Positions, key: NDArray[np.uint64]) -> NDArray[np.bool_]:

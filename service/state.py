@@ -5,7 +5,7 @@ A batch of values is one numpy structured array, so loading, judging and writing
     offset  field
     0       magic "ON" · format u2
     4       crc u4                CRC-32 of everything after it
-    8       nonce u8 · version u8 the token that compare-and-set compares: a new nonce at every commit
+    8       nonce u8 · version u8 the token that compare-and-set compares: a new nonce at every commit, its upper half the writer's tag
     24      model u8              first 64 bits of the model file's hash: a state of another model is never stepped
     32      source u8 · offset i8 position of the last event in its queue (0, -1: it came over REST)
     48      seen 8 x u8           keys of the last 8 events with an identity, a ring by version
@@ -44,6 +44,8 @@ TOKEN = slice(8, 24)
 """The bytes of a value that compare-and-set compares."""
 SEEN = 8
 FLAGS = slice(120, 124)
+_CRC, _MODEL = slice(4, 8), slice(24, 32)
+_HEAD_BYTES = np.frombuffer(HEAD, np.uint8)
 
 ALERT_OPEN = 1
 FROZEN = 2
@@ -151,6 +153,8 @@ class StateCodec:
         self.bytes = self.value.itemsize - 4 * state_size
         """Of a value without learner."""
         self._model = model
+        self._tag = int.from_bytes(os.urandom(4), "little")
+        """Of what this codec encodes: tells a replica whether it was the last to write a stream."""
 
     def fresh(self, rows: int) -> Rows:
         """States of streams that have seen nothing."""
@@ -162,23 +166,33 @@ class StateCodec:
 
     def decode(self, values: Sequence[bytes | None]) -> Loaded:
         """Stored values → states. A missing, foreign or damaged value becomes a fresh state that says so in `origins`."""
-        origins = np.array([self._origin(value) for value in values], np.uint8)
-        tokens = [value[TOKEN] if value is not None else b"" for value in values]
-        rows = self.fresh(len(values))
-        stored = np.flatnonzero(origins == Origin.STORED)
-        size = self.value.itemsize
-        rows[stored] = np.frombuffer(b"".join((values[i] or b"").ljust(size, b"\0") for i in stored.tolist()), self.value)
-        return Loaded(rows, tokens, origins)
+        rows, origins = self.fresh(len(values)), np.full(len(values), Origin.NEW, np.uint8)
+        sizes = np.array([-1 if value is None else len(value) for value in values], np.intp)
+        for size in np.unique(sizes[sizes >= 0]).tolist():
+            places = np.flatnonzero(sizes == size)
+            origins[places] = self._read(rows, places, [values[i] or b"" for i in places.tolist()], size)
+        return Loaded(rows, [b"" if value is None else value[TOKEN] for value in values], origins)
 
     def encode(self, rows: Rows) -> list[bytes]:
         """States → values, each with a new nonce and its CRC. Writes both into `rows`."""
-        rows["nonce"] = np.frombuffer(os.urandom(8 * len(rows)), "<u8")
-        ends = [i * self.value.itemsize + size for i, size in enumerate(np.where(rows["flags"] & LEARNER, self.value.itemsize, self.bytes))]
-        starts = range(0, rows.nbytes, self.value.itemsize)
+        rows["nonce"] = np.frombuffer(os.urandom(4 * len(rows)), "<u4") | np.uint64(self._tag << 32)
+        whole = self.value.itemsize
+        starts = range(0, rows.nbytes, whole)
+        sizes = np.where(rows["flags"] & LEARNER, whole, self.bytes).tolist()
         content = memoryview(rows.tobytes())
-        rows["crc"] = [zlib.crc32(content[start + 8 : end]) for start, end in zip(starts, ends, strict=True)]
+        rows["crc"] = [zlib.crc32(content[start + 8 : start + size]) for start, size in zip(starts, sizes, strict=True)]
         sealed = rows.tobytes()
-        return [sealed[start:end] for start, end in zip(starts, ends, strict=True)]
+        return [sealed[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+    def tokens(self, rows: Rows) -> list[bytes]:
+        """What compare-and-set must find where these states [B] are stored."""
+        content = bytes_of(rows)[:, TOKEN].tobytes()
+        return [content[i : i + 16] for i in range(0, len(content), 16)]
+
+    def ours(self, rows: Rows) -> NDArray[np.bool_]:
+        """[B] whether a state was last written through this codec."""
+        ours: NDArray[np.bool_] = rows["nonce"] >> np.uint64(32) == self._tag
+        return ours
 
     def encode_trail(self, records: Rows) -> bytes:
         """Results of one commit → a trail's blob: model u8, crc u4, records."""
@@ -191,14 +205,28 @@ class StateCodec:
         intact = zlib.crc32(content).to_bytes(4, "little") == blob[:4] and content[:8] == self._model.to_bytes(8, "little")
         return np.frombuffer(content[8:] if intact else b"", self.record)
 
-    def _origin(self, value: bytes | None) -> Origin:
-        if value is None:
-            return Origin.NEW
-        if len(value) < TOKEN.stop + 8 or value[:4] != HEAD:
-            return Origin.CORRUPT
-        if zlib.crc32(memoryview(value)[8:]) != int.from_bytes(value[4:8], "little"):
-            return Origin.CORRUPT
-        if int.from_bytes(value[24:32], "little") != self._model:
-            return Origin.OTHER_MODEL
-        size = self.value.itemsize if int.from_bytes(value[FLAGS], "little") & LEARNER else self.bytes
-        return Origin.STORED if len(value) == size else Origin.CORRUPT
+    def _read(self, rows: Rows, places: NDArray[np.intp], values: list[bytes], size: int) -> NDArray[np.uint8]:
+        """Where values, all of `size` bytes, come from; those of this model are put into `rows` at `places`."""
+        if size < _MODEL.stop:
+            return np.full(len(values), Origin.CORRUPT, np.uint8)
+        content = np.frombuffer(b"".join(values), np.uint8).reshape(-1, size)
+        crc = [zlib.crc32(memoryview(value)[8:]) for value in values]
+        intact = (content[:, :4] == _HEAD_BYTES).all(axis=1) & (_number(content, _CRC) == crc)
+        ours = _number(content, _MODEL) == self._model
+        fits = np.zeros(len(values), np.bool_)
+        if size in (self.bytes, self.value.itemsize):
+            fits = np.where(_number(content, FLAGS) & LEARNER, self.value.itemsize, self.bytes) == size
+        good = intact & ours & fits
+        if good.any():
+            bytes_of(rows)[places[good], :size] = content[good]
+        return np.where(good, Origin.STORED, np.where(intact & ~ours, Origin.OTHER_MODEL, Origin.CORRUPT)).astype(np.uint8)
+
+
+def bytes_of(rows: Rows) -> NDArray[np.uint8]:
+    """The memory of [B] records as [B, bytes]."""
+    return rows.view(np.uint8).reshape(len(rows), rows.dtype.itemsize)
+
+
+def _number(content: NDArray[np.uint8], where: slice) -> NDArray[Any]:
+    """The little-endian number in these columns of [B, bytes]."""
+    return np.ascontiguousarray(content[:, where]).view(f"<u{where.stop - where.start}")[:, 0]

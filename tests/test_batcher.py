@@ -5,21 +5,41 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import pytest
 
 from service.batcher import Batcher
 from service.errors import Overloaded, StoreUnavailable
 
-Ints = Batcher[int, int]
+
+@dataclass(frozen=True)
+class Job:
+    """A number to double, as so many events of some streams."""
+
+    number: int
+    streams: frozenset[str]
+    events: int = 1
+    rounds: int = 1
+
+
+def jobs(*numbers: int) -> list[Job]:
+    """Each of a stream of its own."""
+    return [Job(number, frozenset({str(number)})) for number in numbers]
+
+
+def of(stream: str, *numbers: int, events: int = 1, rounds: int = 1) -> list[Job]:
+    return [Job(number, frozenset({stream}), events, rounds) for number in numbers]
+
+
+Ints = Batcher[Job, int]
 
 
 @asynccontextmanager
 async def batcher(
-    handle: Callable[[list[int]], Awaitable[Sequence[int]]], *, max_batch: int = 100, max_queue: int = 1000
+    handle: Callable[[list[Job]], Awaitable[Sequence[int]]], *, max_batch: int = 100, max_queue: int = 1000, depth: int = 1
 ) -> AsyncIterator[Ints]:
-    """A running batcher whose items count one event each."""
-    running: Ints = Batcher(handle, size=lambda item: 1, max_batch=max_batch, max_queue=max_queue)
+    running: Ints = Batcher(handle, max_batch=max_batch, max_queue=max_queue, depth=depth)
     running.start()
     yield running
     await running.drain(1)
@@ -32,10 +52,10 @@ class Gate:
         self.open = asyncio.Event()
         self.batches: list[list[int]] = []
 
-    async def __call__(self, items: list[int]) -> list[int]:
-        self.batches.append(items)
+    async def __call__(self, items: list[Job]) -> list[int]:
+        self.batches.append([item.number for item in items])
         await self.open.wait()
-        return [2 * item for item in items]
+        return [2 * item.number for item in items]
 
 
 async def waiting(running: Ints, count: int) -> None:
@@ -47,9 +67,9 @@ async def waiting(running: Ints, count: int) -> None:
 async def test_submissions_that_arrive_during_a_batch_form_the_next_one() -> None:
     gate = Gate()
     async with batcher(gate) as running:
-        head = asyncio.create_task(running.submit([0]))
+        head = asyncio.create_task(running.submit(jobs(0)))
         await asyncio.sleep(0.01)
-        tasks = [asyncio.create_task(running.submit([i])) for i in range(1, 10)]
+        tasks = [asyncio.create_task(running.submit(jobs(i))) for i in range(1, 10)]
         await waiting(running, 9)
         gate.open.set()
         assert await asyncio.gather(head, *tasks) == [[2 * i] for i in range(10)]
@@ -61,19 +81,19 @@ async def test_a_batch_holds_no_more_than_its_limit_and_keeps_the_order() -> Non
     gate = Gate()
     gate.open.set()
     async with batcher(gate, max_batch=4) as running:
-        assert await running.submit(list(range(10))) == [2 * i for i in range(10)]
+        assert await running.submit(jobs(*range(10))) == [2 * i for i in range(10)]
     assert gate.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 async def test_a_full_queue_refuses_at_once_and_takes_all_of_a_submission_or_nothing() -> None:
     gate = Gate()
     async with batcher(gate, max_queue=5) as running:
-        first = asyncio.create_task(running.submit([0]))
+        first = asyncio.create_task(running.submit(jobs(0)))
         await asyncio.sleep(0.01)
-        waits = asyncio.create_task(running.submit([1, 2, 3]))
+        waits = asyncio.create_task(running.submit(jobs(1, 2, 3)))
         await waiting(running, 3)
-        with pytest.raises(Overloaded, match="3 events are waiting to be scored; the queue holds 5") as refusal:
-            await running.submit([4, 5, 6])
+        with pytest.raises(Overloaded, match="3 events are waiting to be scored, 3 of them from this sender; the queue holds 5") as refusal:
+            await running.submit(jobs(4, 5, 6))
         assert refusal.value.retry_after >= 1
         assert running.queued == 3
         gate.open.set()
@@ -85,9 +105,9 @@ async def test_a_full_queue_refuses_at_once_and_takes_all_of_a_submission_or_not
 async def test_a_client_that_leaves_does_not_hurt_its_batch_mates(leaves: int) -> None:
     gate = Gate()
     async with batcher(gate) as running:
-        head = asyncio.create_task(running.submit([99]))
+        head = asyncio.create_task(running.submit(jobs(99)))
         await asyncio.sleep(0.01)
-        tasks = [asyncio.create_task(running.submit([i])) for i in range(6)]
+        tasks = [asyncio.create_task(running.submit(jobs(i))) for i in range(6)]
         await waiting(running, 6)
         tasks[leaves].cancel()
         await asyncio.sleep(0)
@@ -102,9 +122,9 @@ async def test_a_client_that_leaves_does_not_hurt_its_batch_mates(leaves: int) -
 async def test_a_client_that_leaves_while_its_batch_runs_does_not_hurt_its_batch_mates(leaves: int) -> None:
     gate = Gate()
     async with batcher(gate) as running:
-        head = asyncio.create_task(running.submit([99]))
+        head = asyncio.create_task(running.submit(jobs(99)))
         await asyncio.sleep(0.01)
-        tasks = [asyncio.create_task(running.submit([i])) for i in range(4)]
+        tasks = [asyncio.create_task(running.submit(jobs(i))) for i in range(4)]
         await waiting(running, 4)
         gate.open.set()
         await head
@@ -117,29 +137,30 @@ async def test_a_client_that_leaves_while_its_batch_runs_does_not_hurt_its_batch
 
 
 async def test_an_error_fails_its_batch_and_the_loop_goes_on() -> None:
-    async def handle(items: list[int]) -> list[int]:
-        if 13 in items:
+    async def handle(items: list[Job]) -> list[int]:
+        if items[0].number == 13:
             raise ZeroDivisionError("a bug")
-        return items
+        return [item.number for item in items]
 
     async with batcher(handle) as running:
-        [failure] = await running.submit([13])
+        [failure] = await running.submit(jobs(13))
         assert isinstance(failure, ZeroDivisionError)
-        assert await running.submit([1]) == [1]
+        assert await running.submit(jobs(1)) == [1]
         assert running.healthy
 
 
 async def test_what_follows_a_failed_item_of_the_same_call_is_not_handled() -> None:
     handled: list[int] = []
 
-    async def handle(items: list[int]) -> list[int]:
-        handled.extend(items)
-        if 2 in items:
+    async def handle(items: list[Job]) -> list[int]:
+        numbers = [item.number for item in items]
+        handled.extend(numbers)
+        if 2 in numbers:
             raise StoreUnavailable("down")
-        return items
+        return numbers
 
     async with batcher(handle, max_batch=2) as running:
-        answers = await running.submit([0, 1, 2, 3, 4, 5])
+        answers = await running.submit(jobs(0, 1, 2, 3, 4, 5))
     assert answers[:2] == [0, 1]
     assert all(isinstance(answer, StoreUnavailable) for answer in answers[2:])
     assert handled == [0, 1, 2, 3]
@@ -148,12 +169,12 @@ async def test_what_follows_a_failed_item_of_the_same_call_is_not_handled() -> N
 async def test_draining_finishes_what_waits_and_refuses_what_comes() -> None:
     gate = Gate()
     async with batcher(gate) as running:
-        tasks = [asyncio.create_task(running.submit([i])) for i in range(3)]
+        tasks = [asyncio.create_task(running.submit(jobs(i))) for i in range(3)]
         await waiting(running, 2)
         drained = asyncio.create_task(running.drain(5))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="stopping"):
-            await running.submit([9])
+            await running.submit(jobs(9))
         gate.open.set()
         await drained
         assert await asyncio.gather(*tasks) == [[0], [2], [4]]
@@ -163,7 +184,7 @@ async def test_draining_finishes_what_waits_and_refuses_what_comes() -> None:
 async def test_what_is_not_finished_by_the_deadline_is_told_so() -> None:
     gate = Gate()
     async with batcher(gate) as running:
-        tasks = [asyncio.create_task(running.submit([i])) for i in range(3)]
+        tasks = [asyncio.create_task(running.submit(jobs(i))) for i in range(3)]
         await waiting(running, 2)
         await running.drain(0.05)
         for [answer] in await asyncio.gather(*tasks):
@@ -171,7 +192,102 @@ async def test_what_is_not_finished_by_the_deadline_is_told_so() -> None:
 
 
 async def test_without_its_loop_nothing_is_accepted() -> None:
-    idle: Ints = Batcher(Gate(), size=lambda item: 1, max_batch=1, max_queue=1)
+    idle: Ints = Batcher(Gate(), max_batch=1, max_queue=1)
     assert not idle.healthy
     with pytest.raises(Overloaded):
-        await idle.submit([1])
+        await idle.submit(jobs(1))
+
+
+async def test_batches_that_share_no_stream_are_handled_at_once_and_those_that_do_one_after_the_other() -> None:
+    gate = Gate()
+    async with batcher(gate, depth=3) as running:
+        first = asyncio.create_task(running.submit(of("a", 1)))
+        await asyncio.sleep(0.01)
+        same, other = asyncio.create_task(running.submit(of("a", 2))), asyncio.create_task(running.submit(of("b", 3)))
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[1], [3]]
+        assert running.queued == 1
+        gate.open.set()
+        assert await asyncio.gather(first, same, other) == [[2], [4], [6]]
+    assert gate.batches == [[1], [3], [2]]
+
+
+async def test_no_more_batches_are_handled_at_once_than_the_depth() -> None:
+    gate = Gate()
+    async with batcher(gate, depth=2, max_batch=1) as running:
+        tasks = [asyncio.create_task(running.submit(jobs(i))) for i in range(4)]
+        await waiting(running, 2)
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[0], [1]]
+        gate.open.set()
+        assert await asyncio.gather(*tasks) == [[0], [2], [4], [6]]
+
+
+async def test_a_stream_keeps_its_order_past_what_is_passed_over() -> None:
+    gate = Gate()
+    async with batcher(gate, depth=2, max_batch=4) as running:
+        head = asyncio.create_task(running.submit(of("a", 1)))
+        await asyncio.sleep(0.01)
+        both = Job(2, frozenset({"a", "b"}))
+        rest = asyncio.create_task(running.submit([both, *of("b", 3), *of("c", 4)]))
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[1], [4]], "3 must not overtake 2, which waits for stream a"
+        gate.open.set()
+        assert await head == [2]
+        assert await rest == [4, 6, 8]
+    assert gate.batches == [[1], [4], [2, 3]]
+
+
+async def test_senders_take_turns_however_much_one_of_them_has_queued() -> None:
+    gate = Gate()
+    async with batcher(gate, max_batch=4) as running:
+        head = asyncio.create_task(running.submit(jobs(0)))
+        await asyncio.sleep(0.01)
+        noisy = asyncio.create_task(running.submit(jobs(*range(100, 120)), "noisy"))
+        quiet = [asyncio.create_task(running.submit(jobs(i), "quiet")) for i in (1, 2)]
+        await waiting(running, 22)
+        gate.open.set()
+        await asyncio.gather(head, noisy, *quiet)
+    assert gate.batches[1] == [100, 1, 101, 2]
+
+
+async def test_however_much_one_sender_has_queued_there_is_room_for_the_next() -> None:
+    gate = Gate()
+    async with batcher(gate, max_queue=100) as running:
+        head = asyncio.create_task(running.submit(jobs(0)))
+        await asyncio.sleep(0.01)
+        tasks = [asyncio.create_task(running.submit(jobs(10 * i + 1, 10 * i + 2, 10 * i + 3, 10 * i + 4), "noisy")) for i in range(30)]
+        await asyncio.sleep(0.01)
+        refused = [task for task in tasks if task.done() and isinstance(task.exception(), Overloaded)]
+        assert 48 <= running.queued <= 52
+        assert len(refused) == 30 - running.queued // 4
+        quiet = asyncio.create_task(running.submit(jobs(*range(1000, 1020)), "quiet"))
+        await asyncio.sleep(0.01)
+        gate.open.set()
+        assert await quiet == [2 * i for i in range(1000, 1020)]
+        await asyncio.gather(head, *(task for task in tasks if task not in refused))
+
+
+async def test_a_long_item_has_a_batch_of_its_own_and_only_one_runs_at_a_time() -> None:
+    gate = Gate()
+    async with batcher(gate, depth=3, max_batch=10_000, max_queue=10_000) as running:
+        long = [
+            asyncio.create_task(running.submit(of(name, i, events=500, rounds=500), name)) for i, name in enumerate(("hot", "hotter"), 1)
+        ]
+        short = asyncio.create_task(running.submit(jobs(7, 8), "quiet"))
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[1], [7, 8]]
+        gate.open.set()
+        assert await asyncio.gather(*long, short) == [[2], [4], [14, 16]]
+
+
+async def test_events_of_one_stream_fill_a_batch_up_to_its_rounds_only() -> None:
+    gate = Gate()
+    async with batcher(gate, max_batch=1000) as running:
+        head = asyncio.create_task(running.submit(jobs(0)))
+        await asyncio.sleep(0.01)
+        hot = asyncio.create_task(running.submit(of("hot", *range(1, 101))))
+        await waiting(running, 100)
+        gate.open.set()
+        await asyncio.gather(head, hot)
+    assert [len(batch) for batch in gate.batches] == [1, 64, 36]

@@ -261,18 +261,77 @@ async def test_streams_beyond_the_limit_are_refused_and_known_ones_go_on(tiny_de
     await scorer.drain(1)
 
 
-async def test_a_damaged_value_is_never_stepped_but_a_counted_fresh_start(scorer: Scorer, store: MemoryStore) -> None:
-    await scorer.score(events(10))
+async def damage(store: MemoryStore) -> None:
+    """Flip a bit of the stored value of stream s."""
     [value] = await store.load("tiny", ["s"])
     assert value is not None
     damaged = value[:-1] + bytes([value[-1] ^ 1])
     assert await store.commit("tiny", [Write("s", value[8:24], damaged)]) == [True]
+
+
+async def test_a_damaged_value_is_never_stepped_but_a_counted_fresh_start(tiny_detector: Detector, store: MemoryStore) -> None:
+    scorer = make(tiny_detector, store, Limits(copies_bytes=0))
+    await scorer.score(events(10))
+    await damage(store)
     [fresh] = results(await scorer.score([Event(stream_id="s", values={"value": 1.0})]))
     assert fresh.state_version == 1
     assert fresh.status == "warming_up"
     registry = scorer._metrics.registry
     assert registry.get_sample_value("onset_fresh_states_total", {"reason": "corrupt"}) == 1
     assert registry.get_sample_value("onset_fresh_states_total", {"reason": "new"}) == 1
+    await scorer.drain(1)
+
+
+async def test_a_damaged_value_is_healed_by_the_copy_of_the_replica_that_wrote_it(scorer: Scorer, store: MemoryStore) -> None:
+    await scorer.score(events(10))
+    await damage(store)
+    [healed] = results(await scorer.score(events(1, start=10)))
+    untouched = MemoryStore(state_ttl=3600, result_ttl=600)
+    other = make(scorer.detector, untouched)
+    assert scores([healed]) == scores(await other.score(events(10) + events(1, start=10)))[-1:]
+    await other.drain(1)
+
+
+def copies_of(scorer: Scorer) -> dict[str, float]:
+    return {name: scorer._metrics.copies.labels(name)._value.get() for name in ("hit", "miss", "stale")}
+
+
+async def test_a_stream_that_comes_again_is_not_loaded_again(scorer: Scorer) -> None:
+    for i in range(5):
+        await scorer.score(events(1, start=i))
+    assert copies_of(scorer) == {"hit": 4, "miss": 1, "stale": 0}
+
+
+async def test_a_stale_copy_costs_another_attempt_and_changes_no_score(tiny_detector: Detector, store: MemoryStore) -> None:
+    replicas = [make(tiny_detector, store), make(tiny_detector, store)]
+    answers = [(await replicas[i].score(events(1, start=n)))[0] for n, i in enumerate((0, 0, 1, 0, 0, 0, 1, 1, 0))]
+    alone = make(tiny_detector, MemoryStore(state_ttl=3600, result_ttl=600))
+    assert scores(answers) == scores(await alone.score([event for n in range(9) for event in events(1, start=n)]))
+    assert copies_of(replicas[0])["stale"] > 0
+    assert replicas[0]._metrics.conflicts._value.get() == 0
+    for scorer in (*replicas, alone):
+        await scorer.drain(1)
+
+
+async def test_a_copy_alone_answers_nothing(tiny_detector: Detector, store: MemoryStore) -> None:
+    one, two = make(tiny_detector, store), make(tiny_detector, store)
+    await one.score(events(3))
+    assert await two.forget("s")
+    [again] = results(await one.score(events(1, start=2)))
+    assert (again.state_version, again.duplicate) == (1, False), "the stream was forgotten elsewhere: its last event is a new one"
+    await one.drain(1)
+    await two.drain(1)
+
+
+async def test_batches_of_other_streams_do_not_wait_for_a_stream_with_many_events(tiny_detector: Detector, store: MemoryStore) -> None:
+    scorer = make(tiny_detector, store)
+    hot = asyncio.create_task(scorer.score(events(5 * MAX_BATCH, "hot"), sender="hot"))
+    await asyncio.sleep(0)
+    quiet = [await scorer.score(events(1, "quiet", start=i), sender="quiet") for i in range(20)]
+    assert not hot.done()
+    assert [result.state_version for answers in quiet for result in results(answers)] == list(range(1, 21))
+    assert [result.state_version for result in results(await hot)] == list(range(1, 5 * MAX_BATCH + 1))
+    await scorer.drain(1)
 
 
 async def test_a_stream_can_be_looked_at_listed_and_forgotten(scorer: Scorer) -> None:
