@@ -30,7 +30,7 @@ BODY = b'{"status":"ok"}'
 class ConstantScorer:
     """Answers at once, always the same."""
 
-    async def score(self, items: Sequence[Event], *, top_contributors: int) -> list[Result]:
+    async def score(self, items: Sequence[Event], *, top_contributors: int, sender: str) -> list[Result]:
         return [ANSWER] * len(items)
 
 

@@ -74,6 +74,8 @@ MEDIA = {
 MAX_TOP = 300
 MAX_PAGE = 1000
 IDEMPOTENCY_KEY = "idempotency-key"
+TENANT_HEADER = "X-Scope-OrgID"
+"""Mimir's and Loki's name for it."""
 
 _RESERVED = "onset.reserved"
 VISIBLE = f"^[!-~]{{1,{MAX_NAME_LENGTH}}}$"
@@ -233,20 +235,21 @@ class Door:
         content = await self._body(request)
         try:
             address = _Address(stream_id, request.headers.get(IDEMPOTENCY_KEY))
+            sender = _sender(request)
             if form is Format.ARROW:
-                response = await self._answer_columns(scorer, address.columns(self._columns(content)), reply, top)
+                response = await self._answer_columns(scorer, address.columns(self._columns(content)), reply, top, sender)
             else:
                 items, bare = self._decoded(content, form)
                 del content
-                response = await self._answer(scorer, address.items(items), reply, top, bare=bare)
+                response = await self._answer(scorer, address.items(items), reply, top, sender, bare=bare)
         finally:
             self._release(request)
         self._latency.observe(time.perf_counter() - started)
         return response
 
-    async def _answer(self, scorer: Scorer, items: Items, reply: Format, top: int, *, bare: bool) -> Response:
+    async def _answer(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str, *, bare: bool) -> Response:
         with self._refusals("queue", Overloaded):
-            answers = await scorer.score(items, top_contributors=top)
+            answers = await scorer.score(items, top_contributors=top, sender=sender)
         self._count(Counter(map(_outcome, answers)))
         if bare:
             [answer] = answers
@@ -260,11 +263,11 @@ class Door:
             return Response(arrow.encode_rows(answers, scorer.detector.manifest.feature_names), media_type=reply.value)
         return Response(encode(answers, reply, bare=bare), media_type=reply.value)
 
-    async def _answer_columns(self, scorer: Scorer, columns: Columns, reply: Format, top: int) -> Response:
+    async def _answer_columns(self, scorer: Scorer, columns: Columns, reply: Format, top: int, sender: str) -> Response:
         if reply is not Format.ARROW:
-            return await self._answer(scorer, columns.items(), reply, top, bare=False)
+            return await self._answer(scorer, columns.items(), reply, top, sender, bare=False)
         with self._refusals("queue", Overloaded):
-            scored = await scorer.score_columns(columns)
+            scored = await scorer.score_columns(columns, sender=sender)
         self._count(_outcomes(scored))
         manifest = scorer.detector.manifest
         model = (manifest.name, manifest.version)
@@ -504,6 +507,16 @@ def _preferred(wanted: str, sent: Format) -> Format:
         if form is not None and _WEIGHT.fullmatch(q) and float(q) > weight:
             best, weight = form, float(q)
     return best
+
+
+def _sender(request: Request) -> str:
+    """Whose turn a request takes: the tenant's that it names, or else its address's."""
+    tenant = request.headers.get(TENANT_HEADER)
+    if tenant is None:
+        return request.client.host if request.client else ""
+    if not _VISIBLE.fullmatch(tenant):
+        raise BadParameter(f"{TENANT_HEADER} has 1 to {MAX_NAME_LENGTH} visible ASCII characters.", TENANT_HEADER, shown(tenant))
+    return f"tenant {tenant}"
 
 
 def _query(request: Request, name: str) -> str | None:

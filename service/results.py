@@ -34,6 +34,8 @@ class Batch:
     outcomes: Outcomes
     verdicts: Verdicts
     confidence: NDArray[np.float64]
+    names: tuple[str, ...]
+    """Of the F features."""
 
     @cached_property
     def rows(self) -> list[tuple[Any, ...]]:
@@ -52,9 +54,18 @@ class Batch:
             _nullable(records["started_at"]),
             (records["flags"] & FROZEN != 0).tolist(),
             map(_shortest, records["alpha"].tolist()),
-            *(_nullable(records[name]) for name in ("x", "expected", "lower", "upper", "contribution")),
+            _tuples(records["x"]),
+            *(self._named(records[name]) for name in ("expected", "lower", "upper")),
+            _tuples(records["contribution"]),
         )
         return list(zip(*columns, strict=True))
+
+    def _named(self, column: NDArray[np.floating]) -> list[Numbers]:
+        """[N, F] → feature → number for each event."""
+        if len(self.names) == 1:
+            [name] = self.names
+            return [{name: number} for number in _nullable(column[:, 0])]
+        return [dict(zip(self.names, numbers, strict=True)) for numbers in _nullable(column)]
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,7 @@ class Replies:
         verdicts = judge(records)
         scored = kinds == Kind.SCORED
         return Answers(
-            Batch(outcomes, verdicts, self._policy.confidence(records["version"])),
+            Batch(outcomes, verdicts, self._policy.confidence(records["version"]), self._names),
             0,
             len(kinds),
             kinds.tolist(),
@@ -199,9 +210,9 @@ class Replies:
             THRESHOLD,
             alpha,
             DIRECTIONS[direction] if scored else "none",
-            self._named(expected) if scored else {},
-            self._named(lower) if scored else {},
-            self._named(upper) if scored else {},
+            expected if scored else {},
+            lower if scored else {},
+            upper if scored else {},
             self._contributors(x, expected, contribution, top) if scored else [],
             started_at if scored else None,
             [name for name, number in zip(self._names, x, strict=True) if number is None] if scored and None in x else [],  # imputed
@@ -214,12 +225,10 @@ class Replies:
             kind == _LATE,
         )
 
-    def _named(self, values: list[float | None]) -> Numbers:
-        return {self._names[0]: values[0]} if self._single else dict(zip(self._names, values, strict=True))
-
-    def _contributors(self, x: list[float | None], expected: list[float | None], contribution: list[float], top: int) -> list[Contributor]:
+    def _contributors(self, x: tuple[float | None, ...], expected: Numbers, contribution: tuple[float, ...], top: int) -> list[Contributor]:
+        names = self._names
         order = _FIRST[:top] if self._single else sorted(range(len(x)), key=contribution.__getitem__, reverse=True)[:top]
-        return [Contributor(self._names[j], contribution[j], x[j], expected[j]) for j in order if x[j] is not None]
+        return [Contributor(names[j], contribution[j], x[j], expected[names[j]]) for j in order if x[j] is not None]
 
 
 @lru_cache(maxsize=64)
@@ -236,3 +245,8 @@ def _nullable(column: NDArray[np.floating]) -> list[Any]:
     if column.ndim == 1:
         return [None if math.isnan(v) else v for v in values]
     return [[None if math.isnan(v) else v for v in row] for row in values]
+
+
+def _tuples(column: NDArray[np.floating]) -> list[tuple[Any, ...]]:
+    """[N, F] → the numbers of each event."""
+    return list(zip(_nullable(column[:, 0]), strict=True)) if column.shape[1] == 1 else list(map(tuple, _nullable(column)))

@@ -342,12 +342,14 @@ class Scorer:
         scored = np.flatnonzero(outcomes.kinds == Kind.SCORED)
         events = np.bincount(slots[scored], minlength=len(stream_ids))
         changed = np.flatnonzero(events)
-        lost = copied & (events == 0)  # without a compare a copy vouches for nothing: what it alone would answer is asked of the store
+        lost: NDArray[np.bool_] = copied & (
+            events == 0
+        )  # without a compare a copy vouches for nothing: what it alone would answer is asked of the store
         self._copies.drop([stream_ids[slot] for slot in np.flatnonzero(lost).tolist()])
         if len(changed) == 0:
             return lost
         loaded.rows["trail_until"][events > 1] = self._clock() + self._limits.result_ttl_seconds
-        rows = loaded.rows[changed]
+        rows = loaded.rows if len(changed) == len(stream_ids) else loaded.rows[changed]
         # A stream that another replica wrote last is likely to be written by it again: a copy would be stale.
         stays = copied[changed] | (loaded.origins[changed] != Origin.STORED) | self._codec.ours(rows)
         watches = waits(rows, policy.alpha, self._clock()) if policy.silence else [None] * len(rows)

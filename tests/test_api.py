@@ -320,14 +320,14 @@ async def test_models_are_listed_with_their_manifest(client: Client, tiny_detect
 
 
 async def test_a_full_queue_is_429_with_retry_after_and_recovers(tiny_detector: Detector) -> None:
-    async with door(tiny_detector, queue=50) as client:
+    async with door(tiny_detector, queue=59) as client:
         client.store.gate.clear()
         first = asyncio.create_task(client.score([event("a", i) for i in range(30)]))
         await asyncio.sleep(0.05)
-        second = asyncio.create_task(client.score([event("b", i) for i in range(30)]))
+        second = asyncio.create_task(client.score([event("a", i) for i in range(30, 60)]))  # waits for the stream
         await asyncio.sleep(0.05)
         refused = await client.raw(json.dumps([event("c", i) for i in range(30)]))
-        assert_problem(refused, 429, "the queue holds 50")
+        assert_problem(refused, 429, "the queue holds 59")
         assert int(refused.headers["retry-after"]) >= 1
         client.store.gate.set()
         assert len(await first) == len(await second) == 30

@@ -208,7 +208,8 @@ async def test_batches_that_share_no_stream_are_handled_at_once_and_those_that_d
         assert gate.batches == [[1], [3]]
         assert running.queued == 1
         gate.open.set()
-        assert await asyncio.gather(first, same, other) == [[2], [4], [6]]
+        answers: list[list[int | Exception]] = list(await asyncio.gather(first, same, other))
+        assert answers == [[2], [4], [6]]
     assert gate.batches == [[1], [3], [2]]
 
 

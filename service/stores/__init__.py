@@ -24,18 +24,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 TRAIL_COMMITS = 8
 SILENT = 1e12
 """Watches from here on are of silent streams."""
 
 
-@dataclass(frozen=True)
-class Write:
+class Write(msgspec.Struct, frozen=True, gc=False):
     """The new value of one stream, to be written if the stored one still has the token `expected` (b"" = absent)."""
 
     stream_id: str
     expected: bytes
-    value: bytes
+    value: bytes | memoryview
     trail: bytes = b""
     watch: float | None = None
     """When the stream is due (s), 0 = no longer watched, None = as it is."""

@@ -93,7 +93,7 @@ class MemoryStore:
         if (self._value(key) or b"")[TOKEN] != write.expected:
             return False
         now = self._clock()
-        self._states[key] = (now + self._state_ttl, write.value)
+        self._states[key] = (now + self._state_ttl, bytes(write.value))
         if write.watch is not None:
             self._watch(key, write.watch)
         if write.trail:
