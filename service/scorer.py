@@ -61,7 +61,7 @@ log = structlog.get_logger(__name__)
 class Limits:
     """What one scorer accepts."""
 
-    max_queue_events: int = 40_000
+    max_queue_events: int = 20_000
     max_streams: int = 1_000_000
     max_future_seconds: float = 86_400.0
     result_ttl_seconds: int = 600

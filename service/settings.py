@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     max_body_seconds: Annotated[float, Field(gt=0)] = 30
     """How long a body may take to arrive: until then its bytes count as being read."""
     max_batch_events: Annotated[int, Field(ge=1)] = 10_000
-    max_queue_events: Annotated[int, Field(ge=1)] = 40_000
+    max_queue_events: Annotated[int, Field(ge=1)] = 20_000
     """Events waiting to be scored; more are refused with 429. One sender may take half of what the others leave free."""
     copies_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
     """Memory for copies of the states written last (1.4 kB a stream with the shipped detector); they save loading, 0 = none."""

@@ -179,7 +179,7 @@ class StateCodec:
         learning = rows["flags"] & LEARNER != 0
         size = self.value.itemsize if learning.any() else self.bytes
         content = np.ascontiguousarray(bytes_of(rows)[:, :size])
-        view = memoryview(content.reshape(-1))  # values are slices of one buffer: copying a thousand takes as long as their CRCs
+        view = content.reshape(-1).data  # values are slices of one buffer: copying a thousand takes as long as their CRCs
         starts = range(0, len(view), size)
         ends = [start + (size if learner else self.bytes) for start, learner in zip(starts, learning.tolist(), strict=True)]
         crc = np.array([zlib.crc32(view[start + 8 : end]) for start, end in zip(starts, ends, strict=True)], "<u4")

@@ -361,7 +361,7 @@ async def test_all_that_was_acknowledged_survives_kill_9_and_the_same_store_goes
     assert await store.load(MODEL, [write.stream_id for write in writes]) == [write.value for write in writes]
     assert await store.policy() == {"alpha": b"1"}
     assert await asyncio.gather(*(store.load(MODEL, ["down"]) for _ in range(16))) == [[None]] * 16
-    assert await store.commit(MODEL, [Write("s0", writes[0].value[TOKEN], value())]) == [True]
+    assert await store.commit(MODEL, [Write("s0", bytes(writes[0].value[TOKEN]), value())]) == [True]
     await store.close()
 
 
