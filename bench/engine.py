@@ -39,6 +39,7 @@ import msgspec
 import numpy as np
 import redis
 import typer
+import uvloop
 from rich.table import Table
 
 from bench.fleet import default_model, fleet_model
@@ -46,6 +47,7 @@ from bench.report import LATENCY_COLUMNS, Goal, Latency, Machine, report, table
 from bench.traffic import BODY_EVENTS, bodies, sent, stream_id
 from bench.warm import TTL_SECONDS, fill, policy_of, warm_rows
 from service import bodies as formats
+from service import memory
 from service.detector import Detector, bucket, session_of
 from service.embedded import EmbeddedStore
 from service.events import Event, Result
@@ -104,6 +106,7 @@ def main(
 ) -> None:
     """Measure path and floor and print a table."""
     machine = Machine.now()
+    memory.settle()  # as served
     models = [default_model()] if quick else [default_model(), fleet_model()]
     rows = [measure(model, each, 1.0 if quick else seconds) for model in models for each in (1, 10)]
     goals = [Goal(f"{row.model}, {row.events_a_stream} a stream: ratio to the floor", row.ratio_to_floor, GOAL) for row in rows]
@@ -113,7 +116,8 @@ def main(
 def measure(model: Path, each: int, seconds: float) -> Figures:
     """Path and floor of one model with bodies of `each` events a stream."""
     detector = Detector.load(model)
-    times = asyncio.run(_with_store(Setup(model, detector, each), seconds))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        times = runner.run(_with_store(Setup(model, detector, each), seconds))
     floor_ms = {part: 1000 * float(np.mean(taken)) for part, taken in times.parts.items()}
     floor = 1000 * BODY_EVENTS / sum(floor_ms.values())
     together, alone = BODY_EVENTS * len(times.path) / times.path_seconds, BODY_EVENTS * len(times.alone) / sum(times.alone)

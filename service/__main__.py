@@ -154,6 +154,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
     import uvicorn  # noqa: PLC0415
 
+    from service import memory  # noqa: PLC0415
     from service.openapi import example  # noqa: PLC0415
 
     class Announcing(uvicorn.Server):
@@ -161,6 +162,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            memory.settle()
             if self.started:
                 url = _url(*listening.getsockname()[:2])
                 wrong = await service.ready()
