@@ -142,7 +142,7 @@ class EmbeddedStore:
 
     async def _spawn(self, binary: str) -> None:
         self._socket.unlink(missing_ok=True)
-        command = [binary, *(part for name, value in self._options().items() for part in (f"--{name}", value))]
+        command = [binary, *(part for name, value in server_options(self._folder, self._socket).items() for part in (f"--{name}", value))]
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         with (self._folder / "store.log").open("ab") as output:  # what it says before it opens its log itself
@@ -163,20 +163,6 @@ class EmbeddedStore:
             raise StoreUnavailable(
                 f"valkey-server did not answer within {START_SECONDS:.0f} s; see {self._folder / 'store.log'}."
             ) from error
-
-    def _options(self) -> dict[str, str]:
-        return {
-            "port": "0",
-            "unixsocket": str(self._socket),
-            "unixsocketperm": "700",
-            "dir": str(self._folder),
-            "appendonly": "yes",
-            "appendfsync": "always",
-            "save": "",
-            "daemonize": "no",
-            "loglevel": "notice",
-            "logfile": str(self._folder / "store.log"),
-        }
 
     async def _end_server(self) -> None:
         if self._process is None or self._process.poll() is not None:
@@ -230,6 +216,22 @@ class EmbeddedStore:
                     return
                 await asyncio.sleep(0.01)
         raise StoreUnavailable(f"valkey-server ended with {process.returncode} while starting; see {self._folder / 'store.log'}.")
+
+
+def server_options(folder: Path, socket: Path) -> dict[str, str]:
+    """How the server is started: nothing acknowledged is lost, whatever kills it."""
+    return {
+        "port": "0",
+        "unixsocket": str(socket),
+        "unixsocketperm": "700",
+        "dir": str(folder),
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "save": "",
+        "daemonize": "no",
+        "loglevel": "notice",
+        "logfile": str(folder / "store.log"),
+    }
 
 
 def find_server() -> str:
