@@ -105,6 +105,8 @@ class Service:
             settings.max_future_seconds,
             settings.result_ttl_seconds,
             settings.copies_bytes,
+            settings.reorder_seconds,
+            settings.reorder_events,
         )
         policy = Policy(
             alpha=settings.asked_alpha, strict=settings.strict, silence=settings.silence, accept_after=settings.accept_after or math.inf

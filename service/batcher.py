@@ -138,19 +138,19 @@ class Batcher(Generic[Item, Answer]):
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="batcher")
 
-    async def submit(self, items: Sequence[Item], sender: str = "") -> list[Answer | Exception]:
+    async def submit(self, items: Sequence[Item], sender: str = "", *, admitted: bool = False) -> list[Answer | Exception]:
         """Wait for the answers of all items, or the error that `handle` raised for one.
 
         All are queued, in order, or none: raises Overloaded at once when the queue is full. One sender may fill half of what the
         others leave free, so that however much it sends there is room for the next one. When an item fails, those after it fail
-        with it and are not handled, so that sending all of them again keeps their order.
+        with it and are not handled, so that sending all of them again keeps their order. What was `admitted` before is not refused.
         """
         if self._stopping or self._task is None or self._task.done():
             raise Overloaded("The service is stopping and takes no more events.", retry_after=2)
         events = sum(item.events for item in items)
         mine = self._senders.get(sender) or _Sender()
         # Dynamic threshold (Choudhury & Hahne 1998). An empty queue takes anything.
-        if self._queued and mine.queued + events > self._max_queue - self._queued:
+        if self._queued and not admitted and mine.queued + events > self._max_queue - self._queued:
             raise Overloaded(
                 f"{self._queued} events are waiting to be scored, {mine.queued} of them from this sender; the queue holds "
                 f"{self._max_queue}, and one sender may take half of what the others leave.",

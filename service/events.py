@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -142,6 +142,15 @@ class Parsed:
     def part(self, start: int, stop: int) -> Parsed:
         columns = (self.stream_ids, self.values, self.timestamp, self.timed, self.sequence, self.key)
         return Parsed(*(column[start:stop] for column in columns))  # type: ignore[arg-type]
+
+    @staticmethod
+    def joined(parts: Iterable[Parsed]) -> Parsed:
+        """One after the other."""
+        whole = Parsed([], [], [], [], [], [])
+        for part in parts:
+            for field in fields(Parsed):
+                getattr(whole, field.name).extend(getattr(part, field.name))
+        return whole
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class Metrics:
         self.batch = Histogram("onset_batch_events", "Events per batch.", buckets=_EVENTS, registry=registry)
         # Gauge: events waiting. Near the queue's limit, requests are refused: add replicas.
         self.queued = Gauge("onset_queued_events", "Events waiting to be scored.", ["model"], registry=registry)
+        # Gauge: events held until their turn (ONSET_REORDER_SECONDS). Grows with the rate; near the queue's limit, requests are refused.
+        self.held = Gauge("onset_held_events", "Events held until their turn.", ["model"], registry=registry)
         # Counter: requests refused, by reason: queue, bytes, body, batch, slow.
         self.refused = Counter("onset_refused", "Requests refused at the door.", ["reason"], registry=registry)
         # Counter: requests that a bug of ours failed; each is in the log with its reference. Any is worth an issue.

@@ -13,6 +13,7 @@ compare. Batches that share no stream are under way at once: one is stepped whil
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import Counter
@@ -38,6 +39,7 @@ from service.events import Columns, Event, Parsed, Readings, Result
 from service.features import parse, parse_columns
 from service.metrics import Metrics
 from service.policy import Policy
+from service.reorder import Reorder
 from service.results import Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advancing
 from service.silence import Sweeper, waits
@@ -66,6 +68,8 @@ class Limits:
     max_future_seconds: float = 86_400.0
     result_ttl_seconds: int = 600
     copies_bytes: int = 64 * 1024 * 1024
+    reorder_seconds: float = 0.0
+    reorder_events: int = 64
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,12 @@ class Scorer:
         self._replies = Replies(detector.manifest, policy)
         self._copies = Copies(self._codec, limits.copies_bytes)
         self._batcher: Batcher[_Piece, Answers] = Batcher(self._handle, max_batch=MAX_BATCH, max_queue=limits.max_queue_events, depth=DEPTH)
+        self._reorder: Reorder[Answers | Exception] | None = None
+        if limits.reorder_seconds:
+            self._reorder = Reorder(
+                self._submit_in_turn, seconds=limits.reorder_seconds, events=limits.reorder_events, max_held=limits.max_queue_events
+            )
+            metrics.held.labels(detector.name).set_function(lambda: self._reorder.held if self._reorder else 0)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
         self._streams, self._counted_at = 0, -COUNT_SECONDS
         metrics.state_bytes.labels(detector.name).set(self._codec.bytes)
@@ -136,6 +146,9 @@ class Scorer:
 
     async def drain(self, seconds: float) -> None:
         """Finish what was accepted within `seconds`, then stop."""
+        if self._reorder is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._reorder.flush(), seconds)
         await self._batcher.drain(seconds)
         self._worker.shutdown(wait=True)
 
@@ -156,12 +169,9 @@ class Scorer:
         if errors:
             places = [place for i, place in enumerate(places) if i not in errors]
             events = [event for i, event in enumerate(events) if i not in errors]
-        start = 0
-        for outcome in await self._submit(parsed, sender):
-            piece = events[start : start + MAX_BATCH]
-            for place, answer in zip(places[start : start + MAX_BATCH], self._replied(piece, outcome, top_contributors), strict=True):
+        for here, outcome in await self._submit(parsed, sender):
+            for place, answer in zip(places[here], self._replied(events[here], outcome, top_contributors), strict=True):
                 answers[place] = answer
-            start += len(piece)
             await asyncio.sleep(0)  # a long request lets the others in between its pieces
         return [answer for answer in answers if answer is not None]
 
@@ -172,20 +182,21 @@ class Scorer:
         parsed, bad = parse_columns(columns, self.detector.manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
         errors: dict[int, ItemError] = columns.bad | bad
         places = np.array([i for i in range(len(columns)) if i not in errors], np.intp)
-        answers, start = [], 0
-        for outcome in await self._submit(parsed, sender):
-            piece = places[start : start + MAX_BATCH]
-            failures = self._failures(parsed.stream_ids[start : start + MAX_BATCH], outcome)
+        answers, kept = [], []
+        for here, outcome in await self._submit(parsed, sender):
+            piece = places[here]
+            failures = self._failures(parsed.stream_ids[here], outcome)
             errors |= {int(piece[i]): error for i, error in failures.items()}
-            if isinstance(outcome, Answers):  # once a piece has failed, so have all after it
+            if isinstance(outcome, Answers):
                 answers.append(outcome)
-            start += len(piece)
+                kept.append(np.arange(here.start, here.start + len(piece)))
         nothing = self._replies.judged(Outcomes(np.zeros(0, self._codec.record), np.zeros(0, np.uint8)))
         scores = self._replies.scores(answers or [nothing])
-        places = places[: len(scores.kinds)]
+        done = np.concatenate([*kept, np.zeros(0, np.intp)])
+        places = places[done]
         timestamp = np.where(np.isnan(columns.timestamp[places]), scores.timestamp, columns.timestamp[places])
         event_ids = [columns.event_ids[i] for i in places.tolist()]
-        return Scored(parsed.stream_ids[: len(places)], event_ids, timestamp, places, scores, errors)
+        return Scored([parsed.stream_ids[i] for i in done.tolist()], event_ids, timestamp, places, scores, errors)
 
     async def stream(self, stream_id: str) -> Result:
         """The last result of a stream. Raises UnknownStream."""
@@ -243,15 +254,35 @@ class Scorer:
         self._copies.drop([stream_id])
         return await self._store.delete(self.detector.name, stream_id)
 
-    async def _submit(self, parsed: Parsed, sender: str) -> list[Answers | OnsetError]:
-        """Queue events in pieces of MAX_BATCH, in order, all or none. Raises when the first piece failed: then none is committed."""
-        parts = [parsed] if 0 < len(parsed) <= MAX_BATCH else [parsed.part(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
+    async def _submit(self, parsed: Parsed, sender: str) -> list[tuple[slice, Answers | OnsetError]]:
+        """Answers to stretches of the events, in order. Raises where there would be none: then nothing is known to be committed."""
+        if self._reorder is not None:
+            done: Sequence[Answers | Exception] = await self._reorder.score(parsed)
+            stretches = [slice(i, i + 1) for i in range(len(parsed))]
+        else:
+            stretches = [slice(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
+            done = await self._batcher.submit(self._pieces(parsed), sender)
+        failed = [answer for answer in done if isinstance(answer, Exception)]
+        for error in failed:
+            if len(failed) == len(done) or not isinstance(error, OnsetError):
+                raise error
+        return list(zip(stretches, cast("list[Answers | OnsetError]", done), strict=True))
+
+    async def _submit_in_turn(self, parsed: Parsed) -> list[Answers | Exception]:
+        """An answer for each event whose turn it is; what was held is not refused."""
+        answers: list[Answers | Exception] = []
+        pieces = self._pieces(parsed)
+        for piece, answer in zip(pieces, await self._batcher.submit(pieces, admitted=True), strict=True):
+            if isinstance(answer, Exception):
+                answers += [answer] * piece.events
+            else:
+                answers += [answer.part(i, i + 1) for i in range(piece.events)]
+        return answers
+
+    def _pieces(self, parsed: Parsed) -> list[_Piece]:
         policy = self.policy
-        done = await self._batcher.submit([_Piece(part, policy) for part in parts], sender)
-        for answer in done:
-            if isinstance(answer, Exception) and (answer is done[0] or not isinstance(answer, OnsetError)):
-                raise answer
-        return cast("list[Answers | OnsetError]", done)
+        parts = [parsed] if 0 < len(parsed) <= MAX_BATCH else [parsed.part(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
+        return [_Piece(part, policy) for part in parts]
 
     async def _handle(self, pieces: list[_Piece]) -> list[Answers]:
         """One batch: pieces of several clients, scored together; in two runs where the policy changed while they waited."""

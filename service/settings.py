@@ -55,6 +55,10 @@ class Settings(BaseSettings):
     """Events waiting to be scored; more are refused with 429. One sender may take half of what the others leave free."""
     copies_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
     """Memory for copies of the states written last (1.4 kB a stream with the shipped detector); they save loading, 0 = none."""
+    reorder_seconds: Annotated[float, Field(ge=0, le=60)] = 0
+    """How long an event may be held for earlier ones of its stream that come after it, and its request with it; 0 = not at all."""
+    reorder_events: Annotated[int, Field(ge=1, le=10_000)] = 64
+    """Events of one stream held at most."""
     max_streams: Annotated[int, Field(ge=1)] = 1_000_000
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""
