@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -95,6 +95,39 @@ def shown(value: Any) -> str:
     return text if len(text) <= 64 else text[:61] + "..."
 
 
+class Lease(NamedTuple):
+    """A partition of a queue in the state store: a replica's own, as long as the lease's key holds its token."""
+
+    stream: bytes
+    """Key of the entries."""
+    key: bytes
+    token: bytes
+    group: bytes
+    """Of the consumers that share the queue."""
+    keep: bool = False
+    """Whether acknowledged entries stay in the stream."""
+
+
+class Delivery(NamedTuple):
+    """An event as a queue delivered it."""
+
+    event: Event
+    source: int
+    """Identity of the partition, 32 bits; not 0."""
+    position: int
+    """Rises within the partition, below 2**95: an event at or before the position of its stream's last one was scored already."""
+    arrived: float
+    """When it came to the queue, seconds since 1970."""
+    lease: Lease | None = None
+    """Where the queue lies in the state store: the commit is refused once the lease is lost, and appends the result to the output."""
+    entry: bytes = b""
+    """Acknowledged with the commit; empty = by the source, afterwards."""
+
+
+PLACE = np.dtype([("source", "<u4"), ("part", "<u4"), ("offset", "<i8")])
+"""Where an event was in its queue, as the state keeps it: position = offset · 2**32 + part; source 0 = it came over REST."""
+
+
 @dataclass(frozen=True)
 class Columns:
     """N events of one request as they were sent in columns. A row in `bad` is no event, whatever its columns hold."""
@@ -135,21 +168,24 @@ class Parsed:
     timed: list[bool]
     sequence: list[int]
     key: list[int]
+    deliveries: list[Delivery] | None = None
+    """Where they came from a queue."""
 
     def __len__(self) -> int:
         return len(self.stream_ids)
 
     def part(self, start: int, stop: int) -> Parsed:
-        columns = (self.stream_ids, self.values, self.timestamp, self.timed, self.sequence, self.key)
-        return Parsed(*(column[start:stop] for column in columns))  # type: ignore[arg-type]
+        columns = (self.stream_ids, self.values, self.timestamp, self.timed, self.sequence, self.key, self.deliveries)
+        return Parsed(*(column and column[start:stop] for column in columns))  # type: ignore[arg-type]
 
     @staticmethod
     def joined(parts: Iterable[Parsed]) -> Parsed:
-        """One after the other."""
+        """One after the other; none of a queue."""
         whole = Parsed([], [], [], [], [], [])
         for part in parts:
             for field in fields(Parsed):
-                getattr(whole, field.name).extend(getattr(part, field.name))
+                if field.name != "deliveries":
+                    getattr(whole, field.name).extend(getattr(part, field.name))
         return whole
 
 
@@ -163,13 +199,15 @@ class Readings:
     timed: NDArray[np.bool_]  # [N] False = `timestamp` is the time of arrival
     sequence: NDArray[np.int64]  # [N] -1 = none
     key: NDArray[np.uint64]  # [N] identity, 0 = none
+    deliveries: Sequence[Delivery | None] | None = None  # [N] None = over REST
+    place: NDArray[np.void] | None = None  # [N] of PLACE; both None where no event came from a queue
 
     def __len__(self) -> int:
         return len(self.stream_ids)
 
     def take(self, positions: NDArray[np.intp]) -> Readings:
         """The readings at these positions, in their order."""
-        ids = self.stream_ids
+        ids, deliveries = self.stream_ids, self.deliveries
         return Readings(
             [ids[i] for i in positions.tolist()],
             self.x[positions],
@@ -177,6 +215,8 @@ class Readings:
             self.timed[positions],
             self.sequence[positions],
             self.key[positions],
+            [deliveries[i] for i in positions.tolist()] if deliveries is not None else None,
+            self.place[positions] if self.place is not None else None,
         )
 
     @staticmethod
@@ -184,6 +224,7 @@ class Readings:
         """The events of several requests, one after the other."""
         stream_ids = [stream_id for part in parts for stream_id in part.stream_ids]
         values = [row for part in parts for row in part.values]
+        deliveries = _deliveries(parts)
         return Readings(
             stream_ids,
             np.array(values, np.float64).reshape(len(values), F).astype(np.float32),
@@ -191,4 +232,21 @@ class Readings:
             np.array([timed for part in parts for timed in part.timed], np.bool_),
             np.array([sequence for part in parts for sequence in part.sequence], np.int64),
             np.array([key for part in parts for key in part.key], np.uint64),
+            deliveries,
+            None if deliveries is None else np.array([_place(delivery) for delivery in deliveries], PLACE),
         )
+
+
+def _deliveries(parts: Sequence[Parsed]) -> list[Delivery | None] | None:
+    if all(part.deliveries is None for part in parts):
+        return None
+    found: list[Delivery | None] = []
+    for part in parts:
+        found += part.deliveries if part.deliveries is not None else [None] * len(part)
+    return found
+
+
+def _place(delivery: Delivery | None) -> tuple[int, int, int]:
+    if delivery is None:
+        return 0, 0, -1
+    return delivery.source, delivery.position & 0xFFFF_FFFF, delivery.position >> 32

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from service import cadence
 from service.detector import Detector, StepOutput
-from service.events import Readings
+from service.events import PLACE, Readings
 from service.policy import Policy
 from service.state import FROZEN, LEARNER, SEEN, Rows
 
@@ -41,6 +41,7 @@ class Kind(enum.IntEnum):
     LATE = 3  # older than the stream's last event: not stepped
     CONFLICT = 4  # other replicas won three times
     REFUSED = 5  # a new stream beyond the limit
+    FENCED = 6  # its partition of a queue is another replica's by now
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def _round(
     )
     answered = (key != 0) & (key == last["key"][at])
     duplicate = answered | repeated[positions] | ((key != 0) & (rows["seen"][at] == key[:, None]).any(axis=1))
+    if readings.place is not None:
+        duplicate |= _passed(rows, at, readings.place[positions])
     ordered = (sequence >= 0) & (last["sequence"][at] >= 0)
     late = ~duplicate & np.where(ordered, sequence <= last["sequence"][at], timestamp < last["timestamp"][at])
     outcomes.records["version"][positions] = rows["version"][at]
@@ -147,6 +150,14 @@ def _round(
     go = ~duplicate & ~late
     if go.any():
         _step(detector, policy, rows, readings, at[go], positions[go], timestamp[go], outcomes)
+
+
+def _passed(rows: Rows, at: Positions, place: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Whether each event of a queue is at or before its stream's last one in it."""
+    offset, last = place["offset"], rows["offset"][at]
+    before = (offset < last) | ((offset == last) & (place["part"] <= rows["part"][at]))
+    passed: NDArray[np.bool_] = (place["source"] != 0) & (place["source"] == rows["source"][at]) & before
+    return passed
 
 
 def _step(
@@ -185,6 +196,10 @@ def _step(
     # In every model of ours version counts events, so version % SEEN walks the ring.
     rows["seen"][at, (record["version"] % SEEN).astype(np.intp)] = record["key"]
     rows["last"][at] = record
+    if readings.place is not None:
+        queued = readings.place["source"][positions] != 0
+        for name in PLACE.fields or ():
+            rows[name][at[queued]] = readings.place[name][positions[queued]]
     outcomes.records[positions] = record
     outcomes.kinds[positions] = Kind.SCORED
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import cached_property
 from itertools import groupby
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import structlog
@@ -35,7 +35,7 @@ from service.batcher import Batcher
 from service.copies import Copies
 from service.detector import Detector
 from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
-from service.events import Columns, Event, Parsed, Readings, Result
+from service.events import Columns, Delivery, Event, Lease, Parsed, Readings, Result
 from service.features import parse, parse_columns
 from service.metrics import Metrics
 from service.policy import Policy
@@ -44,7 +44,7 @@ from service.results import Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advancing
 from service.silence import Sweeper, waits
 from service.state import EXPIRED, SILENT, Loaded, Origin, Rows, StateCodec
-from service.stores import StateStore, Write
+from service.stores import FENCED, LOST, WRITTEN, StateStore, Write
 
 ATTEMPTS = 3
 """Besides the one that a stale copy may cost."""
@@ -92,6 +92,13 @@ class _Piece:
         if len(self.streams) == self.events:
             return 1
         return max(Counter(self.parsed.stream_ids).values())
+
+
+class _Settled(NamedTuple):
+    """What the write of one stream does in the queues that its events came from."""
+
+    results: list[bytes]
+    acks: list[tuple[Lease, bytes]]
 
 
 class Scorer:
@@ -197,6 +204,29 @@ class Scorer:
         timestamp = np.where(np.isnan(columns.timestamp[places]), scores.timestamp, columns.timestamp[places])
         event_ids = [columns.event_ids[i] for i in places.tolist()]
         return Scored([parsed.stream_ids[i] for i in done.tolist()], event_ids, timestamp, places, scores, errors)
+
+    async def consume(self, deliveries: Sequence[Delivery], sender: str = "") -> list[Kind | ItemError]:
+        """Score events of queues, at most MAX_BATCH, each partition's in its order; what became of each, or why it cannot be used.
+
+        Where a delivery has a lease, its result is in the output stream by now and its entry is acknowledged, unless it is CONFLICT (send
+        it again before any later event of its stream) or FENCED (its partition is another replica's). Raises as `score` does.
+        """
+        if self._held:
+            raise StoreUnavailable("The policy has not been read from the state store yet.")
+        events, manifest = [delivery.event for delivery in deliveries], self.detector.manifest
+        parsed, errors = parse(events, manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
+        kept = [delivery for i, delivery in enumerate(deliveries) if i not in errors]
+        arrivals = [time if timed else delivery.arrived for time, timed, delivery in zip(parsed.timestamp, parsed.timed, kept, strict=True)]
+        # Past the reorder buffer: positions are only exact where a partition is scored in its own order.
+        done = await self._batcher.submit(self._pieces(changed(parsed, timestamp=arrivals, deliveries=kept)), sender)
+        kinds: list[Kind] = []
+        for answers in done:
+            if isinstance(answers, Exception):
+                raise answers
+            kinds += map(Kind, answers.kinds)
+        of_parsed = iter(kinds)
+        became = [errors[i] if i in errors else next(of_parsed) for i in range(len(deliveries))]
+        return [self._failure(events[i].stream_id or "", kind) if kind is Kind.REFUSED else kind for i, kind in enumerate(became)]
 
     async def stream(self, stream_id: str) -> Result:
         """The last result of a stream. Raises UnknownStream."""
@@ -309,16 +339,19 @@ class Scorer:
         outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
         pending: Positions = np.arange(len(readings))
         for _ in range(ATTEMPTS + 1):
-            attempt, lost = await self._attempt(readings.take(pending), policy)
+            trying = readings.take(pending)
+            attempt, became = await self._attempt(trying, policy)
+            queued = trying.place["source"] != 0 if trying.place is not None else np.zeros(len(pending), np.bool_)
+            attempt.kinds[(became == FENCED) & queued] = Kind.FENCED
             outcomes.records[pending], outcomes.kinds[pending] = attempt.records, attempt.kinds
-            pending = pending[lost]
+            pending = pending[(became == LOST) | ((became == FENCED) & ~queued)]
             if len(pending) == 0:
                 break
         outcomes.kinds[pending] = Kind.CONFLICT
         return outcomes
 
-    async def _attempt(self, readings: Readings, policy: Policy) -> tuple[Outcomes, NDArray[np.bool_]]:
-        """Load, step and commit once. Also says for each reading whether its stream was lost to another replica."""
+    async def _attempt(self, readings: Readings, policy: Policy) -> tuple[Outcomes, NDArray[np.uint8]]:
+        """Load, step and commit once. Also says for each reading whether its stream's write is WRITTEN, LOST or FENCED."""
         index: dict[str, int] = {}
         slots = np.array([index.setdefault(stream_id, len(index)) for stream_id in readings.stream_ids], np.intp)
         stream_ids = list(index)
@@ -333,10 +366,11 @@ class Scorer:
             repeated = _known(trails, slots[go], readings.key[go])
             stepped = await self._step(policy, loaded.rows, readings.take(go), slots[go], repeated)
         outcomes.records[go], outcomes.kinds[go] = stepped.records, stepped.kinds
-        with self._metrics.stage.labels("commit").time():
-            lost = await self._commit(stream_ids, loaded, copied, outcomes, slots, policy)
         await self._answer_from_trails(readings, slots, stream_ids, outcomes, trails)
-        return outcomes, lost[slots]
+        with self._metrics.stage.labels("commit").time():
+            settled = self._settled(readings, slots, outcomes)
+            became = await self._commit(stream_ids, loaded, copied, outcomes, slots, policy, settled)
+        return outcomes, became[slots]
 
     async def _load(self, stream_ids: list[str]) -> tuple[Loaded, NDArray[np.bool_]]:
         """States of distinct streams, and [B] which of them are our copies."""
@@ -367,18 +401,26 @@ class Scorer:
         return outcomes
 
     async def _commit(
-        self, stream_ids: list[str], loaded: Loaded, copied: NDArray[np.bool_], outcomes: Outcomes, slots: Positions, policy: Policy
-    ) -> NDArray[np.bool_]:
-        """Write the states that were stepped; [B] whether each was lost to another replica."""
+        self,
+        stream_ids: list[str],
+        loaded: Loaded,
+        copied: NDArray[np.bool_],
+        outcomes: Outcomes,
+        slots: Positions,
+        policy: Policy,
+        settled: dict[int, _Settled],
+    ) -> NDArray[np.uint8]:
+        """Write the states that were stepped, and what queues are told; [B] WRITTEN, LOST or FENCED."""
         scored = np.flatnonzero(outcomes.kinds == Kind.SCORED)
         events = np.bincount(slots[scored], minlength=len(stream_ids))
         changed = np.flatnonzero(events)
-        lost: NDArray[np.bool_] = copied & (
-            events == 0
-        )  # without a compare a copy vouches for nothing: what it alone would answer is asked of the store
-        self._copies.drop([stream_ids[slot] for slot in np.flatnonzero(lost).tolist()])
-        if len(changed) == 0:
-            return lost
+        # Without a compare a copy vouches for nothing: what it alone would answer is asked of the store.
+        unknown = copied & (events == 0)
+        became = np.where(unknown, LOST, WRITTEN).astype(np.uint8)
+        self._copies.drop([stream_ids[slot] for slot in np.flatnonzero(unknown).tolist()])
+        told = [slot for slot in settled if events[slot] == 0 and not unknown[slot]]
+        if len(changed) == 0 and not told:
+            return became
         loaded.rows["trail_until"][events > 1] = self._clock() + self._limits.result_ttl_seconds
         rows = loaded.rows if len(changed) == len(stream_ids) else loaded.rows[changed]
         # A stream that another replica wrote last is likely to be written by it again: a copy would be stale.
@@ -387,26 +429,48 @@ class Scorer:
         values = self._codec.encode(rows)
         trails = self._new_trails(scored, slots, events, outcomes)
         writes = [
-            Write(stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""), watch)
+            Write(stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""), watch, *settled.get(slot, ()))
             for slot, value, watch in zip(changed.tolist(), values, watches, strict=True)
         ]
+        writes += [Write(stream_ids[slot], b"", b"", b"", None, *settled[slot]) for slot in told]
         self._copies.drop([stream_ids[slot] for slot in changed[~stays].tolist()])
         try:
-            written = np.array(await self._store.commit(self.detector.name, writes), np.bool_)
+            outcome = np.array(await self._store.commit(self.detector.name, writes), np.uint8)
         except StoreUnavailable:  # whether it was applied is not known
             self._copies.drop([write.stream_id for write in writes])
             raise
+        became[told] = outcome[len(changed) :]
+        became[changed] = outcome = outcome[: len(changed)]
+        written = outcome == WRITTEN
         kept = np.flatnonzero(written & stays)
         self._copies.keep([writes[i].stream_id for i in kept.tolist()], rows[kept])
         self._copies.drop([writes[i].stream_id for i in np.flatnonzero(~written).tolist()])
-        lost[changed] = ~written
-        self._metrics.copies.labels("stale").inc(int((copied[changed] & ~written).sum()))
-        self._metrics.conflicts.inc(int((~copied[changed] & ~written).sum()))
+        self._metrics.copies.labels("stale").inc(int((copied[changed] & (outcome == LOST)).sum()))
+        self._metrics.conflicts.inc(int((~copied[changed] & (outcome == LOST)).sum()))
         self._count_fresh(stream_ids, loaded.origins, changed[written])
         for i in scored[outcomes.records["flags"][scored] & EXPIRED != 0].tolist():
-            if not lost[slots[i]]:
+            if became[slots[i]] == WRITTEN:
                 self._accepted(stream_ids[slots[i]], outcomes.records[i], by="age")
-        return lost
+        return became
+
+    def _settled(self, readings: Readings, slots: Positions, outcomes: Outcomes) -> dict[int, _Settled]:
+        """Slot → what its write does in queues of the store: results of events that are scored or late, acks of all that are done."""
+        settled: dict[int, _Settled] = {}
+        if readings.deliveries is None:
+            return settled
+        done = [i for i, delivery in enumerate(readings.deliveries) if delivery and delivery.lease and outcomes.kinds[i] <= Kind.LATE]
+        told = [i for i in done if outcomes.kinds[i] in (Kind.SCORED, Kind.LATE)]
+        events = [delivery.event for i in told if (delivery := readings.deliveries[i])]
+        outcomes_told = Outcomes(outcomes.records[told], outcomes.kinds[told])
+        results = dict(zip(told, self._replies.encoded(events, outcomes_told, top_contributors=10), strict=True))
+        for i in done:
+            delivery = readings.deliveries[i]
+            if delivery is not None and delivery.lease is not None:
+                here = settled.setdefault(int(slots[i]), _Settled([], []))
+                here.acks.append((delivery.lease, delivery.entry))
+                if i in results:
+                    here.results.append(results[i])
+        return settled
 
     def _new_trails(self, scored: Positions, slots: Positions, events: NDArray[np.intp], outcomes: Outcomes) -> dict[int, bytes]:
         """Blobs of the results of those streams that had several events in this batch."""

@@ -7,7 +7,7 @@ A batch of values is one numpy structured array, so loading, judging and writing
     4       crc u4                CRC-32 of everything after it
     8       nonce u8 · version u8 the token that compare-and-set compares: a new nonce at every commit, its upper half the writer's tag
     24      model u8              first 64 bits of the model file's hash: a state of another model is never stepped
-    32      source u8 · offset i8 position of the last event in its queue (0, -1: it came over REST)
+    32      source u4 · part u4 · offset i8   where the last event from a queue was in it (Delivery in events.py); 0, 0, -1 = there was none
     48      seen 8 x u8           keys of the last 8 events with an identity, a ring by version
     112     trail_until f8        until when the store may hold a trail of earlier results (see `stores`)
     120     flags u4              see ALERT_OPEN and the next ones
@@ -103,7 +103,8 @@ def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
             ("nonce", "<u8"),
             ("version", "<u8"),
             ("model", "<u8"),
-            ("source", "<u8"),
+            ("source", "<u4"),
+            ("part", "<u4"),
             ("offset", "<i8"),
             ("seen", "<u8", (SEEN,)),
             ("trail_until", "<f8"),

@@ -48,7 +48,7 @@ class Gated(MemoryStore):
             raise StoreUnavailable("The state store does not answer.")
         return await super().load(model, stream_ids)
 
-    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
         await self.gate.wait()
         return await super().commit(model, writes)
 

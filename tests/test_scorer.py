@@ -208,7 +208,7 @@ class Contended(MemoryStore):
 
     contended = frozenset({"hot"})
 
-    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
         written = await super().commit(model, [write for write in writes if write.stream_id not in self.contended])
         outcome = iter(written)
         return [write.stream_id not in self.contended and next(outcome) for write in writes]
@@ -228,7 +228,7 @@ class Failing(MemoryStore):
 
     commits_left = 1
 
-    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
         if self.commits_left == 0:
             raise StoreUnavailable("The store does not answer.")
         self.commits_left -= 1

@@ -9,13 +9,16 @@ A stream's value and its trail:
                 at most TRAIL_COMMITS blobs, gone after the result TTL
 
     commit, atomic for each stream:
-        token of the stored value == expected ?  →  SET value EX ttl; RPUSH trail; LTRIM; EXPIRE  →  True
-                                      otherwise  →  nothing is written                          →  False
+        a lease it is written under is lost      →  nothing is written                                           →  FENCED
+        token of the stored value == expected ?  →  SET value EX ttl; RPUSH trail; LTRIM; EXPIRE; watch;
+                                                    XADD results to the output stream; XACK the input's entries  →  WRITTEN
+                                      otherwise  →  nothing is written                                           →  LOST
 
 Beside the streams it keeps one small mapping for all replicas: the policy as it was changed at run time (control.py).
 
 What a crash leaves: before the commit reached the server, nothing happened and the event may be sent again; after it, the state
-holds the event's identity and result, so the same event sent again is answered from it and never stepped twice.
+holds the event's identity and result, so the same event sent again is answered from it and never stepped twice. An event of a queue
+in the store cannot even be delivered again: its entry is acknowledged, and its result published, by the very step that scored it.
 """
 
 from __future__ import annotations
@@ -26,13 +29,20 @@ from typing import Protocol
 
 import msgspec
 
+from service.events import Lease
+
+LOST, WRITTEN, FENCED = 0, 1, 2
+"""What became of a write: another writer was first; it is in the store; a lease it was to be written under is no longer ours."""
 TRAIL_COMMITS = 8
 SILENT = 1e12
 """Watches from here on are of silent streams."""
 
 
 class Write(msgspec.Struct, frozen=True, gc=False):
-    """The new value of one stream, to be written if the stored one still has the token `expected` (b"" = absent)."""
+    """The new value of one stream, to be written if the stored one still has the token `expected` (b"" = absent).
+
+    `value` b"" leaves the stream as it is, whatever it is; then `results` and `acks` alone are written.
+    """
 
     stream_id: str
     expected: bytes
@@ -40,6 +50,21 @@ class Write(msgspec.Struct, frozen=True, gc=False):
     trail: bytes = b""
     watch: float | None = None
     """When the stream is due (s), 0 = no longer watched, None = as it is."""
+    results: Sequence[bytes] = ()
+    """For the output stream, in order."""
+    acks: Sequence[tuple[Lease, bytes]] = ()
+    """Entries of a queue that are done with this write, each under its lease; b"" = under the lease only."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The stream that results are appended to, and about how many of them it keeps."""
+
+    key: str = "onset:results"
+    length: int = 1_000_000
+
+
+OUTPUT = Output()
 
 
 @dataclass(frozen=True)
@@ -59,8 +84,8 @@ class StateStore(Protocol):
     async def load_trails(self, model: str, stream_ids: Sequence[str]) -> list[list[bytes]]:
         """Blobs of records of the streams' recent multi-event commits, oldest first."""
 
-    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
-        """Write each value if its stream is unchanged; says for each whether it was. Atomic for each stream; one round trip."""
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
+        """Write each value if its stream is unchanged: WRITTEN, LOST or FENCED for each. Atomic for each stream; one round trip."""
 
     async def delete(self, model: str, stream_id: str) -> bool:
         """Forget a stream with its trail and its watch; whether there was one."""

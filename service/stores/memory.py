@@ -6,14 +6,18 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from service.events import Lease
 from service.state import TOKEN
-from service.stores import SILENT, TRAIL_COMMITS, Page, Write
+from service.stores import FENCED, LOST, SILENT, TRAIL_COMMITS, WRITTEN, Page, Write
 
 _Key = tuple[str, str]
 
 
 class MemoryStore:
-    """Implements StateStore. `clock` gives seconds; values older than their time to live are gone."""
+    """Implements StateStore. `clock` gives seconds; values older than their time to live are gone.
+
+    Of a queue it has `leases` (key → token), the entries `pending` of each stream's group and those `kept` in it, and the `results`.
+    """
 
     def __init__(self, *, state_ttl: int, result_ttl: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._state_ttl = state_ttl
@@ -23,6 +27,10 @@ class MemoryStore:
         self._trails: dict[_Key, tuple[float, list[bytes]]] = {}
         self._watches: dict[_Key, float] = {}
         self._policy: dict[str, bytes] = {}
+        self.leases: dict[bytes, bytes] = {}
+        self.pending: dict[tuple[bytes, bytes], list[bytes]] = {}
+        self.kept: dict[bytes, list[bytes]] = {}
+        self.results: list[bytes] = []
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         return [self._value((model, stream_id)) for stream_id in stream_ids]
@@ -30,7 +38,7 @@ class MemoryStore:
     async def load_trails(self, model: str, stream_ids: Sequence[str]) -> list[list[bytes]]:
         return [self._trail((model, stream_id)) for stream_id in stream_ids]
 
-    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
         return [self._write((model, write.stream_id), write) for write in writes]
 
     async def delete(self, model: str, stream_id: str) -> bool:
@@ -89,16 +97,27 @@ class MemoryStore:
         until, trail = self._trails.get(key, (0.0, []))
         return list(trail) if self._clock() < until else []
 
-    def _write(self, key: _Key, write: Write) -> bool:
-        if (self._value(key) or b"")[TOKEN] != write.expected:
-            return False
+    def _write(self, key: _Key, write: Write) -> int:
+        if any(self.leases.get(lease.key) != lease.token for lease, _ in write.acks):
+            return FENCED
+        if write.value and (self._value(key) or b"")[TOKEN] != write.expected:
+            return LOST
         now = self._clock()
-        self._states[key] = (now + self._state_ttl, bytes(write.value))
+        if write.value:
+            self._states[key] = (now + self._state_ttl, bytes(write.value))
         if write.watch is not None:
             self._watch(key, write.watch)
         if write.trail:
             self._trails[key] = (now + self._result_ttl, [*self._trail(key), write.trail][-TRAIL_COMMITS:])
-        return True
+        self.results += write.results
+        for lease, entry in write.acks:
+            self.pending[lease.stream, lease.group] = [other for other in self._pending(lease) if other != entry]
+            if not lease.keep:
+                self.kept[lease.stream] = [other for other in self.kept.get(lease.stream, []) if other != entry]
+        return WRITTEN
+
+    def _pending(self, lease: Lease) -> list[bytes]:
+        return self.pending.get((lease.stream, lease.group), [])
 
     def _watch(self, key: _Key, due: float) -> None:
         if due:

@@ -6,6 +6,7 @@ Keys (each name once, here):
     onset:{SHARD}:~MODEL:STREAM    its trail, a list of blobs      a shard's keys share one slot of a cluster
     onset:{SHARD}:!MODEL           a shard's watches, a sorted set of stream ids by time
     onset:policy                   what was changed of the policy at run time, a hash
+    onset:results                  results of events that came from a queue in the store (Output); its entries have the one field `result`
 
 Load is one MGET, commit one call of the server-side function in commit.lua. The client never retries by itself: whether a lost
 commit was applied is for the sender to find out, by sending the same event ids again.
@@ -30,10 +31,11 @@ from redis.exceptions import ConnectionError, ReadOnlyError, RedisError, Respons
 from redis.maint_notifications import MaintNotificationsConfig
 
 from service.errors import StoreUnavailable
-from service.stores import SILENT, TRAIL_COMMITS, Page, Write
+from service.events import Lease
+from service.stores import OUTPUT, SILENT, TRAIL_COMMITS, Output, Page, Write
 
 SHARDS = 256
-FUNCTION = "onset_commit_v3"
+FUNCTION = "onset_commit_v4"
 """With the library in commit.lua renamed whenever its arguments change: replicas of two versions may share a server."""
 LIBRARY = Path(__file__).with_name("commit.lua")
 COMMIT_STREAMS, COMMIT_BYTES = 512, 4 * 1024 * 1024
@@ -51,7 +53,7 @@ T = TypeVar("T")
 
 _GLOB = re.compile(rb"[*?\[\]\\^]")
 _WATCH = struct.Struct("<Id")
-_FRAME = struct.Struct("<I16sI")  # of one stream in a commit, see commit.lua
+_FRAME, _RESULT, _ACK = struct.Struct("<I16sI"), struct.Struct("<II"), struct.Struct("<IIB")  # in a commit, see commit.lua
 
 
 @lru_cache(maxsize=KEYS_CACHED)
@@ -74,7 +76,7 @@ def _shard(stream_id: str) -> int:
 class RedisStore:
     """Implements StateStore. `open` must have succeeded once; after an outage the same object works again."""
 
-    def __init__(self, url: str, *, state_ttl: int, result_ttl: int) -> None:
+    def __init__(self, url: str, *, state_ttl: int, result_ttl: int, output: Output = OUTPUT) -> None:
         """TTLs in seconds; `url` as redis-py takes it: redis://, rediss://, unix://."""
         self._pool = redis.BlockingConnectionPool.from_url(
             url,
@@ -89,6 +91,7 @@ class RedisStore:
         )
         self._client = redis.Redis.from_pool(self._pool)
         self._ttls = (state_ttl, result_ttl, TRAIL_COMMITS)
+        self._output = output
 
     async def open(self) -> None:
         """Load the commit function. Raises StoreUnavailable, also for a server that is too old."""
@@ -114,8 +117,8 @@ class RedisStore:
 
         return await self._ask(ask)
 
-    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
-        done: list[bool] = []
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
+        done: list[int] = []
         for part in _calls(writes):
             trails = [(i, write) for i, write in enumerate(part, 1) if write.trail]
             watches = [(i, write) for i, write in enumerate(part, 1) if write.watch is not None]
@@ -125,8 +128,14 @@ class RedisStore:
             values = b"".join([write.value for write in part])
             blobs = [i.to_bytes(4, "little") + write.trail for i, write in trails]
             blobs += [_WATCH.pack(i, write.watch) + write.stream_id.encode() for i, write in watches]
-            outcome = await self._call(len(keys), [*keys, *self._ttls, len(part), frames, values, len(trails), *blobs])
-            done += [bool(written) for written in outcome]
+            queued = [(i, write) for i, write in enumerate(part, 1) if write.acks or write.results]
+            results = b"".join(_RESULT.pack(i, len(result)) + result for i, write in queued for result in write.results)
+            leases, acks = _acks(queued)
+            keys += [self._output.key.encode()] if results else []
+            keys += [key for lease in leases for key in (lease.stream, lease.key)]
+            blobs += [part for lease in leases for part in (lease.token, lease.group, b"%d" % lease.keep)]
+            counts = (len(trails), len(watches), self._output.length)
+            done += await self._call(len(keys), [*keys, *self._ttls, len(part), frames, values, *counts, results, acks, *blobs])
         return done
 
     async def delete(self, model: str, stream_id: str) -> bool:
@@ -233,9 +242,8 @@ class RedisStore:
         return int(await self._ask(self._client.dbsize))
 
     async def ping(self) -> None:
-        await self._call(
-            0, [*self._ttls, 0, b"", b"", 0]
-        )  # a commit of nothing: refused where a real one would be (replica, full memory or disk)
+        # A commit of nothing: refused where a real one would be (replica, full memory or disk).
+        await self._call(0, [*self._ttls, 0, b"", b"", 0, 0, 0, b"", b""])
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -275,13 +283,22 @@ def _calls(writes: Sequence[Write]) -> Iterator[Sequence[Write]]:
     """Runs of writes that one call may carry."""
     start = size = 0
     for i, write in enumerate(writes):
-        more = len(write.value) + len(write.trail)
+        more = len(write.value) + len(write.trail) + sum(map(len, write.results))
         if i > start and (i - start == COMMIT_STREAMS or size + more > COMMIT_BYTES):
             yield writes[start:i]
             start, size = i, 0
         size += more
     if start < len(writes):
         yield writes[start:]
+
+
+def _acks(writes: Sequence[tuple[int, Write]]) -> tuple[list[Lease], bytes]:
+    """The distinct leases that a call is under, and its acks as commit.lua reads them."""
+    index: dict[Lease, int] = {}
+    acks = b"".join(
+        _ACK.pack(i, index.setdefault(lease, len(index) + 1), len(entry)) + entry for i, write in writes for lease, entry in write.acks
+    )
+    return list(index), acks
 
 
 def _named(fields: Mapping[bytes, bytes]) -> dict[str, bytes]:

@@ -7,14 +7,15 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import redis.asyncio as redis
 
 from service.errors import StoreUnavailable
+from service.events import Lease
 from service.state import TOKEN
-from service.stores import SILENT, TRAIL_COMMITS, StateStore, Write
+from service.stores import FENCED, LOST, OUTPUT, SILENT, TRAIL_COMMITS, WRITTEN, Output, StateStore, Write
 from service.stores.memory import MemoryStore
 from service.stores.redis import COMMIT_BYTES, COMMIT_STREAMS, RedisStore, state_key, trail_key
 from tests.servers import Valkey
@@ -66,6 +67,53 @@ class Backend:
     async def close(self) -> None:
         for store in self._opened:
             await store.close()
+
+    async def give(self, lease: Lease) -> None:
+        """Make the lease a valid one."""
+        if self._url is None:
+            self._memory.leases[lease.key] = lease.token
+        else:
+            async with redis.Redis.from_url(self._url) as client:
+                await client.set(lease.key, lease.token)
+
+    async def deliver(self, lease: Lease, *entries: bytes) -> None:
+        """Put entries into the lease's stream, and have the group read them."""
+        if self._url is None:
+            self._memory.pending[lease.stream, lease.group] = [*entries]
+            self._memory.kept[lease.stream] = [*entries]
+        else:
+            async with raw(self._url) as client:
+                await client.xgroup_create(lease.stream, lease.group, mkstream=True)
+                for entry in entries:
+                    await client.xadd(lease.stream, {"event": b"{}"}, entry)
+                await client.xreadgroup(lease.group, "me", {lease.stream: ">"})
+
+    async def entries(self, lease: Lease) -> tuple[list[bytes], list[bytes]]:
+        """Those pending in the group, and those in the stream."""
+        if self._url is None:
+            return self._memory.pending[lease.stream, lease.group], self._memory.kept[lease.stream]
+        async with raw(self._url) as client:
+            pending = await client.xpending_range(lease.stream, lease.group, "-", "+", 10_000)
+            kept = await client.xrange(lease.stream)
+        return [entry["message_id"] for entry in pending], [entry for entry, _ in kept]
+
+    async def results(self) -> list[bytes]:
+        """The output stream."""
+        if self._url is None:
+            return self._memory.results
+        async with raw(self._url) as client:
+            return [fields[b"result"] for _, fields in await client.xrange(OUTPUT.key)]
+
+    @property
+    def _memory(self) -> MemoryStore:
+        store = self._opened[-1]
+        assert isinstance(store, MemoryStore)
+        return store
+
+
+def raw(url: str) -> Any:
+    """A client whose replies are what they are."""
+    return redis.Redis.from_url(url)
 
 
 async def opened(url: str, state_ttl: int = 3600, result_ttl: int = 600) -> RedisStore:
@@ -335,7 +383,113 @@ async def test_streams_that_are_waited_for_are_counted_without_the_silent_ones_a
     assert set(some) <= set(everyone)
 
 
+LEASE = Lease(b"in:{0}", b"in:{0}:lease", b"me#1", b"onset")
+
+
+async def test_results_and_acks_are_written_with_the_value_or_not_at_all(backend: Backend) -> None:
+    store = await backend.open(3600, 600)
+    await backend.give(LEASE)
+    await backend.deliver(LEASE, b"1-0", b"2-0", b"3-0", b"4-0")
+    writes = [
+        Write("a", b"", value(), results=[b"a1", b"a2"], acks=[(LEASE, b"1-0"), (LEASE, b"3-0")]),
+        Write("b", b"x" * 16, value(), b"trail", 5.0, results=[b"b1"], acks=[(LEASE, b"2-0")]),
+    ]
+    assert await store.commit(MODEL, writes) == [WRITTEN, LOST]
+    assert await backend.results() == [b"a1", b"a2"]
+    assert await backend.entries(LEASE) == ([b"2-0", b"4-0"], [b"2-0", b"4-0"])
+    assert await store.load_trails(MODEL, ["b"]) == [[]]
+
+
+async def test_a_write_under_a_lost_lease_is_fenced_and_its_neighbours_are_not(backend: Backend) -> None:
+    store = await backend.open(3600, 600)
+    other = Lease(b"in:{1}", b"in:{1}:lease", b"me#2", b"onset")
+    newer = LEASE._replace(token=b"you#7")
+    for lease in (newer, other):
+        await backend.give(lease)
+        await backend.deliver(lease, b"1-0", b"2-0", b"3-0")
+    first = value()
+    writes = [
+        Write("a", b"", value(), b"trail", 9.0, results=[b"a"], acks=[(LEASE, b"1-0")]),
+        Write("b", b"", first, results=[b"b"], acks=[(other, b"1-0")]),
+        Write("c", b"", value(), results=[b"c"], acks=[(other, b"2-0"), (LEASE, b"2-0")]),
+        Write("d", b"", value(), results=[b"d"], acks=[(LEASE, b"")]),
+        Write("e", b"", b"", results=[b"e"], acks=[(LEASE, b"3-0")]),
+        Write("f", b"", value()),
+    ]
+    assert await store.commit(MODEL, writes) == [FENCED, WRITTEN, FENCED, FENCED, FENCED, WRITTEN]
+    assert await store.load(MODEL, ["a", "b", "c", "d", "e", "f"]) == [None, first, None, None, None, writes[5].value]
+    assert await store.load_trails(MODEL, ["a"]) == [[]]
+    assert await store.due(MODEL, 10.0, 10) == []
+    assert await backend.results() == [b"b"]
+    assert (await backend.entries(newer))[0] == [b"1-0", b"2-0", b"3-0"]
+    assert (await backend.entries(other))[0] == [b"2-0", b"3-0"]
+
+
+async def test_a_lease_that_nobody_holds_is_lost_too(backend: Backend) -> None:
+    store = await backend.open(3600, 600)
+    assert await store.commit(MODEL, [Write("a", b"", value(), acks=[(LEASE, b"1-0")])]) == [FENCED]
+
+
+async def test_a_write_without_a_value_leaves_the_stream_as_it_is_whatever_it_is(backend: Backend) -> None:
+    store = await backend.open(3600, 600)
+    await backend.give(LEASE)
+    await backend.deliver(LEASE, b"1-0", b"2-0")
+    first = value()
+    assert await store.commit(MODEL, [Write("a", b"", first)]) == [WRITTEN]
+    writes = [Write("a", b"", b"", results=[b"late"], acks=[(LEASE, b"1-0")]), Write("b", b"x" * 16, b"", acks=[(LEASE, b"2-0")])]
+    assert await store.commit(MODEL, writes) == [WRITTEN, WRITTEN]
+    assert await store.load(MODEL, ["a", "b"]) == [first, None]
+    assert await backend.results() == [b"late"]
+    assert await backend.entries(LEASE) == ([], [])
+
+
+async def test_a_stream_that_is_kept_keeps_its_acknowledged_entries(backend: Backend) -> None:
+    store = await backend.open(3600, 600)
+    lease = LEASE._replace(keep=True)
+    await backend.give(lease)
+    await backend.deliver(lease, b"1-0", b"2-0")
+    assert await store.commit(MODEL, [Write("a", b"", value(), acks=[(lease, b"1-0")])]) == [WRITTEN]
+    assert await backend.entries(lease) == ([b"2-0"], [b"1-0", b"2-0"])
+
+
+async def test_a_commit_of_many_results_and_acks_is_whole_and_each_streams_in_order(backend: Backend) -> None:
+    store = await backend.open(3600, 600)
+    await backend.give(LEASE)
+    ids = [b"%d-%d" % (i, 2**35 + i) for i in range(1, 4001)]
+    await backend.deliver(LEASE, *ids)
+    writes = [
+        Write(f"s{i}", b"", value(), results=[b"%d-%d" % (i, j) for j in range(4)], acks=[(LEASE, entry) for entry in ids[i::1000]])
+        for i in range(999)
+    ]
+    assert await store.commit(MODEL, writes) == [WRITTEN] * 999
+    assert await store.commit(MODEL, [Write("one", b"", value(), acks=[(LEASE, entry) for entry in ids])]) == [WRITTEN]
+    assert await backend.results() == [b"%d-%d" % (i, j) for i in range(999) for j in range(4)]
+    assert await backend.entries(LEASE) == ([], [])
+
+
 # What only a real server can show.
+
+
+async def test_the_output_stream_is_bounded(empty_server: str) -> None:
+    store = RedisStore(empty_server, state_ttl=60, result_ttl=60, output=Output("out", 100))
+    await store.open()
+    async with redis.Redis.from_url(empty_server) as client:
+        await client.set(LEASE.key, LEASE.token)
+        for i in range(20):
+            await store.commit(MODEL, [Write(f"s{i}", b"", value(), results=[b"r"] * 100, acks=[(LEASE, b"")])])
+        assert 100 <= await client.xlen("out") <= 100 + 200
+    await store.close()
+
+
+@pytest.mark.parametrize("key", [OUTPUT.key.encode(), LEASE.stream, LEASE.key])
+async def test_a_key_of_another_kind_in_the_way_refuses_the_whole_call(redis_store: RedisStore, empty_server: str, key: bytes) -> None:
+    async with redis.Redis.from_url(empty_server) as client:
+        await client.set(LEASE.key, LEASE.token)
+        await client.delete(key)
+        await client.hset(key, "a", "b")
+        with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
+            await redis_store.commit(MODEL, [Write("a", b"", value(), results=[b"r"], acks=[(LEASE, b"1-0")])])
+    assert await redis_store.load(MODEL, ["a"]) == [None]
 
 
 @pytest.fixture
