@@ -146,7 +146,7 @@ async def test_what_comes_too_late_is_reported_late_and_never_stepped(tiny_detec
 
 
 class Down(MemoryStore):
-    async def commit(self, model: str, writes: Sequence[Write]) -> list[bool]:
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
         if any(write.stream_id == "down" for write in writes):
             raise StoreUnavailable("The store does not answer.")
         return await super().commit(model, writes)
