@@ -1,7 +1,8 @@
 """The composition root: builds the parts from Settings, opens them in order, closes them in reverse.
 
-open    embedded store (or the URL's) ─► batch loops ─► commit function loaded, policy read ─► ready
-close   not ready ─► loops finish what they accepted, within the drain time ─► store
+open    embedded store (or the URL's) ─► batch loops ─► commit function loaded, policy read ─► queues ─► ready
+close   not ready ─► queues finish what is under way and let others have their partitions ─► loops finish what they accepted, within
+        the drain time ─► store
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from starlette.responses import Response
 
 from service import openapi, tasks
 from service.api import Door, DoorLimits
+from service.consumer import Consumer
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector, load_detectors
 from service.embedded import EmbeddedStore
@@ -29,7 +31,8 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.settings import Settings
-from service.stores import StateStore
+from service.sources.redis_streams import RedisStreams, Streams
+from service.stores import Output, StateStore
 from service.stores.redis import RedisStore
 
 REOPEN_SECONDS = 0.5
@@ -79,7 +82,9 @@ class Service:
                 url = await embedded.start()
                 stack.push_async_callback(embedded.stop)
             try:
-                store = RedisStore(url, state_ttl=self.settings.state_ttl_seconds, result_ttl=self.settings.result_ttl_seconds)
+                ttls = (self.settings.state_ttl_seconds, self.settings.result_ttl_seconds)
+                output = Output(self.settings.streams_output, self.settings.streams_max_results)
+                store = RedisStore(url, state_ttl=ttls[0], result_ttl=ttls[1], output=output)
             except ValueError as error:
                 raise BadSetting(f"ONSET_REDIS_URL cannot be used: {error}.") from error
             stack.push_async_callback(store.close)
@@ -93,6 +98,10 @@ class Service:
                 for scorer in self.scorers.values():
                     sweeper = scorer.sweeper(self.settings.state_ttl_seconds)
                     stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
+            if self.settings.streams_input:
+                consumer = self._consumer(url)
+                await consumer.start()
+                stack.push_async_callback(consumer.stop, self.settings.drain_seconds)
             yield self
             self._closing = True
             await self.ready()
@@ -115,6 +124,22 @@ class Service:
             policy_of = replace(policy, tau=detector.manifest.age_constant)
             self.scorers[name] = Scorer(detector, policy_of, store, self.metrics, limits, held=True)
             self.scorers[name].start()
+
+    def _consumer(self, url: str) -> Consumer:
+        settings = self.settings
+        streams = Streams(
+            settings.streams_input,
+            settings.streams_partitions,
+            settings.streams_group,
+            settings.streams_dead_letters,
+            settings.streams_max_dead_letters,
+            settings.streams_keep,
+            settings.streams_batch,
+            settings.streams_lease_seconds,
+        )
+        scorer = self.scorers[_named(self.detectors, settings.streams_model) if settings.streams_model else self.default_model]
+        source = RedisStreams(url, streams, self.metrics)
+        return Consumer(source, scorer, self.metrics, fuse=settings.streams_fuse, max_events=settings.max_batch_events)
 
     async def _open(self, store: RedisStore, stack: contextlib.AsyncExitStack) -> None:
         """Open the store now, or keep trying beside the running service, which is not ready until then."""
@@ -188,6 +213,12 @@ def _asked(settings: Settings) -> Asked:
     """What the environment asks for."""
     cadence = settings.cadence_seconds if settings.false_alarms else None
     return Asked(Alpha(settings.asked_alpha, None, settings.false_alarms, cadence), Strict(settings.strict))
+
+
+def _named(detectors: Mapping[str, Detector], name: str) -> str:
+    if name not in detectors:
+        raise BadSetting(f"ONSET_STREAMS_MODEL is '{name}'; the loaded models are {', '.join(sorted(detectors))}.")
+    return name
 
 
 def _default(detectors: Mapping[str, Detector], settings: Settings) -> str:

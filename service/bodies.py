@@ -12,7 +12,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -240,6 +240,41 @@ def checked(item: Any) -> Event:
         value = shown(item.get(field.partition(".")[0]))
         what = message.partition(" - at ")[0]
         raise BadEvent(f"{field or 'The event'}: {what}; got {value}.", field, value) from error
+
+
+def from_fields(fields: Mapping[bytes, bytes]) -> Event:
+    """An event written flat, field by field; what is no field of an event is a feature. Raises BadEvent."""
+    item: dict[str, Any] = {}
+    values: dict[str, float | None] = {}
+    for raw, content in fields.items():
+        try:
+            name, text = raw.decode(), content.decode()
+        except UnicodeDecodeError as error:
+            raise BadEvent(f"{shown(raw.decode(errors='replace'))} is not UTF-8.", raw.decode(errors="replace")[:64]) from error
+        if name in ("stream_id", "event_id", "message"):
+            item[name] = text
+        elif name in ("timestamp", "sequence"):
+            number = _number(text)
+            item[name] = text if number is None else number
+        elif text in ("", "null"):
+            values[name] = None
+        elif (number := _number(text)) is not None:
+            values[name] = number
+        else:
+            raise BadEvent(
+                f"values.{name[:64]} is {shown(text)}, not a number; leave it empty where it is missing.",
+                f"values.{name[:64]}",
+                shown(text),
+            )
+    return checked(item | {"values": values} if values else item)
+
+
+def _number(text: str) -> int | float | None:
+    """None = it is not one."""
+    try:
+        return int(text) if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS else float(text)
+    except ValueError:
+        return None
 
 
 def _check_values(values: Any) -> None:

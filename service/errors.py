@@ -18,6 +18,7 @@ OnsetError
 ├── TooLarge             a body or a batch is over a stated limit
 ├── TooSlow              a body did not arrive in time
 ├── Overloaded           the queue is full: come back in `retry_after` seconds
+├── Fenced               a partition of a queue is another replica's by now
 └── StoreUnavailable     the state store does not answer
 """
 
@@ -112,6 +113,10 @@ class Overloaded(OnsetError):
     def __init__(self, detail: str, retry_after: int = 1) -> None:
         super().__init__(detail)
         self.retry_after = retry_after
+
+
+class Fenced(OnsetError):
+    """A partition of a queue is another replica's by now: what was read of it is scored there."""
 
 
 class StoreUnavailable(OnsetError):

@@ -62,6 +62,23 @@ class Metrics:
         self.conflicts = Counter("onset_state_conflicts", "Commits lost to another replica.", registry=registry)
         # Counter: streams that started afresh: new, other_model (a deploy), corrupt (investigate the store at once).
         self.fresh = Counter("onset_fresh_states", "Streams that started afresh, by reason.", ["reason"], registry=registry)
+        # Counters: entries of a queue that were read or claimed (again, where a batch was abandoned), acknowledged, claimed from what a
+        # former owner left, and events that became dead letters. received far beyond acknowledged: the store, or replicas that die.
+        # claimed grows outside of deploys: replicas die or stall. dead_lettered grows: read onset_reason in the dead letters.
+        self.source_received = Counter("onset_source_received", "Entries read from a queue.", ["source"], registry=registry)
+        self.source_acknowledged = Counter("onset_source_acknowledged", "Entries acknowledged.", ["source"], registry=registry)
+        self.source_claimed = Counter("onset_source_claimed", "Entries claimed from a former owner.", ["source"], registry=registry)
+        self.source_dead_lettered = Counter("onset_source_dead_lettered", "Events that could not be used.", ["source"], registry=registry)
+        # Counter: partitions that were lost to another replica while this one was still at work: it was taken for dead. Nothing is scored
+        # twice by that. Growing: the process or its store stalls for longer than ONSET_STREAMS_LEASE_SECONDS.
+        self.source_fenced = Counter("onset_source_fenced", "Partitions lost to another replica.", ["source"], registry=registry)
+        # Gauge: partitions this replica owns. Their sum is the number of partitions; less for longer than a lease: nobody reads the others.
+        self.source_partitions = Gauge("onset_source_partitions", "Partitions owned.", ["source"], registry=registry)
+        # Gauge: entries of the owned partitions not yet acknowledged, NaN = the queue cannot tell. Grows for minutes: add partitions
+        # and replicas.
+        self.source_lag = Gauge("onset_source_lag", "Entries not acknowledged.", ["source"], registry=registry)
+        # Gauge: partitions that wait because too many of their recent entries cannot be used (ONSET_STREAMS_FUSE): see docs/queues.md.
+        self.source_paused = Gauge("onset_source_paused", "Partitions paused by the fuse.", ["source"], registry=registry)
         # Gauge: size of one stored value. Changes only with the model.
         self.state_bytes = Gauge("onset_state_bytes", "Bytes of one stream's value.", ["model"], registry=registry)
         # Gauge: keys in the store, about the number of live streams.

@@ -59,6 +59,29 @@ class Settings(BaseSettings):
     """How long an event may be held for earlier ones of its stream that come after it, and its request with it; 0 = not at all."""
     reorder_events: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Events of one stream held at most."""
+    streams_input: str = ""
+    """Key of a Redis Stream of events in the store's server (docs/queues.md), such as onset:events; empty = none is read."""
+    streams_output: Annotated[str, Field(min_length=1)] = "onset:results"
+    """Key of the Redis Stream that the results of those events go to."""
+    streams_max_results: Annotated[int, Field(ge=1)] = 1_000_000
+    """About how many results it keeps."""
+    streams_partitions: Annotated[int, Field(ge=1, le=1024)] = 1
+    """With several the keys are onset:events:{0}, {1}, …; each is read by one replica at a time."""
+    streams_group: Annotated[str, Field(min_length=1)] = "onset"
+    """The consumer group."""
+    streams_keep: bool = False
+    """Leave acknowledged entries in the input (another group reads it too); otherwise they are deleted."""
+    streams_dead_letters: Annotated[str, Field(min_length=1)] = "onset:dead-letters"
+    """Key of the Redis Stream of entries that cannot be used."""
+    streams_max_dead_letters: Annotated[int, Field(ge=1)] = 100_000
+    streams_fuse: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """A partition pauses when more than this share of the recent entries cannot be used; 1 = never."""
+    streams_batch: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    """Entries read at once."""
+    streams_lease_seconds: Annotated[float, Field(ge=0.5, le=300)] = 5
+    """A replica not heard of for this long has lost its partitions to the others."""
+    streams_model: str = ""
+    """Which model scores them; empty = the default one."""
     max_streams: Annotated[int, Field(ge=1)] = 1_000_000
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""

@@ -1,0 +1,270 @@
+"""The queue door: receive ─► parse ─► score ─► settle. Nothing below knows where events come from.
+
+a batch    entries of one partition, in order; one of each partition is under way at a time
+parse      an entry is one event or several; what is none is a dead letter, its neighbours are not
+score      in order, MAX_BATCH events at most at once. Full queue, silent store, lost races: the same events again, after a while,
+           and none behind them before; so nothing is lost and nothing overtakes
+fuse       too large a share of the recent entries cannot be used: it is the producer or the model, not the entries.
+           The partition waits for a person instead of emptying itself into the dead letters
+settle     dead letters written, and acknowledged what the commit has not acknowledged already
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from service import tasks
+from service.bodies import Format, decode, from_fields
+from service.errors import BadEvent, Fenced, ItemError, OnsetError, Overloaded, StoreUnavailable
+from service.events import Delivery, Event, shown
+from service.metrics import Metrics
+from service.rounds import Kind
+from service.scorer import MAX_BATCH, Scorer
+from service.sources import MAX_EVENTS, POSITIONS, Batch, Letter, Message, Settlement, Source
+
+EVENT = b"event"
+FIRST_BACKOFF, MAX_BACKOFF = 0.02, 2.0
+FUSE_ENTRIES, FUSE_WINDOW = 100, 1000
+"""The fuse looks at about the last FUSE_WINDOW entries, once there were FUSE_ENTRIES."""
+FUSE_SECONDS = 30.0
+"""After this a partition that waits looks again at what is in the queue."""
+LAG_SECONDS = 2.0
+BUG_ATTEMPTS = 3
+"""Then the events are scored one by one, and the one that fails is a dead letter."""
+_OUTCOMES = {Kind.SCORED: "scored", Kind.DUPLICATE: "duplicate", Kind.REPEATED: "duplicate", Kind.LATE: "late"}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class _Work:
+    """A batch, parsed."""
+
+    deliveries: list[Delivery] = field(default_factory=list)
+    origins: list[tuple[Message, int | None]] = field(default_factory=list)  # of each delivery: its entry, and which of several
+    settlement: Settlement = field(default_factory=Settlement)
+
+
+class Fuse:
+    """Blows when more than `share` of about the last FUSE_WINDOW entries are bad."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._recent: deque[tuple[int, int]] = deque()
+        self._entries = self._bad = 0
+        self._blown: set[str] = set()
+
+    def passes(self, partition: str, entries: int, bad: int) -> bool:
+        """Whether a batch with so many bad entries may go on; then it counts. One that may not is asked about again."""
+        share = (self._bad + bad) / max(1, self._entries + entries)
+        enough = self._entries + entries >= FUSE_ENTRIES or partition in self._blown
+        if bad and enough and share > self._share:
+            self._blown.add(partition)
+            return False
+        self._blown.discard(partition)
+        self._recent.append((entries, bad))
+        self._entries, self._bad = self._entries + entries, self._bad + bad
+        while self._entries - self._recent[0][0] >= FUSE_WINDOW:
+            old = self._recent.popleft()
+            self._entries, self._bad = self._entries - old[0], self._bad - old[1]
+        return True
+
+
+class Consumer:
+    """Feeds one scorer from one source. `fuse` is the share of bad entries that pauses a partition, `max_events` that of one entry."""
+
+    def __init__(
+        self, source: Source, scorer: Scorer, metrics: Metrics, *, fuse: float, max_events: int, fuse_seconds: float = FUSE_SECONDS
+    ) -> None:
+        self._source, self._scorer, self._metrics = source, scorer, metrics
+        self._fuse, self._fuse_seconds = Fuse(fuse), fuse_seconds
+        self._max_events = min(max_events, MAX_EVENTS)
+        self._stopping = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._working: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        await self._source.open()
+        self._tasks = [asyncio.create_task(self._receive(), name="consumer"), asyncio.create_task(self._watch(), name="source-lag")]
+
+    async def stop(self, seconds: float) -> None:
+        """Receive nothing more, finish what is under way within `seconds`, let other replicas have the rest."""
+        self._stopping.set()
+        for task in self._tasks:
+            await tasks.end(task)
+        if self._working:
+            await asyncio.wait(self._working, timeout=seconds)
+        for task in list(self._working):
+            await tasks.end(task)
+        await self._source.close()
+
+    async def _receive(self) -> None:
+        while True:
+            batch = await self._source.receive()
+            task = asyncio.create_task(self._process(batch), name=f"batch-{batch.partition}")
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
+
+    async def _watch(self) -> None:
+        lag = self._metrics.source_lag.labels(self._source.name)
+        while True:
+            try:
+                waiting = await self._source.lag()
+                lag.set(float("nan") if waiting is None else waiting)
+            except StoreUnavailable:
+                lag.set(float("nan"))
+            await asyncio.sleep(LAG_SECONDS)
+
+    async def _process(self, batch: Batch) -> None:
+        """One batch to its end; abandoned where it cannot be."""
+        try:
+            await self._finish(batch)
+        except Fenced as error:
+            log.warning("batch_fenced", partition=batch.partition, entries=len(batch.messages), reason=error.detail)
+            self._source.abandon(batch)
+        except asyncio.CancelledError:
+            self._source.abandon(batch)
+            raise
+        except Exception as error:  # the door outlives any bug; the entries are delivered again
+            self._bug(batch, error)
+            await asyncio.sleep(MAX_BACKOFF)
+            self._source.abandon(batch)
+
+    async def _finish(self, batch: Batch) -> None:
+        work = self._parse(batch)
+        for start in range(0, len(work.deliveries), MAX_BATCH):
+            await self._score(batch, work, range(start, min(start + MAX_BATCH, len(work.deliveries))))
+        if not self._may_settle(batch, work.settlement):
+            await self._pause()
+            self._source.abandon(batch)
+            return
+        self._count(Counter({"rejected": len(work.settlement.letters)}))
+        backoff = FIRST_BACKOFF
+        while not await self._settled(batch, work.settlement):
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF)
+
+    async def _settled(self, batch: Batch, settlement: Settlement) -> bool:
+        try:
+            await self._source.settle(batch, settlement)
+        except StoreUnavailable:
+            return False
+        return True
+
+    async def _pause(self) -> None:
+        """Until it is time to look again, or to stop."""
+        with self._metrics.source_paused.labels(self._source.name).track_inprogress(), contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), self._fuse_seconds)
+
+    def _parse(self, batch: Batch) -> _Work:
+        work = _Work()
+        for message in batch.messages:
+            try:
+                items, bare = self._items(message)
+            except OnsetError as error:
+                named = error if isinstance(error, ItemError) else BadEvent(error.detail, EVENT.decode(), _start(message))
+                work.settlement.letters.append(Letter(message, named))
+                continue
+            entry = message.id if bare and batch.lease is not None else b""
+            for i, item in enumerate(items):
+                index = None if bare else i
+                if isinstance(item, ItemError):
+                    work.settlement.letters.append(Letter(message, item, index))
+                    continue
+                position = message.position * MAX_EVENTS + i
+                work.deliveries.append(Delivery(item, batch.source, position, message.arrived, batch.lease, entry))
+                work.origins.append((message, index))
+        return work
+
+    def _items(self, message: Message) -> tuple[Sequence[Event | ItemError], bool]:
+        """The events of an entry, and whether it is one bare event. Raises OnsetError."""
+        if message.position >= POSITIONS:
+            raise BadEvent(f"The entry's id {message.id.decode()} is beyond what a stream's state can hold.", "id", message.id.decode())
+        content = message.fields.get(EVENT)
+        if content is None:
+            return [from_fields(message.fields)], True
+        lines = b"\n{" in content and content.lstrip()[:1] == b"{"
+        return decode(content, Format.NDJSON if lines else Format.JSON, max_events=self._max_events)
+
+    async def _score(self, batch: Batch, work: _Work, places: Sequence[int]) -> None:
+        """Score these deliveries, however long it takes; no other of the partition is under way meanwhile. Raises Fenced."""
+        backoff, bugs = FIRST_BACKOFF, 0
+        while places:
+            try:
+                outcomes = await self._scorer.consume([work.deliveries[i] for i in places], f"{self._source.name}/{batch.partition}")
+            except (Overloaded, StoreUnavailable) as error:
+                log.debug("batch_waits", partition=batch.partition, reason=error.detail)
+            except Exception as error:  # a bug that one event brings out must not stop those behind it for ever
+                bugs += 1
+                self._bug(batch, error)
+                if bugs == BUG_ATTEMPTS:
+                    await self._score_apart(batch, work, places, error)
+                    return
+            else:
+                places = self._note(work, places, outcomes)
+                if not places:
+                    return
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF)
+
+    async def _score_apart(self, batch: Batch, work: _Work, places: Sequence[int], error: Exception) -> None:
+        if len(places) > 1:
+            for i in places:
+                await self._score(batch, work, [i])
+            return
+        message, index = work.origins[places[0]]
+        work.settlement.letters.append(Letter(message, ItemError(f"An unexpected error: {type(error).__name__}; it is in the log."), index))
+
+    def _note(self, work: _Work, places: Sequence[int], outcomes: Sequence[Kind | ItemError]) -> list[int]:
+        """Keep what became of these; those that are to be scored again. Raises Fenced."""
+        again: list[int] = []
+        fenced = 0
+        for i, outcome in zip(places, outcomes, strict=True):
+            message, index = work.origins[i]
+            if isinstance(outcome, ItemError):
+                work.settlement.letters.append(Letter(message, outcome, index))
+            elif outcome is Kind.CONFLICT:
+                again.append(i)
+            elif outcome is Kind.FENCED:
+                fenced += 1
+            elif work.deliveries[i].entry:
+                work.settlement.committed.add(message.id)
+        self._count(Counter(_OUTCOMES[outcome] for outcome in outcomes if isinstance(outcome, Kind) and outcome in _OUTCOMES))
+        if fenced:
+            raise Fenced(f"The partition was lost before {fenced} of its events were committed.")
+        return again
+
+    def _may_settle(self, batch: Batch, settlement: Settlement) -> bool:
+        """Ask the fuse. Of one that blows, the log says why."""
+        bad = {letter.message.id for letter in settlement.letters}
+        passes = self._fuse.passes(batch.partition, len(batch.messages), len(bad))
+        if not passes:
+            first = settlement.letters[0]
+            log.error(
+                "source_paused",
+                partition=batch.partition,
+                bad_entries=len(bad),
+                of=len(batch.messages),
+                first=first.message.id.decode(),
+                reason=first.error.detail,
+                again_in_seconds=self._fuse_seconds,
+            )
+        return passes
+
+    def _count(self, outcomes: Counter[str]) -> None:
+        for outcome, count in outcomes.items():
+            self._metrics.events.labels(self._source.name, outcome).inc(count)
+
+    def _bug(self, batch: Batch, error: Exception) -> None:
+        self._metrics.bugs.inc()
+        log.error("unexpected_error", partition=batch.partition, exc_info=error)
+
+
+def _start(message: Message) -> str:
+    return shown(message.fields.get(EVENT, b"").decode(errors="replace"))

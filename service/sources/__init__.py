@@ -1,0 +1,93 @@
+"""Where events come from besides HTTP. One protocol for queues, interchangeable implementations; `consumer.py` is the door they lead to.
+
+    receive ─► Batch ─► (consumer: parse, score, retry) ─► settle     its entries are done; some became dead letters
+                                                        └► abandon    its partition is no longer ours, or we stop: whoever owns it
+                                                                      next gets them again
+
+A batch is of one partition, in its order, and the next one of that partition is handed out only once it is settled or abandoned. So a
+stream whose events all go to one partition is scored in order, and a slow consumer pauses what it has not yet asked for: back-pressure
+is not to receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from service.errors import ItemError
+from service.events import Lease
+
+MAX_EVENTS = 2**16
+"""Of one entry: the last bits of an event's position."""
+POSITIONS = 2**79
+"""Of the entries of a partition."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One entry of a queue."""
+
+    id: bytes
+    """As the queue names it."""
+    position: int
+    """Rises within the partition for ever; below POSITIONS, or the entry cannot be used."""
+    arrived: float
+    """When it came to the queue, seconds since 1970."""
+    fields: Mapping[bytes, bytes]
+    """As sent. `event` is an event in JSON or several (an array, NDJSON); without it the fields are those of one event, flat."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Entries of one partition, in order."""
+
+    partition: str
+    source: int
+    """Identity of the partition, 32 bits, not 0."""
+    messages: Sequence[Message]
+    lease: Lease | None = None
+    """Where the queue lies in the state store: entries of one event are acknowledged, and results published, by the commit itself."""
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What could not be used of an entry, and why; `index` = which of its several events."""
+
+    message: Message
+    error: ItemError
+    index: int | None = None
+
+
+@dataclass
+class Settlement:
+    """What became of a batch."""
+
+    committed: set[bytes] = field(default_factory=set)
+    """Entries that the commit has acknowledged."""
+    letters: list[Letter] = field(default_factory=list)
+
+
+class Source(Protocol):
+    """A queue. Its calls raise StoreUnavailable while the queue does not answer; then they may be made again."""
+
+    name: str
+    """As metrics and logs call it."""
+
+    async def open(self) -> None:
+        """Start to listen; returns at once, also while the queue does not answer."""
+
+    async def receive(self) -> Batch:
+        """The next batch of any partition that has none under way; waits for one."""
+
+    async def settle(self, batch: Batch, settlement: Settlement) -> None:
+        """Write the dead letters and acknowledge all entries, in one step where the queue can. Raises Fenced where they are not ours."""
+
+    def abandon(self, batch: Batch) -> None:
+        """Its entries are to be delivered again."""
+
+    async def lag(self) -> int | None:
+        """Entries of our partitions that are not acknowledged yet; None = the queue cannot tell."""
+
+    async def close(self) -> None:
+        """Let others have our partitions, at once."""
