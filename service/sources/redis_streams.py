@@ -194,7 +194,6 @@ class RedisStreams:
                 keys = [self._streams.members, self._streams.changes]
                 members, rank, last = await self.call("attend", keys, self.member, self._streams.lease_ms)
                 await self._share(members, rank)
-                self._metrics.source_partitions.labels(self.name).set(len(self._owned))
                 failed = False
                 await self.wait(self._streams.changes, last, self._streams.lease_ms // 3)
             except StoreUnavailable as error:
@@ -232,7 +231,7 @@ class RedisStreams:
         partition = _Partition(self, self._streams, index, f"{self.member}#{self._leases}")
         if not await partition.hold(take=True):
             return False
-        self._owned[index] = partition
+        self._own(partition)
         log.info("partition_taken", partition=partition.key, owned=self.partitions)
         partition.start()
         return True
@@ -240,8 +239,7 @@ class RedisStreams:
     def _lose(self, partition: _Partition) -> None:
         """The server says that it is not ours: nothing of it can be committed or settled any more."""
         partition.stop()
-        if self._owned.get(partition.index) is partition:
-            del self._owned[partition.index]
+        if self._disown(partition):
             self._metrics.source_fenced.labels(self.name).inc()
             log.warning("partition_lost", partition=partition.key, owned=self.partitions)
 
@@ -255,9 +253,20 @@ class RedisStreams:
         with contextlib.suppress(StoreUnavailable):  # then it expires
             await partition.release()
             await self._tell()
-        if self._owned.get(partition.index) is partition:
-            del self._owned[partition.index]
+        if self._disown(partition):
             log.info("partition_released", partition=partition.key, owned=self.partitions)
+
+    def _own(self, partition: _Partition) -> None:
+        self._owned[partition.index] = partition
+        self._metrics.source_partitions.labels(self.name).set(len(self._owned))
+
+    def _disown(self, partition: _Partition) -> bool:
+        """Whether it was still ours, as far as we knew."""
+        known = self._owned.get(partition.index) is partition
+        if known:
+            del self._owned[partition.index]
+            self._metrics.source_partitions.labels(self.name).set(len(self._owned))
+        return known
 
     async def _tell(self) -> None:
         """Wake the other members."""
@@ -293,7 +302,7 @@ class RedisStreams:
         """A function of streams.lua; loaded where the server does not know it."""
 
         async def ask() -> Any:
-            return await cast("Awaitable[Any]", self._client.fcall(f"onset_{function}_{VERSION}", len(keys), *keys, *arguments))
+            return await self._client.fcall(f"onset_{function}_{VERSION}", len(keys), *keys, *arguments)
 
         try:
             return await ask()

@@ -1,0 +1,382 @@
+"""Redis Streams in and out, against a real server: in order, once, shared by replicas, fenced, and nothing lost when something fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.crc import key_slot
+
+from service.app import Service
+from service.detector import Detector
+from service.errors import BadSetting, Fenced, StoreUnavailable
+from service.events import Delivery, Event
+from service.metrics import Metrics
+from service.rounds import Kind
+from service.settings import Settings
+from service.sources import Batch, Settlement
+from service.sources.redis_streams import RedisStreams, Streams
+from tests.queues import Queue, in_order, queue, recorded, uninterrupted
+from tests.servers import Valkey
+
+KEY = "onset:events"
+
+
+class Replicas:
+    """Services over one server, in this process."""
+
+    def __init__(self, url: str, model: Path, stack: AsyncExitStack) -> None:
+        self._url, self._model, self._stack = url, model, stack
+
+    async def start(self, **settings: Any) -> Service:
+        given: dict[str, Any] = {"streams_input": KEY, "redis_url": self._url, "model": self._model, "drain_seconds": 5} | settings
+        return await self._stack.enter_async_context(Service(Settings(**given)).running())
+
+
+@pytest.fixture
+async def replicas(empty_server: str, tiny_model_path: Path) -> AsyncIterator[Replicas]:
+    async with AsyncExitStack() as stack:
+        yield Replicas(empty_server, tiny_model_path, stack)
+
+
+@pytest.fixture
+async def q(empty_server: str) -> AsyncIterator[Queue]:
+    async with queue(empty_server) as opened:
+        yield opened
+
+
+def metric(service: Service, name: str, **labels: str) -> float:
+    found = service.metrics.registry.get_sample_value(f"onset_{name}", {"source": "redis_streams"} | labels)
+    return -1 if found is None else found
+
+
+def outcomes(service: Service) -> dict[str, float]:
+    names = ("scored", "duplicate", "late", "rejected")
+    found = {n: service.metrics.registry.get_sample_value("onset_events_total", {"door": "redis_streams", "outcome": n}) for n in names}
+    return {name: count for name, count in found.items() if count}
+
+
+async def test_what_comes_out_is_what_rest_answers_in_each_streams_order_and_the_input_is_empty(
+    replicas: Replicas, q: Queue, tiny_detector: Detector
+) -> None:
+    events = recorded(60, 20)
+    await q.add(*events[:700])  # before anybody reads
+    service = await replicas.start()
+    await q.add(*events[700:])
+    await q.empty()
+    results = await q.results()
+    assert in_order(results) == await uninterrupted(tiny_detector, events)
+    for name in {event["stream_id"] for event in events}:
+        versions = [result.state_version for result in results if result.stream_id == name]
+        assert versions == list(range(1, 61))
+    await q.until(lambda: outcomes(service) == {"scored": 1200})
+    await q.until(lambda: metric(service, "source_received_total") == metric(service, "source_acknowledged_total") == 1200)
+    assert metric(service, "source_partitions") == 1
+    await q.until(lambda: metric(service, "source_lag") == 0)
+    assert (await q.client.xpending(KEY, "onset"))["pending"] == 0
+
+
+async def test_an_entry_may_hold_many_events_or_one_written_flat(replicas: Replicas, q: Queue, tiny_detector: Detector) -> None:
+    events = recorded(700, 2)
+    array, lines, flat = events[:1300], events[1300:1390], events[1390:]
+    await q.client.xadd(KEY, {"event": json.dumps(array)})  # more than one batch of the scorer
+    await q.client.xadd(KEY, {"event": "\n".join(map(json.dumps, lines))})
+    for event in flat:
+        await q.client.xadd(KEY, {"stream_id": event["stream_id"], "value": event["values"]["value"], "timestamp": event["timestamp"]})
+    await q.client.xadd(KEY, {"event": json.dumps({"stream_id": "pretty", "values": {"value": 1}}, indent=2)})
+    await q.client.xadd(KEY, {"event": "[]"})
+    await replicas.start()
+    await q.empty()
+    results = await q.results()
+    assert [result.stream_id for result in results if result.stream_id not in ("s0", "s1")] == ["pretty"]
+    assert in_order([result for result in results if result.stream_id != "pretty"]) == await uninterrupted(tiny_detector, events)
+    assert await q.dead() == []
+
+
+async def test_what_cannot_be_used_is_a_dead_letter_with_the_reason_and_its_neighbours_are_scored(replicas: Replicas, q: Queue) -> None:
+    good = {"stream_id": "a", "values": {"value": 1.0}}
+    await q.add(*[good] * 10)
+    ids = [
+        await q.client.xadd(KEY, fields)
+        for fields in (
+            {"event": "nonsense"},
+            {"event": json.dumps({"stream_id": "a", "values": {"value": "hot"}})},
+            {"event": json.dumps([good, {"stream_id": "a", "values": {"speed": 2}}, good])},
+            {"stream_id": "a", "value": "warm"},
+            {"note": b"\xff"},
+            {"stream_id": "a", "value": "1", "timestamp": "yesterday"},
+        )
+    ]
+    await q.add(*[good] * 10)
+    service = await replicas.start()
+    await q.empty()
+    dead = await q.dead()
+    by_entry = {letter["onset_entry"]: (letter["onset_field"], letter["onset_value"]) for letter in dead}
+    assert by_entry == dict(
+        zip(
+            [entry.decode() for entry in ids],
+            [
+                ("event", '"nonsense"'),
+                ("values.value", '"hot"'),
+                ("values.speed", "2.0"),
+                ("values.value", '"warm"'),
+                ("note", ""),
+                ("timestamp", '"yesterday"'),
+            ],
+            strict=True,
+        )
+    )
+    assert {letter["onset_stream"] for letter in dead} == {KEY}
+    assert all(letter["onset_reason"].endswith(".") for letter in dead)
+    assert [letter.get("onset_index") for letter in dead if letter["onset_entry"] == ids[2].decode()] == ["1"]
+    assert [letter["event"] for letter in dead if letter["onset_entry"] == ids[0].decode()] == ["nonsense"]
+    assert [result.state_version for result in await q.results()] == list(range(1, 23))
+    await q.until(lambda: metric(service, "source_dead_lettered_total") == 6)
+    await q.until(lambda: outcomes(service) == {"scored": 22, "rejected": 6})
+
+
+async def test_an_id_that_no_position_can_hold_is_a_dead_letter(replicas: Replicas, q: Queue) -> None:
+    for entry in ("1-1", f"2-{2**36}", f"{2**43}-1"):
+        await q.client.xadd(KEY, {"stream_id": "a", "value": "1", "timestamp": "1700000000"}, entry)
+    await replicas.start(streams_fuse=1)
+    await q.empty()
+    assert [letter["onset_field"] for letter in await q.dead()] == ["id", "id"]
+    assert len(await q.results()) == 1
+
+
+async def test_late_events_are_reported_and_repeated_ids_only_acknowledged(replicas: Replicas, q: Queue) -> None:
+    def event(second: int, name: str) -> dict[str, Any]:
+        return {"stream_id": "a", "values": {"value": 1}, "timestamp": 1.7e9 + second, "event_id": name}
+
+    service = await replicas.start()
+    await q.add(event(5, "x"), event(6, "y"), event(5, "x"), event(1, "late"))
+    await q.empty()
+    assert [(result.event_id, result.late, result.duplicate) for result in await q.results()] == [
+        ("x", False, False),
+        ("y", False, False),
+        ("late", True, False),
+    ]
+    await q.until(lambda: outcomes(service) == {"scored": 2, "duplicate": 1, "late": 1})
+
+
+async def test_acknowledged_entries_stay_where_another_group_reads_them(replicas: Replicas, q: Queue) -> None:
+    service = await replicas.start(streams_keep=True)
+    await q.add(*recorded(5, 2))
+    await q.until(lambda: metric(service, "source_acknowledged_total") == 10)
+    assert await q.client.xlen(KEY) == 10
+    assert (await q.client.xpending(KEY, "onset"))["pending"] == 0
+    await q.until(lambda: metric(service, "source_lag") == 0)
+
+
+async def test_replicas_share_the_partitions_and_one_that_stops_hands_its_over_at_once(
+    empty_server: str, tiny_model_path: Path, q: Queue, tiny_detector: Detector
+) -> None:
+    keys = [f"{KEY}:{{{p}}}" for p in range(5)]
+    settings = {"streams_partitions": 5, "streams_lease_seconds": 60}
+    events = recorded(30, 25)
+    async with AsyncExitStack() as stack, AsyncExitStack() as first_stack:
+        first = await Replicas(empty_server, tiny_model_path, first_stack).start(**settings)
+        await q.until(lambda: metric(first, "source_partitions") == 5)
+        second = await Replicas(empty_server, tiny_model_path, stack).start(**settings)
+        await q.until(lambda: {metric(first, "source_partitions"), metric(second, "source_partitions")} == {2, 3}, 10)
+        for i in range(0, len(events), 50):
+            for event in events[i : i + 50]:
+                await q.add(event, key=keys[int(event["stream_id"][1:]) % 5])
+            if i == 300:
+                await first_stack.aclose()
+        await q.until(lambda: metric(second, "source_partitions") == 5, 10)
+        await q.empty(*keys)
+        assert metric(first, "source_acknowledged_total") > 0
+        assert metric(first, "source_acknowledged_total") + metric(second, "source_acknowledged_total") >= len(events)
+    assert in_order(await q.results()) == await uninterrupted(tiny_detector, events)
+
+
+async def test_entries_of_an_owner_that_died_are_claimed_in_their_order_before_new_ones(
+    replicas: Replicas, q: Queue, tiny_detector: Detector
+) -> None:
+    events = recorded(10, 3)
+    await q.client.xgroup_create(KEY, "onset", id="0", mkstream=True)
+    await q.add(*events[:20])
+    for start in range(3):  # read by three members that never come back
+        await q.client.xreadgroup("onset", f"dead-{start}", {KEY: ">"}, count=5)
+    await q.add(*events[20:])
+    service = await replicas.start(streams_batch=4)
+    await q.empty()
+    assert in_order(await q.results()) == await uninterrupted(tiny_detector, events)
+    assert [result.state_version for result in await q.results() if result.stream_id == "s0"] == list(range(1, 11))
+    assert metric(service, "source_claimed_total") == 15
+    names = {consumer["name"] for consumer in await q.client.xinfo_consumers(KEY, "onset")}
+    assert len(names) == 1
+    assert not any(name.startswith(b"dead") for name in names)
+
+
+async def test_events_that_were_committed_but_not_acknowledged_are_not_scored_again(replicas: Replicas, q: Queue) -> None:
+    events = recorded(40, 2)
+    async with AsyncExitStack() as stack:
+        await Replicas(replicas._url, replicas._model, stack).start(streams_keep=True)
+        await q.client.xadd(KEY, {"event": json.dumps(events[:60])})
+        await q.add(*events[60:])
+        await q.until(_acknowledged(q))
+    before = await q.results()
+    [first, *_] = [entry for entry, _ in await q.client.xrange(KEY)]
+    await q.client.xgroup_setid(KEY, "onset", "0")  # everything is delivered again, as after a lost acknowledgement
+    service = await replicas.start()
+    await q.empty()
+    assert await q.results() == before
+    await q.until(lambda: outcomes(service) == {"duplicate": 80})
+    assert first
+
+
+def _scored(service: Service, wanted: int) -> bool:
+    return outcomes(service).get("scored", 0) >= wanted
+
+
+def _acknowledged(q: Queue) -> Any:
+    async def acknowledged() -> bool:
+        [group] = await q.client.xinfo_groups(KEY)
+        return bool(group["pending"] == 0 and group["lag"] == 0)
+
+    return acknowledged
+
+
+async def test_who_lost_a_lease_can_neither_read_nor_commit_nor_settle(replicas: Replicas, q: Queue, empty_server: str) -> None:
+    service = await replicas.start(streams_input="other")  # its scorer is used with a source of our own
+    zombie = RedisStreams(empty_server, Streams(lease_seconds=60), Metrics())
+    await zombie.open()
+    await q.add({"stream_id": "a", "values": {"value": 1.0}}, {"stream_id": "a", "values": {"value": 2.0}})
+    batch = await asyncio.wait_for(zombie.receive(), 10)
+    assert len(batch.messages) == 2
+    assert batch.lease is not None
+    await q.client.set(batch.lease.key, "another#1")
+    message = batch.messages[0]
+    event = Event(stream_id="a", values={"value": 1.0})
+    delivery = Delivery(event, batch.source, message.position, message.arrived, batch.lease, message.id)
+    [scorer] = service.scorers.values()
+    assert await scorer.consume([delivery]) == [Kind.FENCED]
+    with pytest.raises(Fenced, match="another replica"):
+        await zombie.settle(batch, Settlement())
+    zombie.abandon(batch)
+    await zombie.close()
+    assert await q.client.get(batch.lease.key) == b"another#1", "a lease of another is not given up"
+    assert await q.client.xlen(KEY) == 2
+    assert await q.results() == []
+
+
+async def test_an_owner_that_was_taken_for_dead_gets_its_entries_back_with_a_new_lease(replicas: Replicas, q: Queue) -> None:
+    service = await replicas.start(streams_lease_seconds=0.6)
+    await q.until(lambda: metric(service, "source_partitions") == 1)
+    lease = f"{{{KEY}}}:lease"
+    mine = await q.client.get(lease)
+    await q.client.set(lease, "another#1", px=700)  # a stall, seen from outside
+    await q.add(*({"stream_id": "a", "values": {"value": i}} for i in range(5)))
+    await q.empty()
+    assert (await q.client.get(lease)) not in (mine, b"another#1", None)
+    assert metric(service, "source_fenced_total") == 1
+    assert [result.state_version for result in await q.results()] == [1, 2, 3, 4, 5]
+
+
+async def test_the_fuse_pauses_a_partition_instead_of_emptying_it_into_the_dead_letters(replicas: Replicas, q: Queue) -> None:
+    bad = [await q.client.xadd(KEY, {"event": "nonsense"}) for _ in range(150)]
+    await q.add({"stream_id": "a", "values": {"value": 1.0}})
+    service = await replicas.start()
+    await q.until(lambda: metric(service, "source_paused") == 1)
+    assert await service.ready() is None
+    assert await q.dead() == []
+    assert await q.client.xlen(KEY) >= len(bad)
+
+
+async def test_a_paused_partition_goes_on_once_the_bad_entries_are_gone(
+    empty_server: str, tiny_model_path: Path, q: Queue, replicas: Replicas
+) -> None:
+    from service.consumer import Consumer
+
+    service = await replicas.start(streams_input="other")
+    source = RedisStreams(empty_server, Streams(), service.metrics)
+    consumer = Consumer(source, next(iter(service.scorers.values())), service.metrics, fuse=0.5, max_events=1000, fuse_seconds=0.2)
+    bad = [await q.client.xadd(KEY, {"event": "nonsense"}) for _ in range(150)]
+    await q.add({"stream_id": "a", "values": {"value": 1.0}})
+    await consumer.start()
+    await q.until(lambda: metric(service, "source_paused") == 1)
+    await asyncio.sleep(0.5)
+    assert await q.dead() == []
+    await q.client.xdel(KEY, *bad)
+    await q.add({"stream_id": "a", "values": {"value": 2.0}})
+    await q.empty()
+    assert [result.state_version for result in await q.results()] == [1, 2]
+    await q.until(lambda: metric(service, "source_paused") == 0)
+    await consumer.stop(5)
+
+
+async def test_a_full_queue_pauses_reading_and_loses_nothing(replicas: Replicas, q: Queue, tiny_detector: Detector) -> None:
+    events = recorded(50, 40)
+    service = await replicas.start(max_queue_events=1, streams_batch=100, streams_partitions=3)
+    keys = [f"{KEY}:{{{p}}}" for p in range(3)]
+    for key, stream in ((key, p) for p, key in enumerate(keys)):
+        await q.add(*(event for event in events if int(event["stream_id"][1:]) % 3 == stream), key=key)
+    await q.empty(*keys)
+    assert in_order(await q.results()) == await uninterrupted(tiny_detector, events)
+    await q.until(lambda: outcomes(service).get("scored") == len(events))
+
+
+async def test_a_store_that_dies_under_way_loses_nothing_and_nothing_is_scored_twice(
+    tmp_path: Path, tiny_model_path: Path, tiny_detector: Detector
+) -> None:
+    events = recorded(100, 20)
+    with Valkey(tmp_path / "own", appendonly="yes", appendfsync="always") as server:
+        async with AsyncExitStack() as stack, queue(server.url) as q:
+            service = await Replicas(server.url, tiny_model_path, stack).start(streams_batch=64, streams_lease_seconds=0.6)
+            await q.add(*events)
+            for wanted in (200, 900, 1500):
+                await q.until(partial(_scored, service, wanted))
+                server.kill()
+                await asyncio.sleep(0.1)
+                server.start()
+            await q.empty()
+            assert in_order(await q.results()) == await uninterrupted(tiny_detector, events)
+
+
+async def test_a_group_or_functions_that_are_lost_are_made_again(replicas: Replicas, q: Queue) -> None:
+    service = await replicas.start(streams_lease_seconds=0.6)
+    await q.add({"stream_id": "a", "values": {"value": 1.0}})
+    await q.empty()
+    await q.client.function_flush("SYNC")
+    await q.client.delete(KEY, f"{{{KEY}}}:lease")
+    await q.until(lambda: metric(service, "source_fenced_total") >= 1)
+    await q.add({"stream_id": "a", "values": {"value": 2.0}})
+    await q.empty()
+    assert [result.state_version for result in await q.results()] == [1, 2]
+
+
+async def test_a_key_of_another_kind_is_told(empty_server: str, q: Queue) -> None:
+    source = RedisStreams(empty_server, Streams(), Metrics())
+    await source.open()
+    await q.add({"stream_id": "a", "values": {"value": 1.0}})
+    batch: Batch = await asyncio.wait_for(source.receive(), 10)
+    await q.client.set("onset:dead-letters", "x")
+    with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
+        await source.settle(batch, Settlement())
+    await source.close()
+
+
+async def test_a_model_that_is_not_loaded_is_refused_by_name(replicas: Replicas) -> None:
+    with pytest.raises(BadSetting, match="ONSET_STREAMS_MODEL is 'none'"):
+        await replicas.start(streams_model="none")
+
+
+def test_a_partition_and_its_lease_share_a_slot(valkey_server: str) -> None:
+    def slot(key: str) -> bytes:
+        start = key.find("{")
+        end = key.find("}", start + 1)
+        return (key[start + 1 : end] if start >= 0 and end > start + 1 else key).encode()
+
+    for streams in (Streams(), Streams(partitions=3), Streams("plant {7}:in"), Streams("plant {7}:in", partitions=3)):
+        for p in range(streams.partitions):
+            assert slot(streams.partition(p)) == slot(streams.lease(p))
+        assert slot(streams.members) == slot(streams.changes)
+    assert key_slot(Streams().lease(0).encode()) == key_slot(Streams().partition(0).encode())
