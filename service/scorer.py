@@ -56,6 +56,10 @@ DEPTH = 3
 COUNT_SECONDS = 1.0
 """How long a count of the store's streams is good for."""
 
+_KINDS = list(Kind)
+_DONE, _TOLD = int(Kind.LATE), (int(Kind.SCORED), int(Kind.LATE))
+"""Kinds up to which a queue's event is done with, and those that have a result of their own."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -223,7 +227,7 @@ class Scorer:
         for answers in done:
             if isinstance(answers, Exception):
                 raise answers
-            kinds += map(Kind, answers.kinds)
+            kinds += [_KINDS[kind] for kind in answers.kinds]
         of_parsed = iter(kinds)
         became = [errors[i] if i in errors else next(of_parsed) for i in range(len(deliveries))]
         return [self._failure(events[i].stream_id or "", kind) if kind is Kind.REFUSED else kind for i, kind in enumerate(became)]
@@ -458,18 +462,22 @@ class Scorer:
         settled: dict[int, _Settled] = {}
         if readings.deliveries is None:
             return settled
-        done = [i for i, delivery in enumerate(readings.deliveries) if delivery and delivery.lease and outcomes.kinds[i] <= Kind.LATE]
-        told = [i for i in done if outcomes.kinds[i] in (Kind.SCORED, Kind.LATE)]
-        events = [delivery.event for i in told if (delivery := readings.deliveries[i])]
-        outcomes_told = Outcomes(outcomes.records[told], outcomes.kinds[told])
-        results = dict(zip(told, self._replies.encoded(events, outcomes_told, top_contributors=10), strict=True))
-        for i in done:
-            delivery = readings.deliveries[i]
-            if delivery is not None and delivery.lease is not None:
-                here = settled.setdefault(int(slots[i]), _Settled([], []))
-                here.acks.append((delivery.lease, delivery.entry))
-                if i in results:
-                    here.results.append(results[i])
+        kinds, slot_of = outcomes.kinds.tolist(), slots.tolist()
+        done = [
+            (i, delivery)
+            for i, delivery in enumerate(readings.deliveries)
+            if delivery is not None and delivery.lease is not None and kinds[i] <= _DONE
+        ]
+        told = [(i, delivery.event) for i, delivery in done if kinds[i] in _TOLD]
+        places = np.array([i for i, _ in told], np.intp)
+        about = Outcomes(outcomes.records[places], outcomes.kinds[places])
+        encoded = self._replies.encoded([event for _, event in told], about, top_contributors=10)
+        results = dict(zip(places.tolist(), encoded, strict=True))
+        for i, delivery in done:
+            here = settled.setdefault(slot_of[i], _Settled([], []))
+            here.acks.append((cast("Lease", delivery.lease), delivery.entry))
+            if i in results:
+                here.results.append(results[i])
         return settled
 
     def _new_trails(self, scored: Positions, slots: Positions, events: NDArray[np.intp], outcomes: Outcomes) -> dict[int, bytes]:

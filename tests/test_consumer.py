@@ -1,0 +1,205 @@
+"""The queue door by itself: what an entry may hold, the fuse, and that a bug or a lost race stops neither the queue nor its order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from service.bodies import from_fields
+from service.consumer import FUSE_ENTRIES, FUSE_WINDOW, Consumer, Fuse
+from service.detector import Detector
+from service.errors import BadEvent, Fenced, ItemError, StoreUnavailable
+from service.events import Delivery, Event
+from service.metrics import Metrics
+from service.policy import Policy
+from service.rounds import Kind
+from service.scorer import Limits, Scorer
+from service.sources import Batch, Message, Settlement
+from service.stores.memory import MemoryStore
+
+
+def test_a_flat_entry_is_an_event_and_what_is_no_field_of_one_is_a_feature() -> None:
+    event = from_fields({b"stream_id": b"a", b"timestamp": b"1.5", b"sequence": b"7", b"value": b"2", b"other": b"", b"third": b"null"})
+    assert event == Event(stream_id="a", timestamp=1.5, sequence=7, values={"value": 2, "other": None, "third": None})
+    assert from_fields({b"stream_id": b"a", b"timestamp": b"2026-11-23T08:00:00Z", b"event_id": b"12"}) == Event(
+        stream_id="a", timestamp="2026-11-23T08:00:00Z", event_id="12"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "value"),
+    [
+        ({b"value": b"hot"}, "values.value", '"hot"'),
+        ({b"value": b"nan"}, "values.value", "NaN"),
+        ({b"sequence": b"first"}, "sequence", '"first"'),
+        ({b"sequence": b"-1"}, "sequence", "-1"),
+        ({b"stream_id": b""}, "stream_id", '""'),
+        ({b"value": b"\xff"}, "value", ""),
+    ],
+)
+def test_what_is_wrong_with_a_flat_entry_is_named(fields: dict[bytes, bytes], field: str, value: str) -> None:
+    with pytest.raises(BadEvent) as caught:
+        from_fields({b"stream_id": b"a"} | fields)
+    assert (caught.value.field, caught.value.value) == (field, value)
+
+
+def test_the_fuse_blows_on_a_share_of_recent_entries_and_not_on_a_few() -> None:
+    fuse = Fuse(0.5)
+    assert fuse.passes("p", FUSE_ENTRIES - 1, FUSE_ENTRIES - 1), "too few to judge by"
+    assert not fuse.passes("p", 10, 10)
+    assert not fuse.passes("p", 10, 10)
+    assert fuse.passes("q", 200, 0), "a partition without bad entries goes on"
+    assert fuse.passes("p", 10, 10), "the good entries of others have made the share small"
+
+
+def test_a_partition_that_waits_is_not_let_go_because_few_entries_are_left() -> None:
+    fuse = Fuse(0.5)
+    assert not fuse.passes("p", 1000, 600)
+    assert not fuse.passes("p", 50, 50)
+    assert fuse.passes("p", 40, 0)
+    assert fuse.passes("p", 50, 50), "it is an ordinary partition again"
+
+
+def test_the_fuse_forgets_what_is_long_past() -> None:
+    fuse = Fuse(0.5)
+    for _ in range(10):
+        assert fuse.passes("p", FUSE_WINDOW, 0)
+    assert not fuse.passes("p", 2 * FUSE_WINDOW + 1, 2 * FUSE_WINDOW + 1)
+
+
+class Line:
+    """A source of our own: one partition outside the store, in memory."""
+
+    name = "line"
+
+    def __init__(self) -> None:
+        self.waiting: asyncio.Queue[Batch] = asyncio.Queue()
+        self.settled: list[tuple[Batch, Settlement]] = []
+        self.abandoned: list[Batch] = []
+        self.failures: list[Exception] = []
+        self.closed = False
+
+    async def open(self) -> None: ...
+
+    async def receive(self) -> Batch:
+        return await self.waiting.get()
+
+    async def settle(self, batch: Batch, settlement: Settlement) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+        self.settled.append((batch, settlement))
+
+    def abandon(self, batch: Batch) -> None:
+        self.abandoned.append(batch)
+
+    async def lag(self) -> int | None:
+        return None
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def put(self, *contents: Any) -> None:
+        messages = [
+            Message(b"%d" % i, i, 1.7e9 + i, {b"event": content if isinstance(content, bytes) else json.dumps(content).encode()})
+            for i, content in enumerate(contents)
+        ]
+        self.waiting.put_nowait(Batch("line-0", 7, messages))
+
+    async def until(self, count: int, what: Sequence[Any]) -> None:
+        async with asyncio.timeout(10):
+            while len(what) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+
+class Trying(Scorer):
+    """Loses some races before it wins them, and has a bug that one value brings out."""
+
+    conflicts = 0
+
+    async def consume(self, deliveries: Sequence[Delivery], sender: str = "") -> list[Kind | ItemError]:
+        if any(delivery.event.values == {"value": 13.0} for delivery in deliveries):
+            raise ZeroDivisionError("a bug")
+        if self.conflicts:
+            self.conflicts -= 1
+            lost = [delivery for delivery in deliveries if delivery.event.stream_id == "hot"]
+            rest = iter(await super().consume([delivery for delivery in deliveries if delivery not in lost], sender))
+            return [Kind.CONFLICT if delivery in lost else next(rest) for delivery in deliveries]
+        return await super().consume(deliveries, sender)
+
+
+@pytest.fixture
+async def scorer(tiny_detector: Detector) -> AsyncIterator[Trying]:
+    scorer = Trying(tiny_detector, Policy(), MemoryStore(state_ttl=60, result_ttl=60), Metrics(), Limits())
+    scorer.start()
+    yield scorer
+    await scorer.drain(1)
+
+
+@pytest.fixture
+async def line(scorer: Trying) -> AsyncIterator[Line]:
+    line = Line()
+    consumer = Consumer(line, scorer, Metrics(), fuse=0.9, max_events=100)
+    await consumer.start()
+    yield line
+    await consumer.stop(5)
+    assert line.closed
+
+
+def event(value: float, stream: str = "a") -> dict[str, Any]:
+    return {"stream_id": stream, "values": {"value": value}}
+
+
+async def test_a_queue_outside_the_store_is_acknowledged_after_its_commits(line: Line, scorer: Trying) -> None:
+    line.put(event(1), event(2), [event(3), event(4)], b"nonsense")
+    await line.until(1, line.settled)
+    [(batch, settlement)] = line.settled
+    assert len(batch.messages) == 4
+    assert settlement.committed == set(), "the source acknowledges all"
+    assert [letter.message.id for letter in settlement.letters] == [b"3"]
+    assert (await scorer.stream("a")).state_version == 4
+
+
+async def test_a_lost_race_is_run_again_in_order_before_anything_else(line: Line, scorer: Trying) -> None:
+    scorer.conflicts = 2
+    line.put(event(1, "hot"), event(1, "cool"), event(2, "hot"), event(3, "hot"))
+    await line.until(1, line.settled)
+    assert (await scorer.stream("hot")).state_version == 3
+    assert (await scorer.stream("hot")).contributors[0].actual == 3
+    assert (await scorer.stream("cool")).state_version == 1
+
+
+async def test_an_event_that_brings_out_a_bug_is_a_dead_letter_and_does_not_stop_those_behind_it(line: Line, scorer: Trying) -> None:
+    line.put(event(1), event(13), event(2))
+    await line.until(1, line.settled)
+    [letter] = line.settled[0][1].letters
+    assert letter.message.id == b"1"
+    assert "ZeroDivisionError" in letter.error.detail
+    assert (await scorer.stream("a")).state_version == 2
+
+
+async def test_settling_is_tried_until_the_queue_answers_and_given_up_where_it_is_anothers(line: Line) -> None:
+    line.failures = [StoreUnavailable("down"), StoreUnavailable("down")]
+    line.put(event(1))
+    await line.until(1, line.settled)
+    line.failures = [Fenced("lost")]
+    line.put(event(2))
+    await line.until(1, line.abandoned)
+    assert len(line.settled) == 1
+
+
+async def test_a_stop_hands_back_what_could_not_be_finished(tiny_detector: Detector) -> None:
+    held = Scorer(tiny_detector, Policy(), MemoryStore(state_ttl=60, result_ttl=60), Metrics(), Limits(), held=True)
+    held.start()
+    line = Line()
+    consumer = Consumer(line, held, Metrics(), fuse=0.9, max_events=100)
+    await consumer.start()
+    line.put(event(1))
+    await asyncio.sleep(0.1)
+    await consumer.stop(0.1)
+    assert len(line.abandoned) == 1
+    assert (line.settled, line.closed) == ([], True)
+    await held.drain(1)
