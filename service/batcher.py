@@ -106,13 +106,24 @@ class Batcher(Generic[Item, Answer]):
     """
 
     def __init__(
-        self, handle: Callable[[list[Item]], Awaitable[Sequence[Answer]]], *, max_batch: int, max_queue: int, depth: int = 1
+        self,
+        handle: Callable[[list[Item]], Awaitable[Sequence[Answer]]],
+        *,
+        max_batch: int,
+        max_queue: int,
+        depth: int = 1,
+        gather: int = 1,
     ) -> None:
-        """`max_batch` and `max_queue` are in events, `depth` in batches handled at once."""
+        """`max_batch` and `max_queue` are in events, `depth` in batches handled at once.
+
+        Beside another short batch one is begun only where `gather` events wait: each batch has its fixed cost, and few events are
+        answered sooner by sharing the next one.
+        """
         self._handle = handle
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._depth = depth
+        self._gather = gather
         self._senders: OrderedDict[str, _Sender[Item, Answer]] = OrderedDict()
         """In the order of their next turn; only those that wait for something."""
         self._queued = 0
@@ -192,6 +203,8 @@ class Batcher(Generic[Item, Answer]):
 
     def _start_batches(self) -> None:
         while len(self._running) < self._depth:
+            if self._queued < self._gather and not all(batch.long for batch in self._running.values()):
+                break
             batch = self._take()
             if not batch.members:
                 break

@@ -53,6 +53,7 @@ MAX_BATCH = 1024
 """Events per batch: one inference of the largest bucket when every stream is there once."""
 DEPTH = 3
 """Batches under way at once: one loads, one is stepped, one is committed."""
+GATHER_EVENTS = 256
 COUNT_SECONDS = 1.0
 """How long a count of the store's streams is good for."""
 
@@ -129,7 +130,9 @@ class Scorer:
         self._codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
         self._replies = Replies(detector.manifest, policy)
         self._copies = Copies(self._codec, limits.copies_bytes)
-        self._batcher: Batcher[_Piece, Answers] = Batcher(self._handle, max_batch=MAX_BATCH, max_queue=limits.max_queue_events, depth=DEPTH)
+        self._batcher: Batcher[_Piece, Answers] = Batcher(
+            self._handle, max_batch=MAX_BATCH, max_queue=limits.max_queue_events, depth=DEPTH, gather=GATHER_EVENTS
+        )
         self._reorder: Reorder[Answers | Exception] | None = None
         if limits.reorder_seconds:
             self._reorder = Reorder(

@@ -37,9 +37,14 @@ Ints = Batcher[Job, int]
 
 @asynccontextmanager
 async def batcher(
-    handle: Callable[[list[Job]], Awaitable[Sequence[int]]], *, max_batch: int = 100, max_queue: int = 1000, depth: int = 1
+    handle: Callable[[list[Job]], Awaitable[Sequence[int]]],
+    *,
+    max_batch: int = 100,
+    max_queue: int = 1000,
+    depth: int = 1,
+    gather: int = 1,
 ) -> AsyncIterator[Ints]:
-    running: Ints = Batcher(handle, max_batch=max_batch, max_queue=max_queue, depth=depth)
+    running: Ints = Batcher(handle, max_batch=max_batch, max_queue=max_queue, depth=depth, gather=gather)
     running.start()
     yield running
     await running.drain(1)
@@ -211,6 +216,24 @@ async def test_batches_that_share_no_stream_are_handled_at_once_and_those_that_d
         answers: list[list[int | Exception]] = list(await asyncio.gather(first, same, other))
         assert answers == [[2], [4], [6]]
     assert gate.batches == [[1], [3], [2]]
+
+
+async def test_few_events_wait_for_the_next_batch_together_unless_only_long_ones_run() -> None:
+    gate = Gate()
+    async with batcher(gate, depth=3, gather=3, max_queue=10_000, max_batch=10_000) as running:
+        long = asyncio.create_task(running.submit(of("hot", 1, events=500, rounds=500)))
+        await asyncio.sleep(0.01)
+        tasks = [asyncio.create_task(running.submit(jobs(2)))]
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[1], [2]]
+        tasks += [asyncio.create_task(running.submit(jobs(i))) for i in (3, 4)]
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[1], [2]]
+        tasks.append(asyncio.create_task(running.submit(jobs(5))))
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[1], [2], [3, 4, 5]]
+        gate.open.set()
+        await asyncio.gather(long, *tasks)
 
 
 async def test_no_more_batches_are_handled_at_once_than_the_depth() -> None:
