@@ -14,7 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from service.api import VISIBLE
+from service.api import TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.bodies import Format
 from service.control import PolicyReply
@@ -279,7 +279,13 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, 
         {"type": "string", "pattern": VISIBLE},
         "Gives events without event_id an identity, so that the request can be sent again.",
     )
-    operation = _operation(name, summary, [*parameters, top, key], answers, slugs)
+    tenant = _parameter(
+        TENANT_HEADER,
+        "header",
+        {"type": "string", "pattern": VISIBLE},
+        "Whose turn the request takes, and whose share of the queue; without it, that of the address it comes from.",
+    )
+    operation = _operation(name, summary, [*parameters, top, key, tenant], answers, slugs)
     event: dict[str, Any] = _ref(event_schema)
     timed = sample | {"timestamp": "2026-11-23T08:00:00Z", "event_id": "a-17"}
     examples = {

@@ -539,3 +539,9 @@ async def test_a_policy_that_cannot_be_asked_for_is_a_problem_and_changes_nothin
 async def test_other_methods_on_the_policy_are_no_methods_of_it(tiny_detector: Detector) -> None:
     async with door(tiny_detector) as client:
         assert (await client.post("/v1/policy", json={"alpha": 0.01})).status_code == 405
+
+
+async def test_a_tenant_name_that_no_header_should_hold_is_refused(tiny_detector: Detector) -> None:
+    async with door(tiny_detector) as client:
+        assert_problem(await client.raw(json.dumps(event()), JSON | {"X-Scope-OrgID": "a b"}), 422, "X-Scope-OrgID")
+        assert (await client.raw(json.dumps(event()), JSON | {"X-Scope-OrgID": "team-a"})).status_code == 200
