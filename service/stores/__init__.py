@@ -16,9 +16,16 @@ A stream's value and its trail:
 
 Beside the streams it keeps one small mapping for all replicas: the policy as it was changed at run time (control.py).
 
-What a crash leaves: before the commit reached the server, nothing happened and the event may be sent again; after it, the state
-holds the event's identity and result, so the same event sent again is answered from it and never stepped twice. An event of a queue
-in the store cannot even be delivered again: its entry is acknowledged, and its result published, by the very step that scored it.
+What a crash, of the replica, its connection or the client, leaves (tests/test_protocol_model.py stops at each of these points):
+
+    before the commit is sent        nothing: the event may be sent again, to any replica
+    while it is on its way           nothing yet; it may be applied at any later time, and is LOST if anyone else has committed by then
+    applied, its answer is lost      the state with the event's identity and result: sent again it is answered, not stepped again. A copy
+                                     that the replica holds is dropped; a fresh start it was is not in the replica's counter
+    answered, the reply is lost      the same, and the replica's copy is good: the next commit compares it
+
+An event of a queue in the store cannot even be delivered again: its entry is acknowledged, and its result published, by the very step
+that scored it.
 """
 
 from __future__ import annotations
