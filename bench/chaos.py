@@ -22,7 +22,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,11 +117,10 @@ async def soak(plan: Plan, folder: Path, progress: Callable[[int, str], None] = 
         try:
             await _under_kills(scene, plan, report, progress)
             await _check(scene, report)
-            for cause in ("corrupt", "new"):
-                progress(sum(report.kills.values()), f"counted: {cause}")
-                await _counted(scene, report, cause, lambda cause=cause: _damage_all(scene, cause))  # type: ignore[misc]
-            progress(sum(report.kills.values()), "rollout")
-            await _counted(scene, report, "other_model", lambda: _roll_out(scene))
+            progress(sum(report.kills.values()), "without kills")
+            await _counted(scene, report, "corrupt", _damage_all(scene, scene.vandal.flip))
+            await _counted(scene, report, "new", _damage_all(scene, scene.vandal.delete))
+            await _counted(scene, report, "other_model", _roll_out(scene))
         except* UnexpectedAnswerError as errors:
             for error in errors.exceptions:
                 scene.ledger.violation("?", "?", str(error))
@@ -271,26 +270,27 @@ async def _check(scene: Scene, report: Report) -> None:
         report.streams_checked += 1
 
 
-async def _counted(scene: Scene, report: Report, reason: str, happen: Callable[[], object]) -> None:
+async def _counted(scene: Scene, report: Report, reason: str, happens: Awaitable[None]) -> None:
     """Let fresh starts happen for one reason, without kills, and hold the service's counter against what the clients saw."""
-    counter = f'onset_fresh_states_total{{reason="{reason}"}}'
-    for replica in scene.replicas:
-        await replica.sample()
-    before, seen = sum(replica.total(counter) for replica in scene.replicas), scene.ledger.counts["fresh_start"]
-    await happen()  # type: ignore[misc]
-    for replica in scene.replicas:
-        await replica.sample()
-    counted = round(sum(replica.total(counter) for replica in scene.replicas) - before)
-    seen = scene.ledger.counts["fresh_start"] - seen
+    counted, seen = await _fresh(scene, reason), scene.ledger.counts["fresh_start"]
+    await happens
+    counted, seen = await _fresh(scene, reason) - counted, scene.ledger.counts["fresh_start"] - seen
     report.fresh_starts_counted[reason] = counted
     if counted != seen:
-        scene.ledger.violation("all", reason, f"{seen} streams started afresh, {counter} counted {counted}")
+        scene.ledger.violation("all", reason, f"{seen} streams started afresh, onset_fresh_states_total counted {counted}")
 
 
-async def _damage_all(scene: Scene, reason: str) -> None:
+async def _fresh(scene: Scene, reason: str) -> int:
+    """Fresh starts that the replicas have counted."""
+    for replica in scene.replicas:
+        await replica.sample()
+    return round(sum(replica.total(f'onset_fresh_states_total{{reason="{reason}"}}') for replica in scene.replicas))
+
+
+async def _damage_all(scene: Scene, damage: Callable[[str], Awaitable[None]]) -> None:
     for _ in range(ROUNDS):
         for client, source in scene.damaged:
-            await (scene.vandal.flip if reason == "corrupt" else scene.vandal.delete)(source.stream_id)
+            await damage(source.stream_id)
             await client.step(source)
 
 
