@@ -8,9 +8,9 @@ from bench.chaos import Plan, soak
 
 
 async def test_nothing_is_lost_stepped_twice_or_mixed_up_under_kill_9(tmp_path: Path, tiny_model_path: Path) -> None:
-    report = await soak(Plan(kills=20, seconds=60, rate=1.5, streams=40, seed=1, model=tiny_model_path), tmp_path)
+    report = await soak(Plan(kills=20, seconds=35, rate=1.5, streams=40, seed=1, model=tiny_model_path), tmp_path)
     assert report.violations == []
-    assert sum(report.kills.values()) >= 10
+    assert sum(report.kills.values()) >= 8
     assert report.counts["duplicate_with_result"] > report.events / 4
     assert report.counts["retry"] > 0
     assert report.counts["fresh_start"] > 0
