@@ -33,6 +33,7 @@ from service.scorer import Limits, Scorer
 from service.settings import Settings
 from service.sources.redis_streams import RedisStreams, Streams
 from service.stores import Output, StateStore
+from service.stores.cluster import ClusterStore
 from service.stores.redis import RedisStore
 
 REOPEN_SECONDS = 0.5
@@ -76,17 +77,13 @@ class Service:
     async def running(self) -> AsyncIterator[Service]:
         """Open everything; close it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
+            _check_cluster(self.settings)
             url = self.settings.redis_url
             if not url:
                 embedded = EmbeddedStore(self.settings.data_dir, on_restart=self.metrics.store_restarts.inc)
                 url = await embedded.start()
                 stack.push_async_callback(embedded.stop)
-            try:
-                ttls = (self.settings.state_ttl_seconds, self.settings.result_ttl_seconds)
-                output = Output(self.settings.streams_output, self.settings.streams_max_results)
-                store = RedisStore(url, state_ttl=ttls[0], result_ttl=ttls[1], output=output)
-            except ValueError as error:
-                raise BadSetting(f"ONSET_REDIS_URL cannot be used: {error}.") from error
+            store = _store(self.settings, url)
             stack.push_async_callback(store.close)
             self.store = store
             self.control.connect(store)
@@ -141,7 +138,7 @@ class Service:
         source = RedisStreams(url, streams, self.metrics)
         return Consumer(source, scorer, self.metrics, fuse=settings.streams_fuse, max_events=settings.max_batch_events)
 
-    async def _open(self, store: RedisStore, stack: contextlib.AsyncExitStack) -> None:
+    async def _open(self, store: RedisStore | ClusterStore, stack: contextlib.AsyncExitStack) -> None:
         """Open the store now, or keep trying beside the running service, which is not ready until then."""
         try:
             await self._try_open(store)
@@ -150,14 +147,14 @@ class Service:
             task = asyncio.create_task(self._reopen(store), name="open-store")
             stack.push_async_callback(tasks.end, task)
 
-    async def _reopen(self, store: RedisStore) -> None:
+    async def _reopen(self, store: RedisStore | ClusterStore) -> None:
         while not self._store_open:
             await asyncio.sleep(REOPEN_SECONDS)
             with contextlib.suppress(StoreUnavailable):
                 await self._try_open(store)
                 log.info("store_open")
 
-    async def _try_open(self, store: RedisStore) -> None:
+    async def _try_open(self, store: RedisStore | ClusterStore) -> None:
         await store.open()
         await self.control.refresh()
         self._store_open = True
@@ -213,6 +210,26 @@ def _asked(settings: Settings) -> Asked:
     """What the environment asks for."""
     cadence = settings.cadence_seconds if settings.false_alarms else None
     return Asked(Alpha(settings.asked_alpha, None, settings.false_alarms, cadence), Strict(settings.strict))
+
+
+def _check_cluster(settings: Settings) -> None:
+    if settings.redis_cluster and not settings.redis_url:
+        raise BadSetting("ONSET_REDIS_CLUSTER needs ONSET_REDIS_URL: the embedded store is one server.")
+    if settings.redis_cluster and settings.streams_input:
+        raise BadSetting(
+            f"ONSET_STREAMS_INPUT is '{settings.streams_input}' and ONSET_REDIS_CLUSTER is set: Redis Streams need a single server for now."
+        )
+
+
+def _store(settings: Settings, url: str) -> RedisStore | ClusterStore:
+    state_ttl, result_ttl = settings.state_ttl_seconds, settings.result_ttl_seconds
+    try:
+        if settings.redis_cluster:
+            return ClusterStore(url, state_ttl=state_ttl, result_ttl=result_ttl)
+        output = Output(settings.streams_output, settings.streams_max_results)
+        return RedisStore(url, state_ttl=state_ttl, result_ttl=result_ttl, output=output)
+    except ValueError as error:
+        raise BadSetting(f"ONSET_REDIS_URL cannot be used: {error}.") from error
 
 
 def _named(detectors: Mapping[str, Detector], name: str) -> str:

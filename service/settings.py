@@ -27,6 +27,8 @@ class Settings(BaseSettings):
     """Which model scores when a request names none; with one model loaded, that one."""
     redis_url: str = ""
     """Empty: an embedded valkey-server is started and supervised."""
+    redis_cluster: bool = False
+    """Whether `redis_url` is of a Redis Cluster: of one of its nodes, or of several with commas between. Not for Redis Streams."""
     data_dir: Path = Path("onset-data")
     """Where the embedded store keeps its data."""
     alpha: Annotated[float, Field(ge=SMALLEST_ALPHA, lt=LARGEST_ALPHA)] = 0.001

@@ -10,7 +10,7 @@ import redis
 
 from service.detector import Detector
 from service.stores.redis import RedisStore
-from tests.servers import Valkey
+from tests.servers import Valkey, ValkeyCluster
 from tests.tiny import build_tiny
 
 
@@ -38,6 +38,20 @@ def empty_server(valkey_server: str) -> str:
     with redis.Redis.from_url(valkey_server) as client:
         client.flushall()
     return valkey_server
+
+
+@pytest.fixture(scope="session")
+def valkey_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
+    """A real cluster of three nodes, started once for the session."""
+    with ValkeyCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def empty_cluster(valkey_cluster: ValkeyCluster) -> ValkeyCluster:
+    """The cluster, with nothing in it."""
+    valkey_cluster.empty()
+    return valkey_cluster
 
 
 @pytest.fixture

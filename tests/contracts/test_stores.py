@@ -1,4 +1,4 @@
-"""One suite for every state store: what the scorer relies on, held by the dict and by a real server alike."""
+"""One suite for every state store: what the scorer relies on, held by the dict, by a real server and by a real cluster alike."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from service.errors import StoreUnavailable
 from service.events import Lease
 from service.state import TOKEN
 from service.stores import FENCED, LOST, OUTPUT, SILENT, TRAIL_COMMITS, WRITTEN, Output, StateStore, Write
+from service.stores.cluster import ClusterStore
 from service.stores.memory import MemoryStore
 from service.stores.redis import COMMIT_BYTES, COMMIT_STREAMS, RedisStore, state_key, trail_key
-from tests.servers import Valkey
+from tests.servers import Valkey, ValkeyCluster
 
 MODEL = "tiny"
 
@@ -45,15 +46,18 @@ def value(content: bytes = b"state") -> bytes:
 class Backend:
     """Opens stores of one kind, with a state TTL and a result TTL in seconds, and lets their time pass."""
 
-    def __init__(self, url: str | None) -> None:
-        """`url` of an empty server; None = in memory."""
+    def __init__(self, url: str | None, *, clustered: bool = False) -> None:
+        """`url` of an empty server, or of an empty cluster; None = in memory."""
         self._url = url
+        self._clustered = clustered
         self._now = 0.0
         self._opened: list[StateStore] = []
 
     async def open(self, state_ttl: int, result_ttl: int) -> StateStore:
         if self._url is None:
             store: StateStore = MemoryStore(state_ttl=state_ttl, result_ttl=result_ttl, clock=lambda: self._now)
+        elif self._clustered:
+            store = await opened_cluster(self._url, state_ttl, result_ttl)
         else:
             store = await opened(self._url, state_ttl, result_ttl)
         self._opened.append(store)
@@ -122,11 +126,29 @@ async def opened(url: str, state_ttl: int = 3600, result_ttl: int = 600) -> Redi
     return store
 
 
-@pytest.fixture(params=["memory", "redis"])
+async def opened_cluster(url: str, state_ttl: int = 3600, result_ttl: int = 600) -> ClusterStore:
+    store = ClusterStore(url, state_ttl=state_ttl, result_ttl=result_ttl)
+    await store.open()
+    return store
+
+
+@pytest.fixture(params=["memory", "redis", "cluster"])
 async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    backend = Backend(request.getfixturevalue("empty_server") if request.param == "redis" else None)
+    if request.param == "cluster":
+        cluster: ValkeyCluster = request.getfixturevalue("empty_cluster")
+        backend = Backend(cluster.url, clustered=True)
+    else:
+        backend = Backend(request.getfixturevalue("empty_server") if request.param == "redis" else None)
     yield backend
     await backend.close()
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def queue(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    """Of a store that a queue may lie in: not a cluster."""
+    queue = Backend(request.getfixturevalue("empty_server") if request.param == "redis" else None)
+    yield queue
+    await queue.close()
 
 
 @pytest.fixture
@@ -386,27 +408,27 @@ async def test_streams_that_are_waited_for_are_counted_without_the_silent_ones_a
 LEASE = Lease(b"in:{0}", b"in:{0}:lease", b"me#1", b"onset")
 
 
-async def test_results_and_acks_are_written_with_the_value_or_not_at_all(backend: Backend) -> None:
-    store = await backend.open(3600, 600)
-    await backend.give(LEASE)
-    await backend.deliver(LEASE, b"1-0", b"2-0", b"3-0", b"4-0")
+async def test_results_and_acks_are_written_with_the_value_or_not_at_all(queue: Backend) -> None:
+    store = await queue.open(3600, 600)
+    await queue.give(LEASE)
+    await queue.deliver(LEASE, b"1-0", b"2-0", b"3-0", b"4-0")
     writes = [
         Write("a", b"", value(), results=[b"a1", b"a2"], acks=[(LEASE, b"1-0"), (LEASE, b"3-0")]),
         Write("b", b"x" * 16, value(), b"trail", 5.0, results=[b"b1"], acks=[(LEASE, b"2-0")]),
     ]
     assert await store.commit(MODEL, writes) == [WRITTEN, LOST]
-    assert await backend.results() == [b"a1", b"a2"]
-    assert await backend.entries(LEASE) == ([b"2-0", b"4-0"], [b"2-0", b"4-0"])
+    assert await queue.results() == [b"a1", b"a2"]
+    assert await queue.entries(LEASE) == ([b"2-0", b"4-0"], [b"2-0", b"4-0"])
     assert await store.load_trails(MODEL, ["b"]) == [[]]
 
 
-async def test_a_write_under_a_lost_lease_is_fenced_and_its_neighbours_are_not(backend: Backend) -> None:
-    store = await backend.open(3600, 600)
+async def test_a_write_under_a_lost_lease_is_fenced_and_its_neighbours_are_not(queue: Backend) -> None:
+    store = await queue.open(3600, 600)
     other = Lease(b"in:{1}", b"in:{1}:lease", b"me#2", b"onset")
     newer = LEASE._replace(token=b"you#7")
     for lease in (newer, other):
-        await backend.give(lease)
-        await backend.deliver(lease, b"1-0", b"2-0", b"3-0")
+        await queue.give(lease)
+        await queue.deliver(lease, b"1-0", b"2-0", b"3-0")
     first = value()
     writes = [
         Write("a", b"", value(), b"trail", 9.0, results=[b"a"], acks=[(LEASE, b"1-0")]),
@@ -420,51 +442,51 @@ async def test_a_write_under_a_lost_lease_is_fenced_and_its_neighbours_are_not(b
     assert await store.load(MODEL, ["a", "b", "c", "d", "e", "f"]) == [None, first, None, None, None, writes[5].value]
     assert await store.load_trails(MODEL, ["a"]) == [[]]
     assert await store.due(MODEL, 10.0, 10) == []
-    assert await backend.results() == [b"b"]
-    assert (await backend.entries(newer))[0] == [b"1-0", b"2-0", b"3-0"]
-    assert (await backend.entries(other))[0] == [b"2-0", b"3-0"]
+    assert await queue.results() == [b"b"]
+    assert (await queue.entries(newer))[0] == [b"1-0", b"2-0", b"3-0"]
+    assert (await queue.entries(other))[0] == [b"2-0", b"3-0"]
 
 
-async def test_a_lease_that_nobody_holds_is_lost_too(backend: Backend) -> None:
-    store = await backend.open(3600, 600)
+async def test_a_lease_that_nobody_holds_is_lost_too(queue: Backend) -> None:
+    store = await queue.open(3600, 600)
     assert await store.commit(MODEL, [Write("a", b"", value(), acks=[(LEASE, b"1-0")])]) == [FENCED]
 
 
-async def test_a_write_without_a_value_leaves_the_stream_as_it_is_whatever_it_is(backend: Backend) -> None:
-    store = await backend.open(3600, 600)
-    await backend.give(LEASE)
-    await backend.deliver(LEASE, b"1-0", b"2-0")
+async def test_a_write_without_a_value_leaves_the_stream_as_it_is_whatever_it_is(queue: Backend) -> None:
+    store = await queue.open(3600, 600)
+    await queue.give(LEASE)
+    await queue.deliver(LEASE, b"1-0", b"2-0")
     first = value()
     assert await store.commit(MODEL, [Write("a", b"", first)]) == [WRITTEN]
     writes = [Write("a", b"", b"", results=[b"late"], acks=[(LEASE, b"1-0")]), Write("b", b"x" * 16, b"", acks=[(LEASE, b"2-0")])]
     assert await store.commit(MODEL, writes) == [WRITTEN, WRITTEN]
     assert await store.load(MODEL, ["a", "b"]) == [first, None]
-    assert await backend.results() == [b"late"]
-    assert await backend.entries(LEASE) == ([], [])
+    assert await queue.results() == [b"late"]
+    assert await queue.entries(LEASE) == ([], [])
 
 
-async def test_a_stream_that_is_kept_keeps_its_acknowledged_entries(backend: Backend) -> None:
-    store = await backend.open(3600, 600)
+async def test_a_stream_that_is_kept_keeps_its_acknowledged_entries(queue: Backend) -> None:
+    store = await queue.open(3600, 600)
     lease = LEASE._replace(keep=True)
-    await backend.give(lease)
-    await backend.deliver(lease, b"1-0", b"2-0")
+    await queue.give(lease)
+    await queue.deliver(lease, b"1-0", b"2-0")
     assert await store.commit(MODEL, [Write("a", b"", value(), acks=[(lease, b"1-0")])]) == [WRITTEN]
-    assert await backend.entries(lease) == ([b"2-0"], [b"1-0", b"2-0"])
+    assert await queue.entries(lease) == ([b"2-0"], [b"1-0", b"2-0"])
 
 
-async def test_a_commit_of_many_results_and_acks_is_whole_and_each_streams_in_order(backend: Backend) -> None:
-    store = await backend.open(3600, 600)
-    await backend.give(LEASE)
+async def test_a_commit_of_many_results_and_acks_is_whole_and_each_streams_in_order(queue: Backend) -> None:
+    store = await queue.open(3600, 600)
+    await queue.give(LEASE)
     ids = [b"%d-%d" % (i, 2**35 + i) for i in range(1, 4001)]
-    await backend.deliver(LEASE, *ids)
+    await queue.deliver(LEASE, *ids)
     writes = [
         Write(f"s{i}", b"", value(), results=[b"%d-%d" % (i, j) for j in range(4)], acks=[(LEASE, entry) for entry in ids[i::1000]])
         for i in range(999)
     ]
     assert await store.commit(MODEL, writes) == [WRITTEN] * 999
     assert await store.commit(MODEL, [Write("one", b"", value(), acks=[(LEASE, entry) for entry in ids])]) == [WRITTEN]
-    assert await backend.results() == [b"%d-%d" % (i, j) for i in range(999) for j in range(4)]
-    assert await backend.entries(LEASE) == ([], [])
+    assert await queue.results() == [b"%d-%d" % (i, j) for i in range(999) for j in range(4)]
+    assert await queue.entries(LEASE) == ([], [])
 
 
 # What only a real server can show.
