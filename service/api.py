@@ -59,6 +59,7 @@ from service.problems import TABLE, late_problem, plain, problem_of, respond
 from service.results import Scored
 from service.rounds import Kind
 from service.scorer import Scorer
+from service.stores import CURSOR_DIGITS
 
 DOOR = "http"
 JSON = Format.JSON.value
@@ -168,7 +169,7 @@ class Door:
             found = await scorer.silent_streams(_number(request, "limit", 100, 1, MAX_PAGE))
             return Response(msgspec.json.encode({"streams": found, "next_cursor": None}), media_type=JSON)
         cursor = request.query_params.get("cursor", "")
-        if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 20):
+        if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= CURSOR_DIGITS):
             raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor")
         results, following = await scorer.streams(cursor, _number(request, "limit", 100, 1, MAX_PAGE))
         return Response(msgspec.json.encode({"streams": results, "next_cursor": following or None}), media_type=JSON)

@@ -23,9 +23,11 @@ from service.events import MAX_NAME_LENGTH, Event, Result
 from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
 from service.policy import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.problems import MEDIA_TYPE, TABLE, Problem
+from service.stores import CURSOR_DIGITS
 
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 PRINTABLE = f"^[^\\u0000-\\u001F\\u007F]{{1,{MAX_NAME_LENGTH}}}$"
+CURSOR_PATTERN = f"^[0-9]{{1,{CURSOR_DIGITS}}}$"
 _COMPONENT = "#/components/schemas/{name}"
 _DESCRIPTION = """Scores each event of a stream the moment it arrives, with the stream's recurrent state in Redis.
 
@@ -180,7 +182,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
                 "listStreams",
                 "List streams with their last results",
                 [
-                    _parameter("cursor", "query", {"type": "string", "pattern": "^[0-9]{1,19}$"}, "next_cursor of the page before."),
+                    _parameter("cursor", "query", {"type": "string", "pattern": CURSOR_PATTERN}, "next_cursor of the page before."),
                     _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}, "About how many."),
                     _parameter("silent", "query", {"type": "boolean"}, "true: one page of streams silent for improbably long."),
                     model,

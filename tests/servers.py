@@ -6,10 +6,10 @@ import contextlib
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import redis
 from redis.backoff import NoBackoff
@@ -40,9 +40,13 @@ class Valkey:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def port(self) -> int:
+        """0 = it listens on the socket only."""
+        return int(self._options["port"])
+
+    @property
     def url(self) -> str:
-        port = self._options["port"]
-        return f"unix://{self.socket}" if port == "0" else f"redis://127.0.0.1:{port}"
+        return f"redis://127.0.0.1:{self.port}" if self.port else f"unix://{self.socket}"
 
     def __enter__(self) -> Valkey:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,11 +97,8 @@ class ValkeyCluster:
 
     def __init__(self, folder: Path, **options: str) -> None:
         """`options` of every server."""
-        self._buses = [_free_port() for _ in range(NODES)]
-        fixed = {"cluster_enabled": "yes", "cluster_config_file": "nodes.conf", "cluster_node_timeout": "1000"}
-        self.nodes = [
-            Valkey(folder / str(i), port=str(_free_port()), cluster_port=str(bus), **fixed, **options) for i, bus in enumerate(self._buses)
-        ]
+        self._options = options
+        self.nodes = [self._node(folder / str(i)) for i in range(NODES)]
 
     @property
     def url(self) -> str:
@@ -127,6 +128,22 @@ class ValkeyCluster:
         with contextlib.ExitStack() as stack:
             yield [stack.enter_context(node.client()) for node in self.nodes]
 
+    @contextlib.contextmanager
+    def replica(self, folder: Path, *, of: int) -> Iterator[Valkey]:
+        """Of one of the nodes, in step with it."""
+        with self._node(folder) as server, server.client() as client, self.clients() as clients:
+            self._meet(clients[0], server)
+            primary = clients[of].execute_command("CLUSTER", "MYID")
+            self._until(lambda: primary in client.execute_command("CLUSTER", "NODES"))
+            client.execute_command("CLUSTER", "REPLICATE", primary)
+            self._until(lambda: client.info("replication").get("master_link_status") == "up")
+            yield server
+
+    def in_step(self, replica: Valkey, *, of: int) -> None:
+        """Returns when the replica has all that the node has."""
+        with replica.client() as client, self.nodes[of].client() as primary:
+            self._until(lambda: client.info("replication")["slave_repl_offset"] >= primary.info("replication")["master_repl_offset"])
+
     def empty(self) -> None:
         with self.clients() as clients:
             for client in clients:
@@ -138,18 +155,30 @@ class ValkeyCluster:
 
     def wait(self) -> None:
         """Until every node knows all others and takes commands."""
+        self._until(self._whole)
+
+    def _until(self, true: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while not self._whole():
+        while not true():
             assert time.monotonic() < deadline, [(node.folder / "log").read_text()[-1000:] for node in self.nodes]
             time.sleep(0.02)
+
+    def _node(self, folder: Path) -> Valkey:
+        fixed = {"cluster_enabled": "yes", "cluster_config_file": "nodes.conf", "cluster_node_timeout": "1000"}
+        return Valkey(folder, port=str(free_port()), cluster_port=str(free_port()), **fixed, **self._options)
+
+    def _meet(self, client: Any, node: Valkey) -> None:
+        with node.client() as other:
+            bus = other.config_get("cluster-port")["cluster-port"]
+        client.execute_command("CLUSTER", "MEET", "127.0.0.1", node.port, bus)
 
     def _form(self) -> None:
         with self.clients() as clients:
             for i, client in enumerate(clients):
                 client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
                 client.execute_command("CLUSTER", "ADDSLOTSRANGE", BOUNDS[i], BOUNDS[i + 1] - 1)
-            for node, bus in zip(self.nodes[1:], self._buses[1:], strict=True):
-                clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", node.url.rpartition(":")[2], bus)
+            for node in self.nodes[1:]:
+                self._meet(clients[0], node)
         self.wait()
 
     def _whole(self) -> bool:
@@ -159,7 +188,37 @@ class ValkeyCluster:
         return all(b"cluster_state:ok" in info for info in infos) and all(len(some) >= NODES for some in slots)
 
 
-def _free_port() -> int:
+class Move:
+    """A slot on its way to another node, step by step as operators' tools do it: each command is answered before the next."""
+
+    def __init__(self, cluster: ValkeyCluster, slot: int) -> None:
+        """From its first owner to the node after it."""
+        self._cluster, self._slot = cluster, slot
+        self.source = cluster.first_owner(slot)
+        self.target = (self.source + 1) % NODES
+
+    def begin(self) -> None:
+        with self._cluster.clients() as clients:
+            source, target = (clients[i].execute_command("CLUSTER", "MYID") for i in (self.source, self.target))
+            clients[self.target].execute_command("CLUSTER", "SETSLOT", self._slot, "IMPORTING", source)
+            clients[self.source].execute_command("CLUSTER", "SETSLOT", self._slot, "MIGRATING", target)
+
+    def keys(self, *keys: bytes, most: int = 1_000_000) -> int:
+        """Move these, or at most that many of what is there; returns how many there were."""
+        with self._cluster.nodes[self.source].client() as client:
+            some = keys or cast("Sequence[bytes]", client.execute_command("CLUSTER", "GETKEYSINSLOT", self._slot, most))
+            if some:
+                client.migrate("127.0.0.1", self._cluster.nodes[self.target].port, some, 0, 5000)
+            return len(some)
+
+    def end(self) -> None:
+        with self._cluster.clients() as clients:
+            target = clients[self.target].execute_command("CLUSTER", "MYID")
+            for i in (self.target, self.source, 3 - self.source - self.target):
+                clients[i].execute_command("CLUSTER", "SETSLOT", self._slot, "NODE", target)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

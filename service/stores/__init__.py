@@ -41,6 +41,7 @@ from service.events import Lease
 LOST, WRITTEN, FENCED = 0, 1, 2
 """What became of a write: another writer was first; it is in the store; a lease it was to be written under is no longer ours."""
 TRAIL_COMMITS = 8
+CURSOR_DIGITS = 40
 SILENT = 1e12
 """Watches from here on are of silent streams."""
 
@@ -76,7 +77,7 @@ OUTPUT = Output()
 
 @dataclass(frozen=True)
 class Page:
-    """One page of stream ids; `cursor` "" = that was the last one."""
+    """One page of stream ids; `cursor` "" = that was the last one, otherwise it is of CURSOR_DIGITS digits at most."""
 
     stream_ids: list[str]
     cursor: str

@@ -150,7 +150,7 @@ class ClusterStore(Commands):
             position, keys = await self._scan(primaries[index], model, position, limit - len(found))
             found += keys
             index += position == 0
-        return Page(ids_of(model, found), f"{place}-{index}-{position}" if index < len(primaries) else "")
+        return Page(ids_of(model, found), f"{place:010d}{index:05d}{position}" if index < len(primaries) else "")
 
     async def count(self) -> int:
         await self._know()
@@ -342,10 +342,8 @@ def _owners(ranges: Sequence[Any], host: str) -> dict[int, Address]:
 
 def _place(cursor: str, place: int) -> tuple[int, int]:
     """Index of the primary and position in it; a cursor that is none of ours, or of another distribution of the slots, starts afresh."""
-    parts = cursor.split("-")
-    if len(parts) != 3 or parts[0] != str(place) or not re.fullmatch("[0-9]{1,5}", parts[1]):
-        return 0, 0
-    return int(parts[1]), position_of(parts[2])
+    parts = re.fullmatch("([0-9]{10})([0-9]{5})([0-9]{1,20})", cursor)
+    return (int(parts[2]), position_of(parts[3])) if parts and int(parts[1]) == place else (0, 0)
 
 
 def _seed(url: str) -> tuple[Address, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from types import TracebackType
 
 import httpx
 import psutil
+
+from tests.servers import free_port
 
 START_SECONDS = 20
 
@@ -93,9 +94,3 @@ class Service:
         assert self._process is not None
         self._process.terminate()
         self._process.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
