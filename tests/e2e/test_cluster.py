@@ -139,3 +139,15 @@ def test_what_a_cluster_cannot_be_used_with_is_refused_in_one_sentence(tiny_mode
     assert "Redis Streams need a single server for now" in streams
     assert "ONSET_REDIS_URL" in refused(*model, REDIS_CLUSTER="true")
     assert "unix://" in refused(*model, REDIS_URL="unix:///tmp/x.sock", REDIS_CLUSTER="true")
+
+
+def test_a_node_of_a_cluster_without_the_setting_is_said_in_the_log(
+    valkey_cluster: ValkeyCluster, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    url = valkey_cluster.nodes[0].url
+    with Service(tmp_path / "data", model=tiny_model_path, wait=False, REDIS_URL=url) as service:
+        deadline = time.monotonic() + 20
+        while "set ONSET_REDIS_CLUSTER=true" not in service.log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert service.readiness() in (0, 503)
