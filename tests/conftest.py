@@ -42,8 +42,8 @@ def empty_server(valkey_server: str) -> str:
 
 @pytest.fixture(scope="session")
 def valkey_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyCluster]:
-    """A real cluster of three nodes, started once for the session."""
-    with ValkeyCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+    """A real cluster of three nodes, started once for the session. None is to die, so a busy machine has time."""
+    with ValkeyCluster(tmp_path_factory.mktemp("cluster"), cluster_node_timeout="10000") as cluster:
         yield cluster
 
 

@@ -164,8 +164,8 @@ class ValkeyCluster:
             time.sleep(0.02)
 
     def _node(self, folder: Path) -> Valkey:
-        fixed = {"cluster_enabled": "yes", "cluster_config_file": "nodes.conf", "cluster_node_timeout": "1000"}
-        return Valkey(folder, port=str(free_port()), cluster_port=str(free_port()), **fixed, **self._options)
+        options = {"cluster_enabled": "yes", "cluster_config_file": "nodes.conf", "cluster_node_timeout": "1000"} | self._options
+        return Valkey(folder, port=str(free_port()), cluster_port=str(free_port()), **options)
 
     def _meet(self, client: Any, node: Valkey) -> None:
         with node.client() as other:
