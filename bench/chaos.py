@@ -10,7 +10,7 @@ an uninterrupted run of the same events (ledger.py), field by field; so are stat
     counted   the same damage without kills: every fresh start is counted in onset_fresh_states_total, to the last one
     rollout   one replica after the other is started with another version of the model, under traffic; counted too
 
-Exit code 1 where anything is wrong.
+Exit code 1 where anything is wrong, or where the time ran out before all kills were done.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ def main(
         screen.print(f"[red]violation[/]: stream {violation.stream_id}, event {violation.event}: {violation.what}", highlight=False)
     if json_file:
         json_file.write_text(json.dumps(asdict(report), indent=2))
-    if report.violations:
+    done = sum(report.kills.values())
+    if done < kills:
+        screen.print(f"{kills - done:,} kills are left: {seconds:g} s were too short for them, give it more --seconds.")
+    if report.violations or done < kills:
         raise typer.Exit(1)
 
 

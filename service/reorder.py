@@ -30,8 +30,8 @@ REMEMBERED = 100_000
 
 @dataclass(frozen=True, order=True)
 class _Held(Generic[Answer]):
-    place: float
-    """In the stream's order: sequence or timestamp."""
+    place: int | float
+    """In the stream's order: sequence, which a float would round beyond 2^53, or timestamp."""
     arrival: int
     due: float = field(compare=False)
     event: Parsed = field(compare=False)
@@ -70,7 +70,7 @@ class Reorder(Generic[Answer]):
         for i, (stream_id, future) in enumerate(zip(parsed.stream_ids, futures, strict=True)):
             self._arrivals += 1
             sequence, timed = parsed.sequence[i], parsed.timed[i]
-            place = float(sequence) if sequence >= 0 else parsed.timestamp[i]
+            place = sequence if sequence >= 0 else parsed.timestamp[i]
             held = _Held(place, self._arrivals, due, parsed.part(i, i + 1), future)
             if sequence < 0 and not timed:
                 ready.append(held)

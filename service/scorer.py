@@ -160,10 +160,11 @@ class Scorer:
 
     async def drain(self, seconds: float) -> None:
         """Finish what was accepted within `seconds`, then stop."""
+        until = time.monotonic() + seconds
         if self._reorder is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._reorder.flush(), seconds)
-        await self._batcher.drain(seconds)
+        await self._batcher.drain(max(0.0, until - time.monotonic()))
         self._worker.shutdown(wait=True)
 
     async def score(self, items: Sequence[Event | ItemError], *, top_contributors: int = 10, sender: str = "") -> list[Result | ItemError]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -67,6 +68,19 @@ async def test_a_sequence_without_a_gap_waits_for_nothing_once_its_place_is_know
         assert await later == [6, 5]
         assert await held.score(events([1], sequenced=True)) == [1], "what is late already has nothing to wait for"
     assert order.seen == [0, 1, 2, 3, 4, 5, 6, 1]
+
+
+async def test_sequences_that_no_float_tells_apart_keep_their_order() -> None:
+    order = Order()
+    held = reorder(order, seconds=60)
+    numbers = [2**62 + 3, 2**62 + 1, 2**62 + 2]
+    parsed = events(numbers, sequenced=True)
+    parsed.values[:] = [[float(number - 2**62)] for number in numbers]
+    asked = asyncio.create_task(held.score(parsed))
+    await asyncio.sleep(0)
+    await held.flush()
+    await asked
+    assert order.seen == [1, 2, 3]
 
 
 async def test_beyond_the_number_of_a_stream_the_earliest_are_released() -> None:
@@ -168,6 +182,23 @@ async def test_a_stopping_service_releases_what_it_holds(tiny_detector: Detector
     await asyncio.sleep(0.01)
     await scorer.drain(5)
     assert [answer.state_version for answer in await asked if isinstance(answer, Result)] == [1, 2, 3]
+
+
+class Stuck(MemoryStore):
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
+        await asyncio.sleep(60)
+        return await super().commit(model, writes)
+
+
+async def test_a_stop_takes_no_longer_than_it_may_with_events_held(tiny_detector: Detector) -> None:
+    scorer = scorer_of(tiny_detector, Stuck(state_ttl=60, result_ttl=60), 60)
+    asked = asyncio.create_task(scorer.score(walk(3, "s")))
+    await asyncio.sleep(0.01)
+    began = time.monotonic()
+    await scorer.drain(3)
+    assert time.monotonic() - began < 5, "not once for what is held and once more for what is queued"
+    with pytest.raises(Overloaded, match="stopped before this was scored"):
+        await asked
 
 
 async def test_pieces_that_fail_leave_the_answers_of_the_others_in_their_places(tiny_detector: Detector) -> None:
