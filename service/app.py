@@ -27,6 +27,7 @@ from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector, load_detectors
 from service.embedded import EmbeddedStore
 from service.errors import ArtifactError, BadSetting, OnsetError, StoreUnavailable
+from service.feed import Feed
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
@@ -50,6 +51,7 @@ class Service:
         """Load and verify the models. Raises ArtifactError; opens nothing yet."""
         self.settings = settings
         self.metrics = Metrics()
+        self.feed = Feed(self.metrics)
         self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads, settings.provider)
         self.default_model = _default(self.detectors, settings)
         self.scorers: dict[str, Scorer] = {}
@@ -119,7 +121,7 @@ class Service:
         )
         for name, detector in self.detectors.items():
             policy_of = replace(policy, tau=detector.manifest.age_constant)
-            self.scorers[name] = Scorer(detector, policy_of, store, self.metrics, limits, held=True)
+            self.scorers[name] = Scorer(detector, policy_of, store, self.metrics, limits, held=True, feed=self.feed)
             self.scorers[name].start()
 
     def _consumer(self, url: str) -> Consumer:

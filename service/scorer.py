@@ -37,6 +37,7 @@ from service.detector import Detector
 from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
 from service.events import Columns, Delivery, Event, Lease, Parsed, Readings, Result
 from service.features import parse, parse_columns
+from service.feed import Feed
 from service.metrics import Metrics
 from service.policy import Policy
 from service.reorder import Reorder
@@ -107,7 +108,10 @@ class _Settled(NamedTuple):
 
 
 class Scorer:
-    """Scores events with one detector. `clock` gives seconds since 1970. `held` = nothing is scored before `ask`."""
+    """Scores events with one detector; `feed` is told of every batch. `clock` gives seconds since 1970.
+
+    `held` = nothing is scored before `ask`.
+    """
 
     def __init__(
         self,
@@ -119,12 +123,14 @@ class Scorer:
         clock: Callable[[], float] = time.time,
         *,
         held: bool = False,
+        feed: Feed | None = None,
     ) -> None:
         self.detector = detector
         self.policy = policy
         self._held = held
         self._store = store
         self._metrics = metrics
+        self._feed = feed or Feed(metrics)
         self._limits = limits
         self._clock = clock
         self._codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
@@ -337,6 +343,7 @@ class Scorer:
         self._metrics.anomalies.labels(self.detector.name).inc(answers.anomalies)
         self._metrics.onsets.labels(self.detector.name).inc(answers.onsets)
         self._metrics.expected.labels(self.detector.name).inc(answers.expected)
+        self._feed.tell(self.detector.name, readings.stream_ids, answers)
         parts, start = [], 0
         for submission in submissions:
             parts.append(answers.part(start, start + len(submission)))

@@ -1,0 +1,57 @@
+"""What this replica has scored, for those that watch: the console, alerts, Prometheus. Told after the commit, before the answer.
+
+A watcher that must not miss anything cannot build on this: a replica that dies between the commit and here tells nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from service.metrics import Metrics
+from service.results import Answers
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N events of one batch, in order; of those that were scored `answers` has Kind.SCORED."""
+
+    model: str
+    stream_ids: Sequence[str]
+    answers: Answers
+
+
+Watcher = Callable[[Batch], None]
+"""Called in the event loop for every batch: it must return at once, so it puts aside what takes longer."""
+
+
+class Feed:
+    """Tells every watcher of every batch. One that fails is logged and counted; the others, and the batch, do not notice."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._watchers: list[Watcher] = []
+
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
+        """Tell it from now on; returns what ends that."""
+        self._watchers = [*self._watchers, watcher]
+
+        def end() -> None:
+            self._watchers = [other for other in self._watchers if other is not watcher]
+
+        return end
+
+    def tell(self, model: str, stream_ids: Sequence[str], answers: Answers) -> None:
+        if not self._watchers:
+            return
+        batch = Batch(model, stream_ids, answers)
+        for watcher in self._watchers:
+            try:
+                watcher(batch)
+            except Exception as error:
+                self._metrics.bugs.inc()
+                log.error("unexpected_error", watcher=getattr(watcher, "__qualname__", repr(watcher)), exc_info=error)
