@@ -166,8 +166,15 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
             if self.started:
                 url = _url(*listening.getsockname()[:2])
                 wrong = await service.ready()
-                print(f"Onset serves {url} (API: {url}/docs). {f'Not ready yet: {wrong} Then try' if wrong else 'Try'}:", flush=True)
+                print(
+                    f"Onset serves {url} (page: {url}/, API: {url}/docs). {f'Not ready yet: {wrong} Then try' if wrong else 'Try'}:",
+                    flush=True,
+                )
                 print(f"  curl -s {url}/v1/events -H 'content-type: application/json' -d {shlex.quote(json.dumps(sample))}", flush=True)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            service.stopping()
+            await super().shutdown(sockets)
 
     config = uvicorn.Config(
         asgi,

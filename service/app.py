@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from service import openapi, tasks
 from service.api import Door, DoorLimits
+from service.console.pages import Console
 from service.consumer import Consumer
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector, load_detectors
@@ -55,6 +56,7 @@ class Service:
         self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads, settings.provider)
         self.default_model = _default(self.detectors, settings)
         self.scorers: dict[str, Scorer] = {}
+        self.console = self._console() if settings.console else None
         self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics)
         self.store: StateStore | None = None
         self._store_open = False
@@ -74,6 +76,11 @@ class Service:
         wrong = await self._not_ready()
         self.metrics.ready.set(wrong is None)
         return wrong
+
+    def stopping(self) -> None:
+        """Called when the server begins to stop, before it waits for answers under way: endless ones end here."""
+        if self.console:
+            self.console.live.close()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Service]:
@@ -104,6 +111,15 @@ class Service:
             yield self
             self._closing = True
             await self.ready()
+
+    def _console(self) -> Console:
+        manifests = {name: detector.manifest for name, detector in self.detectors.items()}
+        settings = self.settings
+        console = Console(
+            manifests, self.default_model, settings.console_bytes, settings.console_events, settings.console_watchers, self.metrics
+        )
+        console.watch(self.feed)
+        return console
 
     def _start_scorers(self, store: StateStore) -> None:
         settings = self.settings
@@ -198,7 +214,10 @@ def create_app(settings: Settings) -> FastAPI:
     limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes, settings.max_body_seconds)
     Door(service.scorers, service.default_model, limits, service.metrics, service, service.control).add_to(app)
     openapi.add_docs(app)
-    app.get("/", include_in_schema=False)(_home)
+    if service.console:
+        app.router.routes += service.console.routes()
+    else:
+        app.get("/", include_in_schema=False)(_home)
     manifests = [detector.manifest for detector in service.detectors.values()]
     app.openapi = lambda: openapi.document(app, manifests)  # type: ignore[method-assign]
     return app

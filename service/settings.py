@@ -84,6 +84,14 @@ class Settings(BaseSettings):
     """A replica not heard of for this long has lost its partitions to the others."""
     streams_model: str = ""
     """Which model scores them; empty = the default one."""
+    console: bool = True
+    """Whether the page at / and what it shows live are served (docs/console.md)."""
+    console_bytes: Annotated[int, Field(ge=1024 * 1024)] = 128 * 1024 * 1024
+    """Memory for the recent events that the page shows, at most; a stream takes it once it speaks (26 kB with the shipped detector)."""
+    console_events: Annotated[int, Field(ge=10, le=100_000)] = 600
+    """Recent events kept of a stream."""
+    console_watchers: Annotated[int, Field(ge=1, le=1000)] = 32
+    """Pages that may watch this replica at once; more are refused with 429."""
     max_streams: Annotated[int, Field(ge=1)] = 1_000_000
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""

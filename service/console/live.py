@@ -1,0 +1,349 @@
+"""Server-sent events of what was scored: `GET /v1/live` (the fleet) and `GET /v1/live/{stream_id}` (every event of one stream).
+
+    fleet     event `fleet`: which streams are shown, with their recent history; again when that changes, once a second at most
+              event `changes`: their newest values, RATE times a second at most
+    stream    event `stream`: what it is of; event `events`: its history, then everything newer, as columns
+
+A watcher takes what is newer than it has, when it can take more: a slow one gets fewer points, and nothing is queued for it. One that
+takes nothing at all for STALLED_SECONDS is let go. This is the view of one replica: it shows what was scored here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from starlette.types import Receive, Scope, Send
+
+from service import tasks
+from service.console.recent import ANOMALY, COLD, OPEN, Recent
+from service.errors import Overloaded
+from service.feed import Batch
+from service.metrics import Metrics
+from service.policy import DIRECTIONS, SEVERITIES
+
+RATE = 10
+"""Messages a second to one watcher at most."""
+MEMBERS_SECONDS = 1.0
+"""Which streams are shown changes at most this often."""
+HEARTBEAT_SECONDS = 15.0
+STALLED_SECONDS = 30.0
+SPARK_EVENTS = 96
+"""Events of a stream's history that the fleet gets."""
+FEATURES_SENT = 8
+"""Features of a stream whose values are sent unless others are asked for: those that carried the most lately."""
+TOP_SENT = 8
+"""Contributors to the last event."""
+STATES = {"anomalous": ANOMALY | OPEN, "alerting": OPEN, "warming_up": COLD}
+
+log = structlog.get_logger(__name__)
+_encoder = msgspec.json.Encoder()
+
+
+@dataclass(frozen=True)
+class FleetQuery:
+    """Which streams a watcher wants: at most `limit`, whose names hold `holds`, in one of the states of `bits`."""
+
+    limit: int
+    holds: str = ""
+    bits: int = 0
+
+
+class Live:
+    """The recent events of all models, and who watches them."""
+
+    def __init__(self, recent: Mapping[str, Recent], most_watchers: int, replica: str, metrics: Metrics) -> None:
+        self.recent = recent
+        self.replica = replica
+        self._most = most_watchers
+        self._metrics = metrics
+        self._watchers: set[asyncio.Event] = set()
+        self._closing = False
+
+    @property
+    def watchers(self) -> int:
+        return len(self._watchers)
+
+    def take(self, batch: Batch) -> None:
+        """For `Feed.watch`."""
+        self.recent[batch.model].take(batch)
+        for news in self._watchers:
+            news.set()
+
+    def close(self) -> None:
+        """End every watcher's answer, so that a stopping server need not wait for them; new ones are refused."""
+        self._closing = True
+        for news in self._watchers:
+            news.set()
+
+    def fleet(self, model: str, query: FleetQuery) -> Events:
+        """An endless answer. Raises Overloaded."""
+        return self._events(lambda: _Fleet(self.recent[model], query, self.replica))
+
+    def stream(self, model: str, stream_id: str, features: list[str]) -> Events:
+        """The same for one stream, which may be yet to come. Raises Overloaded."""
+        return self._events(lambda: _Stream(self.recent[model], stream_id, features, self.replica))
+
+    def _events(self, view: Callable[[], _Fleet | _Stream]) -> Events:
+        if self._closing or len(self._watchers) >= self._most:
+            raise Overloaded(f"{len(self._watchers)} pages watch this replica (ONSET_CONSOLE_WATCHERS).", retry_after=5)
+        news = asyncio.Event()
+        self._watchers.add(news)
+        return Events(self._messages(news, view()), self._metrics, lambda: self._watchers.discard(news))
+
+    async def _messages(self, news: asyncio.Event, view: _Fleet | _Stream) -> AsyncIterator[bytes]:
+        yield b"retry: 2000\n\n"
+        sent = time.monotonic()
+        while not self._closing:
+            news.clear()
+            began = time.monotonic()
+            message = view.message()
+            if message or began - sent >= HEARTBEAT_SECONDS:
+                yield message or b": still here\n\n"
+                sent = time.monotonic()
+            await asyncio.sleep(max(0.0, began + 1 / RATE - time.monotonic()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(MEMBERS_SECONDS):
+                    await news.wait()
+        yield _message("bye", {})
+
+
+class Events:
+    """An ASGI answer of server-sent events, ended by either side; `done` is called once, at its end."""
+
+    def __init__(self, messages: AsyncIterator[bytes], metrics: Metrics, done: Callable[[], None]) -> None:
+        self._messages = messages
+        self._metrics = metrics
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self._guarded(send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, gone):
+                await tasks.end(task)
+            self._done()
+
+    async def _guarded(self, send: Send) -> None:
+        try:
+            await self._send(send)
+        except (TimeoutError, OSError):  # it takes nothing any more
+            pass
+        except Exception as error:  # a bug ends this answer alone; it is counted and logged
+            self._metrics.bugs.inc()
+            log.error("unexpected_error", watcher="console", exc_info=error)
+
+    async def _send(self, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),
+            (b"x-content-type-options", b"nosniff"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for message in self._messages:
+            async with asyncio.timeout(STALLED_SECONDS):
+                await send({"type": "http.response.body", "body": message, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+# ── what is sent ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Fleet:
+    """What one watcher of the fleet has, and what is new to it."""
+
+    def __init__(self, recent: Recent, query: FleetQuery, replica: str) -> None:
+        self._recent = recent
+        self._query = query
+        self._replica = replica
+        self._slots = np.zeros(0, np.intp)
+        self._known: dict[int, str] = {}
+        self._seen: dict[int, int] = {}
+        self._writes = 0
+        self._pushes = 0
+        self._members_at = -MEMBERS_SECONDS
+        self._single = len(recent.manifest.features) == 1
+
+    def message(self) -> bytes:
+        """Everything new, b"" where nothing is."""
+        recent = self._recent
+        recent.write()
+        now = time.monotonic()
+        message = b""
+        if now - self._members_at >= MEMBERS_SECONDS or recent.pushes != self._pushes:
+            first, self._members_at = self._members_at < 0, now
+            slots = recent.top(self._query.limit, self._query.holds, self._query.bits)
+            named = {slot: recent.name(slot) for slot in slots.tolist()}
+            if first or named != self._known:
+                message = self._members(slots, named)
+        return message + self._changes()
+
+    def _members(self, slots: NDArray[np.intp], named: dict[int, str]) -> bytes:
+        recent = self._recent
+        new = [slot for slot, name in named.items() if self._known.get(slot) != name]
+        self._slots, self._known, self._pushes = slots, named, recent.pushes
+        self._seen = {slot: self._seen.get(slot, 0) if slot not in new else 0 for slot in named}
+        features = [{"name": feature.name, "unit": feature.unit} for feature in recent.manifest.features]
+        body = {
+            "model": recent.manifest.name,
+            "version": recent.manifest.version,
+            "replica": self._replica,
+            "features": features,
+            "keys": slots.tolist(),
+            "new": [{"key": slot, "id": named[slot], **self._history(slot)} for slot in new],
+        }
+        return _message("fleet", body)
+
+    def _history(self, slot: int) -> dict[str, Any]:
+        events = self._recent.events(slot)[-SPARK_EVENTS:]
+        self._seen[slot] = self._recent.written(slot)
+        return {
+            "t": np.round(events["t"], 3).tolist(),
+            "value": series(events["x"][:, 0]) if self._single else None,
+            "score": series(events["score"], 4),
+            "bits": events["bits"].tolist(),
+        }
+
+    def _changes(self) -> bytes:
+        recent = self._recent
+        changed = recent.changed_since(self._writes, self._slots)
+        if recent.writes == self._writes and self._writes:
+            return b""
+        self._writes = recent.writes
+        last, rank = recent.last(changed), recent.rank(changed)
+        peaks = [self._peak(slot) for slot in changed.tolist()]
+        top = last["contribution"].argmax(axis=1) if len(changed) else np.zeros(0, np.intp)
+        rows = np.arange(len(changed))
+        columns = (
+            changed.tolist(),
+            np.round(last["t"], 3).tolist(),
+            short(last["x"][rows, top]),
+            short(last["expected"][rows, top]),
+            short(np.array([peak[0] for peak in peaks]), 3),
+            [peak[1] for peak in peaks],
+            short(rank, 3),
+            top.tolist(),
+            [SEVERITIES[i] for i in last["severity"].tolist()],
+        )
+        return _message("changes", {"counts": asdict(recent.counts()), "rows": list(zip(*columns, strict=True))})
+
+    def _peak(self, slot: int) -> tuple[float, int]:
+        """Of what is new: a spike between two messages must not be lost. Its bits: onsets of any event, the rest of the last one."""
+        seen, self._seen[slot] = self._seen.get(slot, 0), self._recent.written(slot)
+        return self._recent.peak(slot, min(seen, self._seen[slot] - 1))
+
+
+class _Stream:
+    """The same for a watcher of one stream."""
+
+    def __init__(self, recent: Recent, stream_id: str, features: list[str], replica: str) -> None:
+        self._recent = recent
+        self._stream_id = stream_id
+        self._asked = features
+        self._replica = replica
+        self._chosen: list[int] | None = None
+        self._seen = 0
+        self._began = False
+
+    def message(self) -> bytes:
+        """Everything new, b"" where nothing is."""
+        recent = self._recent
+        recent.write()
+        slot = recent.slot(self._stream_id)
+        if slot is None:
+            began, self._began, self._chosen, self._seen = self._began, True, None, 0
+            return b"" if began else self._about([])
+        message = b""
+        if self._chosen is None or recent.written(slot) < self._seen:  # it was pushed out and is back
+            events = recent.events(slot)
+            self._chosen, self._seen, self._began = self._choose(events), recent.written(slot) - len(events), True
+            message = self._about(self._chosen)
+        written = recent.written(slot)
+        if written == self._seen:
+            return message
+        events = recent.events(slot, self._seen)
+        skipped, self._seen = written - self._seen - len(events), written
+        return message + _message("events", self._columns(slot, events, skipped, self._chosen))
+
+    def _choose(self, events: NDArray[Any]) -> list[int]:
+        """The features asked for, or else those that carry the most, anomalous events first."""
+        names = self._recent.manifest.feature_names
+        asked = [names.index(name) for name in self._asked if name in names]
+        if asked or len(names) <= FEATURES_SENT:
+            return asked or list(range(len(names)))
+        weight = np.fmax(np.nan_to_num(events["score"]), 0.01)[:, None] * np.nan_to_num(events["contribution"])
+        return sorted(np.argsort(-weight.sum(axis=0), kind="stable")[:FEATURES_SENT].tolist())
+
+    def _about(self, chosen: list[int]) -> bytes:
+        manifest = self._recent.manifest
+        body = {
+            "stream_id": self._stream_id,
+            "model": manifest.name,
+            "version": manifest.version,
+            "replica": self._replica,
+            "depth": self._recent.depth,
+            "warmup": manifest.warmup,
+            "features": [{"name": one.name, "unit": one.unit, "role": one.role} for one in manifest.features],
+            "chosen": chosen,
+        }
+        return _message("stream", body)
+
+    def _columns(self, slot: int, events: NDArray[Any], skipped: int, chosen: list[int]) -> dict[str, Any]:
+        last = events[-1]
+        order = np.argsort(-last["contribution"], kind="stable")[:TOP_SENT].tolist()
+        names = self._recent.manifest.feature_names
+        top = zip(order, *(short(last[name][order]) for name in ("contribution", "x", "expected")), strict=True)
+        return {
+            "skipped": skipped,
+            "t": np.round(events["t"], 3).tolist(),
+            "score": series(events["score"], 5),
+            "alert": series(events["alert"], 5),
+            "p": short(events["p"], 3),
+            "bits": events["bits"].tolist(),
+            **{name: [series(events[name][:, j]) for j in chosen] for name in ("x", "expected", "lower", "upper", "contribution")},
+            "last": {
+                "severity": SEVERITIES[last["severity"]],
+                "direction": DIRECTIONS[last["direction"]],
+                "state_version": self._recent.version(slot),
+                "contributors": [
+                    {"feature": names[j], "contribution": share, "actual": actual, "expected": expected}
+                    for j, share, actual, expected in top
+                ],
+            },
+        }
+
+
+def short(numbers: NDArray[np.floating], digits: int = 6) -> list[float | None]:
+    """[N], each with so many significant digits; None = NaN."""
+    return [None if number != number else float(f"{number:.{digits}g}") for number in numbers.tolist()]  # noqa: PLR0124 - NaN
+
+
+def series(numbers: NDArray[np.floating], digits: int = 6) -> list[float | None]:
+    """[N] on one scale: so many significant digits of the largest, quicker than `short`. None = NaN."""
+    wide = numbers.astype(np.float64)
+    finite = np.abs(wide[np.isfinite(wide)])
+    largest = float(finite.max()) if len(finite) else 0.0
+    decimals = digits - 1 - math.floor(math.log10(largest)) if largest > 0 else 0
+    rounded: list[float | None] = np.round(wide, min(decimals, 300)).tolist()
+    return [None if number != number else number for number in rounded] if len(finite) < len(wide) else rounded  # noqa: PLR0124 - NaN
+
+
+def _message(event: str, body: dict[str, Any]) -> bytes:
+    return b"event: " + event.encode() + b"\ndata: " + _encoder.encode(body) + b"\n\n"

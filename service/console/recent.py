@@ -1,0 +1,271 @@
+"""What one model has scored lately on this replica: a ring of events for each stream, bounded in memory.
+
+    feed ──batches──► put aside ──many at once──► rings [slots, depth], rank of each stream ──pulled──► live.py
+
+Taking a batch costs next to nothing: it is kept until somebody looks, or until there is enough to write with a few array operations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.artifact import Manifest
+from service.feed import Batch
+from service.policy import THRESHOLD
+from service.rounds import Kind
+from service.state import ALERT_OPEN, FROZEN
+
+PENDING_EVENTS = 4096
+"""Events put aside at most: their rings are written in some two milliseconds."""
+HALF_LIFE = 15.0
+"""Seconds in which the rank of a stream that has gone calm halves."""
+QUIET_SECONDS = 60.0
+"""A stream that has not spoken for so long makes room for a new one."""
+ADMISSIONS = 64
+"""New streams that may push out others, for each writing."""
+ANOMALY, OPEN, HELD, ONSET, COLD = 1, 2, 4, 8, 16
+"""Bits of an event: anomalous, an alert is open, the state is frozen, an alert begins, warming up."""
+
+_FIELDS = ("x", "expected", "lower", "upper", "contribution")
+
+
+def event_dtype(features: int) -> np.dtype[Any]:
+    """An event as it is kept: NaN = none."""
+    return np.dtype(
+        [
+            ("t", "<f8"),  # seconds since 1970
+            ("score", "<f4"),
+            ("alert", "<f4"),
+            ("p", "<f4"),
+            ("bits", "u1"),
+            ("severity", "u1"),
+            ("direction", "u1"),
+            *((name, "<f4", (features,)) for name in _FIELDS),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the streams held."""
+
+    streams: int
+    anomalous: int
+    alerting: int
+    warming_up: int
+    capacity: int
+    left_out: int
+    """Events of streams that found no room."""
+
+
+@dataclass(frozen=True)
+class _Put:
+    """What is kept of a batch until it is written."""
+
+    stream_ids: list[str]
+    events: NDArray[Any]  # [n] of event_dtype
+    versions: NDArray[np.int64]  # [n]
+    at: float
+
+
+class Recent:
+    """The last `depth` events of as many streams as `most_bytes` hold. `clock` gives monotonic seconds."""
+
+    def __init__(self, manifest: Manifest, most_bytes: int, depth: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.manifest = manifest
+        self.depth = depth
+        self._dtype = event_dtype(len(manifest.features))
+        self.capacity = max(1, most_bytes // (depth * self._dtype.itemsize))
+        self._clock = clock
+        # Zeros of the operating system: a ring takes memory once it is written.
+        self._ring = np.zeros((self.capacity, depth), self._dtype)
+        self._written = np.zeros(self.capacity, np.int64)
+        self._changed = np.zeros(self.capacity, np.int64)
+        self._bits = np.zeros(self.capacity, np.uint8)
+        self._versions = np.zeros(self.capacity, np.int64)
+        self._rank = np.zeros(self.capacity, np.float64)
+        self._at = np.zeros(self.capacity, np.float64)
+        self._spoke = np.zeros(self.capacity, np.float64)
+        self._names: list[str] = []
+        self._slots: dict[str, int] = {}
+        self._pending: list[_Put] = []
+        self._pending_events = 0
+        self._left_out = 0
+        self.writes = 0
+        """Goes up with every writing; see `changed_since`."""
+        self.pushes = 0
+        """Streams that another took the slot of."""
+
+    def take(self, batch: Batch) -> None:
+        """Put the scored events of a committed batch aside."""
+        answers = batch.answers
+        kinds = np.array(answers.kinds, np.uint8)
+        scored = np.flatnonzero(kinds == Kind.SCORED)
+        if len(scored) == 0:
+            return
+        places = scored + answers.start
+        records, verdicts = answers.batch.outcomes.records[places], answers.batch.verdicts
+        events = np.empty(len(scored), self._dtype)
+        events["t"], events["p"] = records["timestamp"], records["p_value"]
+        events["score"], events["alert"] = verdicts.anomaly_score[places], verdicts.alert_score[places]
+        events["severity"], events["direction"] = verdicts.severity[places], verdicts.direction[places]
+        flags = records["flags"]
+        events["bits"] = (
+            ANOMALY * verdicts.is_anomaly[places]
+            + OPEN * (flags & ALERT_OPEN != 0)
+            + HELD * (flags & FROZEN != 0)
+            + ONSET * (events["alert"] > THRESHOLD)
+            + COLD * (records["version"] < self.manifest.warmup)
+        )
+        for name in _FIELDS:
+            events[name] = records[name]
+        ids = batch.stream_ids
+        put = _Put([ids[i] for i in scored.tolist()], events, records["version"].astype(np.int64), self._clock())
+        self._pending.append(put)
+        self._pending_events += len(scored)
+        if self._pending_events >= PENDING_EVENTS:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was put aside."""
+        if not self._pending:
+            return
+        puts, self._pending, self._pending_events = self._pending, [], 0
+        self.writes += 1
+        events = np.concatenate([put.events for put in puts])
+        at = np.repeat([put.at for put in puts], [len(put.events) for put in puts])
+        slots = self._slots_of([name for put in puts for name in put.stream_ids], events, at)
+        kept = np.flatnonzero(slots >= 0)
+        self._left_out += len(slots) - len(kept)
+        if len(kept):
+            self._write(slots[kept], events[kept], np.concatenate([put.versions for put in puts])[kept], at[kept])
+
+    def counts(self) -> Counts:
+        held = self._bits[: len(self._names)]
+        alerting, cold = held & OPEN != 0, held & COLD != 0
+        return Counts(
+            len(self._slots), int((held & ANOMALY != 0).sum()), int(alerting.sum()), int(cold.sum()), self.capacity, self._left_out
+        )
+
+    def slot(self, stream_id: str) -> int | None:
+        return self._slots.get(stream_id)
+
+    def name(self, slot: int) -> str:
+        return self._names[slot]
+
+    def written(self, slot: int) -> int:
+        """Events ever written of the stream in this slot."""
+        return int(self._written[slot])
+
+    def version(self, slot: int) -> int:
+        """Events of the stream up to its last one."""
+        return int(self._versions[slot])
+
+    def changed_since(self, writes: int, slots: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Those of `slots` that were written after `self.writes` was `writes`."""
+        return slots[self._changed[slots] > writes]
+
+    def top(self, most: int, holds: str = "", bits: int = 0) -> NDArray[np.intp]:
+        """Slots of at most `most` streams, first those with an open alert, then by how anomalous they were lately.
+
+        `holds`: what their names hold, whatever its case; `bits`: at least one of which their last event has.
+        """
+        n = len(self._names)
+        found = np.arange(n)
+        if holds:
+            wanted = holds.casefold()
+            found = np.array([i for i, name in enumerate(self._names) if wanted in name.casefold()], np.intp)
+        if bits:
+            found = found[self._bits[found] & bits != 0]
+        rank = self.rank(found)
+        if len(found) > most:
+            best = np.argpartition(-rank, most - 1)[:most]
+            found, rank = found[best], rank[best]
+        return found[np.lexsort((found, -rank))]
+
+    def rank(self, slots: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Peak score, halved every HALF_LIFE since; an open alert stands above all that have none."""
+        calm: NDArray[np.float64] = self._rank[slots] * 0.5 ** ((self._clock() - self._at[slots]) / HALF_LIFE)
+        return np.where(self._bits[slots] & OPEN != 0, 1000.0 + calm, calm)
+
+    def last(self, slots: NDArray[np.intp]) -> NDArray[Any]:
+        """The last event of each stream."""
+        events: NDArray[Any] = self._ring[slots, (self._written[slots] - 1) % self.depth]
+        return events
+
+    def peak(self, slot: int, seen: int) -> tuple[float, int]:
+        """Greatest score and all bits of the events written after the first `seen` ones; NaN = no score."""
+        events = self.events(slot, seen)
+        scores = events["score"][~np.isnan(events["score"])]
+        return float(scores.max()) if len(scores) else float("nan"), int(np.bitwise_or.reduce(events["bits"]))
+
+    def events(self, slot: int, seen: int = 0) -> NDArray[Any]:
+        """Those still held of the events written after the first `seen` ones, in order."""
+        written = int(self._written[slot])
+        first = max(seen, written - self.depth, 0)
+        events: NDArray[Any] = self._ring[slot, np.arange(first, written) % self.depth]
+        return events
+
+    # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _slots_of(self, names: Sequence[str], events: NDArray[Any], at: NDArray[np.float64]) -> NDArray[np.intp]:
+        """[N] slots, -1 = no room."""
+        get = self._slots.get
+        slots = np.array([get(name, -1) for name in names], np.intp)
+        known = slots >= 0
+        self._spoke[slots[known]] = at[known]  # so that none of these is pushed out below
+        begin, tries = float(at[0]), ADMISSIONS
+        for i in np.flatnonzero(~known).tolist():
+            slot = get(names[i], -1)
+            if slot < 0 and len(self._names) < self.capacity:
+                slot = len(self._names)
+                self._names.append(names[i])
+                self._begin(slot, float(at[i]))
+            elif slot < 0 and tries > 0:
+                tries -= 1
+                slot = self._pushed(bool(events["bits"][i] & (ANOMALY | OPEN)), begin)
+                if slot >= 0:
+                    del self._slots[self._names[slot]]
+                    self._names[slot] = names[i]
+                    self._begin(slot, float(at[i]))
+            slots[i] = slot
+        return slots
+
+    def _pushed(self, anomalous: bool, begin: float) -> int:
+        """The slot of the calm stream that has been quiet longest, or -1: an ordinary stream pushes out only what says nothing any more.
+
+        Streams that spoke at `begin` or later stay.
+        """
+        calm = self._bits & (ANOMALY | OPEN) == 0
+        slot = int(np.where(calm, self._spoke, np.inf).argmin())
+        quiet = begin - self._spoke[slot]
+        return slot if calm[slot] and quiet > (0 if anomalous else QUIET_SECONDS) else -1
+
+    def _begin(self, slot: int, at: float) -> None:
+        self.pushes += self._written[slot] > 0
+        self._slots[self._names[slot]] = slot
+        self._written[slot] = self._rank[slot] = self._bits[slot] = 0
+        self._at[slot] = self._spoke[slot] = at
+
+    def _write(self, slots: NDArray[np.intp], events: NDArray[Any], versions: NDArray[np.int64], at: NDArray[np.float64]) -> None:
+        order = np.argsort(slots, kind="stable")
+        slots, events, versions, at = slots[order], events[order], versions[order], at[order]
+        starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]])
+        sizes = np.diff(np.r_[starts, len(slots)])
+        number = np.arange(len(slots)) - np.repeat(starts, sizes)
+        # Of more than a ring holds only the last are written: of equal places in one assignment none is sure to win.
+        fits = np.repeat(sizes, sizes) - number <= self.depth
+        places = (self._written[slots] + number) % self.depth
+        self._ring[slots[fits], places[fits]] = events[fits]
+        each, ends = slots[starts], starts + sizes - 1
+        peaks = np.maximum.reduceat(np.nan_to_num(np.fmax(events["score"], events["alert"]), posinf=1e3), starts)
+        self._rank[each] = np.maximum(self._rank[each] * 0.5 ** ((at[ends] - self._at[each]) / HALF_LIFE), peaks)
+        self._written[each] += sizes
+        self._changed[each] = self.writes
+        self._bits[each], self._versions[each], self._at[each] = events["bits"][ends], versions[ends], at[ends]

@@ -1,0 +1,283 @@
+"""What the page is fed with: bounded rings of recent events, and watchers who take from them at their own pace."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.console.live import FleetQuery, Live, series, short
+from service.console.recent import ANOMALY, COLD, ONSET, OPEN, QUIET_SECONDS, Recent
+from service.detector import Detector
+from service.errors import Overloaded
+from service.events import Event
+from service.feed import Feed
+from service.metrics import Metrics
+from service.policy import Policy
+from service.scorer import Limits, Scorer
+from service.stores.memory import MemoryStore
+
+DEPTH = 8
+
+
+class Fleet:
+    """A scorer of the tiny detector whose feed fills a `Recent` of eight events a stream, and a clock."""
+
+    def __init__(self, detector: Detector, streams: int = 100, watchers: int = 4) -> None:
+        self.now = 1000.0
+        one = Recent(detector.manifest, 1, DEPTH)._dtype.itemsize * DEPTH
+        self.recent = Recent(detector.manifest, streams * one, DEPTH, clock=lambda: self.now)
+        metrics = Metrics()
+        self.feed = Feed(metrics)
+        self.live = Live({detector.name: self.recent}, watchers, "replica-1", metrics)
+        self.feed.watch(self.live.take)
+        self.scorer = Scorer(detector, Policy(), MemoryStore(state_ttl=60, result_ttl=60), metrics, Limits(), feed=self.feed)
+        self.metrics = metrics
+
+    async def score(self, *events: tuple[str, float]) -> None:
+        await self.scorer.score([Event(stream_id=name, values={"value": value}) for name, value in events])
+        self.recent.write()
+
+    async def warm(self, *names: str, events: int = 40) -> None:
+        """Until nothing but a real change is anomalous."""
+        await self.score(*((name, 10.0 + 0.1 * (i % 3)) for i in range(events) for name in names))
+
+    def values(self, name: str, seen: int = 0) -> list[float]:
+        slot = self.recent.slot(name)
+        assert slot is not None
+        return [round(float(v), 3) for v in self.recent.events(slot, seen)["x"][:, 0]]
+
+    def listed(self, **query: Any) -> list[str]:
+        return [self.recent.name(slot) for slot in self.recent.top(**query).tolist()]
+
+
+@asynccontextmanager
+async def fleet_of(detector: Detector, **limits: int) -> AsyncIterator[Fleet]:
+    fleet = Fleet(detector, **limits)
+    fleet.scorer.start()
+    yield fleet
+    await fleet.scorer.drain(5)
+
+
+class Watcher:
+    """The far end of an answer: takes messages when it wants to."""
+
+    def __init__(self, answer: Any) -> None:
+        self._sent: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1)  # a client that reads nothing makes `send` wait
+        self._left = asyncio.Event()
+        self._answer = asyncio.create_task(answer({"type": "http"}, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        if message.get("body"):
+            await self._sent.put(message["body"])
+
+    async def messages(self, wanted: str, seconds: float = 5) -> list[dict[str, Any]]:
+        """Messages up to the first one of this name, each {event, data}."""
+        got: list[dict[str, Any]] = []
+        async with asyncio.timeout(seconds):
+            while not any(one["event"] == wanted for one in got):
+                for block in (await self._sent.get()).decode().split("\n\n"):
+                    fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+                    if "event" in fields:
+                        got.append({"event": fields["event"], "data": json.loads(fields["data"])})
+        return got
+
+    async def data(self, wanted: str) -> dict[str, Any]:
+        data: dict[str, Any] = next(one["data"] for one in await self.messages(wanted) if one["event"] == wanted)
+        return data
+
+    async def leave(self) -> None:
+        self._left.set()
+        await self._answer
+
+    async def ended(self) -> bool:
+        while not self._answer.done():
+            try:
+                self._sent.get_nowait()
+            except asyncio.QueueEmpty:
+                await asyncio.sleep(0.01)
+        return True
+
+
+async def test_a_ring_holds_the_last_events_of_each_stream_in_order(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.score(*((name, float(i)) for i in range(3) for name in "ab"))
+        assert fleet.values("a") == [0, 1, 2]
+        await fleet.score(*(("a", float(i)) for i in range(3, 10)))
+        assert fleet.values("a") == [2, 3, 4, 5, 6, 7, 8, 9]
+        assert fleet.values("a", seen=8) == [8, 9]
+        assert fleet.values("b") == [0, 1, 2]
+
+
+async def test_more_events_of_a_stream_than_its_ring_holds_leave_the_last_ones(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.score(*(("a", float(i)) for i in range(3 * DEPTH + 1)))
+        assert fleet.values("a") == [float(i) for i in range(2 * DEPTH + 1, 3 * DEPTH + 1)]
+
+
+async def test_events_that_were_not_scored_are_in_no_ring(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        event = Event(stream_id="a", values={"value": 1.0}, event_id="once")
+        await fleet.scorer.score([event, event])
+        await fleet.scorer.score([event])
+        fleet.recent.write()
+        assert fleet.values("a") == [1.0]
+
+
+async def test_an_onset_marks_its_event_and_puts_its_stream_first(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.warm("a", "b", "c")
+        await fleet.score(("a", 10.0), ("b", 99.0), ("c", 10.1))
+        assert fleet.listed(most=10)[0] == "b"
+        slot = fleet.recent.slot("b")
+        assert slot is not None
+        assert int(fleet.recent.events(slot)["bits"][-1]) & (ANOMALY | OPEN | ONSET) == ANOMALY | OPEN | ONSET
+        assert fleet.recent.counts().alerting == 1
+        assert fleet.listed(most=10, bits=OPEN) == ["b"]
+        assert fleet.listed(most=10, holds="C") == ["c"]
+        assert fleet.listed(most=1, holds="a") == ["a"]
+
+
+async def test_streams_beyond_the_memory_are_left_out_until_another_has_gone_quiet(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector, streams=2) as fleet:
+        await fleet.score(("a", 1.0), ("b", 1.0), ("c", 1.0))
+        assert set(fleet.listed(most=10)) == {"a", "b"}
+        assert fleet.recent.counts().left_out == 1
+        fleet.now += QUIET_SECONDS + 1
+        await fleet.score(("b", 1.0), ("c", 2.0))
+        assert set(fleet.listed(most=10)) == {"b", "c"}
+        assert fleet.values("c") == [2.0]
+
+
+async def test_an_anomalous_stream_finds_room_at_once_but_never_another_ones_that_speaks(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector, streams=2) as fleet:
+        await fleet.warm("a", "b", "c")
+        assert set(fleet.listed(most=10)) == {"a", "b"}
+        fleet.now += 1
+        await fleet.score(("c", 99.0), ("a", 10.0), ("b", 10.0))
+        assert set(fleet.listed(most=10)) == {"a", "b"}
+        fleet.now += 1
+        await fleet.score(("c", 99.0), ("a", 10.0))
+        assert set(fleet.listed(most=10)) == {"a", "c"}
+
+
+async def test_batches_are_put_aside_and_written_before_they_are_too_many(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        events = [Event(stream_id=f"s{i}", values={"value": 1.0}) for i in range(50)]
+        for _ in range(100):
+            await fleet.scorer.score(events)
+        assert fleet.recent._pending_events < 4096
+        assert fleet.recent.writes == 1
+
+
+async def test_a_watcher_of_the_fleet_gets_the_history_and_then_what_is_new(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.score(("a", 1.0), ("a", 2.0))
+        watcher = Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10)))
+        first = await watcher.data("fleet")
+        assert first["replica"] == "replica-1"
+        [shown] = first["new"]
+        assert (shown["id"], shown["value"], shown["bits"]) == ("a", [1.0, 2.0], [COLD, COLD])
+        await fleet.score(("a", 3.0))
+        changes = await watcher.data("changes")
+        assert [row[2] for row in changes["rows"]] == [3.0]
+        await fleet.score(("b", 4.0))
+        assert [one["id"] for one in (await watcher.data("fleet"))["new"]] == ["b"]
+        await watcher.leave()
+        assert fleet.live.watchers == 0
+
+
+async def test_a_spike_between_two_messages_is_not_lost(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.warm("a")
+        watcher = Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10)))
+        await watcher.data("fleet")
+        await fleet.score(("a", 99.0), ("a", 10.0))
+        score, bits = (await watcher.data("changes"))["rows"][0][4:6]
+        assert score > 1
+        assert bits & ONSET
+        await watcher.leave()
+
+
+async def test_a_watcher_of_a_stream_gets_each_event_once_and_is_told_what_it_missed(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.score(("a", 1.0), ("b", 7.0))
+        watcher = Watcher(fleet.live.stream(tiny_detector.name, "a", []))
+        about, history = (one["data"] for one in await watcher.messages("events"))
+        assert (about["stream_id"], about["chosen"], history["x"], history["skipped"]) == ("a", [0], [[1.0]], 0)
+        await fleet.score(("a", 2.0), ("b", 7.0), ("a", 3.0))
+        assert (await watcher.data("events"))["x"] == [[2.0, 3.0]]
+        # It takes nothing while more comes than the ring holds: nothing waits for it, and it is told so.
+        await fleet.score(("a", 4.0))
+        await asyncio.sleep(0.3)
+        await fleet.score(*(("a", float(i)) for i in range(5, 30)))
+        await asyncio.sleep(0.3)
+        parts: list[dict[str, Any]] = []
+        while not parts or parts[-1]["x"][0][-1] < 29:
+            parts.append(await watcher.data("events"))
+        got = [value for part in parts for value in part["x"][0]]
+        assert got[-DEPTH:] == [float(i) for i in range(22, 30)]
+        assert len(got) + sum(part["skipped"] for part in parts) == 26
+        last = parts[-1]["last"]
+        assert last["state_version"] == 29
+        assert [one["feature"] for one in last["contributors"]] == ["value"]
+        await watcher.leave()
+
+
+async def test_a_stream_may_be_watched_before_it_speaks(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        watcher = Watcher(fleet.live.stream(tiny_detector.name, "later", []))
+        assert (await watcher.data("stream"))["stream_id"] == "later"
+        await fleet.score(("later", 1.0))
+        assert (await watcher.data("events"))["x"] == [[1.0]]
+        await watcher.leave()
+
+
+async def test_watchers_are_limited_and_one_that_left_makes_room(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector, watchers=1) as fleet:
+        watcher = Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10)))
+        await watcher.data("fleet")
+        with pytest.raises(Overloaded, match="ONSET_CONSOLE_WATCHERS"):
+            fleet.live.fleet(tiny_detector.name, FleetQuery(10))
+        await watcher.leave()
+        again = Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10)))
+        await again.data("fleet")
+        await again.leave()
+
+
+async def test_closing_ends_every_watcher_and_refuses_new_ones(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        watchers = [Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10))), Watcher(fleet.live.stream(tiny_detector.name, "a", []))]
+        await asyncio.sleep(0.05)
+        fleet.live.close()
+        async with asyncio.timeout(2):
+            assert [await watcher.ended() for watcher in watchers] == [True, True]
+        with pytest.raises(Overloaded):
+            fleet.live.fleet(tiny_detector.name, FleetQuery(10))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "wanted"),
+    [([0.1, math.nan, 123.456789, -1e-20], [0.1, None, 123.457, -1e-20]), ([], []), ([0.0], [0.0])],
+)
+def test_numbers_are_sent_with_the_digits_that_show(numbers: Sequence[float], wanted: list[float | None]) -> None:
+    assert short(np.array(numbers, np.float32)) == wanted
+
+
+def test_a_series_keeps_the_digits_of_its_largest_number_whatever_its_scale() -> None:
+    for scale in (1e-12, 1.0, 1e15):
+        numbers = np.array([0.123456789, math.nan, -1.0]) * scale
+        first, missing, last = series(numbers)
+        assert first == pytest.approx(numbers[0], rel=1e-4)
+        assert missing is None
+        assert last == pytest.approx(-scale)
