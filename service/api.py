@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 import structlog
 from fastapi import FastAPI, Request
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -223,7 +223,7 @@ class Door:
     async def get_metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
         await self._health.ready()  # keeps its gauge true where no probe asks
-        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     async def _score(self, request: Request, stream_id: str | None) -> Response:
         started = time.perf_counter()

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import openapi, tasks
+from service import openapi, series, tasks
 from service.api import Door, DoorLimits
 from service.console.pages import Console
 from service.consumer import Consumer
@@ -29,9 +29,11 @@ from service.detector import Detector, load_detectors
 from service.embedded import EmbeddedStore
 from service.errors import ArtifactError, BadSetting, OnsetError, StoreUnavailable
 from service.feed import Feed
+from service.fleet import Fleet
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
+from service.series import Series
 from service.settings import Settings
 from service.sources.redis_streams import RedisStreams, Streams
 from service.stores import Output, StateStore
@@ -64,9 +66,22 @@ class Service:
         """Why the service could not be opened."""
         self._closing = False
         self.metrics.build.info({"version": VERSION})
+        self.metrics.begin(model=list(self.detectors), door=["http"])
+        self._watch_streams()
         for name, detector in self.detectors.items():
             about = {"version": detector.manifest.version, "sha256": detector.sha256[:16], "provider": detector.providers[0]}
             self.metrics.model.labels(name).info(about)
+
+    def _watch_streams(self) -> None:
+        """What /metrics tells of the streams, together and, where asked for, one by one."""
+        most, shown = self.settings.stream_metrics, []
+        for name, detector in self.detectors.items():
+            self.feed.watch(Fleet(name, detector.manifest.warmup, self.metrics).gathered.see)
+            if most:
+                shown.append(Series(name, detector.manifest.feature_names, most, self.metrics))
+                self.feed.watch(shown[-1].gathered.see)
+        if shown:
+            self.metrics.also(lambda: series.exposition(shown))
 
     async def live(self) -> str | None:
         stuck = [name for name, scorer in self.scorers.items() if not scorer.healthy]

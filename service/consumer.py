@@ -83,6 +83,7 @@ class Consumer:
         self, source: Source, scorer: Scorer, metrics: Metrics, *, fuse: float, max_events: int, fuse_seconds: float = FUSE_SECONDS
     ) -> None:
         self._source, self._scorer, self._metrics = source, scorer, metrics
+        metrics.begin(door=[source.name], source=[source.name])
         self._fuse, self._fuse_seconds = Fuse(fuse), fuse_seconds
         self._max_events = min(max_events, MAX_EVENTS)
         self._stopping = asyncio.Event()

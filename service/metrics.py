@@ -1,89 +1,482 @@
-"""The catalogue of metrics: each name once, with its kind, its meaning and what to do when it moves. Never a stream id as a label."""
+"""The catalogue of metrics, as data: each name once, with kind, unit, labels, meaning, and what to do when it moves.
+
+    Metrics.events    the entry             CATALOGUE, docs/metrics.md (python -m monitoring.generate)
+    metrics.events    the metric itself     counted by the parts of the service, read at /metrics
+
+A label's values are given where they are known beforehand: `begin` makes a series of each at zero, so that a rate exists before the
+first event, and an alert on what never happened yet is no gap. Never a stream id as a label (the opt-in series of series.py aside).
+One process serves: each replica has its own registry and its own /metrics, and queries sum over them.
+"""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client.metrics_core import HistogramMetricFamily
+
+Kind = Literal["counter", "gauge", "histogram", "info"]
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _EVENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10_000)
+P_VALUES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Bounds of onset_p_value: of calibrated p-values each one's own share is below it."""
+SCORES = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+"""Bounds of onset_anomaly_score: 1 is the threshold, 1.5 and 2 the severities above it."""
+STAGES = ("queue", "load", "step", "commit")
+OUTCOMES = ("scored", "duplicate", "late", "rejected", "failed")
+RUNNING: tuple[str, ...] = ()
+"""Values that only the running service knows: models, doors, sources."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """An entry of the catalogue; `name` as Prometheus shows it, without a histogram's endings."""
+
+    name: str
+    kind: Kind
+    unit: str
+    labels: Mapping[str, Sequence[str]]
+    meaning: str
+    action: str
+    """What it means when it moves, and what to do then."""
+
+
+class Distribution:
+    """A histogram that is told of many values at once: observing them one by one would take as long as scoring them."""
+
+    def __init__(self, metric: Metric, bounds: Sequence[float], registry: CollectorRegistry) -> None:
+        self._metric = metric
+        self._bounds = np.array(bounds)
+        self._found: dict[tuple[str, ...], tuple[NDArray[np.int64], float]] = {}
+        registry.register(self)
+
+    def labels(self, *values: str) -> None:
+        """Begin a series at zero."""
+        self._found.setdefault(values, (np.zeros(len(self._bounds) + 1, np.int64), 0.0))
+
+    def observe(self, values: NDArray[np.float64], *labels: str) -> None:
+        """Count these; NaN is no value."""
+        values = values[~np.isnan(values)]
+        self.labels(*labels)
+        counts, total = self._found[labels]
+        places = np.searchsorted(self._bounds, values, side="left")
+        self._found[labels] = counts + np.bincount(places, minlength=len(counts)), total + float(values.sum())
+
+    def describe(self) -> Iterator[HistogramMetricFamily]:
+        yield self._family()
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = self._family()
+        bounds = [f"{bound:g}" if bound != int(bound) else f"{bound:.1f}" for bound in self._bounds.tolist()] + ["+Inf"]
+        for labels, (counts, total) in list(self._found.items()):
+            family.add_metric(list(labels), list(zip(bounds, counts.cumsum().tolist(), strict=True)), total)
+        yield family
+
+    def _family(self) -> HistogramMetricFamily:
+        return HistogramMetricFamily(self._metric.name, self._metric.meaning, labels=list(self._metric.labels))
+
+
+M = TypeVar("M")
+
+
+class Entry(Generic[M]):
+    """An attribute of `Metrics`: of the class it is the entry, of an instance its metric."""
+
+    def __init__(self, metric: Metric, build: Callable[[Metric, CollectorRegistry], M]) -> None:
+        self.metric = metric
+        self.build = build
+        self.attribute = ""
+
+    def __set_name__(self, owner: type, attribute: str) -> None:
+        self.attribute = attribute
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Entry[M]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> M: ...
+    def __get__(self, instance: object | None, owner: type) -> Entry[M] | M:
+        if instance is None:
+            return self
+        found: M = instance.__dict__[self.attribute]
+        return found
+
+
+def _counter(name: str, unit: str, meaning: str, action: str, **labels: Sequence[str]) -> Entry[Counter]:
+    metric = Metric(name, "counter", unit, labels, meaning, action)
+    return Entry(metric, lambda m, registry: Counter(m.name, m.meaning, list(m.labels), registry=registry))
+
+
+def _gauge(name: str, unit: str, meaning: str, action: str, **labels: Sequence[str]) -> Entry[Gauge]:
+    metric = Metric(name, "gauge", unit, labels, meaning, action)
+    return Entry(metric, lambda m, registry: Gauge(m.name, m.meaning, list(m.labels), registry=registry))
+
+
+def _info(name: str, meaning: str, action: str, **labels: Sequence[str]) -> Entry[Info]:
+    metric = Metric(name, "info", "1", labels, meaning, action)
+    return Entry(metric, lambda m, registry: Info(m.name.removesuffix("_info"), m.meaning, list(m.labels), registry=registry))
+
+
+def _histogram(name: str, unit: str, meaning: str, action: str, buckets: Sequence[float], **labels: Sequence[str]) -> Entry[Histogram]:
+    metric = Metric(name, "histogram", unit, labels, meaning, action)
+    return Entry(metric, lambda m, registry: Histogram(m.name, m.meaning, list(m.labels), buckets=buckets, registry=registry))
+
+
+def _distribution(
+    name: str, unit: str, meaning: str, action: str, buckets: Sequence[float], **labels: Sequence[str]
+) -> Entry[Distribution]:
+    metric = Metric(name, "histogram", unit, labels, meaning, action)
+    return Entry(metric, lambda m, registry: Distribution(m, buckets, registry))
 
 
 class Metrics:
     """All metrics of one process, in a registry of its own: two services in one process do not mix."""
 
+    build = _info(
+        "onset_build_info",
+        "Version of this build.",
+        "Differs between replicas during a rollout, never for long.",
+    )
+    ready = _gauge(
+        "onset_ready",
+        "0 or 1",
+        "Whether events can be scored and committed now.",
+        "0 for longer than a start takes: /health/ready says why; mostly the store does not answer.",
+    )
+    model = _info(
+        "onset_model_info",
+        "Version, hash and execution provider of a loaded model.",
+        "Differs between replicas during a rollout, never for long: a stream that meets another file starts afresh.",
+        model=RUNNING,
+    )
+
+    # events, at the door
+    events = _counter(
+        "onset_events_total",
+        "events",
+        "Events by door and what became of them.",
+        "late grows: a sender's clock or order is wrong. rejected grows: a client sends what no model takes. failed grows: the store, or "
+        "replicas that share streams.",
+        door=RUNNING,
+        outcome=OUTCOMES,
+    )
+    refused = _counter(
+        "onset_refused_total",
+        "requests",
+        "Requests refused at the door, by reason.",
+        "queue, bytes: more comes than is scored, add replicas. body, batch: a client sends too much at once. slow: bodies do not arrive.",
+        reason=("queue", "bytes", "body", "batch", "slow"),
+    )
+    latency = _histogram(
+        "onset_request_seconds",
+        "seconds",
+        "Time from an accepted request to its answer.",
+        "Grows: onset_stage_seconds says which part of it.",
+        _SECONDS,
+        door=("http",),
+    )
+    bugs = _counter(
+        "onset_unexpected_errors_total",
+        "errors",
+        "Requests and tasks failed by a bug of ours; each is in the log with its reference.",
+        "Any is worth an issue.",
+    )
+
+    # a batch
+    stage = _histogram(
+        "onset_stage_seconds",
+        "seconds",
+        "Where the time of a batch goes: queue is what its longest waiting request waited, the others are counted for each attempt.",
+        "queue grows: the processor is the limit, add replicas. load and commit grow: the store. step grows: the model, or a busy "
+        "processor.",
+        _SECONDS,
+        stage=STAGES,
+    )
+    batch = _histogram(
+        "onset_batch_events",
+        "events",
+        "Events per batch.",
+        "Grows with the load; near 1,024 all the time means the processor is the limit.",
+        _EVENTS,
+    )
+    queued = _gauge(
+        "onset_queued_events",
+        "events",
+        "Events waiting to be scored.",
+        "Near ONSET_MAX_QUEUE_EVENTS requests are refused: add replicas.",
+        model=RUNNING,
+    )
+    held = _gauge(
+        "onset_held_events",
+        "events",
+        "Events held until their turn (ONSET_REORDER_SECONDS).",
+        "Grows with the rate; near ONSET_MAX_QUEUE_EVENTS requests are refused: hold them for less long.",
+        model=RUNNING,
+    )
+
+    # the verdicts
+    judged = _counter(
+        "onset_judged_events_total",
+        "events",
+        "Events that got a p-value: scored ones of streams that are no longer warming up.",
+        "Far below the scored events: streams start afresh all the time, or their values are missing.",
+        model=RUNNING,
+    )
+    anomalies = _counter(
+        "onset_anomalies_total",
+        "events",
+        "Events rarer than the asked rate (p < alpha); every event of a lasting anomaly counts.",
+        "Above alpha times the judged events, for days: see onset_p_value.",
+        model=RUNNING,
+    )
+    onsets = _counter(
+        "onset_onsets_total",
+        "alerts",
+        "Alerts opened: each is the beginning of an anomaly, true or false.",
+        "Over onset_expected_false_alarms_total it is the measured rate beside the asked one: beyond twice, over days, something is really "
+        "wrong, or alpha does not hold for these streams.",
+        model=RUNNING,
+    )
+    expected = _counter(
+        "onset_expected_false_alarms_total",
+        "alerts",
+        "False alarms that the asked rate allows for the events judged so far, learning allowance included.",
+        "Grows with the judged events and alpha; compare onset_onsets_total with it.",
+        model=RUNNING,
+    )
+    p_value = _distribution(
+        "onset_p_value",
+        "probability",
+        "The p-values of judged events.",
+        "While streams are normal it is uniform: a share x is below x. More below 0.01: real anomalies, or a model that promises too much "
+        "(compare the onsets asked and measured). Far fewer: it is blind to something, or its streams are too young.",
+        P_VALUES,
+        model=RUNNING,
+    )
+    score = _distribution(
+        "onset_anomaly_score",
+        "score",
+        "The anomaly scores of judged events; above 1 an event is rarer than asked for, above 2 its p-value is below alpha squared.",
+        "The fleet's heat map: a hot row that lasts is a lasting anomaly of many streams, a hot column a common cause.",
+        SCORES,
+        model=RUNNING,
+    )
+    accepted = _counter(
+        "onset_accepted_total",
+        "alerts",
+        "Alerts accepted as the new normal, by call or by age (ONSET_ACCEPT_AFTER); each is in the log with its stream.",
+        "Grows without anyone's call: the age is shorter than your faults last.",
+        model=RUNNING,
+        by=("call", "age"),
+    )
+
+    # the streams
+    streams = _gauge(
+        "onset_streams",
+        "streams",
+        "About how many streams the store holds (its keys), as it was when a new one came last.",
+        "Near ONSET_MAX_STREAMS new ones are refused. Grows for ever: a sender makes up stream ids.",
+    )
+    live = _gauge(
+        "onset_streams_live",
+        "streams",
+        "Streams that are waited for, as the store has them (the same on every replica): their cadence is known, and they are not silent.",
+        "Drops: senders are gone, or forgotten by their time to live. NaN or absent: ONSET_SILENCE is off.",
+        model=RUNNING,
+    )
+    silent = _gauge(
+        "onset_streams_silent",
+        "streams",
+        "Streams silent for improbably long, as the store has them (the same on every replica).",
+        "Many at once: a sender or a network is down.",
+        model=RUNNING,
+    )
+    silences = _counter(
+        "onset_silences_total",
+        "streams",
+        "Silences that this replica raised; each is in the log with its stream.",
+        "Grows steadily: senders come and go, or their cadence is none.",
+        model=RUNNING,
+    )
+    warming = _gauge(
+        "onset_streams_warming",
+        "streams",
+        "Streams scored here within five minutes that have no p-values yet.",
+        "High long after a deploy: streams start afresh (onset_fresh_states_total says why) or come once only.",
+        model=RUNNING,
+    )
+    anomalous = _gauge(
+        "onset_streams_anomalous",
+        "streams",
+        "Streams scored here within five minutes whose last event was anomalous, by its severity.",
+        "Many at once: a common cause, or a change of regime that wants to be accepted.",
+        model=RUNNING,
+        severity=("minor", "major", "critical"),
+    )
+    fresh = _counter(
+        "onset_fresh_states_total",
+        "streams",
+        "Streams that started afresh, by reason.",
+        "other_model grows after a deploy only. corrupt: investigate the store at once.",
+        reason=("new", "other_model", "corrupt"),
+    )
+    state_bytes = _gauge(
+        "onset_state_bytes",
+        "bytes",
+        "Size of one stream's value in the store.",
+        "Changes only with the model; times the streams it is the store's memory.",
+        model=RUNNING,
+    )
+    shown = _gauge(
+        "onset_streams_shown",
+        "streams",
+        "Streams with series of their own (ONSET_STREAM_METRICS), on this replica.",
+        "At the setting: later streams are not shown, see onset_streams_not_shown_total.",
+        model=RUNNING,
+    )
+    not_shown = _counter(
+        "onset_streams_not_shown_total",
+        "events",
+        "Scored events of streams that got no series of their own because ONSET_STREAM_METRICS was reached.",
+        "Grows: raise the setting if Prometheus can take it, 2 series a stream and 5 a feature.",
+        model=RUNNING,
+    )
+
+    # the policy
+    alpha = _gauge(
+        "onset_alpha",
+        "probability",
+        "The asked false-alarm rate in force on this replica, per event.",
+        "Differs between replicas for more than a few seconds: one does not reach the store.",
+    )
+    strict = _gauge(
+        "onset_strict",
+        "0 or 1",
+        "Whether new streams have no learning allowance.",
+        "Differs between replicas for more than a few seconds: one does not reach the store.",
+    )
+    policy_changes = _counter(
+        "onset_policy_changes_total",
+        "changes",
+        "Changes of the policy at run time, by call (answered here) or refresh (answered by another replica); each is in the log.",
+        "Moves without anyone's call: who has access?",
+        by=("call", "refresh"),
+    )
+
+    # the store
+    copies = _counter(
+        "onset_copies_total",
+        "states",
+        "Copies of states by result: hit (a load was saved), miss, stale (another replica wrote the stream since; it is stepped again).",
+        "stale near hit: senders spread a stream over the replicas, route by stream id. miss while streams come again and again: "
+        "ONSET_COPIES_BYTES is too small for them.",
+        result=("hit", "miss", "stale"),
+    )
+    conflicts = _counter(
+        "onset_state_conflicts_total",
+        "states",
+        "Commits lost to another replica; the event is stepped again.",
+        "Constantly high: two senders share streams, route by stream id.",
+    )
+    store_restarts = _counter(
+        "onset_store_restarts_total",
+        "restarts",
+        "Restarts of the embedded store.",
+        "Any is worth a look at its log.",
+    )
+
+    # queues
+    source_received = _counter(
+        "onset_source_received_total",
+        "entries",
+        "Entries read from a queue, or claimed; again, where a batch was abandoned.",
+        "Far beyond acknowledged: the store, or replicas that die.",
+        source=RUNNING,
+    )
+    source_acknowledged = _counter(
+        "onset_source_acknowledged_total",
+        "entries",
+        "Entries acknowledged.",
+        "Stands still while the lag grows: the store, or a paused partition.",
+        source=RUNNING,
+    )
+    source_claimed = _counter(
+        "onset_source_claimed_total",
+        "entries",
+        "Entries claimed from what a former owner left.",
+        "Grows outside of deploys: replicas die or stall.",
+        source=RUNNING,
+    )
+    source_dead_lettered = _counter(
+        "onset_source_dead_lettered_total",
+        "events",
+        "Events that could not be used and went to the dead letters.",
+        "Grows: read onset_reason in the dead letters.",
+        source=RUNNING,
+    )
+    source_fenced = _counter(
+        "onset_source_fenced_total",
+        "partitions",
+        "Partitions that were lost to another replica while this one was still at work: it was taken for dead. Nothing is scored twice.",
+        "Grows: the process or its store stalls for longer than ONSET_STREAMS_LEASE_SECONDS.",
+        source=RUNNING,
+    )
+    source_partitions = _gauge(
+        "onset_source_partitions",
+        "partitions",
+        "Partitions this replica owns.",
+        "Their sum is the number of partitions; less for longer than a lease: nobody reads the others.",
+        source=RUNNING,
+    )
+    source_lag = _gauge(
+        "onset_source_lag",
+        "entries",
+        "Entries of the owned partitions not yet acknowledged; NaN = the queue cannot tell.",
+        "Grows for minutes: add partitions and replicas.",
+        source=RUNNING,
+    )
+    source_paused = _gauge(
+        "onset_source_paused",
+        "partitions",
+        "Partitions that wait because too many of their recent entries cannot be used (ONSET_STREAMS_FUSE).",
+        "Not 0: a sender changed its format, see docs/queues.md.",
+        source=RUNNING,
+    )
+
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        # Info: version and runtime of this build.
-        self.build = Info("onset_build", "Version and runtime of this build.", registry=registry)
-        # Info: which model file scores, and where ONNX Runtime really runs it. Differs between replicas during a rollout, never for long.
-        self.model = Info("onset_model", "Version, hash and execution provider of a loaded model.", ["model"], registry=registry)
-        # Counter: events by door and what became of them: scored, duplicate, late, rejected, failed.
-        # late grows: a sender's clock or order is wrong. rejected grows: a client sends what no model takes. failed: the store.
-        self.events = Counter("onset_events", "Events by door and outcome.", ["door", "outcome"], registry=registry)
-        # Counter: events that were anomalous (p < alpha) and alerts that opened. Alerts above the asked rate: see the calibration page.
-        self.anomalies = Counter("onset_anomalies", "Events rarer than the asked rate.", ["model"], registry=registry)
-        self.onsets = Counter("onset_onsets", "Alerts opened.", ["model"], registry=registry)
-        # Counter: false alarms that the asked rate allows for the events scored so far, learning allowance included. onset_onsets beyond
-        # twice this, over days: something is really wrong, or alpha does not hold for these streams.
-        self.expected = Counter("onset_expected_false_alarms", "False alarms the asked rate allows.", ["model"], registry=registry)
-        # Counter: alerts accepted as the new normal, by call or by age (ONSET_ACCEPT_AFTER). Each is in the log with its stream.
-        self.accepted = Counter("onset_accepted", "Alerts accepted as the new normal.", ["model", "by"], registry=registry)
-        # Gauges: the asked rate in force on this replica, and whether new streams have no learning allowance (0 or 1). Differing between
-        # replicas for more than a few seconds: one does not reach the store. Counter: changes at run time, by "call" (answered here) or
-        # "refresh" (answered by another replica); each is in the log with the values before it.
-        self.alpha = Gauge("onset_alpha", "The asked false-alarm rate in force.", registry=registry)
-        self.strict = Gauge("onset_strict", "Whether new streams have no learning allowance.", registry=registry)
-        self.policy_changes = Counter("onset_policy_changes", "Changes of the policy at run time.", ["by"], registry=registry)
-        # Gauge: live streams that are silent for improbably long, as the store has them (the same on every replica). Many at once: a
-        # sender or a network is down. Counter: silences that this replica raised; each is in the log with its stream.
-        self.silent = Gauge("onset_streams_silent", "Streams silent for improbably long.", ["model"], registry=registry)
-        self.silences = Counter("onset_silences", "Silences raised.", ["model"], registry=registry)
-        # Histogram: where the time of a batch goes. load and commit grow: the store; step grows: the model or a busy processor.
-        self.stage = Histogram("onset_stage_seconds", "Time of a batch by stage.", ["stage"], buckets=_SECONDS, registry=registry)
-        # Histogram: from an accepted request to its answer.
-        self.latency = Histogram(
-            "onset_request_seconds", "Time from an accepted request to its answer.", ["door"], buckets=_SECONDS, registry=registry
-        )
-        # Histogram: events per batch. Grows with the load; at max_batch all the time means the processor is the limit.
-        self.batch = Histogram("onset_batch_events", "Events per batch.", buckets=_EVENTS, registry=registry)
-        # Gauge: events waiting. Near the queue's limit, requests are refused: add replicas.
-        self.queued = Gauge("onset_queued_events", "Events waiting to be scored.", ["model"], registry=registry)
-        # Gauge: events held until their turn (ONSET_REORDER_SECONDS). Grows with the rate; near the queue's limit, requests are refused.
-        self.held = Gauge("onset_held_events", "Events held until their turn.", ["model"], registry=registry)
-        # Counter: requests refused, by reason: queue, bytes, body, batch, slow.
-        self.refused = Counter("onset_refused", "Requests refused at the door.", ["reason"], registry=registry)
-        # Counter: requests that a bug of ours failed; each is in the log with its reference. Any is worth an issue.
-        self.bugs = Counter("onset_unexpected_errors", "Requests failed by a bug.", registry=registry)
-        # Counter: copies of states by what became of them: hit (a load was saved), miss, stale (another replica wrote the stream since; it
-        # is stepped again). stale near hit: senders spread a stream over the replicas; route by stream id. miss while streams come
-        # again and again: ONSET_COPIES_BYTES is too small for them.
-        self.copies = Counter("onset_copies", "Copies of states by result.", ["result"], registry=registry)
-        # Counter: compare-and-set lost against another replica. Constantly high: two senders share streams; route by stream id.
-        self.conflicts = Counter("onset_state_conflicts", "Commits lost to another replica.", registry=registry)
-        # Counter: streams that started afresh: new, other_model (a deploy), corrupt (investigate the store at once).
-        self.fresh = Counter("onset_fresh_states", "Streams that started afresh, by reason.", ["reason"], registry=registry)
-        # Counters: entries of a queue that were read or claimed (again, where a batch was abandoned), acknowledged, claimed from what a
-        # former owner left, and events that became dead letters. received far beyond acknowledged: the store, or replicas that die.
-        # claimed grows outside of deploys: replicas die or stall. dead_lettered grows: read onset_reason in the dead letters.
-        self.source_received = Counter("onset_source_received", "Entries read from a queue.", ["source"], registry=registry)
-        self.source_acknowledged = Counter("onset_source_acknowledged", "Entries acknowledged.", ["source"], registry=registry)
-        self.source_claimed = Counter("onset_source_claimed", "Entries claimed from a former owner.", ["source"], registry=registry)
-        self.source_dead_lettered = Counter("onset_source_dead_lettered", "Events that could not be used.", ["source"], registry=registry)
-        # Counter: partitions that were lost to another replica while this one was still at work: it was taken for dead. Nothing is scored
-        # twice by that. Growing: the process or its store stalls for longer than ONSET_STREAMS_LEASE_SECONDS.
-        self.source_fenced = Counter("onset_source_fenced", "Partitions lost to another replica.", ["source"], registry=registry)
-        # Gauge: partitions this replica owns. Their sum is the number of partitions; less for longer than a lease: nobody reads the others.
-        self.source_partitions = Gauge("onset_source_partitions", "Partitions owned.", ["source"], registry=registry)
-        # Gauge: entries of the owned partitions not yet acknowledged, NaN = the queue cannot tell. Grows for minutes: add partitions
-        # and replicas.
-        self.source_lag = Gauge("onset_source_lag", "Entries not acknowledged.", ["source"], registry=registry)
-        # Gauge: partitions that wait because too many of their recent entries cannot be used (ONSET_STREAMS_FUSE): see docs/queues.md.
-        self.source_paused = Gauge("onset_source_paused", "Partitions paused by the fuse.", ["source"], registry=registry)
-        # Gauge: size of one stored value. Changes only with the model.
-        self.state_bytes = Gauge("onset_state_bytes", "Bytes of one stream's value.", ["model"], registry=registry)
-        # Gauge: keys in the store, about the number of live streams.
-        self.streams = Gauge("onset_streams", "About how many streams the store holds.", registry=registry)
-        # Gauge: 1 when events can be scored and committed.
-        self.ready = Gauge("onset_ready", "Whether the service is ready.", registry=registry)
-        # Counter: restarts of the embedded store. Any is worth a look at its log.
-        self.store_restarts = Counter("onset_store_restarts", "Restarts of the embedded store.", registry=registry)
+        self.registry = CollectorRegistry()
+        self._before: list[Callable[[], None]] = []
+        self._writers: list[Callable[[], bytes]] = []
+        for entry in ENTRIES:
+            self.__dict__[entry.attribute] = entry.build(entry.metric, self.registry)
+
+    def before(self, flush: Callable[[], None]) -> None:
+        """Call this before anyone looks: what was put aside is to be counted by then."""
+        self._before.append(flush)
+
+    def also(self, write: Callable[[], bytes]) -> None:
+        """Show what `write` returns, too: metrics in the text format, of other names."""
+        self._writers.append(write)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        for flush in self._before:
+            flush()
+        return b"".join([generate_latest(self.registry), *(write() for write in self._writers)])
+
+    def begin(self, **known: Sequence[str]) -> None:
+        """Begin all series at zero whose labels' values are in the catalogue or `known`, such as model=("default",)."""
+        for entry in ENTRIES:
+            labels = [values or known.get(label, ()) for label, values in entry.metric.labels.items()]
+            if labels and entry.metric.kind != "info":
+                for values in itertools.product(*labels):
+                    self.__dict__[entry.attribute].labels(*values)
+
+
+ENTRIES = tuple(entry for entry in vars(Metrics).values() if isinstance(entry, Entry))
+CATALOGUE = tuple(entry.metric for entry in ENTRIES)

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import cached_property
 from itertools import groupby
@@ -84,6 +84,7 @@ class _Piece:
 
     parsed: Parsed
     policy: Policy
+    came: float = field(default_factory=time.perf_counter)
 
     @property
     def events(self) -> int:
@@ -330,6 +331,7 @@ class Scorer:
 
     async def _handle(self, pieces: list[_Piece]) -> list[Answers]:
         """One batch: pieces of several clients, scored together; in two runs where the policy changed while they waited."""
+        self._metrics.stage.labels("queue").observe(time.perf_counter() - min(piece.came for piece in pieces))
         parts: list[Answers] = []
         for _, run in groupby(pieces, key=lambda piece: id(piece.policy)):
             together = list(run)

@@ -123,6 +123,8 @@ class Sweeper:
             self._count_at = now + COUNT_SECONDS
             count, _ = await self._store.silent(self._model, 0)
             self._metrics.silent.labels(self._model).set(count)
+            waited, _ = await self._store.waited(self._model, 0)
+            self._metrics.live.labels(self._model).set(waited)
 
     async def _look(self, stream_ids: list[str], now: float, since: float) -> bool:
         """Look at these streams; whether any was dealt with."""

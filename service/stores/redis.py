@@ -122,7 +122,7 @@ class Commands(ABC):
         counts = await self._pipe([command for key in keys for command in (("ZCARD", key), ("ZCOUNT", key, SILENT, "+inf"))])
         watched, silent = counts[::2], counts[1::2]
         part = min(1.0, limit / max(sum(watched), 1))
-        drawn = [("ZRANDMEMBER", key, math.ceil(size * part)) for key, size in zip(keys, watched, strict=True) if size]
+        drawn = [("ZRANDMEMBER", key, math.ceil(size * part)) for key, size in zip(keys, watched, strict=True) if size and limit]
         return sum(watched) - sum(silent), [member.decode() for some in await self._pipe(drawn) for member in some]
 
     async def policy(self) -> dict[str, bytes]:

@@ -1,0 +1,128 @@
+"""Series of single streams, for those who ask for them (ONSET_STREAM_METRICS): reading, expectation, band and score at /metrics.
+
+The names are vmanomaly's, so that its dashboards fit. A stream gets a place while there is one and keeps it until it has not been heard
+of for RECENT_SECONDS; then its series end. Written as text by itself: 5,000 streams are some 35,000 lines a scrape.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from service.fleet import RECENT_SECONDS, Gathered, Judged
+from service.metrics import Metric, Metrics
+from service.policy import THRESHOLD
+
+_STREAM, _FEATURE = {"model": (), "stream": ()}, {"model": (), "stream": (), "feature": ()}
+_COMPARE = "Compare it with the band of the same stream."
+SERIES = (
+    Metric("anomaly_score", "gauge", "score", _STREAM, "The stream's last anomaly score.", "Above 1 it is rarer than the asked rate."),
+    Metric(
+        "anomaly_onset_timestamp_seconds",
+        "gauge",
+        "seconds since 1970",
+        _STREAM,
+        "When the stream's last alert opened, by its event's own time; none = not since it is shown.",
+        "Changes: an anomaly begins.",
+    ),
+    Metric("y", "gauge", "the feature's", _FEATURE, "The last reading.", _COMPARE),
+    Metric("yhat", "gauge", "the feature's", _FEATURE, "What the model expected.", _COMPARE),
+    Metric("yhat_lower", "gauge", "the feature's", _FEATURE, "Lower end of the band.", _COMPARE),
+    Metric("yhat_upper", "gauge", "the feature's", _FEATURE, "Upper end of the band.", _COMPARE),
+    Metric("contribution", "gauge", "share", _FEATURE, "The feature's share of the error.", "The largest ones carry the anomaly."),
+)
+"""The catalogue's entries of single streams."""
+# Series of a feature, and the column of the record that they show.
+_COLUMNS = (("y", "x"), ("yhat", "expected"), ("yhat_lower", "lower"), ("yhat_upper", "upper"), ("contribution", "contribution"))
+
+
+LOOK_SECONDS = 10.0
+
+
+class Series:
+    """The series of one model's streams, at most `most` of them. `clock` is monotonic."""
+
+    def __init__(
+        self, model: str, features: Sequence[str], most: int, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._model, self._features, self._metrics, self._clock = model, features, metrics, clock
+        self._slots: dict[str, int] = {}
+        self._free = list(range(most))[::-1]
+        self._numbers = np.full((len(_COLUMNS), most, len(features)), np.nan, np.float32)
+        self._score, self._onset = np.full(most, np.nan), np.full(most, np.nan)
+        self._heard = np.zeros(most)
+        self._labels: dict[int, tuple[str, list[str]]] = {}
+        self._look_at = 0.0
+        self.gathered = Gathered(model, self._take)
+        metrics.before(self.gathered.flush)
+        metrics.shown.labels(model).set_function(lambda: len(self._slots))
+
+    def _take(self, judged: Judged) -> None:
+        known = self._slots.get
+        places = [known(stream_id, -1) for stream_id in judged.stream_ids]
+        for i in [i for i, place in enumerate(places) if place < 0]:
+            places[i] = self._slot(judged.stream_ids[i])
+        slots = np.array(places, np.intp)
+        there = slots >= 0
+        self._metrics.not_shown.labels(self._model).inc(int((~there).sum()))
+        slots = slots[there]
+        self._heard[slots] = self._clock()
+        # Of a stream's several events the last one stays: numpy assigns in order.
+        self._score[slots] = judged.verdict("anomaly_score")[there]
+        for shown, (_, column) in enumerate(_COLUMNS):
+            self._numbers[shown, slots] = judged.record(column)[there]
+        opened = judged.verdict("alert_score")[there] > THRESHOLD
+        self._onset[slots[opened]] = judged.record("timestamp")[there][opened]
+
+    def lines(self, name: str) -> list[str]:
+        """The samples of one of SERIES; streams not heard of have none, and what is missing neither."""
+        since = self._clock() - RECENT_SECONDS
+        slots = np.array([slot for slot in self._slots.values() if self._heard[slot] >= since], np.intp)
+        columns = [shown for shown, _ in _COLUMNS]
+        if name not in columns:
+            numbers, labels = (self._score if name == "anomaly_score" else self._onset)[slots], [self._labels[i][0] for i in slots.tolist()]
+        else:
+            numbers = self._numbers[columns.index(name), slots].astype(np.float64).ravel()
+            labels = [label for i in slots.tolist() for label in self._labels[i][1]]
+        return [f"{name}{{{label}}} {number!r}" for label, number in zip(labels, numbers.tolist(), strict=True) if not math.isnan(number)]
+
+    def _slot(self, stream_id: str) -> int:
+        """Its place; -1 = there is none left."""
+        slot = self._slots.get(stream_id)
+        if slot is not None:
+            return slot
+        if not self._free:
+            self._forget()
+        if not self._free:
+            return -1
+        slot = self._slots[stream_id] = self._free.pop()
+        self._onset[slot], self._heard[slot] = np.nan, self._clock()
+        stream = f'model="{self._model}",stream="{_escaped(stream_id)}"'
+        self._labels[slot] = stream, [f'{stream},feature="{_escaped(feature)}"' for feature in self._features]
+        return slot
+
+    def _forget(self) -> None:
+        """Free the places of streams not heard of; looked for once in LOOK_SECONDS at most."""
+        now = self._clock()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        for stream_id in [name for name, slot in self._slots.items() if self._heard[slot] < now - RECENT_SECONDS]:
+            self._free.append(self._slots.pop(stream_id))
+
+
+def exposition(shown: Sequence[Series]) -> bytes:
+    """The series of several models in Prometheus' text format."""
+    lines: list[str] = []
+    for metric in SERIES:
+        lines += [f"# HELP {metric.name} {metric.meaning}", f"# TYPE {metric.name} gauge"]
+        for series in shown:
+            lines += series.lines(metric.name)
+    return "\n".join([*lines, ""]).encode()
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
