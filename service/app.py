@@ -20,10 +20,9 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import openapi, series, tasks
+from service import openapi, queues, series, tasks
 from service.api import Door, DoorLimits
 from service.console.pages import Console
-from service.consumer import Consumer
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector, load_detectors
 from service.embedded import EmbeddedStore
@@ -35,7 +34,6 @@ from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.series import Series
 from service.settings import Settings
-from service.sources.redis_streams import RedisStreams, Streams
 from service.stores import Output, StateStore
 from service.stores.cluster import ClusterStore
 from service.stores.redis import RedisStore
@@ -51,8 +49,9 @@ class Service:
     """All parts of one process. Use as an async context; its door answers while it is open."""
 
     def __init__(self, settings: Settings) -> None:
-        """Load and verify the models. Raises ArtifactError; opens nothing yet."""
+        """Load and verify the models. Raises ArtifactError, BadSetting; opens nothing yet."""
         self.settings = settings
+        self.sources = queues.declared(settings)
         self.metrics = Metrics()
         self.feed = Feed(self.metrics)
         self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads, settings.provider)
@@ -119,8 +118,7 @@ class Service:
                 for scorer in self.scorers.values():
                     sweeper = scorer.sweeper(self.settings.state_ttl_seconds)
                     stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
-            if self.settings.streams_input:
-                consumer = self._consumer(url)
+            for consumer in queues.consumers(self.sources, url, self._scorer, self.metrics, max_events=self.settings.max_batch_events):
                 await consumer.start()
                 stack.push_async_callback(consumer.stop, self.settings.drain_seconds)
             yield self
@@ -155,21 +153,9 @@ class Service:
             self.scorers[name] = Scorer(detector, policy_of, store, self.metrics, limits, held=True, feed=self.feed)
             self.scorers[name].start()
 
-    def _consumer(self, url: str) -> Consumer:
-        settings = self.settings
-        streams = Streams(
-            settings.streams_input,
-            settings.streams_partitions,
-            settings.streams_group,
-            settings.streams_dead_letters,
-            settings.streams_max_dead_letters,
-            settings.streams_keep,
-            settings.streams_batch,
-            settings.streams_lease_seconds,
-        )
-        scorer = self.scorers[_named(self.detectors, settings.streams_model) if settings.streams_model else self.default_model]
-        source = RedisStreams(url, streams, self.metrics)
-        return Consumer(source, scorer, self.metrics, fuse=settings.streams_fuse, max_events=settings.max_batch_events)
+    def _scorer(self, model: str) -> Scorer:
+        """Raises KeyError."""
+        return self.scorers[model or self.default_model]
 
     async def _open(self, store: RedisStore | ClusterStore, stack: contextlib.AsyncExitStack) -> None:
         """Open the store now, or keep trying beside the running service, which is not ready until then."""
@@ -251,10 +237,6 @@ def _asked(settings: Settings) -> Asked:
 def _check_cluster(settings: Settings) -> None:
     if settings.redis_cluster and not settings.redis_url:
         raise BadSetting("ONSET_REDIS_CLUSTER needs ONSET_REDIS_URL: the embedded store is one server.")
-    if settings.redis_cluster and settings.streams_input:
-        raise BadSetting(
-            f"ONSET_STREAMS_INPUT is '{settings.streams_input}' and ONSET_REDIS_CLUSTER is set: Redis Streams need a single server for now."
-        )
 
 
 def _store(settings: Settings, url: str) -> RedisStore | ClusterStore:
@@ -266,12 +248,6 @@ def _store(settings: Settings, url: str) -> RedisStore | ClusterStore:
         return RedisStore(url, state_ttl=state_ttl, result_ttl=result_ttl, output=output)
     except ValueError as error:
         raise BadSetting(f"ONSET_REDIS_URL cannot be used: {error}.") from error
-
-
-def _named(detectors: Mapping[str, Detector], name: str) -> str:
-    if name not in detectors:
-        raise BadSetting(f"ONSET_STREAMS_MODEL is '{name}'; the loaded models are {', '.join(sorted(detectors))}.")
-    return name
 
 
 def _default(detectors: Mapping[str, Detector], settings: Settings) -> str:

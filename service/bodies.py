@@ -26,6 +26,7 @@ Items = list[Event | ItemError]
 
 _event = msgspec.json.Decoder(Event)
 _events = msgspec.json.Decoder(list[Event])
+_plain = msgspec.json.Decoder()
 _encoder = msgspec.json.Encoder()
 _packed_event = msgspec.msgpack.Decoder(Event)
 _packed_events = msgspec.msgpack.Decoder(list[Event])
@@ -66,6 +67,26 @@ def decode(content: bytes, form: Format, *, max_events: int) -> tuple[Items, boo
         return [_event.decode(content)], True
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return [checked(_parse(content))], True
+
+
+def decode_plain(content: bytes, form: Format, *, max_events: int) -> tuple[list[Any], bool]:
+    """The items of a body as plain values, whatever they are, and whether it is one bare item. A line that is no JSON is a BadEvent.
+
+    Raises BadBody and TooLarge.
+    """
+    if form is Format.NDJSON:
+        lines = _limited([line.group() for line in islice(_LINE.finditer(content), max_events + 1)], max_events)
+        return [_plain_line(line) for line in lines], False
+    if not content.strip():
+        raise BadBody("The payload is empty.")
+    if form is Format.MSGPACK:
+        body = _unpack(content)
+    else:
+        try:
+            body = _plain.decode(content)
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+            body = _parse(content)
+    return (_limited(body, max_events), False) if isinstance(body, list) else ([body], True)
 
 
 def decode_object(content: bytes) -> dict[str, Any]:
@@ -188,6 +209,16 @@ def _try_line(line: bytes) -> Event | ItemError:
             return BadEvent(error.detail)
 
 
+def _plain_line(line: bytes) -> Any:
+    try:
+        return _plain.decode(line)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        try:
+            return _parse(line, "line")
+        except BadBody as error:
+            return BadEvent(error.detail)
+
+
 def _try(item: Any) -> Event | ItemError:
     try:
         return checked(item)
@@ -254,11 +285,11 @@ def from_fields(fields: Mapping[bytes, bytes]) -> Event:
         if name in ("stream_id", "event_id", "message"):
             item[name] = text
         elif name in ("timestamp", "sequence"):
-            number = _number(text)
+            number = to_number(text)
             item[name] = text if number is None else number
         elif text in ("", "null"):
             values[name] = None
-        elif (number := _number(text)) is not None:
+        elif (number := to_number(text)) is not None:
             values[name] = number
         else:
             raise BadEvent(
@@ -269,7 +300,7 @@ def from_fields(fields: Mapping[bytes, bytes]) -> Event:
     return checked(item | {"values": values} if values else item)
 
 
-def _number(text: str) -> int | float | None:
+def to_number(text: str) -> int | float | None:
     """None = it is not one."""
     try:
         return int(text) if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS else float(text)

@@ -1,9 +1,11 @@
-"""The queue door: receive ─► parse ─► score ─► settle. Nothing below knows where events come from.
+"""The queue door: receive ─► parse ─► score ─► publish ─► settle. Nothing below knows where events come from.
 
 a batch    entries of one partition, in order; one of each partition is under way at a time
-parse      an entry is one event or several; what is none is a dead letter, its neighbours are not
+parse      an entry is one event or several (mapping.py); what is none is a dead letter, its neighbours are not
 score      in order, MAX_BATCH events at most at once. Full queue, silent store, lost races: the same events again, after a while,
            and none behind them before; so nothing is lost and nothing overtakes
+publish    results go to the queue before anything behind them is scored: what is delivered again after a crash is in the states' last
+           commit, whose results are kept, and is published again. Not where the commit itself publishes (Redis Streams)
 fuse       too large a share of the recent entries cannot be used: it is the producer or the model, not the entries.
            The partition waits for a person instead of emptying itself into the dead letters
 settle     dead letters written, and acknowledged what the commit has not acknowledged already
@@ -14,21 +16,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
 from service import tasks
-from service.bodies import Format, decode, from_fields
 from service.errors import BadEvent, Fenced, ItemError, OnsetError, Overloaded, StoreUnavailable
-from service.events import Delivery, Event, shown
+from service.events import Delivery, Published
+from service.mapping import Mapper
 from service.metrics import Metrics
 from service.rounds import Kind
 from service.scorer import MAX_BATCH, Scorer
-from service.sources import MAX_EVENTS, POSITIONS, Batch, Letter, Message, Settlement, Source
+from service.sources import MAX_EVENTS, Batch, Letter, Message, Settlement, Source
 
-EVENT = b"event"
 FIRST_BACKOFF, MAX_BACKOFF = 0.02, 2.0
 FUSE_ENTRIES, FUSE_WINDOW = 100, 1000
 """The fuse looks at about the last FUSE_WINDOW entries, once there were FUSE_ENTRIES."""
@@ -77,15 +78,15 @@ class Fuse:
 
 
 class Consumer:
-    """Feeds one scorer from one source. `fuse` is the share of bad entries that pauses a partition, `max_events` that of one entry."""
+    """Feeds one scorer from one source, whose messages `mapper` reads. `fuse` is the share of bad entries that pauses a partition."""
 
     def __init__(
-        self, source: Source, scorer: Scorer, metrics: Metrics, *, fuse: float, max_events: int, fuse_seconds: float = FUSE_SECONDS
+        self, source: Source, scorer: Scorer, metrics: Metrics, mapper: Mapper, *, fuse: float, fuse_seconds: float = FUSE_SECONDS
     ) -> None:
-        self._source, self._scorer, self._metrics = source, scorer, metrics
+        self._source, self._scorer, self._metrics, self._mapper = source, scorer, metrics, mapper
         metrics.begin(door=[source.name], source=[source.name])
         self._fuse, self._fuse_seconds = Fuse(fuse), fuse_seconds
-        self._max_events = min(max_events, MAX_EVENTS)
+        self._published: dict[str, set[str]] = {}  # of each partition's batch that is not settled yet: ids of results that are out
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._working: set[asyncio.Task[None]] = set()
@@ -146,17 +147,27 @@ class Consumer:
             self._source.abandon(batch)
             return
         self._count(Counter({"rejected": len(work.settlement.letters)}))
+        await self._insist(lambda: self._source.settle(batch, work.settlement))
+        self._published.pop(batch.partition, None)
+
+    async def _publish(self, batch: Batch, results: Sequence[Published]) -> None:
+        """Those that are not out already, since the fuse or a failure had their batch delivered again."""
+        out = self._published.setdefault(batch.partition, set())
+        new = [result for result in results if result.id not in out]
+        if new:
+            await self._insist(lambda: self._source.publish(batch, new))
+            out.update(result.id for result in new)
+
+    async def _insist(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Until the queue answers."""
         backoff = FIRST_BACKOFF
-        while not await self._settled(batch, work.settlement):
+        while True:
+            try:
+                return await call()
+            except StoreUnavailable as error:
+                log.debug("source_unavailable", source=self._source.name, reason=error.detail)
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF)
-
-    async def _settled(self, batch: Batch, settlement: Settlement) -> bool:
-        try:
-            await self._source.settle(batch, settlement)
-        except StoreUnavailable:
-            return False
-        return True
 
     async def _pause(self) -> None:
         """Until it is time to look again, or to stop."""
@@ -167,9 +178,9 @@ class Consumer:
         work = _Work()
         for message in batch.messages:
             try:
-                items, bare = self._items(message)
+                items, bare = self._mapper.events(message)
             except OnsetError as error:
-                named = error if isinstance(error, ItemError) else BadEvent(error.detail, EVENT.decode(), _start(message))
+                named = error if isinstance(error, ItemError) else BadEvent(error.detail, "payload")
                 work.settlement.letters.append(Letter(message, named))
                 continue
             entry = message.id if bare and batch.lease is not None else b""
@@ -178,27 +189,20 @@ class Consumer:
                 if isinstance(item, ItemError):
                     work.settlement.letters.append(Letter(message, item, index))
                     continue
-                position = message.position * MAX_EVENTS + i
+                position = message.position * MAX_EVENTS + i if batch.source else 0
                 work.deliveries.append(Delivery(item, batch.source, position, message.arrived, batch.lease, entry))
                 work.origins.append((message, index))
         return work
-
-    def _items(self, message: Message) -> tuple[Sequence[Event | ItemError], bool]:
-        """The events of an entry, and whether it is one bare event. Raises OnsetError."""
-        if message.position >= POSITIONS:
-            raise BadEvent(f"The entry's id {message.id.decode()} is beyond what a stream's state can hold.", "id", message.id.decode())
-        content = message.fields.get(EVENT)
-        if content is None:
-            return [from_fields(message.fields)], True
-        lines = b"\n{" in content and content.lstrip()[:1] == b"{"
-        return decode(content, Format.NDJSON if lines else Format.JSON, max_events=self._max_events)
 
     async def _score(self, batch: Batch, work: _Work, places: Sequence[int]) -> None:
         """Score these deliveries, however long it takes; no other of the partition is under way meanwhile. Raises Fenced."""
         backoff, bugs = FIRST_BACKOFF, 0
         while places:
             try:
-                outcomes = await self._scorer.consume([work.deliveries[i] for i in places], f"{self._source.name}/{batch.partition}")
+                deliveries = [work.deliveries[i] for i in places]
+                outcomes, results = await self._scorer.consume(
+                    deliveries, f"{self._source.name}/{batch.partition}", replies=self._source.publishes
+                )
             except (Overloaded, StoreUnavailable) as error:
                 log.debug("batch_waits", partition=batch.partition, reason=error.detail)
             except Exception as error:  # a bug that one event brings out must not stop those behind it for ever
@@ -209,6 +213,7 @@ class Consumer:
                     return
             else:
                 places = self._note(work, places, outcomes)
+                await self._publish(batch, results)
                 if not places:
                     return
             await asyncio.sleep(backoff)
@@ -265,7 +270,3 @@ class Consumer:
     def _bug(self, batch: Batch, error: Exception) -> None:
         self._metrics.bugs.inc()
         log.error("unexpected_error", partition=batch.partition, exc_info=error)
-
-
-def _start(message: Message) -> str:
-    return shown(message.fields.get(EVENT, b"").decode(errors="replace"))

@@ -113,7 +113,7 @@ class Delivery(NamedTuple):
 
     event: Event
     source: int
-    """Identity of the partition, 32 bits; not 0."""
+    """Identity of the partition, 32 bits; 0 = it has no positions, only the event's own identity tells it from a repeated one."""
     position: int
     """Rises within the partition, below 2**95: an event at or before the position of its stream's last one was scored already."""
     arrived: float
@@ -124,8 +124,18 @@ class Delivery(NamedTuple):
     """Acknowledged with the commit; empty = by the source, afterwards."""
 
 
+class Published(NamedTuple):
+    """A result as a queue publishes it."""
+
+    stream_id: str
+    id: str
+    """Identity: published again, it has the same."""
+    content: bytes
+    """The reply of REST, as JSON."""
+
+
 PLACE = np.dtype([("source", "<u4"), ("part", "<u4"), ("offset", "<i8")])
-"""Where an event was in its queue, as the state keeps it: position = offset · 2**32 + part; source 0 = it came over REST."""
+"""Where an event was in its queue, as the state keeps it: position = offset · 2**32 + part; source 0 = it has none."""
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,11 @@ class Replies:
         """One result for each of N events, in order. A duplicate echoes the event it answers and carries the stored result."""
         return [self._result(event, row, top_contributors) for event, row in zip(events, answers.rows, strict=True)]
 
+    def picked(self, events: Sequence[Event], answers: Answers, places: Sequence[int]) -> list[Result]:
+        """Results of the events at these places of `answers`."""
+        rows = answers.rows
+        return [self._result(event, rows[i], 10) for event, i in zip(events, places, strict=True)]
+
     def scores(self, answers: Sequence[Answers]) -> Scores:
         """The results of several answers, one after the other, as columns."""
         parts = [(part.batch.outcomes, slice(part.start, part.stop)) for part in answers]

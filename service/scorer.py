@@ -25,6 +25,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple, cast
 
+import msgspec
 import numpy as np
 import structlog
 from msgspec.structs import replace
@@ -35,7 +36,7 @@ from service.batcher import Batcher
 from service.copies import Copies
 from service.detector import Detector
 from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
-from service.events import Columns, Delivery, Event, Lease, Parsed, Readings, Result
+from service.events import Columns, Delivery, Event, Lease, Parsed, Published, Readings, Result
 from service.features import parse, parse_columns
 from service.feed import Feed
 from service.metrics import Metrics
@@ -44,7 +45,7 @@ from service.reorder import Reorder
 from service.results import Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advancing
 from service.silence import Sweeper, waits
-from service.state import EXPIRED, SILENT, Loaded, Origin, Rows, StateCodec
+from service.state import EXPIRED, SILENT, Loaded, Origin, Rows, StateCodec, event_key
 from service.stores import FENCED, LOST, WRITTEN, StateStore, Write
 
 ATTEMPTS = 3
@@ -61,6 +62,9 @@ COUNT_SECONDS = 1.0
 _KINDS = list(Kind)
 _DONE, _TOLD = int(Kind.LATE), (int(Kind.SCORED), int(Kind.LATE))
 """Kinds up to which a queue's event is done with, and those that have a result of their own."""
+
+_PUBLISHED = (*_TOLD, int(Kind.DUPLICATE))
+_encoder = msgspec.json.Encoder()
 
 log = structlog.get_logger(__name__)
 
@@ -220,11 +224,15 @@ class Scorer:
         event_ids = [columns.event_ids[i] for i in places.tolist()]
         return Scored([parsed.stream_ids[i] for i in done.tolist()], event_ids, timestamp, places, scores, errors)
 
-    async def consume(self, deliveries: Sequence[Delivery], sender: str = "") -> list[Kind | ItemError]:
+    async def consume(
+        self, deliveries: Sequence[Delivery], sender: str = "", *, replies: bool = False
+    ) -> tuple[list[Kind | ItemError], list[Published]]:
         """Score events of queues, at most MAX_BATCH, each partition's in its order; what became of each, or why it cannot be used.
 
         Where a delivery has a lease, its result is in the output stream by now and its entry is acknowledged, unless it is CONFLICT (send
-        it again before any later event of its stream) or FENCED (its partition is another replica's). Raises as `score` does.
+        it again before any later event of its stream) or FENCED (its partition is another replica's). With `replies` also the results to
+        publish, in order: of events that are scored or late, and the stored ones of those that were delivered again, as far as they are
+        at hand. Raises as `score` does.
         """
         if self._held:
             raise StoreUnavailable("The policy has not been read from the state store yet.")
@@ -232,16 +240,32 @@ class Scorer:
         parsed, errors = parse(events, manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
         kept = [delivery for i, delivery in enumerate(deliveries) if i not in errors]
         arrivals = [time if timed else delivery.arrived for time, timed, delivery in zip(parsed.timestamp, parsed.timed, kept, strict=True)]
+        keys = [key or _position_key(delivery) for key, delivery in zip(parsed.key, kept, strict=True)] if replies else parsed.key
         # Past the reorder buffer: positions are only exact where a partition is scored in its own order.
-        done = await self._batcher.submit(self._pieces(changed(parsed, timestamp=arrivals, deliveries=kept)), sender)
-        kinds: list[Kind] = []
-        for answers in done:
-            if isinstance(answers, Exception):
-                raise answers
-            kinds += [_KINDS[kind] for kind in answers.kinds]
-        of_parsed = iter(kinds)
+        done = await self._batcher.submit(self._pieces(changed(parsed, timestamp=arrivals, key=keys, deliveries=kept)), sender)
+        answers = [self._answered(answer) for answer in done]
+        of_parsed = iter([_KINDS[kind] for answer in answers for kind in answer.kinds])
         became = [errors[i] if i in errors else next(of_parsed) for i in range(len(deliveries))]
-        return [self._failure(events[i].stream_id or "", kind) if kind is Kind.REFUSED else kind for i, kind in enumerate(became)]
+        kinds: list[Kind | ItemError] = [
+            self._failure(events[i].stream_id or "", kind) if kind is Kind.REFUSED else kind for i, kind in enumerate(became)
+        ]
+        return kinds, self._published(kept, answers) if replies else []
+
+    def _answered(self, answer: Answers | Exception) -> Answers:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _published(self, deliveries: Sequence[Delivery], answers: Sequence[Answers]) -> list[Published]:
+        """Results of those that have one of their own."""
+        results, start = [], 0
+        for answer in answers:
+            some = deliveries[start : start + len(answer.kinds)]
+            told = [i for i, kind in enumerate(answer.kinds) if kind in _PUBLISHED]
+            for i, reply in zip(told, self._replies.picked([some[i].event for i in told], answer, told), strict=True):
+                results.append(Published(reply.stream_id, _result_id(reply, some[i]), _encoder.encode(reply)))
+            start += len(answer.kinds)
+        return results
 
     async def stream(self, stream_id: str) -> Result:
         """The last result of a stream. Raises UnknownStream."""
@@ -506,6 +530,8 @@ class Scorer:
         Such an event sent again cannot be told from a new one by its age.
         """
         ageless = (readings.key != 0) & ~readings.timed & (readings.sequence < 0)
+        if readings.place is not None:  # a position tells it
+            ageless &= readings.place["source"] == 0
         return await self._load_trails(np.unique(slots[ageless & (loaded.rows["trail_until"][slots] > self._clock())]), stream_ids)
 
     async def _answer_from_trails(
@@ -613,6 +639,17 @@ class Scorer:
                 log.warning("stream_started_afresh", stream_id=stream_ids[slot], model=self.detector.name, reason=origin.name.lower())
 
 
+def _position_key(delivery: Delivery) -> int:
+    """Identity of an event that has none but its place in a queue: its stored result is found by it."""
+    return event_key(f"{delivery.source}/{delivery.position}", None) if delivery.source and delivery.lease is None else 0
+
+
+def _result_id(reply: Result, delivery: Delivery) -> str:
+    """Of a late event's result too, whose stream has a result of that version already."""
+    about = f"/late/{reply.event_id or f'{delivery.source}-{delivery.position}'}" if reply.late else ""
+    return f"{reply.model}/{reply.stream_id}/{reply.state_version}{about}"
+
+
 def _goes_on(parts: Iterator[None]) -> bool:
     """Compute the next part; whether there may be another."""
     try:
@@ -627,5 +664,5 @@ def _known(trails: dict[int, Rows], slots: Positions, key: NDArray[np.uint64]) -
     known = np.zeros(len(slots), np.bool_)
     for slot, records in trails.items():
         here = slots == slot
-        known[here] = np.isin(key[here], records["key"])
+        known[here] = np.isin(key[here], records["key"][records["key"] != 0])
     return known

@@ -63,6 +63,8 @@ class Settings(BaseSettings):
     """How long an event may be held for earlier ones of its stream that come after it, and its request with it; 0 = not at all."""
     reorder_events: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Events of one stream held at most."""
+    sources: str = ""
+    """Queues that events come from: a JSON list, or a file with a YAML or JSON list (docs/queues.md)."""
     streams_input: str = ""
     """Key of a Redis Stream of events in the store's server (docs/queues.md), such as onset:events; empty = none is read."""
     streams_output: Annotated[str, Field(min_length=1)] = "onset:results"

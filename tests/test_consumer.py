@@ -7,19 +7,24 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from service.bodies import from_fields
 from service.consumer import FUSE_ENTRIES, FUSE_WINDOW, Consumer, Fuse
 from service.detector import Detector
 from service.errors import BadEvent, Fenced, ItemError, StoreUnavailable
-from service.events import Delivery, Event
+from service.events import Delivery, Event, Published, Result
+from service.mapping import Mapper
 from service.metrics import Metrics
 from service.policy import Policy
 from service.rounds import Kind
 from service.scorer import Limits, Scorer
 from service.sources import Batch, Message, Settlement
+from service.sources.options import Payload
 from service.stores.memory import MemoryStore
+
+MAPPER = Mapper(Payload(), max_events=100)
 
 
 def test_a_flat_entry_is_an_event_and_what_is_no_field_of_one_is_a_feature() -> None:
@@ -75,8 +80,13 @@ class Line:
     """A source of our own: one partition outside the store, in memory."""
 
     name = "line"
+    publishes = True
 
-    def __init__(self) -> None:
+    def __init__(self, source: int = 7) -> None:
+        self.source = source
+        self.position = 0
+        self.published: list[Published] = []
+        self.publish_failures: list[Exception] = []
         self.waiting: asyncio.Queue[Batch] = asyncio.Queue()
         self.settled: list[tuple[Batch, Settlement]] = []
         self.abandoned: list[Batch] = []
@@ -87,6 +97,11 @@ class Line:
 
     async def receive(self) -> Batch:
         return await self.waiting.get()
+
+    async def publish(self, batch: Batch, results: Sequence[Published]) -> None:
+        if self.publish_failures:
+            raise self.publish_failures.pop(0)
+        self.published += results
 
     async def settle(self, batch: Batch, settlement: Settlement) -> None:
         if self.failures:
@@ -102,12 +117,19 @@ class Line:
     async def close(self) -> None:
         self.closed = True
 
-    def put(self, *contents: Any) -> None:
-        messages = [
-            Message(b"%d" % i, i, 1.7e9 + i, {b"event": content if isinstance(content, bytes) else json.dumps(content).encode()})
-            for i, content in enumerate(contents)
-        ]
-        self.waiting.put_nowait(Batch("line-0", 7, messages))
+    def put(self, *contents: Any) -> Batch:
+        messages = []
+        for i, content in enumerate(contents):
+            payload = content if isinstance(content, bytes) else json.dumps(content).encode()
+            messages.append(Message(b"%d" % i, self.position, 1.7e9 + self.position, payload))
+            self.position += 1
+        batch = Batch("line-0", self.source, messages)
+        self.waiting.put_nowait(batch)
+        return batch
+
+    def results(self) -> list[tuple[str, int, bool]]:
+        results = [msgspec.json.decode(published.content, type=Result) for published in self.published]
+        return [(result.stream_id, result.state_version, result.duplicate) for result in results]
 
     async def until(self, count: int, what: Sequence[Any]) -> None:
         async with asyncio.timeout(10):
@@ -120,15 +142,19 @@ class Trying(Scorer):
 
     conflicts = 0
 
-    async def consume(self, deliveries: Sequence[Delivery], sender: str = "") -> list[Kind | ItemError]:
+    async def consume(
+        self, deliveries: Sequence[Delivery], sender: str = "", *, replies: bool = False
+    ) -> tuple[list[Kind | ItemError], list[Published]]:
         if any(delivery.event.values == {"value": 13.0} for delivery in deliveries):
             raise ZeroDivisionError("a bug")
         if self.conflicts:
             self.conflicts -= 1
             lost = [delivery for delivery in deliveries if delivery.event.stream_id == "hot"]
-            rest = iter(await super().consume([delivery for delivery in deliveries if delivery not in lost], sender))
-            return [Kind.CONFLICT if delivery in lost else next(rest) for delivery in deliveries]
-        return await super().consume(deliveries, sender)
+            kept = [delivery for delivery in deliveries if delivery not in lost]
+            kinds, results = await super().consume(kept, sender, replies=replies)
+            rest = iter(kinds)
+            return [Kind.CONFLICT if delivery in lost else next(rest) for delivery in deliveries], results
+        return await super().consume(deliveries, sender, replies=replies)
 
 
 @pytest.fixture
@@ -142,7 +168,7 @@ async def scorer(tiny_detector: Detector) -> AsyncIterator[Trying]:
 @pytest.fixture
 async def line(scorer: Trying) -> AsyncIterator[Line]:
     line = Line()
-    consumer = Consumer(line, scorer, Metrics(), fuse=0.9, max_events=100)
+    consumer = Consumer(line, scorer, Metrics(), MAPPER, fuse=0.9, fuse_seconds=0.05)
     await consumer.start()
     yield line
     await consumer.stop(5)
@@ -195,7 +221,7 @@ async def test_a_stop_hands_back_what_could_not_be_finished(tiny_detector: Detec
     held = Scorer(tiny_detector, Policy(), MemoryStore(state_ttl=60, result_ttl=60), Metrics(), Limits(), held=True)
     held.start()
     line = Line()
-    consumer = Consumer(line, held, Metrics(), fuse=0.9, max_events=100)
+    consumer = Consumer(line, held, Metrics(), MAPPER, fuse=0.9)
     await consumer.start()
     line.put(event(1))
     await asyncio.sleep(0.1)
@@ -203,3 +229,62 @@ async def test_a_stop_hands_back_what_could_not_be_finished(tiny_detector: Detec
     assert len(line.abandoned) == 1
     assert (line.settled, line.closed) == ([], True)
     await held.drain(1)
+
+
+async def test_results_are_published_in_order_before_their_entries_are_acknowledged(line: Line) -> None:
+    line.publish_failures = [StoreUnavailable("down"), StoreUnavailable("down")]
+    line.put(event(1), event(2, "b"), b"nonsense", event(3))
+    await line.until(1, line.settled)
+    assert line.results() == [("a", 1, False), ("b", 1, False), ("a", 2, False)]
+    assert [published.id for published in line.published] == ["tiny/a/1", "tiny/b/1", "tiny/a/2"]
+
+
+async def test_what_is_delivered_again_is_published_again_with_the_same_numbers_and_scored_once(
+    line: Line, scorer: Trying, tiny_detector: Detector
+) -> None:
+    batch = line.put(*(event(value, stream) for value in range(20, 50) for stream in ("a", "b")), event(1, "once"))
+    await line.until(1, line.settled)
+    before = list(line.published)
+    line.waiting.put_nowait(batch)  # as after a crash between the commit and the acknowledgement
+    await line.until(2, line.settled)
+    again = line.published[len(before) :]
+    assert [published.id for published in again] == [published.id for published in before]
+    assert [_numbers(published) for published in again] == [_numbers(published) for published in before]
+    assert (await scorer.stream("a")).state_version == 30
+
+
+def _numbers(published: Published) -> Result:
+    return msgspec.structs.replace(msgspec.json.decode(published.content, type=Result), duplicate=False)
+
+
+async def test_events_without_positions_are_told_apart_by_their_own_identity_alone(scorer: Trying) -> None:
+    line = Line(source=0)
+    consumer = Consumer(line, scorer, Metrics(), MAPPER, fuse=0.9)
+    await consumer.start()
+    batch = line.put(event(1) | {"event_id": "x"}, event(2), event(3) | {"event_id": "y"})
+    await line.until(1, line.settled)
+    line.waiting.put_nowait(batch)
+    await line.until(2, line.settled)
+    await consumer.stop(5)
+    assert line.results() == [("a", 1, False), ("a", 2, False), ("a", 3, False), ("a", 1, True), ("a", 4, False), ("a", 3, True)]
+
+
+async def test_a_batch_that_the_fuse_holds_is_published_once_however_often_it_is_looked_at(scorer: Trying) -> None:
+    line = Line()
+    metrics = Metrics()
+    consumer = Consumer(line, scorer, metrics, MAPPER, fuse=0.5, fuse_seconds=0.02)
+    await consumer.start()
+    batch = line.put(event(1), *[b"nonsense"] * FUSE_ENTRIES, event(2))
+    for looks in range(1, 4):
+        await line.until(looks, line.abandoned)
+        line.waiting.put_nowait(batch)
+    await consumer.stop(5)
+    assert line.results() == [("a", 1, False), ("a", 2, False)]
+    assert line.settled == []
+
+
+async def test_a_late_event_is_published_as_late_under_an_identity_of_its_own(line: Line) -> None:
+    line.put(event(1) | {"timestamp": 1.7e9 + 5}, event(2) | {"timestamp": 1.7e9 + 1}, event(3) | {"timestamp": 1.7e9 + 2})
+    await line.until(1, line.settled)
+    assert len({published.id for published in line.published}) == 3
+    assert [msgspec.json.decode(published.content)["late"] for published in line.published] == [False, True, True]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from service.detector import Detector
-from service.errors import BadEvent, StoreUnavailable, TooManyStreams
+from service.errors import BadEvent, ItemError, StoreUnavailable, TooManyStreams
 from service.events import Delivery, Event, Lease, Result
 from service.metrics import Metrics
 from service.policy import Policy
@@ -45,6 +45,10 @@ async def scorer(tiny_detector: Detector, store: MemoryStore) -> AsyncIterator[S
     await running.drain(5)
 
 
+async def kinds(scorer: Scorer, items: Sequence[Delivery]) -> list[Kind | ItemError]:
+    return (await scorer.consume(items))[0]
+
+
 def event(i: int, stream: str = "s", **fields: Any) -> Event:
     value = float(np.random.default_rng(i).normal())
     return msgspec.convert({"stream_id": stream, "values": {"value": value}, "timestamp": 1e9 + i} | fields, Event)
@@ -75,8 +79,8 @@ async def test_what_is_published_is_what_rest_would_have_answered_and_its_entrie
 ) -> None:
     items = [one for i in range(20) for one in (delivery(event(i, "a"), 2 * i), delivery(event(i, "b"), 2 * i + 1))]
     pend(store, [*items, delivery(event(99), 99)])
-    assert await scorer.consume(items[:25]) == [Kind.SCORED] * 25
-    assert await scorer.consume(items[25:]) == [Kind.SCORED] * 15
+    assert await kinds(scorer, items[:25]) == [Kind.SCORED] * 25
+    assert await kinds(scorer, items[25:]) == [Kind.SCORED] * 15
     assert pending(store) == [b"99-0"]
     alone = make(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60))
     answers = await alone.score([item.event for item in items])
@@ -93,30 +97,30 @@ async def test_an_event_at_or_before_its_streams_position_is_never_stepped_nor_p
 ) -> None:
     [one, two, three] = [delivery(event(5, **fields), position) for position in (2**94, 2**94 + 1, 2**94 + 2**32)]
     other = delivery(event(5, "other"), 2**94 + 3)
-    await scorer.consume([one, two, other])
+    await kinds(scorer, [one, two, other])
     results, [state] = list(store.results), await store.load("tiny", ["s"])
     again = [one._replace(entry=b"8-0"), two._replace(entry=b"9-0")]
     pend(store, again)
-    assert all(kind in (Kind.DUPLICATE, Kind.REPEATED) for kind in await scorer.consume(again))
+    assert all(kind in (Kind.DUPLICATE, Kind.REPEATED) for kind in await kinds(scorer, again))
     assert (store.results, pending(store)) == (results, [])
     assert await store.load("tiny", ["s"]) == [state]
     if not fields.get("event_id"):
-        assert await scorer.consume([three]) == [Kind.SCORED]
+        assert await kinds(scorer, [three]) == [Kind.SCORED]
 
 
 async def test_a_position_in_another_partition_says_nothing_and_rest_leaves_it_alone(scorer: Scorer, store: MemoryStore) -> None:
-    await scorer.consume([delivery(event(1), 1000)])
+    await kinds(scorer, [delivery(event(1), 1000)])
     await scorer.score([event(2)])
-    assert await scorer.consume([delivery(event(2), 1000)]) == [Kind.REPEATED]
-    assert await scorer.consume([delivery(event(3), 5, source=7)]) == [Kind.SCORED]
+    assert await kinds(scorer, [delivery(event(2), 1000)]) == [Kind.REPEATED]
+    assert await kinds(scorer, [delivery(event(3), 5, source=7)]) == [Kind.SCORED]
     assert (await scorer.stream("s")).state_version == 3
 
 
 async def test_a_late_event_is_published_as_late_and_acknowledged(scorer: Scorer, store: MemoryStore) -> None:
     items = [delivery(event(10), 1), delivery(event(3), 2), delivery(event(4), 3)]
     pend(store, items)
-    assert await scorer.consume(items[:2]) == [Kind.SCORED, Kind.LATE]
-    assert await scorer.consume(items[2:]) == [Kind.LATE]
+    assert await kinds(scorer, items[:2]) == [Kind.SCORED, Kind.LATE]
+    assert await kinds(scorer, items[2:]) == [Kind.LATE]
     assert [(result.timestamp, result.late, result.p_value) for result in published(store)][1:] == [
         (1e9 + 3, True, None),
         (1e9 + 4, True, None),
@@ -129,14 +133,14 @@ async def test_a_repeated_id_is_acknowledged_and_not_published_again(scorer: Sco
     first = [delivery(event(i, event_id=f"e{i}"), i) for i in range(20)]
     again = [delivery(event(i, event_id=f"e{i}"), 100 + i) for i in range(20)]
     pend(store, [*first, *again])
-    assert await scorer.consume(first) == [Kind.SCORED] * 20
-    assert set(await scorer.consume(again)) <= {Kind.DUPLICATE, Kind.REPEATED}
+    assert await kinds(scorer, first) == [Kind.SCORED] * 20
+    assert set(await kinds(scorer, again)) <= {Kind.DUPLICATE, Kind.REPEATED}
     assert len(store.results) == 20
     assert pending(store) == []
 
 
 async def test_an_event_without_a_time_has_that_of_its_arrival_in_the_queue(scorer: Scorer, store: MemoryStore) -> None:
-    await scorer.consume([delivery(event(1, timestamp=None), 1), delivery(event(2), 2)])
+    await kinds(scorer, [delivery(event(1, timestamp=None), 1), delivery(event(2), 2)])
     assert [result.timestamp for result in published(store)] == [NOW - 5, 1e9 + 2]
     assert [result.late for result in published(store)] == [False, True]
 
@@ -147,8 +151,8 @@ async def test_under_a_lost_lease_nothing_is_written_and_rest_events_of_the_same
     items = deliveries([1, 2])
     pend(store, items)
     store.leases[LEASE.key] = b"you#2"
-    kinds, answers = await asyncio.gather(scorer.consume(items), scorer.score([event(3), event(4, "other")]))
-    assert kinds == [Kind.FENCED, Kind.FENCED]
+    became, answers = await asyncio.gather(kinds(scorer, items), scorer.score([event(3), event(4, "other")]))
+    assert became == [Kind.FENCED, Kind.FENCED]
     assert [answer.state_version for answer in answers if isinstance(answer, Result)] == [1, 1]
     assert (store.results, len(pending(store))) == ([], 2)
 
@@ -167,7 +171,7 @@ async def test_all_events_of_a_stream_that_loses_every_race_are_to_be_sent_again
     scorer = make(tiny_detector, store)
     items = [delivery(event(i, name), i) for i, name in enumerate(["hot", "cool", "hot"])]
     pend(store, items)
-    assert await scorer.consume(items) == [Kind.CONFLICT, Kind.SCORED, Kind.CONFLICT]
+    assert await kinds(scorer, items) == [Kind.CONFLICT, Kind.SCORED, Kind.CONFLICT]
     assert pending(store) == [b"0-0", b"2-0"]
     await scorer.drain(1)
 
@@ -181,7 +185,7 @@ async def test_bad_events_are_named_in_their_place_and_not_acknowledged(tiny_det
         delivery(event(4, "one too many"), 4),
     ]
     pend(store, items)
-    first, second, third, fourth = await scorer.consume(items)
+    first, second, third, fourth = await kinds(scorer, items)
     assert (first, third) == (Kind.SCORED, Kind.SCORED)
     assert isinstance(second, BadEvent)
     assert (second.field, second.value) == ("values.speed", "1.0")
@@ -192,8 +196,8 @@ async def test_bad_events_are_named_in_their_place_and_not_acknowledged(tiny_det
 
 async def test_events_of_a_queue_outside_the_store_are_neither_published_nor_acknowledged(scorer: Scorer, store: MemoryStore) -> None:
     items = [delivery(event(i), i, lease=None) for i in range(3)]
-    assert await scorer.consume(items) == [Kind.SCORED] * 3
-    assert await scorer.consume(items) == [Kind.REPEATED] * 3
+    assert await kinds(scorer, items) == [Kind.SCORED] * 3
+    assert await kinds(scorer, items) == [Kind.REPEATED] * 3
     assert store.results == []
 
 
@@ -201,5 +205,5 @@ async def test_nothing_is_consumed_before_the_policy_is_known(tiny_detector: Det
     scorer = Scorer(tiny_detector, Policy(), store, Metrics(), Limits(), lambda: NOW, held=True)
     scorer.start()
     with pytest.raises(StoreUnavailable, match="policy"):
-        await scorer.consume(deliveries([1]))
+        await kinds(scorer, deliveries([1]))
     await scorer.drain(1)

@@ -1,12 +1,16 @@
 """Where events come from besides HTTP. One protocol for queues, interchangeable implementations; `consumer.py` is the door they lead to.
 
-    receive ─► Batch ─► (consumer: parse, score, retry) ─► settle     its entries are done; some became dead letters
+    receive ─► Batch ─► (consumer: parse, score, retry) ─► publish    the results of a part of it, where the queue takes results
+                                                        ├► settle     its entries are done; some became dead letters
                                                         └► abandon    its partition is no longer ours, or we stop: whoever owns it
                                                                       next gets them again
 
 A batch is of one partition, in its order, and the next one of that partition is handed out only once it is settled or abandoned. So a
 stream whose events all go to one partition is scored in order, and a slow consumer pauses what it has not yet asked for: back-pressure
 is not to receive.
+
+What is delivered again is known by its position where the queue has such (it rises within a partition for ever), and otherwise by the
+event's own identity. Results are out before the entries are acknowledged, at least once: a result's id is the same each time.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from service.errors import ItemError
-from service.events import Lease
+from service.events import Lease, Published
 
 MAX_EVENTS = 2**16
 """Of one entry: the last bits of an event's position."""
@@ -26,16 +30,22 @@ POSITIONS = 2**79
 
 @dataclass(frozen=True)
 class Message:
-    """One entry of a queue."""
+    """One entry of a queue, as sent."""
 
     id: bytes
     """As the queue names it."""
     position: int
-    """Rises within the partition for ever; below POSITIONS, or the entry cannot be used."""
+    """Rises within the partition for ever; below POSITIONS, or the entry cannot be used. 0 where the queue has no positions."""
     arrived: float
     """When it came to the queue, seconds since 1970."""
-    fields: Mapping[bytes, bytes]
-    """As sent. `event` is an event in JSON or several (an array, NDJSON); without it the fields are those of one event, flat."""
+    payload: bytes | None
+    """One event or several; None = the headers are the fields of one event, flat."""
+    headers: Mapping[bytes, bytes] = field(default_factory=dict)
+    """By name; what a queue calls headers, properties or fields."""
+    key: str | None = None
+    """Names the stream where neither the payload nor the mapping does: Kafka's message key."""
+    topic: str = ""
+    """Topic, subject or routing key it was sent to."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Batch:
 
     partition: str
     source: int
-    """Identity of the partition, 32 bits, not 0."""
+    """Identity of the partition, 32 bits; 0 = its messages have no positions, and only the events' own identities tell them apart."""
     messages: Sequence[Message]
     lease: Lease | None = None
     """Where the queue lies in the state store: entries of one event are acknowledged, and results published, by the commit itself."""
@@ -73,6 +83,8 @@ class Source(Protocol):
 
     name: str
     """As metrics and logs call it."""
+    publishes: bool
+    """Whether `publish` takes results; not where the commit publishes them (Batch.lease), nor without an output."""
 
     async def open(self) -> None:
         """Start to listen; returns at once, also while the queue does not answer."""
@@ -80,8 +92,11 @@ class Source(Protocol):
     async def receive(self) -> Batch:
         """The next batch of any partition that has none under way; waits for one."""
 
+    async def publish(self, batch: Batch, results: Sequence[Published]) -> None:
+        """Results of some of its events, in order; the queue has them when this returns. Raises Fenced where it is not ours."""
+
     async def settle(self, batch: Batch, settlement: Settlement) -> None:
-        """Write the dead letters and acknowledge all entries, in one step where the queue can. Raises Fenced where they are not ours."""
+        """Write the dead letters, then acknowledge all entries; in one step where the queue can. Raises Fenced where they are not ours."""
 
     def abandon(self, batch: Batch) -> None:
         """Its entries are to be delivered again."""

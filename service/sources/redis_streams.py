@@ -39,7 +39,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from service import tasks
 from service.errors import Fenced, StoreUnavailable
-from service.events import Lease
+from service.events import Lease, Published
 from service.metrics import Metrics
 from service.sources import POSITIONS, Batch, Letter, Message, Settlement
 
@@ -52,6 +52,8 @@ BLOCK_MS = 2000
 FIRST_BACKOFF, MAX_BACKOFF = 0.05, 2.0
 MS_BITS, SEQUENCE_BITS = 43, 36
 """Of an entry's id within its position: milliseconds up to the year 2248."""
+EVENT = b"event"
+"""The field with one event or several; without it the fields are those of one."""
 EARLIEST_MS = 10**12
 """Ids from here on (2001) are times, as `*` makes them."""
 
@@ -99,10 +101,13 @@ class Streams:
 class RedisStreams:
     """Implements Source. `clock` gives seconds since 1970."""
 
-    name = "redis_streams"
+    publishes = False
 
-    def __init__(self, url: str, streams: Streams, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, url: str, streams: Streams, metrics: Metrics, clock: Callable[[], float] = time.time, *, name: str = "redis_streams"
+    ) -> None:
         """`url` as redis-py takes it; the server must be the state store's."""
+        self.name = name
         self._streams, self._metrics, self._clock = streams, metrics, clock
         self._pool = redis.BlockingConnectionPool.from_url(
             url,
@@ -132,6 +137,9 @@ class RedisStreams:
 
     async def receive(self) -> Batch:
         return await self._ready.get()
+
+    async def publish(self, batch: Batch, results: Sequence[Published]) -> None:
+        raise RuntimeError("Results of Redis Streams are published by the commit: this is a bug.")
 
     async def settle(self, batch: Batch, settlement: Settlement) -> None:
         lease = _lease_of(batch)
@@ -429,7 +437,8 @@ def _message(entry: Any, clock: Callable[[], float]) -> Message:
     fits = time_ms < 1 << MS_BITS and number < 1 << SEQUENCE_BITS
     position = time_ms << SEQUENCE_BITS | number if fits else POSITIONS
     arrived = time_ms / 1000 if time_ms >= EARLIEST_MS else clock()
-    return Message(id_, position, arrived, dict(zip(fields[::2], fields[1::2], strict=True)))
+    headers = dict(zip(fields[::2], fields[1::2], strict=True))
+    return Message(id_, position, arrived, headers.pop(EVENT, None), headers)
 
 
 def _letter(batch: Batch, letter: Letter) -> list[Any]:
@@ -444,7 +453,8 @@ def _letter(batch: Batch, letter: Letter) -> list[Any]:
     }
     if letter.index is not None:
         about["index"] = str(letter.index)
-    parts: list[Any] = [part for name_value in message.fields.items() for part in name_value]
+    parts: list[Any] = [part for name_value in message.headers.items() for part in name_value]
+    parts += [] if message.payload is None else [EVENT, message.payload]
     parts += [part for name, value in about.items() for part in (f"onset_{name}".encode(), value)]
     return [len(parts), *parts]
 

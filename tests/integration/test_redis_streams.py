@@ -14,13 +14,16 @@ import pytest
 from redis.crc import key_slot
 
 from service.app import Service
+from service.consumer import Consumer
 from service.detector import Detector
 from service.errors import BadSetting, Fenced, StoreUnavailable
 from service.events import Delivery, Event
+from service.mapping import Mapper
 from service.metrics import Metrics
 from service.rounds import Kind
 from service.settings import Settings
 from service.sources import Batch, Settlement
+from service.sources.options import Payload
 from service.sources.redis_streams import RedisStreams, Streams
 from tests.queues import Queue, in_order, queue, recorded, uninterrupted
 from tests.servers import Valkey
@@ -122,7 +125,7 @@ async def test_what_cannot_be_used_is_a_dead_letter_with_the_reason_and_its_neig
         zip(
             [entry.decode() for entry in ids],
             [
-                ("event", '"nonsense"'),
+                ("payload", '"nonsense"'),
                 ("values.value", '"hot"'),
                 ("values.speed", "2.0"),
                 ("values.value", '"warm"'),
@@ -139,6 +142,21 @@ async def test_what_cannot_be_used_is_a_dead_letter_with_the_reason_and_its_neig
     assert [result.state_version for result in await q.results()] == list(range(1, 23))
     await q.until(lambda: metric(service, "source_dead_lettered_total") == 6)
     await q.until(lambda: outcomes(service) == {"scored": 22, "rejected": 6})
+
+
+async def test_two_declared_sources_are_read_each_by_its_own_mapping(replicas: Replicas, q: Queue) -> None:
+    mapped = {"stream_id": "{line}/{sensor}", "timestamp": "at", "timestamp_unit": "ms", "values": {"value": "reading.t"}}
+    declared = [{"type": "redis_streams", "name": "mapped", "key": "a", "payload": mapped}, {"type": "redis_streams", "key": "b"}]
+    service = await replicas.start(streams_input="", sources=json.dumps(declared))
+    await q.add({"line": 7, "sensor": "t1", "at": 1.7e12 + 500, "reading": {"t": 3}}, {"line": 7}, key="a")
+    await q.add({"stream_id": "plain", "values": {"value": 1}}, key="b")
+    await q.empty("a", "b")
+    found = {result.stream_id: result.timestamp for result in await q.results()}
+    assert found["7/t1"] == 1_700_000_000.5
+    assert set(found) == {"7/t1", "plain"}
+    assert [letter["onset_field"] for letter in await q.dead()] == ["sensor"]
+    await q.until(lambda: metric(service, "source_acknowledged_total", source="mapped") == 2)
+    assert metric(service, "source_acknowledged_total") == 1
 
 
 async def test_an_id_that_no_position_can_hold_is_a_dead_letter(replicas: Replicas, q: Queue) -> None:
@@ -258,7 +276,7 @@ async def test_who_lost_a_lease_can_neither_read_nor_commit_nor_settle(replicas:
     event = Event(stream_id="a", values={"value": 1.0})
     delivery = Delivery(event, batch.source, message.position, message.arrived, batch.lease, message.id)
     [scorer] = service.scorers.values()
-    assert await scorer.consume([delivery]) == [Kind.FENCED]
+    assert await scorer.consume([delivery]) == ([Kind.FENCED], [])
     with pytest.raises(Fenced, match="another replica"):
         await zombie.settle(batch, Settlement())
     zombie.abandon(batch)
@@ -294,11 +312,10 @@ async def test_the_fuse_pauses_a_partition_instead_of_emptying_it_into_the_dead_
 async def test_a_paused_partition_goes_on_once_the_bad_entries_are_gone(
     empty_server: str, tiny_model_path: Path, q: Queue, replicas: Replicas
 ) -> None:
-    from service.consumer import Consumer
-
     service = await replicas.start(streams_input="other")
     source = RedisStreams(empty_server, Streams(), service.metrics)
-    consumer = Consumer(source, next(iter(service.scorers.values())), service.metrics, fuse=0.5, max_events=1000, fuse_seconds=0.2)
+    mapper = Mapper(Payload(), max_events=1000)
+    consumer = Consumer(source, next(iter(service.scorers.values())), service.metrics, mapper, fuse=0.5, fuse_seconds=0.2)
     bad = [await q.client.xadd(KEY, {"event": "nonsense"}) for _ in range(150)]
     await q.add({"stream_id": "a", "values": {"value": 1.0}})
     await consumer.start()
@@ -365,7 +382,7 @@ async def test_a_key_of_another_kind_is_told(empty_server: str, q: Queue) -> Non
 
 
 async def test_a_model_that_is_not_loaded_is_refused_by_name(replicas: Replicas) -> None:
-    with pytest.raises(BadSetting, match="ONSET_STREAMS_MODEL is 'none'"):
+    with pytest.raises(BadSetting, match="names the model 'none'"):
         await replicas.start(streams_model="none")
 
 

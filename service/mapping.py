@@ -1,0 +1,373 @@
+"""Messages of queues → events, as declared once for all kinds of queues (sources/options.py): which field is the stream, the time, a value.
+
+    format       what the payload is written in; `cloudevents`: the event's data is the payload, its attributes are `ce.…`
+    plain        with nothing declared a message is one event or several as POST /v1/events takes them, decoded in one go
+    mapped       each item of the payload by itself: references are resolved, and the event is checked like any other
+
+What cannot be mapped is told by field and value; its neighbours in the same message are not touched.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from service.bodies import Format, checked, decode, decode_plain, from_fields, to_number
+from service.errors import BadBody, BadEvent, ItemError, OnsetError
+from service.events import MAX_NAME_LENGTH, Event, shown
+from service.sources import MAX_EVENTS, POSITIONS, Message
+from service.sources.options import Payload
+from service.sources.templates import Pattern, Template
+
+Items = Sequence[Event | ItemError]
+
+_FORMATS = {"json": Format.JSON, "ndjson": Format.NDJSON, "msgpack": Format.MSGPACK, "cloudevents": Format.JSON, "number": Format.JSON}
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+_PREFIXES = (b"ce_", b"ce-", b"cloudEvents_", b"cloudEvents:", b"")
+"""Of a CloudEvent's attributes in Kafka, NATS, AMQP (two ways) and MQTT."""
+_CONTENT_TYPES = (b"content-type", b"Content-Type", b"content_type")
+_OWN = ("stream_id", "timestamp", "values", "event_id", "sequence", "message")
+_MISSING: Any = object()
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What references of one event are resolved in."""
+
+    payload: Any
+    message: Message
+    levels: Mapping[str, str]
+    """Named parts of the topic."""
+    attributes: Mapping[str, Any]
+    """Of a CloudEvent."""
+
+
+Reader = Callable[[_Item], Any]
+"""The value of a reference, or _MISSING."""
+
+
+class Mapper:
+    """Reads events from the messages of one source. `max_events` is of one message."""
+
+    def __init__(self, payload: Payload, *, max_events: int) -> None:
+        self._payload = payload
+        self._max_events = min(max_events, MAX_EVENTS)
+        self._format = _FORMATS[payload.format]
+        self._pattern = Pattern(payload.topic) if payload.topic else None
+        self._stream_id = self._template("stream_id", payload.stream_id)
+        self._event_id = self._template("event_id", payload.event_id)
+        self._timestamp = self._optional("timestamp", payload.timestamp)
+        self._sequence = self._optional("sequence", payload.sequence)
+        self._values = self._values_of(payload.values)
+        self._own = {name: self._reader(name) for name in _OWN}
+
+    def events(self, message: Message) -> tuple[Items, bool]:
+        """The events of a message, or what is wrong with each; and whether it is one bare event. Raises OnsetError: nothing can be used."""
+        if message.position >= POSITIONS:
+            raise BadEvent(f"The entry's id {message.id.decode()} is beyond what a stream's state can hold.", "id", message.id.decode())
+        if self._payload.plain:
+            return self._plain(message)
+        levels = self._levels(message)
+        try:
+            items, bare = self._items(message, levels)
+        except BadBody as error:
+            raise BadEvent(error.detail.replace("The body", "The payload", 1), "payload", _start(message)) from error
+        return [item if isinstance(item, ItemError) else self._try(item) for item in items], bare
+
+    # ── one event ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _try(self, item: _Item) -> Event | ItemError:
+        try:
+            return self._event(item)
+        except ItemError as error:
+            return error
+
+    def _event(self, item: _Item) -> Event:
+        """Raises BadEvent."""
+        fields: dict[str, Any] = {}
+        if (stream_id := self._stream(item)) is not _MISSING:
+            fields["stream_id"] = stream_id
+        if (values := self._values(item)) is not _MISSING:
+            fields["values"] = values
+        if (time := self._time(item)) is not _MISSING:
+            fields["timestamp"] = time
+        if (event_id := self._identity(item)) is not _MISSING:
+            fields["event_id"] = event_id
+        sequence = self._sequence(item) if self._sequence else self._own["sequence"](item)
+        if sequence is not _MISSING:
+            fields["sequence"] = to_number(sequence) if isinstance(sequence, str) else sequence
+        if (line := self._own["message"](item)) is not _MISSING and not self._payload.values:
+            fields["message"] = line
+        try:
+            return msgspec.convert(fields, Event)
+        except (msgspec.ValidationError, OverflowError, RecursionError):
+            return checked(fields)
+
+    def _stream(self, item: _Item) -> Any:
+        if self._stream_id:
+            return self._stream_id(item)
+        for found in (self._own["stream_id"](item), item.attributes.get("subject", _MISSING), item.message.key):
+            if found is not _MISSING and found is not None:
+                return found
+        if item.attributes:
+            raise BadEvent("The CloudEvent has no subject to name its stream; declare stream_id.", "subject")
+        return _MISSING
+
+    def _identity(self, item: _Item) -> Any:
+        if self._event_id:
+            return self._event_id(item)
+        if item.attributes:
+            return _bounded(f"{item.attributes['source']} {item.attributes['id']}")
+        return self._own["event_id"](item)
+
+    def _time(self, item: _Item) -> Any:
+        found = self._timestamp(item) if self._timestamp else self._own["timestamp"](item)
+        if found is _MISSING or found is None:
+            return item.attributes.get("time", _MISSING)
+        number = to_number(found) if isinstance(found, str) else found
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            return found
+        return number / _PER_SECOND[self._payload.timestamp_unit] if self._payload.timestamp_unit != "s" else number
+
+    # ── what was declared ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _values_of(self, declared: str | Mapping[str, str]) -> Reader:
+        if isinstance(declared, str):
+            return self._object(declared) if declared else self._own_values
+        readers = {feature: (reference, self._reader(reference)) for feature, reference in declared.items()}
+
+        def values(item: _Item) -> Any:
+            found = {feature: _number_at(reference, reader(item)) for feature, (reference, reader) in readers.items()}
+            if all(number is _MISSING for number in found.values()):
+                raise BadEvent(f"None of {', '.join(declared.values())} is in the message.", next(iter(declared.values())))
+            return {feature: None if number is _MISSING else number for feature, number in found.items()}
+
+        return values
+
+    def _object(self, reference: str) -> Reader:
+        reader = self._reader(reference)
+
+        def values(item: _Item) -> Any:
+            found = reader(item)
+            if found is _MISSING or found is None:
+                raise BadEvent(f"{reference} is not in the message.", reference)
+            if not isinstance(found, dict):
+                return {self._payload.feature: _number_at(reference, found)}
+            return {feature: _number_at(f"{reference}.{feature}", number) for feature, number in found.items()}
+
+        return values
+
+    def _own_values(self, item: _Item) -> Any:
+        """What the payload has as `values`; a number by itself; of a CloudEvent, or fields of a queue, all that is there."""
+        content = item.payload
+        if not isinstance(content, dict):
+            return {self._payload.feature: _number_at(f"values.{self._payload.feature}", content)}
+        if "values" in content or (not item.attributes and item.message.payload is not None):
+            return content.get("values", _MISSING)
+        return {str(name): _number_at(str(name), value) for name, value in content.items() if name not in _OWN}
+
+    def _template(self, field: str, text: str) -> Reader | None:
+        if not text:
+            return None
+        template = Template(text)
+        readers = [(reference, self._reader(reference)) for reference in template.references]
+
+        def fill(item: _Item) -> str:
+            return template.filled(tuple(_text_at(field, reference, reader(item)) for reference, reader in readers))
+
+        return fill
+
+    def _optional(self, field: str, reference: str) -> Reader | None:
+        """A reader of what was declared, and so must be there."""
+        if not reference:
+            return None
+        reader = self._reader(reference)
+
+        def read(item: _Item) -> Any:
+            found = reader(item)
+            if found is _MISSING or found is None:
+                raise BadEvent(f"{field} is to be read from '{reference}', which is not in the message.", reference)
+            return found
+
+        return read
+
+    def _reader(self, reference: str) -> Reader:
+        """How a reference is resolved."""
+        if self._pattern and reference in self._pattern.names:
+            return lambda item: item.levels.get(reference, _MISSING)
+        if reference == "key":
+            return lambda item: _MISSING if item.message.key is None else item.message.key
+        if reference == "topic":
+            return lambda item: item.message.topic
+        root, _, rest = reference.partition(".")
+        if root == "headers" and rest:
+            return lambda item: _header(item.message, rest)
+        if root == "ce" and rest and self._payload.format == "cloudevents":
+            return lambda item: item.attributes.get(rest, _MISSING)
+        return _path(rest if root == "payload" and rest else reference)
+
+    # ── the items of a message ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _plain(self, message: Message) -> tuple[Items, bool]:
+        if message.payload is None:
+            return [from_fields(message.headers)], True
+        try:
+            items, bare = decode(message.payload, self._body_format(message.payload), max_events=self._max_events)
+        except ItemError:
+            raise
+        except OnsetError as error:
+            raise BadEvent(error.detail, "payload", _start(message)) from error
+        if message.key is not None:
+            items = [replace(item, stream_id=message.key) if isinstance(item, Event) and item.stream_id is None else item for item in items]
+        return items, bare
+
+    def _body_format(self, content: bytes) -> Format:
+        if self._format is Format.JSON and b"\n{" in content and content.lstrip()[:1] == b"{":
+            return Format.NDJSON
+        return self._format
+
+    def _levels(self, message: Message) -> Mapping[str, str]:
+        """Raises BadEvent."""
+        if self._pattern is None:
+            return {}
+        levels = self._pattern.match(message.topic)
+        if levels is None:
+            raise BadEvent(f"The topic {shown(message.topic)} does not match '{self._pattern.text}'.", "topic", shown(message.topic))
+        return levels
+
+    def _items(self, message: Message, levels: Mapping[str, str]) -> tuple[list[_Item | ItemError], bool]:
+        """Raises BadBody, TooLarge, BadEvent."""
+        if self._payload.format == "cloudevents":
+            return self._cloud_events(message, levels)
+        if message.payload is None:
+            fields = {_text(name): _text(value) for name, value in message.headers.items()}
+            return [_Item(fields, message, levels, {})], True
+        if self._payload.format == "number":
+            return [_Item(message.payload.decode(errors="replace").strip(), message, levels, {})], True
+        contents, bare = decode_plain(message.payload, self._body_format(message.payload), max_events=self._max_events)
+        return [content if isinstance(content, ItemError) else _Item(content, message, levels, {}) for content in contents], bare
+
+    def _cloud_events(self, message: Message, levels: Mapping[str, str]) -> tuple[list[_Item | ItemError], bool]:
+        payload = message.payload or b""
+        prefix = next((prefix for prefix in _PREFIXES if prefix + b"specversion" in message.headers), None)
+        if prefix is not None:
+            size = len(prefix)
+            attributes = {_text(name[size:]): _text(value) for name, value in message.headers.items() if name.startswith(prefix)}
+            attributes |= {"datacontenttype": _text(kind)} if (kind := _content_type(message)) else {}
+            return [_Item(_data(payload, attributes), message, levels, _required(attributes))], True
+        contents, bare = decode_plain(payload, Format.JSON, max_events=self._max_events)
+        return [self._structured(content, message, levels) for content in contents], bare
+
+    def _structured(self, content: Any, message: Message, levels: Mapping[str, str]) -> _Item | ItemError:
+        if not isinstance(content, dict) or "specversion" not in content:
+            return BadEvent("No CloudEvent: neither its headers nor its payload have a specversion.", "specversion", shown(content))
+        try:
+            attributes = _required({name: value for name, value in content.items() if name not in ("data", "data_base64")})
+            data = content.get("data")
+            if "data_base64" in content:
+                data = _data(base64.b64decode(content["data_base64"], validate=True), attributes)
+        except ItemError as error:
+            return error
+        except BadBody as error:
+            return BadEvent(error.detail.replace("The body", "The data", 1), "data_base64", shown(content["data_base64"]))
+        except (TypeError, ValueError, binascii.Error):
+            return BadEvent("data_base64 is not base64.", "data_base64", shown(content["data_base64"]))
+        return _Item(data, message, levels, attributes)
+
+
+def _required(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes, once they are those of a CloudEvent 1.0. Raises BadEvent."""
+    if not str(attributes["specversion"]).startswith("1."):
+        raise BadEvent(f"specversion is {shown(attributes['specversion'])}, not 1.0.", "specversion", shown(attributes["specversion"]))
+    for name in ("id", "source"):
+        if not isinstance(attributes.get(name), str) or not attributes[name]:
+            raise BadEvent(f"The CloudEvent has no {name}, which with its source makes its identity.", name, shown(attributes.get(name)))
+    return attributes
+
+
+def _data(content: bytes, attributes: Mapping[str, Any]) -> Any:
+    """A CloudEvent's data by its content type. Raises BadBody, BadEvent."""
+    kind = str(attributes.get("datacontenttype", "application/json")).partition(";")[0].strip().lower()
+    if kind in ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack"):
+        form = Format.MSGPACK
+    elif kind in ("application/json", "text/json", "text/plain") or kind.endswith("+json"):
+        form = Format.JSON
+    else:
+        raise BadEvent(f"datacontenttype is {shown(kind)}; data is read as JSON or msgpack.", "datacontenttype", shown(kind))
+    [data], bare = decode_plain(content, form, max_events=1)
+    if not bare:
+        raise BadEvent("The data of a CloudEvent is one event, not an array.", "data", shown(data))
+    return data
+
+
+def _bounded(identity: str) -> str:
+    """An identity as an event_id may hold it."""
+    if len(identity) <= MAX_NAME_LENGTH:
+        return identity
+    return hashlib.blake2b(identity.encode(errors="surrogatepass"), digest_size=32).hexdigest()
+
+
+def _path(dotted: str) -> Reader:
+    parts = dotted.split(".")
+    if len(parts) == 1:
+        [name] = parts
+        return lambda item: item.payload.get(name, _MISSING) if isinstance(item.payload, dict) else _MISSING
+
+    def walk(item: _Item) -> Any:
+        found = item.payload
+        for part in parts:
+            if isinstance(found, dict):
+                found = found.get(part, _MISSING)
+            elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+                found = found[int(part)]
+            else:
+                return _MISSING
+        return found
+
+    return walk
+
+
+def _number_at(reference: str, found: Any) -> Any:
+    """A number, None or _MISSING; a text that is a number is one. Raises BadEvent."""
+    if found is None or found is _MISSING or (isinstance(found, int | float) and not isinstance(found, bool)):
+        return found
+    if found in ("", "null"):
+        return None
+    number = to_number(found) if isinstance(found, str) else None
+    if number is None:
+        raise BadEvent(f"{reference[:64]} is {shown(found)}, not a number; send null for a missing value.", reference[:64], shown(found))
+    return number
+
+
+def _text_at(field: str, reference: str, found: Any) -> str:
+    if isinstance(found, str) and found:
+        return found
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        return str(found)
+    if found is _MISSING or found is None:
+        raise BadEvent(f"{field} is to be made from '{reference}', which is not in the message.", reference)
+    raise BadEvent(f"{field} is to be made from '{reference}', which is {shown(found)}: no text and no number.", reference, shown(found))
+
+
+def _header(message: Message, name: str) -> Any:
+    found = message.headers.get(name.encode())
+    return _MISSING if found is None else _text(found)
+
+
+def _content_type(message: Message) -> bytes:
+    return next((message.headers[name] for name in _CONTENT_TYPES if name in message.headers), b"")
+
+
+def _text(content: bytes) -> str:
+    return content.decode(errors="replace")
+
+
+def _start(message: Message) -> str:
+    return shown((message.payload or b"").decode(errors="replace"))

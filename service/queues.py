@@ -1,0 +1,95 @@
+"""From what is declared (ONSET_SOURCES; ONSET_STREAMS_… for one Redis Streams source) to consumers. Part of the composition root.
+
+A queue's client is imported only where such a source is declared: each is an optional dependency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from service.consumer import Consumer
+from service.errors import BadSetting
+from service.mapping import Mapper
+from service.metrics import Metrics
+from service.scorer import Scorer
+from service.settings import Settings
+from service.sources import Source, options
+from service.sources.redis_streams import RedisStreams, Streams
+
+
+def declared(settings: Settings) -> Sequence[options.AnySource]:
+    """All sources of these settings. Raises BadSetting."""
+    sources = list(options.read(settings.sources))
+    if settings.streams_input:
+        sources.insert(0, _short(settings))
+    names = [source.called for source in sources]
+    if len(set(names)) < len(names):
+        raise BadSetting(
+            "ONSET_STREAMS_INPUT is a source called 'redis_streams', and so is one of ONSET_SOURCES: give that one another name."
+        )
+    if settings.redis_cluster:
+        for source in sources:
+            if isinstance(source, options.RedisStreamsSource):
+                detail = f"Source '{source.called}' reads '{source.key}' and ONSET_REDIS_CLUSTER is set"
+                raise BadSetting(f"{detail}: Redis Streams need a single server for now.")
+    return sources
+
+
+def consumers(
+    sources: Sequence[options.AnySource],
+    store_url: str,
+    scorer_of: Callable[[str], Scorer],
+    metrics: Metrics,
+    *,
+    max_events: int,
+) -> list[Consumer]:
+    """One for each source, not started. `scorer_of` gives the scorer of a model by name ("" = the default). Raises BadSetting."""
+    made = []
+    for source in sources:
+        try:
+            scorer = scorer_of(source.model)
+        except KeyError as error:
+            raise BadSetting(f"Source '{source.called}' names the model '{source.model}', which is not loaded.") from error
+        mapper = Mapper(source.payload, max_events=max_events)
+        made.append(Consumer(_queue(source, store_url, metrics), scorer, metrics, mapper, fuse=source.fuse))
+    return made
+
+
+def _queue(source: options.AnySource, store_url: str, metrics: Metrics) -> Source:
+    """Raises BadSetting where its client is not installed."""
+    try:
+        match source:
+            case options.RedisStreamsSource():
+                return RedisStreams(store_url, _streams(source), metrics, name=source.called)
+    except ImportError as error:
+        raise BadSetting(
+            f"Source '{source.called}' needs the extra '{source.type}': pip install 'onset[{source.type}]' ({error})."
+        ) from error
+
+
+def _streams(source: options.RedisStreamsSource) -> Streams:
+    return Streams(
+        source.key,
+        source.partitions,
+        source.group,
+        source.dead_letters,
+        source.max_dead_letters,
+        source.keep,
+        source.batch,
+        source.lease_seconds,
+    )
+
+
+def _short(settings: Settings) -> options.RedisStreamsSource:
+    return options.RedisStreamsSource(
+        key=settings.streams_input,
+        partitions=settings.streams_partitions,
+        group=settings.streams_group,
+        dead_letters=settings.streams_dead_letters,
+        max_dead_letters=settings.streams_max_dead_letters,
+        keep=settings.streams_keep,
+        batch=settings.streams_batch,
+        lease_seconds=settings.streams_lease_seconds,
+        fuse=settings.streams_fuse,
+        model=settings.streams_model,
+    )

@@ -1,0 +1,213 @@
+"""What can be declared of a source (ONSET_SOURCES): one validated list, in a file or inline, shared by all kinds of sources.
+
+    - type: kafka | nats | mqtt | amqp | redis_streams
+      name, model, fuse                      of every source
+      payload: {format, stream_id, ...}      how an event is read from a message, the same everywhere (mapping.py)
+      ...                                    what only this kind has
+
+Nothing here needs a queue's client: a wrong value stops the service before anything is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from service.errors import BadSetting
+from service.events import MAX_NAME_LENGTH, shown
+from service.sources.templates import Pattern, Template
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_TAG = re.compile(r"[a-z0-9_-]{1,64}")
+FormatName = Literal["json", "ndjson", "msgpack", "cloudevents", "number"]
+TimeUnit = Literal["s", "ms", "us", "ns"]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Declared(BaseModel):
+    """Frozen, and unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Payload(Declared):
+    """How a message becomes events. With nothing declared it is one or several events as POST /v1/events takes them.
+
+    A reference is a dotted path in the payload (`data.0.temperature`), or `key`, `topic`, `headers.NAME`, `ce.ATTRIBUTE` of a CloudEvent,
+    or a name of the topic pattern; `payload.PATH` where a field's name is one of these. A template has references in braces.
+    """
+
+    format: FormatName = "json"
+    topic: str = ""
+    """Pattern of the topic, subject or routing key whose levels have names: plant/{line}/{sensor}/value."""
+    stream_id: str = ""
+    """Reference or template: {plant}/{line}/{sensor}. Default: the payload's stream_id, or else the message's key."""
+    timestamp: str = ""
+    """Reference. Default: the payload's timestamp, or else the time at which the message came to the queue."""
+    timestamp_unit: TimeUnit = "s"
+    """Of times that are numbers."""
+    values: str | dict[Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)], NonEmpty] = ""
+    """Feature → reference, or one reference to an object of numbers. Default: the payload's values."""
+    feature: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)] = "value"
+    """What a number by itself is the value of."""
+    event_id: str = ""
+    """Reference or template. Default: the payload's event_id; of a CloudEvent source and id."""
+    sequence: str = ""
+    """Reference. Default: the payload's sequence."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is mapped: messages hold events as REST takes them."""
+        return self.format in ("json", "ndjson", "msgpack") and self.timestamp_unit == "s" and not self._mapped
+
+    @property
+    def _mapped(self) -> bool:
+        return bool(self.topic or self.stream_id or self.timestamp or self.values or self.event_id or self.sequence)
+
+    @field_validator("stream_id", "event_id")
+    @classmethod
+    def _is_a_template(cls, text: str) -> str:
+        if text:
+            Template(text)
+        return text
+
+    @field_validator("topic")
+    @classmethod
+    def _is_a_pattern(cls, text: str) -> str:
+        if text:
+            Pattern(text)
+        return text
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> Self:
+        if self.format == "number":
+            for name in ("values", "timestamp", "sequence"):
+                if getattr(self, name):
+                    raise ValueError(f"a number by itself has no {name}: leave it out, or choose another format")
+        if self.timestamp_unit != "s" and self.format == "number":
+            raise ValueError("a number by itself has no timestamp, so no timestamp_unit")
+        return self
+
+
+class Source(Declared):
+    """What every source has."""
+
+    name: str = ""
+    """As metrics and logs call it; must differ between sources. Default: its type."""
+    model: str = ""
+    """Which model scores it. Default: the service's default one."""
+    fuse: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """A partition pauses when more than this share of the recent messages cannot be used; 1 = never."""
+    payload: Payload = Payload()
+    keyed: ClassVar[bool] = False
+    """Whether a message's key names its stream where nothing else does."""
+
+    @property
+    def called(self) -> str:
+        return self.name or str(getattr(self, "type"))  # noqa: B009
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_tag(cls, name: str) -> str:
+        if name and not _TAG.fullmatch(name):
+            raise ValueError("a name has small letters, digits, - and _, 64 at most")
+        return name
+
+    @field_validator("payload")
+    @classmethod
+    def _names_its_stream(cls, payload: Payload) -> Payload:
+        if payload.format == "number" and not payload.stream_id and not cls.keyed:
+            raise ValueError("a number by itself does not name its stream: declare stream_id, such as {topic}")
+        return payload
+
+
+class RedisStreamsSource(Source):
+    """Redis Streams in the state store's server; `key`, `group` and so on are what ONSET_STREAMS_… are (docs/queues.md)."""
+
+    type: Literal["redis_streams"] = "redis_streams"
+    key: NonEmpty = "onset:events"
+    partitions: Annotated[int, Field(ge=1, le=1024)] = 1
+    group: NonEmpty = "onset"
+    dead_letters: NonEmpty = "onset:dead-letters"
+    max_dead_letters: Annotated[int, Field(ge=1)] = 100_000
+    keep: bool = False
+    batch: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    lease_seconds: Annotated[float, Field(ge=0.5, le=300)] = 5
+
+
+AnySource = Annotated[RedisStreamsSource, Field(discriminator="type")]
+_sources: TypeAdapter[list[AnySource]] = TypeAdapter(list[AnySource])
+
+
+def read(given: str, environment: Mapping[str, str] = os.environ) -> list[AnySource]:
+    """The sources that ONSET_SOURCES names: a JSON list, or the path of a file with a YAML or JSON list. Raises BadSetting.
+
+    `${NAME}` within a text is the environment's NAME, so that no password need be in the file.
+    """
+    if not given.strip():
+        return []
+    inline = given.lstrip().startswith("[")
+    where = "ONSET_SOURCES" if inline else f"ONSET_SOURCES ({given})"
+    try:
+        content = json.loads(given) if inline else yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadSetting(f"{where} cannot be read: {error.strerror}. It is a JSON list of sources, or a file with one.") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise BadSetting(f"{where} is not {'JSON' if inline else 'YAML'}: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, list):
+        raise BadSetting(f"{where} is a list of sources, not {shown(content)}.")
+    try:
+        sources = _sources.validate_python(_filled(content, environment, where))
+    except ValidationError as error:
+        raise BadSetting(_sentence(where, content, error)) from error
+    _differ(where, sources)
+    return sources
+
+
+def _filled(content: Any, environment: Mapping[str, str], where: str) -> Any:
+    """The same with the environment's values in place of `${NAME}`."""
+
+    def value_of(found: re.Match[str]) -> str:
+        if (value := environment.get(found[1])) is None:
+            raise BadSetting(f"{where} names ${{{found[1]}}}, which the environment does not have.")
+        return value
+
+    if isinstance(content, str):
+        return _VARIABLE.sub(value_of, content)
+    if isinstance(content, list):
+        return [_filled(item, environment, where) for item in content]
+    if isinstance(content, dict):
+        return {name: _filled(item, environment, where) for name, item in content.items()}
+    return content
+
+
+def _sentence(where: str, content: Sequence[Any], error: ValidationError) -> str:
+    """The first thing that is wrong, by source and field. Its value is shown unless it may be a secret."""
+    first = error.errors()[0]
+    index, *path = first["loc"]
+    entry = content[int(index)] if isinstance(index, int) else None
+    kind = entry.get("type", "") if isinstance(entry, dict) else ""
+    field = ".".join(str(part) for part in path if part != kind) or "it"
+    what = first["msg"].removeprefix("Value error, ")
+    got = "" if _secret(field) or isinstance(first["input"], dict) else f"; got {shown(first['input'])}"
+    named = f" ({kind})" if isinstance(kind, str) and kind else ""
+    return f"{where}: source {int(index) + 1}{named}: {field}: {what}{got}."
+
+
+def _secret(field: str) -> bool:
+    return any(word in field for word in ("password", "token", "secret", "options", "url", "servers"))
+
+
+def _differ(where: str, sources: Sequence[Source]) -> None:
+    seen: set[str] = set()
+    for source in sources:
+        if source.called in seen:
+            raise BadSetting(f"{where}: two sources are called '{source.called}': give each its own name.")
+        seen.add(source.called)

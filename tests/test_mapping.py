@@ -1,0 +1,235 @@
+"""Messages → events: with nothing declared as over REST, otherwise as declared; what cannot be mapped is named by field and value."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from service.errors import BadEvent, ItemError, TooLarge
+from service.events import Event
+from service.mapping import Mapper
+from service.sources import POSITIONS, Message
+from service.sources.options import Payload
+
+
+def message(
+    payload: Any, *, topic: str = "plant/north/7/pressure/value", key: str | None = None, position: int = 1, **headers: str
+) -> Message:
+    content = payload if isinstance(payload, bytes) or payload is None else json.dumps(payload).encode()
+    named = {name.replace("__", "-").encode(): value.encode() for name, value in headers.items()}
+    return Message(b"1", position, 1.7e9, content, named, key, topic)
+
+
+def events(declared: dict[str, Any], sent: Message) -> list[Event | ItemError]:
+    return list(Mapper(Payload.model_validate(declared), max_events=10).events(sent)[0])
+
+
+def one(declared: dict[str, Any], sent: Message) -> Event:
+    [event] = events(declared, sent)
+    assert isinstance(event, Event), event
+    return event
+
+
+def wrong(declared: dict[str, Any], sent: Message) -> tuple[str, str]:
+    """Field and value that are named."""
+    try:
+        [error] = events(declared, sent)
+    except BadEvent as raised:
+        error = raised
+    assert isinstance(error, BadEvent), error
+    assert error.detail.endswith(".")
+    return error.field, error.value
+
+
+def test_with_nothing_declared_a_message_is_what_rest_takes() -> None:
+    given = {"stream_id": "a", "values": {"value": 1.5, "other": None}, "timestamp": "2026-11-26T08:00:00Z", "event_id": "x", "sequence": 3}
+    whole = Event("a", {"value": 1.5, "other": None}, None, "2026-11-26T08:00:00Z", "x", 3)
+    assert one({}, message(given)) == whole
+    assert events({}, message([given, given])) == [whole, whole]
+    assert events({"format": "ndjson"}, message(b"\n".join([json.dumps(given).encode()] * 2))) == [whole, whole]
+    assert one({"format": "msgpack"}, message(msgspec.msgpack.encode(given))) == whole
+    assert wrong({}, message({"stream_id": "a", "speed": 2})) == ("speed", "2")
+    assert wrong({}, message(b"nonsense"))[0] == "payload"
+
+
+def test_the_key_names_the_stream_where_the_payload_does_not() -> None:
+    assert one({}, message({"values": {"value": 1}}, key="pump")).stream_id == "pump"
+    assert one({}, message({"stream_id": "own", "values": {"value": 1}}, key="pump")).stream_id == "own"
+    assert one({"values": "v"}, message({"v": 1}, key="pump")) == Event("pump", {"value": 1})
+    assert one({"format": "number"}, message(b" 71.3\n", key="pump")) == Event("pump", {"value": 71.3})
+
+
+def test_a_stream_is_made_from_levels_of_the_topic_fields_headers_and_the_key() -> None:
+    declared = {
+        "topic": "plant/{plant}/{line}/{sensor}/value",
+        "stream_id": "{plant}/line-{line}/{sensor}/{device.no}/{headers.unit}/{key}",
+        "values": {"value": "data.0.v"},
+    }
+    sent = message({"device": {"no": 12}, "data": [{"v": 3.5}]}, unit="bar", key="k")
+    assert one(declared, sent) == Event("north/line-7/pressure/12/bar/k", {"value": 3.5})
+    assert wrong(declared, message({"device": {"no": 12}, "data": [{"v": 3.5}]}, key="k"))[0] == "headers.unit"
+    assert wrong(declared, message({"device": {}, "data": [{"v": 3.5}]}, key="k", unit="bar"))[0] == "device.no"
+    assert wrong(declared, message({"device": {"no": [1]}, "data": [{"v": 3.5}]}, key="k", unit="bar")) == ("device.no", "[1]")
+    assert wrong(declared, message({}, topic="plant/north/7")) == ("topic", '"plant/north/7"')
+
+
+def test_a_field_whose_name_is_a_word_of_ours_is_reached_by_payload() -> None:
+    sent = message({"topic": "inner", "key": "mine", "value": 1}, topic="outer", key="theirs")
+    assert one({"stream_id": "{topic}-{key}-{payload.topic}-{payload.key}", "values": "value"}, sent).stream_id == "outer-theirs-inner-mine"
+
+
+@pytest.mark.parametrize(
+    ("unit", "sent", "seconds"),
+    [("s", 1.7e9, 1.7e9), ("ms", 1_700_000_000_500, 1_700_000_000.5), ("us", "1700000000000000", 1.7e9), ("ns", 17 * 10**17, 1.7e9)],
+)
+def test_times_are_read_in_their_unit(unit: str, sent: Any, seconds: float) -> None:
+    declared = {"stream_id": "s", "timestamp": "t", "timestamp_unit": unit, "values": "v"}
+    assert one(declared, message({"s": "a", "t": sent, "v": 1})).timestamp == seconds
+    assert one(declared, message({"s": "a", "t": "2026-11-26T08:00:00Z", "v": 1})).timestamp == "2026-11-26T08:00:00Z"
+
+
+def test_what_is_declared_must_be_there_and_a_missing_feature_is_missing() -> None:
+    declared = {"stream_id": "s", "timestamp": "t", "event_id": "{s}-{n}", "sequence": "n", "values": {"x": "m.x", "y": "m.y"}}
+    good = {"s": "a", "t": 5, "n": 9, "m": {"x": 1, "y": "2.5"}}
+    assert one(declared, message(good)) == Event("a", {"x": 1, "y": 2.5}, None, 5, "a-9", 9)
+    assert one(declared, message(good | {"m": {"x": 1}})).values == {"x": 1, "y": None}
+    assert one(declared, message(good | {"m": {"x": 1, "y": ""}})).values == {"x": 1, "y": None}
+    assert wrong(declared, message(good | {"m": {}}))[0] == "m.x"
+    assert wrong(declared, message(good | {"m": {"x": "hot"}})) == ("m.x", '"hot"')
+    assert wrong(declared, message(good | {"m": {"x": True}})) == ("m.x", "true")
+    for name in ("t", "n"):
+        assert wrong(declared, message({field: value for field, value in good.items() if field != name}))[0] == name
+    assert wrong(declared, message(good | {"s": "long" * 100}))[0] in ("stream_id", "event_id")
+
+
+def test_an_object_of_numbers_is_the_values() -> None:
+    declared = {"stream_id": "s", "values": "m"}
+    assert one(declared, message({"s": "a", "m": {"x": 1, "y": None}})).values == {"x": 1, "y": None}
+    assert one(declared | {"feature": "temperature"}, message({"s": "a", "m": 3})).values == {"temperature": 3}
+    assert wrong(declared, message({"s": "a", "m": {"x": [1]}})) == ("m.x", "[1]")
+    assert wrong(declared, message({"s": "a"}))[0] == "m"
+
+
+def test_a_bad_item_does_not_touch_its_neighbours_in_any_format() -> None:
+    declared = {"stream_id": "s", "values": "v"}
+    items = [{"s": "a", "v": 1}, {"s": "a", "v": "hot"}, {"s": "a", "v": 2}]
+    lines = b"\n".join(json.dumps(item).encode() for item in items)
+    for form, sent in (
+        ("json", json.dumps(items).encode()),
+        ("ndjson", lines),
+        ("json", lines),
+        ("msgpack", msgspec.msgpack.encode(items)),
+    ):
+        first, second, third = events(declared | {"format": form}, message(sent))
+        assert (first, third) == (Event("a", {"value": 1}), Event("a", {"value": 2}))
+        assert isinstance(second, BadEvent)
+        assert (second.field, second.value) == ("v", '"hot"')
+    [good, bad] = events(declared | {"format": "ndjson"}, message(b'{"s": "a", "v": 1}\n{"s":'))
+    assert (isinstance(good, Event), isinstance(bad, BadEvent)) == (True, True)
+
+
+def test_a_number_by_itself_is_the_value_of_one_feature() -> None:
+    declared = {"format": "number", "topic": "plant/{plant}/{line}/{sensor}/value", "stream_id": "{plant}/{line}/{sensor}"}
+    assert one(declared, message(b"-7.25e1")) == Event("north/7/pressure", {"value": -72.5})
+    assert one(declared | {"feature": "bar"}, message(b"3")) == Event("north/7/pressure", {"bar": 3})
+    assert wrong(declared, message(b"on")) == ("values.value", '"on"')
+    assert wrong(declared, message(b"\xff"))[0] == "values.value"
+    assert one({"stream_id": "topic"}, message(b"71.3")).values == {"value": 71.3}, "JSON has numbers too"
+
+
+CLOUD = {"specversion": "1.0", "type": "reading", "source": "/plant/north", "id": "42", "subject": "pump-7", "time": "2026-11-26T08:00:00Z"}
+
+
+def test_a_structured_cloudevent_has_its_stream_identity_and_time_in_its_attributes() -> None:
+    want = Event("pump-7", {"value": 71.3}, None, "2026-11-26T08:00:00Z", "/plant/north 42")
+    declared = {"format": "cloudevents"}
+    assert one(declared, message(CLOUD | {"data": {"values": {"value": 71.3}}})) == want
+    assert one(declared, message(CLOUD | {"data": {"value": 71.3}})) == want
+    assert one(declared, message(CLOUD | {"data": 71.3})) == want
+    packed = base64.b64encode(msgspec.msgpack.encode({"value": 71.3})).decode()
+    assert one(declared, message(CLOUD | {"datacontenttype": "application/msgpack", "data_base64": packed})) == want
+    assert events(declared, message([CLOUD | {"data": 71.3}, CLOUD | {"data": 71.3}])) == [want, want]
+
+
+@pytest.mark.parametrize("prefix", ["ce_", "ce-", "cloudEvents_", "cloudEvents:", ""])
+def test_a_binary_cloudevent_has_them_in_its_headers_as_each_queue_writes_them(prefix: str) -> None:
+    headers = {f"{prefix}{name}": value for name, value in CLOUD.items()} | {"content-type": "application/json; charset=utf-8"}
+    sent = Message(b"1", 1, 1.7e9, b'{"value": 71.3}', {name.encode(): value.encode() for name, value in headers.items()})
+    assert one({"format": "cloudevents"}, sent) == Event("pump-7", {"value": 71.3}, None, "2026-11-26T08:00:00Z", "/plant/north 42")
+    declared = {"format": "cloudevents", "stream_id": "{ce.source}/{ce.subject}", "event_id": "ce.id", "values": {"value": "value"}}
+    assert one(declared, sent) == Event("/plant/north/pump-7", {"value": 71.3}, None, "2026-11-26T08:00:00Z", "42")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"specversion": "0.3"}, "specversion"),
+        ({"id": ""}, "id"),
+        ({"source": 7}, "source"),
+        ({"subject": None}, "subject"),
+        ({"data": {"value": "hot"}}, "value"),
+        ({"data_base64": "%%%"}, "data_base64"),
+        ({"data_base64": "AAAA", "datacontenttype": "image/png"}, "datacontenttype"),
+    ],
+)
+def test_what_is_wrong_with_a_cloudevent_is_named(change: dict[str, Any], field: str) -> None:
+    assert wrong({"format": "cloudevents"}, message(CLOUD | {"data": {"value": 1}} | change))[0] == field
+
+
+def test_the_identity_of_a_cloudevent_fits_whatever_its_length() -> None:
+    long = one({"format": "cloudevents"}, message(CLOUD | {"id": "4" * 300, "data": 1})).event_id
+    other = one({"format": "cloudevents"}, message(CLOUD | {"id": "4" * 301, "data": 1})).event_id
+    assert long is not None
+    assert len(long) <= 256
+    assert long != other
+
+
+def test_fields_of_a_queue_are_mapped_like_an_object() -> None:
+    sent = Message(b"1", 1, 1.7e9, None, {b"plant": b"north", b"value": b"1.5", b"at": b"1700000000000"})
+    declared = {"stream_id": "{plant}", "timestamp": "at", "timestamp_unit": "ms", "values": {"value": "value"}}
+    assert one(declared, sent) == Event("north", {"value": 1.5}, None, 1.7e9)
+
+
+def test_limits_are_named() -> None:
+    with pytest.raises((TooLarge, BadEvent), match="More than 10 events"):
+        events({}, message([{"stream_id": "a", "values": {"value": 1}}] * 11))
+    with pytest.raises(TooLarge, match="More than 10 events"):
+        events({"stream_id": "s", "values": "v"}, message([{"s": "a", "v": 1}] * 11))
+    assert wrong({}, message({}, position=POSITIONS))[0] == "id"
+
+
+def test_whatever_comes_is_an_event_or_named_and_never_a_bug() -> None:
+    contents: list[Any] = [
+        None,
+        1,
+        "x",
+        [],
+        {},
+        [[]],
+        [None],
+        {"s": None, "v": {}},
+        {"s": {}, "v": 1},
+        {"s": "a", "v": [1]},
+        {"s": 1e400, "v": 1},
+    ]
+    raw = [
+        b"",
+        b"\x00",
+        b"\xff\xfe",
+        b"[" * 2000,
+        b'{"s": "\\ud800", "v": 1}',
+        b"1" * 5000,
+        *(json.dumps(content).encode() for content in contents),
+    ]
+    for form in ("json", "ndjson", "msgpack", "cloudevents", "number"):
+        declared = {"format": form, "stream_id": "s"} | ({"values": "v"} if form != "number" else {})
+        for content in raw:
+            try:
+                found = events(declared, message(content))
+            except BadEvent:
+                continue
+            assert all(isinstance(item, Event | BadEvent) for item in found)

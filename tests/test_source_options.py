@@ -1,0 +1,125 @@
+"""ONSET_SOURCES: one validated list, whose wrong values are named by source and field before anything is opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import queues
+from service.errors import BadSetting
+from service.settings import Settings
+from service.sources import options
+from service.sources.options import RedisStreamsSource
+from service.sources.templates import Pattern, Template
+
+
+def test_a_file_and_inline_json_say_the_same(tmp_path: Path) -> None:
+    given = [
+        {"type": "redis_streams", "name": "plant", "key": "in", "fuse": 0.2, "payload": {"stream_id": "{line}/{sensor}", "values": "v"}}
+    ]
+    as_yaml = tmp_path / "sources.yaml"
+    as_yaml.write_text(
+        "- type: redis_streams\n  name: plant\n  key: in\n  fuse: 0.2\n  payload:\n    stream_id: '{line}/{sensor}'\n    values: v\n"
+    )
+    as_json = tmp_path / "sources.json"
+    as_json.write_text(json.dumps(given))
+    [want] = options.read(json.dumps(given))
+    assert isinstance(want, RedisStreamsSource)
+    assert (want.called, want.key, want.fuse, want.payload.plain) == ("plant", "in", 0.2, False)
+    assert options.read(str(as_yaml)) == options.read(str(as_json)) == [want]
+    assert options.read("  ") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[", "is not JSON"),
+        ("missing.yaml", "cannot be read"),
+        ('[{"type": "pigeon"}]', "source 1 (pigeon)"),
+        ("[{}]", "source 1"),
+        ("[7]", "source 1"),
+        ('[{"type": "redis_streams", "speed": 1}]', "source 1 (redis_streams): speed: Extra inputs are not permitted; got 1."),
+        ('[{"type": "redis_streams"}, {"type": "redis_streams", "name": "b", "fuse": 2}]', "source 2 (redis_streams): fuse:"),
+        ('[{"type": "redis_streams", "name": "Big Name"}]', "source 1 (redis_streams): name: a name has small letters"),
+        ('[{"type": "redis_streams"}, {"type": "redis_streams"}]', "two sources are called 'redis_streams'"),
+        ('[{"type": "redis_streams", "payload": {"stream_id": "{a"}}]', "payload.stream_id: '{a' has a brace without its partner"),
+        ('[{"type": "redis_streams", "payload": {"topic": "a/{b}/{b}"}}]', "payload.topic: 'a/{b}/{b}' has a name twice"),
+        ('[{"type": "redis_streams", "payload": {"format": "number", "stream_id": "topic", "values": "v"}}]', "no values"),
+        ('[{"type": "redis_streams", "payload": {"format": "number"}}]', "payload: a number by itself does not name its stream"),
+        ('[{"type": "redis_streams", "key": "${NOWHERE_TO_BE_FOUND}"}]', "${NOWHERE_TO_BE_FOUND}, which the environment does not have"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(content: str, said: str) -> None:
+    with pytest.raises(BadSetting) as caught:
+        options.read(content)
+    assert caught.value.detail.startswith("ONSET_SOURCES")
+    assert said in caught.value.detail
+    assert caught.value.detail.endswith(".")
+
+
+def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sources.yaml"
+    path.write_text("type: redis_streams")
+    with pytest.raises(BadSetting, match="is a list of sources"):
+        options.read(str(path))
+    path.write_text("a: [")
+    with pytest.raises(BadSetting, match="is not YAML"):
+        options.read(str(path))
+
+
+def test_the_environment_fills_in_what_need_not_be_in_the_file() -> None:
+    [source] = options.read('[{"type": "redis_streams", "key": "in-${LINE}-${PART}"}]', {"LINE": "7", "PART": "a"})
+    assert isinstance(source, RedisStreamsSource)
+    assert source.key == "in-7-a"
+
+
+def test_the_short_way_is_one_more_source() -> None:
+    listed = json.dumps([{"type": "redis_streams", "name": "other", "key": "in"}])
+    short, other = queues.declared(Settings(streams_input="events", streams_batch=7, sources=listed))
+    assert (short.called, other.called) == ("redis_streams", "other")
+    assert isinstance(short, RedisStreamsSource)
+    assert (short.key, short.batch) == ("events", 7)
+    with pytest.raises(BadSetting, match="give that one another name"):
+        queues.declared(Settings(streams_input="events", sources='[{"type": "redis_streams"}]'))
+
+
+@pytest.mark.parametrize("settings", [{"streams_input": "events"}, {"sources": '[{"type": "redis_streams", "key": "events"}]'}])
+def test_redis_streams_and_a_cluster_are_refused_together(settings: dict[str, Any]) -> None:
+    with pytest.raises(BadSetting, match="'events' and ONSET_REDIS_CLUSTER"):
+        queues.declared(Settings(redis_cluster=True, redis_url="redis://a", **settings))
+
+
+def test_a_template_is_filled_and_a_text_without_braces_is_one_reference() -> None:
+    template = Template("{plant}/line {line}!")
+    assert (template.references, template.filled(("n", "7"))) == (("plant", "line"), "n/line 7!")
+    assert (Template("a.b").references, Template("a.b").filled(("x",))) == (("a.b",), "x")
+    for bad in ("{}", "{ a }", "a}", "{a}}"):
+        with pytest.raises(ValueError, match="brace"):
+            Template(bad)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "topic", "levels"),
+    [
+        ("plant/{line}/{sensor}/value", "plant/7/p.1/value", {"line": "7", "sensor": "p.1"}),
+        ("plant/{line}/{sensor}/value", "plant/7/value", None),
+        ("plant.{line}.{sensor}", "plant.7.a/b", {"line": "7", "sensor": "a/b"}),
+        ("plant.{line}.{sensor}", "plant.7.a.b", None),
+        ("+/{line}/#", "x/7/a/b", {"line": "7"}),
+        ("*.{line}.>", "x.7.a.b", {"line": "7"}),
+        ("+/{line}/#", "x/7", None),
+        ("line-{line}/{sensor}", "line-7/a", {"line": "7", "sensor": "a"}),
+        ("{whole}", "a", {"whole": "a"}),
+    ],
+)
+def test_a_pattern_names_levels_of_a_topic(pattern: str, topic: str, levels: dict[str, str] | None) -> None:
+    assert Pattern(pattern).match(topic) == levels
+
+
+@pytest.mark.parametrize("bad", ["a/{b", "a/{1}", "a//b", "a/#/b", "a/x+"])
+def test_a_pattern_that_means_nothing_is_refused(bad: str) -> None:
+    with pytest.raises(ValueError, match="has"):
+        Pattern(bad)
