@@ -167,6 +167,14 @@ async def test_part_of_a_bulk_sent_again_beside_new_events_steps_only_the_new_on
     await straight.drain(1)
 
 
+async def test_untimed_events_without_ids_are_new_ones_beside_repeated_ids(scorer: Scorer) -> None:
+    bulk = [event for pair in zip(events(4, timed=False), events(4, ids=False, timed=False), strict=True) for event in pair]
+    await scorer.score(bulk)
+    again = results(await scorer.score(bulk))
+    assert [result.duplicate for result in again] == [True, False] * 4
+    assert [result.state_version for result in again] == [1, 9, 3, 10, 5, 11, 7, 12]
+
+
 async def test_an_old_duplicate_whose_result_is_gone_has_a_null_score(scorer: Scorer) -> None:
     for event in events(12):
         await scorer.score([event])
