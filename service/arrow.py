@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from service.bodies import checked
 from service.errors import BadBody, BadEvent, ItemError, TooLarge, UnsupportedMedia
-from service.events import MAX_NAME_LENGTH, Columns, Result
+from service.events import MAX_NAME_LENGTH, SEVERITIES, Columns, Result
 from service.features import parse_timestamp
-from service.policy import DIRECTIONS, SEVERITIES, THRESHOLD
+from service.policy import DIRECTIONS, THRESHOLD
 from service.problems import problem_of
 from service.results import STATUSES, Scored
 from service.rounds import Kind

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 import numpy as np
@@ -23,6 +23,7 @@ UNPRINTABLE = r"[\x00-\x1f\x7f\ud800-\udfff]"
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_LENGTH)]
 Sequence_ = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Severity = Literal["none", "minor", "major", "critical"]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 Direction = Literal["up", "down", "both", "none"]
 Status = Literal["warming_up", "ready", "frozen"]
 

@@ -29,14 +29,13 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from service.events import Direction, Severity
-from service.state import ACCEPTED, ALERT_OPEN, EXPIRED, FROZEN, LASTING, LEARNER, SILENT, Rows
+from service.events import Direction
+from service.state import ACCEPTED, ALERT_OPEN, EXPIRED, FROZEN, LASTING, LEARNER, LEVEL, LEVEL_SHIFT, SILENT, Rows
 
-SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 UP, DOWN, BOTH, NO_DIRECTION = range(4)
 SEVERITY_STEPS = (1.0, 1.5, 2.0)
-"""Scores above which an anomaly is minor, major and critical: p < α, α^1.5, α²."""
+"""Scores above which an anomaly is minor, major and critical (SEVERITIES): p < α, α^1.5, α²."""
 ALLOWANCE = 0.5
 """The exponent 1 - w of g(n) that a new stream may spend; τ comes from the model's calibration."""
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-9, 0.5
@@ -117,7 +116,8 @@ class Policy:
         alpha = np.float32(self.alpha)
         known = accepted | (was_open & (onset_p >= before["peak"] * np.float32(ESCALATION)))
         onset_p = np.where(known, np.float32(1), onset_p)  # NaN is not known
-        opened = onset_p < self.onset_alpha(rows["version"][slots] + np.uint64(1))
+        onset_alpha = self.onset_alpha(rows["version"][slots] + np.uint64(1))
+        opened = onset_p < onset_alpha
         stirred = opened | (p_value < np.where(frozen | accepted, np.float32(max(self.alpha, CALM)), alpha))
         quiet = np.where(stirred, 0, np.minimum(before["quiet"], 2**32 - 2) + ~np.isnan(p_value))  # no value is no evidence
         over = quiet >= self.recovery
@@ -134,7 +134,10 @@ class Policy:
         rows["peak"][slots] = np.where(open_, np.fmin(np.where(was_open, before["peak"], np.float32(1)), onset_p), 0)
         rows["started_at"][slots] = np.where(over | expired, np.nan, started)
         flags = ((ALERT_OPEN, open_), (FROZEN, freezes), (LEARNER, learner), (ACCEPTED, (accepted & ~over) | expired), (EXPIRED, expired))
-        rows["flags"][slots] = sum(np.where(on, np.uint32(flag), np.uint32(0)) for flag, on in (*flags, (LASTING, freezes & stirred)))
+        bits = sum(np.where(on, np.uint32(flag), np.uint32(0)) for flag, on in (*flags, (LASTING, freezes & stirred)))
+        if open_.any():
+            bits = bits | _level(open_, before["flags"], _highest(_score(p_value, alpha), _score(onset_p, onset_alpha)))
+        rows["flags"][slots] = bits
         return onset_p
 
     def accept(self, row: Rows) -> bool:
@@ -164,10 +167,10 @@ def judge(records: Rows) -> Verdicts:
     """Verdicts for N records, each against the α it was scored with."""
     anomaly_score = _score(records["p_value"], records["alpha"])
     alert_score = _score(records["onset_p"], records["onset_alpha"])
-    highest = np.fmax(np.nan_to_num(anomaly_score), np.nan_to_num(alert_score))
+    highest = _highest(anomaly_score, alert_score)
     lasting = records["flags"] & LASTING != 0
     is_anomaly = (highest > THRESHOLD) | lasting
-    severity = np.searchsorted(SEVERITY_STEPS, np.where(lasting, np.fmax(highest, np.nextafter(THRESHOLD, 2)), highest), side="left")
+    severity = _severity(np.where(lasting, np.fmax(highest, np.nextafter(THRESHOLD, 2)), highest))
     # An open alert is judged against CALM, which lasting events stay below.
     height = np.where(lasting, np.fmax(highest, _score(records["p_value"], np.fmax(records["alpha"], np.float32(CALM)))), highest)
     grade = np.where(is_anomaly, 1 - 1 / np.fmax(height, 1.0), 0.0)
@@ -175,7 +178,22 @@ def judge(records: Rows) -> Verdicts:
     return Verdicts(anomaly_score, alert_score, is_anomaly, grade, severity, direction)
 
 
-def _score(p: NDArray[np.float32], alpha: NDArray[np.float32]) -> Float64:
+def _highest(anomaly_score: Float64, alert_score: Float64) -> Float64:
+    highest: Float64 = np.fmax(np.nan_to_num(anomaly_score), np.nan_to_num(alert_score))
+    return highest
+
+
+def _severity(highest: Float64) -> NDArray[np.intp]:
+    return np.searchsorted(SEVERITY_STEPS, highest, side="left")
+
+
+def _level(open_: Bool, flags: NDArray[np.uint32], highest: Float64) -> NDArray[np.uint32]:
+    """Bits of the severity that open alerts have reached with an event; what they had before is in `flags`, of no alert 0."""
+    reached = np.maximum(np.maximum(_severity(highest), 1), (flags & LEVEL) >> LEVEL_SHIFT)
+    return np.where(open_, reached.astype(np.uint32) << LEVEL_SHIFT, np.uint32(0))
+
+
+def _score(p: NDArray[np.float32], alpha: NDArray[np.float32] | np.float32) -> Float64:
     # The comparison p < α is made in float32; log is monotone, so the score exceeds 1 exactly then.
     scores: Float64 = np.log(p.astype(np.float64)) / np.log(alpha.astype(np.float64)) + 0.0
     return scores

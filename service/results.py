@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from service.artifact import Manifest
 from service.errors import ItemError
-from service.events import Contributor, Event, Result, Status
-from service.policy import DIRECTIONS, NO_DIRECTION, SEVERITIES, THRESHOLD, Policy, Verdicts, judge
+from service.events import SEVERITIES, Contributor, Event, Result, Status
+from service.policy import DIRECTIONS, NO_DIRECTION, THRESHOLD, Policy, Verdicts, judge
 from service.rounds import Kind, Outcomes
 from service.state import FROZEN
 

@@ -31,7 +31,8 @@ import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from service import cadence
+from service import alerts, cadence
+from service.alerts import Standing, Transition
 from service.batcher import Batcher
 from service.copies import Copies
 from service.detector import Detector
@@ -110,6 +111,9 @@ class _Settled(NamedTuple):
 
     results: list[bytes]
     acks: list[tuple[Lease, bytes]]
+
+
+_NOTHING = _Settled([], [])
 
 
 class Scorer:
@@ -310,7 +314,8 @@ class Scorer:
             before = loaded.rows.copy()
             if not self.policy.accept(loaded.rows):
                 return self._summary([stream_id], loaded.rows)[0]
-            write = Write(stream_id, loaded.tokens[0], self._codec.encode(loaded.rows)[0])
+            entry = alerts.encoded(self._accepting(stream_id, before))
+            write = Write(stream_id, loaded.tokens[0], self._codec.encode(loaded.rows)[0], log=[entry])
             self._copies.drop([stream_id])
             if await self._store.commit(self.detector.name, [write]) == [True]:
                 self._accepted(stream_id, before[0], by="call")
@@ -321,7 +326,8 @@ class Scorer:
     async def forget(self, stream_id: str) -> bool:
         """Delete a stream's state; whether there was one."""
         self._copies.drop([stream_id])
-        return await self._store.delete(self.detector.name, stream_id)
+        model = self.detector.name
+        return await self._store.delete(model, stream_id, alerts.encoded(Transition("forgotten", model, stream_id)))
 
     async def _submit(self, parsed: Parsed, sender: str) -> list[tuple[slice, Answers | OnsetError]]:
         """Answers to stretches of the events, in order. Raises where there would be none: then nothing is known to be committed."""
@@ -403,6 +409,7 @@ class Scorer:
         outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
         outcomes.kinds[refused] = Kind.REFUSED
         go = np.flatnonzero(~refused)
+        standing = Standing.of(loaded.rows)
         with self._metrics.stage.labels("step").time():
             repeated = _known(trails, slots[go], readings.key[go])
             stepped = await self._step(policy, loaded.rows, readings.take(go), slots[go], repeated)
@@ -410,7 +417,7 @@ class Scorer:
         await self._answer_from_trails(readings, slots, stream_ids, outcomes, trails)
         with self._metrics.stage.labels("commit").time():
             settled = self._settled(readings, slots, outcomes)
-            became = await self._commit(stream_ids, loaded, copied, outcomes, slots, policy, settled)
+            became = await self._commit(stream_ids, loaded, copied, outcomes, slots, policy, settled, standing)
         return outcomes, became[slots]
 
     async def _load(self, stream_ids: list[str]) -> tuple[Loaded, NDArray[np.bool_]]:
@@ -450,6 +457,7 @@ class Scorer:
         slots: Positions,
         policy: Policy,
         settled: dict[int, _Settled],
+        standing: Standing,
     ) -> NDArray[np.uint8]:
         """Write the states that were stepped, and what queues are told; [B] WRITTEN, LOST or FENCED."""
         scored = np.flatnonzero(outcomes.kinds == Kind.SCORED)
@@ -469,8 +477,11 @@ class Scorer:
         watches = waits(rows, policy.alpha, self._clock()) if policy.silence else [None] * len(rows)
         values = self._codec.encode(rows)
         trails = self._new_trails(scored, slots, events, outcomes)
+        logs = self._moved(standing, stream_ids, scored, slots, outcomes)
         writes = [
-            Write(stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""), watch, *settled.get(slot, ()))
+            Write(
+                stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""), watch, *settled.get(slot, _NOTHING), logs.get(slot, ())
+            )
             for slot, value, watch in zip(changed.tolist(), values, watches, strict=True)
         ]
         writes += [Write(stream_ids[slot], b"", b"", b"", None, *settled[slot]) for slot in told]
@@ -516,6 +527,19 @@ class Scorer:
             if i in results:
                 here.results.append(results[i])
         return settled
+
+    def _moved(
+        self, standing: Standing, stream_ids: list[str], scored: Positions, slots: Positions, outcomes: Outcomes
+    ) -> dict[int, list[bytes]]:
+        """Slot → what this batch did to its alerts, for the log."""
+        moves = list(standing.moves(slots[scored], outcomes.records[scored]))
+        if not moves:
+            return {}
+        places = scored[[move.event for move in moves]]
+        events = [Event(stream_id=stream_ids[move.slot]) for move in moves]
+        answers = self._replies.judged(Outcomes(outcomes.records[places], outcomes.kinds[places]))
+        results = self._replies.results(events, answers, top_contributors=alerts.FINDINGS)
+        return alerts.moved(moves, self.detector.name, stream_ids, results)
 
     def _new_trails(self, scored: Positions, slots: Positions, events: NDArray[np.intp], outcomes: Outcomes) -> dict[int, bytes]:
         """Blobs of the results of those streams that had several events in this batch."""
@@ -615,6 +639,13 @@ class Scorer:
 
     def _unknown(self, stream_id: str) -> UnknownStream:
         return UnknownStream(f"Model '{self.detector.name}' keeps no state of stream '{stream_id[:256]}'.")
+
+    def _accepting(self, stream_id: str, row: Rows) -> Transition:
+        """For the log: the open alert of `row` [1] is about to be accepted by call."""
+        last = alerts.Evidence.of(self._summary([stream_id], row)[0])
+        severity = alerts.level(row["flags"][0])
+        started_at = float(row["started_at"][0])
+        return Transition("resolved", self.detector.name, stream_id, "anomaly", started_at, severity, "accepted", last)
 
     def _accepted(self, stream_id: str, row: Rows, by: str) -> None:
         """For the audit: a change of regime was accepted. `row` is a value before it, or the record of the event that did it."""

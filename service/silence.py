@@ -20,7 +20,8 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from service import cadence
+from service import alerts, cadence
+from service.alerts import Transition
 from service.errors import StoreUnavailable
 from service.metrics import Metrics
 from service.policy import Policy
@@ -155,8 +156,16 @@ class Sweeper:
         claimed["silent_since"], claimed["watch_until"] = claimed["last"]["timestamp"], CLAIMED
         forgotten = SILENT_WATCH + now + self._state_ttl
         values = self._codec.encode(claimed)
-        writes = [Write(stream_ids[i], tokens[i], value, watch=forgotten) for i, value in zip(places.tolist(), values, strict=True)]
+        entries = [self._told(stream_ids[i], float(rows["last"]["timestamp"][i]), float(patience[i])) for i in places.tolist()]
+        writes = [
+            Write(stream_ids[i], tokens[i], value, watch=forgotten, log=[entry])
+            for i, value, entry in zip(places.tolist(), values, entries, strict=True)
+        ]
         for i, won in zip(places.tolist(), await self._store.commit(self._model, writes), strict=True):
             if won:
                 self._metrics.silences.labels(self._model).inc()
                 self._raise(Silence(self._model, stream_ids[i], float(rows["last"]["timestamp"][i]), float(patience[i])))
+
+    def _told(self, stream_id: str, since: float, patience: float) -> bytes:
+        """For the alert log."""
+        return alerts.encoded(Transition("opened", self._model, stream_id, "silence", since, patience=patience))

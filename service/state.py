@@ -61,6 +61,10 @@ LASTING = 32
 SILENT = 64
 """The stream has been silent for improbably long. The next event clears it."""
 
+LEVEL_SHIFT = 7
+LEVEL = 3 << LEVEL_SHIFT
+"""Two bits: the severity that the open alert has reached, an index into SEVERITIES."""
+
 Rows = NDArray[Any]
 """A structured array, [B] of `value_dtype` or [N] of `record_dtype`."""
 

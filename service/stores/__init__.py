@@ -5,13 +5,16 @@ A stream's value and its trail:
     state key   one value, see `state.py`; replaced by every commit if its token is still the expected one
     watch       of each stream that is waited for, the time at which it is due: a deadline, or SILENT + when a silent one is forgotten.
                 Written by the commit; a watch may be due too early (the value has the true deadline), never missing for long
+    alert log   what happened to the alerts of the streams (alerts.py), in the order of the commits; at most LOG_LENGTH entries of each of
+                some parts, each with all entries of its streams. Whoever folds them into alerts takes them out (book.py)
     trail key   results of the stream's last commits of several events at once, so that a resent bulk gets its scores again;
                 at most TRAIL_COMMITS blobs, gone after the result TTL
 
     commit, atomic for each stream:
         a lease it is written under is lost      →  nothing is written                                           →  FENCED
         token of the stored value == expected ?  →  SET value EX ttl; RPUSH trail; LTRIM; EXPIRE; watch;
-                                                    XADD results to the output stream; XACK the input's entries  →  WRITTEN
+                                                    XADD the alert log, and results to the output stream;
+                                                    XACK the input's entries                                     →  WRITTEN
                                       otherwise  →  nothing is written                                           →  LOST
 
 Beside the streams it keeps one small mapping for all replicas: the policy as it was changed at run time (control.py).
@@ -41,6 +44,7 @@ from service.events import Lease
 LOST, WRITTEN, FENCED = 0, 1, 2
 """What became of a write: another writer was first; it is in the store; a lease it was to be written under is no longer ours."""
 TRAIL_COMMITS = 8
+LOG_LENGTH = 10_000
 CURSOR_DIGITS = 40
 SILENT = 1e12
 """Watches from here on are of silent streams."""
@@ -62,6 +66,8 @@ class Write(msgspec.Struct, frozen=True, gc=False):
     """For the output stream, in order."""
     acks: Sequence[tuple[Lease, bytes]] = ()
     """Entries of a queue that are done with this write, each under its lease; b"" = under the lease only."""
+    log: Sequence[bytes] = ()
+    """For the alert log, in order; only with a value."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,8 @@ class StateStore(Protocol):
     async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
         """Write each value if its stream is unchanged: WRITTEN, LOST or FENCED for each. Atomic for each stream; one round trip."""
 
-    async def delete(self, model: str, stream_id: str) -> bool:
-        """Forget a stream with its trail and its watch; whether there was one."""
+    async def delete(self, model: str, stream_id: str, entry: bytes = b"") -> bool:
+        """Forget a stream with its trail and its watch; whether there was one. `entry` goes into the alert log in the same step."""
 
     async def due(self, model: str, now: float, limit: int) -> list[str]:
         """At most about `limit` streams whose watch is due at `now`, silent ones that should be forgotten by now among them."""

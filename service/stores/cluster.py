@@ -166,7 +166,7 @@ class ClusterStore(Commands):
     async def close(self) -> None:
         await asyncio.gather(*(node.pool.aclose() for node in self._nodes.values()))
 
-    async def _pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
+    async def pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
         if not atomic:
             return await self._run([_Request(key_slot(command[1]), [command]) for command in commands])
         [replies] = await self._run([_Request(key_slot(commands[0][1]), commands, atomic=True)])

@@ -1,13 +1,14 @@
-#!lua name=onset_v4
+#!lua name=onset_v5
 -- The commit of a batch: for each stream, write its new value if the stored one still carries the expected token, append its results
 -- to the output stream, and acknowledge the entries of the input stream that they are of.
 --
 -- KEYS  state key of each stream, then trail key of each stream that has results to keep, then watch key of each stream whose watch
---       changes, then the output stream if there are results for it, then for each lease the input stream and the lease's key; in a
+--       changes, then the alert log of each entry for it, then the output stream if there are results for it, then for each lease the input stream and the lease's key; in a
 --       cluster all of one slot
--- ARGV  1 state TTL (s), 2 result TTL (s), 3 trail length, 4 number of streams, 5 frames, 6 values, 7 number of trails, 8 number of
---       watches, 9 length of the output stream (about), 10 results, 11 acks, then a blob for each trail key and each watch key, then
---       for each lease its token, the consumer group, and 1 where acknowledged entries stay in the stream (else 0)
+-- ARGV  1 state TTL (s), 2 result TTL (s), 3 trail length, 4 length of an alert log (about), 5 number of streams, 6 frames, 7 values,
+--       8 number of trails, 9 of watches, 10 of log entries, 11 length of the output stream (about), 12 results, 13 acks, then a blob for
+--       each trail key, each watch key and each log key, then for each lease its token, the consumer group, and 1 where acknowledged
+--       entries stay in the stream (else 0)
 --       frames: for each stream 24 bytes, little-endian: length of the token u4, token padded to 16 bytes, length of the value u4
 --               (0 = the value stays as it is, whatever it is)
 --       values: the new values, one after the other
@@ -16,17 +17,18 @@
 --             id acknowledges nothing, but the stream is written under that lease
 --       trail blobs: position of the stream u4, then the results
 --       watch blobs: position of the stream u4, time f8 (0 = no longer watched), then the stream's id
+--       log blobs: position of the stream u4, then the entry
 -- Reply one integer for each stream: 1 written, 0 lost to another writer, 2 fenced: a lease it is written under is no longer ours
 --
 -- A function runs alone on the server, so all that is done for a stream is one step. Each stream stands for itself: a loser leaves
 -- the others written. Bytes 8 to 23 of a value are its token (service/state.py). Few long arguments instead of many short ones:
 -- packing an argument costs the client more than cutting a string here.
 
-local HEAD = 11
+local HEAD = 13
 local IDS = 1000 -- of one XACK: Lua unpacks 8,000 values at most
 
 local function fence(keys, args, first_key, first_arg, outcome)
-  local held, acks, at = {}, args[11], 1
+  local held, acks, at = {}, args[13], 1
   for i = 0, (#keys - first_key) / 2 - 1 do
     held[i + 1] = redis.call('GET', keys[first_key + 2 * i + 2]) == args[first_arg + 3 * i]
   end
@@ -40,7 +42,7 @@ local function fence(keys, args, first_key, first_arg, outcome)
 end
 
 local function acknowledge(keys, args, first_key, first_arg, outcome)
-  local ids, acks, at = {}, args[11], 1
+  local ids, acks, at = {}, args[13], 1
   local function flush(lease)
     local stream, arg = keys[first_key + 2 * lease - 1], first_arg + 3 * lease - 3
     redis.call('XACK', stream, args[arg + 1], unpack(ids[lease]))
@@ -79,7 +81,7 @@ local function publish(output, most, results, outcome)
 end
 
 local function write(keys, args, streams, outcome)
-  local frames, values, start = args[5], args[6], 1
+  local frames, values, start = args[6], args[7], 1
   for i = 1, streams do
     local size, token, bytes = struct.unpack('<I4c16I4', frames, 24 * i - 23)
     if outcome[i] == nil and bytes == 0 then
@@ -106,10 +108,10 @@ local function misused(keys, last_key, output)
 end
 
 local function commit(keys, args)
-  local streams, trails, watches = tonumber(args[4]), tonumber(args[7]), tonumber(args[8])
+  local streams, trails, watches, logged = tonumber(args[5]), tonumber(args[8]), tonumber(args[9]), tonumber(args[10])
   local result_ttl, length, outcome = args[2], args[3], {}
-  local last_key, first_lease = streams + trails + watches, HEAD + trails + watches + 1
-  local output = #args[10] > 0 and 1 or 0
+  local last_watch, last_key = streams + trails + watches, streams + trails + watches + logged
+  local first_lease, output = HEAD + last_key - streams + 1, #args[12] > 0 and 1 or 0
   local wrong = misused(keys, last_key, output)
   if wrong then
     return wrong
@@ -124,7 +126,7 @@ local function commit(keys, args)
       redis.call('EXPIRE', keys[i], result_ttl)
     end
   end
-  for i = streams + trails + 1, last_key do
+  for i = streams + trails + 1, last_watch do
     local blob = args[HEAD + i - streams]
     local position, time = struct.unpack('<I4d', blob)
     if outcome[position] == 1 and time > 0 then
@@ -133,9 +135,15 @@ local function commit(keys, args)
       redis.call('ZREM', keys[i], string.sub(blob, 13))
     end
   end
-  publish(keys[last_key + 1], args[9], args[10], outcome)
+  for i = last_watch + 1, last_key do
+    local blob = args[HEAD + i - streams]
+    if outcome[struct.unpack('<I4', blob)] == 1 then
+      redis.call('XADD', keys[i], 'MAXLEN', '~', args[4], '*', 'transition', string.sub(blob, 5))
+    end
+  end
+  publish(keys[last_key + 1], args[11], args[12], outcome)
   acknowledge(keys, args, last_key + output, first_lease, outcome)
   return outcome
 end
 
-redis.register_function('onset_commit_v4', commit)
+redis.register_function('onset_commit_v5', commit)

@@ -16,7 +16,8 @@ _Key = tuple[str, str]
 class MemoryStore:
     """Implements StateStore. `clock` gives seconds; values older than their time to live are gone.
 
-    Of a queue it has `leases` (key → token), the entries `pending` of each stream's group and those `kept` in it, and the `results`.
+        The alert log is `log`. Of a queue there are `leases` (key → token), the entries `pending` of each stream's group and those `kept`
+    in it, and the `results`.
     """
 
     def __init__(self, *, state_ttl: int, result_ttl: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -31,6 +32,7 @@ class MemoryStore:
         self.pending: dict[tuple[bytes, bytes], list[bytes]] = {}
         self.kept: dict[bytes, list[bytes]] = {}
         self.results: list[bytes] = []
+        self.log: list[bytes] = []
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         return [self._value((model, stream_id)) for stream_id in stream_ids]
@@ -41,11 +43,12 @@ class MemoryStore:
     async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
         return [self._write((model, write.stream_id), write) for write in writes]
 
-    async def delete(self, model: str, stream_id: str) -> bool:
+    async def delete(self, model: str, stream_id: str, entry: bytes = b"") -> bool:
         there = self._value((model, stream_id)) is not None
         self._states.pop((model, stream_id), None)
         self._trails.pop((model, stream_id), None)
         self._watches.pop((model, stream_id), None)
+        self.log += [entry] if entry else []
         return there
 
     async def due(self, model: str, now: float, limit: int) -> list[str]:
@@ -109,6 +112,7 @@ class MemoryStore:
             self._watch(key, write.watch)
         if write.trail:
             self._trails[key] = (now + self._result_ttl, [*self._trail(key), write.trail][-TRAIL_COMMITS:])
+        self.log += write.log
         self.results += write.results
         for lease, entry in write.acks:
             self.pending[lease.stream, lease.group] = [other for other in self._pending(lease) if other != entry]

@@ -5,6 +5,7 @@ Keys (each name once, here):
     onset:{SHARD}:MODEL:STREAM     a stream's value                SHARD = crc32(stream id) % 256, three digits, a hash tag:
     onset:{SHARD}:~MODEL:STREAM    its trail, a list of blobs      a shard's keys share one slot of a cluster
     onset:{SHARD}:!MODEL           a shard's watches, a sorted set of stream ids by time
+    onset:{SHARD}:@alerts          a shard's part of the alert log, a stream; its entries have the one field `transition`
     onset:policy                   what was changed of the policy at run time, a hash
     onset:results                  results of events that came from a queue in the store (Output); its entries have the one field `result`
 
@@ -33,10 +34,10 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from service.errors import StoreUnavailable
 from service.events import Lease
-from service.stores import OUTPUT, SILENT, TRAIL_COMMITS, Output, Page, Write
+from service.stores import LOG_LENGTH, OUTPUT, SILENT, TRAIL_COMMITS, Output, Page, Write
 
 SHARDS = 256
-FUNCTION = "onset_commit_v4"
+FUNCTION = "onset_commit_v5"
 """With the library in commit.lua renamed whenever its arguments change: replicas of two versions may share a server."""
 LIBRARY = Path(__file__).with_name("commit.lua")
 COMMIT_STREAMS, COMMIT_BYTES = 512, 4 * 1024 * 1024
@@ -54,7 +55,7 @@ TOO_OLD = "The server knows no FUNCTION command: Onset needs Redis 7.0 or Valkey
 T = TypeVar("T")
 
 _GLOB = re.compile(rb"[*?\[\]\\^]")
-_WATCH = struct.Struct("<Id")
+_WATCH, _LOG = struct.Struct("<Id"), struct.Struct("<I")
 _FRAME, _RESULT, _ACK = struct.Struct("<I16sI"), struct.Struct("<II"), struct.Struct("<IIB")  # in a commit, see commit.lua
 
 
@@ -69,6 +70,10 @@ def trail_key(model: str, stream_id: str) -> bytes:
 
 def watch_key(model: str, shard: int) -> bytes:
     return b"onset:{%03d}:!%s" % (shard, model.encode())
+
+
+def log_key(shard: int) -> bytes:
+    return b"onset:{%03d}:@alerts" % shard
 
 
 def shard_of(stream_id: str) -> int:
@@ -88,25 +93,27 @@ class Commands(ABC):
         self._output = output
 
     @abstractmethod
-    async def _pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
+    async def pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
         """Their replies, in one round trip; `atomic` = in one step, for keys of one shard only. Raises StoreUnavailable."""
 
     async def load_trails(self, model: str, stream_ids: Sequence[str]) -> list[list[bytes]]:
-        return await self._pipe([("LRANGE", trail_key(model, stream_id), 0, -1) for stream_id in stream_ids])
+        return await self.pipe([("LRANGE", trail_key(model, stream_id), 0, -1) for stream_id in stream_ids])
 
-    async def delete(self, model: str, stream_id: str) -> bool:
-        commands = [
+    async def delete(self, model: str, stream_id: str, entry: bytes = b"") -> bool:
+        commands: list[Command] = [
             ("DEL", state_key(model, stream_id)),
             ("DEL", trail_key(model, stream_id)),
             ("ZREM", watch_key(model, shard_of(stream_id)), stream_id.encode()),
         ]
-        return bool((await self._pipe(commands, atomic=True))[0])
+        if entry:
+            commands.append(("XADD", log_key(shard_of(stream_id)), "MAXLEN", "~", LOG_LENGTH, "*", "transition", entry))
+        return bool((await self.pipe(commands, atomic=True))[0])
 
     async def due(self, model: str, now: float, limit: int) -> list[str]:
         return (await self._watched(model, ((0.0, now), (SILENT, SILENT + now)), limit))[:limit]
 
     async def silent(self, model: str, limit: int) -> tuple[int, list[str]]:
-        total = sum(await self._pipe([("ZCOUNT", watch_key(model, shard), SILENT, "+inf") for shard in range(SHARDS)]))
+        total = sum(await self.pipe([("ZCOUNT", watch_key(model, shard), SILENT, "+inf") for shard in range(SHARDS)]))
         return total, (await self._watched(model, ((SILENT, math.inf),), limit))[:limit] if total and limit else []
 
     async def watch(self, model: str, times: Mapping[str, float]) -> None:
@@ -115,29 +122,29 @@ class Commands(ABC):
             key = watch_key(model, shard_of(stream_id))
             commands.append(("ZADD", key, time, stream_id.encode()) if time else ("ZREM", key, stream_id.encode()))
         if commands:
-            await self._pipe(commands)
+            await self.pipe(commands)
 
     async def waited(self, model: str, limit: int) -> tuple[int, list[str]]:
         keys = [watch_key(model, shard) for shard in range(SHARDS)]
-        counts = await self._pipe([command for key in keys for command in (("ZCARD", key), ("ZCOUNT", key, SILENT, "+inf"))])
+        counts = await self.pipe([command for key in keys for command in (("ZCARD", key), ("ZCOUNT", key, SILENT, "+inf"))])
         watched, silent = counts[::2], counts[1::2]
         part = min(1.0, limit / max(sum(watched), 1))
         drawn = [("ZRANDMEMBER", key, math.ceil(size * part)) for key, size in zip(keys, watched, strict=True) if size and limit]
-        return sum(watched) - sum(silent), [member.decode() for some in await self._pipe(drawn) for member in some]
+        return sum(watched) - sum(silent), [member.decode() for some in await self.pipe(drawn) for member in some]
 
     async def policy(self) -> dict[str, bytes]:
-        return _named((await self._pipe([("HGETALL", POLICY_KEY)]))[0])
+        return _named((await self.pipe([("HGETALL", POLICY_KEY)]))[0])
 
     async def change_policy(self, changes: Mapping[str, bytes | None]) -> dict[str, bytes]:
         commands: list[Command] = [
             ("HDEL", POLICY_KEY, name) if value is None else ("HSET", POLICY_KEY, name, value) for name, value in changes.items()
         ]
-        return _named((await self._pipe([*commands, ("HGETALL", POLICY_KEY)], atomic=True))[-1])
+        return _named((await self.pipe([*commands, ("HGETALL", POLICY_KEY)], atomic=True))[-1])
 
     async def _watched(self, model: str, ranges: Sequence[tuple[float, float]], limit: int) -> list[str]:
         keys = [watch_key(model, shard) for shard in range(SHARDS)]
         commands = [("ZRANGEBYSCORE", key, least, most, "LIMIT", 0, limit) for key in keys for least, most in ranges]
-        return [member.decode() for members in await self._pipe(commands) for member in members]
+        return [member.decode() for members in await self.pipe(commands) for member in members]
 
     def _commit_of(self, model: str, part: Sequence[Write]) -> tuple[int, list[Any]]:
         """Number of keys, then keys and arguments of the call of commit.lua that writes these."""
@@ -145,18 +152,21 @@ class Commands(ABC):
         watches = [(i, write) for i, write in enumerate(part, 1) if write.watch is not None]
         keys = [state_key(model, write.stream_id) for write in part] + [trail_key(model, write.stream_id) for _, write in trails]
         keys += [watch_key(model, shard_of(write.stream_id)) for _, write in watches]
+        logged = [(i, write.stream_id, entry) for i, write in enumerate(part, 1) for entry in write.log]
+        keys += [log_key(shard_of(stream_id)) for _, stream_id, _ in logged]
         frames = b"".join(_FRAME.pack(len(write.expected), write.expected, len(write.value)) for write in part)
         values = b"".join([write.value for write in part])
         blobs = [i.to_bytes(4, "little") + write.trail for i, write in trails]
         blobs += [_WATCH.pack(i, write.watch) + write.stream_id.encode() for i, write in watches]
+        blobs += [_LOG.pack(i) + entry for i, _, entry in logged]
         queued = [(i, write) for i, write in enumerate(part, 1) if write.acks or write.results]
         results = b"".join(_RESULT.pack(i, len(result)) + result for i, write in queued for result in write.results)
         leases, acks = _acks(queued)
         keys += [self._output.key.encode()] if results else []
         keys += [key for lease in leases for key in (lease.stream, lease.key)]
         blobs += [part for lease in leases for part in (lease.token, lease.group, b"%d" % lease.keep)]
-        counts = (len(trails), len(watches), self._output.length)
-        return len(keys), [*keys, *self._ttls, len(part), frames, values, *counts, results, acks, *blobs]
+        counts = (len(trails), len(watches), len(logged), self._output.length)
+        return len(keys), [*keys, *self._ttls, LOG_LENGTH, len(part), frames, values, *counts, results, acks, *blobs]
 
 
 class RedisStore(Commands):
@@ -235,7 +245,7 @@ class RedisStore(Commands):
         except (RedisError, OSError) as error:
             raise await self._unavailable(error) from error
 
-    async def _pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
+    async def pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
         async def ask() -> list[Any]:
             async with self._client.pipeline(transaction=atomic) as pipeline:
                 for command in commands:
@@ -324,7 +334,7 @@ def calls(writes: Sequence[Write]) -> Iterator[Sequence[Write]]:
     """Runs of writes that one call may carry."""
     start = size = 0
     for i, write in enumerate(writes):
-        more = len(write.value) + len(write.trail) + sum(map(len, write.results))
+        more = len(write.value) + len(write.trail) + sum(map(len, write.results)) + sum(map(len, write.log))
         if i > start and (i - start == COMMIT_STREAMS or size + more > COMMIT_BYTES):
             yield writes[start:i]
             start, size = i, 0

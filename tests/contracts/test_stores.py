@@ -18,7 +18,7 @@ from service.state import TOKEN
 from service.stores import FENCED, LOST, OUTPUT, SILENT, TRAIL_COMMITS, WRITTEN, Output, StateStore, Write
 from service.stores.cluster import ClusterStore
 from service.stores.memory import MemoryStore
-from service.stores.redis import COMMIT_BYTES, COMMIT_STREAMS, RedisStore, state_key, trail_key
+from service.stores.redis import COMMIT_BYTES, COMMIT_STREAMS, RedisStore, log_key, shard_of, state_key, trail_key
 from tests.servers import Valkey, ValkeyCluster
 
 MODEL = "tiny"
@@ -100,6 +100,19 @@ class Backend:
             pending = await client.xpending_range(lease.stream, lease.group, "-", "+", 10_000)
             kept = await client.xrange(lease.stream)
         return [entry["message_id"] for entry in pending], [entry for entry, _ in kept]
+
+    async def log(self, stream_id: str) -> list[bytes]:
+        """The part of the alert log that has the stream's entries."""
+        if self._url is None:
+            return self._memory.log
+        shard = shard_of(stream_id)
+        if self._clustered:
+            store = cast("ClusterStore", self._opened[-1])
+            entries = (await store.pipe([("XRANGE", log_key(shard), "-", "+")]))[0]
+        else:
+            async with raw(self._url) as client:
+                entries = await client.xrange(log_key(shard))
+        return [fields[1] if isinstance(fields, list) else fields[b"transition"] for _, fields in entries]
 
     async def results(self) -> list[bytes]:
         """The output stream."""
@@ -450,6 +463,35 @@ async def test_a_write_under_a_lost_lease_is_fenced_and_its_neighbours_are_not(q
 async def test_a_lease_that_nobody_holds_is_lost_too(queue: Backend) -> None:
     store = await queue.open(3600, 600)
     assert await store.commit(MODEL, [Write("a", b"", value(), acks=[(LEASE, b"1-0")])]) == [FENCED]
+
+
+async def test_the_alert_log_has_the_entries_of_what_was_written_in_the_order_of_the_commits(backend: Backend) -> None:
+    store = await backend.open(3600, 600)
+    first, second = value(), value()
+    assert (
+        await store.commit(MODEL, [Write("a", b"", first, log=[b"1", b"2"]), Write("b", b"", value(), watch=5.0, log=[])]) == [WRITTEN] * 2
+    )
+    assert await store.commit(MODEL, [Write("a", b"x" * 16, second, trail=b"t", log=[b"lost"])]) == [LOST]
+    assert await store.commit(MODEL, [Write("a", first[TOKEN], second, trail=b"t", watch=7.0, log=[b"3"])]) == [WRITTEN]
+    assert await store.load_trails(MODEL, ["a"]) == [[b"t"]]
+    assert await backend.log("a") == [b"1", b"2", b"3"]
+    assert await store.delete(MODEL, "a", b"4")
+    assert await backend.log("a") == [b"1", b"2", b"3", b"4"]
+
+
+async def test_the_alert_log_is_beside_results_and_acks(queue: Backend) -> None:
+    store = await queue.open(3600, 600)
+    await queue.give(LEASE)
+    await queue.deliver(LEASE, b"1-0")
+    writes = [
+        Write("a", b"", value(), results=[b"r"], acks=[(LEASE, b"1-0")], log=[b"1"]),
+        Write("a2", b"", value(), acks=[(LEASE._replace(token=b"another"), b"2-0")], log=[b"fenced"]),
+    ]
+    assert await store.commit(MODEL, writes) == [WRITTEN, FENCED]
+    assert await queue.results() == [b"r"]
+    assert await queue.entries(LEASE) == ([], [])
+    assert await queue.log("a") == [b"1"]
+    assert b"fenced" not in await queue.log("a2")
 
 
 async def test_a_write_without_a_value_leaves_the_stream_as_it_is_whatever_it_is(queue: Backend) -> None:

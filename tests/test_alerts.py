@@ -1,0 +1,238 @@
+"""An alert's life: read off the flags of a stream, exact however its events are cut into batches; and folded from the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from service.alerts import Alert, Evidence, Transition, advanced, alert_id, decoded, encoded
+from service.detector import Detector
+from service.events import Event
+from service.metrics import Metrics
+from service.policy import Policy
+from service.scorer import Limits, Scorer
+from service.silence import Sweeper
+from service.stores.memory import MemoryStore
+
+T0 = 1e9
+SETTLED = 600
+"""Events after which a stream's state may be frozen."""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = T0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(state_ttl=3600, result_ttl=600)
+
+
+def make(detector: Detector, store: MemoryStore, **policy: Any) -> Scorer:
+    scorer = Scorer(detector, Policy(**policy), store, Metrics(), Limits(), Clock())
+    scorer.start()
+    return scorer
+
+
+@pytest.fixture
+async def scorer(tiny_detector: Detector, store: MemoryStore) -> AsyncIterator[Scorer]:
+    running = make(tiny_detector, store)
+    yield running
+    await running.drain(5)
+
+
+def events(values: Sequence[float], stream: str = "s", start: int = 0) -> list[Event]:
+    return [
+        Event(stream_id=stream, values={"value": value}, timestamp=T0 + start + i, sequence=start + i) for i, value in enumerate(values)
+    ]
+
+
+def quiet(count: int, seed: int = 0) -> list[float]:
+    return [float(value) for value in np.random.default_rng(seed).normal(size=count).clip(-2, 2)]
+
+
+def told(store: MemoryStore) -> list[Transition]:
+    return [decoded(entry) for entry in store.log]
+
+
+def steps(store: MemoryStore) -> list[tuple[str, str, str, float, str | None]]:
+    return [(step.stream_id, step.what, step.severity, step.started_at - T0, step.resolution) for step in told(store)]
+
+
+async def test_quiet_streams_leave_nothing_in_the_log(scorer: Scorer, store: MemoryStore) -> None:
+    await scorer.score(events(quiet(300)))
+    assert store.log == []
+
+
+async def test_an_anomaly_of_many_events_is_one_opening_and_one_recovery(scorer: Scorer, store: MemoryStore) -> None:
+    await scorer.score(events([*quiet(SETTLED), *[60.0] * 50]))
+    assert steps(store) == [("s", "opened", "critical", SETTLED, None)]
+    await scorer.score(events(quiet(30, 1), start=SETTLED + 50))
+    assert steps(store)[1:] == [("s", "resolved", "critical", SETTLED, "recovered")]
+    opened, resolved = told(store)
+    assert opened.alert == resolved.alert == alert_id("tiny", "s", "anomaly", T0 + SETTLED)
+    assert opened.evidence is not None
+    assert resolved.evidence is not None
+    [finding] = opened.evidence.contributors
+    assert (finding.feature, finding.actual, opened.evidence.direction) == ("value", 60.0, "up")
+    assert finding.upper is not None
+    assert finding.upper < 60
+    assert resolved.evidence.timestamp == T0 + SETTLED + 50 + 9
+
+
+async def test_an_alert_of_a_stream_too_young_to_freeze_closes_too(scorer: Scorer, store: MemoryStore) -> None:
+    await scorer.score(events([*quiet(100), 60.0, *quiet(50, 1)]))
+    assert [step[1] for step in steps(store)] == ["opened", "resolved"]
+    assert not any(result.status == "frozen" for result in [await scorer.stream("s")])
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+async def test_the_log_is_the_same_however_the_events_are_cut(tiny_detector: Detector, size: int) -> None:
+    values = [*quiet(100), 60.0, *quiet(20, 1), 6.0, 60.0, 600.0, *quiet(30, 2), 80.0]
+    both = [event for pair in zip(events(values, "a"), events(values[::-1], "b"), strict=True) for event in pair]
+    logs = []
+    for cut in (len(both), size):
+        store = MemoryStore(state_ttl=3600, result_ttl=600)
+        scorer = make(tiny_detector, store, settled=50)
+        for i in range(0, len(both), cut):
+            await scorer.score(both[i : i + cut])
+        await scorer.drain(5)
+        logs.append([[entry for entry in store.log if decoded(entry).stream_id == stream] for stream in ("a", "b")])
+    assert logs[0] == logs[1]
+    assert len(logs[0][0]) >= 4
+
+
+async def test_a_rising_severity_is_told_once_for_each_level(tiny_detector: Detector, store: MemoryStore) -> None:
+    scorer = make(tiny_detector, store, settled=10_000)
+    await scorer.score(events([*quiet(200), 9.0, 9.0, 60.0, 60.0, 600.0]))
+    await scorer.drain(5)
+    told_of = [(what, severity) for _, what, severity, _, _ in steps(store)]
+    assert told_of[0][0] == "opened"
+    assert [what for what, _ in told_of[1:]] == ["escalated"] * (len(told_of) - 1)
+    levels = ["minor", "major", "critical"]
+    ranks = [levels.index(severity) for _, severity in told_of]
+    assert ranks == sorted(set(ranks))
+    assert ranks[0] < 2
+    assert ranks[-1] == 2
+
+
+async def test_accepting_resolves_the_alert_once_and_by_age_says_so(tiny_detector: Detector, store: MemoryStore, scorer: Scorer) -> None:
+    await scorer.score(events([*quiet(SETTLED), *[60.0] * 20]))
+    await scorer.accept("s")
+    await scorer.accept("s")
+    assert [(step[1], step[4]) for step in steps(store)] == [("opened", None), ("resolved", "accepted")]
+    aged = MemoryStore(state_ttl=3600, result_ttl=600)
+    by_age = make(tiny_detector, aged, accept_after=15.0)
+    await by_age.score(events([*quiet(SETTLED), *[60.0] * 20]))
+    await by_age.drain(5)
+    assert [(step[1], step[4]) for step in steps(aged)] == [("opened", None), ("resolved", "accepted_by_age")]
+
+
+async def test_forgetting_a_stream_is_told(scorer: Scorer, store: MemoryStore) -> None:
+    await scorer.score(events([*quiet(SETTLED), 60.0]))
+    assert await scorer.forget("s")
+    assert [step[1] for step in steps(store)] == ["opened", "forgotten"]
+
+
+async def test_a_silence_is_told_when_it_is_raised_and_when_the_stream_speaks(scorer: Scorer, store: MemoryStore) -> None:
+    clock = scorer._clock
+    assert isinstance(clock, Clock)
+    for i in range(60):
+        clock.now = T0 + i
+        await scorer.score(events([quiet(60)[i]], start=i))
+    sweeper: Sweeper = scorer.sweeper(3600)
+    await sweeper.sweep()
+    clock.now += 600
+    await sweeper.sweep()
+    await sweeper.sweep()
+    [silence] = told(store)
+    assert (silence.what, silence.kind, silence.started_at) == ("opened", "silence", T0 + 59)
+    assert silence.patience is not None
+    assert silence.patience < 600
+    await scorer.score(events([0.0, 0.1], start=700))
+    [_, spoke] = told(store)
+    assert (spoke.what, spoke.resolution, spoke.alert) == ("resolved", "spoke", silence.alert)
+
+
+async def test_of_two_replicas_that_race_each_transition_is_logged_once(tiny_detector: Detector, store: MemoryStore) -> None:
+    scorers = [make(tiny_detector, store), make(tiny_detector, store)]
+    values = [*quiet(100), 60.0, *quiet(50, 1)]
+    for event in events(values):
+        await asyncio.gather(*(scorer.score([event]) for scorer in scorers))
+    for scorer in scorers:
+        await scorer.drain(5)
+    assert [step[1] for step in steps(store)] == ["opened", "resolved"]
+
+
+# ── the fold ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def evidence(timestamp: float = T0) -> Evidence:
+    return Evidence(timestamp, 7, 1e-9, 3.0, 3.0, "critical", "up", [])
+
+
+def opening(**changes: Any) -> Transition:
+    return replace(Transition("opened", "m", "s", started_at=T0, evidence=evidence()), **changes)
+
+
+def opened(transition: Transition | None = None) -> Alert:
+    alert = advanced(None, transition or opening(), T0 + 1, 3600)
+    assert alert is not None
+    return alert
+
+
+def test_a_transition_survives_its_encoding() -> None:
+    transition = opening(kind="silence", patience=3.5)
+    assert decoded(encoded(transition)) == transition
+
+
+def test_ids_sort_by_when_the_anomaly_began_and_tell_apart_what_differs() -> None:
+    times = [-5.0, 0.0, 1.0, T0, T0 + 0.001, 9e10]
+    ids = [alert_id("m", "s", "anomaly", time) for time in times]
+    assert ids[2:] == sorted(ids[2:])
+    assert len({*ids, alert_id("m2", "s", "anomaly", T0), alert_id("m", "s2", "anomaly", T0), alert_id("m", "s", "silence", T0)}) == 9
+    assert {len(id_) for id_ in ids} == {28}
+
+
+def test_an_opening_told_twice_changes_nothing_and_a_recovery_resolves_once() -> None:
+    alert = opened()
+    assert (alert.status, alert.open, alert.live) == ("open", True, True)
+    assert advanced(alert, opening(), T0 + 2, 3600) is None
+    recovery = opening(what="resolved", resolution="recovered", evidence=evidence(T0 + 50))
+    resolved = advanced(alert, recovery, T0 + 51, 3600)
+    assert resolved is not None
+    assert (resolved.status, resolved.resolution, resolved.resolved_at) == ("resolved", "recovered", T0 + 51)
+    assert resolved.last == evidence(T0 + 50)
+    assert advanced(resolved, recovery, T0 + 52, 3600) is None
+
+
+def test_an_escalation_raises_the_severity_and_opens_what_nobody_told_of() -> None:
+    alert = opened(opening(severity="minor"))
+    risen = advanced(alert, opening(what="escalated", severity="critical"), T0 + 2, 3600)
+    assert risen is not None
+    assert (risen.severity, risen.opened_at, risen.updated_at) == ("critical", T0 + 1, T0 + 2)
+    late = advanced(None, opening(what="escalated", severity="major"), T0 + 2, 3600)
+    assert late == replace(opened(opening(severity="major")), opened_at=T0 + 2, updated_at=T0 + 2)
+
+
+def test_alerts_of_the_past_are_not_live_and_silences_always_are() -> None:
+    assert not opened(opening(evidence=evidence(T0 - 4000))).live
+    assert opened(opening(kind="silence", evidence=None)).live
+
+
+def test_a_forgotten_stream_resolves_its_alerts_and_what_is_not_known_stays_unknown() -> None:
+    forgotten = Transition("forgotten", "m", "s")
+    alert = advanced(opened(), forgotten, T0 + 5, 3600)
+    assert alert is not None
+    assert alert.resolution == "forgotten"
+    assert advanced(None, forgotten, T0 + 5, 3600) is None
+    assert advanced(None, opening(what="resolved", resolution="recovered"), T0 + 5, 3600) is None
