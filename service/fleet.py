@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.events import SEVERITIES
 from service.feed import Batch
 from service.metrics import Metrics
-from service.policy import SEVERITIES
 from service.rounds import Kind
 
 RECENT_SECONDS = 300.0

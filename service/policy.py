@@ -29,7 +29,6 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from service.events import SEVERITIES as SEVERITIES
 from service.events import Direction
 from service.state import ACCEPTED, ALERT_OPEN, EXPIRED, FROZEN, LASTING, LEARNER, LEVEL, LEVEL_SHIFT, SILENT, Rows
 

@@ -27,9 +27,10 @@ from starlette.types import Receive, Scope, Send
 from service import tasks
 from service.console.recent import ANOMALY, COLD, OPEN, Recent
 from service.errors import Overloaded
+from service.events import SEVERITIES
 from service.feed import Batch
 from service.metrics import Metrics
-from service.policy import DIRECTIONS, SEVERITIES
+from service.policy import DIRECTIONS
 
 RATE = 10
 """Messages a second to one watcher at most."""
