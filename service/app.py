@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from service import openapi, queues, series, tasks
 from service.api import Door, DoorLimits
+from service.canary import Canary
 from service.console.pages import Console
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector, load_detectors
@@ -118,6 +119,8 @@ class Service:
                 for scorer in self.scorers.values():
                     sweeper = scorer.sweeper(self.settings.state_ttl_seconds)
                     stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
+            for canary in self._canaries(store):
+                stack.push_async_callback(tasks.end, asyncio.create_task(canary.run(), name="canary"))
             for consumer in queues.consumers(self.sources, url, self._scorer, self.metrics, max_events=self.settings.max_batch_events):
                 await consumer.start()
                 stack.push_async_callback(consumer.stop, self.settings.drain_seconds)
@@ -133,6 +136,10 @@ class Service:
         )
         console.watch(self.feed)
         return console
+
+    def _canaries(self, store: StateStore) -> list[Canary]:
+        every = self.settings.canary_seconds
+        return [Canary(detector, store, self.metrics, every) for detector in self.detectors.values()] if every else []
 
     def _start_scorers(self, store: StateStore) -> None:
         settings = self.settings

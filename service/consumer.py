@@ -85,6 +85,7 @@ class Consumer:
     ) -> None:
         self._source, self._scorer, self._metrics, self._mapper = source, scorer, metrics, mapper
         metrics.begin(door=[source.name], source=[source.name])
+        metrics.source_paused.labels(source.name).set(0)
         self._fuse, self._fuse_seconds = Fuse(fuse), fuse_seconds
         self._published: dict[str, set[str]] = {}  # of each partition's batch that is not settled yet: ids of results that are out
         self._stopping = asyncio.Event()

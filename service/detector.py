@@ -108,6 +108,10 @@ class Detector:
     def name(self) -> str:
         return self.manifest.name
 
+    def under(self, name: str) -> Detector:
+        """The same detector by another name, which keeps its states apart; any name, so also one that no file can have."""
+        return Detector(self.manifest.model_copy(update={"name": name}), self.sha256, self._session)
+
     @property
     def features(self) -> int:
         return len(self.manifest.features)

@@ -368,6 +368,38 @@ class Metrics:
         by=("call", "refresh"),
     )
 
+    # the canary
+    canary_ok = _gauge(
+        "onset_canary_ok",
+        "0 or 1",
+        "Whether the canary's last run was ok; NaN before the first. Absent: ONSET_CANARY_SECONDS is 0.",
+        "0: onset_canary_runs_total says how; the log says more.",
+        model=RUNNING,
+    )
+    canary_runs = _counter(
+        "onset_canary_runs_total",
+        "runs",
+        "Runs of the canary, a stream of the service's own with a known fault, by result.",
+        "blind, inverted, differs: do not trust this model's scores; go back to the last version that was ok. failed: mostly the store.",
+        model=RUNNING,
+        result=("ok", "blind", "inverted", "differs", "failed"),
+    )
+    canary_score = _gauge(
+        "onset_canary_score",
+        "score",
+        "Anomaly scores of the canary's last run, against an alpha of 0.01: the median of its quiet part, the highest of its fault.",
+        "They move with the model only: every run scores the same readings.",
+        model=RUNNING,
+        part=("quiet", "fault"),
+    )
+    canary_run = _gauge(
+        "onset_canary_run_timestamp",
+        "seconds since 1970",
+        "When the canary's last run ended (before the first: when it began to watch).",
+        "Older than a few intervals: the batch loop or the process hangs.",
+        model=RUNNING,
+    )
+
     # the store
     copies = _counter(
         "onset_copies_total",
@@ -470,10 +502,10 @@ class Metrics:
         return b"".join([generate_latest(self.registry), *(write() for write in self._writers)])
 
     def begin(self, **known: Sequence[str]) -> None:
-        """Begin all series at zero whose labels' values are in the catalogue or `known`, such as model=("default",)."""
+        """Begin all counters and histograms at zero whose labels' values are in the catalogue or `known`, such as model=("default",)."""
         for entry in ENTRIES:
             labels = [values or known.get(label, ()) for label, values in entry.metric.labels.items()]
-            if labels and entry.metric.kind != "info":
+            if labels and entry.metric.kind in ("counter", "histogram"):
                 for values in itertools.product(*labels):
                     self.__dict__[entry.attribute].labels(*values)
 

@@ -119,7 +119,7 @@ _NOTHING = _Settled([], [])
 class Scorer:
     """Scores events with one detector; `feed` is told of every batch. `clock` gives seconds since 1970.
 
-    `held` = nothing is scored before `ask`.
+    `held` = nothing is scored before `ask`; `alerting` = its alerts go into the store's log of them.
     """
 
     def __init__(
@@ -133,8 +133,10 @@ class Scorer:
         *,
         held: bool = False,
         feed: Feed | None = None,
+        alerting: bool = True,
     ) -> None:
         self.detector = detector
+        self._alerting = alerting
         self.policy = policy
         self._held = held
         self._store = store
@@ -149,6 +151,7 @@ class Scorer:
             self._handle, max_batch=MAX_BATCH, max_queue=limits.max_queue_events, depth=DEPTH, gather=GATHER_EVENTS
         )
         self._reorder: Reorder[Answers | Exception] | None = None
+        metrics.held.labels(detector.name).set(0)
         if limits.reorder_seconds:
             self._reorder = Reorder(
                 self._submit_in_turn, seconds=limits.reorder_seconds, events=limits.reorder_events, max_held=limits.max_queue_events
@@ -327,7 +330,8 @@ class Scorer:
         """Delete a stream's state; whether there was one."""
         self._copies.drop([stream_id])
         model = self.detector.name
-        return await self._store.delete(model, stream_id, alerts.encoded(Transition("forgotten", model, stream_id)))
+        entry = alerts.encoded(Transition("forgotten", model, stream_id)) if self._alerting else b""
+        return await self._store.delete(model, stream_id, entry)
 
     async def _submit(self, parsed: Parsed, sender: str) -> list[tuple[slice, Answers | OnsetError]]:
         """Answers to stretches of the events, in order. Raises where there would be none: then nothing is known to be committed."""
@@ -532,7 +536,7 @@ class Scorer:
         self, standing: Standing, stream_ids: list[str], scored: Positions, slots: Positions, outcomes: Outcomes
     ) -> dict[int, list[bytes]]:
         """Slot → what this batch did to its alerts, for the log."""
-        moves = list(standing.moves(slots[scored], outcomes.records[scored]))
+        moves = list(standing.moves(slots[scored], outcomes.records[scored])) if self._alerting else []
         if not moves:
             return {}
         places = scored[[move.event for move in moves]]

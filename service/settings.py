@@ -43,6 +43,8 @@ class Settings(BaseSettings):
     """Whether a live stream that is silent for improbably long is raised."""
     accept_after: Annotated[float, Field(ge=0)] = 0
     """Seconds (of the events' own time) after which a lasting anomaly is taken for the new normal; 0 = only when someone says so."""
+    canary_seconds: Annotated[float, Field(ge=0)] = 300
+    """How often the canary looks whether each detector still sees a known fault; 0 = never (docs/monitoring.md)."""
     stream_metrics: Annotated[int, Field(ge=0, le=100_000)] = 0
     """Streams (of each model) with series of their own at /metrics: 2 a stream and 5 a feature; 0 = none (docs/metrics.md)."""
     state_ttl_seconds: Annotated[int, Field(ge=1)] = 30 * 24 * 3600

@@ -91,15 +91,15 @@ def tiny_manifest(features: tuple[str, ...], name: str = "tiny", version: str = 
     )
 
 
-def build_tiny(folder: Path, features: tuple[str, ...] = ("value",), name: str = "tiny", version: str = "1") -> Path:
+def build_tiny(folder: Path, features: tuple[str, ...] = ("value",), name: str = "tiny", version: str = "1", graph: str = GRAPH) -> Path:
     """Write a sealed artifact into `folder` and return its path."""
     manifest = tiny_manifest(features, name, version)
-    graph = onnx.parser.parse_model(_text(len(features)))
-    onnx.checker.check_model(graph)
-    vectors = _answers(graph, manifest)
-    set_metadata(graph, {MANIFEST_KEY: manifest.model_dump_json(), SELFTEST_KEY: vectors.encode(), SHA256_KEY: UNSEALED})
+    model = onnx.parser.parse_model(_text(len(features), graph))
+    onnx.checker.check_model(model)
+    vectors = _answers(model, manifest)
+    set_metadata(model, {MANIFEST_KEY: manifest.model_dump_json(), SELFTEST_KEY: vectors.encode(), SHA256_KEY: UNSEALED})
     path = folder / manifest.filename
-    path.write_bytes(seal(graph.SerializeToString()))
+    path.write_bytes(seal(model.SerializeToString()))
     return path
 
 
@@ -107,9 +107,9 @@ def set_metadata(graph: Any, entries: dict[str, str]) -> None:
     onnx.helper.set_model_props(graph, entries)
 
 
-def _text(F: int) -> str:
+def _text(F: int, graph: str) -> str:
     sizes = {"WARMUP": f"{WARMUP:.1f}", "{1, F, F}": f"{{1, {F}, {F}}}", ", F]": f", {F}]", ", S]": f", {1 + 2 * F}]"}
-    text = GRAPH
+    text = graph
     for mark, size in sizes.items():
         text = text.replace(mark, size)
     return text
