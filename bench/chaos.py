@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -131,8 +132,7 @@ async def soak(plan: Plan, folder: Path, progress: Callable[[int, str], None] = 
         report.counts = dict(scene.ledger.counts)
         report.events = sum(source.sent for source in scene.sources)
         report.conflicts_sampled = int(sum(replica.total("onset_state_conflicts_total") for replica in scene.replicas))
-        _read_logs(scene)
-        report.violations = scene.ledger.violations
+        report.violations = [*scene.ledger.violations, *itertools.chain.from_iterable(map(bugs_in, scene.replicas))]
     return report
 
 
@@ -216,7 +216,7 @@ def _other_version(path: Path, folder: Path) -> Path:
 
 
 async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Callable[[int, str], None]) -> None:
-    killer = Killer(scene.store, scene.replicas, random.Random(plan.seed), plan.rate)
+    killer = Killer([scene.store], scene.replicas, random.Random(plan.seed), plan.rate)
     stopped = asyncio.Event()
     began = time.monotonic()
 
@@ -313,12 +313,10 @@ async def _roll_out(scene: Scene) -> None:
     await traffic()
 
 
-def _read_logs(scene: Scene) -> None:
+def bugs_in(replica: Replica) -> list[Violation]:
     """A bug that the clients did not notice is one nevertheless."""
-    for replica in scene.replicas:
-        bugs = [line for line in replica.log.read_text(errors="replace").splitlines() if BUGS.search(line)]
-        if bugs:
-            scene.ledger.violation("-", replica.name, f"{len(bugs)} lines of its log tell of a bug, the first: {bugs[0][:2000]}")
+    bugs = [line for line in replica.log.read_text(errors="replace").splitlines() if BUGS.search(line)]
+    return [Violation("-", replica.name, f"{len(bugs)} lines of its log tell of a bug, the first: {bugs[0][:2000]}")] if bugs else []
 
 
 def _table(report: Report, plan: Plan) -> Table:

@@ -121,14 +121,14 @@ class Reference:
             raise RuntimeError(f"The uninterrupted run refused an event: {answers}.")
         return results
 
-    async def difference(self, stream_id: str, value: bytes | None) -> str:
-        """The fields in which a stored value is not what the uninterrupted run arrived at; "" = none."""
+    async def difference(self, stream_id: str, value: bytes | None, ignored: frozenset[str] = frozenset()) -> str:
+        """The fields, other than those `ignored`, in which a stored value is not what the uninterrupted run arrived at; "" = none."""
         both = self._codec.decode([value, *await self._store.load(self._name, [stream_id])])
         if both.origins[0] != Origin.STORED:
             return f"the value itself ({Origin(both.origins[0]).name.lower()})"
         both.rows["flags"] &= np.uint32(~SILENT & 0xFFFFFFFF)
         served, wanted = both.rows
-        fields = [name for name in self._codec.value.names or () if name not in VOLATILE]
+        fields = [name for name in self._codec.value.names or () if name not in VOLATILE | ignored]
         return ", ".join(name for name in fields if served[name].tobytes() != wanted[name].tobytes())
 
 
@@ -244,7 +244,7 @@ class Ledger:
             for (sent, got), want in zip(mine, await self._references[version].step(events), strict=True):
                 book = self.book(sent.stream_id)
                 if not book.broken and replace(got, duplicate=False) != want:
-                    self._break(book, sent, f"answered {_differing(got, want)}")
+                    self._break(book, sent, f"answered {differing(got, want)}")
 
     def _break(self, book: Book, sent: Sent, what: str) -> None:
         book.broken = True
@@ -268,6 +268,6 @@ def _digest(result: Result) -> bytes:
     return hashlib.blake2b(msgspec.json.encode(replace(result, duplicate=False)), digest_size=16).digest()
 
 
-def _differing(got: Result, want: Result) -> str:
+def differing(got: Result, want: Result) -> str:
     names = [name for name in Result.__struct_fields__ if name != "duplicate" and getattr(got, name) != getattr(want, name)]
     return "; ".join(f"{name} {getattr(got, name)!r}, the uninterrupted run {getattr(want, name)!r}" for name in names)

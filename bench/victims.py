@@ -20,12 +20,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from bench.servers import free_port
+from bench.servers import NONE, free_port
 from service.embedded import find_server, server_options
 
 READY_SECONDS = 60.0
 POLL_SECONDS = 0.05
-SHARE_OF_STORE = 0.25
+SHARE_OF_SERVERS = 0.25
 """Of the kills."""
 SHARE_OF_ANY = 0.1
 """Of the kills that hit a process whatever it is doing, starting perhaps; others wait for one at work."""
@@ -139,9 +139,13 @@ class Replica(Victim):
     which takes longer than is to be between two kills, leaves no gap.
     """
 
-    def __init__(self, number: int, folder: Path, store: Store, model: Path, client: httpx.AsyncClient) -> None:
+    def __init__(
+        self, number: int, folder: Path, store: Store, model: Path, client: httpx.AsyncClient, settings: Mapping[str, str] = NONE
+    ) -> None:
+        """`settings` are further ONSET_… variables, without the prefix."""
         super().__init__(f"replica {number}", folder)
         self._store, self._model, self._client = store, model, client
+        self._settings = settings
         self._active: _Serving | None = None
         self._next = self._serve()
         self.counters: dict[str, dict[str, float]] = {}
@@ -191,7 +195,7 @@ class Replica(Victim):
 
     def _serve(self) -> _Serving:
         port = free_port()
-        settings = {"PORT": str(port), "REDIS_URL": self._store.url, "MODEL": str(self._model), "LOG_LEVEL": "warning"}
+        settings = {"PORT": str(port), "REDIS_URL": self._store.url, "MODEL": str(self._model), "LOG_LEVEL": "warning", **self._settings}
         environment = {f"ONSET_{name}": value for name, value in settings.items()}
         return _Serving(Child([sys.executable, "-m", "service", "serve"], environment, self.log), f"http://127.0.0.1:{port}")
 
@@ -199,8 +203,9 @@ class Replica(Victim):
 class Killer:
     """Kills one of the processes at random moments, about `rate` a second, and starts it again at once."""
 
-    def __init__(self, store: Store, replicas: Sequence[Replica], rng: random.Random, rate: float) -> None:
-        self._store, self._replicas, self._rng, self._rate = store, replicas, rng, rate
+    def __init__(self, servers: Sequence[Victim], replicas: Sequence[Replica], rng: random.Random, rate: float) -> None:
+        """`servers` are the store, and a broker where there is one."""
+        self._servers, self._replicas, self._rng, self._rate = servers, replicas, rng, rate
         self.kills: Counter[str] = Counter()
 
     async def run(self, kills: int) -> None:
@@ -216,7 +221,7 @@ class Killer:
 
     async def _victim(self) -> Victim:
         """Mostly one that is at work, so that kills meet events and not each other."""
-        wanted: Victim = self._store if self._rng.random() < SHARE_OF_STORE else self._rng.choice(self._replicas)
+        wanted: Victim = self._rng.choice(self._servers if self._rng.random() < SHARE_OF_SERVERS else self._replicas)
         if self._rng.random() < SHARE_OF_ANY:
             return wanted
         while True:

@@ -1,0 +1,400 @@
+"""Through a queue nothing is lost, scored twice or put out of order, whatever is killed when: a soak with `kill -9`.
+
+    python -m bench.chaos_queues [--source redis_streams] [--kills 300] [--seconds 1800] [--streams 60] [--seed 1] [--json FILE]
+
+One state store, the broker, two replicas with a spare each that reads too; `kill -9` of one of them at random moments, about --rate a
+second. Producers send each stream's events in order until the broker has confirmed them, so some twice, and old ones again, shuffled.
+Every result is held against an uninterrupted run of the same events:
+
+    order     of each stream the versions 1, 2, 3, … come out in that order
+    once      no version comes out twice; where the broker can only publish at least once, it is the same to the last bit
+    lost      at the end every event sent has its result, the queue is empty, and there are no dead letters
+    scores    every field equals the uninterrupted run's, and so do the stored states at the end
+
+Exit code 1 where anything is wrong, or where the time ran out before all kills were done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, cast
+
+import httpx
+import typer
+from msgspec.structs import replace
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.chaos import bugs_in
+from bench.clients import Kind, Source
+from bench.ledger import Reference, Violation, differing
+from bench.servers import console
+from bench.victims import Killer, Replica, Store, Victim
+from bench.wires import NotSentError, RedisStreamsWire, Wire
+from service.artifact import find_artifacts
+from service.detector import Detector
+from service.events import Event, Result
+from service.settings import SHIPPED_MODELS
+from service.state import SEEN
+from service.stores.redis import state_key
+
+REPLICAS, PARTITIONS, PRODUCERS = 2, 4, 4
+PAUSE_SECONDS = 0.03
+"""Mean rest of a producer between two sendings, so that the load stays bounded."""
+MOST_EVENTS, MOST_STREAMS = 5, 8
+POLL_SECONDS = 0.05
+STALLED_SECONDS = 90.0
+SHOWN = 20
+PLACES = frozenset({"source", "offset", "part"})
+"""Of a state: where in the queue its last event was; the uninterrupted run has no queue."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done, and its bounds."""
+
+    kills: int
+    seconds: float
+    """Of traffic under kills, at most."""
+    rate: float
+    streams: int
+    seed: int
+    model: Path
+    source: str = "redis_streams"
+
+
+@dataclass
+class Report:
+    """What happened."""
+
+    plan: dict[str, str]
+    kills: dict[str, int] = field(default_factory=dict)
+    kill_seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    streams_checked: int = 0
+    violations: list[Violation] = field(default_factory=list)
+
+
+def redis_streams(folder: Path, store: Store) -> Wire:
+    return RedisStreamsWire(store, PARTITIONS)
+
+
+WIRES: dict[str, Callable[[Path, Store], Wire]] = {"redis_streams": redis_streams}
+
+
+def main(
+    source: Annotated[str, typer.Option(help=f"Which queue: {', '.join(WIRES)}.")] = "redis_streams",
+    kills: Annotated[int, typer.Option(min=1, max=100_000)] = 300,
+    seconds: Annotated[
+        float, typer.Option(min=1, max=36_000, help="Longest time for the kills; it stops earlier when all are done.")
+    ] = 1800,
+    rate: Annotated[float, typer.Option(min=0.1, max=10, help="Kills a second that are tried for.")] = 1.0,
+    streams: Annotated[int, typer.Option(min=PRODUCERS, max=2000)] = 60,
+    seed: Annotated[int, typer.Option(help="Of events and choices; the moments also depend on the machine.")] = 1,
+    model: Annotated[Path, typer.Option(help="A detector of one feature, `value`. Default: the one that ships.")] = SHIPPED_MODELS,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+) -> None:
+    """Kill and restart while events flow through a queue; every result is checked."""
+    if source not in WIRES:
+        raise typer.BadParameter(f"'{source}' is none of {', '.join(WIRES)}.", param_hint="--source")
+    screen = console()
+    plan = Plan(kills, seconds, rate, streams, seed, find_artifacts(model)[0], source)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+    with tempfile.TemporaryDirectory(prefix="onset-chaos-") as folder, Progress(*columns, console=screen) as progress:
+        task = progress.add_task(f"kill -9, {source}", total=kills, state="")
+        report = asyncio.run(soak(plan, Path(folder), lambda done, state: progress.update(task, completed=done, state=state)))
+    screen.print(_table(report, plan))
+    for violation in report.violations[:SHOWN]:
+        screen.print(f"[red]violation[/]: stream {violation.stream_id}, event {violation.event}: {violation.what}", highlight=False)
+    if json_file:
+        json_file.write_text(json.dumps(asdict(report), indent=2))
+    done = sum(report.kills.values())
+    if done < kills:
+        screen.print(f"{kills - done:,} kills are left: {seconds:g} s were too short for them, give it more --seconds.")
+    if report.violations or done < kills:
+        raise typer.Exit(1)
+
+
+async def soak(plan: Plan, folder: Path, progress: Callable[[int, str], None] = lambda done, state: None) -> Report:
+    """Everything, in `folder`; what is wrong is in the report."""
+    report = Report({name: str(value) for name, value in asdict(plan).items()})
+    async with _running(plan, folder) as scene:
+        try:
+            await _under_kills(scene, plan, report, progress)
+            await _check(scene, report)
+        except StalledError as error:
+            scene.reader.wrong("?", "?", str(error))
+        for replica in scene.replicas:
+            scene.reader.violations += bugs_in(replica)
+        report.counts = dict(scene.counts)
+        report.violations = scene.reader.violations
+    return report
+
+
+class StalledError(Exception):
+    """Nothing goes on."""
+
+
+class Producer:
+    """Sends some streams' events, each stream's in order, and old ones again."""
+
+    def __init__(self, wire: Wire, sources: Sequence[Source], counts: Counter[str], rng: random.Random) -> None:
+        self._wire, self._sources, self._counts, self._rng = wire, sources, counts, rng
+
+    async def run(self, stopped: asyncio.Event, history: dict[str, list[Event]]) -> None:
+        while not stopped.is_set():
+            items = list(self._drawn(history))
+            await self._send(items)
+            await asyncio.sleep(self._rng.expovariate(1 / PAUSE_SECONDS))
+
+    def _drawn(self, history: dict[str, list[Event]]) -> Sequence[Event]:
+        """New events of some streams, and some that were sent before."""
+        items = []
+        for source in self._rng.sample(self._sources, min(MOST_STREAMS, len(self._sources))):
+            sent = history[source.stream_id]
+            known = sent[-SEEN // 2 :] if source.kind is Kind.BARE else sent  # a bare id is known among the stream's last SEEN alone
+            old = self._rng.sample(known, min(len(known), self._rng.randint(0, 2)))
+            new = [source.next().event for _ in range(self._rng.randint(1, MOST_EVENTS))]
+            sent += new
+            self._counts["event"] += len(new)
+            self._counts["again"] += len(old)
+            items += [*old, *new]
+        return items
+
+    async def _send(self, items: Sequence[Event]) -> None:
+        for tries in itertools.count():
+            try:
+                await self._wire.send(items)
+            except NotSentError:
+                await asyncio.sleep(self._rng.expovariate(1 / POLL_SECONDS))
+            else:
+                self._counts["sending"] += 1
+                self._counts["sending_tried_again"] += tries
+                self._counts["entry"] += len(items)
+                return
+
+
+class Reader:
+    """Holds every result against what was sent and the uninterrupted run, as it comes out."""
+
+    def __init__(self, wire: Wire, reference: Reference, history: dict[str, list[Event]], counts: Counter[str]) -> None:
+        self._wire, self._reference, self._history, self._counts = wire, reference, history, counts
+        self._came: dict[str, list[Result]] = {stream_id: [] for stream_id in history}
+        self._compared: Counter[str] = Counter()
+        self._broken: set[str] = set()
+        self.violations: list[Violation] = []
+        self.last = time.monotonic()
+
+    def wrong(self, stream_id: str, event: str, what: str) -> None:
+        """A violation; the stream is no longer looked at."""
+        self.violations.append(Violation(stream_id, event, what))
+        self._broken.add(stream_id)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                results = await self._wire.results()
+            except NotSentError:
+                results = []
+            if results:
+                self.last = time.monotonic()
+                await self._enter(results)
+            else:
+                await asyncio.sleep(POLL_SECONDS)
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """Streams with events that have no result yet, and how many."""
+        left = {stream_id: len(sent) - self._compared[stream_id] for stream_id, sent in self._history.items()}
+        return {stream_id: count for stream_id, count in left.items() if count and stream_id not in self._broken}
+
+    @property
+    def whole(self) -> list[str]:
+        """Streams with which nothing is wrong."""
+        return [stream_id for stream_id, came in self._came.items() if came and stream_id not in self._broken]
+
+    async def _enter(self, results: Sequence[Result]) -> None:
+        new = []
+        for result in results:
+            if result.late:
+                self._counts["late"] += 1
+            elif result.stream_id not in self._came:
+                self.wrong(result.stream_id, "?", "a result of a stream that nobody sent")
+            elif result.stream_id not in self._broken and self._is_new(result):
+                new.append(result)
+        events = [self._history[result.stream_id][result.state_version - 1] for result in new]
+        # Without a time of its own an event has that of its arrival, which is in the result.
+        stepped = await self._reference.step(
+            [replace(event, timestamp=result.timestamp) for event, result in zip(events, new, strict=True)]
+        )
+        for event, got, want in zip(events, new, stepped, strict=True):
+            self._compared[got.stream_id] += 1
+            named = str(event.event_id or event.sequence)
+            if got != want:
+                self.wrong(got.stream_id, named, differing(got, want))
+            elif event.timestamp not in (None, got.timestamp) or event.event_id != got.event_id:
+                self.wrong(got.stream_id, named, f"answered as event {got.event_id} of {got.timestamp}")
+
+    def _is_new(self, result: Result) -> bool:
+        """Whether it is the next version of its stream, and not one that came before."""
+        came = self._came[result.stream_id]
+        if result.state_version == len(came) + 1 and len(came) < len(self._history[result.stream_id]):
+            came.append(result)
+            self._counts["result"] += 1
+            return True
+        before = came[result.state_version - 1] if 1 <= result.state_version <= len(came) else None
+        if before is not None and not self._wire.exactly and replace(result, duplicate=before.duplicate) == before:
+            self._counts["result_again"] += 1
+        else:
+            self.wrong(result.stream_id, str(result.event_id), f"version {result.state_version} came out after version {len(came)}")
+        return False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that takes part."""
+
+    store: Store
+    wire: Wire
+    replicas: Sequence[Replica]
+    reference: Reference
+    producers: Sequence[Producer]
+    history: dict[str, list[Event]]
+    reader: Reader
+    counts: Counter[str]
+    model: str
+
+    @property
+    def victims(self) -> list[Victim]:
+        return [self.store, *self.wire.victims, *self.replicas]
+
+
+@asynccontextmanager
+async def _running(plan: Plan, folder: Path) -> AsyncIterator[Scene]:
+    rng = random.Random(plan.seed)
+    detector = Detector.load(plan.model)
+    reference = Reference(detector)
+    counts: Counter[str] = Counter()
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
+    async with httpx.AsyncClient(timeout=5, limits=limits) as http, contextlib.AsyncExitStack() as stack:
+        store = Store(folder)
+        stack.push_async_callback(store.client.aclose)
+        wire = WIRES[plan.source](folder, store)
+        reference.start()
+        stack.push_async_callback(reference.stop)
+        for victim in (store, *wire.victims):
+            victim.start()
+            stack.callback(victim.stop)
+            await victim.wait_ready()
+        await wire.open()
+        stack.push_async_callback(wire.close)
+        replicas = [Replica(number, folder, store, plan.model, http, wire.settings) for number in range(REPLICAS)]
+        for replica in replicas:
+            replica.start()
+            stack.callback(replica.stop)
+        for replica in replicas:
+            await replica.wait_ready()
+        kinds = list(Kind)
+        sources = [Source(f"{kinds[i % 4].name.lower()}-{i}", kinds[i % 4], kept=True, seed=plan.seed) for i in range(plan.streams)]
+        history: dict[str, list[Event]] = {source.stream_id: [] for source in sources}
+        producers = [Producer(wire, sources[i::PRODUCERS], counts, random.Random(rng.random())) for i in range(PRODUCERS)]
+        reader = Reader(wire, reference, history, counts)
+        yield Scene(store, wire, replicas, reference, producers, history, reader, counts, detector.name)
+
+
+async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Callable[[int, str], None]) -> None:
+    killer = Killer([scene.store, *scene.wire.victims], scene.replicas, random.Random(plan.seed), plan.rate)
+    stopped = asyncio.Event()
+    began = time.monotonic()
+
+    async def kill() -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(killer.run(plan.kills), plan.seconds)
+        report.kill_seconds = time.monotonic() - began
+        for victim in scene.victims:
+            await victim.wait_ready()
+        stopped.set()
+
+    async def watch() -> None:
+        """Until all is out; show how it goes, and end what does not go on."""
+        while not (stopped.is_set() and not scene.reader.missing and not await _left(scene.wire)):
+            await asyncio.sleep(0.5)
+            left, wrong, counts = sum(scene.reader.missing.values()), len(scene.reader.violations), scene.counts
+            state = f"{counts['event']:,} events, {counts['result']:,} results, {left:,} under way, {wrong} violations"
+            progress(killer.kills.total(), state)
+            if wrong >= SHOWN:
+                raise StalledError("too much is wrong to go on")
+            if left and time.monotonic() - scene.reader.last > STALLED_SECONDS:
+                raise StalledError(f"no result came out for {STALLED_SECONDS:g} s; without one are events of {scene.reader.missing}")
+
+    reading = asyncio.create_task(scene.reader.run(), name="reader")
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(producer.run(stopped, scene.history)) for producer in scene.producers]
+            tasks.append(group.create_task(kill()))
+            group.create_task(watch())
+    except* StalledError as errors:
+        raise errors.exceptions[0] from None
+    finally:
+        reading.cancel()
+        report.kills = dict(killer.kills)
+
+
+async def _left(wire: Wire) -> int:
+    """Entries that are not acknowledged; more than none while the broker does not say."""
+    try:
+        return await wire.waiting()
+    except NotSentError:
+        return 1
+
+
+async def _check(scene: Scene, report: Report) -> None:
+    """Dead letters, and the stored states against the uninterrupted run's."""
+    if dead := await scene.wire.dead():
+        scene.reader.wrong("-", "-", f"{dead} entries became dead letters")
+    for stream_id in scene.reader.whole:
+        stored = cast("bytes | None", await scene.store.client.get(state_key(scene.model, stream_id)))
+        if different := await scene.reference.difference(stream_id, stored, ignored=PLACES):
+            scene.reader.wrong(stream_id, "stored value", f"differs from the uninterrupted run in {different}")
+        report.streams_checked += 1
+
+
+def _table(report: Report, plan: Plan) -> Table:
+    total = sum(report.kills.values())
+    table = Table(
+        min_width=90, title=f"{plan.source}: {total:,} of {plan.kills:,} kill -9 in {report.kill_seconds:,.0f} s, {plan.streams} streams"
+    )
+    table.add_column("what")
+    table.add_column("", justify="right")
+    for name, kills in sorted(report.kills.items()):
+        table.add_row(f"kills of {name}", f"{kills:,}")
+    rows = {
+        "events": "event",
+        "entries, events sent again among them": "entry",
+        "sendings": "sending",
+        "  not confirmed, and tried again": "sending_tried_again",
+        "results": "result",
+        "  published again": "result_again",
+        "late, of events sent again": "late",
+    }
+    for label, name in rows.items():
+        table.add_row(label, f"{report.counts.get(name, 0):,}")
+    table.add_row("final states compared", f"{report.streams_checked:,}")
+    table.add_row("[bold]violations (lost, double, out of order, other scores)", f"[bold]{len(report.violations):,}")
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
