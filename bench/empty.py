@@ -1,9 +1,11 @@
-"""Two baselines for `bench.http`: the same application with less and less behind its door.
+"""Baselines for `bench.http`: the same application with less and less behind its door.
 
     constant   the scorer answers every event with the same result: decoding, validation and encoding remain
-    empty      the handler reads the body and answers a constant: the server and the framework remain
+    empty      a handler of Starlette's Request and Response, put before the router, reads the body and answers a constant: the server
+               and the framework remain
+    bare       the same in plain ASGI, where the service answers: the server remains
 
-Started by `bench.http` as `python -m bench.empty constant|empty`; the port comes from ONSET_PORT.
+Started by `bench.http` as `python -m bench.empty constant|empty|bare`; the port comes from ONSET_PORT.
 """
 
 from __future__ import annotations
@@ -14,17 +16,20 @@ from collections.abc import Sequence
 from typing import cast
 
 import uvicorn
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api import Door, DoorLimits
+from service.api import EVENTS, Application, Door
 from service.control import Alpha, Asked, Control, Strict
 from service.events import Contributor, Event, Result
+from service.intake import DoorLimits
 from service.metrics import Metrics
 from service.scorer import Scorer
+from service.writing import Protocol
 
 BODY = b'{"status":"ok"}'
+HEADERS = [(b"content-length", b"%d" % len(BODY)), (b"content-type", b"application/json")]
 
 
 class ConstantScorer:
@@ -73,13 +78,37 @@ ANSWER = Result(
 
 
 class EmptyDoor(Door):
-    async def post_events(self, request: Request) -> Response:
-        await request.body()
-        return Response(BODY, media_type="application/json")
+    """Before the router, as the service's own route was before it became a bare one."""
+
+    def add_to(self, app: Application) -> None:
+        super().add_to(app)
+        app.door = None
+        app.add_middleware(_First)
 
 
-def application(door: type[Door]) -> FastAPI:
-    app = FastAPI()
+class _First:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != EVENTS or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        await Request(scope, receive).body()
+        response = Response(BODY, media_type="application/json")
+        await response(scope, receive, send)
+
+
+class BareDoor(Door):
+    async def answer(self, scope: Scope, receive: Receive, send: Send, stream_id: str | None = None) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await send({"type": "http.response.body", "body": BODY})
+
+
+def application(door: type[Door]) -> Application:
+    app = Application()
     limits = DoorLimits(max_body_bytes=8 << 20, max_batch_events=10_000, max_inflight_bytes=64 << 20)
     scorers, metrics = {"default": cast(Scorer, ConstantScorer())}, Metrics()
     control = Control(Asked(Alpha(1e-3), Strict(False)), None, scorers, metrics)
@@ -88,5 +117,6 @@ def application(door: type[Door]) -> FastAPI:
 
 
 if __name__ == "__main__":
-    app = application({"constant": Door, "empty": EmptyDoor}[sys.argv[1]])
-    uvicorn.run(app, host="127.0.0.1", port=int(os.environ["ONSET_PORT"]), log_level="warning", access_log=False)
+    app = application({"constant": Door, "empty": EmptyDoor, "bare": BareDoor}[sys.argv[1]])
+    protocol = "auto" if sys.argv[1] == "empty" else Protocol  # uvicorn's own, or the service's
+    uvicorn.run(app, host="127.0.0.1", port=int(os.environ["ONSET_PORT"]), http=protocol, log_level="warning", access_log=False)

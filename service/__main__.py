@@ -156,6 +156,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
 
     from service import memory  # noqa: PLC0415
     from service.openapi import example  # noqa: PLC0415
+    from service.writing import Protocol  # noqa: PLC0415
 
     class Announcing(uvicorn.Server):
         """Says where it listens, once it does."""
@@ -179,7 +180,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
     config = uvicorn.Config(
         asgi,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="httptools",
+        http=Protocol,
         ws="none",
         access_log=False,
         log_config=None,

@@ -9,19 +9,17 @@
     GET    /v1/policy                      the asked false-alarm rate, and what it means      PUT  change it      DELETE  undo that
     GET    /health/live  /health/ready  /metrics  /docs
 
-The routes of events and streams are plain Starlette routes, and POST /v1/events is answered before the router and its middleware:
-their cost is most of a single event's time (bench.http). Their part of the OpenAPI document is in openapi.py.
+The routes of events and streams are plain Starlette routes, and events are answered before FastAPI's middleware and its router see them,
+as ASGI brings them: these would take longer than scoring one (bench.http). Their part of the OpenAPI document is in openapi.py.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -35,10 +33,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from service import arrow
-from service.bodies import Format, Items, decode, decode_object, encode, inflate
+from service.bodies import Format, Items, decode, decode_object, encode
 from service.control import Control
 from service.errors import (
     BadEvent,
@@ -54,6 +52,7 @@ from service.errors import (
     UnsupportedMedia,
 )
 from service.events import MAX_NAME_LENGTH, Columns, Event, Result, shown
+from service.intake import DoorLimits, Incoming, Intake
 from service.metrics import Metrics
 from service.problems import TABLE, late_problem, plain, problem_of, respond
 from service.results import Scored
@@ -72,13 +71,16 @@ MEDIA = {
     "application/vnd.msgpack": Format.MSGPACK,
 }
 """What each media type is read as, and asked for in Accept."""
+_MEDIA_BYTES = {form: form.value.encode() for form in Format}
+EVENTS = "/v1/events"
+_STREAM_EVENTS = re.compile("/v1/streams/(.*)/events")
 MAX_TOP = 300
 MAX_PAGE = 1000
-IDEMPOTENCY_KEY = "idempotency-key"
 TENANT_HEADER = "X-Scope-OrgID"
 """Mimir's and Loki's name for it."""
+_TENANT = TENANT_HEADER.lower().encode()
+OUTCOMES = ("scored", "duplicate", "late", "rejected", "failed")
 
-_RESERVED = "onset.reserved"
 VISIBLE = f"^[!-~]{{1,{MAX_NAME_LENGTH}}}$"
 _VISIBLE = re.compile(VISIBLE)
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
@@ -88,16 +90,6 @@ log = structlog.get_logger(__name__)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True)
-class DoorLimits:
-    """What one request may bring, and all of them together."""
-
-    max_body_bytes: int
-    max_batch_events: int
-    max_inflight_bytes: int
-    max_body_seconds: float = 30.0
-
-
 class Health(Protocol):
     """What the probes ask."""
 
@@ -105,6 +97,21 @@ class Health(Protocol):
         """None, or what is wrong."""
 
     async def ready(self) -> str | None: ...
+
+
+class Application(FastAPI):
+    """Lets its door answer events first."""
+
+    door: Door | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.door is not None and scope["type"] == "http" and scope["method"] == "POST":
+            path = scope["path"]
+            if path == EVENTS:
+                return await self.door.answer(scope, receive, send)
+            if path.endswith("/events") and (found := _STREAM_EVENTS.fullmatch(path)):
+                return await self.door.answer(scope, receive, send, found[1])
+        return await super().__call__(scope, receive, send)
 
 
 class Door:
@@ -125,17 +132,16 @@ class Door:
         self._metrics = metrics
         self._health = health
         self._control = control
-        self._inflight = 0
+        self._intake = Intake(limits, metrics)
         self._latency = metrics.latency.labels(DOOR)
+        self._events = {outcome: metrics.events.labels(DOOR, outcome) for outcome in OUTCOMES}
 
-    def add_to(self, app: FastAPI) -> None:
+    def add_to(self, app: Application) -> None:
         """Register the routes; the most specific first."""
-        app.add_middleware(_HotPath, path="/v1/events", handler=self._guarded(self.post_events))
+        app.door = self
         app.router.routes += [
-            Route("/v1/events", self._guarded(self.post_events), methods=["POST"], name="post_events"),
-            Route(
-                "/v1/streams/{stream_id:path}/events", self._guarded(self.post_stream_events), methods=["POST"], name="post_stream_events"
-            ),
+            Route(EVENTS, self._guarded(self.post_events), methods=["POST"], name="post_events"),
+            Route("/v1/streams/{stream_id:path}/events", self._guarded(self.post_events), methods=["POST"], name="post_stream_events"),
             Route("/v1/streams/{stream_id:path}/accept", self._guarded(self.post_accept), methods=["POST"], name="post_accept"),
             Route("/v1/streams", self._guarded(self.list_streams), methods=["GET"], name="list_streams"),
             Route("/v1/streams/{stream_id:path}", self._guarded(self.one_stream), methods=["GET", "DELETE"], name="one_stream"),
@@ -148,35 +154,43 @@ class Door:
         app.add_exception_handler(HTTPException, _http_problem)  # type: ignore[arg-type]
         app.add_exception_handler(Exception, self._unexpected)
 
-    async def post_events(self, request: Request) -> Response:
-        """Score one event, or many."""
-        return await self._score(request, None)
+    async def answer(self, scope: Scope, receive: Receive, send: Send, stream_id: str | None = None) -> None:
+        """Score one event, or many; of the stream in the path, where it names one."""
+        try:
+            replied, media = await self._score(Incoming(scope, receive), stream_id)
+        except Exception as error:
+            replied, media = self._failed(scope["path"], error), b""
+        if isinstance(replied, Response):
+            await replied(scope, receive, send)
+            return
+        headers = [(b"content-length", b"%d" % len(replied)), (b"content-type", media)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": replied})
 
-    async def post_stream_events(self, request: Request) -> Response:
-        """The same for the stream in the path; the events need not name it."""
-        stream_id = request.path_params["stream_id"]
-        if not 0 < len(stream_id) <= MAX_NAME_LENGTH:
-            raise BadParameter(f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id")
-        return await self._score(request, stream_id)
+    async def post_events(self, request: Request) -> Response:
+        """The same by way of the router."""
+        replied, media = await self._score(_incoming(request), request.path_params.get("stream_id"))
+        return replied if isinstance(replied, Response) else Response(replied, media_type=media.decode())
 
     async def list_streams(self, request: Request) -> Response:
         """A page of streams with their last results."""
-        scorer = self._scorer(request)
-        silent = _query(request, "silent")
+        asked = _incoming(request)
+        scorer = self._scorer(asked)
+        silent = asked.query("silent")
         if silent not in (None, "true", "false"):
             raise BadParameter(f"silent is {silent[:64]!r}; it is true or false.", "silent")
         if silent == "true":
-            found = await scorer.silent_streams(_number(request, "limit", 100, 1, MAX_PAGE))
+            found = await scorer.silent_streams(_number(asked, "limit", 100, 1, MAX_PAGE))
             return Response(msgspec.json.encode({"streams": found, "next_cursor": None}), media_type=JSON)
-        cursor = request.query_params.get("cursor", "")
+        cursor = asked.query("cursor") or ""
         if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= CURSOR_DIGITS):
             raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor")
-        results, following = await scorer.streams(cursor, _number(request, "limit", 100, 1, MAX_PAGE))
+        results, following = await scorer.streams(cursor, _number(asked, "limit", 100, 1, MAX_PAGE))
         return Response(msgspec.json.encode({"streams": results, "next_cursor": following or None}), media_type=JSON)
 
     async def one_stream(self, request: Request) -> Response:
         """The last result of a stream; or forget it."""
-        scorer, stream_id = self._scorer(request), request.path_params["stream_id"]
+        scorer, stream_id = self._scorer(_incoming(request)), request.path_params["stream_id"]
         if request.method != "DELETE":
             return Response(msgspec.json.encode(await scorer.stream(stream_id)), media_type=JSON)
         if not await scorer.forget(stream_id):
@@ -185,13 +199,13 @@ class Door:
 
     async def post_accept(self, request: Request) -> Response:
         """Close a stream's alert and learn what it was about; its summary. Safe to repeat."""
-        result = await self._scorer(request).accept(request.path_params["stream_id"])
+        result = await self._scorer(_incoming(request)).accept(request.path_params["stream_id"])
         return Response(msgspec.json.encode(result), media_type=JSON)
 
     async def policy(self, request: Request) -> Response:
         """The policy in force; changed by PUT, the environment's again by DELETE, on all replicas."""
         if request.method == "PUT":
-            await self._control.change(await self._object(request))
+            await self._control.change(await self._object(_incoming(request)))
         elif request.method == "DELETE":
             await self._control.reset()
         return Response(msgspec.json.encode(await self._control.reply()), media_type=JSON)
@@ -225,199 +239,131 @@ class Door:
         await self._health.ready()  # keeps its gauge true where no probe asks
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
-    async def _score(self, request: Request, stream_id: str | None) -> Response:
+    async def _score(self, request: Incoming, stream_id: str | None) -> tuple[bytes | Response, bytes]:
+        """The reply's body and its media type; or a whole response, of a single event that is refused."""
         started = time.perf_counter()
+        if stream_id is not None and not 0 < len(stream_id) <= MAX_NAME_LENGTH:
+            raise BadParameter(f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id")
         scorer = self._scorer(request)
         top = _number(request, "top_contributors", 10, 0, MAX_TOP)
         form = _format(request)
         reply = _accepted(request, form)
-        if Format.ARROW in (form, reply):
+        if form is Format.ARROW or reply is Format.ARROW:
             arrow.pyarrow()  # says what is missing before anything is scored
-        content = await self._body(request)
+        content = await self._intake.body(request)
         try:
-            address = _Address(stream_id, request.headers.get(IDEMPOTENCY_KEY))
+            address = _Address(stream_id, request.header(b"idempotency-key"))
             sender = _sender(request)
             if form is Format.ARROW:
-                response = await self._answer_columns(scorer, address.columns(self._columns(content)), reply, top, sender)
+                replied = await self._answer_columns(scorer, address.columns(self._columns(content)), reply, top, sender)
             else:
                 items, bare = self._decoded(content, form)
                 del content
-                response = await self._answer(scorer, address.items(items), reply, top, sender, bare=bare)
+                replied = await self._answer(scorer, address.items(items), reply, top, sender, bare=bare)
         finally:
-            self._release(request)
+            self._intake.release(request)
         self._latency.observe(time.perf_counter() - started)
-        return response
+        return replied, _MEDIA_BYTES[reply]
 
-    async def _answer(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str, *, bare: bool) -> Response:
-        with self._refusals("queue", Overloaded):
+    async def _answer(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str, *, bare: bool) -> bytes | Response:
+        try:
             answers = await scorer.score(items, top_contributors=top, sender=sender)
-        self._count(Counter(map(_outcome, answers)))
+        except Overloaded:
+            self._metrics.refused.labels("queue").inc()
+            raise
         if bare:
             [answer] = answers
+            self._events[_outcome(answer)].inc()
             if isinstance(answer, ItemError):
                 return respond(problem_of(answer))
             if answer.late:
                 return respond(late_problem(answer.stream_id, f"{answer.state_version} events scored"))
-        elif answers and all(isinstance(answer, NotCommitted) for answer in answers):
-            raise StoreUnavailable(str(answers[0]))
+        else:
+            self._count(Counter(map(_outcome, answers)))
+            if answers and all(isinstance(answer, NotCommitted) for answer in answers):
+                raise StoreUnavailable(str(answers[0]))
         if reply is Format.ARROW:
-            return Response(arrow.encode_rows(answers, scorer.detector.manifest.feature_names), media_type=reply.value)
-        return Response(encode(answers, reply, bare=bare), media_type=reply.value)
+            return arrow.encode_rows(answers, scorer.detector.manifest.feature_names)
+        return encode(answers, reply, bare=bare)
 
-    async def _answer_columns(self, scorer: Scorer, columns: Columns, reply: Format, top: int, sender: str) -> Response:
+    async def _answer_columns(self, scorer: Scorer, columns: Columns, reply: Format, top: int, sender: str) -> bytes | Response:
         if reply is not Format.ARROW:
             return await self._answer(scorer, columns.items(), reply, top, sender, bare=False)
-        with self._refusals("queue", Overloaded):
+        try:
             scored = await scorer.score_columns(columns, sender=sender)
+        except Overloaded:
+            self._metrics.refused.labels("queue").inc()
+            raise
         self._count(_outcomes(scored))
         manifest = scorer.detector.manifest
         model = (manifest.name, manifest.version)
-        content = arrow.encode(scored, manifest.feature_names, model, len(columns), top_contributors=top)
-        return Response(content, media_type=reply.value)
+        return arrow.encode(scored, manifest.feature_names, model, len(columns), top_contributors=top)
 
     def _decoded(self, content: bytes, form: Format) -> tuple[Items, bool]:
-        with self._refusals("batch", TooLarge):
-            return decode(content, form, max_events=self._limits.max_batch_events)
-
-    def _columns(self, content: bytes) -> Columns:
-        with self._refusals("batch", TooLarge):
-            return arrow.decode(content, max_events=self._limits.max_batch_events, max_bytes=self._limits.max_body_bytes)
-
-    @contextmanager
-    def _refusals(self, what: str, error: type[OnsetError]) -> Iterator[None]:
-        """Counts such an error as a refusal."""
         try:
-            yield
-        except error:
-            self._metrics.refused.labels(what).inc()
+            return decode(content, form, max_events=self._limits.max_batch_events)
+        except TooLarge:
+            self._metrics.refused.labels("batch").inc()
             raise
 
-    async def _object(self, request: Request) -> dict[str, Any]:
+    def _columns(self, content: bytes) -> Columns:
+        try:
+            return arrow.decode(content, max_events=self._limits.max_batch_events, max_bytes=self._limits.max_body_bytes)
+        except TooLarge:
+            self._metrics.refused.labels("batch").inc()
+            raise
+
+    async def _object(self, request: Incoming) -> dict[str, Any]:
         """The body as one JSON object."""
         form = _format(request)
         if form is not Format.JSON:
             raise UnsupportedMedia(f"Content-Type '{form.value}' is not read here; send {JSON}.")
-        content = await self._body(request)
+        content = await self._intake.body(request)
         try:
             return decode_object(content)
         finally:
-            self._release(request)
+            self._intake.release(request)
 
-    async def _body(self, request: Request) -> bytes:
-        """The body within the limits of one request and of all together. Raises TooLarge, TooSlow, Overloaded, ..."""
-        encoding = request.headers.get("content-encoding", "identity").lower()
-        if encoding not in ("identity", "gzip"):
-            raise UnsupportedMedia(f"Content-Encoding '{encoding[:64]}' is not read here; send gzip or none.")
-        most = self._limits.max_body_bytes
-        length = request.headers.get("content-length", "")
-        stated = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else None
-        if stated is not None and stated > most:
-            raise self._too_large()
-        self._reserve(request, stated or 0)
-        try:
-            async with asyncio.timeout(self._limits.max_body_seconds):
-                content = await self._read(request, most)
-            return self._inflated(request, content) if encoding == "gzip" else content
-        except TimeoutError as error:
-            self._release(request)
-            self._metrics.refused.labels("slow").inc()
-            raise TooSlow(f"The body did not arrive within {self._limits.max_body_seconds:g} s (ONSET_MAX_BODY_SECONDS).") from error
-        except BaseException:
-            self._release(request)
-            raise
-
-    async def _read(self, request: Request, most: int) -> bytes:
-        parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise self._too_large()
-            self._reserve(request, size)
-            parts.append(part)
-        return b"".join(parts)
-
-    def _inflated(self, request: Request, content: bytes) -> bytes:
-        try:
-            inflated = inflate(content, self._limits.max_body_bytes)
-        except TooLarge:
-            self._metrics.refused.labels("body").inc()
-            raise
-        self._reserve(request, len(inflated))
-        return inflated
-
-    def _reserve(self, request: Request, size: int) -> None:
-        """Count `size` bytes in all for this request, so that memory stays bounded however many clients there are.
-
-        A stated length is counted before its body is read, any other as it arrives.
-        """
-        held = request.scope.get(_RESERVED, 0)
-        if size <= held:
-            return
-        others = self._inflight - held
-        if others and others + size > self._limits.max_inflight_bytes:
-            self._metrics.refused.labels("bytes").inc()
-            raise Overloaded(f"{others} bytes of requests are being scored (ONSET_MAX_INFLIGHT_BYTES).", retry_after=1)
-        request.scope[_RESERVED] = size
-        self._inflight += size - held
-
-    def _release(self, request: Request) -> None:
-        self._inflight -= request.scope.pop(_RESERVED, 0)
-
-    def _too_large(self) -> TooLarge:
-        self._metrics.refused.labels("body").inc()
-        return TooLarge(f"The body is over {self._limits.max_body_bytes} bytes (ONSET_MAX_BODY_BYTES); send it in parts.")
-
-    def _scorer(self, request: Request) -> Scorer:
-        name = _query(request, "model") or self._default
+    def _scorer(self, request: Incoming) -> Scorer:
+        name = request.query("model") or self._default
         scorer = self._scorers.get(name)
         if scorer is None:
             raise UnknownModel(f"No model '{name[:64]}' is loaded; there is {', '.join(sorted(self._scorers))}.")
         return scorer
 
     def _guarded(self, handler: Handler) -> Handler:
-        """Errors of ours become problem details, here and nowhere else."""
-
         async def guarded(request: Request) -> Response:
             try:
                 return await handler(request)
-            except OnsetError as error:
-                response = respond(problem_of(error))
-                if isinstance(error, TooSlow):
-                    response.headers["connection"] = "close"  # what is still to come of the body is nothing we read
-                return response
-            except ClientDisconnect:
-                return Response(status_code=499)  # nobody reads it
-            except Exception as error:  # a bug must not take the connection with it; it is counted and logged
-                return await self._unexpected(request, error)
+            except Exception as error:
+                return self._failed(request.url.path, error)
 
         return guarded
 
+    def _failed(self, path: str, error: Exception) -> Response:
+        """Errors of ours become problem details, here and nowhere else."""
+        if isinstance(error, OnsetError):
+            response = respond(problem_of(error))
+            if isinstance(error, TooSlow):
+                response.headers["connection"] = "close"  # what is still to come of the body is nothing we read
+            return response
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=499)  # nobody reads it
+        return self._bug(path, error)  # must not take the connection with it; it is counted and logged
+
     async def _unexpected(self, request: Request, error: Exception) -> Response:
-        """A bug: the client gets a reference, the log the rest."""
+        return self._bug(request.url.path, error)
+
+    def _bug(self, path: str, error: Exception) -> Response:
+        """The client gets a reference, the log the rest."""
         reference = uuid.uuid4().hex[:12]
         self._metrics.bugs.inc()
-        log.error("unexpected_error", reference=reference, path=request.url.path[:256], exc_info=error)
+        log.error("unexpected_error", reference=reference, path=path[:256], exc_info=error)
         return respond(plain(500, "A bug of ours", f"This is a bug; its reference in the service's log is {reference}."))
 
     def _count(self, outcomes: Mapping[str, int]) -> None:
         for outcome, count in outcomes.items():
-            self._metrics.events.labels(DOOR, outcome).inc(count)
-
-
-class _HotPath:
-    """Answers POST to one path at once; everything else goes on to the router."""
-
-    def __init__(self, app: ASGIApp, path: str, handler: Handler) -> None:
-        self._app = app
-        self._path = path
-        self._handler = handler
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        response = await self._handler(Request(scope, receive))
-        await response(scope, receive, send)
+            self._events[outcome].inc(count)
 
 
 async def _http_problem(request: Request, error: HTTPException) -> Response:
@@ -427,6 +373,10 @@ async def _http_problem(request: Request, error: HTTPException) -> Response:
     )
     response.headers.update(error.headers or {})
     return response
+
+
+def _incoming(request: Request) -> Incoming:
+    return Incoming(request.scope, request.receive)
 
 
 def _outcome(answer: Result | ItemError) -> str:
@@ -483,18 +433,21 @@ class _Address:
         return BadEvent(f"stream_id is '{sent}' in the body and '{self.stream_id}' in the path.", "stream_id", shown(sent))
 
 
-def _format(request: Request) -> Format:
+def _format(request: Incoming) -> Format:
     """What the body is written in. Raises UnsupportedMedia."""
-    media = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
-    form = MEDIA.get(media)
+    given = request.header(b"content-type")
+    form = Format.JSON if given is None else MEDIA.get(given)
+    if form is None:
+        media = (given or "").partition(";")[0].strip().lower()
+        form = MEDIA.get(media)
     if form is None:
         raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {', '.join(form.value for form in Format)}.")
     return form
 
 
-def _accepted(request: Request, sent: Format) -> Format:
+def _accepted(request: Incoming, sent: Format) -> Format:
     """What to reply in: the first of ours among the most wanted in Accept; as the request where it names none of them."""
-    wanted = request.headers.get("accept")
+    wanted = request.header(b"accept")
     return sent if wanted is None or wanted == "*/*" else _preferred(wanted, sent)
 
 
@@ -510,23 +463,19 @@ def _preferred(wanted: str, sent: Format) -> Format:
     return best
 
 
-def _sender(request: Request) -> str:
+def _sender(request: Incoming) -> str:
     """Whose turn a request takes: the tenant's that it names, or else its address's."""
-    tenant = request.headers.get(TENANT_HEADER)
+    tenant = request.header(_TENANT)
     if tenant is None:
-        return request.client.host if request.client else ""
+        client = request.scope.get("client")
+        return client[0] if client else ""
     if not _VISIBLE.fullmatch(tenant):
         raise BadParameter(f"{TENANT_HEADER} has 1 to {MAX_NAME_LENGTH} visible ASCII characters.", TENANT_HEADER, shown(tenant))
     return f"tenant {tenant}"
 
 
-def _query(request: Request, name: str) -> str | None:
-    # Most requests have no query, and making its mapping costs as much as scoring an event.
-    return request.query_params.get(name) if request.scope["query_string"] else None
-
-
-def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
-    text = _query(request, name)
+def _number(request: Incoming, name: str, default: int, least: int, most: int) -> int:
+    text = request.query(name)
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):

@@ -21,7 +21,7 @@ from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
 from service import openapi, queues, series, tasks
-from service.api import Door, DoorLimits
+from service.api import Application, Door
 from service.canary import Canary
 from service.console.pages import Console
 from service.control import Alpha, Asked, Control, Strict
@@ -30,6 +30,7 @@ from service.embedded import EmbeddedStore
 from service.errors import ArtifactError, BadSetting, OnsetError, StoreUnavailable
 from service.feed import Feed
 from service.fleet import Fleet
+from service.intake import DoorLimits
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
@@ -217,7 +218,7 @@ def create_app(settings: Settings) -> FastAPI:
             service.failure = error.detail
             raise
 
-    app = FastAPI(title="Onset", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = Application(title="Onset", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes, settings.max_body_seconds)
     Door(service.scorers, service.default_model, limits, service.metrics, service, service.control).add_to(app)

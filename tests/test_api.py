@@ -11,15 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from service.api import Door, DoorLimits
+from service.api import Application, Door
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
 from service.errors import StoreUnavailable
+from service.intake import DoorLimits
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
@@ -66,6 +66,7 @@ class Client(httpx.AsyncClient):
 
     store: Gated
     metrics: Metrics
+    app: Application
 
     async def raw(self, content: bytes | str, headers: dict[str, str] = JSON, path: str = "/v1/events") -> httpx.Response:
         return await self.post(path, content=content, headers=headers)
@@ -81,12 +82,12 @@ async def door(detector: Detector, limits: DoorLimits = LIMITS, queue: int = 500
     metrics, store = Metrics(), Gated()
     scorer = Scorer(detector, Policy(), store, metrics, Limits(max_queue_events=queue, max_streams=500))
     scorer.start()
-    app = FastAPI()
+    app = Application()
     control = Control(Asked(Alpha(1e-3), Strict(False)), None, {"tiny": scorer}, metrics)
     control.connect(store)
     Door({"tiny": scorer}, "tiny", limits, metrics, Healthy(), control).add_to(app)
     async with Client(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
-        client.store, client.metrics = store, metrics
+        client.store, client.metrics, client.app = store, metrics, app
         yield client
     store.gate.set()
     await scorer.drain(2)
@@ -232,6 +233,42 @@ async def test_a_body_that_does_not_arrive_is_given_up_and_its_place_is_free_aga
         assert response.headers["connection"] == "close"
         assert (await client.raw(json.dumps(event()))).status_code == 200
         assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "slow"}) == 1
+
+
+async def test_a_body_that_comes_slowly_but_in_time_is_read_whole(client: Client) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for byte in json.dumps(event()).encode():
+            yield bytes([byte])
+            await asyncio.sleep(0)
+
+    assert (await client.post("/v1/events", content=pieces(), headers=JSON)).json()["stream_id"] == "a"
+
+
+async def test_a_client_that_leaves_before_its_body_came_holds_nothing(tiny_detector: Detector) -> None:
+    async with door(tiny_detector, DoorLimits(100_000, 1000, max_inflight_bytes=3000)) as client:
+        came = asyncio.Event()
+
+        async def stuck() -> AsyncIterator[bytes]:
+            yield b"["
+            came.set()
+            await asyncio.sleep(60)
+
+        headers = JSON | {"content-length": "3000"}
+        leaving = asyncio.create_task(client.post("/v1/events", content=stuck(), headers=headers))
+        await came.wait()
+        assert_problem(await client.raw(json.dumps(event())), 429, "ONSET_MAX_INFLIGHT_BYTES")
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert (await client.raw(json.dumps([event()]).ljust(3000))).status_code == 200
+
+
+async def test_below_a_root_path_the_router_answers_the_same(client: Client) -> None:
+    one, other = event("r/1", event_id="e1"), {"values": {"value": 1}, "event_id": "e1"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(client.app, root_path="/below"), base_url="http://onset") as below:
+        for path, body in (("/v1/events", one), ("/v1/streams/r/1/events", other), ("/v1/events", "nonsense")):
+            here, there = [await some.post(at + path, json=body) for some, at in ((client, ""), (below, "/below"))]
+            assert (here.status_code, here.headers["content-type"]) == (there.status_code, there.headers["content-type"])
+            assert here.json() | {"duplicate": True} == there.json() | {"duplicate": True}
 
 
 async def test_more_events_than_allowed_are_refused_whole(client: Client) -> None:

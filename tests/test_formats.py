@@ -17,17 +17,17 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service import arrow
-from service.api import Door, DoorLimits
+from service.api import Application, Door
 from service.bodies import Format, decode
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
 from service.errors import BadBody, BadEvent, ItemError, OnsetError, TooLarge
 from service.events import Event
+from service.intake import DoorLimits
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
@@ -54,7 +54,7 @@ async def door(detector: Detector) -> AsyncIterator[httpx.AsyncClient]:
     scorer.start()
     control = Control(Asked(Alpha(1e-3), Strict(False)), None, {"tiny": scorer}, metrics)
     control.connect(store)
-    app, limits = FastAPI(), DoorLimits(MAX_BYTES, MAX_EVENTS, 10 * MAX_BYTES)
+    app, limits = Application(), DoorLimits(MAX_BYTES, MAX_EVENTS, 10 * MAX_BYTES)
     Door({"tiny": scorer}, "tiny", limits, metrics, Healthy(), control).add_to(app)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         yield client

@@ -1,0 +1,159 @@
+"""Requests as ASGI brings them, and their bodies, within the limits of one request and of all together.
+
+Starlette's Request would do, but making and asking one takes longer than reading an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import Coroutine, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import QueryParams
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
+
+from service.bodies import inflate
+from service.errors import Overloaded, TooLarge, TooSlow, UnsupportedMedia
+from service.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class DoorLimits:
+    """What one request may bring, and all of them together."""
+
+    max_body_bytes: int
+    max_batch_events: int
+    max_inflight_bytes: int
+    max_body_seconds: float = 30.0
+
+
+class Incoming:
+    """One HTTP request. `held` are the bytes that are counted for it."""
+
+    __slots__ = ("_headers", "_query", "held", "receive", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.scope, self.receive = scope, receive
+        self.held = 0
+        self._headers: dict[bytes, bytes] = dict(reversed(list(scope["headers"])))  # of several by one name the first counts
+        self._query: QueryParams | None = None
+
+    def header(self, name: bytes) -> str | None:
+        """By its name in small letters."""
+        value = self._headers.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    def query(self, name: str) -> str | None:
+        """A parameter of the address."""
+        if not self.scope["query_string"]:
+            return None
+        if self._query is None:
+            self._query = QueryParams(self.scope["query_string"])
+        return self._query.get(name)
+
+
+class Intake:
+    """Reads bodies. What is read stays counted until it is released."""
+
+    def __init__(self, limits: DoorLimits, metrics: Metrics) -> None:
+        self._limits = limits
+        self._refused = metrics.refused
+        self._inflight = 0
+
+    async def body(self, request: Incoming) -> bytes:
+        """The body, unpacked. Raises TooLarge, TooSlow, Overloaded, UnsupportedMedia, BadBody, ClientDisconnect; then nothing is held."""
+        encoding = request.header(b"content-encoding")
+        encoding = "identity" if encoding is None else encoding.lower()
+        if encoding not in ("identity", "gzip"):
+            raise UnsupportedMedia(f"Content-Encoding '{encoding[:64]}' is not read here; send gzip or none.")
+        length = request.header(b"content-length") or ""
+        stated = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
+        if stated > self._limits.max_body_bytes:
+            raise self._too_large()
+        self._reserve(request, stated)
+        try:
+            content = await self._read(request)
+            return self._inflated(request, content) if encoding == "gzip" else content
+        except BaseException:
+            self.release(request)
+            raise
+
+    def release(self, request: Incoming) -> None:
+        self._inflight -= request.held
+        request.held = 0
+
+    async def _read(self, request: Incoming) -> bytes:
+        reading = self._all(request)
+        try:
+            waits_for = reading.send(None)
+        except StopIteration as done:  # a small body comes with its head, and a timer would cost as much as scoring it
+            content: bytes = done.value
+            return content
+        try:
+            async with asyncio.timeout(self._limits.max_body_seconds):
+                return await _going_on(reading, waits_for)
+        except TimeoutError as error:
+            self._refused.labels("slow").inc()
+            raise TooSlow(f"The body did not arrive within {self._limits.max_body_seconds:g} s (ONSET_MAX_BODY_SECONDS).") from error
+
+    async def _all(self, request: Incoming) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            content = message.get("body", b"")
+            size += len(content)
+            if size > self._limits.max_body_bytes:
+                raise self._too_large()
+            self._reserve(request, size)
+            parts.append(content)
+            if not message.get("more_body", False):
+                return content if len(parts) == 1 else b"".join(parts)
+
+    def _inflated(self, request: Incoming, content: bytes) -> bytes:
+        try:
+            inflated = inflate(content, self._limits.max_body_bytes)
+        except TooLarge:
+            self._refused.labels("body").inc()
+            raise
+        self._reserve(request, len(inflated))
+        return inflated
+
+    def _reserve(self, request: Incoming, size: int) -> None:
+        """Count `size` bytes in all for this request, so that memory stays bounded however many clients there are.
+
+        A stated length is counted before its body is read, any other as it arrives.
+        """
+        if size <= request.held:
+            return
+        others = self._inflight - request.held
+        if others and others + size > self._limits.max_inflight_bytes:
+            self._refused.labels("bytes").inc()
+            raise Overloaded(f"{others} bytes of requests are being scored (ONSET_MAX_INFLIGHT_BYTES).", retry_after=1)
+        self._inflight += size - request.held
+        request.held = size
+
+    def _too_large(self) -> TooLarge:
+        self._refused.labels("body").inc()
+        return TooLarge(f"The body is over {self._limits.max_body_bytes} bytes (ONSET_MAX_BODY_BYTES); send it in parts.")
+
+
+@types.coroutine
+def _going_on(begun: Coroutine[Any, Any, bytes], waits_for: Any) -> Generator[Any, Any, bytes]:
+    """Await the rest of a coroutine that was begun by hand and waits for `waits_for`."""
+    try:
+        while True:
+            try:
+                answer = yield waits_for
+            except BaseException as error:  # a cancellation is the coroutine's to see
+                waits_for = begun.throw(error)
+            else:
+                waits_for = begun.send(answer)
+    except StopIteration as done:
+        content: bytes = done.value
+        return content
