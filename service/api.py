@@ -19,7 +19,8 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -88,6 +89,15 @@ _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 log = structlog.get_logger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A request of another module's route: its body as it came, who scores it and whose turn it takes."""
+
+    content: bytes
+    scorer: Scorer
+    sender: str
 
 
 class Health(Protocol):
@@ -238,6 +248,27 @@ class Door:
         """Prometheus metrics."""
         await self._health.ready()  # keeps its gauge true where no probe asks
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    def add_post(self, app: FastAPI, path: str, handler: Callable[[Incoming], Awaitable[Response]], name: str) -> None:
+        """Register a route of another module, with the same answers to errors."""
+
+        async def handle(request: Request) -> Response:
+            return await handler(_incoming(request))
+
+        app.router.routes.append(Route(path, self._guarded(handle), methods=["POST"], name=name))
+
+    @asynccontextmanager
+    async def sent(self, request: Incoming, unpacked: Callable[[bytes], int]) -> AsyncIterator[Sent]:
+        """What such a route scores: a packed body, see Intake.packed; it counts as in flight until the block ends.
+
+        Raises as that does, and UnknownModel, BadParameter.
+        """
+        scorer, sender = self._scorer(request), _sender(request)
+        content = await self._intake.packed(request, unpacked)
+        try:
+            yield Sent(content, scorer, sender)
+        finally:
+            self._intake.release(request)
 
     async def _score(self, request: Incoming, stream_id: str | None) -> tuple[bytes | Response, bytes]:
         """The reply's body and its media type; or a whole response, of a single event that is refused."""

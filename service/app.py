@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import openapi, queues, series, tasks
+from service import openapi, queues, remote_write, series, tasks
 from service.api import Application, Door
 from service.canary import Canary
 from service.console.pages import Console
@@ -32,7 +32,9 @@ from service.feed import Feed
 from service.fleet import Fleet
 from service.intake import DoorLimits
 from service.metrics import Metrics
+from service.names import Names
 from service.policy import Policy
+from service.relabel import read_rules
 from service.scorer import Limits, Scorer
 from service.series import Series
 from service.settings import Settings
@@ -51,13 +53,14 @@ class Service:
     """All parts of one process. Use as an async context; its door answers while it is open."""
 
     def __init__(self, settings: Settings) -> None:
-        """Load and verify the models. Raises ArtifactError, BadSetting; opens nothing yet."""
+        """Load and verify the models and rules. Raises ArtifactError, BadSetting; opens nothing yet."""
         self.settings = settings
         self.sources = queues.declared(settings)
         self.metrics = Metrics()
         self.feed = Feed(self.metrics)
         self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads, settings.provider)
         self.default_model = _default(self.detectors, settings)
+        self.names = Names(read_rules(settings.prometheus_relabel) if settings.prometheus_relabel else (), settings.prometheus_series)
         self.scorers: dict[str, Scorer] = {}
         self.console = self._console() if settings.console else None
         self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics)
@@ -67,7 +70,7 @@ class Service:
         """Why the service could not be opened."""
         self._closing = False
         self.metrics.build.info({"version": VERSION})
-        self.metrics.begin(model=list(self.detectors), door=["http"])
+        self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR])
         self._watch_streams()
         for name, detector in self.detectors.items():
             about = {"version": detector.manifest.version, "sha256": detector.sha256[:16], "provider": detector.providers[0]}
@@ -221,7 +224,10 @@ def create_app(settings: Settings) -> FastAPI:
     app = Application(title="Onset", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes, settings.max_body_seconds)
-    Door(service.scorers, service.default_model, limits, service.metrics, service, service.control).add_to(app)
+    door = Door(service.scorers, service.default_model, limits, service.metrics, service, service.control)
+    door.add_to(app)
+    prometheus = remote_write.RemoteWrite(door, service.names, settings.max_batch_events, service.metrics)
+    door.add_post(app, remote_write.PATH, prometheus.post, "remote_write")
     openapi.add_docs(app)
     if service.console:
         app.router.routes += service.console.routes()

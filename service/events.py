@@ -149,6 +149,8 @@ class Columns:
     timestamp: NDArray[np.float64]  # [N] seconds since 1970, NaN = the time of arrival
     sequence: NDArray[np.int64]  # [N] -1 = none
     bad: dict[int, ItemError]
+    raw: NDArray[np.float64] | None = None
+    """[N] readings of counters: the first feature is their increase per second since the stream's last event. NaN = it is as sent."""
 
     def __len__(self) -> int:
         return len(self.stream_ids)
@@ -181,21 +183,24 @@ class Parsed:
     key: list[int]
     deliveries: list[Delivery] | None = None
     """Where they came from a queue."""
+    raw: list[float] | None = None
+    """As in Columns; None = no counters."""
 
     def __len__(self) -> int:
         return len(self.stream_ids)
 
     def part(self, start: int, stop: int) -> Parsed:
-        columns = (self.stream_ids, self.values, self.timestamp, self.timed, self.sequence, self.key, self.deliveries)
+        columns = (self.stream_ids, self.values, self.timestamp, self.timed, self.sequence, self.key, self.deliveries, self.raw)
         return Parsed(*(column and column[start:stop] for column in columns))  # type: ignore[arg-type]
 
     @staticmethod
     def joined(parts: Iterable[Parsed]) -> Parsed:
         """One after the other; none of a queue."""
-        whole = Parsed([], [], [], [], [], [])
+        parts = list(parts)
+        whole = Parsed([], [], [], [], [], [], raw=_raw(parts))
         for part in parts:
             for field in fields(Parsed):
-                if field.name != "deliveries":
+                if field.name not in ("deliveries", "raw"):
                     getattr(whole, field.name).extend(getattr(part, field.name))
         return whole
 
@@ -212,6 +217,7 @@ class Readings:
     key: NDArray[np.uint64]  # [N] identity, 0 = none
     deliveries: Sequence[Delivery | None] | None = None  # [N] None = over REST
     place: NDArray[np.void] | None = None  # [N] of PLACE; both None where no event came from a queue
+    raw: NDArray[np.float64] | None = None  # [N] as in Columns
 
     def __len__(self) -> int:
         return len(self.stream_ids)
@@ -228,6 +234,7 @@ class Readings:
             self.key[positions],
             [deliveries[i] for i in positions.tolist()] if deliveries is not None else None,
             self.place[positions] if self.place is not None else None,
+            self.raw[positions] if self.raw is not None else None,
         )
 
     @staticmethod
@@ -235,7 +242,7 @@ class Readings:
         """The events of several requests, one after the other."""
         stream_ids = [stream_id for part in parts for stream_id in part.stream_ids]
         values = [row for part in parts for row in part.values]
-        deliveries = _deliveries(parts)
+        deliveries, raw = _deliveries(parts), _raw(parts)
         return Readings(
             stream_ids,
             np.array(values, np.float64).reshape(len(values), F).astype(np.float32),
@@ -245,6 +252,7 @@ class Readings:
             np.array([key for part in parts for key in part.key], np.uint64),
             deliveries,
             None if deliveries is None else np.array([_place(delivery) for delivery in deliveries], PLACE),
+            None if raw is None else np.array(raw, np.float64),
         )
 
 
@@ -255,6 +263,12 @@ def _deliveries(parts: Sequence[Parsed]) -> list[Delivery | None] | None:
     for part in parts:
         found += part.deliveries if part.deliveries is not None else [None] * len(part)
     return found
+
+
+def _raw(parts: Sequence[Parsed]) -> list[float] | None:
+    if all(part.raw is None for part in parts):
+        return None
+    return [number for part in parts for number in (part.raw if part.raw is not None else [math.nan] * len(part))]
 
 
 def _place(delivery: Delivery | None) -> tuple[int, int, int]:

@@ -80,6 +80,7 @@ def parse_columns(columns: Columns, manifest: Manifest, *, now: float, max_futur
             event_key(event_id, number if number >= 0 else None) if event_id is not None or number >= 0 else 0
             for event_id, number in zip(event_ids, sequence, strict=True)
         ],
+        raw=None if columns.raw is None else columns.raw[used].tolist(),
     ), errors
 
 

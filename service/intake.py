@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import types
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,21 +69,42 @@ class Intake:
         encoding = "identity" if encoding is None else encoding.lower()
         if encoding not in ("identity", "gzip"):
             raise UnsupportedMedia(f"Content-Encoding '{encoding[:64]}' is not read here; send gzip or none.")
+        content = await self._sent(request)
+        try:
+            return self._inflated(request, content) if encoding == "gzip" else content
+        except BaseException:
+            self.release(request)
+            raise
+
+    async def packed(self, request: Incoming, unpacked: Callable[[bytes], int]) -> bytes:
+        """A body as it was sent, which unpacks to `unpacked(body)` bytes: they are limited and counted, too. Raises as `body` does."""
+        content = await self._sent(request)
+        try:
+            size = unpacked(content)
+            if size > self._limits.max_body_bytes:
+                self._refused.labels("body").inc()
+                raise TooLarge(f"The body is {size} bytes when unpacked, over {self._limits.max_body_bytes} (ONSET_MAX_BODY_BYTES).")
+            self._reserve(request, len(content) + size)
+        except BaseException:
+            self.release(request)
+            raise
+        return content
+
+    def release(self, request: Incoming) -> None:
+        self._inflight -= request.held
+        request.held = 0
+
+    async def _sent(self, request: Incoming) -> bytes:
         length = request.header(b"content-length") or ""
         stated = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
         if stated > self._limits.max_body_bytes:
             raise self._too_large()
         self._reserve(request, stated)
         try:
-            content = await self._read(request)
-            return self._inflated(request, content) if encoding == "gzip" else content
+            return await self._read(request)
         except BaseException:
             self.release(request)
             raise
-
-    def release(self, request: Incoming) -> None:
-        self._inflight -= request.held
-        request.held = 0
 
     async def _read(self, request: Incoming) -> bytes:
         reading = self._all(request)

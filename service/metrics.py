@@ -178,7 +178,15 @@ class Metrics:
         "Time from an accepted request to its answer.",
         "Grows: onset_stage_seconds says which part of it.",
         _SECONDS,
-        door=("http",),
+        door=("http", "remote_write"),
+    )
+    unscored = _counter(
+        "onset_remote_write_unscored_total",
+        "samples and others",
+        "What remote-write brought and no value of it was scored: own (our own series), rule (dropped by a relabel rule), ended (stale "
+        "markers), missing (NaN), infinite, histogram, exemplar, metadata.",
+        "own grows: drop our series where they are sent from. rule grows by most of what comes: drop it there, too.",
+        what=("own", "rule", "ended", "missing", "infinite", "histogram", "exemplar", "metadata"),
     )
     bugs = _counter(
         "onset_unexpected_errors_total",

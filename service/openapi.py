@@ -23,6 +23,8 @@ from service.events import MAX_NAME_LENGTH, Event, Result
 from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
 from service.policy import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.problems import MEDIA_TYPE, TABLE, Problem
+from service.remote_write import MEDIA_TYPE as PROTOBUF
+from service.remote_write import MESSAGE_1, MESSAGE_2, PATH
 from service.stores import CURSOR_DIGITS
 
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
@@ -216,6 +218,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
                 ["unknown-stream", "state-conflict", "store-unavailable"],
             )
         },
+        PATH: {"post": _remote_write(model)},
         "/v1/policy": _policy_operations(),
         "/v1/models": {"get": _operation("listModels", "Manifests of the loaded models", [], {"200": _json(_MODELS, "The models.")}, [])},
         "/health/live": {"get": _operation("live", "Whether the process should go on", [], _HEALTH_ANSWERS, [])},
@@ -245,6 +248,24 @@ def _policy_operations() -> dict[str, Any]:
         "put": put,
         "delete": _operation("deletePolicy", "Go back to the environment's, on all replicas", [], reply, ["store-unavailable"]),
     }
+
+
+def _remote_write(model: dict[str, Any]) -> dict[str, Any]:
+    count = {"schema": {"type": "integer"}}
+    written = {f"X-Prometheus-Remote-Write-{what}-Written": count for what in ("Samples", "Histograms", "Exemplars")}
+    operation = _operation(
+        "remoteWrite",
+        "Score what a Prometheus sends: remote-write 1.0 and 2.0",
+        [model, _TENANT],
+        {
+            "204": {"description": "Everything was taken.", "headers": written},
+            "400": _problem("The body cannot be read; or some samples can never be taken, and the others are scored."),
+        },
+        ["unsupported-media", "too-large", "bad-parameter", "overloaded", "store-unavailable", "unknown-model"],
+    )
+    message = {**_BINARY, "description": f"Snappy (block format) of {MESSAGE_1}, or with proto={MESSAGE_2} of that."}
+    operation["requestBody"] = {"required": True, "content": {PROTOBUF: {"schema": message}}}
+    return operation
 
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -281,13 +302,7 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, 
         {"type": "string", "pattern": VISIBLE},
         "Gives events without event_id an identity, so that the request can be sent again.",
     )
-    tenant = _parameter(
-        TENANT_HEADER,
-        "header",
-        {"type": "string", "pattern": VISIBLE},
-        "Whose turn the request takes, and whose share of the queue; without it, that of the address it comes from.",
-    )
-    operation = _operation(name, summary, [*parameters, top, key, tenant], answers, slugs)
+    operation = _operation(name, summary, [*parameters, top, key, _TENANT], answers, slugs)
     event: dict[str, Any] = _ref(event_schema)
     timed = sample | {"timestamp": "2026-11-23T08:00:00Z", "event_id": "a-17"}
     examples = {
@@ -338,6 +353,12 @@ def _problem(description: str) -> dict[str, Any]:
     return {"description": description, "content": {MEDIA_TYPE: {"schema": _ref("Problem")}}}
 
 
+_TENANT = _parameter(
+    TENANT_HEADER,
+    "header",
+    {"type": "string", "pattern": VISIBLE},
+    "Whose turn the request takes, and whose share of the queue; without it, that of the address it comes from.",
+)
 _PAGE = {"streams": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}}, "next_cursor": {"type": ["string", "null"]}}
 _MODELS = {"type": "object", "required": ["models"], "properties": {"models": {"type": "array", "items": {"type": "object"}}}}
 _HEALTH_ANSWERS = {"200": _json(_ref("Health"), "Yes."), "503": _json(_ref("Health"), "No, and why.")}

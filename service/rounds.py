@@ -172,6 +172,10 @@ def _step(
 ) -> None:
     """Step distinct streams `rows[at]` by the readings at `positions`, and keep the results in both."""
     x, alpha = readings.x[positions], np.full(len(at), policy.alpha, np.float32)
+    if readings.raw is None:
+        rows["raw"][at] = np.nan
+    else:
+        x = _with_rates(rows, at, readings.raw[positions], timestamp, x)
     _ask_less(detector, rows, at, alpha)
     inputs = (x, _time_features(timestamp, rows["last"]["timestamp"][at]))
     cadence.learn(rows, at, timestamp - rows["last"]["timestamp"][at])
@@ -202,6 +206,21 @@ def _step(
             rows[name][at[queued]] = readings.place[name][positions[queued]]
     outcomes.records[positions] = record
     outcomes.kinds[positions] = Kind.SCORED
+
+
+def _with_rates(rows: Rows, at: Positions, raw: NDArray[np.float64], timestamp: NDArray[np.float64], x: Float32) -> Float32:
+    """`x` with the increase per second of counters as its first feature; keeps their readings. A counter that fell began again at 0.
+
+    The first reading, and one after an event without a reading, have no increase: missing.
+    """
+    previous, seconds = rows["raw"][at], timestamp - rows["last"]["timestamp"][at]
+    increase = np.where(raw < previous, raw, raw - previous)
+    rate = np.divide(increase, seconds, out=np.full(len(at), np.nan), where=(seconds > 0) & ~np.isnan(previous))
+    rate = np.where(np.abs(rate) <= np.finfo(np.float32).max, rate, np.nan)
+    rows["raw"][at] = raw
+    x = x.copy()
+    x[:, 0] = np.where(np.isnan(raw), x[:, 0], rate)
+    return x
 
 
 def _ask_less(detector: Detector, rows: Rows, at: Positions, alpha: Float32) -> None:

@@ -17,7 +17,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -332,6 +332,32 @@ class Scorer:
         model = self.detector.name
         entry = alerts.encoded(Transition("forgotten", model, stream_id)) if self._alerting else b""
         return await self._store.delete(model, stream_id, entry)
+
+    async def end(self, ends: Mapping[str, float]) -> None:
+        """Streams that have ended, and when (seconds since 1970): nobody waits for them, until they speak again. Safe to repeat.
+
+        What a stream has learned is kept. One with a later event is left as it is. Raises StoreUnavailable, and StateConflict when other
+        replicas won ATTEMPTS times.
+        """
+        pending = list(ends)
+        for _ in range(ATTEMPTS + 1):
+            loaded = self._codec.decode(await self._store.load(self.detector.name, pending) if pending else [])
+            rows, times = loaded.rows, np.array([ends[stream_id] for stream_id in pending], np.float64)
+            waited = (rows["deadline"] > 0) | (rows["watch_until"] > 0) | (rows["flags"] & SILENT != 0) | ~np.isnan(rows["raw"])
+            places = np.flatnonzero((loaded.origins == Origin.STORED) & waited & (rows["last"]["timestamp"] <= times))
+            if len(places) == 0:
+                return
+            ended = rows[places]
+            ended["deadline"] = ended["watch_until"] = 0
+            ended["flags"] &= ~np.uint32(SILENT)
+            ended["silent_since"] = ended["raw"] = np.nan
+            stream_ids = [pending[i] for i in places.tolist()]
+            values = self._codec.encode(ended)
+            writes = [Write(name, loaded.tokens[i], value, watch=0.0) for name, i, value in zip(stream_ids, places, values, strict=True)]
+            self._copies.drop(stream_ids)
+            written = await self._store.commit(self.detector.name, writes)
+            pending = [name for name, became in zip(stream_ids, written, strict=True) if became != WRITTEN]
+        raise StateConflict(f"{len(pending)} streams changed {ATTEMPTS + 1} times while they were being ended: send the request again.")
 
     async def _submit(self, parsed: Parsed, sender: str) -> list[tuple[slice, Answers | OnsetError]]:
         """Answers to stretches of the events, in order. Raises where there would be none: then nothing is known to be committed."""

@@ -98,6 +98,10 @@ class Settings(BaseSettings):
     """Recent events kept of a stream."""
     console_watchers: Annotated[int, Field(ge=1, le=1000)] = 32
     """Pages that may watch this replica at once; more are refused with 429."""
+    prometheus_relabel: Path | None = None
+    """YAML file of relabel_configs that choose and name the series which Prometheus sends (docs/prometheus.md); empty = all are scored."""
+    prometheus_series: Annotated[int, Field(ge=1)] = 100_000
+    """Series whose names are remembered, about 1 kB each; with fewer than are sent, each costs its rules and its name every time."""
     max_streams: Annotated[int, Field(ge=1)] = 1_000_000
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""

@@ -18,7 +18,8 @@ A batch of values is one numpy structured array, so loading, judging and writing
     160     deadline f8           time of this machine until which silence is ordinary, 0 = nobody waits for the stream
     168     watch_until f8        when the store's watch of the stream runs out, 0 = not watched
     176     silent_since f8       last event's arrival, where the stream is silent; NaN = it is not
-    184     last                  RECORD: the last event with its result, so that a resent event gets it again
+    184     raw f8                the last event's reading of a counter, whose increase per second is what is scored; NaN = it was none
+    192     last                  RECORD: the last event with its result, so that a resent event gets it again
             vector S x f4         the detector's state, opaque
             learner S x f4        only while LEARNER is set: the state as if no alert were open
 
@@ -38,7 +39,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 3
+FORMAT = 4
 HEAD = b"ON" + FORMAT.to_bytes(2, "little")
 TOKEN = slice(8, 24)
 """The bytes of a value that compare-and-set compares."""
@@ -124,6 +125,7 @@ def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
             ("deadline", "<f8"),
             ("watch_until", "<f8"),
             ("silent_since", "<f8"),
+            ("raw", "<f8"),
             ("last", record_dtype(features)),
             ("vector", "<f4", (state_size,)),
             ("learner", "<f4", (state_size,)),
@@ -166,7 +168,7 @@ class StateCodec:
         fresh = np.zeros(rows, self.value)
         fresh["head"], fresh["model"] = HEAD, self._model
         fresh["offset"] = fresh["last"]["sequence"] = -1
-        fresh["last"]["timestamp"] = fresh["last"]["started_at"] = fresh["started_at"] = fresh["silent_since"] = np.nan
+        fresh["last"]["timestamp"] = fresh["last"]["started_at"] = fresh["started_at"] = fresh["silent_since"] = fresh["raw"] = np.nan
         return fresh
 
     def decode(self, values: Sequence[bytes | None]) -> Loaded:

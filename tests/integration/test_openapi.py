@@ -26,6 +26,7 @@ ROUTES = {
     ("GET", "/v1/streams"),
     ("GET", "/v1/streams/{stream_id}"),
     ("DELETE", "/v1/streams/{stream_id}"),
+    ("POST", "/api/v1/write"),
     ("GET", "/v1/models"),
     ("GET", "/v1/policy"),
     ("PUT", "/v1/policy"),
