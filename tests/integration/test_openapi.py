@@ -15,8 +15,10 @@ import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
+from bench.prompb import Sent, body_1
 from service.app import create_app
 from service.policy import per_event
+from service.prompb import pack
 from service.settings import Settings
 
 ROUTES = {
@@ -51,6 +53,12 @@ def served(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
     thread.join(20)
+
+
+@schemathesis.serializer("application/x-protobuf")
+def a_write_request(context: Any, value: Any) -> bytes:
+    """No schema describes protobuf: a readable body, whatever was drawn."""
+    return pack(body_1([Sent({"__name__": "up"}, [(1_790_000_000_000, 1.0)])]))
 
 
 @pytest.fixture(scope="module")
