@@ -4,8 +4,8 @@
     log    ─► alerts        folded, one replica at a time   (desk.py, stores/book.py)
            ─► changes       what sinks are told, in order   (sinks/)
 
-    anomaly   opened ──escalated──► … ──► resolved: recovered │ accepted │ accepted_by_age │ forgotten
-    silence   opened ───────────────────► resolved: spoke │ forgotten
+    anomaly   opened ──escalated──► … ──► resolved: recovered │ accepted │ accepted_by_age │ ended │ forgotten
+    silence   opened ───────────────────► resolved: spoke │ ended │ forgotten
 
 An anomaly's alert opens at its onset (policy.py's ALERT_OPEN) and is resolved with the run of errors it belongs to. Its id follows from
 its model, its stream and when it began: whoever tells of the same anomaly again tells of the same alert.
@@ -33,7 +33,7 @@ FINDINGS = 10
 
 Kind = Literal["anomaly", "silence"]
 Status = Literal["open", "acknowledged", "resolved"]
-Resolution = Literal["recovered", "accepted", "accepted_by_age", "spoke", "forgotten"]
+Resolution = Literal["recovered", "accepted", "accepted_by_age", "spoke", "ended", "forgotten"]
 What = Literal["opened", "escalated", "resolved", "forgotten"]
 
 

@@ -31,7 +31,7 @@ import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from service import alerts, cadence
+from service import alerts, cadence, silence
 from service.alerts import Standing, Transition
 from service.batcher import Batcher
 from service.copies import Copies
@@ -46,7 +46,7 @@ from service.reorder import Reorder
 from service.results import Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advancing
 from service.silence import Sweeper, waits
-from service.state import EXPIRED, SILENT, Loaded, Origin, Rows, StateCodec, event_key
+from service.state import ALERT_OPEN, EXPIRED, SILENT, Loaded, Origin, Rows, StateCodec, event_key
 from service.stores import FENCED, LOST, WRITTEN, StateStore, Write
 
 ATTEMPTS = 3
@@ -334,28 +334,29 @@ class Scorer:
         return await self._store.delete(model, stream_id, entry)
 
     async def end(self, ends: Mapping[str, float]) -> None:
-        """Streams that have ended, and when (seconds since 1970): nobody waits for them, until they speak again. Safe to repeat.
+        """Streams that have ended, and when (seconds since 1970): their alerts are resolved and nobody waits for them. Safe to repeat.
 
-        What a stream has learned is kept. One with a later event is left as it is. Raises StoreUnavailable, and StateConflict when other
-        replicas won ATTEMPTS times.
+        What a stream has learned is kept for when it returns. One with a later event is left as it is. Raises StoreUnavailable, and
+        StateConflict when other replicas won ATTEMPTS times.
         """
         pending = list(ends)
         for _ in range(ATTEMPTS + 1):
             loaded = self._codec.decode(await self._store.load(self.detector.name, pending) if pending else [])
-            rows, times = loaded.rows, np.array([ends[stream_id] for stream_id in pending], np.float64)
-            waited = (rows["deadline"] > 0) | (rows["watch_until"] > 0) | (rows["flags"] & SILENT != 0) | ~np.isnan(rows["raw"])
-            places = np.flatnonzero((loaded.origins == Origin.STORED) & waited & (rows["last"]["timestamp"] <= times))
-            if len(places) == 0:
+            times = np.array([ends[stream_id] for stream_id in pending], np.float64)
+            over = (loaded.origins == Origin.STORED) & silence.awaited(loaded.rows) & (loaded.rows["last"]["timestamp"] <= times)
+            places = np.flatnonzero(over).tolist()
+            if not places:
                 return
-            ended = rows[places]
-            ended["deadline"] = ended["watch_until"] = 0
-            ended["flags"] &= ~np.uint32(SILENT)
-            ended["silent_since"] = ended["raw"] = np.nan
-            stream_ids = [pending[i] for i in places.tolist()]
-            values = self._codec.encode(ended)
-            writes = [Write(name, loaded.tokens[i], value, watch=0.0) for name, i, value in zip(stream_ids, places, values, strict=True)]
+            rows, stream_ids = loaded.rows[places], [pending[i] for i in places]
+            logs = [self._ending(stream_id, row) for stream_id, row in zip(stream_ids, rows, strict=True)]
+            silence.end(rows)
+            values = self._codec.encode(rows)
+            tokens = [loaded.tokens[i] for i in places]
+            ended = zip(stream_ids, tokens, values, logs, strict=True)
             self._copies.drop(stream_ids)
-            written = await self._store.commit(self.detector.name, writes)
+            written = await self._store.commit(
+                self.detector.name, [Write(name, token, value, watch=0.0, log=entries) for name, token, value, entries in ended]
+            )
             pending = [name for name, became in zip(stream_ids, written, strict=True) if became != WRITTEN]
         raise StateConflict(f"{len(pending)} streams changed {ATTEMPTS + 1} times while they were being ended: send the request again.")
 
@@ -676,6 +677,16 @@ class Scorer:
         severity = alerts.level(row["flags"][0])
         started_at = float(row["started_at"][0])
         return Transition("resolved", self.detector.name, stream_id, "anomaly", started_at, severity, "accepted", last)
+
+    def _ending(self, stream_id: str, row: Rows) -> list[bytes]:
+        """For the log: what is resolved as the stream of this row ends."""
+        resolved = []
+        if self._alerting and row["flags"] & SILENT:
+            resolved.append(Transition("resolved", self.detector.name, stream_id, "silence", float(row["silent_since"]), "minor", "ended"))
+        if self._alerting and row["flags"] & ALERT_OPEN:
+            severity, started_at = alerts.level(int(row["flags"])), float(row["started_at"])
+            resolved.append(Transition("resolved", self.detector.name, stream_id, "anomaly", started_at, severity, "ended"))
+        return list(map(alerts.encoded, resolved))
 
     def _accepted(self, stream_id: str, row: Rows, by: str) -> None:
         """For the audit: a change of regime was accepted. `row` is a value before it, or the record of the event that did it."""

@@ -25,7 +25,7 @@ from service.alerts import Transition
 from service.errors import StoreUnavailable
 from service.metrics import Metrics
 from service.policy import Policy
-from service.state import SILENT, Origin, Rows, StateCodec
+from service.state import ALERT_OPEN, SILENT, Origin, Rows, StateCodec
 from service.stores import SILENT as SILENT_WATCH
 from service.stores import StateStore, Write
 
@@ -76,6 +76,24 @@ def waits(rows: Rows, alpha: float, now: float) -> list[float | None]:
     rows["watch_until"] = np.where(begins, rows["deadline"], np.where(ends, 0, rows["watch_until"]))
     changed, until = (begins | ends).tolist(), rows["watch_until"].tolist()
     return [watch if change else None for change, watch in zip(changed, until, strict=True)]
+
+
+def awaited(rows: Rows) -> NDArray[np.bool_]:
+    """[B] whether `end` would change anything."""
+    waited: NDArray[np.bool_] = (rows["deadline"] > 0) | (rows["watch_until"] > 0) | (rows["flags"] & (SILENT | ALERT_OPEN) != 0)
+    waited |= ~np.isnan(rows["raw"])
+    return waited
+
+
+def end(rows: Rows) -> None:
+    """These streams have ended, in place: nobody waits for them, their alerts are closed, a counter begins anew.
+
+    A frozen state stays as it was before the fault: should the stream return with it, that is an onset again.
+    """
+    rows["deadline"] = rows["watch_until"] = 0
+    rows["flags"] = rows["learner"] = 0
+    rows["quiet"] = rows["lasting"] = rows["peak"] = 0
+    rows["silent_since"] = rows["started_at"] = rows["raw"] = np.nan
 
 
 class Sweeper:

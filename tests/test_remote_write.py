@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from bench.prompb import Sent, body_1, body_2
+from service.alerts import decoded
 from service.api import Door
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
@@ -91,7 +92,7 @@ class Sender(httpx.AsyncClient):
 async def sender(detector: Detector, relabel: Path | None = None, queue: int = 5000, body: int = 100_000) -> AsyncIterator[Sender]:
     metrics, store, ended = Metrics(), Store(), dict[str, float]()
     limits = Limits(max_queue_events=queue, max_streams=MAX_STREAMS, max_future_seconds=10_000)
-    scorer = Scorer(detector, Policy(), store, metrics, limits, clock=lambda: NOW / 1000)
+    scorer = Scorer(detector, Policy(), store, metrics, limits, clock=lambda: NOW / 1000, alerting=True)
     scorer.start()
     app = FastAPI()
     control = Control(Asked(Alpha(1e-3), Strict(False)), None, {detector.name: scorer}, metrics)
@@ -275,6 +276,22 @@ async def test_a_stream_that_was_silent_is_no_longer_once_it_has_ended(prometheu
     await prometheus.write(up(1, MARKER, start=NOW + 50_000))
     assert (await prometheus.last(name(1))).silent_since is None
     assert await prometheus.scorer.silent_streams(10) == []
+
+
+async def test_the_alert_of_a_stream_is_resolved_as_it_ends(prometheus: Sender) -> None:
+    fault = up(1, *[1.0, 1.1] * 40, *[50.0] * 5, start=NOW - 84_000)
+    await prometheus.write(fault)
+    end = up(1, MARKER, start=NOW + 1000)
+    for _ in range(2):
+        await prometheus.write(end)
+    told = [decoded(entry) for entry in prometheus.store.log]
+    assert [(transition.what, transition.kind, transition.resolution) for transition in told if transition.what != "escalated"] == [
+        ("opened", "anomaly", None),
+        ("resolved", "anomaly", "ended"),
+    ]
+    assert told[0].alert == told[-1].alert
+    await prometheus.write(up(1, 50.0, start=NOW + 9000))  # it is back, and as ill as before
+    assert (await prometheus.last(name(1))).is_anomaly
 
 
 async def test_a_stale_marker_older_than_the_last_sample_ends_nothing(prometheus: Sender) -> None:
