@@ -14,9 +14,12 @@ its model, its stream and when it began: whoever tells of the same anomaly again
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 import numpy as np
@@ -28,6 +31,8 @@ from service.state import ALERT_OPEN, EXPIRED, LEVEL, LEVEL_SHIFT, SILENT, Rows
 
 ID = "^[0-9a-f]{28}$"
 """Of an alert: 12 digits of when it began, so that ids sort by that, and 16 of which it is."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+DAY = 86_400.0
 FINDINGS = 10
 """Features that evidence keeps, the greatest contributors."""
 
@@ -147,6 +152,53 @@ class Alert(msgspec.Struct, frozen=True):
         return self.resolved_at is None
 
 
+class AlertReply(Alert, frozen=True, kw_only=True):
+    """An alert as people and programs are shown it."""
+
+    summary: str
+    """One sentence: which stream, what, since when."""
+    description: str
+    """The evidence in words."""
+    link: str | None
+    """To the stream's page, where the service knows its own address (ONSET_PUBLIC_URL)."""
+
+    @staticmethod
+    def of(alert: Alert, public_url: str) -> AlertReply:
+        """`public_url` of the service, "" = not known."""
+        link = f"{public_url.rstrip('/')}/?stream={quote(alert.stream_id, safe='')}" if public_url else None
+        known = {name: getattr(alert, name) for name in Alert.__struct_fields__}
+        return AlertReply(**known, summary=summary(alert), description=description(alert), link=link)
+
+
+class AlertPage(msgspec.Struct, frozen=True):
+    """Alerts, the latest first."""
+
+    alerts: list[AlertReply]
+    next_cursor: str | None
+    """Where the next page begins; null = this was the last one."""
+
+
+class Change(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a sink is told."""
+
+    event: Literal["opened", "escalated", "acknowledged", "unacknowledged", "resolved"]
+    alert: Alert
+    """As it is by then."""
+    severity_before: Severity | None = None
+    """Where it escalated."""
+
+
+class Stand(NamedTuple):
+    """How a stream stands, by its state."""
+
+    there: bool
+    """Whether there is a state at all."""
+    last: Evidence | None
+    """None: there is none, or it is of another model's file."""
+    open: frozenset[str]
+    """Ids of its open alerts."""
+
+
 class Move(NamedTuple):
     """A transition of one of B streams by one of N events."""
 
@@ -264,3 +316,84 @@ def advanced(alert: Alert | None, transition: Transition, at: float, max_age: fl
     how = transition.resolution if what == "resolved" else "forgotten"
     last = evidence if evidence is not None and alert.kind == "anomaly" else alert.last
     return replace(alert, status="resolved", resolved_at=at, updated_at=at, resolution=how, last=last)
+
+
+# ── in words ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summary(alert: Alert) -> str:
+    """One sentence: which stream, what, since when."""
+    since, until = _clock(alert.started_at, alert.updated_at), _clock(alert.resolved_at or alert.updated_at, alert.updated_at)
+    if alert.resolution is not None:
+        return f"{alert.stream_id} {_ENDS[alert.resolution].format(since=since, until=until)}."
+    if alert.kind == "silence":
+        return f"{alert.stream_id} has been silent since {since}."
+    for evidence in (alert.last, alert.onset):
+        for finding in evidence.contributors[:1] if evidence else ():
+            if (beside := _beside(finding)) is not None:
+                return f"{_named(alert, finding)} is {beside} its expected range since {since}."
+    return f"{alert.stream_id} behaves unusually since {since}: its values are in their ranges, their course is not."
+
+
+def description(alert: Alert) -> str:
+    """The evidence, for whoever has to act: values and what was expected, how improbable that is, what carries it."""
+    if alert.kind == "silence":
+        patience = f" Up to {_number(alert.patience)} s without an event are ordinary for it." if alert.patience is not None else ""
+        return f"The last event of stream {alert.stream_id} was at {_clock(alert.started_at, math.inf)}.{patience}"
+    sentences = []
+    for title, evidence in (("At the onset", alert.onset), ("At last", alert.last)):
+        if evidence is not None and (title == "At the onset" or evidence != alert.onset):
+            sentences.append(f"{title} ({_clock(evidence.timestamp, math.inf)}): {_shown(evidence)}")
+    return " ".join(sentences)
+
+
+_ENDS: dict[Resolution, str] = {
+    "recovered": "is back to normal: its anomaly began at {since}, and was over at {until}",
+    "accepted": "has a new normal: the change that began at {since} was accepted by call",
+    "accepted_by_age": "has a new normal: the change that began at {since} was accepted because of its age",
+    "spoke": "speaks again: it was silent from {since} to {until}",
+    "ended": "has ended: its alert began at {since}",
+    "forgotten": "is no longer known: it was deleted, expired or started afresh; its alert began at {since}",
+}
+
+
+def _named(alert: Alert, finding: Finding) -> str:
+    """A stream of one feature is called by its name alone."""
+    single = alert.onset is not None and len(alert.onset.contributors) == 1
+    return alert.stream_id if single else f"{finding.feature} of {alert.stream_id}"
+
+
+def _beside(finding: Finding) -> str | None:
+    """How far outside its band a feature lies; None = it does not."""
+    if finding.actual is not None and finding.upper is not None and finding.actual > finding.upper:
+        return f"{_number(finding.actual - finding.upper)} above"
+    if finding.actual is not None and finding.lower is not None and finding.actual < finding.lower:
+        return f"{_number(finding.lower - finding.actual)} below"
+    return None
+
+
+def _shown(evidence: Evidence) -> str:
+    parts = [
+        f"{found.feature} {_number(found.actual)}, expected {_number(found.expected)} ({_number(found.lower)} to {_number(found.upper)})"
+        + (f", {found.contribution:.0%} of the error" if len(evidence.contributors) > 1 else "")
+        for found in evidence.contributors[:3]
+    ]
+    chance = f"p-value {evidence.p_value:.2g}." if evidence.p_value is not None else "no p-value."
+    return f"{'; '.join(parts) or 'no values'}; {chance}"
+
+
+def _number(number: float | None) -> str:
+    """Four digits, without an exponent where people would not expect one."""
+    if number is None:
+        return "unknown"
+    if number == 0 or not 1e-4 <= abs(number) < 1e9:
+        return f"{number:.4g}"
+    digits = max(0, 3 - math.floor(math.log10(abs(number))))
+    text = f"{number:.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _clock(seconds: float, beside: float) -> str:
+    """Time of the day in UTC; with its date unless that is clear beside another time."""
+    time = EPOCH + timedelta(seconds=seconds)
+    return time.strftime("%H:%M:%S UTC" if abs(beside - seconds) < DAY else "%Y-%m-%d %H:%M:%S UTC")

@@ -5,6 +5,9 @@
     POST   /v1/streams/{stream_id}/accept  what the stream is alerted about is its new normal
     GET    /v1/streams                     last results, page by page
     GET    /v1/streams/{stream_id}         last result          DELETE  forget the stream
+    GET    /v1/alerts                      alerts, page by page
+    GET    /v1/alerts/{id}                 one of them
+    POST   /v1/alerts/{id}/acknowledge     someone looks after it         DELETE  nobody does any more
     GET    /v1/models                      manifests of the loaded detectors
     GET    /v1/policy                      the asked false-alarm rate, and what it means      PUT  change it      DELETE  undo that
     GET    /health/live  /health/ready  /metrics  /docs
@@ -19,11 +22,11 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -36,10 +39,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from service import arrow
+from service import alerts, arrow
+from service.alerts import Acknowledgement, Alert
 from service.bodies import Format, Items, decode, decode_object, encode
 from service.control import Control
 from service.errors import (
+    AlertResolved,
     BadEvent,
     BadParameter,
     ItemError,
@@ -49,10 +54,11 @@ from service.errors import (
     StoreUnavailable,
     TooLarge,
     TooSlow,
+    UnknownAlert,
     UnknownModel,
     UnsupportedMedia,
 )
-from service.events import MAX_NAME_LENGTH, Columns, Event, Result, shown
+from service.events import MAX_NAME_LENGTH, SEVERITIES, UNPRINTABLE, Columns, Event, Result, shown
 from service.intake import DoorLimits, Incoming, Intake
 from service.metrics import Metrics
 from service.problems import TABLE, late_problem, plain, problem_of, respond
@@ -60,6 +66,7 @@ from service.results import Scored
 from service.rounds import Kind
 from service.scorer import Scorer
 from service.stores import CURSOR_DIGITS
+from service.stores.book import Book, Wanted
 
 DOOR = "http"
 JSON = Format.JSON.value
@@ -77,6 +84,7 @@ EVENTS = "/v1/events"
 _STREAM_EVENTS = re.compile("/v1/streams/(.*)/events")
 MAX_TOP = 300
 MAX_PAGE = 1000
+MAX_NOTE = 2000
 TENANT_HEADER = "X-Scope-OrgID"
 """Mimir's and Loki's name for it."""
 _TENANT = TENANT_HEADER.lower().encode()
@@ -84,10 +92,13 @@ OUTCOMES = ("scored", "duplicate", "late", "rejected", "failed")
 
 VISIBLE = f"^[!-~]{{1,{MAX_NAME_LENGTH}}}$"
 _VISIBLE = re.compile(VISIBLE)
+_ALERT_ID = re.compile(alerts.ID)
+_UNPRINTABLE, _SURROGATE = re.compile(UNPRINTABLE), re.compile(r"[\ud800-\udfff]")
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 log = structlog.get_logger(__name__)
 
+Word = TypeVar("Word", bound=str)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -135,7 +146,10 @@ class Door:
         metrics: Metrics,
         health: Health,
         control: Control,
+        book: Book | None = None,
+        public_url: str = "",
     ) -> None:
+        """`book` of alerts; `public_url` under which people reach the service, "" = not known."""
         self._scorers = scorers
         self._default = default_model
         self._limits = limits
@@ -143,6 +157,8 @@ class Door:
         self._health = health
         self._control = control
         self._intake = Intake(limits, metrics)
+        self._book = book or Book()
+        self._public_url = public_url
         self._latency = metrics.latency.labels(DOOR)
         self._events = {outcome: metrics.events.labels(DOOR, outcome) for outcome in OUTCOMES}
 
@@ -155,6 +171,9 @@ class Door:
             Route("/v1/streams/{stream_id:path}/accept", self._guarded(self.post_accept), methods=["POST"], name="post_accept"),
             Route("/v1/streams", self._guarded(self.list_streams), methods=["GET"], name="list_streams"),
             Route("/v1/streams/{stream_id:path}", self._guarded(self.one_stream), methods=["GET", "DELETE"], name="one_stream"),
+            Route("/v1/alerts", self._guarded(self.list_alerts), methods=["GET"], name="list_alerts"),
+            Route("/v1/alerts/{alert_id}", self._guarded(self.one_alert), methods=["GET"], name="one_alert"),
+            Route("/v1/alerts/{alert_id}/acknowledge", self._guarded(self.acknowledge), methods=["POST", "DELETE"], name="acknowledge"),
             Route("/v1/policy", self._guarded(self.policy), methods=["GET", "PUT", "DELETE"], name="policy"),
             Route("/metrics", self.get_metrics, methods=["GET"], name="metrics"),
         ]
@@ -211,6 +230,46 @@ class Door:
         """Close a stream's alert and learn what it was about; its summary. Safe to repeat."""
         result = await self._scorer(_incoming(request)).accept(request.path_params["stream_id"])
         return Response(msgspec.json.encode(result), media_type=JSON)
+
+    async def list_alerts(self, request: Request) -> Response:
+        """A page of alerts, the latest first."""
+        asked = _incoming(request)
+        wanted = Wanted(
+            frozenset(_words(asked, "status", get_args(alerts.Status))),
+            frozenset(_words(asked, "severity", SEVERITIES[1:])),
+            next(iter(_words(asked, "kind", get_args(alerts.Kind), most=1)), None),
+            asked.query("model"),
+            asked.query("stream_id"),
+        )
+        cursor = asked.query("cursor") or ""
+        if cursor and not _ALERT_ID.fullmatch(cursor):
+            raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor")
+        found, following = await self._book.page(wanted, cursor, _number(asked, "limit", 100, 1, MAX_PAGE))
+        return _json(alerts.AlertPage([self._shown(alert) for alert in found], following or None))
+
+    async def one_alert(self, request: Request) -> Response:
+        """One alert."""
+        return _json(self._shown(await self._alert(request)))
+
+    async def acknowledge(self, request: Request) -> Response:
+        """Someone looks after an alert, or (DELETE) nobody does any more; the alert as it is then. Safe to repeat."""
+        by = _acknowledgement(await self._object(_incoming(request)), time.time()) if request.method == "POST" else None
+        alert = await self._alert(request)
+        if not alert.open:
+            raise AlertResolved(f"Alert '{alert.id}' of stream '{alert.stream_id}' is resolved ({alert.resolution}).")
+        if by is not None or alert.acknowledgement is not None:
+            alert = await self._book.acknowledge(alert, by)
+        return _json(self._shown(alert))
+
+    async def _alert(self, request: Request) -> Alert:
+        id_ = request.path_params["alert_id"]
+        [alert] = await self._book.alerts([id_]) if _ALERT_ID.fullmatch(id_) else [None]
+        if alert is None:
+            raise UnknownAlert(f"No alert '{id_[:64]}' is known: resolved ones are forgotten after a while.")
+        return alert
+
+    def _shown(self, alert: Alert) -> alerts.AlertReply:
+        return alerts.AlertReply.of(alert, self._public_url)
 
     async def policy(self, request: Request) -> Response:
         """The policy in force; changed by PUT, the environment's again by DELETE, on all replicas."""
@@ -512,6 +571,35 @@ def _number(request: Incoming, name: str, default: int, least: int, most: int) -
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
         raise BadParameter(f"{name} is {text[:64]!r}; it is a whole number from {least} to {most}.", name)
     return int(text)
+
+
+def _words(request: Incoming, name: str, known: Sequence[Word], *, most: int = 10) -> list[Word]:
+    """Those of the known words that a parameter names, with commas between."""
+    text = request.query(name)
+    if text is None:
+        return []
+    found = [word for word in known if word in text.split(",")]
+    if not found or set(text.split(",")) - set(known) or len(found) > most:
+        several = ", several with commas between" if most > 1 else ""
+        raise BadParameter(f"{name} is {text[:64]!r}; it is {', '.join(known)}{several}.", name)
+    return found
+
+
+def _acknowledgement(body: Mapping[str, Any], now: float) -> Acknowledgement:
+    """Raises BadParameter."""
+    for name, value in body.items():
+        if name not in ("by", "note"):
+            raise BadParameter(f"'{name[:64]}' is no part of an acknowledgement; it has by and note.", name[:64], shown(value))
+    by, note = body.get("by"), body.get("note", "")
+    if not (isinstance(by, str) and 0 < len(by) <= MAX_NAME_LENGTH and not _UNPRINTABLE.search(by)):
+        raise BadParameter(f"by is {shown(by)}; it names who looks after it, in 1 to {MAX_NAME_LENGTH} characters.", "by", shown(by))
+    if not (isinstance(note, str) and len(note) <= MAX_NOTE and not _SURROGATE.search(note)):
+        raise BadParameter(f"note is {shown(note)}; it is a text of at most {MAX_NOTE} characters.", "note", shown(note))
+    return Acknowledgement(by, note, now)
+
+
+def _json(reply: Any) -> Response:
+    return Response(msgspec.json.encode(reply), media_type=JSON)
 
 
 def _health(wrong: str | None) -> Response:

@@ -25,6 +25,7 @@ from service.api import Application, Door
 from service.canary import Canary
 from service.console.pages import Console
 from service.control import Alpha, Asked, Control, Strict
+from service.desk import Desk, Keeping
 from service.detector import Detector, load_detectors
 from service.embedded import EmbeddedStore
 from service.errors import ArtifactError, BadSetting, OnsetError, StoreUnavailable
@@ -39,6 +40,7 @@ from service.scorer import Limits, Scorer
 from service.series import Series
 from service.settings import Settings
 from service.stores import Output, StateStore
+from service.stores.book import Book
 from service.stores.cluster import ClusterStore
 from service.stores.redis import RedisStore
 
@@ -63,6 +65,7 @@ class Service:
         self.names = Names(read_rules(settings.prometheus_relabel) if settings.prometheus_relabel else (), settings.prometheus_series)
         self.scorers: dict[str, Scorer] = {}
         self.console = self._console() if settings.console else None
+        self.book = Book()
         self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics)
         self.store: StateStore | None = None
         self._store_open = False
@@ -115,6 +118,7 @@ class Service:
             stack.push_async_callback(store.close)
             self.store = store
             self.control.connect(store)
+            self.book.connect(store)
             self._start_scorers(store)
             stack.push_async_callback(self._drain)
             await self._open(store, stack)
@@ -125,6 +129,8 @@ class Service:
                     stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
             for canary in self._canaries(store):
                 stack.push_async_callback(tasks.end, asyncio.create_task(canary.run(), name="canary"))
+            desk = Desk(self.book, self.scorers, self.metrics, _keeping(self.settings))
+            stack.push_async_callback(tasks.end, asyncio.create_task(desk.run(), name="alerts"))
             for consumer in queues.consumers(self.sources, url, self._scorer, self.metrics, max_events=self.settings.max_batch_events):
                 await consumer.start()
                 stack.push_async_callback(consumer.stop, self.settings.drain_seconds)
@@ -224,7 +230,9 @@ def create_app(settings: Settings) -> FastAPI:
     app = Application(title="Onset", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes, settings.max_body_seconds)
-    door = Door(service.scorers, service.default_model, limits, service.metrics, service, service.control)
+    door = Door(
+        service.scorers, service.default_model, limits, service.metrics, service, service.control, service.book, settings.public_url
+    )
     door.add_to(app)
     prometheus = remote_write.RemoteWrite(door, service.names, settings.max_batch_events, service.metrics)
     door.add_post(app, remote_write.PATH, prometheus.post, "remote_write")
@@ -246,6 +254,16 @@ def _asked(settings: Settings) -> Asked:
     """What the environment asks for."""
     cadence = settings.cadence_seconds if settings.false_alarms else None
     return Asked(Alpha(settings.asked_alpha, None, settings.false_alarms, cadence), Strict(settings.strict))
+
+
+def _keeping(settings: Settings) -> Keeping:
+    return Keeping(
+        settings.alerts_max_age_seconds,
+        settings.alerts_resend_seconds,
+        settings.alerts_max_open,
+        settings.alerts_max_resolved,
+        settings.alerts_retention_seconds,
+    )
 
 
 def _check_cluster(settings: Settings) -> None:

@@ -11,6 +11,8 @@ OnsetError
 │   ├── TooManyStreams       the store holds as many streams as it may
 │   └── NotCommitted         the store stopped answering in the middle of a long request
 ├── UnknownStream        no state is kept under this id
+├── UnknownAlert         no alert has this id, or it was forgotten
+├── AlertResolved        it is over: nobody needs to look after it
 ├── UnknownModel         no detector of this name is loaded
 ├── BadBody              a body whose items cannot even be told apart
 ├── BadParameter         a parameter of a request has a value we cannot use
@@ -76,6 +78,14 @@ class NotCommitted(ItemError):
 
 class UnknownStream(OnsetError):
     """No state is kept under this stream id."""
+
+
+class UnknownAlert(OnsetError):
+    """No alert has this id, or it was resolved so long ago that it is forgotten."""
+
+
+class AlertResolved(OnsetError):
+    """The alert is over: it cannot be acknowledged any more."""
 
 
 class UnknownModel(OnsetError):

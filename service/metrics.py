@@ -355,6 +355,36 @@ class Metrics:
         model=RUNNING,
     )
 
+    # alerts
+    alerts_keeper = _gauge(
+        "onset_alerts_keeper",
+        "0 or 1",
+        "Whether this replica keeps the book of alerts and tells the sinks.",
+        "Their sum is 1; 0 for longer than a few seconds: no replica reaches the store.",
+    )
+    alerts_open = _gauge(
+        "onset_alerts_open",
+        "alerts",
+        "Open alerts by the highest severity they reached, on the replica that keeps the book (0 on the others).",
+        "Many at once: a common cause, or a change of regime that wants to be accepted.",
+        kind=("anomaly", "silence"),
+        severity=("minor", "major", "critical"),
+    )
+    alert_transitions = _counter(
+        "onset_alert_transitions_total",
+        "alerts",
+        "What happened to alerts, each counted by the replica that kept the book then.",
+        "opened grows far faster than onset_expected_false_alarms_total: something is wrong out there.",
+        kind=("anomaly", "silence"),
+        event=("opened", "escalated", "resolved"),
+    )
+    alerts_dropped = _counter(
+        "onset_alerts_dropped_total",
+        "alerts",
+        "Alerts that were not opened because as many are open as there may be (ONSET_ALERTS_MAX_OPEN); each is in the log.",
+        "Any: look at what is open; raise the setting if it is all true.",
+    )
+
     # the policy
     alpha = _gauge(
         "onset_alpha",

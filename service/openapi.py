@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from fastapi import FastAPI
@@ -14,12 +14,13 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from service.api import TENANT_HEADER, VISIBLE
+from service import alerts
+from service.api import MAX_NOTE, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.bodies import Format
 from service.control import PolicyReply
 from service.errors import OnsetError
-from service.events import MAX_NAME_LENGTH, Event, Result
+from service.events import MAX_NAME_LENGTH, SEVERITIES, Event, Result
 from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
 from service.policy import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.problems import MEDIA_TYPE, TABLE, Problem
@@ -41,7 +42,7 @@ def document(app: FastAPI, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """The whole document, made once; it names the features of the loaded models."""
     if app.openapi_schema is None:
         spec = get_openapi(title="Onset", version=app.version, description=_DESCRIPTION, routes=app.routes)
-        _, components = msgspec.json.schema_components([Event, Result, Problem, PolicyReply], ref_template=_COMPONENT)
+        _, components = msgspec.json.schema_components([Event, Result, Problem, PolicyReply, alerts.AlertPage], ref_template=_COMPONENT)
         event = _event(components.pop("Event"), manifests)
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
         spec["components"]["schemas"] |= {"Health": _HEALTH, "Event": event, "StreamEvent": _without_stream(event), "PolicyChange": _CHANGE}
@@ -219,6 +220,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
             )
         },
         PATH: {"post": _remote_write(model)},
+        **_alert_paths(model),
         "/v1/policy": _policy_operations(),
         "/v1/models": {"get": _operation("listModels", "Manifests of the loaded models", [], {"200": _json(_MODELS, "The models.")}, [])},
         "/health/live": {"get": _operation("live", "Whether the process should go on", [], _HEALTH_ANSWERS, [])},
@@ -231,6 +233,64 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
             }
         },
     }
+
+
+def _alert_paths(model: dict[str, Any]) -> dict[str, Any]:
+    identity = _parameter("alert_id", "path", {"type": "string", "pattern": alerts.ID}, "Of the alert.")
+    several = {"type": "array", "minItems": 1, "uniqueItems": True}
+    filters = [
+        _parameter("status", "query", several | {"items": {"enum": list(get_args(alerts.Status))}}, "Some of these."),
+        _parameter(
+            "severity", "query", several | {"items": {"enum": list(SEVERITIES[1:])}}, "The highest that was reached: some of these."
+        ),
+    ]
+    for parameter in filters:
+        parameter |= {"style": "form", "explode": False}
+    reply = {"200": _json(_ref("AlertReply"), "The alert.")}
+    taken = ["unknown-alert", "alert-resolved", "store-unavailable"]
+    post = _operation(
+        "acknowledgeAlert",
+        "Someone looks after an alert",
+        [identity],
+        reply,
+        [*taken, "bad-body", "too-slow", "too-large", "unsupported-media", "bad-parameter", "overloaded"],
+    )
+    post["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ACKNOWLEDGEMENT}}}
+    return {
+        "/v1/alerts": {
+            "get": _operation(
+                "listAlerts",
+                "List alerts, the latest first",
+                [
+                    *filters,
+                    _parameter("kind", "query", {"enum": list(get_args(alerts.Kind))}, "One of them; both if left out."),
+                    _parameter("stream_id", "query", {"type": "string", "pattern": PRINTABLE}, "Of this stream only."),
+                    _parameter("model", "query", {"type": "string"}, "Of this model only."),
+                    _parameter("cursor", "query", {"type": "string", "pattern": alerts.ID}, "next_cursor of the page before."),
+                    _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}, "At most."),
+                ],
+                {"200": _json(_ref("AlertPage"), "A page; it may have fewer alerts than asked for, or none, and yet a next_cursor.")},
+                ["bad-parameter", "store-unavailable"],
+            )
+        },
+        "/v1/alerts/{alert_id}": {"get": _operation("getAlert", "One alert", [identity], reply, ["unknown-alert", "store-unavailable"])},
+        "/v1/alerts/{alert_id}/acknowledge": {
+            "post": post,
+            "delete": _operation("unacknowledgeAlert", "Nobody looks after an alert any more", [identity], reply, taken),
+        },
+    }
+
+
+_ACKNOWLEDGEMENT = {
+    "type": "object",
+    "required": ["by"],
+    "properties": {
+        "by": {"type": "string", "pattern": PRINTABLE, "description": "Who looks after it."},
+        "note": {"type": "string", "maxLength": MAX_NOTE},
+    },
+    "additionalProperties": False,
+    "example": {"by": "anna", "note": "bearing ordered, watching it until Friday"},
+}
 
 
 def _policy_operations() -> dict[str, Any]:

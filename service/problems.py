@@ -8,6 +8,7 @@ import msgspec
 from starlette.responses import Response
 
 from service.errors import (
+    AlertResolved,
     BadBody,
     BadEvent,
     BadParameter,
@@ -21,6 +22,7 @@ from service.errors import (
     TooLarge,
     TooManyStreams,
     TooSlow,
+    UnknownAlert,
     UnknownModel,
     UnknownStream,
     UnsupportedMedia,
@@ -35,6 +37,8 @@ TABLE: dict[type[OnsetError], tuple[int, str, str, int | None]] = {
     FutureEvent: (409, "future-event", "Ahead of the service's clock", None),
     BadParameter: (422, "bad-parameter", "A parameter cannot be used", None),
     UnknownStream: (404, "unknown-stream", "No such stream", None),
+    UnknownAlert: (404, "unknown-alert", "No such alert", None),
+    AlertResolved: (409, "alert-resolved", "The alert is over", None),
     UnknownModel: (404, "unknown-model", "No such model", None),
     TooSlow: (408, "too-slow", "The body did not arrive in time", 1),
     TooLarge: (413, "too-large", "Over a limit", None),

@@ -32,7 +32,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from service import alerts, cadence, silence
-from service.alerts import Standing, Transition
+from service.alerts import Stand, Standing, Transition
 from service.batcher import Batcher
 from service.copies import Copies
 from service.detector import Detector
@@ -304,6 +304,18 @@ class Scorer:
         live = (loaded.origins == Origin.STORED) & (loaded.rows["flags"] & SILENT == 0)
         rates = cadence.rate(loaded.rows[live])
         return count, rates[~np.isnan(rates)]
+
+    async def stand(self, stream_ids: Sequence[str]) -> list[Stand]:
+        """The alerts of streams as their states have them."""
+        values = await self._store.load(self.detector.name, stream_ids)
+        loaded = self._codec.decode(values)
+        stored = np.flatnonzero(loaded.origins == Origin.STORED)
+        results = self._summary([stream_ids[i] for i in stored.tolist()], loaded.rows[stored])
+        evidence = {i: alerts.Evidence.of(result) for i, result in zip(stored.tolist(), results, strict=True)}
+        return [
+            Stand(value is not None, evidence.get(i), self._ids_open(stream_ids[i], loaded.rows[i]) if i in evidence else frozenset())
+            for i, value in enumerate(values)
+        ]
 
     async def accept(self, stream_id: str) -> Result:
         """Take what the stream is alerted about for its new normal; without an open alert nothing changes. Returns the stream's summary.
@@ -670,6 +682,14 @@ class Scorer:
 
     def _unknown(self, stream_id: str) -> UnknownStream:
         return UnknownStream(f"Model '{self.detector.name}' keeps no state of stream '{stream_id[:256]}'.")
+
+    def _ids_open(self, stream_id: str, row: Rows) -> frozenset[str]:
+        kinds = ((ALERT_OPEN, "anomaly", "started_at"), (SILENT, "silence", "silent_since"))
+        return frozenset(
+            alerts.alert_id(self.detector.name, stream_id, cast("alerts.Kind", kind), float(row[since]))
+            for flag, kind, since in kinds
+            if row["flags"] & flag
+        )
 
     def _accepting(self, stream_id: str, row: Rows) -> Transition:
         """For the log: the open alert of `row` [1] is about to be accepted by call."""

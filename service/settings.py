@@ -102,6 +102,16 @@ class Settings(BaseSettings):
     """YAML file of relabel_configs that choose and name the series which Prometheus sends (docs/prometheus.md); empty = all are scored."""
     prometheus_series: Annotated[int, Field(ge=1)] = 100_000
     """Series whose names are remembered, about 1 kB each; with fewer than are sent, each costs its rules and its name every time."""
+    public_url: str = ""
+    """Where people reach the service, such as https://onset.example.org: links in alerts begin with it."""
+    alerts_resend_seconds: Annotated[float, Field(ge=1, le=3600)] = 60
+    """How often the streams of open alerts are looked at, and Alertmanager is told of them again: below its resolve_timeout (5 min)."""
+    alerts_max_age_seconds: Annotated[float, Field(gt=0)] = 3600
+    """An alert whose event is older than this when it is scored is of the past: it is kept, and told to no sink."""
+    alerts_max_open: Annotated[int, Field(ge=1)] = 20_000
+    alerts_max_resolved: Annotated[int, Field(ge=0)] = 10_000
+    alerts_retention_seconds: Annotated[float, Field(ge=0)] = 7 * 24 * 3600
+    """How long resolved alerts are kept, at most `alerts_max_resolved` of them."""
     max_streams: Annotated[int, Field(ge=1)] = 1_000_000
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""

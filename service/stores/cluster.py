@@ -58,7 +58,7 @@ from service.stores.redis import (
 
 SLOTS = [key_slot(watch_key("", shard)) for shard in range(SHARDS)]
 """Of each shard."""
-OURS = frozenset([*SLOTS, key_slot(POLICY_KEY)])
+OURS = frozenset([*SLOTS, key_slot(POLICY_KEY), key_slot(b"{alerts}")])
 AT_ONCE = 2
 """Rounds of a call before it pauses between them."""
 PAUSE_SECONDS = 0.02
@@ -172,6 +172,10 @@ class ClusterStore(Commands):
         [replies] = await self._run([_Request(key_slot(commands[0][1]), commands, atomic=True)])
         return cast("list[Any]", replies)
 
+    async def call(self, function: str, keys: Sequence[bytes], arguments: Sequence[Any]) -> Any:
+        [reply] = await self._run([_Request(key_slot(keys[0]), [("FCALL", function, len(keys), *keys, *arguments)])])
+        return reply
+
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _run(self, requests: Sequence[_Request]) -> list[Any]:
@@ -220,7 +224,7 @@ class ClusterStore(Commands):
                 raise _unavailable(error, address)
 
     async def _load_function(self, address: Address) -> None:
-        reply = (await self._ask(address, [("FUNCTION", "LOAD", "REPLACE", LIBRARY.read_text())]))[0]
+        reply = (await self._ask(address, [("FUNCTION", "LOAD", "REPLACE", LIBRARY)]))[0]
         if isinstance(reply, Exception):
             raise StoreUnavailable(TOO_OLD) if too_old(reply) else _unavailable(reply, address)
 

@@ -38,8 +38,8 @@ from service.stores import LOG_LENGTH, OUTPUT, SILENT, TRAIL_COMMITS, Output, Pa
 
 SHARDS = 256
 FUNCTION = "onset_commit_v5"
-"""With the library in commit.lua renamed whenever its arguments change: replicas of two versions may share a server."""
-LIBRARY = Path(__file__).with_name("commit.lua")
+"""With the other functions and their library renamed whenever its arguments change: replicas of two versions may share a server."""
+LIBRARY = "\n".join(Path(__file__).with_name(name).read_text() for name in ("commit.lua", "book.lua"))
 COMMIT_STREAMS, COMMIT_BYTES = 512, 4 * 1024 * 1024
 """One call of the function stays below both, so that the server answers others in between."""
 TIMEOUT_SECONDS = 2.0
@@ -95,6 +95,10 @@ class Commands(ABC):
     @abstractmethod
     async def pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
         """Their replies, in one round trip; `atomic` = in one step, for keys of one shard only. Raises StoreUnavailable."""
+
+    @abstractmethod
+    async def call(self, function: str, keys: Sequence[bytes], arguments: Sequence[Any]) -> Any:
+        """The reply of a function of ours, whose keys are of one slot. Raises StoreUnavailable."""
 
     async def load_trails(self, model: str, stream_ids: Sequence[str]) -> list[list[bytes]]:
         return await self.pipe([("LRANGE", trail_key(model, stream_id), 0, -1) for stream_id in stream_ids])
@@ -191,7 +195,8 @@ class RedisStore(Commands):
     async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
         done: list[int] = []
         for part in calls(writes):
-            done += await self._call(*self._commit_of(model, part))
+            keys, arguments = self._commit_of(model, part)
+            done += await self.call(FUNCTION, arguments[:keys], arguments[keys:])
         return done
 
     async def scan(self, model: str, cursor: str, limit: int) -> Page:
@@ -206,16 +211,15 @@ class RedisStore(Commands):
 
     async def ping(self) -> None:
         # A commit of nothing: refused where a real one would be (replica, full memory or disk).
-        await self._call(*self._commit_of("", []))
+        await self.call(FUNCTION, [], self._commit_of("", [])[1])
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _call(self, keys: int, arguments: list[Any]) -> list[int]:
-        """The commit function; loaded again where the server does not know it (a failover, a replaced server)."""
-
-        async def ask() -> list[int]:
-            return cast("list[int]", await self._client.fcall(FUNCTION, keys, *arguments))
+    async def call(self, function: str, keys: Sequence[bytes], arguments: Sequence[Any]) -> Any:
+        # Where the server does not know the functions (a failover, a replaced server), they are loaded again.
+        async def ask() -> Any:
+            return await self._client.fcall(function, len(keys), *keys, *arguments)
 
         try:
             return await ask()
@@ -237,7 +241,7 @@ class RedisStore(Commands):
 
     async def _load_function(self) -> None:
         try:
-            await self._client.function_load(LIBRARY.read_text(), replace=True)
+            await self._client.function_load(LIBRARY, replace=True)
         except ResponseError as error:
             if too_old(error):
                 raise StoreUnavailable(TOO_OLD) from error

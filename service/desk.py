@@ -1,0 +1,291 @@
+"""Keeps the book of alerts: one replica at a time, under a lease that another takes over when its holder dies.
+
+    fold    every POLL_SECONDS   alert log ─► alerts and what sinks are told of them, with the log's cursors, in one step
+    look    every `look` s       the states of all streams with an open alert: what they show by now, and whether they are still there
+    tidy                         forget what was resolved long ago
+    sinks   each by itself       changes after its cursor ─► told, in order ─► its cursor   (sinks/)
+
+Nothing is lost with its holder: the log, the cursors and the changes are in the store. What a sink was told in the last moment before
+that, it may be told again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+import msgspec
+import structlog
+from msgspec.structs import replace
+
+from service import alerts, tasks
+from service.alerts import Alert, Change, Stand, Transition
+from service.errors import Fenced, StoreUnavailable
+from service.events import SEVERITIES
+from service.metrics import Metrics
+from service.stores.book import AT_ONCE, Book, Entry
+
+POLL_SECONDS = 0.5
+LEASE_SECONDS = 5.0
+READ = 200
+"""Entries of each part of the log read at once."""
+LATEST = 20
+"""Alerts of a stream that are looked at when it is forgotten."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How long and how many."""
+
+    max_age: float = 3600.0
+    """Seconds between an event and its commit, beyond which its alert is of the past: it is kept and goes to no sink."""
+    look: float = 60.0
+    """Seconds between two looks at the open alerts."""
+    max_open: int = 20_000
+    max_resolved: int = 10_000
+    retention: float = 7 * 86_400.0
+    """Seconds for which resolved alerts are kept."""
+
+
+class Streams(Protocol):
+    """What the desk asks of a scorer."""
+
+    async def stand(self, stream_ids: Sequence[str]) -> list[Stand]: ...
+
+
+class Sink(Protocol):
+    """Where alerts go."""
+
+    async def run(self, token: str) -> None:
+        """Tell of changes until cancelled, under the desk's lease. Raises Fenced once it is another's."""
+
+
+class Desk:
+    """`clock` gives seconds since 1970; it should be about the store's."""
+
+    def __init__(
+        self,
+        book: Book,
+        scorers: Mapping[str, Streams],
+        metrics: Metrics,
+        keeping: Keeping,
+        sinks: Sequence[Sink] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`scorers` by model."""
+        self._book, self._scorers, self._metrics, self._keeping, self._clock = book, scorers, metrics, keeping, clock
+        self._sinks = sinks
+        self._token = uuid.uuid4().hex
+        self._cursors: dict[str, str] | None = None
+        """Of the log, while the lease is ours."""
+        self._look_at = 0.0
+        self._tellers: list[asyncio.Task[None]] = []
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the book is ours, as far as we know."""
+        return self._cursors is not None
+
+    async def run(self) -> None:
+        """Keep the book whenever it is ours, until cancelled; then leave it to another."""
+        try:
+            while True:
+                try:
+                    await self.turn()
+                except StoreUnavailable as error:
+                    if self.keeps:
+                        log.warning("alerts_not_kept", error=error.detail)
+                    await self._lose()
+                except Fenced:
+                    log.warning("alerts_lost_to_another_replica")
+                    await self._lose()
+                except Exception as error:  # a bug must not end the alerts of all streams; it is counted and logged
+                    self._metrics.bugs.inc()
+                    log.error("unexpected_error", task="alerts", exc_info=error)
+                    await asyncio.sleep(LEASE_SECONDS)
+                await asyncio.sleep(POLL_SECONDS)
+        finally:
+            await self._leave()
+
+    async def turn(self) -> None:
+        """Take or renew the lease; if it is ours, fold the log and, when it is time, look and tidy. Raises StoreUnavailable, Fenced."""
+        if not await self._book.hold(self._token, round(1000 * LEASE_SECONDS)):
+            if self.keeps:
+                raise Fenced("The book of alerts is kept by another replica by now.")
+            return
+        if self._cursors is None:
+            self._cursors = await self._book.cursors()
+            self._look_at = 0.0
+            self._metrics.alerts_keeper.set(1)
+            log.info("alerts_kept_here")
+            self._tellers = [asyncio.create_task(sink.run(self._token), name="alerts-sink") for sink in self._sinks]
+        await self.fold()
+        if self._clock() >= self._look_at:
+            self._look_at = self._clock() + self._keeping.look
+            await self.look()
+            await self._tidy()
+
+    async def fold(self) -> None:
+        """Everything that the log has. Raises StoreUnavailable, Fenced."""
+        cursors = self._cursors or {}
+        while entries := await self._book.read(cursors, READ):
+            for i in range(0, len(entries), AT_ONCE):
+                await self._fold(entries[i : i + AT_ONCE], cursors)
+
+    async def look(self) -> None:
+        """Bring the open alerts up to what their streams show by now. Raises StoreUnavailable, Fenced."""
+        counted: Counter[tuple[str, str]] = Counter()
+        gone: list[str] = []
+        ids = await self._book.open_ids()
+        for i in range(0, len(ids), AT_ONCE):
+            await self._book.hold(self._token, round(1000 * LEASE_SECONDS))
+            some = [alert for alert in await self._book.alerts(ids[i : i + AT_ONCE]) if alert is not None]
+            counted.update((alert.kind, alert.severity) for alert in some)
+            gone += await self._refresh(some)
+        self._count(counted)
+        if gone:
+            # A stream's state and its entry of the log are one step: what the state said is in the log by now, if it was ever told.
+            await self.fold()
+            left = [alert for alert in await self._book.alerts(gone) if alert is not None and alert.open]
+            await self._forget(left)
+
+    async def _refresh(self, some: Sequence[Alert]) -> list[str]:
+        """Keep what the streams of these open alerts show; ids of those that their streams know nothing of."""
+        stands = await self._stands(some)
+        renewed, changes, gone = [], [], []
+        for alert in some:
+            stand = stands.get(alert.id)
+            if stand is None:
+                continue
+            if not stand.there or (stand.last is not None and alert.id not in stand.open):
+                gone.append(alert.id)
+            elif stand.last is not None and alert.kind == "anomaly" and stand.last != alert.last:
+                live = alert.live or self._clock() - stand.last.timestamp <= self._keeping.max_age
+                known = replace(alert, last=stand.last, live=live)
+                renewed.append(known)
+                if live and not alert.live:  # an alert of the past has caught up with the present
+                    changes.append(Change("opened", known))
+        if renewed:
+            await self._book.write(self._token, renewed, changes, {})
+        return gone
+
+    async def _stands(self, some: Sequence[Alert]) -> dict[str, Stand]:
+        """How the streams of these alerts stand, by alert; of models that are loaded here."""
+        by_model: dict[str, list[Alert]] = defaultdict(list)
+        for alert in some:
+            by_model[alert.model].append(alert)
+        stands: dict[str, Stand] = {}
+        for model, of_model in by_model.items():
+            if (scorer := self._scorers.get(model)) is not None:
+                found = await scorer.stand([alert.stream_id for alert in of_model])
+                stands |= {alert.id: stand for alert, stand in zip(of_model, found, strict=True)}
+        return stands
+
+    async def _forget(self, left: Sequence[Alert]) -> None:
+        now = self._clock()
+        resolved = [alerts.advanced(alert, Transition("forgotten", alert.model, alert.stream_id), now, 0) for alert in left]
+        over = [alert for alert in resolved if alert is not None]
+        if over:
+            await self._book.write(self._token, over, [Change("resolved", alert) for alert in over], {})
+            self._told([Change("resolved", alert) for alert in over])
+
+    async def _tidy(self) -> None:
+        while await self._book.forget(self._token, self._clock() - self._keeping.retention, self._keeping.max_resolved) >= AT_ONCE:
+            await self._book.hold(self._token, round(1000 * LEASE_SECONDS))
+
+    async def _fold(self, entries: Sequence[Entry], cursors: dict[str, str]) -> None:
+        read = [(entry, transition) for entry in entries if (transition := self._transition(entry)) is not None]
+        known = await self._known([transition for _, transition in read])
+        room = self._keeping.max_open - await self._book.open_count()
+        changed: dict[str, Alert] = {}
+        changes: list[Change] = []
+        for entry, transition in read:
+            for id_ in _meant(transition, known):
+                before = known.get(id_)
+                after = alerts.advanced(before, transition, entry.at, self._keeping.max_age)
+                if after is None:
+                    continue
+                opens = before is None or not before.open
+                if opens and room <= 0:
+                    self._metrics.alerts_dropped.inc()
+                    log.warning("alert_dropped", stream_id=after.stream_id, model=after.model, max_open=self._keeping.max_open)
+                    continue
+                room += not after.open
+                room -= opens
+                known[id_] = changed[id_] = after
+                changes.append(_change(before, after))
+        folded = {entry.shard: entry.id for entry in entries}
+        await self._book.write(self._token, list(changed.values()), changes, folded)
+        cursors.update({f"log:{shard}": id_ for shard, id_ in folded.items()})
+        self._told(changes)
+
+    async def _known(self, transitions: Sequence[Transition]) -> dict[str, Alert]:
+        """The alerts that these are about, as they are in the book."""
+        ids = {transition.alert for transition in transitions if transition.what != "forgotten"}
+        for transition in transitions:
+            if transition.what == "forgotten":
+                ids.update(await self._book.latest_of(transition.stream_id, LATEST))
+        some = list(ids)
+        return {id_: alert for id_, alert in zip(some, await self._book.alerts(some), strict=True) if alert is not None}
+
+    def _transition(self, entry: Entry) -> Transition | None:
+        try:
+            return alerts.decoded(entry.content)
+        except msgspec.MsgspecError as error:
+            self._metrics.bugs.inc()
+            log.error("alert_log_unreadable", entry=entry.id, shard=entry.shard, error=str(error))
+            return None
+
+    def _told(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            alert = change.alert
+            self._metrics.alert_transitions.labels(alert.kind, change.event).inc()
+            if change.event in ("opened", "escalated"):
+                self._metrics.alerts_open.labels(alert.kind, alert.severity).inc()
+            if change.event in ("escalated", "resolved"):
+                self._metrics.alerts_open.labels(alert.kind, change.severity_before or alert.severity).dec()
+
+    def _count(self, counted: Counter[tuple[str, str]]) -> None:
+        """The open alerts, as they were just looked at."""
+        for kind, severity in itertools.product(get_args(alerts.Kind), SEVERITIES[1:]):
+            self._metrics.alerts_open.labels(kind, severity).set(counted[kind, severity])
+
+    async def _lose(self) -> None:
+        self._cursors = None
+        self._metrics.alerts_keeper.set(0)
+        self._count(Counter())
+        tellers, self._tellers = self._tellers, []
+        for task in tellers:
+            await tasks.end(task)
+
+    async def _leave(self) -> None:
+        kept = self.keeps
+        await self._lose()
+        if kept:
+            with contextlib.suppress(StoreUnavailable, Fenced):
+                await self._book.release(self._token)
+
+
+def _meant(transition: Transition, known: Mapping[str, Alert]) -> list[str]:
+    """Ids of the alerts that a transition is about."""
+    if transition.what != "forgotten":
+        return [transition.alert]
+    of = (transition.model, transition.stream_id)
+    return [id_ for id_, alert in known.items() if (alert.model, alert.stream_id) == of and alert.open]
+
+
+def _change(before: Alert | None, after: Alert) -> Change:
+    if before is None or not before.open:
+        return Change("opened", after)
+    if not after.open:
+        return Change("resolved", after)
+    return Change("escalated", after, before.severity)

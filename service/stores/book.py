@@ -1,0 +1,310 @@
+"""The book of alerts, in the state store: what the desk folds the alert log into, and what the doors and the sinks read.
+
+Keys (each name once, here), all in one slot of a cluster:
+
+    onset:{alerts}:lease           who keeps the book, a token that expires; every write but an acknowledgement is made under it
+    onset:{alerts}:table           the alerts, a hash id → JSON
+    onset:{alerts}:acks            who looks after them, a hash id → JSON: written by any replica
+    onset:{alerts}:all  :open      their ids, sorted sets without scores: ids sort by when an anomaly began
+    onset:{alerts}:streams         the same behind a hash of their stream
+    onset:{alerts}:resolved        ids by when they were resolved: what is forgotten first
+    onset:{alerts}:cursors         a hash: up to which entry each part of the log is folded, and up to which change each sink has been told
+    onset:{alerts}:changes         what sinks are told, a stream of about CHANGES entries at most
+    onset:{alerts}:withheld:SINK   ids of open alerts that a sink was not told of one by one, a set
+    onset:{alerts}:dead-letters    what no sink took, a stream of about DEAD_LETTERS entries at most
+
+A part of the log is read from its cursor on; the alerts that follow, what sinks are to be told of it and the new cursor are written in one
+step, under the lease. So each transition counts once, whoever dies when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from service.alerts import Acknowledgement, Alert, Change, Kind, Status
+from service.errors import Fenced, StoreUnavailable
+from service.events import Severity
+from service.stores.redis import SHARDS, Command, Commands, log_key
+
+PREFIX = b"onset:{alerts}:"
+LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS = (
+    PREFIX + name
+    for name in (b"lease", b"table", b"acks", b"all", b"open", b"streams", b"resolved", b"cursors", b"changes", b"dead-letters")
+)
+FENCED_FUNCTION = "onset_fenced_v5"
+CHANGES, DEAD_LETTERS = 100_000, 10_000
+AT_ONCE = 500
+"""Alerts loaded in one go."""
+SCANNED = 20_000
+"""Alerts that one page looks at, at most: where few of them are wanted it may have none, and a cursor."""
+
+_alert, _ack, _change = msgspec.json.Decoder(Alert), msgspec.json.Decoder(Acknowledgement), msgspec.json.Decoder(Change)
+_json = msgspec.json.Encoder()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which alerts a page has; empty = all."""
+
+    status: frozenset[Status] = frozenset()
+    severity: frozenset[Severity] = frozenset()
+    kind: Kind | None = None
+    model: str | None = None
+    stream_id: str | None = None
+
+    def has(self, alert: Alert) -> bool:
+        return (
+            (not self.status or alert.status in self.status)
+            and (not self.severity or alert.severity in self.severity)
+            and self.kind in (None, alert.kind)
+            and self.model in (None, alert.model)
+            and self.stream_id in (None, alert.stream_id)
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of the alert log."""
+
+    shard: int
+    id: str
+    content: bytes
+
+    @property
+    def at(self) -> float:
+        """When it was committed, by the store's clock."""
+        return _seconds(self.id)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A change as sinks are told of it."""
+
+    id: str
+    change: Change
+
+    @property
+    def at(self) -> float:
+        return _seconds(self.id)
+
+
+class Book:
+    """Raises StoreUnavailable wherever the server does not answer."""
+
+    def __init__(self, store: Commands | None = None) -> None:
+        """`store` may come later, by `connect`."""
+        self._connected = store
+
+    def connect(self, store: Commands) -> None:
+        """Where the book lies."""
+        self._connected = store
+
+    @property
+    def _store(self) -> Commands:
+        if self._connected is None:
+            raise StoreUnavailable("The state store has not been opened yet.")
+        return self._connected
+
+    # ── for everyone ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def alerts(self, ids: Sequence[str]) -> list[Alert | None]:
+        """With their acknowledgements."""
+        found: list[Alert | None] = []
+        for i in range(0, len(ids), AT_ONCE):
+            some = ids[i : i + AT_ONCE]
+            table, acks = await self._store.pipe([("HMGET", TABLE, *some), ("HMGET", ACKS, *some)])
+            found += [_read(alert, ack) for alert, ack in zip(table, acks, strict=True)]
+        return found
+
+    async def page(self, wanted: Wanted, cursor: str, limit: int) -> tuple[list[Alert], str]:
+        """At most `limit` alerts, the latest first, from those before the id `cursor` on ("" = all), and the next cursor ("" = the end)."""
+        found: list[Alert] = []
+        for _ in range(SCANNED // AT_ONCE):
+            ids = await self._ids(wanted, cursor, AT_ONCE)
+            for alert in await self.alerts(ids):
+                if alert is not None and wanted.has(alert):
+                    found.append(alert)
+                    if len(found) == limit:
+                        return found, alert.id
+            if len(ids) < AT_ONCE:
+                return found, ""
+            cursor = ids[-1]
+        return found, cursor
+
+    async def open_ids(self) -> list[str]:
+        return [id_.decode() for id_ in (await self._store.pipe([("ZRANGE", OPEN, 0, -1)]))[0]]
+
+    async def latest_of(self, stream_id: str, most: int) -> list[str]:
+        """Ids of a stream's latest alerts, of all models."""
+        return await self._ids(Wanted(stream_id=stream_id), "", most)
+
+    async def acknowledge(self, alert: Alert, acknowledgement: Acknowledgement | None) -> Alert:
+        """None = nobody looks after it any more. Returns the alert as it is then; sinks are told."""
+        known = replace(alert, acknowledgement=acknowledgement, status="acknowledged" if acknowledgement else "open")
+        change = Change("acknowledged" if acknowledgement else "unacknowledged", known)
+        write: Command = ("HDEL", ACKS, alert.id)
+        if acknowledgement:
+            write = ("HSET", ACKS, alert.id, _json.encode(acknowledgement))
+        await self._store.pipe([write, _added(change)], atomic=True)
+        return known
+
+    # ── for whoever keeps it ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def hold(self, token: str, ttl_ms: int) -> bool:
+        """Renew the lease, or take it where it is free; whether it is ours."""
+        [taken] = await self._store.pipe([("SET", LEASE, token, "NX", "PX", ttl_ms)])
+        if taken:
+            return True
+        try:
+            await self._under(token, [("PEXPIRE", LEASE, ttl_ms)])
+        except Fenced:
+            return False
+        return True
+
+    async def release(self, token: str) -> None:
+        """Raises Fenced."""
+        await self._under(token, [("DEL", LEASE)])
+
+    async def cursors(self) -> dict[str, str]:
+        """Of log:SHARD and sink:NAME the last entry that is done with."""
+        fields = (await self._store.pipe([("HGETALL", CURSORS)]))[0]
+        pairs = fields.items() if isinstance(fields, Mapping) else zip(fields[::2], fields[1::2], strict=True)
+        return {name.decode(): value.decode() for name, value in pairs}
+
+    async def read(self, cursors: Mapping[str, str], limit: int) -> list[Entry]:
+        """Entries of the log that come after the cursors, each part's in its order, at most `limit` of each."""
+        commands = [("XRANGE", log_key(shard), _after(cursors.get(f"log:{shard}")), "+", "COUNT", limit) for shard in range(SHARDS)]
+        parts = await self._store.pipe(commands)
+        return [Entry(shard, id_, content) for shard, part in enumerate(parts) for id_, content in _entries(part)]
+
+    async def write(self, token: str, alerts: Sequence[Alert], changes: Sequence[Change], folded: Mapping[int, str]) -> None:
+        """Put these alerts into the book and tell sinks of the changes; the log is `folded` up to these entries by that. Raises Fenced."""
+        commands = [command for alert in alerts for command in _kept(alert)]
+        for change in changes:
+            if change.event == "opened" and change.alert.acknowledgement is None:
+                commands.append(("HDEL", ACKS, change.alert.id))  # of when it was open before
+            commands.append(_added(change))
+        commands += [("HSET", CURSORS, f"log:{shard}", id_) for shard, id_ in folded.items()]
+        await self._under(token, commands)
+        if folded:
+            await self._store.pipe([("XTRIM", log_key(shard), "MINID", _following(id_)) for shard, id_ in folded.items()])
+
+    async def open_count(self) -> int:
+        return int((await self._store.pipe([("ZCARD", OPEN)]))[0])
+
+    async def forget(self, token: str, before: float, most: int) -> int:
+        """Forget alerts resolved before this time, and the oldest of those beyond `most`; how many. Raises Fenced."""
+        old, count = await self._store.pipe([("ZRANGEBYSCORE", RESOLVED, "-inf", before, "LIMIT", 0, AT_ONCE), ("ZCARD", RESOLVED)])
+        beyond = (await self._store.pipe([("ZRANGE", RESOLVED, 0, min(count - most, AT_ONCE) - 1)]))[0] if count > most else []
+        ids = [id_.decode() for id_ in {*old, *beyond}]
+        commands: list[Command] = []
+        for id_, alert in zip(ids, await self.alerts(ids), strict=True):
+            commands += [("HDEL", TABLE, id_), ("HDEL", ACKS, id_), ("ZREM", ALL, id_), ("ZREM", RESOLVED, id_)]
+            commands += [("ZREM", STREAMS, _behind(alert.stream_id) + id_)] if alert else []
+        if commands:
+            await self._under(token, commands)
+        return len(ids)
+
+    async def changes(self, cursor: str | None, limit: int) -> list[Told]:
+        """What a sink is to be told after its cursor, in order."""
+        entries = (await self._store.pipe([("XRANGE", CHANGES_KEY, _after(cursor), "+", "COUNT", limit)]))[0]
+        return [Told(id_, _change.decode(content)) for id_, content in _entries(entries)]
+
+    async def last_change(self) -> str:
+        """Id of the last one; "0-0" = there was none."""
+        entries = (await self._store.pipe([("XREVRANGE", CHANGES_KEY, "+", "-", "COUNT", 1)]))[0]
+        return next((id_ for id_, _ in _entries(entries)), "0-0")
+
+    async def withheld(self, sink: str, ids: Sequence[str]) -> set[str]:
+        """Which of these alerts the sink has not been told of one by one."""
+        known = await self._store.pipe([("SISMEMBER", _withheld(sink), id_) for id_ in ids]) if ids else []
+        return {id_ for id_, member in zip(ids, known, strict=True) if member}
+
+    async def delivered(
+        self, token: str, sink: str, cursor: str, *, withhold: Sequence[str] = (), over: Sequence[str] = (), letters: Sequence[bytes] = ()
+    ) -> None:
+        """The sink has been told up to this change; it was not told of the alerts `withhold`, and those `over` are. Raises Fenced."""
+        commands: list[Command] = [("SADD", _withheld(sink), id_) for id_ in withhold]
+        commands += [("SREM", _withheld(sink), id_) for id_ in over]
+        commands += [("XADD", LETTERS, "MAXLEN", "~", DEAD_LETTERS, "*", "letter", letter) for letter in letters]
+        await self._under(token, [*commands, ("HSET", CURSORS, f"sink:{sink}", cursor)], _withheld(sink))
+
+    async def letters(self, limit: int) -> list[bytes]:
+        """The latest dead letters."""
+        entries = (await self._store.pipe([("XREVRANGE", LETTERS, "+", "-", "COUNT", limit)]))[0]
+        return [content for _, content in _entries(entries)]
+
+    async def _ids(self, wanted: Wanted, cursor: str, limit: int) -> list[str]:
+        """The latest ids before the cursor; more than the wanted ones, but all of those."""
+        key, behind = (OPEN if wanted.status and "resolved" not in wanted.status else ALL), ""
+        if wanted.stream_id is not None:
+            key, behind = STREAMS, _behind(wanted.stream_id)
+        most = f"({behind}{cursor}" if cursor else f"({behind}g"  # g comes after all digits of an id
+        found = (await self._store.pipe([("ZREVRANGEBYLEX", key, most, f"[{behind}", "LIMIT", 0, limit)]))[0]
+        return [id_.decode()[len(behind) :] for id_ in found]
+
+    async def _under(self, token: str, commands: Sequence[Command], *more: bytes) -> None:
+        """These commands in one step, under the lease. Raises Fenced."""
+        keys = [LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS, *more]
+        words = [word for command in commands for word in (len(command), *command)]
+        if await self._store.call(FENCED_FUNCTION, keys, [token, *words]) is None:
+            raise Fenced("The book of alerts is kept by another replica by now.")
+
+
+def _kept(alert: Alert) -> Iterator[Command]:
+    yield "HSET", TABLE, alert.id, _json.encode(replace(alert, acknowledgement=None, status="open" if alert.open else "resolved"))
+    yield "ZADD", ALL, 0, alert.id
+    yield "ZADD", STREAMS, 0, _behind(alert.stream_id) + alert.id
+    if alert.resolved_at is None:
+        yield "ZADD", OPEN, 0, alert.id
+        yield "ZREM", RESOLVED, alert.id
+    else:
+        yield "ZREM", OPEN, alert.id
+        yield "ZADD", RESOLVED, alert.resolved_at, alert.id
+
+
+def _added(change: Change) -> Command:
+    return "XADD", CHANGES_KEY, "MAXLEN", "~", CHANGES, "*", "change", _json.encode(change)
+
+
+def _read(alert: bytes | None, ack: bytes | None) -> Alert | None:
+    if alert is None:
+        return None
+    read = _alert.decode(alert)
+    if ack is None:
+        return read
+    return replace(read, acknowledgement=_ack.decode(ack), status="acknowledged" if read.open else read.status)
+
+
+def _entries(entries: Sequence[Any]) -> Iterator[tuple[str, bytes]]:
+    """Ids and the value of the one field, as either client answers XRANGE."""
+    for id_, fields in entries:
+        [value] = fields.values() if isinstance(fields, Mapping) else fields[1:]
+        yield id_.decode(), value
+
+
+def _after(cursor: str | None) -> str:
+    return f"({cursor}" if cursor else "-"
+
+
+def _following(id_: str) -> str:
+    ms, _, number = id_.partition("-")
+    return f"{ms}-{int(number) + 1}"
+
+
+def _seconds(id_: str) -> float:
+    return int(id_.partition("-")[0]) / 1000
+
+
+def _behind(stream_id: str) -> str:
+    return hashlib.blake2b(stream_id.encode(), digest_size=8).hexdigest()
+
+
+def _withheld(sink: str) -> bytes:
+    return PREFIX + b"withheld:" + sink.encode()

@@ -1,0 +1,88 @@
+"""Alerts of the real service, from the event to the REST door: one for each anomaly, through kill -9."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.e2e.process import Service
+
+_rng = random.Random(3)
+NORMAL = [round(_rng.gauss(10, 1), 3) for _ in range(600)]
+STUCK, CALM = [60.0] * 30, [round(_rng.gauss(10, 0.5), 3) for _ in range(40)]
+
+
+class Sensor:
+    """A stream whose events come one a second by their own time, the last of them about now."""
+
+    def __init__(self, service: Service, stream_id: str) -> None:
+        self._service, self._stream_id = service, stream_id
+        self._at = time.time() - 1200
+        self._sequence = 0
+
+    def send(self, values: list[float]) -> None:
+        events = [
+            {"stream_id": self._stream_id, "values": {"value": value}, "timestamp": self._at + i, "sequence": self._sequence + i}
+            for i, value in enumerate(values)
+        ]
+        answer = httpx.post(f"{self._service.url}/v1/events", json=events).raise_for_status()
+        assert [result["duplicate"] or result["late"] for result in answer.json()] == [False] * len(values)
+        self._at += len(values)
+        self._sequence += len(values)
+
+
+def alerts(service: Service, **query: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = httpx.get(f"{service.url}/v1/alerts", params=query).raise_for_status().json()["alerts"]
+    return found
+
+
+def wait(true: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_anomaly_is_one_alert_that_is_acknowledged_and_resolved(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path, PUBLIC_URL="https://onset.example") as service:
+        sensor = Sensor(service, "line 3/pump")
+        sensor.send([*NORMAL, *STUCK])
+        wait(lambda: bool(alerts(service)))
+        [alert] = alerts(service, status="open", severity="critical", stream_id="line 3/pump", kind="anomaly")
+        assert "line 3/pump is " in alert["summary"]
+        assert "above its expected range since" in alert["summary"]
+        assert "value 60, expected " in alert["description"]
+        assert alert["link"] == "https://onset.example/?stream=line%203%2Fpump"
+        address = f"{service.url}/v1/alerts/{alert['id']}"
+        assert httpx.get(address).json() == alert
+        noted = httpx.post(f"{address}/acknowledge", json={"by": "anna", "note": "on it"}).raise_for_status().json()
+        assert (noted["status"], noted["acknowledgement"]["by"]) == ("acknowledged", "anna")
+        assert alerts(service, status="open") == []
+        undone = httpx.delete(f"{address}/acknowledge").raise_for_status().json()
+        assert (undone["status"], undone["acknowledgement"]) == ("open", None)
+        sensor.send(CALM)
+        wait(lambda: alerts(service)[0]["status"] == "resolved")
+        [alert] = alerts(service)
+        assert alert["resolution"] == "recovered"
+        assert alert["summary"].startswith("line 3/pump is back to normal")
+        late = httpx.post(f"{address}/acknowledge", json={"by": "anna"})
+        assert (late.status_code, late.json()["type"]) == (409, "urn:onset:alert-resolved")
+        assert httpx.get(f"{service.url}/v1/alerts/{28 * 'a'}").status_code == 404
+        assert httpx.post(f"{address}/acknowledge", json={"note": "nobody"}).json()["field"] == "by"
+        assert httpx.get(f"{service.url}/v1/alerts", params={"status": "opened"}).json()["field"] == "status"
+
+
+def test_accepting_and_deleting_streams_resolves_their_alerts(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path) as service:
+        for stream in ("accepted", "deleted"):
+            Sensor(service, stream).send([*NORMAL, *STUCK])
+        wait(lambda: len(alerts(service)) == 2)
+        httpx.post(f"{service.url}/v1/streams/accepted/accept").raise_for_status()
+        httpx.delete(f"{service.url}/v1/streams/deleted").raise_for_status()
+        wait(lambda: len(alerts(service, status="resolved")) == 2)
+        assert {alert["stream_id"]: alert["resolution"] for alert in alerts(service)} == {"accepted": "accepted", "deleted": "forgotten"}

@@ -1,0 +1,304 @@
+"""The book of alerts on a real server: one alert for each anomaly, whoever keeps the book and whenever that one dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from service import tasks
+from service.alerts import Acknowledgement, Alert, Evidence, Stand, Transition, encoded
+from service.desk import Desk, Keeping
+from service.errors import Fenced
+from service.metrics import Metrics
+from service.stores import Write
+from service.stores.book import ALL, LEASE, STREAMS, TABLE, Book, Wanted
+from service.stores.cluster import ClusterStore
+from service.stores.redis import RedisStore, log_key
+from tests.contracts.test_stores import opened, opened_cluster, value
+from tests.servers import ValkeyCluster
+
+T0 = 1e9
+
+
+@dataclass
+class Streams:
+    """What the desk sees of the streams: as they stand, by stream id; the others are of another model's file."""
+
+    standing: dict[str, Stand] = field(default_factory=dict)
+
+    async def stand(self, stream_ids: Sequence[str]) -> list[Stand]:
+        return [self.standing.get(stream_id, Stand(True, None, frozenset())) for stream_id in stream_ids]
+
+
+class Office:
+    """A desk, or several, over one store."""
+
+    def __init__(self, store: RedisStore | ClusterStore) -> None:
+        self.store, self.book, self.streams, self.now = store, Book(store), Streams(), 0.0
+
+    def desk(self, metrics: Metrics | None = None, **keeping: Any) -> Desk:
+        return Desk(Book(self.store), {"m": self.streams}, metrics or Metrics(), Keeping(**keeping), clock=lambda: self.now)
+
+    async def log(self, *transitions: Transition) -> None:
+        for transition in transitions:
+            write = Write(transition.stream_id, b"", value(), log=[encoded(transition)])
+            await self.store.delete("m", transition.stream_id)
+            assert await self.store.commit("m", [write]) == [1]
+
+    async def all(self, **wanted: Any) -> list[Alert]:
+        return (await self.book.page(Wanted(**wanted), "", 1000))[0]
+
+    async def events(self) -> list[tuple[str, str]]:
+        return [(told.change.alert.stream_id, told.change.event) for told in await self.book.changes(None, 1000)]
+
+
+@pytest.fixture(params=["redis", "cluster"])
+async def office(request: pytest.FixtureRequest) -> AsyncIterator[Office]:
+    if request.param == "cluster":
+        cluster: ValkeyCluster = request.getfixturevalue("empty_cluster")
+        store: RedisStore | ClusterStore = await opened_cluster(cluster.url)
+    else:
+        store = await opened(request.getfixturevalue("empty_server"))
+    yield Office(store)
+    await store.close()
+
+
+@pytest.fixture
+async def desk(office: Office) -> Desk:
+    desk = office.desk()
+    await desk.turn()
+    return desk
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def evidence(timestamp: float = T0, **changes: Any) -> Evidence:
+    return replace(Evidence(timestamp, 7, 1e-9, 3.0, 3.0, "critical", "up", []), **changes)
+
+
+def opening(stream_id: str = "s", **changes: Any) -> Transition:
+    return replace(Transition("opened", "m", stream_id, started_at=T0, evidence=evidence()), **changes)
+
+
+def resolving(stream_id: str = "s", **changes: Any) -> Transition:
+    return replace(opening(stream_id), what="resolved", resolution="recovered", **changes)
+
+
+async def test_an_alert_is_opened_escalated_and_resolved_and_sinks_are_told_of_each_once(office: Office, desk: Desk) -> None:
+    await office.log(opening(), opening(what="escalated", severity="major"))
+    await desk.turn()
+    [alert] = await office.all()
+    assert (alert.status, alert.severity, alert.id) == ("open", "major", opening().alert)
+    await office.log(resolving())
+    await desk.turn()
+    [alert] = await office.all()
+    assert (alert.status, alert.resolution) == ("resolved", "recovered")
+    await desk.turn()
+    assert await office.events() == [("s", "opened"), ("s", "escalated"), ("s", "resolved")]
+    escalated = (await office.book.changes(None, 10))[1].change
+    assert escalated.severity_before == "minor"
+
+
+async def test_a_desk_that_died_before_its_write_changed_nothing_and_the_next_one_goes_on(office: Office, desk: Desk) -> None:
+    streams = [f"s{i}" for i in range(50)]
+    await office.log(*map(opening, streams[:25]))
+    await desk.turn()
+    await office.log(*map(opening, streams[25:]), *map(resolving, streams[:10]))
+    await office.store.pipe([("SET", LEASE, "another")])  # as when it was taken for dead
+    with pytest.raises(Fenced):
+        await desk.turn()
+    with pytest.raises(Fenced):
+        await desk.fold()
+    assert len(await office.events()) == 25
+    await office.store.pipe([("DEL", LEASE)])
+    await office.desk().turn()
+    told = await office.events()
+    assert sorted(told) == sorted([(stream, "opened") for stream in streams] + [(stream, "resolved") for stream in streams[:10]])
+    assert len(await office.all(status=frozenset({"open"}))) == 40
+
+
+async def test_what_was_folded_and_not_yet_taken_out_of_the_log_counts_once(office: Office, desk: Desk) -> None:
+    await office.log(opening())
+    await desk.turn()
+    cursors = await office.book.cursors()
+    assert [name for name in cursors if name.startswith("log:")]
+    assert await office.book.read(cursors, 10) == []
+    assert await office.book.read({}, 10) == []  # taken out
+    # As if the desk had died in between: the entry is there again, its id at the cursor.
+    [(name, id_)] = [(name, id_) for name, id_ in cursors.items() if name.startswith("log:")]
+    await office.store.pipe([("DEL", log_key(int(name[4:])))])
+    await office.store.pipe([("XADD", log_key(int(name[4:])), id_, "transition", encoded(opening()))])
+    await office.desk().turn()
+    await desk.turn()
+    assert await office.events() == [("s", "opened")]
+
+
+async def test_one_desk_keeps_the_book_and_another_takes_over_when_it_leaves(office: Office) -> None:
+    first, second = office.desk(), office.desk()
+    running = [asyncio.create_task(first.run())]
+    await until(lambda: first.keeps)
+    running.append(asyncio.create_task(second.run()))
+    await office.log(opening())
+    await asyncio.sleep(1)
+    assert len(await office.all()) == 1
+    assert not second.keeps
+    await tasks.end(running[0])
+    await until(lambda: second.keeps)
+    await tasks.end(running[1])
+    assert await office.events() == [("s", "opened")]
+
+
+async def test_an_acknowledgement_is_shown_and_told_and_can_be_undone(office: Office, desk: Desk) -> None:
+    await office.log(opening())
+    await desk.turn()
+    [alert] = await office.all()
+    await office.book.acknowledge(alert, Acknowledgement("anna", "on it", 5.0))
+    [known] = await office.all(status=frozenset({"acknowledged"}))
+    assert known.acknowledgement == Acknowledgement("anna", "on it", 5.0)
+    assert await office.all(status=frozenset({"open"})) == []
+    await office.log(opening(what="escalated", severity="critical"))
+    await desk.turn()
+    [known] = await office.all()
+    assert (known.status, known.severity) == ("acknowledged", "critical")
+    await office.book.acknowledge(known, None)
+    [known] = await office.all()
+    assert (known.status, known.acknowledgement) == ("open", None)
+    await office.book.acknowledge(known, Acknowledgement("anna", "", 6.0))
+    await office.log(resolving())
+    await desk.turn()
+    [known] = await office.all()
+    assert (known.status, known.acknowledgement) == ("resolved", Acknowledgement("anna", "", 6.0))
+    assert [event for _, event in await office.events()] == [
+        "opened",
+        "acknowledged",
+        "escalated",
+        "unacknowledged",
+        "acknowledged",
+        "resolved",
+    ]
+    await office.log(opening())
+    await desk.turn()
+    [again] = await office.all()
+    assert (again.status, again.acknowledgement) == ("open", None)
+
+
+async def test_pages_are_the_latest_first_and_filtered(office: Office, desk: Desk) -> None:
+    await office.log(*(opening(f"s{i % 3}", started_at=T0 + i, severity=("minor", "major", "critical")[i % 3]) for i in range(9)))
+    await office.log(resolving("s0", started_at=T0), opening("s1", kind="silence", started_at=T0 + 100))
+    await desk.turn()
+    first, cursor = await office.book.page(Wanted(), "", 4)
+    second, cursor = await office.book.page(Wanted(), cursor, 4)
+    third, end = await office.book.page(Wanted(), cursor, 4)
+    assert [alert.started_at - T0 for alert in [*first, *second, *third]] == [100, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert end == ""
+    assert [alert.started_at - T0 for alert in await office.all(stream_id="s1")] == [100, 7, 4, 1]
+    assert [alert.started_at - T0 for alert in await office.all(stream_id="s1", kind="anomaly")] == [7, 4, 1]
+    assert {alert.stream_id for alert in await office.all(severity=frozenset({"major", "critical"}))} == {"s1", "s2"}
+    assert [alert.started_at - T0 for alert in await office.all(status=frozenset({"resolved"}))] == [0]
+    assert len(await office.all(status=frozenset({"open", "acknowledged"}))) == 9
+    assert await office.all(model="another") == []
+    assert [alert.started_at - T0 for alert in await office.all(stream_id="s0", status=frozenset({"open"}))] == [6, 3]
+
+
+async def test_deleting_a_stream_resolves_all_its_alerts_and_no_other(office: Office, desk: Desk) -> None:
+    await office.log(opening("a"), opening("a", kind="silence", started_at=T0 + 5), opening("b"))
+    await desk.turn()
+    await office.store.delete("m", "a", encoded(Transition("forgotten", "m", "a")))
+    await desk.turn()
+    assert {(alert.stream_id, alert.resolution) for alert in await office.all()} == {("a", "forgotten"), ("b", None)}
+
+
+async def test_a_look_keeps_what_streams_show_and_resolves_alerts_whose_streams_know_nothing_of_them(office: Office) -> None:
+    metrics = Metrics()
+    desk = office.desk(metrics, look=60)
+    await office.log(opening("expired"), opening("afresh"), opening("foreign"), opening("on"), opening("told"))
+    later = evidence(T0 + 50)
+    office.streams.standing = {
+        "expired": Stand(False, None, frozenset()),
+        "afresh": Stand(True, later, frozenset()),
+        "on": Stand(True, later, frozenset({opening("on").alert})),
+        "told": Stand(True, later, frozenset()),
+    }
+    await office.log(resolving("told"))
+    await desk.turn()
+    found = {alert.stream_id: alert for alert in await office.all()}
+    assert {stream: alert.resolution for stream, alert in found.items()} == {
+        "expired": "forgotten",
+        "afresh": "forgotten",
+        "foreign": None,
+        "on": None,
+        "told": "recovered",
+    }
+    assert found["on"].last == later
+    for _ in range(2):
+        assert metrics.registry.get_sample_value("onset_alerts_open", {"kind": "anomaly", "severity": "minor"}) == 2
+        await desk.look()
+    office.streams.standing["on"] = Stand(True, evidence(T0 + 70), frozenset({opening("on").alert}))
+    await desk.turn()
+    assert (await office.all(stream_id="on"))[0].last == later  # no look yet
+    office.now += 61
+    await desk.turn()
+    assert (await office.all(stream_id="on"))[0].last == evidence(T0 + 70)
+
+
+async def test_an_alert_of_the_past_is_told_when_it_catches_up_with_the_present(office: Office) -> None:
+    desk = office.desk()
+    await office.log(opening())
+    office.now = T0 + 10_000
+    office.streams.standing["s"] = Stand(True, evidence(T0 + 1000), frozenset({opening().alert}))
+    await desk.turn()
+    [alert] = await office.all()
+    assert not alert.live
+    office.streams.standing["s"] = Stand(True, evidence(T0 + 9000), frozenset({opening().alert}))
+    office.now += 61
+    await desk.turn()
+    [alert] = await office.all()
+    assert alert.live
+    assert [(told.change.event, told.change.alert.live) for told in await office.book.changes(None, 10)] == [
+        ("opened", False),
+        ("opened", True),
+    ]
+
+
+async def test_more_alerts_than_may_be_open_are_dropped_and_counted_until_there_is_room(office: Office) -> None:
+    metrics = Metrics()
+    desk = office.desk(metrics, max_open=2)
+    await office.log(*map(opening, "abc"))
+    await desk.turn()
+    assert len(await office.all()) == 2
+    assert metrics.registry.get_sample_value("onset_alerts_dropped_total") == 1
+    [kept, _] = await office.all()
+    await office.log(resolving(kept.stream_id), opening("d"))
+    await desk.turn()
+    assert len(await office.all(status=frozenset({"open"}))) == 2
+
+
+async def test_resolved_alerts_are_forgotten_by_age_and_by_number(office: Office) -> None:
+    desk = office.desk(max_resolved=3, retention=1000)
+    await office.log(*(opening(f"s{i}") for i in range(6)), *(resolving(f"s{i}") for i in range(5)))
+    await desk.turn()
+    assert len(await office.all(status=frozenset({"resolved"}))) == 3
+    assert len(await office.all()) == 4
+    office.now = 1e11
+    await desk.turn()
+    assert [alert.stream_id for alert in await office.all()] == ["s5"]
+    left = await office.store.pipe([("ZCARD", STREAMS), ("ZCARD", ALL), ("HLEN", TABLE)])
+    assert left == [1, 1, 1]
+
+
+async def test_an_unreadable_entry_is_counted_and_the_others_are_folded(office: Office) -> None:
+    metrics = Metrics()
+    desk = office.desk(metrics)
+    await office.store.commit("m", [Write("s", b"", value(), log=[b"\xff nonsense", encoded(opening())])])
+    await desk.turn()
+    assert len(await office.all()) == 1
+    assert metrics.registry.get_sample_value("onset_unexpected_errors_total") == 1
