@@ -30,18 +30,18 @@ class Sensor:
             {"stream_id": self._stream_id, "values": {"value": value}, "timestamp": self._at + i, "sequence": self._sequence + i}
             for i, value in enumerate(values)
         ]
-        answer = httpx.post(f"{self._service.url}/v1/events", json=events).raise_for_status()
+        answer = httpx.post(f"{self._service.url}/v1/events", json=events, timeout=60).raise_for_status()
         assert [result["duplicate"] or result["late"] for result in answer.json()] == [False] * len(values)
         self._at += len(values)
         self._sequence += len(values)
 
 
 def alerts(service: Service, **query: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = httpx.get(f"{service.url}/v1/alerts", params=query).raise_for_status().json()["alerts"]
+    found: list[dict[str, Any]] = httpx.get(f"{service.url}/v1/alerts", params=query, timeout=60).raise_for_status().json()["alerts"]
     return found
 
 
-def wait(true: Callable[[], bool], seconds: float = 20) -> None:
+def wait(true: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
