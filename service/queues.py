@@ -51,16 +51,24 @@ def consumers(
         except KeyError as error:
             raise BadSetting(f"Source '{source.called}' names the model '{source.model}', which is not loaded.") from error
         mapper = Mapper(source.payload, max_events=max_events)
-        made.append(Consumer(_queue(source, store_url, metrics), scorer, metrics, mapper, fuse=source.fuse))
+        made.append(Consumer(queue(source, store_url, metrics), scorer, metrics, mapper, fuse=source.fuse))
     return made
 
 
-def _queue(source: options.AnySource, store_url: str, metrics: Metrics) -> Source:
+def queue(source: options.AnySource, store_url: str, metrics: Metrics) -> Source:
     """Raises BadSetting where its client is not installed."""
     try:
         match source:
             case options.RedisStreamsSource():
                 return RedisStreams(store_url, _streams(source), metrics, name=source.called)
+            case options.KafkaSource():
+                from service.sources.kafka import Kafka  # noqa: PLC0415
+
+                return Kafka(source, metrics)
+            case options.NatsSource():
+                from service.sources.nats import Nats  # noqa: PLC0415
+
+                return Nats(source, metrics)
     except ImportError as error:
         raise BadSetting(
             f"Source '{source.called}' needs the extra '{source.type}': pip install 'onset[{source.type}]' ({error})."

@@ -28,6 +28,20 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _TAG = re.compile(r"[a-z0-9_-]{1,64}")
 FormatName = Literal["json", "ndjson", "msgpack", "cloudevents", "number"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
+KAFKA_OWN = frozenset(
+    {
+        "bootstrap.servers",
+        "group.id",
+        "enable.auto.commit",
+        "enable.auto.offset.store",
+        "auto.offset.reset",
+        "partition.assignment.strategy",
+        "enable.idempotence",
+        "acks",
+        "log_level",
+    }
+)
+"""Settings of librdkafka that delivery rests on."""
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -142,7 +156,68 @@ class RedisStreamsSource(Source):
     lease_seconds: Annotated[float, Field(ge=0.5, le=300)] = 5
 
 
-AnySource = Annotated[RedisStreamsSource, Field(discriminator="type")]
+class KafkaSource(Source):
+    """Topics of a Kafka cluster, shared by the replicas of one consumer group."""
+
+    type: Literal["kafka"] = "kafka"
+    keyed: ClassVar[bool] = True
+    brokers: NonEmpty
+    """HOST:PORT of some brokers, with commas between."""
+    topics: Annotated[list[NonEmpty], Field(min_length=1)]
+    """Names, or regular expressions that begin with ^. Keyed by stream, so that a stream's events are all in one partition."""
+    group: NonEmpty = "onset"
+    output: str = "onset-results"
+    """Topic of the results; empty = none."""
+    dead_letters: NonEmpty = "onset-dead-letters"
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where a group begins that has no offset yet."""
+    batch: Annotated[int, Field(ge=1, le=10_000)] = 500
+    """Messages of a partition under way at once; AHEAD times as many wait at most."""
+    options: dict[str, str | int | float | bool] = {}
+    """Further settings of librdkafka: security.protocol, sasl.username, compression.type, session.timeout.ms, ..."""
+
+    @field_validator("options")
+    @classmethod
+    def _are_not_ours(cls, options: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+        for name in options:
+            if name in KAFKA_OWN:
+                raise ValueError(f"{name} is the source's own to decide")
+        return options
+
+
+class NatsSource(Source):
+    """Subjects of a NATS JetStream stream, each read in its order by one replica at a time."""
+
+    type: Literal["nats"] = "nats"
+    servers: Annotated[list[NonEmpty], Field(min_length=1)]
+    """nats://HOST:PORT, tls://HOST:PORT"""
+    subjects: Annotated[list[NonEmpty], Field(min_length=1)]
+    """Filters such as plant.line1.>, each a partition. They must not overlap, and a stream's events must all match the same one."""
+    stream: str = ""
+    """Name of the JetStream stream. Default: the one that takes the first subject."""
+    group: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "onset"
+    """Shared by the replicas. The durable consumers are called so, with several subjects `group-0`, `group-1`, ..."""
+    output: str = "onset.results"
+    """Subject of the results, which a JetStream stream must take; empty = none."""
+    dead_letters: NonEmpty = "onset.dead-letters"
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where a group begins that has no consumer yet."""
+    batch: Annotated[int, Field(ge=1, le=10_000)] = 500
+    """Messages of a partition under way at once; AHEAD times as many wait at most."""
+    ack_seconds: Annotated[float, Field(ge=0.2, le=3600)] = 30
+    """After this the server delivers again what is not acknowledged; what is under way is kept alive meanwhile."""
+    lease_seconds: Annotated[float, Field(ge=0.5, le=300)] = 5
+    """A replica not heard of for this long has lost its partitions to the others."""
+    user: str = ""
+    password: str = ""
+    token: str = ""
+    credentials: str = ""
+    """Path of a .creds file."""
+    tls_ca: str = ""
+    """Path of the certificates that the servers are checked against. Default: the system's."""
+
+
+AnySource = Annotated[RedisStreamsSource | KafkaSource | NatsSource, Field(discriminator="type")]
 _sources: TypeAdapter[list[AnySource]] = TypeAdapter(list[AnySource])
 
 

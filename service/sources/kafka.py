@@ -1,0 +1,506 @@
+"""Kafka, by confluent-kafka: offsets are committed after the states, positions in the states tell what is delivered again.
+
+    reader (a thread, owns the client)             event loop
+    poll ─► each partition's waiting messages ───► a batch of a partition that has none under way ─► publish ─► settle
+     │ full: pause   room again: resume                                                               sender       │
+     ├ commit ◄──────────────── offset behind the last settled batch ◄─────────────────────────────────────────────┘
+     ├ assigned: committed offset and incarnation ─► partition is ours
+     ├ revoked:  no new batch, wait for the one under way, commit, let go (cooperative: the other partitions go on)
+     └ lost:     what is under way is Fenced
+    sender (a thread)     idempotent producer, acks=all: results and dead letters are at the brokers before an offset moves
+
+A replica that was taken for dead and goes on can do no harm: whoever has the partition next steps the same events against the same
+states, where compare-and-set lets one of them write and the position makes the other's a duplicate; its offsets are refused by the group.
+
+A position is only good as long as the partition's log is the same one. A group without a committed offset begins an *incarnation*, kept as
+the metadata of its offsets and part of the partition's identity: a topic that was deleted and made again is not taken for the old one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import structlog
+from confluent_kafka import (
+    OFFSET_INVALID,
+    TIMESTAMP_NOT_AVAILABLE,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicPartition,
+    admin,
+)
+from confluent_kafka import Message as Record
+
+from service.errors import BadSetting, StoreUnavailable
+from service.events import Published
+from service.metrics import Metrics
+from service.sources import Batch, Letter, Message, Settlement
+from service.sources.options import KafkaSource
+from service.sources.partitions import HANDOVER_SECONDS, Partition, Partitions
+
+POLL_SECONDS = 0.05
+READ = 500
+"""Messages taken from the client at once."""
+COMMIT_SECONDS = 0.2
+ANSWER_SECONDS = 5.0
+"""Of a request to the brokers."""
+DELIVERY_SECONDS = 10.0
+BACKOFF_SECONDS = 1.0
+_PRODUCER_ONLY = ("linger.ms", "compression.type", "compression.codec", "batch.size", "message.max.bytes", "queue.buffering.")
+_CONSUMER_ONLY = (
+    "session.timeout.ms",
+    "heartbeat.interval.ms",
+    "max.poll.interval.ms",
+    "fetch.",
+    "queued.",
+    "isolation.level",
+    "group.",
+    "check.crcs",
+)
+
+log = structlog.get_logger(__name__)
+_library = logging.getLogger("librdkafka")
+
+
+class Outgoing(NamedTuple):
+    """A record to be produced."""
+
+    topic: str
+    value: bytes | None
+    key: bytes | None
+    headers: list[tuple[str, bytes]]
+
+
+class _Partition(Partition):
+    """One partition while it is ours. The reader adds what waits, the event loop takes it."""
+
+    def __init__(self, topic: str, index: int, start: int, incarnation: str) -> None:
+        """`start` is the offset of the first message that is not done."""
+        identity = hashlib.blake2b(f"kafka\0{topic}\0{index}\0{incarnation}".encode(), digest_size=4)
+        super().__init__(f"{topic}-{index}", int.from_bytes(identity.digest(), "little") or 1, start - 1)
+        self.topic, self.index, self.incarnation = topic, index, incarnation
+        self.committed = self.settled
+        self.paused = False
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.topic, self.index
+
+    @property
+    def place(self) -> TopicPartition:
+        """As it is committed."""
+        return TopicPartition(self.topic, self.index, self.settled + 1, self.incarnation)
+
+
+class Kafka:
+    """Implements Source. Raises BadSetting where librdkafka does not take the options."""
+
+    def __init__(self, options: KafkaSource, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
+        self.name = options.called
+        self.publishes = bool(options.output)
+        self._options, self._metrics, self._clock = options, metrics, clock
+        self._partitions: Partitions[_Partition] = Partitions(self.name, metrics, options.batch)
+        self._reader: _Reader | None = None
+        self._sender: _Sender | None = None
+        self._admin: admin.AdminClient | None = None
+
+    @property
+    def partitions(self) -> list[str]:
+        """Those that are ours, as far as we know."""
+        return self._partitions.names
+
+    async def open(self) -> None:
+        """Raises BadSetting."""
+        common: dict[str, Any] = {"bootstrap.servers": self._options.brokers, "client.id": self.name, "logger": _library, "log_level": 2}
+        given = self._options.options
+        shared = {name: value for name, value in given.items() if not name.startswith((*_PRODUCER_ONLY, *_CONSUMER_ONLY))}
+        try:
+            self._sender = _Sender(common | _producing(given) | shared, asyncio.get_running_loop(), self._bug)
+            self._admin = admin.AdminClient(common | shared)
+            self._reader = _Reader(self, self._options, common | _consuming(given, self._options) | shared, asyncio.get_running_loop())
+        except (KafkaException, TypeError, ValueError) as error:
+            raise BadSetting(f"Source '{self.name}': librdkafka does not take these options: {_reason(error)}.") from error
+        self._sender.start()
+        self._reader.start()
+
+    async def receive(self) -> Batch:
+        return await self._partitions.receive()
+
+    async def publish(self, batch: Batch, results: Sequence[Published]) -> None:
+        self._partitions.ours(batch)
+        await self._send([_outgoing(self._options.output, result) for result in results])
+
+    async def settle(self, batch: Batch, settlement: Settlement) -> None:
+        self._partitions.ours(batch)
+        if settlement.letters:
+            await self._send([_letter(self._options.dead_letters, batch, letter) for letter in settlement.letters])
+        self._partitions.settle(self._partitions.ours(batch), batch, settlement)
+
+    def abandon(self, batch: Batch) -> None:
+        self._partitions.abandon(batch)
+
+    async def lag(self) -> int | None:
+        owned = self._partitions.owned
+        if not owned or self._admin is None:
+            return 0
+        latest: Any = admin.OffsetSpec.latest()  # type: ignore[attr-defined, no-untyped-call]
+        places = {TopicPartition(partition.topic, partition.index): latest for partition in owned}
+        asked = self._admin.list_offsets(places, request_timeout=ANSWER_SECONDS)
+        ends: dict[tuple[str, int], int] = {}
+        for place, answer in asked.items():
+            try:
+                ends[place.topic, place.partition] = (await asyncio.wrap_future(answer)).offset
+            except KafkaException as error:
+                raise _unavailable(error) from error
+        return sum(max(0, ends[partition.key] - partition.settled - 1) for partition in owned if partition.key in ends)
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            await self._reader.end()
+        if self._sender is not None:
+            await self._sender.end()
+
+    # ── what the reader tells, in the event loop ────────────────────────────────────────────────────────────────────────────────
+
+    def assigned(self, partitions: Sequence[_Partition]) -> None:
+        self._partitions.own(partitions)
+
+    def arrived(self, partitions: Iterable[_Partition]) -> None:
+        for partition in partitions:
+            self._partitions.offer(partition)
+
+    async def hand_over(self, partitions: Sequence[_Partition]) -> None:
+        await self._partitions.release(partitions)
+
+    def lost(self, partitions: Sequence[_Partition]) -> None:
+        self._partitions.lose(partitions)
+
+    async def _send(self, records: Sequence[Outgoing]) -> None:
+        if self._sender is None:
+            raise RuntimeError("A source that is not open has a batch: this is a bug.")
+        await self._sender.send(records)
+
+    def _bug(self, error: Exception) -> None:
+        self._metrics.bugs.inc()
+        log.error("unexpected_error", source=self.name, exc_info=error)
+
+    # ── for the reader, in its thread ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def message(self, record: Record) -> Message:
+        """As the consumer takes it."""
+        offset = record.offset() or 0
+        kind, ms = record.timestamp()
+        key = record.key()
+        headers = cast("list[tuple[str, bytes | None]] | None", record.headers())
+        return Message(
+            b"%d" % offset,
+            offset,
+            ms / 1000 if kind != TIMESTAMP_NOT_AVAILABLE else self._clock(),
+            _bytes(record.value()),
+            {name.encode(): _bytes(value) for name, value in headers} if headers else {},
+            None if key is None else _bytes(key).decode(errors="surrogateescape"),
+            record.topic() or "",
+        )
+
+    def failed(self, error: Exception) -> None:
+        self._bug(error)
+
+
+class _Reader:
+    """The thread that owns the consumer."""
+
+    def __init__(self, source: Kafka, options: KafkaSource, config: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
+        """Raises what librdkafka says of its options."""
+        self._source, self._options, self._loop = source, options, loop
+        self._config = config | {"on_commit": self._on_commit}
+        self._consumer: Consumer | None = Consumer(self._config)
+        self._partitions: dict[tuple[str, int], _Partition] = {}
+        self._stopping = threading.Event()
+        self._commit_at = 0.0
+        self._said: set[int] = set()
+        self._thread = threading.Thread(target=self._run, name=f"kafka-{source.name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def end(self) -> None:
+        """Commit, leave the group."""
+        self._stopping.set()
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._read()
+            except KafkaException as error:
+                log.warning("kafka_unavailable", source=self._source.name, error=_reason(error))
+            except Exception as error:  # a bug must not end the thread for good; it is counted and logged
+                self._tell(self._source.failed, error)
+            self._stopping.wait(BACKOFF_SECONDS)
+
+    def _read(self) -> None:
+        """Until the source is closed. Raises KafkaException."""
+        consumer, self._consumer = self._consumer or Consumer(self._config), None
+        try:
+            consumer.subscribe(list(self._options.topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+            while not self._stopping.is_set():
+                record = consumer.poll(POLL_SECONDS)
+                if record is not None:
+                    self._take([record, *consumer.consume(READ, 0)])
+                self._flow(consumer)
+                self._commit(consumer)
+        finally:
+            consumer.close()  # calls on_revoke for what is ours
+            if self._partitions:
+                self._on_lost(consumer, [])
+
+    def _take(self, records: Sequence[Record]) -> None:
+        touched: dict[tuple[str, int], _Partition] = {}
+        for record in records:
+            if (error := record.error()) is not None:
+                self._failed(error)
+                continue
+            key = (record.topic() or "", record.partition() or 0)
+            partition = self._partitions.get(key)
+            if partition is not None:
+                partition.add(self._source.message(record))
+                touched[key] = partition
+        if touched:
+            self._tell(self._source.arrived, list(touched.values()))
+
+    def _failed(self, error: KafkaError) -> None:
+        """Raises KafkaException where the client is of no use any more."""
+        if error.fatal():
+            raise KafkaException(error)
+        if error.code() not in self._said:  # once each: librdkafka goes on by itself
+            self._said.add(error.code())
+            log.warning("kafka_error", source=self._source.name, error=error.str())
+
+    def _flow(self, consumer: Consumer) -> None:
+        """Pause the partitions that have enough waiting, resume those that have not."""
+        for partition in self._partitions.values():
+            if not partition.paused and partition.full(self._options.batch):
+                consumer.pause([partition.place])
+                partition.paused = True
+            elif partition.paused and partition.low(self._options.batch):
+                consumer.resume([partition.place])
+                partition.paused = False
+
+    def _commit(self, consumer: Consumer) -> None:
+        """What has been settled since, from time to time."""
+        if (now := time.monotonic()) < self._commit_at:
+            return
+        self._commit_at = now + COMMIT_SECONDS
+        if moved := self._moved(self._partitions.values()):
+            consumer.commit(offsets=moved, asynchronous=True)
+
+    def _moved(self, partitions: Iterable[_Partition]) -> list[TopicPartition]:
+        moved = []
+        for partition in partitions:
+            place = partition.place
+            if place.offset - 1 != partition.committed:
+                partition.committed = place.offset - 1
+                moved.append(place)
+        return moved
+
+    def _on_commit(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
+        for place in places:
+            failed = error or place.error
+            if failed is not None and failed.code() != KafkaError._NO_OFFSET:
+                log.warning(
+                    "kafka_commit_failed", source=self._source.name, partition=f"{place.topic}-{place.partition}", error=failed.str()
+                )
+                if partition := self._partitions.get((place.topic, place.partition)):
+                    partition.committed = OFFSET_INVALID  # again, unless it is not ours any more
+
+    def _on_assign(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        partitions = [self._begun(consumer, place) for place in (consumer.committed(places, ANSWER_SECONDS) if places else [])]
+        self._partitions |= {partition.key: partition for partition in partitions}
+        if partitions:
+            self._tell(self._source.assigned, partitions)
+        consumer.incremental_assign([partition.place for partition in partitions])
+
+    def _begun(self, consumer: Consumer, place: TopicPartition) -> _Partition:
+        """A partition from where its group is; where it is nowhere, a new incarnation begins. Raises KafkaException."""
+        if place.error is not None:
+            raise KafkaException(place.error)
+        if place.offset >= 0:
+            return _Partition(place.topic, place.partition, place.offset, place.metadata or "")
+        low, high = consumer.get_watermark_offsets(TopicPartition(place.topic, place.partition), ANSWER_SECONDS)
+        incarnation = f"onset-{time.time_ns():x}"
+        partition = _Partition(place.topic, place.partition, low if self._options.start == "earliest" else high, incarnation)
+        consumer.commit(offsets=[partition.place], asynchronous=False)
+        return partition
+
+    def _on_revoke(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        partitions = self._dropped(places)
+        if partitions:
+            self._wait(self._source.hand_over(partitions))
+            if moved := self._moved(partitions):
+                try:
+                    consumer.commit(offsets=moved, asynchronous=False)
+                except KafkaException as error:  # then it is delivered again, and known by its positions
+                    log.warning("kafka_commit_failed", source=self._source.name, error=_reason(error))
+        consumer.incremental_unassign(places)
+
+    def _on_lost(self, consumer: Consumer, places: list[TopicPartition]) -> None:
+        partitions = self._dropped(places) if places else [self._partitions.pop(key) for key in list(self._partitions)]
+        if partitions:
+            self._tell(self._source.lost, partitions)
+        if places:
+            consumer.incremental_unassign(places)
+
+    def _dropped(self, places: list[TopicPartition]) -> list[_Partition]:
+        keys = [(place.topic, place.partition) for place in places]
+        return [self._partitions.pop(key) for key in keys if key in self._partitions]
+
+    def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _wait(self, coroutine: Any) -> None:
+        done: Future[None] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with contextlib.suppress(TimeoutError):
+            done.result(HANDOVER_SECONDS + ANSWER_SECONDS)
+
+
+@dataclass
+class _Delivery:
+    """Records on their way, counted down by the sender's thread."""
+
+    left: int
+    done: asyncio.Future[None]
+    error: KafkaError | None = None
+
+
+class _Sender:
+    """The producer, and the thread that learns what became of its records."""
+
+    def __init__(self, config: dict[str, Any], loop: asyncio.AbstractEventLoop, bug: Callable[[Exception], None]) -> None:
+        """Raises what librdkafka says of its options."""
+        self._config = config | {"error_cb": self._on_error}
+        self._loop, self._bug = loop, bug
+        self._producer = Producer(self._config)
+        self._broken = False
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kafka-sender", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def end(self) -> None:
+        self._stopping.set()
+        await asyncio.to_thread(self._thread.join)
+
+    async def send(self, records: Sequence[Outgoing]) -> None:
+        """All of them are at the brokers when it returns. Raises StoreUnavailable: some may be."""
+        delivery = _Delivery(len(records), self._loop.create_future())
+        told = self._told(delivery)
+        for record in records:
+            await self._produce(record, told)
+        await delivery.done
+        if delivery.error is not None:
+            raise StoreUnavailable(f"Kafka did not take all records ({delivery.error.str()}).")
+
+    async def _produce(self, record: Outgoing, told: Callable[[KafkaError | None, Record], None]) -> None:
+        while True:
+            try:
+                self._producer.produce(record.topic, record.value, record.key, on_delivery=told, headers=list(record.headers))
+                return
+            except BufferError:  # as many are on their way as may be
+                await asyncio.sleep(POLL_SECONDS)
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE or record.value is None:
+                    raise _unavailable(error) from error
+                log.error("record_too_large", topic=record.topic, bytes=len(record.value))
+                record = record._replace(value=None, headers=[*record.headers, ("onset_omitted_bytes", b"%d" % len(record.value))])
+
+    def _told(self, delivery: _Delivery) -> Callable[[KafkaError | None, Record], None]:
+        def told(error: KafkaError | None, record: Record) -> None:
+            delivery.error = error or delivery.error
+            delivery.left -= 1
+            if delivery.left == 0:
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(_finish, delivery.done)
+
+        return told
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.fatal():
+            log.error("kafka_producer_failed", error=error.str())
+            self._broken = True
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._producer.poll(2 * POLL_SECONDS)
+            if self._broken:  # by its own account of no use any more: what was under way is sent again, by a new one
+                self._producer.purge()
+                self._producer.flush(1)
+                self._producer, self._broken = Producer(self._config), False
+        self._producer.flush(ANSWER_SECONDS)
+
+
+def _finish(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
+
+
+def _consuming(given: dict[str, Any], options: KafkaSource) -> dict[str, Any]:
+    return {
+        "group.id": options.group,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": options.start,
+        "partition.assignment.strategy": "cooperative-sticky",
+        "queued.max.messages.kbytes": 16_384,
+        **{name: value for name, value in given.items() if name.startswith(_CONSUMER_ONLY)},
+    }
+
+
+def _producing(given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "enable.idempotence": True,
+        "acks": "all",
+        "linger.ms": 5,
+        "delivery.timeout.ms": round(1000 * DELIVERY_SECONDS),
+        "message.max.bytes": 10_000_000,
+        **{name: value for name, value in given.items() if name.startswith(_PRODUCER_ONLY)},
+    }
+
+
+def _outgoing(topic: str, result: Published) -> Outgoing:
+    return Outgoing(topic, result.content, result.stream_id.encode(), [("onset_id", result.id.encode())])
+
+
+def _letter(topic: str, batch: Batch, letter: Letter) -> Outgoing:
+    error, message = letter.error, letter.message
+    about = {"reason": error.detail, "field": error.field, "value": error.value, "topic": message.topic}
+    about |= {"partition": batch.partition.rpartition("-")[2], "offset": str(message.position)}
+    about |= {} if letter.index is None else {"index": str(letter.index)}
+    headers = [(name.decode(), value) for name, value in message.headers.items()]
+    headers += [(f"onset_{name}", value.encode(errors="replace")) for name, value in about.items()]
+    return Outgoing(topic, message.payload, None if message.key is None else message.key.encode(errors="surrogateescape"), headers)
+
+
+def _bytes(value: bytes | str | None) -> bytes:
+    return value.encode() if isinstance(value, str) else value or b""
+
+
+def _reason(error: Exception) -> str:
+    first = error.args[0] if error.args else error
+    return first.str() if isinstance(first, KafkaError) else str(first)
+
+
+def _unavailable(error: Exception) -> StoreUnavailable:
+    return StoreUnavailable(f"Kafka does not answer ({_reason(error)}).")
