@@ -39,6 +39,7 @@ from service.relabel import read_rules
 from service.scorer import Limits, Scorer
 from service.series import Series
 from service.settings import Settings
+from service.sinks.remote_write import Target, WriteBack
 from service.stores import Output, StateStore
 from service.stores.book import Book
 from service.stores.cluster import ClusterStore
@@ -75,6 +76,7 @@ class Service:
         self.metrics.build.info({"version": VERSION})
         self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR])
         self._watch_streams()
+        self.write_back = self._write_back() if settings.remote_write_url else None
         for name, detector in self.detectors.items():
             about = {"version": detector.manifest.version, "sha256": detector.sha256[:16], "provider": detector.providers[0]}
             self.metrics.model.labels(name).info(about)
@@ -89,6 +91,21 @@ class Service:
                 self.feed.watch(shown[-1].gathered.see)
         if shown:
             self.metrics.also(lambda: series.exposition(shown))
+
+    def _write_back(self) -> WriteBack:
+        settings = self.settings
+        target = Target(
+            settings.remote_write_url,
+            {name: secret.get_secret_value() for name, secret in settings.remote_write_headers.items()},
+            settings.remote_write_metrics.split(","),
+            settings.remote_write_queue_events,
+            settings.prometheus_series,
+            settings.remote_write_max_age_seconds,
+        )
+        features = {name: detector.manifest.feature_names for name, detector in self.detectors.items()}
+        write_back = WriteBack(target, self.names, features, self.metrics)
+        self.feed.watch(write_back.see)
+        return write_back
 
     async def live(self) -> str | None:
         stuck = [name for name, scorer in self.scorers.items() if not scorer.healthy]
@@ -119,6 +136,8 @@ class Service:
             self.store = store
             self.control.connect(store)
             self.book.connect(store)
+            if self.write_back:
+                stack.push_async_callback(self.write_back.stop, asyncio.create_task(self.write_back.run()), self.settings.drain_seconds)
             self._start_scorers(store)
             stack.push_async_callback(self._drain)
             await self._open(store, stack)
@@ -234,7 +253,8 @@ def create_app(settings: Settings) -> FastAPI:
         service.scorers, service.default_model, limits, service.metrics, service, service.control, service.book, settings.public_url
     )
     door.add_to(app)
-    prometheus = remote_write.RemoteWrite(door, service.names, settings.max_batch_events, service.metrics)
+    ended = [service.write_back.ended] if service.write_back else []
+    prometheus = remote_write.RemoteWrite(door, service.names, settings.max_batch_events, service.metrics, ended)
     door.add_post(app, remote_write.PATH, prometheus.post, "remote_write")
     openapi.add_docs(app)
     if service.console:

@@ -188,6 +188,28 @@ class Metrics:
         "own grows: drop our series where they are sent from. rule grows by most of what comes: drop it there, too.",
         what=("own", "rule", "ended", "missing", "infinite", "histogram", "exemplar", "metadata"),
     )
+    written_back = _counter(
+        "onset_write_back_events_total",
+        "events",
+        "Scored events, and ends of streams, for the remote-write back (ONSET_REMOTE_WRITE_URL), by what became of their samples: sent, "
+        "refused (the receiver will never take them), overflow (the queue was full), old, repeated (not later than the stream's last), "
+        "lost (left when the service stopped).",
+        "refused: the log has the receiver's answer; with several replicas it must take samples out of order. overflow: it is too slow, or "
+        "down. repeated: a stream has several events within a millisecond.",
+        outcome=("sent", "refused", "overflow", "old", "repeated", "lost"),
+    )
+    write_back_retries = _counter(
+        "onset_write_back_retries_total",
+        "requests",
+        "Requests of the remote-write back that are sent again: no answer, 429 or 5xx.",
+        "Grows: the receiver is down or overloaded; the log has its answer.",
+    )
+    write_back_waiting = _gauge(
+        "onset_write_back_waiting_events",
+        "events",
+        "Events whose scores wait to be written back.",
+        "Near ONSET_REMOTE_WRITE_QUEUE_EVENTS the oldest are dropped: the receiver is too slow, or down.",
+    )
     bugs = _counter(
         "onset_unexpected_errors_total",
         "errors",

@@ -34,7 +34,9 @@ MAX_LABELS, MAX_LABEL_NAME, MAX_LABEL_VALUE = 64, 1024, 4096
 """Of one series; lengths in bytes."""
 HASH_DIGITS = 32
 
-OURS = frozenset({"alert_score", "onset_anomaly", *(metric.name for metric in SERIES)})
+WRITTEN = ("anomaly_score", "alert_score", "onset_anomaly", "y", "yhat", "yhat_lower", "yhat_upper")
+"""Names of what can be written back."""
+OURS = frozenset({*WRITTEN, *(metric.name for metric in SERIES)})
 
 Skip = Literal["", "own", "rule"]
 Labels = Mapping[str, str]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,8 +69,8 @@ _AGAIN = (StateConflict, NotCommitted)
 """What may be taken when it is sent again."""
 _LATE = "older than the last one of their stream"
 
-Ended = Callable[[Mapping[str, float]], None]
-"""Told of streams that have ended, and when (seconds since 1970)."""
+Ended = Callable[[str, Mapping[str, float]], None]
+"""Told of a model's streams that have ended, and when (seconds since 1970)."""
 
 
 @dataclass
@@ -92,9 +92,9 @@ class _Tally:
 
 
 class RemoteWrite:
-    """The route's handler over a door. `ended` is told of the streams that stale markers have ended."""
+    """The route's handler over a door. `ended` are told of the streams that stale markers have ended."""
 
-    def __init__(self, door: Door, names: Names, max_events: int, metrics: Metrics, ended: Ended = lambda ends: None) -> None:
+    def __init__(self, door: Door, names: Names, max_events: int, metrics: Metrics, ended: Sequence[Ended] = ()) -> None:
         """At most `max_events` samples, and series, a request."""
         self._door, self._names, self._max_events, self._metrics, self._ended = door, names, max_events, metrics, ended
         self._latency = metrics.latency.labels(DOOR)
@@ -148,7 +148,8 @@ class RemoteWrite:
         ends = {written.series[owner].stream_id: second for owner, second in zip(owners, seconds.tolist(), strict=True)}
         tally.unscored["ended"] += len(places)
         await scorer.end(ends)
-        self._ended(ends)
+        for tell in self._ended:
+            tell(scorer.detector.name, ends)
 
     def _count(self, tally: _Tally) -> None:
         for outcome, count in (+tally.outcomes).items():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.detector import Provider
+from service.names import WRITTEN
 from service.policy import LARGEST_ALPHA, SMALLEST_ALPHA, per_event
 
 SHIPPED_MODELS = Path(__file__).parent / "models"
@@ -112,6 +114,16 @@ class Settings(BaseSettings):
     alerts_max_resolved: Annotated[int, Field(ge=0)] = 10_000
     alerts_retention_seconds: Annotated[float, Field(ge=0)] = 7 * 24 * 3600
     """How long resolved alerts are kept, at most `alerts_max_resolved` of them."""
+    remote_write_url: str = ""
+    """Where scores are written back, such as http://prometheus:9090/api/v1/write (docs/prometheus.md); empty = nowhere."""
+    remote_write_headers: dict[str, SecretStr] = {}
+    """Headers of these requests as JSON: {"authorization": "Bearer ...", "x-scope-orgid": "a"}."""
+    remote_write_metrics: str = "anomaly_score,onset_anomaly,yhat,yhat_lower,yhat_upper"
+    """Which series are written; there are alert_score and y, too."""
+    remote_write_queue_events: Annotated[int, Field(ge=1)] = 100_000
+    """Events whose scores wait to be written; of more, the oldest are dropped."""
+    remote_write_max_age_seconds: Annotated[float, Field(gt=0)] = 1800
+    """Scores of older events are not written: Prometheus refuses a whole request for a sample of more than an hour ago."""
     max_streams: Annotated[int, Field(ge=1)] = 1_000_000
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""
@@ -127,6 +139,21 @@ class Settings(BaseSettings):
     def asked_alpha(self) -> float:
         """False onsets per event: `alpha`, or what `false_alarms` means at the stated cadence."""
         return per_event(self.false_alarms, self.cadence_seconds or 0) if self.false_alarms else self.alpha
+
+    @field_validator("remote_write_url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
+            raise ValueError("it is an address such as http://prometheus:9090/api/v1/write")
+        return value
+
+    @field_validator("remote_write_metrics")
+    @classmethod
+    def _are_written(cls, value: str) -> str:
+        unknown = [name for name in value.split(",") if name not in WRITTEN]
+        if unknown:
+            raise ValueError(f"it has {unknown[0]!r}; there are {', '.join(WRITTEN)}")
+        return value
 
     @field_validator("false_alarms")
     @classmethod

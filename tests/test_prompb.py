@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import cramjam
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +21,10 @@ from service.prompb import (
     Written,
     decode_1,
     decode_2,
-    encode_1,
     encode_labels,
     pack,
+    series_of,
+    times_of,
     unpack,
     unpacked_size,
 )
@@ -229,9 +231,11 @@ def test_snappy_tells_its_size_before_it_is_unpacked_and_is_refused_where_it_is_
             unpack(bytes(broken))
 
 
-def test_what_we_write_is_what_the_protobuf_library_reads() -> None:
-    labels = {"__name__": "yhat", "a": "ü" * 100, "z": "1"}
-    series = [(encode_labels(list(labels.items())[::-1]), NOW + n, value) for n, value in enumerate((1.5, 0.0, float("inf")))]
-    request = message("prometheus", "WriteRequest").FromString(encode_1(series))
-    assert [[(label.name, label.value) for label in made.labels] for made in request.timeseries] == [sorted(labels.items())] * 3
-    assert [(s.timestamp, s.value) for made in request.timeseries for s in made.samples] == [(time, value) for _, time, value in series]
+@pytest.mark.parametrize("times", [[NOW, NOW + 1, 1 << 41], [0, 1, NOW, 1 << 62]])
+def test_what_we_write_is_what_the_protobuf_library_reads(times: list[int]) -> None:
+    labels, values = {"A": "x", "__name__": "yhat", "a": "ü" * 9000, "z": "1"}, [1.5, 0.0, float("inf"), -2.0][: len(times)]
+    encoded = encode_labels(list(labels.items())[::-1])
+    body = b"".join(series_of(encoded, struct.pack("<d", v), t) for v, t in zip(values, times_of(np.array(times)), strict=True))
+    request = message("prometheus", "WriteRequest").FromString(body)
+    assert [[(label.name, label.value) for label in made.labels] for made in request.timeseries] == [sorted(labels.items())] * len(times)
+    assert [(s.timestamp, s.value) for made in request.timeseries for s in made.samples] == list(zip(times, values, strict=True))

@@ -100,7 +100,7 @@ async def sender(detector: Detector, relabel: Path | None = None, queue: int = 5
     limit = DoorLimits(max_body_bytes=body, max_batch_events=3000, max_inflight_bytes=1_000_000)
     door = Door({detector.name: scorer}, detector.name, limit, metrics, Healthy(), control)
     names = Names(read_rules(relabel) if relabel else (), most=1000)
-    door.add_post(app, PATH, RemoteWrite(door, names, 3000, metrics, ended.update).post, "remote_write")
+    door.add_post(app, PATH, RemoteWrite(door, names, 3000, metrics, [lambda model, ends: ended.update(ends)]).post, "remote_write")
     async with Sender(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         client.store, client.metrics, client.scorer, client.ended = store, metrics, scorer, ended
         yield client
