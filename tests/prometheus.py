@@ -1,0 +1,114 @@
+"""A real Prometheus for tests, and a target for it to scrape: started on entering, ended by its pid on leaving."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from tests.needs import program
+from tests.servers import free_port
+
+START_SECONDS = 30
+
+
+class Prometheus:
+    """Debian's prometheus with its data in `folder`; it takes remote-write, too."""
+
+    def __init__(self, folder: Path, config: str, port: int | None = None) -> None:
+        self.folder = folder
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Prometheus:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "prometheus.yml").write_text(self._config)
+        arguments = [
+            f"--config.file={self.folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={self.folder / 'data'}",
+            f"--web.listen-address=127.0.0.1:{self.port}",
+            "--web.enable-remote-write-receiver",
+        ]
+        with (self.folder / "log").open("wb") as log:
+            self._process = subprocess.Popen([program("prometheus", "prometheus"), *arguments], stdout=log, stderr=log)
+        try:
+            self.until(self._is_ready)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def query(self, promql: str) -> list[tuple[dict[str, str], float]]:
+        """The labels and the value of each series of an instant query."""
+        answer: dict[str, Any] = httpx.get(f"{self.url}/api/v1/query", params={"query": promql}, timeout=10).json()
+        assert answer["status"] == "success", answer
+        return [(series["metric"], float(series["value"][1])) for series in answer["data"]["result"]]
+
+    def until(self, true: Callable[[], Any], seconds: float = START_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert self._process is not None
+            assert self._process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log[-3000:]
+            time.sleep(0.05)
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/-/ready", timeout=2).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+class Target:
+    """Something to scrape: `metrics()` in the text format at /metrics."""
+
+    def __init__(self, metrics: Callable[[], str]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                content = metrics().encode()
+                self.send_response(200)
+                self.send_header("content-type", "text/plain; version=0.0.4")
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):  # a scrape that was given up
+                    self.wfile.write(content)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+
+    def __enter__(self) -> Target:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
