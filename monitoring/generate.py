@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from monitoring import pages
+from monitoring import alerting, pages
+from monitoring.rules import RULES
 
 ROOT = Path(__file__).parent.parent
+BY_HAND = {"OnsetAnomaly": "A stream behaves as it hardly ever does.", "OnsetSilence": "A stream has fallen silent."}
+"""Runbooks of the alerts that the service itself sends."""
 
 
 def files() -> Mapping[str, str]:
     """Path below the repository's root → content."""
-    return {"docs/metrics.md": pages.metrics()}
+    made = {
+        "docs/metrics.md": pages.metrics(),
+        "monitoring/prometheus/rules.yml": alerting.prometheus_rules(),
+        "monitoring/prometheus/rules.test.yml": alerting.prometheus_tests(),
+        "monitoring/grafana/provisioning/alerting/onset.yml": alerting.grafana_rules(),
+        "docs/runbooks/README.md": alerting.index(BY_HAND),
+    }
+    return made | {f"docs/runbooks/{rule.name}.md": alerting.runbook(rule) for rule in RULES}
 
 
 def main() -> None:

@@ -1,0 +1,573 @@
+"""The alert rules, as data: one source of the Prometheus rule groups, Grafana's own, their tests and the runbooks.
+
+A rule compares one number with one limit (`value` > `above`, or < `below`), so that its query returns data while all is well, and a test
+can tell a quiet rule from one that asks for a metric that does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Severity = Literal["info", "warning", "critical"]
+Group = Literal["onset-health", "onset-issues", "onset-anomalies"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Series by `promtool test rules` (a value a minute), and the labels of the alert that fires at its end; None = none does."""
+
+    series: Mapping[str, str]
+    labels: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    group: Group
+    value: str
+    hold: str
+    severity: Severity
+    summary: str
+    description: str
+    means: str
+    look: Sequence[str]
+    act: Sequence[str]
+    cases: Sequence[Case]
+    above: float | None = None
+    below: float | None = None
+    range: str = field(default="10m", kw_only=True)
+    """How far back the query looks."""
+
+    @property
+    def expr(self) -> str:
+        return f"{self.value} > {self.above:g}" if self.above is not None else f"{self.value} < {self.below:g}"
+
+
+def _events(outcome: str) -> str:
+    """Share of events that became this."""
+    return (
+        f'sum by (job) (rate(onset_events_total{{outcome="{outcome}"}}[5m])) / clamp_min(sum by (job) (rate(onset_events_total[5m])), 1e-9)'
+    )
+
+
+def _share_cases(outcome: str, bad: int) -> list[Case]:
+    others = 'onset_events_total{job="onset",door="http",outcome="scored"}'
+    these = f'onset_events_total{{job="onset",door="http",outcome="{outcome}"}}'
+    return [
+        Case({others: "0+600x40", these: f"0+{bad}x40"}, {"job": "onset"}),
+        Case({others: "0+600x40", these: "0+1x40"}),
+    ]
+
+
+def _grows(series: str, labels: Mapping[str, str]) -> list[Case]:
+    """A counter that moves once, and one that does not."""
+    return [Case({series: "0x30 1x10"}, labels), Case({series: "3x40"})]
+
+
+_REPLICA = {"job": "onset", "instance": "a:8080"}
+_A = 'job="onset",instance="a:8080"'
+
+RULES: tuple[Rule, ...] = (
+    # ── onset-health: can events be scored, and are the scores true? ──────────────────────────────────────────────────────────────────
+    Rule(
+        "OnsetUnavailable",
+        "onset-health",
+        "(max(onset_ready) or vector(0))",
+        "2m",
+        "critical",
+        "No replica of Onset can score.",
+        "For two minutes no replica has been ready; senders get 503 or no answer, and queues grow.",
+        "Nothing is scored anywhere. Nothing is lost by that on our side: senders are told to send again, and queues keep their entries.",
+        (
+            "`/health/ready` of any replica says why it is not ready; no answer at all: the process is down.",
+            "The *Service* dashboard: readiness by replica, and when it went.",
+            "The store: does it answer a PING, is its disk full (`MISCONF`), does it load its file (`LOADING`)?",
+        ),
+        (
+            "Bring the store back; replicas become ready by themselves within a second.",
+            "If replicas do not start, their log's last line is one sentence that says why (a setting, a model that does not verify).",
+        ),
+        (Case({f"onset_ready{{{_A}}}": "1x10 0x30"}, {}), Case({f"onset_ready{{{_A}}}": "0x40", 'onset_ready{instance="b:8080"}': "1x40"})),
+        below=1,
+    ),
+    Rule(
+        "OnsetDown",
+        "onset-health",
+        'up{job="onset"}',
+        "5m",
+        "warning",
+        "Prometheus cannot scrape {{ $labels.instance }}.",
+        "{{ $labels.instance }} has not answered a scrape for five minutes. The other replicas score its streams.",
+        "A replica is gone or cannot be reached. Any other one scores any stream, from the state in the store.",
+        ("Is the process there? What does its log end with?", "Is it a network policy or an address that changed?"),
+        ("Start it again; it needs no warm-up.", "If it was scaled down on purpose, take it out of the scrape configuration."),
+        (Case({f"up{{{_A}}}": "1x10 0x30"}, _REPLICA), Case({f"up{{{_A}}}": "1x10 0x2 1x28"})),
+        below=1,
+    ),
+    Rule(
+        "OnsetNotReady",
+        "onset-health",
+        "onset_ready",
+        "5m",
+        "warning",
+        "{{ $labels.instance }} is not ready.",
+        "{{ $labels.instance }} answers, but has not been able to score for five minutes.",
+        "The replica runs without its store, or its batch loop hangs.",
+        ("`/health/ready` of that replica says which.", "Can that replica reach the store while the others do? Then it is its network."),
+        ("Restart the replica if `/health/live` fails, too: its batch loop does not turn.", "Otherwise bring back its way to the store."),
+        (Case({f"onset_ready{{{_A}}}": "1x10 0x30"}, _REPLICA), Case({f"onset_ready{{{_A}}}": "1x10 0x3 1x27"})),
+        below=1,
+    ),
+    Rule(
+        "OnsetCanaryWrong",
+        "onset-health",
+        'sum by (job, model, result) (increase(onset_canary_runs_total{result=~"blind|inverted|differs"}[20m]))',
+        "0m",
+        "critical",
+        "The detector {{ $labels.model }} is {{ $labels.result }}.",
+        "The canary scored known readings with a fault, and the result was: {{ $labels.result }}. Do not trust the model's scores.",
+        "A stream with a known fault goes through the path of all streams every few minutes. *blind*: the fault opened no alert. "
+        "*inverted*: ordinary readings look more anomalous than the fault. *differs*: the scores are not those of an undisturbed run, so "
+        "the store gave back something else than it was given, or this processor computes differently.",
+        (
+            "The *Calibration* dashboard: the canary's scores by replica. One replica or all? Since which model version?",
+            "The log line `canary_blind`, `canary_inverted` or `canary_differs`, which has the scores (and the first event that differs).",
+        ),
+        (
+            "blind, inverted: go back to the model version before; its streams warm up again.",
+            "differs on one replica: stop that replica. On all: look at the store for evictions (`maxmemory-policy` must be `noeviction`) "
+            "and for a replica promoted without the last writes.",
+        ),
+        _grows('onset_canary_runs_total{job="onset",model="m",result="blind"}', {"job": "onset", "model": "m", "result": "blind"}),
+        above=0,
+        range="20m",
+    ),
+    Rule(
+        "OnsetCanaryStopped",
+        "onset-health",
+        "time() - onset_canary_run_timestamp",
+        "5m",
+        "warning",
+        "The canary of {{ $labels.model }} on {{ $labels.instance }} has stopped.",
+        "The last run of the canary ended {{ $value | humanizeDuration }} ago.",
+        "Nobody watches whether this replica's detector still sees. The limit fits `ONSET_CANARY_SECONDS` up to 600.",
+        ("Does the replica score at all (*Service* dashboard)? A hanging process stops its canary, too.",),
+        ("Restart the replica.", "With a longer `ONSET_CANARY_SECONDS`, raise the limit of this rule."),
+        (
+            Case({f'onset_canary_run_timestamp{{{_A},model="m"}}': "0x60"}, _REPLICA | {"model": "m"}),
+            Case({f'onset_canary_run_timestamp{{{_A},model="m"}}': "0+60x60"}),
+        ),
+        above=1800,
+    ),
+    Rule(
+        "OnsetStatesCorrupt",
+        "onset-health",
+        'sum by (job) (increase(onset_fresh_states_total{reason="corrupt"}[1h]))',
+        "0m",
+        "critical",
+        "Stored states do not read back.",
+        "{{ $value | humanize }} states failed their checksum within the hour; their streams started afresh.",
+        "A state whose checksum is wrong is never stepped: the stream warms up again, and until then has no scores.",
+        (
+            "The log lines `stream_started_afresh` with `reason: corrupt` name the streams.",
+            "Who else writes to that server's keys `onset:*`?",
+        ),
+        ("Look for a failing disk or memory of the store's machine at once, and for another program on the same server.",),
+        _grows('onset_fresh_states_total{job="onset",reason="corrupt"}', {"job": "onset"}),
+        above=0,
+        range="1h",
+    ),
+    Rule(
+        "OnsetStoreRestarted",
+        "onset-health",
+        "increase(onset_store_restarts_total[15m])",
+        "0m",
+        "warning",
+        "The embedded store of {{ $labels.instance }} was restarted.",
+        "It ended {{ $value | humanize }} times within 15 minutes and was started again; no acknowledged event is lost.",
+        "The embedded valkey-server ended by itself: out of memory, or killed.",
+        ("Its log in the data folder, and the kernel's (`dmesg`) for the out-of-memory killer.",),
+        ("Give the machine more memory, or move to a server of its own (`ONSET_REDIS_URL`).",),
+        _grows(f"onset_store_restarts_total{{{_A}}}", _REPLICA),
+        above=0,
+        range="15m",
+    ),
+    # ── onset-issues: it scores, but not well ─────────────────────────────────────────────────────────────────────────────────────────
+    Rule(
+        "OnsetSlow",
+        "onset-issues",
+        "histogram_quantile(0.99, sum by (job, le) (rate(onset_request_seconds_bucket[5m])))",
+        "10m",
+        "warning",
+        "One request in a hundred takes longer than half a second.",
+        "The 99th percentile of the request latency is {{ $value | humanizeDuration }}.",
+        "Requests wait: for their turn, for the store, or for the processor.",
+        (
+            "The *Service* dashboard, *Where a batch's time goes*: queue, load, step or commit?",
+            "Batch size: near 1,024 the processor is full.",
+        ),
+        (
+            "queue: add replicas. load, commit: the store or its network; with `appendfsync always` the disk.",
+            "step: fewer neighbours on the processor, or more replicas.",
+        ),
+        (
+            Case(
+                {
+                    'onset_request_seconds_bucket{job="onset",le="0.5"}': "0+1x40",
+                    'onset_request_seconds_bucket{job="onset",le="1.0"}': "0+60x40",
+                    'onset_request_seconds_bucket{job="onset",le="+Inf"}': "0+60x40",
+                },
+                {"job": "onset"},
+            ),
+            Case(
+                {
+                    'onset_request_seconds_bucket{job="onset",le="0.5"}': "0+60x40",
+                    'onset_request_seconds_bucket{job="onset",le="+Inf"}': "0+60x40",
+                }
+            ),
+        ),
+        above=0.5,
+    ),
+    Rule(
+        "OnsetRefusing",
+        "onset-issues",
+        "sum by (job, reason) (rate(onset_refused_total[5m]))",
+        "5m",
+        "warning",
+        "Requests are refused: {{ $labels.reason }}.",
+        "{{ $value | humanize }} requests a second are refused for the reason {{ $labels.reason }}.",
+        "*queue*, *bytes*: more arrives than is scored (429 with `Retry-After`). *body*, *batch*: a request is larger than is taken (413). "
+        "*slow*: a body did not arrive in time (408).",
+        ("The *Service* dashboard: events a second, queue, and the senders' own logs.",),
+        (
+            "queue, bytes: add replicas, or let senders send larger batches less often.",
+            "body, batch: tell the sender the limits (docs/api.md).",
+        ),
+        (
+            Case({'onset_refused_total{job="onset",reason="queue"}': "0+30x40"}, {"job": "onset", "reason": "queue"}),
+            Case({'onset_refused_total{job="onset",reason="queue"}': "30x40"}),
+        ),
+        above=0,
+    ),
+    Rule(
+        "OnsetEventsFailing",
+        "onset-issues",
+        _events("failed"),
+        "5m",
+        "critical",
+        "{{ $value | humanizePercentage }} of the events fail.",
+        "They are not scored and must be sent again; senders that do are not hurt, others have gaps.",
+        "Events could not be committed: the store did not answer, or replicas fought for the same streams.",
+        (
+            "Does the store answer, and how long do commits take (*Service* dashboard)?",
+            "`onset_state_conflicts_total`: do replicas share streams?",
+        ),
+        ("Bring the store back.", "Route a stream's events to one replica (by stream id), or through a queue."),
+        _share_cases("failed", 30),
+        above=0.01,
+    ),
+    Rule(
+        "OnsetEventsRejected",
+        "onset-issues",
+        _events("rejected"),
+        "15m",
+        "warning",
+        "{{ $value | humanizePercentage }} of the events are rejected.",
+        "They are not events that the model takes; the reply to each names the field and the value.",
+        "A sender's format is wrong, or changed: an unknown feature, text in place of a number, a time in the future.",
+        ("The replies that the sender gets, or `onset_reason` in the dead letters of a queue.",),
+        ("Correct the sender. Rejected events are never scored, so nothing has to be undone.",),
+        _share_cases("rejected", 60),
+        above=0.05,
+        range="15m",
+    ),
+    Rule(
+        "OnsetEventsLate",
+        "onset-issues",
+        _events("late"),
+        "15m",
+        "warning",
+        "{{ $value | humanizePercentage }} of the events come too late.",
+        "They are older than the last event of their stream, and so are not scored.",
+        "A sender's clock jumps, or events overtake each other on their way.",
+        ("Which streams: `late: true` in the replies.", "Is the time of the events the time of measuring, and in UTC?"),
+        ("Send in order, with `timestamp` or `sequence`; or let events wait for earlier ones (`ONSET_REORDER_SECONDS`).",),
+        _share_cases("late", 60),
+        above=0.05,
+        range="15m",
+    ),
+    Rule(
+        "OnsetUnexpectedErrors",
+        "onset-issues",
+        "sum by (job) (increase(onset_unexpected_errors_total[15m]))",
+        "0m",
+        "warning",
+        "A bug of Onset's was met.",
+        "{{ $value | humanize }} requests or tasks failed by a bug within 15 minutes.",
+        "Something happened that the service has no sentence for. The request got a 500 with a reference.",
+        ("The log lines `unexpected_error`, which have the reference and the traceback.",),
+        ("File an issue with the traceback (it holds no values of clients).",),
+        _grows('onset_unexpected_errors_total{job="onset"}', {"job": "onset"}),
+        above=0,
+        range="15m",
+    ),
+    Rule(
+        "OnsetConflicts",
+        "onset-issues",
+        "sum by (job) (rate(onset_state_conflicts_total[5m])) / "
+        'clamp_min(sum by (job) (rate(onset_events_total{outcome="scored"}[5m])), 1)',
+        "15m",
+        "warning",
+        "Replicas fight for the same streams.",
+        "For each scored event {{ $value | humanize }} commits are lost to another replica and stepped again.",
+        "Two senders, or a load balancer, spread the events of one stream over several replicas. Scores stay right, at the price of work.",
+        ('`onset_copies_total{result="stale"}` beside `hit`: how many streams are concerned?',),
+        ("Route by stream id (a hash of it), or put a queue before the service.",),
+        (
+            Case(
+                {
+                    'onset_state_conflicts_total{job="onset"}': "0+120x40",
+                    'onset_events_total{job="onset",outcome="scored"}': "0+600x40",
+                },
+                {"job": "onset"},
+            ),
+            Case({'onset_state_conflicts_total{job="onset"}': "0+1x40", 'onset_events_total{job="onset",outcome="scored"}': "0+600x40"}),
+        ),
+        above=0.1,
+        range="15m",
+    ),
+    Rule(
+        "OnsetQueueFilling",
+        "onset-issues",
+        "onset_queued_events",
+        "5m",
+        "warning",
+        "{{ $labels.instance }} has {{ $value | humanize }} events waiting.",
+        "The queue of {{ $labels.model }} has been over half of its default size for five minutes; when it is full, requests are refused.",
+        "More arrives than this replica scores.",
+        ("The *Service* dashboard: events a second, batch size, and where a batch's time goes.",),
+        ("Add replicas; spread the senders evenly.", "With another `ONSET_MAX_QUEUE_EVENTS` than 20,000, change the limit of this rule."),
+        (
+            Case({f'onset_queued_events{{{_A},model="m"}}': "0x5 15000x35"}, _REPLICA | {"model": "m"}),
+            Case({f'onset_queued_events{{{_A},model="m"}}': "0x5 15000x2 100x33"}),
+        ),
+        above=10_000,
+    ),
+    Rule(
+        "OnsetSourceLagging",
+        "onset-issues",
+        "sum by (job, source) (onset_source_lag) * (sum by (job, source) (deriv(onset_source_lag[10m])) > bool 0)",
+        "10m",
+        "warning",
+        "{{ $labels.source }} is {{ $value | humanize }} entries behind, and falling back.",
+        "The lag has grown for ten minutes.",
+        "More comes into the queue than is scored out of it. Nothing is lost while the queue keeps its entries.",
+        (
+            "Is a partition paused (`onset_source_paused`)? Does every partition have an owner (`onset_source_partitions`)?",
+            "Is the store slow?",
+        ),
+        ("Add replicas, up to the number of partitions; beyond that more partitions (docs/queues.md).",),
+        (
+            Case({'onset_source_lag{job="onset",source="redis_streams"}': "0+500x40"}, {"job": "onset", "source": "redis_streams"}),
+            Case({'onset_source_lag{job="onset",source="redis_streams"}': "20000-500x40"}),
+        ),
+        above=1000,
+    ),
+    Rule(
+        "OnsetSourcePaused",
+        "onset-issues",
+        "sum by (job, source) (onset_source_paused)",
+        "2m",
+        "critical",
+        "{{ $labels.source }} has paused {{ $value | humanize }} partitions.",
+        "Too many of their recent entries cannot be used, so they wait instead of going to the dead letters one and all.",
+        "The fuse has blown: mostly a sender changed its format. Nothing is lost; the entries are still in the queue.",
+        ("The log line `source_paused` names the first such entry and what is wrong with it.",),
+        (
+            "Correct the sender or the mapping (docs/queues.md); the partition tries again by itself.",
+            "To go on regardless: `ONSET_STREAMS_FUSE=1`.",
+        ),
+        (
+            Case({'onset_source_paused{job="onset",source="redis_streams"}': "0x5 1x35"}, {"job": "onset", "source": "redis_streams"}),
+            Case({'onset_source_paused{job="onset",source="redis_streams"}': "0x40"}),
+        ),
+        above=0,
+    ),
+    Rule(
+        "OnsetDeadLetters",
+        "onset-issues",
+        "sum by (job, source) (increase(onset_source_dead_lettered_total[15m]))",
+        "0m",
+        "warning",
+        "{{ $labels.source }}: events go to the dead letters.",
+        "{{ $value | humanize }} events of {{ $labels.source }} could not be used within 15 minutes.",
+        "Single events are not what the model takes; they are kept apart with the reason, and the others go on.",
+        ("`onset_reason` in the dead letters (docs/queues.md).",),
+        ("Correct the sender, then put the letters back into the queue.",),
+        _grows('onset_source_dead_lettered_total{job="onset",source="redis_streams"}', {"job": "onset", "source": "redis_streams"}),
+        above=0,
+        range="15m",
+    ),
+    Rule(
+        "OnsetPolicyDiffers",
+        "onset-issues",
+        "max by (job) (onset_alpha) - min by (job) (onset_alpha)",
+        "5m",
+        "warning",
+        "Replicas judge by different false-alarm rates.",
+        "The asked rates of the replicas differ by {{ $value | humanize }}.",
+        "A change of the policy reaches every replica within a second; one has not got it.",
+        ("`GET /v1/policy` of each replica; the log line `policy_not_refreshed`.",),
+        ("Restart the replica that has the old one; look at its way to the store.",),
+        (
+            Case({f"onset_alpha{{{_A}}}": "0.001x40", 'onset_alpha{job="onset",instance="b:8080"}': "0.002x40"}, {"job": "onset"}),
+            Case({f"onset_alpha{{{_A}}}": "0.001x40", 'onset_alpha{job="onset",instance="b:8080"}': "0.001x40"}),
+        ),
+        above=0,
+    ),
+    Rule(
+        "OnsetModelsDiffer",
+        "onset-issues",
+        "count by (job, model) (count by (job, model, sha256) (onset_model_info))",
+        "30m",
+        "warning",
+        "Replicas serve different files of {{ $labels.model }}.",
+        "{{ $value | humanize }} files of the model have been in service for half an hour: a stream that meets another one starts afresh.",
+        "A rollout stopped half way.",
+        ("The *Service* dashboard: model versions by replica.",),
+        ("Finish the rollout, or undo it.",),
+        (
+            Case(
+                {
+                    'onset_model_info{job="onset",model="m",sha256="1"}': "1x60",
+                    'onset_model_info{job="onset",model="m",sha256="2"}': "1x60",
+                },
+                {"job": "onset", "model": "m"},
+            ),
+            Case(
+                {
+                    'onset_model_info{job="onset",model="m",sha256="1",instance="a"}': "1x60",
+                    'onset_model_info{job="onset",model="m",sha256="1",instance="b"}': "1x60",
+                }
+            ),
+        ),
+        above=1,
+    ),
+    # ── onset-anomalies: what the streams do ──────────────────────────────────────────────────────────────────────────────────────────
+    Rule(
+        "OnsetStreamAnomalous",
+        "onset-anomalies",
+        "max by (job, model, stream) (anomaly_score)",
+        "1m",
+        "warning",
+        "{{ $labels.stream }} is anomalous.",
+        "Its anomaly score has been above 1.5 for a minute; it is {{ $value | humanize }} (1 is as rare as asked for).",
+        "A stream of those that are shown one by one (`ONSET_STREAM_METRICS`) behaves as it hardly ever does. The alert that the service "
+        "itself sends to Alertmanager is OnsetAnomaly: it comes at the onset, for every stream, and silences this one.",
+        ("The *Stream* dashboard: the value beside its band, and which feature carries the error.",),
+        ("As for [OnsetAnomaly](OnsetAnomaly.md).",),
+        (
+            Case(
+                {'anomaly_score{job="onset",model="m",stream="pump-7"}': "0.2x20 2.5x20"},
+                {"job": "onset", "model": "m", "stream": "pump-7"},
+            ),
+            Case({'anomaly_score{job="onset",model="m",stream="pump-7"}': "0.2x20 1.2x20"}),
+        ),
+        above=1.5,
+    ),
+    Rule(
+        "OnsetManyStreamsAnomalous",
+        "onset-anomalies",
+        "sum by (job, model) (onset_streams_anomalous) * (sum by (job, model) (onset_streams_anomalous) / "
+        "clamp_min(max by (job, model) (onset_streams_live), 1) > bool 0.1)",
+        "2m",
+        "critical",
+        "{{ $value | humanize }} streams of {{ $labels.model }} are anomalous at once.",
+        "More than a tenth of the live streams, and more than ten, are anomalous: look for a common cause.",
+        "Single anomalies are single causes; many at once mostly are one: a power cut, a deploy, a network, a change of season or shift.",
+        ("The *Onset overview* dashboard: since when, the heat map, and the top streams.", "What was deployed or switched at that time?"),
+        (
+            "Follow the common cause.",
+            "If it is the new normal, accept it: `POST /v1/streams/{stream_id}/accept`, or by age (`ONSET_ACCEPT_AFTER`).",
+        ),
+        (
+            Case(
+                {
+                    'onset_streams_anomalous{job="onset",model="m",severity="major"}': "0x10 30x30",
+                    'onset_streams_live{job="onset",model="m"}': "100x40",
+                },
+                {"job": "onset", "model": "m"},
+            ),
+            Case(
+                {
+                    'onset_streams_anomalous{job="onset",model="m",severity="major"}': "0x10 30x30",
+                    'onset_streams_live{job="onset",model="m"}': "5000x40",
+                }
+            ),
+        ),
+        above=10,
+    ),
+    Rule(
+        "OnsetManyStreamsSilent",
+        "onset-anomalies",
+        "max by (job, model) (onset_streams_silent) / "
+        "clamp_min(max by (job, model) (onset_streams_silent) + max by (job, model) (onset_streams_live), 10)",
+        "2m",
+        "critical",
+        "{{ $value | humanizePercentage }} of the streams of {{ $labels.model }} are silent.",
+        "More than a tenth of the streams that are waited for have been silent for improbably long.",
+        "Single silences are single sensors; many at once are a sender, a gateway or a network.",
+        (
+            "`GET /v1/streams?silent=true`: what have they in common?",
+            "Are the events refused at the door (OnsetRefusing, OnsetEventsRejected)?",
+        ),
+        ("Bring the sender back. The next event of a stream ends its silence.",),
+        (
+            Case(
+                {'onset_streams_silent{job="onset",model="m"}': "0x10 50x30", 'onset_streams_live{job="onset",model="m"}': "100x10 50x30"},
+                {"job": "onset", "model": "m"},
+            ),
+            Case({'onset_streams_silent{job="onset",model="m"}': "1x40", 'onset_streams_live{job="onset",model="m"}': "100x40"}),
+        ),
+        above=0.1,
+    ),
+    Rule(
+        "OnsetFalseAlarmsAboveAsked",
+        "onset-anomalies",
+        "sum by (job, model) (increase(onset_onsets_total[1d])) / "
+        "clamp_min(sum by (job, model) (increase(onset_expected_false_alarms_total[1d])), 5)",
+        "1h",
+        "warning",
+        "{{ $labels.model }} alerts {{ $value | humanize }} times as often as asked for.",
+        "Within a day it opened more than twice the alerts that the asked rate allows for normal streams (with fewer than five allowed: "
+        "more than ten).",
+        "Either much is really wrong, or the model's calibration does not hold for these streams.",
+        (
+            "The *Calibration* dashboard: the p-values against uniform. A pile-up near 0 in many streams is calibration, in a few real.",
+            "Which streams: the alerts of the day.",
+        ),
+        (
+            "Train a detector on the history of these streams (`python -m training fit`), or ask for a smaller rate (`PUT /v1/policy`).",
+            "A stream that alerts all the time may be accepted (`POST /v1/streams/{stream_id}/accept`).",
+        ),
+        (
+            Case(
+                {
+                    'onset_onsets_total{job="onset",model="m"}': "0+1x1600",
+                    'onset_expected_false_alarms_total{job="onset",model="m"}': "0+0.1x1600",
+                },
+                {"job": "onset", "model": "m"},
+            ),
+            Case(
+                {
+                    'onset_onsets_total{job="onset",model="m"}': "0x1595 3x5",
+                    'onset_expected_false_alarms_total{job="onset",model="m"}': "0+0.001x1600",
+                }
+            ),
+        ),
+        above=2,
+        range="1d",
+    ),
+)
