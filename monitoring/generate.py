@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from monitoring import alerting, pages
+from monitoring import alerting, dashboards, pages
 from monitoring.rules import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +22,7 @@ def files() -> Mapping[str, str]:
         "monitoring/grafana/provisioning/alerting/onset.yml": alerting.grafana_rules(),
         "docs/runbooks/README.md": alerting.index(BY_HAND),
     }
+    made |= {f"monitoring/grafana/dashboards/onset-{name}.json": content for name, content in dashboards.all_dashboards().items()}
     return made | {f"docs/runbooks/{rule.name}.md": alerting.runbook(rule) for rule in RULES}
 
 

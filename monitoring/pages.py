@@ -15,6 +15,7 @@ _METRICS = """# Metrics
 them (`sum by (outcome) (rate(onset_events_total[5m]))`). What comes from the store (`onset_streams`, `onset_streams_live`,
 `onset_streams_silent`) is the same on every replica: take `max`. Series whose labels are known beforehand exist from the start, at zero,
 so rates and alerts have no gaps. Counters and histograms never have a stream's id. Histograms end in `_bucket`, `_sum` and `_count`.
+Beside them are the Python client's `process_…` metrics (memory, processor time, open files).
 
 {catalogue}
 

@@ -5,7 +5,7 @@
 
 A label's values are given where they are known beforehand: `begin` makes a series of each at zero, so that a rate exists before the
 first event, and an alert on what never happened yet is no gap. Never a stream id as a label (the opt-in series of series.py aside).
-One process serves: each replica has its own registry and its own /metrics, and queries sum over them.
+The client library's own process_… (memory, processor, open files) are beside them. One process serves: each replica has its own registry and its own /metrics, and queries sum over them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Generic, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import HistogramMetricFamily
 
 Kind = Literal["counter", "gauge", "histogram", "info"]
@@ -542,6 +542,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._before: list[Callable[[], None]] = []
         self._writers: list[Callable[[], bytes]] = []
         for entry in ENTRIES:

@@ -1,0 +1,181 @@
+"""How our panels look: one function for each kind, over Grafana's foundation SDK. Each panel has a description, a unit and thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grafana_foundation_sdk.builders import barchart, bargauge, common, dashboard, heatmap, prometheus, stat, table, timeseries
+from grafana_foundation_sdk.models import common as common_models
+from grafana_foundation_sdk.models import dashboard as models
+from grafana_foundation_sdk.models import heatmap as heatmap_models
+from grafana_foundation_sdk.models import prometheus as prometheus_models
+
+DATASOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
+WIDTH = 24
+GOOD, WARN, BAD, WORST, NEUTRAL = "green", "yellow", "orange", "red", "blue"
+SCORE = ((None, GOOD), (1.0, WARN), (1.5, BAD), (2.0, WORST))
+"""Of anomaly scores: minor, major and critical begin there."""
+PLAIN = ((None, NEUTRAL),)
+"""A number that is neither good nor bad."""
+NONE_IS_GOOD = ((None, GOOD), (1e-9, BAD))
+
+Steps = Sequence[tuple[float | None, str]]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A PromQL query; `instant` = only the last value, `table` = labels become columns."""
+
+    expr: str
+    legend: str = ""
+    instant: bool = False
+    table: bool = False
+
+
+def line(
+    title: str, description: str, queries: Sequence[Query], unit: str, steps: Steps = PLAIN, *, width: int = 12, height: int = 8
+) -> Any:
+    """Lines over time; thresholds other than PLAIN are drawn."""
+    panel = _described(timeseries.Panel(), title, description, queries, unit, steps, width, height)
+    legend = common.VizLegendOptions().display_mode(common_models.LegendDisplayMode.LIST)
+    panel = panel.legend(legend.placement(common_models.LegendPlacement.BOTTOM).show_legend(True))
+    tooltip = common.VizTooltipOptions().mode(common_models.TooltipDisplayMode.MULTI).sort(common_models.SortOrder.DESCENDING)
+    panel = panel.tooltip(tooltip).line_width(1).fill_opacity(8).show_points(common_models.VisibilityMode.NEVER)
+    if steps is not PLAIN:
+        panel = panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(common_models.GraphThresholdsStyleMode.DASHED))
+    else:
+        panel = panel.color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.PALETTE_CLASSIC))
+    return panel
+
+
+def bars(title: str, description: str, queries: Sequence[Query], unit: str, *, width: int = 12, height: int = 8) -> Any:
+    """Stacked bars over time, of counts."""
+    panel = line(title, description, queries, unit, width=width, height=height)
+    stacking = common.StackingConfig().mode(common_models.StackingMode.NORMAL)
+    return panel.draw_style(common_models.GraphDrawStyle.BARS).fill_opacity(60).stacking(stacking)
+
+
+def number(
+    title: str, description: str, query: Query, unit: str, steps: Steps = PLAIN, *, width: int = 3, height: int = 4, names: bool = False
+) -> Any:
+    """The last value, with its history behind it; `names` = one each series."""
+    panel = _described(stat.Panel(), title, description, [query], unit, steps, width, height)
+    reduce = common.ReduceDataOptions().calcs(["lastNotNull"])
+    mode = common_models.BigValueTextMode.VALUE_AND_NAME if names else common_models.BigValueTextMode.VALUE
+    return panel.reduce_options(reduce).color_mode(common_models.BigValueColorMode.VALUE).text_mode(mode)
+
+
+def rows(
+    title: str, description: str, query: Query, unit: str, steps: Steps, *, columns: dict[str, str], width: int = 12, height: int = 9
+) -> Any:
+    """A table of the labels in `columns` (label → title; "Value" is the number)."""
+    panel = _described(table.Panel(), title, description, [query], unit, steps, width, height)
+    order = {name: i for i, name in enumerate(columns)}
+    organize = models.DataTransformerConfig(
+        id_val="organize", options={"indexByName": order, "renameByName": columns, "excludeByName": {"Time": True}}
+    )
+    kept = models.DataTransformerConfig(id_val="filterFieldsByName", options={"include": {"names": list(columns)}})
+    return panel.transformations([kept, organize])
+
+
+def heat(title: str, description: str, query: Query, unit: str, *, width: int = 24, height: int = 8) -> Any:
+    """A heat map of a histogram's buckets over time."""
+    panel = _described(heatmap.Panel(), title, description, [query], unit, PLAIN, width, height, heatmap=True)
+    color = (
+        heatmap.HeatmapColorOptions()
+        .mode(heatmap_models.HeatmapColorMode.SCHEME)
+        .scheme("Turbo")
+        .scale(heatmap_models.HeatmapColorScale.EXPONENTIAL)
+    )
+    return panel.calculate(False).color(color.exponent(0.35).steps(64)).cell_gap(1)
+
+
+def gauges(title: str, description: str, query: Query, unit: str, steps: Steps, *, width: int = 12, height: int = 9) -> Any:
+    """Horizontal bars, one each series."""
+    panel = _described(bargauge.Panel(), title, description, [query], unit, steps, width, height)
+    reduce = common.ReduceDataOptions().calcs(["lastNotNull"])
+    panel = panel.reduce_options(reduce).orientation(common_models.VizOrientation.HORIZONTAL)
+    return panel.display_mode(common_models.BarGaugeDisplayMode.GRADIENT).min(0).max(1)
+
+
+def compare(title: str, description: str, queries: Sequence[Query], unit: str, *, by: str, names: dict[str, str], width: int = 24) -> Any:
+    """Bars of several instant queries side by side for each value of the label `by`; `names` of the queries' values."""
+    panel = _described(barchart.Panel(), title, description, queries, unit, PLAIN, width, 10)
+    join = models.DataTransformerConfig(id_val="joinByField", options={"byField": by, "mode": "outer"})
+    kept = models.DataTransformerConfig(id_val="filterFieldsByName", options={"include": {"names": [by, *names]}})
+    rename = models.DataTransformerConfig(id_val="organize", options={"renameByName": names})
+    panel = panel.transformations([join, kept, rename]).x_field(by).min(0)
+    return panel.color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.PALETTE_CLASSIC))
+
+
+def banded(panel: Any) -> Any:
+    """Fill between the lines `lower` and `upper`, and draw `value` over it."""
+    faint = models.DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": "super-light-blue"})
+    thin = models.DynamicConfigValue(id_val="custom.lineWidth", value=0)
+    bare = models.DynamicConfigValue(id_val="custom.fillOpacity", value=0)
+    fill = [
+        models.DynamicConfigValue(id_val="custom.fillBelowTo", value="lower"),
+        models.DynamicConfigValue(id_val="custom.fillOpacity", value=25),
+    ]
+    panel = panel.override_by_name("upper", [faint, thin, *fill]).override_by_name("lower", [faint, thin, bare])
+    dashed = models.DynamicConfigValue(id_val="custom.lineStyle", value={"fill": "dash", "dash": [8, 6]})
+    panel = panel.override_by_name("expected", [_color("blue"), dashed, bare])
+    return panel.override_by_name("value", [_color("text"), models.DynamicConfigValue(id_val="custom.lineWidth", value=2), bare])
+
+
+def linked(panel: Any, field: str, title: str, url: str) -> Any:
+    """Make the cells of a table's column links."""
+    link = {"title": title, "url": url}
+    return panel.override_by_name(field, [models.DynamicConfigValue(id_val="links", value=[link])])
+
+
+def flow(sections: Sequence[tuple[str, Sequence[Any]]]) -> Iterator[Any]:
+    """Rows with their panels, in order, from left to right, with ids and places."""
+    y, number_ = 0, 0
+    for title, panels in sections:
+        number_ += 1
+        yield dashboard.Row(title).id(number_).grid_pos(models.GridPos(h=1, w=WIDTH, x=0, y=y))
+        y, x, tallest = y + 1, 0, 0
+        for panel in panels:
+            number_ += 1
+            size = panel.build().grid_pos
+            if x + size.w > WIDTH:
+                y, x, tallest = y + tallest, 0, 0
+            yield panel.id(number_).grid_pos(models.GridPos(h=size.h, w=size.w, x=x, y=y))
+            x, tallest = x + size.w, max(tallest, size.h)
+        y += tallest
+
+
+def _described(
+    panel: Any,
+    title: str,
+    description: str,
+    queries: Sequence[Query],
+    unit: str,
+    steps: Steps,
+    width: int,
+    height: int,
+    *,
+    heatmap: bool = False,
+) -> Any:
+    panel = (
+        panel.title(title).description(description).datasource(DATASOURCE).unit(unit).grid_pos(models.GridPos(h=height, w=width, x=0, y=0))
+    )
+    levels = [models.Threshold(value=value, color=color) for value, color in steps]
+    panel = panel.thresholds(dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(levels))
+    if steps is not PLAIN:
+        panel = panel.color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
+    for i, query in enumerate(queries):
+        target = (
+            prometheus.Dataquery().ref_id(chr(ord("A") + i)).expr(query.expr).legend_format(query.legend or "__auto").datasource(DATASOURCE)
+        )
+        target = target.instant() if query.instant else target.range()
+        form = prometheus_models.PromQueryFormat
+        panel = panel.with_target(target.format(form.HEATMAP if heatmap else form.TABLE if query.table else form.TIME_SERIES))
+    return panel
+
+
+def _color(name: str) -> models.DynamicConfigValue:
+    return models.DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": name})
