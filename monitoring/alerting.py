@@ -128,7 +128,7 @@ def _test(rule: Rule, case: Case) -> dict[str, Any]:
 def _minutes(values: str) -> int:
     """When the series' last value is: of "0x10 1x20" at 31 minutes."""
     parts = values.split()
-    return sum(int(part.rpartition("x")[2]) for part in parts) + len(parts) - 1
+    return sum(int(part.rpartition("x")[2]) if "x" in part else 0 for part in parts) + len(parts) - 1
 
 
 def _managed(rule: Rule, runbooks: str) -> dict[str, Any]:

@@ -210,9 +210,9 @@ def stream() -> dashboard.Dashboard:
                     width=6,
                 ),
                 number(
-                    "Time above 1",
-                    "The share of the shown time in which the stream was anomalous.",
-                    Query(f"max(avg_over_time((anomaly_score{{{_STREAM}}} > bool 1)[$__range:]))", instant=True),
+                    "Anomalous time",
+                    "The share of the shown time in which the service took the stream for anomalous.",
+                    Query(f"max(avg_over_time((anomaly_grade{{{_STREAM}}} > bool 0)[$__range:]))", instant=True),
                     "percentunit",
                     ((None, GOOD), (0.01, WARN), (0.1, BAD)),
                     width=6,

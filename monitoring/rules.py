@@ -459,23 +459,23 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "OnsetStreamAnomalous",
         "onset-anomalies",
-        "max by (job, model, stream) (anomaly_score)",
+        "max by (job, model, stream) (anomaly_grade)",
         "1m",
         "warning",
         "{{ $labels.stream }} is anomalous.",
-        "Its anomaly score has been above 1.5 for a minute; it is {{ $value | humanize }} (1 is as rare as asked for).",
+        "{{ $labels.model }} has taken it for anomalous for a minute; the grade is {{ $value | humanize }} (from 0 = normal to 1).",
         "A stream of those that are shown one by one (`ONSET_STREAM_METRICS`) behaves as it hardly ever does. The alert that the service "
         "itself sends to Alertmanager is OnsetAnomaly: it comes at the onset, for every stream, and silences this one.",
         ("The *Stream* dashboard: the value beside its band, and which feature carries the error.",),
         ("As for [OnsetAnomaly](OnsetAnomaly.md).",),
         (
             Case(
-                {'anomaly_score{job="onset",model="m",stream="pump-7"}': "0.2x20 2.5x20"},
+                {'anomaly_grade{job="onset",model="m",stream="pump-7"}': "0x20 0.4x20"},
                 {"job": "onset", "model": "m", "stream": "pump-7"},
             ),
-            Case({'anomaly_score{job="onset",model="m",stream="pump-7"}': "0.2x20 1.2x20"}),
+            Case({'anomaly_grade{job="onset",model="m",stream="pump-7"}': "0x20 0.4 0x19"}),
         ),
-        above=1.5,
+        above=0,
     ),
     Rule(
         "OnsetManyStreamsAnomalous",

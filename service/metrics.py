@@ -5,7 +5,8 @@
 
 A label's values are given where they are known beforehand: `begin` makes a series of each at zero, so that a rate exists before the
 first event, and an alert on what never happened yet is no gap. Never a stream id as a label (the opt-in series of series.py aside).
-The client library's own process_… (memory, processor, open files) are beside them. One process serves: each replica has its own registry and its own /metrics, and queries sum over them.
+The client library's own process_… (memory, processor, open files) are beside them. One process serves: each replica has its own
+registry and its own /metrics, and queries sum over them.
 """
 
 from __future__ import annotations
@@ -373,7 +374,7 @@ class Metrics:
         "onset_streams_not_shown_total",
         "events",
         "Scored events of streams that got no series of their own because ONSET_STREAM_METRICS was reached.",
-        "Grows: raise the setting if Prometheus can take it, 2 series a stream and 5 a feature.",
+        "Grows: raise the setting if Prometheus can take it, 3 series a stream and 5 a feature.",
         model=RUNNING,
     )
 

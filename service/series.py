@@ -21,6 +21,14 @@ _COMPARE = "Compare it with the band of the same stream."
 SERIES = (
     Metric("anomaly_score", "gauge", "score", _STREAM, "The stream's last anomaly score.", "Above 1 it is rarer than the asked rate."),
     Metric(
+        "anomaly_grade",
+        "gauge",
+        "0..1",
+        _STREAM,
+        "0 while the stream is normal; above 0 while it is anomalous, also where the anomaly lasts and is no longer rare.",
+        "Above 0: the service takes the stream for anomalous.",
+    ),
+    Metric(
         "anomaly_onset_timestamp_seconds",
         "gauge",
         "seconds since 1970",
@@ -52,7 +60,7 @@ class Series:
         self._slots: dict[str, int] = {}
         self._free = list(range(most))[::-1]
         self._numbers = np.full((len(_COLUMNS), most, len(features)), np.nan, np.float32)
-        self._score, self._onset = np.full(most, np.nan), np.full(most, np.nan)
+        self._single = {name: np.full(most, np.nan) for name in ("anomaly_score", "anomaly_grade", "anomaly_onset_timestamp_seconds")}
         self._heard = np.zeros(most)
         self._labels: dict[int, tuple[str, list[str]]] = {}
         self._look_at = 0.0
@@ -71,11 +79,12 @@ class Series:
         slots = slots[there]
         self._heard[slots] = self._clock()
         # Of a stream's several events the last one stays: numpy assigns in order.
-        self._score[slots] = judged.verdict("anomaly_score")[there]
+        self._single["anomaly_score"][slots] = score = judged.verdict("anomaly_score")[there]
+        self._single["anomaly_grade"][slots] = np.where(np.isnan(score), np.nan, judged.verdict("grade")[there])
         for shown, (_, column) in enumerate(_COLUMNS):
             self._numbers[shown, slots] = judged.record(column)[there]
         opened = judged.verdict("alert_score")[there] > THRESHOLD
-        self._onset[slots[opened]] = judged.record("timestamp")[there][opened]
+        self._single["anomaly_onset_timestamp_seconds"][slots[opened]] = judged.record("timestamp")[there][opened]
 
     def lines(self, name: str) -> list[str]:
         """The samples of one of SERIES; streams not heard of have none, and what is missing neither."""
@@ -83,7 +92,7 @@ class Series:
         slots = np.array([slot for slot in self._slots.values() if self._heard[slot] >= since], np.intp)
         columns = [shown for shown, _ in _COLUMNS]
         if name not in columns:
-            numbers, labels = (self._score if name == "anomaly_score" else self._onset)[slots], [self._labels[i][0] for i in slots.tolist()]
+            numbers, labels = self._single[name][slots], [self._labels[i][0] for i in slots.tolist()]
         else:
             numbers = self._numbers[columns.index(name), slots].astype(np.float64).ravel()
             labels = [label for i in slots.tolist() for label in self._labels[i][1]]
@@ -99,7 +108,7 @@ class Series:
         if not self._free:
             return -1
         slot = self._slots[stream_id] = self._free.pop()
-        self._onset[slot], self._heard[slot] = np.nan, self._clock()
+        self._single["anomaly_onset_timestamp_seconds"][slot], self._heard[slot] = np.nan, self._clock()
         stream = f'model="{self._model}",stream="{_escaped(stream_id)}"'
         self._labels[slot] = stream, [f'{stream},feature="{_escaped(feature)}"' for feature in self._features]
         return slot

@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     canary_seconds: Annotated[float, Field(ge=0)] = 300
     """How often the canary looks whether each detector still sees a known fault; 0 = never (docs/monitoring.md)."""
     stream_metrics: Annotated[int, Field(ge=0, le=100_000)] = 0
-    """Streams (of each model) with series of their own at /metrics: 2 a stream and 5 a feature; 0 = none (docs/metrics.md)."""
+    """Streams (of each model) with series of their own at /metrics: 3 a stream and 5 a feature; 0 = none (docs/metrics.md)."""
     state_ttl_seconds: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
     """A stream silent for this long is forgotten."""
     result_ttl_seconds: Annotated[int, Field(ge=1)] = 600

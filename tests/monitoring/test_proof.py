@@ -1,0 +1,272 @@
+"""A real Prometheus and a real Alertmanager watch the service while it scores: no query of ours is without data, and alerts arrive."""
+
+from __future__ import annotations
+
+import csv
+import http.server
+import json
+import math
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import redis
+import yaml
+
+from monitoring.generate import ROOT
+from monitoring.queries import Found, ask, queries, table, variables
+from monitoring.rules import RULES
+from tests.e2e.process import Service
+from tests.needs import program
+from tests.servers import Valkey, free_port
+
+NAB = ROOT / "../shared/data/nab/data/realAWSCloudwatch"
+STREAMS, KNOWN, LIVE = 6, 600, 800
+"""Streams, readings of each before Prometheus looks (enough to know what is normal), and after that at most."""
+FAULTY = "web/0"
+WAIT_SECONDS = 60
+
+
+def readings() -> list[list[float]]:
+    """Of the Numenta benchmark's servers where it lies beside the checkout, otherwise made up: [STREAMS][KNOWN + LIVE]."""
+    files = sorted(NAB.glob("ec2_cpu_utilization_*.csv"))[:STREAMS]
+    if len(files) == STREAMS:
+        return [[float(row["value"]) for row in csv.DictReader(file.open())][: KNOWN + LIVE] for file in files]
+    t, rng = np.arange(KNOWN + LIVE), np.random.default_rng(0)
+    made: list[list[float]] = [(50 + 10 * np.sin(t / 20 + i) + rng.normal(size=len(t))).tolist() for i in range(STREAMS)]
+    return made
+
+
+def until(holds: Callable[[], Any], what: str) -> Any:
+    """Wait for it, and return it."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"not within {WAIT_SECONDS} s: {what}"
+        time.sleep(0.2)
+    return found
+
+
+@dataclass
+class Received:
+    """What Alertmanager told its receivers."""
+
+    alerts: list[dict[str, Any]] = field(default_factory=list)
+
+    def of(self, status: str) -> list[dict[str, Any]]:
+        return [alert for alert in self.alerts if alert["status"] == status and alert["labels"].get("stream") == FAULTY]
+
+
+@dataclass
+class World:
+    service: Service
+    prometheus: str
+    alertmanager: str
+    received: Received
+    faulty: threading.Event
+
+    def count(self, name: str) -> float:
+        """Sum of a metric, as the service tells it."""
+        lines = httpx.get(f"{self.service.url}/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+@contextmanager
+def process(*command: str, ready: str) -> Iterator[None]:
+    """A server, ended by its pid; in `with` once `ready` answers."""
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def answers() -> bool:
+        assert child.poll() is None, command
+        try:
+            return httpx.get(ready, timeout=2).is_success
+        except httpx.TransportError:
+            return False
+
+    try:
+        until(answers, ready)
+        yield
+    finally:
+        child.terminate()
+        child.wait(20)
+
+
+@contextmanager
+def receiver(received: Received) -> Iterator[str]:
+    """A webhook for Alertmanager."""
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.alerts += json.loads(self.rfile.read(int(self.headers["content-length"])))["alerts"]
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            """Says nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def traffic(url: str, store: str, faulty: threading.Event) -> Iterator[None]:
+    """Readings of all streams, five a second each, over HTTP and a queue; of the first one far off while `faulty`."""
+    values, stop = readings(), threading.Event()
+
+    def sent(i: int, at: float, shift: float = 0.0) -> list[dict[str, Any]]:
+        shifts = [shift] + [0.0] * (STREAMS - 1)
+        return [{"stream_id": f"web/{n}", "values": {"value": series[i] + shifts[n]}, "timestamp": at} for n, series in enumerate(values)]
+
+    with httpx.Client(base_url=url, timeout=30) as client, redis.Redis.from_url(store) as queue:
+        start = time.time() - 0.2 * KNOWN
+        known = [event for i in range(KNOWN) for event in sent(i, start + 0.2 * i)]
+        client.post("/v1/events", json=known).raise_for_status()
+        client.post("/v1/events", json={"stream_id": "web/0", "values": {"no such": 1.0}})
+
+        def send() -> None:
+            for i in range(KNOWN, KNOWN + LIVE):
+                client.post("/v1/events", json=sent(i, time.time(), 60.0 if faulty.is_set() else 0.0)).raise_for_status()
+                queue.xadd("onset:events", {"event": json.dumps({"stream_id": "queued", "values": {"value": float(i % 7)}})})
+                if stop.wait(0.2):
+                    return
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def prometheus_config(folder: Path, target: str, alertmanager: str) -> Path:
+    """The one that ships, which looks every second; rules hold for a second where they hold for minutes."""
+    config = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    [onset, _] = config["scrape_configs"]
+    del onset["dns_sd_configs"]
+    config["scrape_configs"] = [onset | {"static_configs": [{"targets": [target]}]}]
+    config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
+    rules = yaml.safe_load((ROOT / "monitoring/prometheus/rules.yml").read_text())
+    for rule in (rule for group in rules["groups"] for rule in group["rules"]):
+        rule["for"] = "1s"
+    (folder / "rules.yml").write_text(yaml.safe_dump(rules))
+    path = folder / "prometheus.yml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def alertmanager_config(folder: Path, hook: str) -> Path:
+    """The one that ships, with a receiver, and without its patience."""
+    config = yaml.safe_load((ROOT / "monitoring/alertmanager/alertmanager.yml").read_text())
+
+    def hasten(route: dict[str, Any]) -> None:
+        route |= {"group_wait": "0s", "group_interval": "1s"}
+        for child in route.get("routes", []):
+            hasten(child)
+
+    hasten(config["route"])
+    for named in config["receivers"]:
+        named["webhook_configs"] = [{"url": hook, "send_resolved": True}]
+    path = folder / "alertmanager.yml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("monitoring")
+    (folder / "service").mkdir()
+    received, faulty = Received(), threading.Event()
+    ports = free_port(), free_port()
+    prometheus, alertmanager = (f"http://127.0.0.1:{port}" for port in ports)
+    settings = {"STREAM_METRICS": "100", "CANARY_SECONDS": "3", "STREAMS_INPUT": "onset:events"}
+    with (
+        Valkey(folder / "store") as store,
+        Service(folder / "service/data", REDIS_URL=store.url, **settings) as service,
+        receiver(received) as hook,
+        process(
+            program("prometheus-alertmanager", "prometheus-alertmanager"),
+            f"--config.file={alertmanager_config(folder, hook)}",
+            f"--storage.path={folder / 'alertmanager'}",
+            f"--web.listen-address=127.0.0.1:{ports[1]}",
+            "--cluster.listen-address=",
+            ready=f"{alertmanager}/-/ready",
+        ),
+        process(
+            program("prometheus", "prometheus"),
+            f"--config.file={prometheus_config(folder, f'127.0.0.1:{service.port}', f'127.0.0.1:{ports[1]}')}",
+            f"--storage.tsdb.path={folder / 'prometheus'}",
+            f"--web.listen-address=127.0.0.1:{ports[0]}",
+            ready=f"{prometheus}/-/ready",
+        ),
+        traffic(service.url, store.url, faulty),
+    ):
+        yield World(service, prometheus, alertmanager, received, faulty)
+
+
+def test_an_anomaly_arrives_at_alertmanager_and_is_resolved_when_it_is_over(world: World) -> None:
+    until(lambda: world.count("onset_streams_shown") > STREAMS, "the queue's stream")
+    world.faulty.set()
+    firing = until(lambda: world.received.of("firing"), "an alert of the stream that is off")[0]
+    active = httpx.get(f"{world.alertmanager}/api/v2/alerts", params={"filter": f'stream="{FAULTY}"'}).json()
+    world.faulty.clear()
+    resolved = until(lambda: world.received.of("resolved"), "its end")[0]
+    print(json.dumps({"firing": firing, "resolved": resolved}, indent=2))
+    assert firing["labels"]["alertname"] == "OnsetStreamAnomalous"
+    assert firing["labels"]["severity"] == "warning"
+    assert firing["annotations"]["summary"] == f"{FAULTY} is anomalous."
+    assert "default has taken it for anomalous" in firing["annotations"]["description"]
+    assert firing["annotations"]["runbook_url"].endswith("OnsetStreamAnomalous.md")
+    assert [alert["status"]["state"] for alert in active] == ["active"]
+    assert resolved["labels"] == firing["labels"]
+    assert resolved["endsAt"] > firing["startsAt"]
+
+
+def test_every_query_of_every_panel_and_rule_returns_data(world: World) -> None:
+    values = variables(30, 1, FAULTY, "value")
+
+    def empty(found: list[Found]) -> list[str]:
+        return [f"{one.asked.where}: {one.asked.expr}" for one in found if one.series == 0]
+
+    found = ask(world.prometheus, queries(), values, 30)
+    if empty(found):  # a series that has begun a moment ago: the next scrapes have it
+        time.sleep(5)
+        found = ask(world.prometheus, queries(), values, 30)
+    print(table(found))
+    assert empty(found) == []
+    assert {one.asked.where for one in found} >= {f"rule {rule.name}" for rule in RULES}
+
+
+def test_the_numbers_are_those_of_the_traffic(world: World) -> None:
+    def value(query: str) -> float:
+        reply = httpx.get(f"{world.prometheus}/api/v1/query", params={"query": query}).json()
+        return float(reply["data"]["result"][0]["value"][1])
+
+    assert value('sum(onset_events_total{outcome="scored"})') > STREAMS * KNOWN
+    assert value('sum(onset_events_total{outcome="rejected"})') == 1
+    assert value("sum(onset_onsets_total)") >= 1
+    assert value("min(onset_canary_ok)") == 1
+    assert value('min(onset_build_info{version!=""})') == 1
+    share = value('sum(onset_p_value_bucket{le="0.5"}) / sum(onset_p_value_count)')
+    assert 0 < share < 1
+    assert not math.isnan(value(f'max(yhat_upper{{stream="{FAULTY}"}})'))
+
+
+def test_no_rule_complains_about_the_service_itself(world: World) -> None:
+    reply = httpx.get(f"{world.prometheus}/api/v1/rules").raise_for_status().json()
+    rules = [rule for group in reply["data"]["groups"] for rule in group["rules"]]
+    assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
+    health = [group for group in reply["data"]["groups"] if group["name"] == "onset-health"]
+    assert [rule["name"] for group in health for rule in group["rules"] if rule["state"] == "firing"] == []
