@@ -340,10 +340,18 @@ def service() -> dashboard.Dashboard:
                     "reqps",
                 ),
                 line(
+                    "Remote write without a score",
+                    "What Prometheus sent and no value of it was scored; rule: dropped here, so better dropped where it is sent from.",
+                    [Query(f"sum by (what) (rate(onset_remote_write_unscored_total{{{_ALL}}}[$__rate_interval]))", "{{what}}")],
+                    "short",
+                ),
+                line(
                     "Ready",
                     "Whether each replica can score.",
                     [Query(f"onset_ready{{{_ALL}}}", "{{instance}}")],
                     "bool_yes_no",
+                    width=24,
+                    height=5,
                 ),
             ],
         ),

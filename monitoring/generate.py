@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,13 +14,13 @@ BY_HAND = {"OnsetAnomaly": "A stream behaves as it hardly ever does.", "OnsetSil
 """Runbooks of the alerts that the service itself sends."""
 
 
-def files() -> Mapping[str, str]:
-    """Path below the repository's root → content."""
+def files(runbooks: str = alerting.RUNBOOKS) -> Mapping[str, str]:
+    """Path below the repository's root → content; `runbooks` is where an alert's reader finds the pages."""
     made = {
         "docs/metrics.md": pages.metrics(),
-        "monitoring/prometheus/rules.yml": alerting.prometheus_rules(),
+        "monitoring/prometheus/rules.yml": alerting.prometheus_rules(runbooks),
         "monitoring/prometheus/rules.test.yml": alerting.prometheus_tests(),
-        "monitoring/grafana/provisioning/alerting/onset.yml": alerting.grafana_rules(),
+        "monitoring/grafana/provisioning/alerting/onset.yml": alerting.grafana_rules(runbooks),
         "docs/runbooks/README.md": alerting.index(BY_HAND),
     }
     made |= {f"monitoring/grafana/dashboards/onset-{name}.json": content for name, content in dashboards.all_dashboards().items()}
@@ -27,7 +28,9 @@ def files() -> Mapping[str, str]:
 
 
 def main() -> None:
-    for name, content in files().items():
+    parser = argparse.ArgumentParser(prog="python -m monitoring.generate", description=__doc__)
+    parser.add_argument("--runbooks", default=alerting.RUNBOOKS, help="where the pages of docs/runbooks are read")
+    for name, content in files(parser.parse_args().runbooks.rstrip("/")).items():
         path = ROOT / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)

@@ -555,15 +555,15 @@ RULES: tuple[Rule, ...] = (
         (
             Case(
                 {
-                    'onset_onsets_total{job="onset",model="m"}': "0+1x1600",
-                    'onset_expected_false_alarms_total{job="onset",model="m"}': "0+0.1x1600",
+                    'onset_onsets_total{job="onset",model="m"}': "0+1x200",
+                    'onset_expected_false_alarms_total{job="onset",model="m"}': "0+0.1x200",
                 },
                 {"job": "onset", "model": "m"},
             ),
             Case(
                 {
-                    'onset_onsets_total{job="onset",model="m"}': "0x1595 3x5",
-                    'onset_expected_false_alarms_total{job="onset",model="m"}': "0+0.001x1600",
+                    'onset_onsets_total{job="onset",model="m"}': "0x195 3x5",
+                    'onset_expected_false_alarms_total{job="onset",model="m"}': "0+0.001x200",
                 }
             ),
         ),

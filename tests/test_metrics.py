@@ -201,10 +201,13 @@ async def test_batches_that_nobody_looks_at_are_taken_in_after_a_bounded_number_
     world = World(tiny_detector)
     sample = world.metrics.registry.get_sample_value
     world.metrics.begin(model=["tiny"])
-    await world.score("a", *quiet(GATHER_EVENTS - 1))
-    assert sample("onset_judged_events_total", {"model": "tiny"}) == 0
-    await world.score("a", 10.0)
-    assert sample("onset_judged_events_total", {"model": "tiny"}) == GATHER_EVENTS - tiny_detector.manifest.warmup
+    names, rounds = [str(i) for i in range(512)], GATHER_EVENTS // 512
+    events = [Event(stream_id=name, values={"value": float(i)}) for i in range(rounds) for name in names]
+    await world.scorer.score(events[:-1])
+    before = sample("onset_judged_events_total", {"model": "tiny"})
+    await world.scorer.score(events[-1:])
+    assert before == 0
+    assert sample("onset_judged_events_total", {"model": "tiny"}) == 512 * (rounds - tiny_detector.manifest.warmup)
     await world.scorer.drain(5)
 
 

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import yaml
 
 from tests.deploy.files import COMPOSE, Document, compose, image_environment, settings_from, tool, version
 
@@ -73,3 +74,19 @@ def test_every_container_is_bounded_and_comes_back(services: Document) -> None:
 def test_images_are_pinned_to_a_minor_version(services: Document) -> None:
     assert services["service"]["image"] == f"onset:{version()}"
     assert re.fullmatch(r"valkey/valkey:\d+\.\d+-alpine", services["redis"]["image"])
+    for name in ("prometheus", "alertmanager", "grafana"):
+        assert re.fullmatch(r"(prom|grafana)/[a-z]+:v?\d+\.\d+\.\d+", services[name]["image"])
+
+
+def test_monitoring_is_asked_for_and_mounts_what_ships(services: Document) -> None:
+    watching = {name: service for name, service in services.items() if service.get("profiles") == ["prometheus"]}
+    assert {"prometheus", "alertmanager", "grafana"} <= set(watching)
+    sources = [volume.partition(":")[0] for service in watching.values() for volume in service["volumes"] if volume.startswith("./")]
+    assert all((COMPOSE.parent / source).is_dir() for source in sources)
+    targets = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
+    [provider] = yaml.safe_load((COMPOSE.parent / "monitoring/grafana/provisioning/dashboards/onset.yml").read_text())["providers"]
+    assert targets["./monitoring/grafana/dashboards"] == provider["options"]["path"]
+    config = yaml.safe_load((COMPOSE.parent / "monitoring/prometheus/prometheus.yml").read_text())
+    assert config["scrape_configs"][0]["dns_sd_configs"][0]["names"] == ["service"]
+    assert config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] == ["alertmanager:9093"]
+    assert all(port.startswith("127.0.0.1:") for service in watching.values() for port in service.get("ports", []))

@@ -191,10 +191,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     received, faulty = Received(), threading.Event()
     ports = free_port(), free_port()
     prometheus, alertmanager = (f"http://127.0.0.1:{port}" for port in ports)
-    settings = {"STREAM_METRICS": "100", "CANARY_SECONDS": "3", "STREAMS_INPUT": "onset:events"}
     with (
         Valkey(folder / "store") as store,
-        Service(folder / "service/data", REDIS_URL=store.url, **settings) as service,
+        Service(
+            folder / "service/data", REDIS_URL=store.url, STREAM_METRICS="100", CANARY_SECONDS="3", STREAMS_INPUT="onset:events"
+        ) as service,
         receiver(received) as hook,
         process(
             program("prometheus-alertmanager", "prometheus-alertmanager"),
