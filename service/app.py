@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import openapi, queues, remote_write, series, tasks
+from service import openapi, queues, remote_write, series, tasks, tellers
 from service.api import Application, Door
 from service.canary import Canary
 from service.console.pages import Console
@@ -67,6 +67,7 @@ class Service:
         self.scorers: dict[str, Scorer] = {}
         self.console = self._console() if settings.console else None
         self.book = Book()
+        self.sinks = tellers.declared(settings, self.book, self.metrics)
         self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics)
         self.store: StateStore | None = None
         self._store_open = False
@@ -148,7 +149,7 @@ class Service:
                     stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
             for canary in self._canaries(store):
                 stack.push_async_callback(tasks.end, asyncio.create_task(canary.run(), name="canary"))
-            desk = Desk(self.book, self.scorers, self.metrics, _keeping(self.settings))
+            desk = Desk(self.book, self.scorers, self.metrics, _keeping(self.settings), self.sinks)
             stack.push_async_callback(tasks.end, asyncio.create_task(desk.run(), name="alerts"))
             for consumer in queues.consumers(self.sources, url, self._scorer, self.metrics, max_events=self.settings.max_batch_events):
                 await consumer.start()

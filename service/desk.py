@@ -65,8 +65,16 @@ class Streams(Protocol):
 class Sink(Protocol):
     """Where alerts go."""
 
+    @property
+    def name(self) -> str: ...
+
+    async def begin(self, token: str) -> None:
+        """Called before the first fold under this lease. Raises Fenced, StoreUnavailable."""
+
     async def run(self, token: str) -> None:
-        """Tell of changes until cancelled, under the desk's lease. Raises Fenced once it is another's."""
+        """Tell of changes until cancelled, under the desk's lease; return once it is another's."""
+
+    async def close(self) -> None: ...
 
 
 class Desk:
@@ -123,6 +131,8 @@ class Desk:
                 raise Fenced("The book of alerts is kept by another replica by now.")
             return
         if self._cursors is None:
+            for sink in self._sinks:
+                await sink.begin(self._token)
             self._cursors = await self._book.cursors()
             self._look_at = 0.0
             self._metrics.alerts_keeper.set(1)
@@ -273,6 +283,8 @@ class Desk:
         if kept:
             with contextlib.suppress(StoreUnavailable, Fenced):
                 await self._book.release(self._token)
+        for sink in self._sinks:
+            await sink.close()
 
 
 def _meant(transition: Transition, known: Mapping[str, Alert]) -> list[str]:

@@ -408,6 +408,31 @@ class Metrics:
         "Any: look at what is open; raise the setting if it is all true.",
     )
 
+    alert_deliveries = _counter(
+        "onset_alert_deliveries_total",
+        "notices",
+        "What became of notices to a sink: delivered, retried (an attempt after the first), withheld (beyond the flood limit), past (its "
+        "alert was of the past), dead_lettered.",
+        "retried grows: the sink is down or slow. dead_lettered: read why in the log; withheld: many streams went wrong at once.",
+        sink=RUNNING,
+        outcome=("delivered", "retried", "withheld", "past", "dead_lettered"),
+    )
+    alert_delivery = _histogram(
+        "onset_alert_delivery_seconds",
+        "seconds",
+        "Time from the change of an alert to its delivery to a sink.",
+        "Grows: the sink is down or slow.",
+        (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600),
+        sink=RUNNING,
+    )
+    alert_lag = _gauge(
+        "onset_alert_lag_seconds",
+        "seconds",
+        "Age of the oldest change that a sink has not been told of, on the replica that keeps the book; 0 = none waits.",
+        "Above a minute: the sink does not answer, see the log.",
+        sink=RUNNING,
+    )
+
     # the policy
     alpha = _gauge(
         "onset_alpha",

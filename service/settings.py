@@ -110,6 +110,24 @@ class Settings(BaseSettings):
     """How often the streams of open alerts are looked at, and Alertmanager is told of them again: below its resolve_timeout (5 min)."""
     alerts_max_age_seconds: Annotated[float, Field(gt=0)] = 3600
     """An alert whose event is older than this when it is scored is of the past: it is kept, and told to no sink."""
+    alerts_alertmanagers: str = ""
+    """URLs of Alertmanagers, with commas between: each is told of all alerts (docs/alerts.md)."""
+    alerts_keep_firing_seconds: Annotated[float, Field(ge=0)] = 300
+    """How long an alert fires in Alertmanager at least: what is over before its group_wait or group_interval, it tells nobody of."""
+    alerts_runbook_url: str = ""
+    """Annotation runbook_url of alerts in Alertmanager; empty = none."""
+    alerts_webhook: str = ""
+    """URL that alerts are posted to, each change by itself."""
+    alerts_webhook_secret: SecretStr = SecretStr("")
+    """What these requests are signed with (HMAC-SHA256): text of 16 bytes at least, or base64 behind whsec_."""
+    alerts_webhook_secret_file: Path | None = None
+    """A file that holds it, in place of the setting."""
+    alerts_stdout: bool = False
+    """Whether alerts are written to the standard output as JSON lines."""
+    alerts_per_minute: Annotated[int, Field(ge=1)] = 30
+    """Alerts that the webhook and the standard output are told of one by one; of more in a minute there is one notice."""
+    alerts_give_up_seconds: Annotated[float, Field(gt=0)] = 3600
+    """How long the webhook is tried; then a notice is a dead letter."""
     alerts_max_open: Annotated[int, Field(ge=1)] = 20_000
     alerts_max_resolved: Annotated[int, Field(ge=0)] = 10_000
     alerts_retention_seconds: Annotated[float, Field(ge=0)] = 7 * 24 * 3600

@@ -140,6 +140,10 @@ class Book:
     async def open_ids(self) -> list[str]:
         return [id_.decode() for id_ in (await self._store.pipe([("ZRANGE", OPEN, 0, -1)]))[0]]
 
+    async def resolved_since(self, at: float) -> list[str]:
+        """Ids of alerts that were resolved after this time."""
+        return [id_.decode() for id_ in (await self._store.pipe([("ZRANGEBYSCORE", RESOLVED, at, "+inf")]))[0]]
+
     async def latest_of(self, stream_id: str, most: int) -> list[str]:
         """Ids of a stream's latest alerts, of all models."""
         return await self._ids(Wanted(stream_id=stream_id), "", most)

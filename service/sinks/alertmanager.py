@@ -1,0 +1,209 @@
+"""Alerts to an Alertmanager (POST /api/v2/alerts), which groups, routes, silences and notifies.
+
+    open         told at once, and again every `resend` seconds: Alertmanager takes what it is not told of for its resolve_timeout
+                 (5 minutes) for resolved
+    escalated    the severity is a label, so it is another alert there: the one of the lower severity is resolved in the same request
+    resolved     with endsAt, `keep_firing` seconds after it opened at the earliest: Alertmanager tells nobody of what is over before its
+                 group_wait (or, in a group that was told of, the next group_interval) has passed
+
+It is told how things stand, not what happened: what it missed while it was down is of no use to it any more. So there is neither a flood
+limit (its grouping is that) nor a dead letter but for what it refuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+import structlog
+
+from service.alerts import EPOCH, Alert, AlertReply
+from service.errors import Fenced, StoreUnavailable
+from service.metrics import Metrics
+from service.sinks.teller import PATIENCE, POLL_SECONDS, Patience, Refused, Unreachable, first_cursor, retries
+from service.stores.book import AT_ONCE, Book, Told
+
+TIMEOUT_SECONDS = 10.0
+NAMES = {"anomaly": "OnsetAnomaly", "silence": "OnsetSilence"}
+
+Posted = dict[str, Any]
+"""One alert as the API takes it."""
+
+log = structlog.get_logger(__name__)
+
+
+class Alertmanager:
+    """Tells one Alertmanager, while the desk's lease is ours. `clock` gives seconds since 1970."""
+
+    def __init__(
+        self,
+        url: str,
+        book: Book,
+        metrics: Metrics,
+        *,
+        public_url: str = "",
+        runbook_url: str = "",
+        resend: float = 60.0,
+        keep_firing: float = 300.0,
+        patience: Patience = PATIENCE,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        parts = urlsplit(url)
+        self.name = (
+            f"alertmanager {parts.hostname}:{parts.port}{parts.path.rstrip('/')}" if parts.port else f"alertmanager {parts.hostname}"
+        )
+        self._url = f"{url.rstrip('/')}/api/v2/alerts"
+        self._book, self._metrics, self._clock, self._patience = book, metrics, clock, patience
+        self._public_url, self._runbook_url = public_url, runbook_url
+        self._resend, self._keep_firing = resend, keep_firing
+        self._client = httpx.AsyncClient(timeout=TIMEOUT_SECONDS)
+        self._waiting: Told | None = None
+        self._cursor = "0-0"
+        self._resend_at = 0.0
+        metrics.alert_lag.labels(self.name).set_function(lambda: self._clock() - self._waiting.at if self._waiting else 0.0)
+
+    async def begin(self, token: str) -> None:
+        """Before the first fold under this lease."""
+        self._cursor = await first_cursor(self._book, token, self.name)
+        self._resend_at = 0.0
+
+    async def run(self, token: str) -> None:
+        """Tell how things stand until cancelled. Returns when the lease is lost."""
+        while True:
+            try:
+                if not await self.turn(token):
+                    await asyncio.sleep(POLL_SECONDS)
+            except Fenced:
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(POLL_SECONDS)
+            except Exception as error:  # a bug must not silence the sink for good; it is counted and logged
+                self._metrics.bugs.inc()
+                log.error("unexpected_error", sink=self.name, exc_info=error)
+                await asyncio.sleep(1.0)
+
+    async def turn(self, token: str) -> bool:
+        """Tell of the next changes, or of all that is open when it is time; whether there were changes. Raises Fenced, StoreUnavailable."""
+        changes = await self._book.changes(self._cursor, AT_ONCE)
+        self._waiting = changes[0] if changes else None
+        if changes:
+            letters = await self._tell(self._of_changes(changes))
+            if not letters:
+                self._delivered(changes)
+            await self._book.delivered(token, self.name, changes[-1].id, letters=letters)
+            self._cursor, self._waiting = changes[-1].id, None
+        elif self._clock() >= self._resend_at:
+            self._resend_at = self._clock() + self._resend
+            await self._tell_again()
+        return bool(changes)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def _of_changes(self, changes: Sequence[Told]) -> list[Posted]:
+        """The latest of each alert; of a severity that it has left, that it is over."""
+        latest: dict[str, Alert] = {}
+        left: list[Posted] = []
+        for told in changes:
+            alert, before = told.change.alert, told.change.severity_before
+            if alert.live:
+                latest[alert.id] = alert
+                if before is not None:
+                    left.append(self._posted(alert, severity=before, ends=told.at))
+        return _one_each([*left, *map(self._posted, latest.values())])
+
+    async def _tell_again(self) -> None:
+        """All that is open, or still held open."""
+        now = self._clock()
+        ids = await self._book.open_ids() + await self._book.resolved_since(now - self._keep_firing)
+        for i in range(0, len(ids), AT_ONCE):
+            some = [alert for alert in await self._book.alerts(ids[i : i + AT_ONCE]) if alert is not None and alert.live]
+            firing = [alert for alert in some if alert.open or alert.opened_at + self._keep_firing > now]
+            if firing:
+                await self._tell(_one_each([self._posted(alert) for alert in firing]))
+
+    async def _tell(self, posted: Sequence[Posted]) -> list[bytes]:
+        """As often as it takes; a dead letter where it is refused."""
+        if not posted:
+            return []
+        try:
+            async for attempt in retries(self._patience, attempts=None, timeout=None):
+                with attempt:
+                    if attempt.num > 1:
+                        self._count("retried")
+                    await self._post(posted)
+        except Refused as error:
+            self._count("dead_lettered")
+            log.error("alert_undeliverable", sink=self.name, alerts=len(posted), reason=error.detail)
+            return [msgspec.json.encode({"sink": self.name, "reason": error.detail, "at": self._clock(), "alerts": posted})]
+        self._count("delivered")
+        return []
+
+    async def _post(self, posted: Sequence[Posted]) -> None:
+        try:
+            answer = await self._client.post(self._url, json=posted)
+        except httpx.TransportError as error:
+            raise Unreachable(f"Alertmanager does not answer ({type(error).__name__}: {error}).") from error
+        if answer.status_code >= 500 or answer.status_code in (404, 408, 429):  # 404: behind a proxy, while it starts
+            raise Unreachable(f"Alertmanager answered {answer.status_code}: {answer.text[:200]}")
+        if not answer.is_success:
+            raise Refused(f"Alertmanager answered {answer.status_code}: {answer.text[:500]}")
+
+    def _posted(self, alert: Alert, *, severity: str | None = None, ends: float | None = None) -> Posted:
+        reply = AlertReply.of(alert, self._public_url)
+        starts = min(alert.started_at, alert.opened_at)
+        annotations = {
+            "summary": reply.summary,
+            "description": reply.description,
+            "alert_id": alert.id,
+            "link": reply.link or "",
+            "runbook_url": self._runbook_url,
+            "acknowledged_by": alert.acknowledgement.by if alert.acknowledgement else "",
+        }
+        posted: Posted = {
+            "labels": {
+                "alertname": NAMES[alert.kind],
+                "stream": alert.stream_id,
+                "model": alert.model,
+                "severity": severity or alert.severity,
+            },
+            "annotations": {name: text for name, text in annotations.items() if text},
+            "startsAt": _time(starts),
+        }
+        if reply.link:
+            posted["generatorURL"] = reply.link
+        if ends is None and alert.resolved_at is not None:
+            ends = max(alert.resolved_at, alert.opened_at + self._keep_firing)
+        if ends is not None:
+            posted["endsAt"] = _time(max(ends, starts + 0.001))
+        return posted
+
+    def _delivered(self, changes: Sequence[Told]) -> None:
+        for told in changes:
+            if told.change.alert.live:
+                self._metrics.alert_delivery.labels(self.name).observe(max(0.0, self._clock() - told.at))
+            else:
+                self._count("past")
+
+    def _count(self, outcome: str) -> None:
+        self._metrics.alert_deliveries.labels(self.name, outcome).inc()
+
+
+def _one_each(posted: Sequence[Posted]) -> list[Posted]:
+    """One of each set of labels, which is what an alert is there: an open one before those that are over."""
+    chosen: dict[tuple[str, ...], Posted] = {}
+    for one in posted:
+        labels = tuple(one["labels"].values())
+        if labels not in chosen or "endsAt" in chosen[labels]:
+            chosen[labels] = one
+    return list(chosen.values())
+
+
+def _time(seconds: float) -> str:
+    return (EPOCH + timedelta(seconds=seconds)).isoformat(timespec="milliseconds")

@@ -1,0 +1,275 @@
+"""Where alerts go: what happened to them is told to each sink by itself, in order, at least once.
+
+    changes after the sink's cursor ─► leave out alerts of the past, and what is beyond the flood limit ─► tell (again and again, with
+    back-off) ─► cursor, dead letters and what was withheld, in one step under the desk's lease
+
+A flood (a whole plant goes wrong) is told as such: the first alert beyond `per_minute` brings one notice that more follow which are not
+told one by one, and each minute another one says how many. What is told of a withheld alert later on is withheld too, unless it escalates
+when there is room again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import msgspec
+import stamina
+import structlog
+
+from service.alerts import Alert, AlertReply
+from service.errors import Fenced, OnsetError, StoreUnavailable
+from service.events import Severity
+from service.metrics import Metrics
+from service.stores.book import Book, Told
+
+POLL_SECONDS = 0.25
+FLOOD_SECONDS = 60.0
+NAMED = 10
+"""Streams that a notice of a flood names."""
+
+log = structlog.get_logger(__name__)
+
+
+class Unreachable(OnsetError):
+    """The sink cannot take it now: it is told again. `after` seconds where it said when."""
+
+    def __init__(self, detail: str, after: float | None = None) -> None:
+        super().__init__(detail)
+        self.after = after
+
+
+class Refused(OnsetError):
+    """The sink will never take it: it becomes a dead letter."""
+
+
+class Flood(msgspec.Struct, frozen=True):
+    """Alerts that are not told one by one."""
+
+    withheld: int
+    since: float
+    by_severity: dict[Severity, int]
+    streams: list[str]
+    """Some of them."""
+    link: str | None
+
+
+class Notice(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a sink is told."""
+
+    id: str
+    """The same whenever it is told again."""
+    event: Literal["opened", "escalated", "acknowledged", "unacknowledged", "resolved", "flood"]
+    at: float
+    """When it happened, seconds since 1970."""
+    alert: AlertReply | None = None
+    severity_before: Severity | None = None
+    flood: Flood | None = None
+
+    @property
+    def subject(self) -> str:
+        return f"{self.event} {self.alert.stream_id if self.alert else ''}".strip()
+
+
+class Sink(Protocol):
+    """One place that takes notices one by one."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def tell(self, notice: Notice) -> None:
+        """Raises Unreachable or Refused."""
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How a sink that does not answer is told again."""
+
+    give_up: float = 3600.0
+    """Age of a notice (s) at which it becomes a dead letter, after one attempt at least."""
+    first_wait: float = 0.5
+    longest_wait: float = 60.0
+
+
+PATIENCE = Patience()
+
+
+def retries(patience: Patience, *, attempts: int | None, timeout: float | None) -> AsyncIterator[stamina.Attempt]:
+    """Attempts with back-off while a sink is unreachable; the last one's error is let through."""
+    context = stamina.retry_context(
+        on=lambda error: error.after if isinstance(error, Unreachable) and error.after is not None else isinstance(error, Unreachable),
+        attempts=attempts,
+        timeout=timeout,
+        wait_initial=patience.first_wait,
+        wait_max=patience.longest_wait,
+        wait_jitter=patience.first_wait,
+    )
+    return context.__aiter__()
+
+
+@dataclass
+class _Flooding:
+    """How many alerts were opened lately, and what has been withheld since the last notice of it."""
+
+    per_minute: int
+    opened: deque[float] = field(default_factory=deque)
+    since: float | None = None
+    withheld: Counter[Severity] = field(default_factory=Counter)
+    streams: list[str] = field(default_factory=list)
+
+    def takes(self, now: float) -> bool:
+        """Whether there is room for another alert; it is taken then."""
+        while self.opened and self.opened[0] <= now - FLOOD_SECONDS:
+            self.opened.popleft()
+        if len(self.opened) >= self.per_minute:
+            return False
+        self.opened.append(now)
+        return True
+
+    def withhold(self, alert: Alert) -> None:
+        self.withheld[alert.severity] += 1
+        if len(self.streams) < NAMED:
+            self.streams.append(alert.stream_id)
+
+    def told(self, now: float, link: str | None) -> Flood:
+        """What to tell of it; counting begins anew."""
+        flood = Flood(self.withheld.total(), self.since or now, dict(self.withheld), self.streams, link)
+        self.since = now if flood.withheld else None
+        self.withheld, self.streams = Counter(), []
+        return flood
+
+
+class Teller:
+    """Tells one sink of what happens, while the desk's lease is ours. `clock` gives seconds since 1970."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        book: Book,
+        metrics: Metrics,
+        *,
+        public_url: str = "",
+        per_minute: int = 30,
+        patience: Patience = PATIENCE,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._sink, self._book, self._metrics, self._clock = sink, book, metrics, clock
+        self._public_url, self._patience = public_url, patience
+        self._flooding = _Flooding(per_minute)
+        self._waiting: Told | None = None
+        self._cursor = "0-0"
+        self.name = sink.name
+        metrics.alert_lag.labels(sink.name).set_function(lambda: self._clock() - self._waiting.at if self._waiting else 0.0)
+
+    async def begin(self, token: str) -> None:
+        """Before the first fold under this lease. A sink that was never told of anything is told of what comes from now on."""
+        self._cursor = await first_cursor(self._book, token, self._sink.name)
+
+    async def run(self, token: str) -> None:
+        """Tell of changes until cancelled. Returns when the lease is lost."""
+        while True:
+            try:
+                if not await self.turn(token):
+                    await asyncio.sleep(POLL_SECONDS)
+            except Fenced:
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(POLL_SECONDS)
+            except Exception as error:  # a bug must not silence the sink for good; it is counted and logged
+                self._metrics.bugs.inc()
+                log.error("unexpected_error", sink=self._sink.name, exc_info=error)
+                await asyncio.sleep(1.0)
+
+    async def turn(self, token: str) -> bool:
+        """Tell of the next change; whether there was one. Raises Fenced, StoreUnavailable."""
+        now = self._clock()
+        if self._flooding.since is not None and now - self._flooding.since >= FLOOD_SECONDS:
+            await self._tell_of_flood(token, f"flood-{self._cursor}-{now:.0f}", now)
+        told = next(iter(await self._book.changes(self._cursor, 1)), None)
+        self._waiting = told
+        if told is None:
+            return False
+        await self._handle(token, told, now)
+        self._cursor, self._waiting = told.id, None
+        return True
+
+    async def close(self) -> None:
+        await self._sink.close()
+
+    async def _handle(self, token: str, told: Told, now: float) -> None:
+        change, alert = told.change, told.change.alert
+        name = self._sink.name
+        if not alert.live:
+            self._count("past")
+            await self._book.delivered(token, name, told.id)
+            return
+        known = not await self._book.withheld(name, [alert.id])
+        event = change.event
+        if event == "opened" or (event == "escalated" and not known):
+            if not self._flooding.takes(now):
+                await self._withhold(token, told, now)
+                return
+            event = "opened"
+        elif not known:
+            self._count("withheld")
+            await self._book.delivered(token, name, told.id, over=[alert.id] if not alert.open else [])
+            return
+        before = change.severity_before if event == "escalated" else None
+        notice = Notice(told.id, event, told.at, AlertReply.of(alert, self._public_url), before)
+        letters = await self._attempt(notice)
+        await self._book.delivered(token, name, told.id, over=[alert.id], letters=letters)
+
+    async def _withhold(self, token: str, told: Told, now: float) -> None:
+        self._count("withheld")
+        self._flooding.withhold(told.change.alert)
+        letters: list[bytes] = []
+        if self._flooding.since is None:
+            letters = await self._attempt(self._flood_notice(f"flood-{told.id}", now))
+            self._flooding.since = now
+        await self._book.delivered(token, self._sink.name, told.id, withhold=[told.change.alert.id], letters=letters)
+
+    async def _tell_of_flood(self, token: str, id_: str, now: float) -> None:
+        notice = self._flood_notice(id_, now)
+        if notice.flood is not None and notice.flood.withheld:
+            letters = await self._attempt(notice)
+            await self._book.delivered(token, self._sink.name, self._cursor, letters=letters)
+
+    def _flood_notice(self, id_: str, now: float) -> Notice:
+        link = f"{self._public_url.rstrip('/')}/" if self._public_url else None
+        return Notice(id_, "flood", now, flood=self._flooding.told(now, link))
+
+    async def _attempt(self, notice: Notice) -> list[bytes]:
+        """Tell, as often as it takes; the dead letter if it was in vain."""
+        age, patience = self._clock() - notice.at, self._patience
+        attempts = None if age < patience.give_up else 1
+        try:
+            async for attempt in retries(patience, attempts=attempts, timeout=max(patience.give_up - age, 0.001)):
+                with attempt:
+                    if attempt.num > 1:
+                        self._count("retried")
+                    await self._sink.tell(notice)
+        except (Unreachable, Refused) as error:
+            self._count("dead_lettered")
+            log.error("alert_undeliverable", sink=self._sink.name, notice=notice.id, about=notice.subject, reason=error.detail)
+            return [msgspec.json.encode({"sink": self._sink.name, "reason": error.detail, "at": self._clock(), "notice": notice})]
+        self._count("delivered")
+        self._metrics.alert_delivery.labels(self._sink.name).observe(max(0.0, self._clock() - notice.at))
+        return []
+
+    def _count(self, outcome: str) -> None:
+        self._metrics.alert_deliveries.labels(self._sink.name, outcome).inc()
+
+
+async def first_cursor(book: Book, token: str, sink: str) -> str:
+    """Where a sink goes on; one that is new begins with what comes from now on. Raises Fenced, StoreUnavailable."""
+    cursor = (await book.cursors()).get(f"sink:{sink}")
+    if cursor is None:
+        cursor = await book.last_change()
+        await book.delivered(token, sink, cursor)
+    return cursor

@@ -1,0 +1,90 @@
+"""Alerts to a webhook, signed as Standard Webhooks are (https://www.standardwebhooks.com), so that any of its libraries verifies them.
+
+POST url
+webhook-id: 1795666197638-0           the same whenever the notice is sent again
+webhook-timestamp: 1795666198         of this attempt, seconds since 1970
+webhook-signature: v1,BASE64          HMAC-SHA256 of "ID.TIMESTAMP.BODY"
+
+2xx           taken
+408 429 5xx   again, with back-off (after Retry-After, where there is one); so is no answer
+others        never again: a dead letter
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import time
+from collections.abc import Callable
+
+import httpx
+import msgspec
+
+from service.errors import BadSetting
+from service.sinks.teller import Notice, Refused, Unreachable
+
+TIMEOUT_SECONDS = 10.0
+ENCODED = "whsec_"
+LEAST_SECRET = 16
+"""Bytes."""
+AGAIN = frozenset({408, 429})
+LONGEST_RETRY_AFTER = 300.0
+
+
+class Webhook:
+    """Implements Sink. `secret` is text, or base64 behind whsec_; empty = the requests are not signed."""
+
+    name = "webhook"
+
+    def __init__(self, url: str, secret: str, clock: Callable[[], float] = time.time) -> None:
+        """Raises BadSetting for a secret that cannot be used."""
+        self._url, self._clock = url, clock
+        self._key = key_of(secret) if secret else b""
+        self._client = httpx.AsyncClient(timeout=TIMEOUT_SECONDS, follow_redirects=False)
+
+    async def tell(self, notice: Notice) -> None:
+        body = msgspec.json.encode(notice)
+        try:
+            answer = await self._client.post(self._url, content=body, headers=self._headers(notice.id, body))
+        except httpx.TransportError as error:
+            raise Unreachable(f"The webhook does not answer ({type(error).__name__}: {error}).") from error
+        if answer.is_success:
+            return
+        detail = f"The webhook answered {answer.status_code}: {answer.text[:200]}"
+        if answer.status_code in AGAIN or answer.status_code >= 500:
+            raise Unreachable(detail, _retry_after(answer.headers.get("retry-after", "")))
+        raise Refused(detail)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def _headers(self, id_: str, body: bytes) -> dict[str, str]:
+        seconds = str(int(self._clock()))
+        headers = {"content-type": "application/json", "user-agent": "onset", "webhook-id": id_, "webhook-timestamp": seconds}
+        if self._key:
+            headers["webhook-signature"] = signature(self._key, id_, seconds, body)
+        return headers
+
+
+def key_of(secret: str) -> bytes:
+    """The key that a secret means. Raises BadSetting."""
+    key = secret.encode()
+    if secret.startswith(ENCODED):
+        try:
+            key = base64.b64decode(secret.removeprefix(ENCODED), validate=True)
+        except binascii.Error as error:
+            raise BadSetting(f"ONSET_ALERTS_WEBHOOK_SECRET begins with {ENCODED} and is no base64 after that.") from error
+    if len(key) < LEAST_SECRET:
+        raise BadSetting(f"ONSET_ALERTS_WEBHOOK_SECRET has {len(key)} bytes; it needs {LEAST_SECRET} at least.")
+    return key
+
+
+def signature(key: bytes, id_: str, seconds: str, body: bytes) -> str:
+    signed = hmac.new(key, f"{id_}.{seconds}.".encode() + body, hashlib.sha256)
+    return f"v1,{base64.b64encode(signed.digest()).decode()}"
+
+
+def _retry_after(text: str) -> float | None:
+    return min(float(text), LONGEST_RETRY_AFTER) if text.isascii() and text.isdigit() and len(text) < 10 else None

@@ -1,0 +1,313 @@
+"""Sinks are told of every change in order, at least once, with patience and within the flood limit."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import io
+import json
+import math
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from service.alerts import Acknowledgement
+from service.errors import BadSetting, Fenced
+from service.metrics import Metrics
+from service.settings import Settings
+from service.sinks.stdout import Stdout
+from service.sinks.teller import Notice, Patience, Sink, Teller, Unreachable
+from service.sinks.webhook import Webhook, key_of, signature
+from service.stores.book import LEASE
+from service.tellers import declared
+from tests.contracts.test_stores import opened
+from tests.receiver import Posted, Receiver
+from tests.test_desk import T0, Office, opening, resolving
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+QUICK = Patience(give_up=3600, first_wait=0.01, longest_wait=0.05)
+TOKEN = "us"
+
+
+class Kept:
+    """A sink that keeps its notices; it is down for the next `down` of them."""
+
+    name = "kept"
+
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []
+        self.down = 0
+
+    async def tell(self, notice: Notice) -> None:
+        if self.down:
+            self.down -= 1
+            raise Unreachable("down")
+        self.notices.append(notice)
+
+    async def close(self) -> None:
+        return None
+
+    @property
+    def told(self) -> list[tuple[str, str]]:
+        return [(notice.event, notice.alert.stream_id if notice.alert else "") for notice in self.notices]
+
+
+class Desk(Office):
+    """An office whose desk is ours, and a teller of one sink."""
+
+    def teller(self, sink: Sink, metrics: Metrics | None = None, patience: Patience = QUICK, **options: Any) -> Teller:
+        return Teller(sink, self.book, metrics or Metrics(), patience=patience, clock=lambda: self.now, **options)
+
+    async def ours(self) -> None:
+        await self.store.pipe([("SET", LEASE, TOKEN)])
+
+    async def happen(self, *transitions: Any, max_age: float = math.inf) -> None:
+        """Log and fold these."""
+        await self.log(*transitions)
+        await self.store.pipe([("DEL", LEASE)])
+        await self.desk(max_age=max_age).turn()
+        await self.ours()
+
+
+async def all_told(teller: Teller) -> None:
+    while await teller.turn(TOKEN):
+        pass
+
+
+@pytest.fixture
+async def office(empty_server: str) -> AsyncIterator[Desk]:
+    store = await opened(empty_server)
+    office = Desk(store)
+    office.now = time.time()
+    await office.ours()
+    yield office
+    await store.close()
+
+
+async def test_each_change_is_told_once_and_in_order_from_the_moment_a_sink_is_new(office: Desk) -> None:
+    await office.happen(opening("before"))
+    sink = Kept()
+    teller = office.teller(sink, public_url="https://onset.example")
+    await teller.begin(TOKEN)
+    await office.happen(opening("a"), opening("a", what="escalated", severity="critical"))
+    [alert] = await office.all(stream_id="a")
+    await office.book.acknowledge(alert, Acknowledgement("anna", "", T0))
+    await office.happen(resolving("a"))
+    await all_told(teller)
+    assert sink.told == [("opened", "a"), ("escalated", "a"), ("acknowledged", "a"), ("resolved", "a")]
+    notice = sink.notices[1]
+    assert notice.severity_before == "minor"
+    assert notice.alert is not None
+    assert notice.alert.link == "https://onset.example/?stream=a"
+    again = office.teller(Kept())
+    await again.begin(TOKEN)
+    assert not await again.turn(TOKEN)
+
+
+async def test_whoever_takes_over_goes_on_where_the_other_one_died(office: Desk) -> None:
+    first, second = Kept(), Kept()
+    teller = office.teller(first)
+    await teller.begin(TOKEN)
+    await office.happen(*(opening(f"s{i}") for i in range(6)))
+    for _ in range(3):
+        await teller.turn(TOKEN)
+    await office.store.pipe([("SET", LEASE, "another")])
+    with pytest.raises(Fenced):
+        await teller.turn(TOKEN)  # told, but not marked: the next one tells it again
+    await office.ours()
+    heir = office.teller(second)
+    await heir.begin(TOKEN)
+    await all_told(heir)
+    assert len(first.notices) == 4
+    assert {notice.id for notice in first.notices + second.notices} == {told.id for told in await office.book.changes(None, 100)}
+    assert [notice.id for notice in second.notices] == sorted(notice.id for notice in second.notices)
+
+
+async def test_alerts_of_the_past_are_not_told(office: Desk) -> None:
+    sink, metrics = Kept(), Metrics()
+    teller = office.teller(sink, metrics)
+    await teller.begin(TOKEN)
+    await office.happen(opening("old"), max_age=3600)
+    assert len(await office.book.changes(None, 10)) == 1
+    await all_told(teller)
+    assert sink.told == []
+    assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "past"}) == 1
+
+
+async def test_a_sink_that_is_down_is_told_again_until_it_takes_it(office: Desk) -> None:
+    sink, metrics = Kept(), Metrics()
+    teller = office.teller(sink, metrics)
+    await teller.begin(TOKEN)
+    await office.happen(opening("a"), opening("b"))
+    sink.down = 5
+    await all_told(teller)
+    assert sorted(sink.told) == [("opened", "a"), ("opened", "b")]
+    assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "retried"}) == 5
+    assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "delivered"}) == 2
+    assert metrics.registry.get_sample_value("onset_alert_lag_seconds", {"sink": "kept"}) == 0
+
+
+async def test_a_notice_that_was_tried_for_too_long_is_a_dead_letter_and_the_next_one_is_told(office: Desk) -> None:
+    sink = Kept()
+    teller = office.teller(sink, patience=Patience(give_up=0.2, first_wait=0.02, longest_wait=0.05))
+    await teller.begin(TOKEN)
+    await office.happen(opening("a"))
+    sink.down = 1000
+    [told] = await office.book.changes(None, 1)
+    office.now = told.at
+    assert await teller.turn(TOKEN)
+    sink.down = 0
+    await office.happen(opening("b"))
+    await all_told(teller)
+    assert sink.told == [("opened", "b")]
+    [letter] = [json.loads(letter) for letter in await office.book.letters(10)]
+    assert (letter["sink"], letter["reason"], letter["notice"]["alert"]["stream_id"]) == ("kept", "down", "a")
+
+
+async def test_a_flood_is_one_notice_and_what_was_withheld_stays_so_until_it_escalates(office: Desk) -> None:
+    sink, metrics = Kept(), Metrics()
+    teller = office.teller(sink, metrics, per_minute=3, public_url="https://onset.example")
+    await teller.begin(TOKEN)
+    for i in range(10):
+        await office.happen(opening(f"s{i}", severity="major"))
+    await all_told(teller)
+    assert sink.told == [("opened", "s0"), ("opened", "s1"), ("opened", "s2"), ("flood", "")]
+    first = sink.notices[-1].flood
+    assert first is not None
+    assert (first.withheld, first.streams, first.link) == (1, ["s3"], "https://onset.example/")
+    await office.happen(resolving("s0"), resolving("s5"), opening("s6", what="escalated", severity="critical"))
+    await all_told(teller)
+    assert sink.told[4:] == [("resolved", "s0")]
+    office.now += 61
+    await all_told(teller)
+    [notice] = sink.notices[5:]
+    assert notice.flood is not None
+    assert notice.flood.withheld == 7  # s4 to s9, and s6 once more as it escalated
+    assert notice.flood.by_severity == {"major": 6, "critical": 1}
+    await office.happen(opening("s7", what="escalated", severity="critical"))
+    await office.happen(resolving("s7"), resolving("s6"))
+    await all_told(teller)
+    assert sink.told[6:] == [("opened", "s7"), ("resolved", "s7")]
+    office.now += 61
+    await all_told(teller)
+    assert len(sink.notices) == 8
+    assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "withheld"}) == 10
+
+
+async def test_standard_output_has_one_json_line_for_each_notice(office: Desk) -> None:
+    to = io.StringIO()
+    teller = office.teller(Stdout(to))
+    await teller.begin(TOKEN)
+    await office.happen(opening("line 3/pump"), resolving("line 3/pump"))
+    await all_told(teller)
+    lines = [json.loads(line) for line in to.getvalue().splitlines()]
+    assert [(line["event"], line["alert"]["stream_id"], line["alert"]["status"]) for line in lines] == [
+        ("opened", "line 3/pump", "open"),
+        ("resolved", "line 3/pump", "resolved"),
+    ]
+    assert lines[0]["alert"]["summary"]
+
+
+# ── webhook ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def verified(posted: Posted, secret: str) -> Any:
+    """The content, as a receiver that follows the standard reads it."""
+    signed = f"{posted.headers['webhook-id']}.{posted.headers['webhook-timestamp']}.".encode() + posted.body
+    expected = base64.b64encode(hmac.new(base64.b64decode(secret.removeprefix("whsec_")), signed, hashlib.sha256).digest()).decode()
+    assert hmac.compare_digest(posted.headers["webhook-signature"], f"v1,{expected}")
+    return posted.json
+
+
+def test_the_signature_is_that_of_the_standards_example() -> None:
+    body = b'{"test": 2432232314}'
+    assert (
+        signature(key_of(SECRET), "msg_p5jXN8AQM9LWM0D4loKWxJek", "1614265330", body) == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+    )
+
+
+async def test_the_webhook_gets_signed_notices_and_again_after_failures_under_the_same_id(office: Desk) -> None:
+    with Receiver(500, 503, 429) as receiver:
+        hook = Webhook(receiver.url, SECRET, clock=lambda: T0)
+        teller = office.teller(hook)
+        await teller.begin(TOKEN)
+        await office.happen(opening("a"), resolving("a"))
+        await all_told(teller)
+        await teller.close()
+        notices = [verified(posted, SECRET) for posted in receiver.posted]
+        assert [(notice["event"], notice["alert"]["stream_id"]) for notice in notices] == [("opened", "a")] * 4 + [("resolved", "a")]
+        assert len({posted.headers["webhook-id"] for posted in receiver.posted}) == 2
+        assert receiver.posted[0].headers["webhook-id"] == notices[0]["id"]
+        assert receiver.posted[0].headers["webhook-timestamp"] == str(int(T0))
+        assert receiver.posted[0].headers["content-type"] == "application/json"
+
+
+async def test_a_webhook_that_says_when_to_come_again_is_waited_for(office: Desk) -> None:
+    with Receiver(429, retry_after="1") as receiver:
+        teller = office.teller(Webhook(receiver.url, SECRET))
+        await teller.begin(TOKEN)
+        await office.happen(opening("a"))
+        await all_told(teller)
+        await teller.close()
+        first, second = receiver.posted
+        assert second.at - first.at >= 1
+
+
+async def test_what_a_webhook_refuses_is_a_dead_letter_at_once(office: Desk) -> None:
+    with Receiver(400) as receiver:
+        teller = office.teller(Webhook(receiver.url, ""))
+        await teller.begin(TOKEN)
+        await office.happen(opening("a"))
+        await office.happen(opening("b"))
+        await all_told(teller)
+        await teller.close()
+        assert [posted.json["alert"]["stream_id"] for posted in receiver.posted] == ["a", "b"]
+        assert "webhook-signature" not in receiver.posted[0].headers
+    [letter] = [json.loads(letter) for letter in await office.book.letters(10)]
+    assert letter["reason"].startswith("The webhook answered 400")
+    assert letter["notice"]["alert"]["stream_id"] == "a"
+
+
+async def test_a_webhook_that_is_not_there_is_told_when_it_comes_back(office: Desk) -> None:
+    with Receiver() as gone:
+        port = gone.port
+    teller = office.teller(Webhook(f"http://127.0.0.1:{port}/hook", SECRET))
+    await teller.begin(TOKEN)
+    await office.happen(opening("a"))
+    telling = asyncio.create_task(teller.turn(TOKEN))
+    await asyncio.sleep(0.3)
+    assert not telling.done()
+    with Receiver(port=port) as receiver:
+        assert await asyncio.wait_for(telling, 20)
+        await teller.close()
+        assert [verified(posted, SECRET)["event"] for posted in receiver.posted] == ["opened"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"alerts_webhook": "ftp://x"}, "ONSET_ALERTS_WEBHOOK has 'ftp://x"),
+        ({"alerts_alertmanagers": "alertmanager:9093"}, "ONSET_ALERTS_ALERTMANAGERS"),
+        ({"alerts_alertmanagers": "http://a:9093, http://a:9093"}, "the same Alertmanager twice"),
+        ({"alerts_webhook": "http://x", "alerts_webhook_secret": "short"}, "has 5 bytes"),
+        ({"alerts_webhook": "http://x", "alerts_webhook_secret": "whsec_!!"}, "no base64"),
+        ({"alerts_webhook": "http://x", "alerts_webhook_secret_file": "/nonexistent/secret"}, "cannot be read"),
+        ({"alerts_webhook": "http://x", "alerts_webhook_secret": SECRET, "alerts_webhook_secret_file": "x"}, "both set"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(office: Desk, setting: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadSetting, match=says):
+        declared(Settings(**setting), office.book, Metrics())
+
+
+def test_a_secret_is_read_from_a_file_and_shown_nowhere(office: Desk, tmp_path: Any) -> None:
+    file = tmp_path / "secret"
+    file.write_text(SECRET + "\n")
+    settings = Settings(alerts_webhook="http://x", alerts_webhook_secret_file=file, alerts_stdout=True)
+    assert [sink.name for sink in declared(settings, office.book, Metrics())] == ["stdout", "webhook"]
+    assert SECRET not in repr(Settings(alerts_webhook="http://x", alerts_webhook_secret=SecretStr(SECRET)))
