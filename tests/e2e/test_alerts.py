@@ -25,6 +25,10 @@ class Sensor:
         self._at = time.time() - 1200
         self._sequence = 0
 
+    def move(self, service: Service) -> None:
+        """Send to another replica from now on."""
+        self._service = service
+
     def send(self, values: list[float]) -> None:
         events = [
             {"stream_id": self._stream_id, "values": {"value": value}, "timestamp": self._at + i, "sequence": self._sequence + i}
