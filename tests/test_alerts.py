@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from service.alerts import Alert, Evidence, Transition, advanced, alert_id, decoded, encoded
+from service.alerts import (
+    Alert,
+    Evidence,
+    Finding,
+    Resolution,
+    Transition,
+    advanced,
+    alert_id,
+    decoded,
+    description,
+    encoded,
+    summary,
+)
 from service.detector import Detector
 from service.events import Event
 from service.metrics import Metrics
@@ -236,3 +248,73 @@ def test_a_forgotten_stream_resolves_its_alerts_and_what_is_not_known_stays_unkn
     assert alert.resolution == "forgotten"
     assert advanced(None, forgotten, T0 + 5, 3600) is None
     assert advanced(None, opening(what="resolved", resolution="recovered"), T0 + 5, 3600) is None
+
+
+# ── in words ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NOON = 1_795_694_530.0
+"""2026-11-26 12:02:10 UTC"""
+
+
+def found(actual: float | None, feature: str = "value", contribution: float = 1.0) -> Finding:
+    return Finding(feature, contribution, actual, 20.0, 15.0, 25.0)
+
+
+def alert_of(*findings: Finding, **changes: Any) -> Alert:
+    shown = replace(evidence(NOON), contributors=list(findings))
+    alert = advanced(None, opening(stream_id="pump-7/temperature", started_at=NOON, evidence=shown), NOON + 1, 3600)
+    assert alert is not None
+    return replace(alert, **changes)
+
+
+@pytest.mark.parametrize(
+    ("alert", "says"),
+    [
+        (alert_of(found(28.1)), "pump-7/temperature is 3.1 above its expected range since 12:02:10 UTC."),
+        (alert_of(found(-1234.567)), "pump-7/temperature is 1250 below its expected range since 12:02:10 UTC."),
+        (alert_of(found(25.00012)), "pump-7/temperature is 0.00012 above its expected range since 12:02:10 UTC."),
+        (
+            alert_of(found(28.1, "flow", 0.8), found(None, "speed", 0.2)),
+            "flow of pump-7/temperature is 3.1 above its expected range since 12:02:10 UTC.",
+        ),
+        (
+            alert_of(found(20.0)),
+            "pump-7/temperature behaves unusually since 12:02:10 UTC: its values are in their ranges, their course is not.",
+        ),
+        (
+            alert_of(found(28.1), updated_at=NOON + 90_000),
+            "pump-7/temperature is 3.1 above its expected range since 2026-11-26 12:02:10 UTC.",
+        ),
+        (alert_of(kind="silence", onset=None, last=None), "pump-7/temperature has been silent since 12:02:10 UTC."),
+        (
+            alert_of(found(28.1), resolution="recovered", resolved_at=NOON + 60),
+            "pump-7/temperature is back to normal: its anomaly began at 12:02:10 UTC, and was over at 12:03:10 UTC.",
+        ),
+        (
+            alert_of(found(28.1), resolution="accepted", resolved_at=NOON + 60),
+            "pump-7/temperature has a new normal: the change that began at 12:02:10 UTC was accepted by call.",
+        ),
+    ],
+)
+def test_an_alert_is_one_sentence_that_a_person_can_act_on(alert: Alert, says: str) -> None:
+    assert summary(alert) == says
+
+
+def test_every_way_to_end_has_its_words() -> None:
+    for resolution in get_args(Resolution):
+        assert "{" not in summary(alert_of(found(28.1), resolution=resolution, resolved_at=NOON))
+
+
+def test_the_description_has_the_evidence_at_the_onset_and_at_last() -> None:
+    assert description(alert_of(found(28.1))) == (
+        "At the onset (2026-11-26 12:02:10 UTC): value 28.1, expected 20 (15 to 25); p-value 1e-09."
+    )
+    later = replace(evidence(NOON + 60), contributors=[found(31.0, "flow", 0.75), found(None, "speed", 0.25)], p_value=None)
+    assert description(alert_of(found(28.1), last=later)).endswith(
+        "At last (2026-11-26 12:03:10 UTC): flow 31, expected 20 (15 to 25), 75% of the error; speed unknown, expected 20 (15 to 25), "
+        "25% of the error; no p-value."
+    )
+    silence = alert_of(kind="silence", onset=None, last=None, patience=12.5)
+    assert description(silence) == (
+        "The last event of stream pump-7/temperature was at 2026-11-26 12:02:10 UTC. Up to 12.5 s without an event are ordinary for it."
+    )

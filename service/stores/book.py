@@ -125,16 +125,18 @@ class Book:
     async def page(self, wanted: Wanted, cursor: str, limit: int) -> tuple[list[Alert], str]:
         """At most `limit` alerts, the latest first, from those before the id `cursor` on ("" = all), and the next cursor ("" = the end)."""
         found: list[Alert] = []
-        for _ in range(SCANNED // AT_ONCE):
-            ids = await self._ids(wanted, cursor, AT_ONCE)
+        looked, count = 0, min(limit, AT_ONCE)
+        while looked < SCANNED:
+            ids = await self._ids(wanted, cursor, count)
             for alert in await self.alerts(ids):
                 if alert is not None and wanted.has(alert):
                     found.append(alert)
                     if len(found) == limit:
                         return found, alert.id
-            if len(ids) < AT_ONCE:
+            if len(ids) < count:
                 return found, ""
             cursor = ids[-1]
+            looked, count = looked + count, min(2 * count, AT_ONCE)
         return found, cursor
 
     async def open_ids(self) -> list[str]:
@@ -160,16 +162,13 @@ class Book:
 
     # ── for whoever keeps it ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def hold(self, token: str, ttl_ms: int) -> bool:
-        """Renew the lease, or take it where it is free; whether it is ours."""
-        [taken] = await self._store.pipe([("SET", LEASE, token, "NX", "PX", ttl_ms)])
-        if taken:
-            return True
-        try:
-            await self._under(token, [("PEXPIRE", LEASE, ttl_ms)])
-        except Fenced:
-            return False
-        return True
+    async def take(self, token: str, ttl_ms: int) -> bool:
+        """Take the lease where it is free; whether it is ours."""
+        return bool((await self._store.pipe([("SET", LEASE, token, "NX", "PX", ttl_ms)]))[0])
+
+    async def renew(self, token: str, ttl_ms: int) -> None:
+        """Raises Fenced."""
+        await self._under(token, [("PEXPIRE", LEASE, ttl_ms)])
 
     async def release(self, token: str) -> None:
         """Raises Fenced."""
