@@ -13,6 +13,7 @@ Events of the same time are one. Nothing is said before GAPS gaps.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -30,10 +31,11 @@ HEADROOM = math.log(2)
 OUTLIER = math.log(4)
 
 
-def learn(rows: Rows, at: NDArray[np.intp], gap: Float64) -> None:
-    """Learn the gaps [B] (s; NaN = none) that ended with an event of `rows[at]`, in place."""
-    here = at[gap > 0]
-    pace = np.log(gap[gap > 0])
+def learn(rows: Rows, gap: Float64) -> None:
+    """Learn the gaps [B] (s; NaN = none) that ended with an event of `rows`, in place."""
+    known = gap > 0
+    here = slice(None) if known.all() else np.flatnonzero(known)
+    pace = np.log(gap[here])
     count, mean, spread, longest = (rows[name][here].astype(np.float64) for name in ("gaps", "pace", "pace_spread", "pace_longest"))
     pace = np.where(count >= GAPS, np.minimum(pace, _log_patience(mean, spread, longest, 1e-3) + OUTLIER), pace)
     rate = np.maximum(1 / (count + 1), 1 / MEMORY)
@@ -58,5 +60,9 @@ def rate(rows: Rows) -> Float64:
 
 
 def _log_patience(mean: Float64, spread: Float64, longest: Float64, alpha: float) -> Float64:
-    z = NormalDist().inv_cdf(1 - alpha)
-    return np.maximum(mean + z * np.maximum(spread, SMALLEST), longest + HEADROOM)
+    return np.maximum(mean + _z(alpha) * np.maximum(spread, SMALLEST), longest + HEADROOM)
+
+
+@lru_cache(maxsize=64)
+def _z(alpha: float) -> float:
+    return NormalDist().inv_cdf(1 - alpha)

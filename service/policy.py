@@ -108,18 +108,46 @@ class Policy:
         return events / (events + self.prior_events)
 
     def track(
-        self, rows: Rows, slots: NDArray[np.intp], timestamp: Float64, p_value: NDArray[np.float32], onset_p: NDArray[np.float32]
+        self,
+        rows: Rows,
+        timestamp: Float64,
+        p_value: NDArray[np.float32],
+        onset_p: NDArray[np.float32],
+        onset_alpha: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """Advance the alert fields of `rows[slots]` by one event each, in place; returns the onsets that count, 1 where none does."""
+        """Advance the alert fields of `rows` [B] by one event each, in place; returns the onsets that count, 1 where none does.
+
+        `onset_alpha` is α_n of these events.
+        """
+        stirred = (rows["flags"] != 0) | (onset_p < onset_alpha) | (p_value < np.float32(self.alpha)) | ~np.isnan(rows["started_at"])
+        quiet = _one_more(rows["quiet"], p_value)
+        if not stirred.any():  # most batches
+            rows["quiet"] = quiet
+            return onset_p
+        at = np.flatnonzero(stirred)
+        counts = onset_p.copy()
+        counts[at] = self._track(rows, at, timestamp[at], p_value[at], onset_p[at], onset_alpha[at])
+        rows["quiet"] = np.where(stirred, rows["quiet"], quiet)
+        return counts
+
+    def _track(
+        self,
+        rows: Rows,
+        slots: NDArray[np.intp],
+        timestamp: Float64,
+        p_value: NDArray[np.float32],
+        onset_p: NDArray[np.float32],
+        onset_alpha: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """The same for `rows[slots]`, whatever they are."""
         before = {name: rows[name][slots] for name in ALERT_FIELDS}
         was_open, frozen, accepted = (before["flags"] & flag != 0 for flag in (ALERT_OPEN, FROZEN, ACCEPTED))
         alpha = np.float32(self.alpha)
         known = accepted | (was_open & (onset_p >= before["peak"] * np.float32(ESCALATION)))
         onset_p = np.where(known, np.float32(1), onset_p)  # NaN is not known
-        onset_alpha = self.onset_alpha(rows["version"][slots] + np.uint64(1))
         opened = onset_p < onset_alpha
         stirred = opened | (p_value < np.where(frozen | accepted, np.float32(max(self.alpha, CALM)), alpha))
-        quiet = np.where(stirred, 0, np.minimum(before["quiet"], 2**32 - 2) + ~np.isnan(p_value))  # no value is no evidence
+        quiet = np.where(stirred, 0, _one_more(before["quiet"], p_value))
         over = quiet >= self.recovery
         started = before["started_at"]
         started = np.where((opened | (p_value < alpha)) & np.isnan(started), timestamp, started)
@@ -176,6 +204,10 @@ def judge(records: Rows) -> Verdicts:
     grade = np.where(is_anomaly, 1 - 1 / np.fmax(height, 1.0), 0.0)
     direction = np.where(is_anomaly, _direction(records), NO_DIRECTION)
     return Verdicts(anomaly_score, alert_score, is_anomaly, grade, severity, direction)
+
+
+def _one_more(quiet: NDArray[np.uint32], p_value: NDArray[np.float32]) -> NDArray[np.uint32]:
+    return np.minimum(quiet, 2**32 - 2) + ~np.isnan(p_value)  # no value is no evidence
 
 
 def _highest(anomaly_score: Float64, alert_score: Float64) -> Float64:

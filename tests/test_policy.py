@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from service.policy import BOTH, DIRECTIONS, DOWN, NO_DIRECTION, UP, Policy, judge
 from service.state import ACCEPTED, ALERT_OPEN, FROZEN, LASTING, LEARNER, Rows, StateCodec
 
 CODEC = StateCodec(features=2, state_size=1, model=1)
+
+
+def track(policy: Policy, rows: Rows, time: float, p_value: float, onset_p: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The next event of the one stream in `rows`."""
+    onset_alpha = policy.onset_alpha(rows["version"] + np.uint64(1))
+    return policy.track(rows, np.array([time]), np.array([p_value], np.float32), onset_p, onset_alpha)
 
 
 def record(p: float, onset_p: float = 1.0, alpha: float = 1e-3) -> Rows:
@@ -26,7 +33,7 @@ def play(policy: Policy, rows: Rows, p_values: list[float], start: float = 0.0) 
     trace = []
     for i, p in enumerate(p_values):
         onset = np.array([abs(p) if p < 0 else 1.0], np.float32)
-        policy.track(rows, np.array([0]), np.array([start + i]), np.array([abs(p)], np.float32), onset)
+        track(policy, rows, start + i, abs(p), onset)
         trace.append((bool(rows["flags"][0] & ALERT_OPEN), float(rows["started_at"][0])))
     return trace
 
@@ -123,7 +130,7 @@ def test_a_stream_too_young_to_know_what_is_normal_learns_through_its_alerts() -
 def test_within_an_open_alert_only_a_much_rarer_onset_counts() -> None:
     rows, counted = old_stream(), []
     for p in (1e-4, 9e-5, 2e-5, 1e-5 / 2, 1e-6, 1e-7):
-        [onset] = Policy().track(rows, np.array([0]), np.array([1.0]), np.array([p], np.float32), np.array([p], np.float32))
+        [onset] = track(Policy(), rows, 1.0, p, np.array([p], np.float32))
         counted.append(bool(onset < 1))
     assert counted == [True, False, False, True, False, True]
 
@@ -172,7 +179,7 @@ def test_an_alert_opens_exactly_when_its_score_is_above_one() -> None:
         policy, rows = Policy(alpha=1e-3, tau=1500.0, strict=strict), CODEC.fresh(1)
         rows["version"] = 99
         onset_p = np.array([2e-3], np.float32)
-        policy.track(rows, np.array([0]), np.array([0.0]), np.array([0.5], np.float32), onset_p)
+        track(policy, rows, 0.0, 0.5, onset_p)
         records = record(0.5, 2e-3)
         records["onset_alpha"] = policy.onset_alpha(np.array([100]))
         assert bool(rows["flags"][0] & ALERT_OPEN) == opens == bool(judge(records).alert_score[0] > 1)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from service.detector import Detector
 from service.events import Event, Readings
 from service.features import to_readings
+from service.order import turns
 from service.policy import Policy
-from service.rounds import Kind, advance, split_rounds
+from service.rounds import Kind, advance
 from service.state import Rows, StateCodec
 
 POLICY = Policy()
@@ -38,19 +39,18 @@ def event(stream: int, value: float = 1.0, **more: float | str | int | None) -> 
     return Event(stream_id=str(stream), values={"value": value}, **more)  # type: ignore[arg-type]
 
 
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=60))
-def test_each_round_has_a_stream_once_and_all_rounds_together_each_event_once(slots: list[int]) -> None:
-    seen: list[int] = []
-    rank: dict[int, int] = {}
-    for positions in split_rounds(np.array(slots, np.intp)):
-        here = [slots[i] for i in positions]
-        assert len(set(here)) == len(here)
-        assert positions.tolist() == sorted(positions.tolist())
-        for i in positions.tolist():
-            assert rank.get(slots[i], -1) < i
-            rank[slots[i]] = i
-        seen += positions.tolist()
-    assert sorted(seen) == list(range(len(slots)))
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=60))
+def test_each_round_has_a_stream_once_and_all_rounds_together_each_event_that_goes(events: list[tuple[int, bool]]) -> None:
+    slots, go = np.array([slot for slot, _ in events], np.intp), np.array([goes for _, goes in events], np.bool_)
+    made = turns(slots, go)
+    position = iter(made.positions.tolist())
+    last: dict[int, int] = {}
+    for size in made.sizes:
+        for i, slot in zip([next(position) for _ in range(size)], made.streams[:size].tolist(), strict=True):
+            assert slots[i] == slot
+            assert last.get(slot, -1) < i
+            last[slot] = i
+    assert sorted(made.positions.tolist()) == np.flatnonzero(go).tolist()
 
 
 @settings(max_examples=20)

@@ -38,7 +38,7 @@ def surprises(gaps: NDArray[Any], alpha: float = 1e-3) -> tuple[float, NDArray[n
         patience = cadence.patience(rows, alpha)
         told += int(np.isfinite(patience).sum())
         raised += int((gap > patience).sum())
-        cadence.learn(rows, np.arange(len(gaps)), gap)
+        cadence.learn(rows, gap)
     return raised / max(told, 1), cadence.patience(rows, alpha)
 
 
