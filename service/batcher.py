@@ -55,7 +55,7 @@ Item = TypeVar("Item", bound=Work)
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Waiting(Generic[Item, Answer]):
     item: Item
     future: asyncio.Future[Answer]
@@ -169,13 +169,19 @@ class Batcher(Generic[Item, Answer]):
             )
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Answer]] = [loop.create_future() for _ in items]
-        mine.waiting.extend(_Waiting(item, future, futures[i + 1 :]) for i, (item, future) in enumerate(zip(items, futures, strict=True)))
+        for i, item in enumerate(items):
+            mine.waiting.append(_Waiting(item, futures[i], futures[i + 1 :]))
         mine.queued += events
         self._queued += events
         if items:
             self._senders[sender] = mine
             self._idle.clear()
             self._wake.set()
+        if len(futures) == 1:  # as `gather` would, which costs as much as all of this
+            try:
+                return [await futures[0]]
+            except Exception as error:
+                return [error]
         answers = await asyncio.gather(*futures, return_exceptions=True)
         return cast("list[Answer | Exception]", answers)  # futures fail with Exceptions only, see _fail
 

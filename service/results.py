@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, get_args
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +25,6 @@ Numbers = dict[str, float | None]
 # Plain numbers, made once: a reply is made for every event, and on Python 3.11 each member of an Enum is a function call.
 _WITH_RECORD, _OLD, _LATE = (int(Kind.SCORED), int(Kind.DUPLICATE)), (int(Kind.DUPLICATE), int(Kind.REPEATED)), int(Kind.LATE)
 _FIRST = [0]
-_encoder = msgspec.json.Encoder()
 
 
 @dataclass(frozen=True)
@@ -197,10 +195,6 @@ class Replies:
             samples_until_ready=missing,
             state_version=version,
         )
-
-    def encoded(self, events: Sequence[Event], outcomes: Outcomes, *, top_contributors: int) -> list[bytes]:
-        """The same as JSON, as the output stream takes them."""
-        return [_encoder.encode(result) for result in self.results(events, self.judged(outcomes), top_contributors=top_contributors)]
 
     def _result(self, event: Event, row: tuple[Any, ...], top: int) -> Result:
         kind, score, p_value, alert, is_anomaly, grade, severity, direction, confidence, version, timestamp, started_at = row[:12]

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from dataclasses import replace as changed
-from functools import cached_property
-from itertools import groupby
 from typing import NamedTuple, cast
 
 import msgspec
@@ -57,6 +56,9 @@ MAX_BATCH = 1024
 DEPTH = 3
 """Batches under way at once: one loads, one is stepped, one is committed."""
 GATHER_EVENTS = 256
+AT_ONCE_EVENTS = 64
+"""Up to so many events of distinct streams are stepped within the event loop: that takes less than a millisecond, and handing them to
+another thread and back would cost as much again as stepping a few."""
 COUNT_SECONDS = 1.0
 """How long a count of the store's streams is good for."""
 
@@ -83,27 +85,17 @@ class Limits:
     reorder_events: int = 64
 
 
-@dataclass(frozen=True)
 class _Piece:
     """Events of one request, and the policy that was in force when it came: a whole request is judged by one."""
 
-    parsed: Parsed
-    policy: Policy
-    came: float = field(default_factory=time.perf_counter)
+    __slots__ = ("came", "events", "parsed", "policy", "rounds", "streams")
 
-    @property
-    def events(self) -> int:
-        return len(self.parsed)
-
-    @cached_property
-    def streams(self) -> frozenset[str]:
-        return frozenset(self.parsed.stream_ids)
-
-    @cached_property
-    def rounds(self) -> int:
-        if len(self.streams) == self.events:
-            return 1
-        return max(Counter(self.parsed.stream_ids).values())
+    def __init__(self, parsed: Parsed, policy: Policy) -> None:
+        self.parsed, self.policy = parsed, policy
+        self.came = time.perf_counter()
+        self.events = len(parsed)
+        self.streams = frozenset(parsed.stream_ids)
+        self.rounds = 1 if len(self.streams) == self.events else max(Counter(parsed.stream_ids).values(), default=0)
 
 
 class _Settled(NamedTuple):
@@ -159,6 +151,10 @@ class Scorer:
             metrics.held.labels(detector.name).set_function(lambda: self._reorder.held if self._reorder else 0)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
         self._streams, self._counted_at = 0, -COUNT_SECONDS
+        self._stage = {name: metrics.stage.labels(name) for name in ("queue", "load", "step", "commit")}
+        self._copied = {name: metrics.copies.labels(name) for name in ("hit", "miss", "stale")}
+        self._anomalies, self._onsets = metrics.anomalies.labels(detector.name), metrics.onsets.labels(detector.name)
+        self._expected = metrics.expected.labels(detector.name)
         metrics.state_bytes.labels(detector.name).set(self._codec.bytes)
         metrics.queued.labels(detector.name).set_function(lambda: self._batcher.queued)
 
@@ -193,20 +189,22 @@ class Scorer:
         """
         if self._held:
             raise StoreUnavailable("The policy has not been read from the state store yet.")
-        answers: list[Result | ItemError | None] = [item if isinstance(item, ItemError) else None for item in items]
-        places = [i for i, item in enumerate(items) if isinstance(item, Event)]
         events = [item for item in items if isinstance(item, Event)]
         parsed, errors = parse(events, self.detector.manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
-        for i, error in errors.items():
-            answers[places[i]] = error
         if errors:
-            places = [place for i, place in enumerate(places) if i not in errors]
             events = [event for i, event in enumerate(events) if i not in errors]
-        for here, outcome in await self._submit(parsed, sender):
-            for place, answer in zip(places[here], self._replied(events[here], outcome, top_contributors), strict=True):
-                answers[place] = answer
-            await asyncio.sleep(0)  # a long request lets the others in between its pieces
-        return [answer for answer in answers if answer is not None]
+        answers: list[Result | ItemError] = []
+        done = await self._submit(parsed, sender)
+        for here, outcome in done:
+            answers += self._replied(events[here], outcome, top_contributors)
+            if len(done) > 1:
+                await asyncio.sleep(0)  # a long request lets the others in between its pieces
+        if len(answers) == len(items):
+            return answers
+        of_scored, of_event = iter(answers), itertools.count()
+        return [
+            item if isinstance(item, ItemError) else errors[i] if (i := next(of_event)) in errors else next(of_scored) for item in items
+        ]
 
     async def score_columns(self, columns: Columns, *, sender: str = "") -> Scored:
         """The same for events that came as columns, without an object for each."""
@@ -404,9 +402,9 @@ class Scorer:
 
     async def _handle(self, pieces: list[_Piece]) -> list[Answers]:
         """One batch: pieces of several clients, scored together; in two runs where the policy changed while they waited."""
-        self._metrics.stage.labels("queue").observe(time.perf_counter() - min(piece.came for piece in pieces))
+        self._stage["queue"].observe(time.perf_counter() - min(piece.came for piece in pieces))
         parts: list[Answers] = []
-        for _, run in groupby(pieces, key=lambda piece: id(piece.policy)):
+        for _, run in itertools.groupby(pieces, key=lambda piece: id(piece.policy)):
             together = list(run)
             parts += await self._judge([piece.parsed for piece in together], together[0].policy)
         return parts
@@ -414,10 +412,10 @@ class Scorer:
     async def _judge(self, submissions: list[Parsed], policy: Policy) -> list[Answers]:
         readings = Readings.of(submissions, self.detector.features)
         self._metrics.batch.observe(len(readings))
-        answers = self._replies.judged(await self._run(readings, policy))
-        self._metrics.anomalies.labels(self.detector.name).inc(answers.anomalies)
-        self._metrics.onsets.labels(self.detector.name).inc(answers.onsets)
-        self._metrics.expected.labels(self.detector.name).inc(answers.expected)
+        answers = await self._run(readings, policy)
+        self._anomalies.inc(answers.anomalies)
+        self._onsets.inc(answers.onsets)
+        self._expected.inc(answers.expected)
         self._feed.tell(self.detector.name, readings.stream_ids, answers)
         parts, start = [], 0
         for submission in submissions:
@@ -425,51 +423,53 @@ class Scorer:
             start += len(submission)
         return parts
 
-    async def _run(self, readings: Readings, policy: Policy) -> Outcomes:
-        outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
-        pending: Positions = np.arange(len(readings))
-        for _ in range(ATTEMPTS + 1):
-            trying = readings.take(pending)
-            attempt, became = await self._attempt(trying, policy)
-            queued = trying.place["source"] != 0 if trying.place is not None else np.zeros(len(pending), np.bool_)
-            attempt.kinds[(became == FENCED) & queued] = Kind.FENCED
+    async def _run(self, readings: Readings, policy: Policy) -> Answers:
+        answers, again = await self._attempt(readings, policy)
+        pending: Positions = np.flatnonzero(again)
+        if len(pending) == 0:
+            return answers
+        outcomes = answers.batch.outcomes
+        for _ in range(ATTEMPTS):
+            answers, again = await self._attempt(readings.take(pending), policy)
+            attempt = answers.batch.outcomes
             outcomes.records[pending], outcomes.kinds[pending] = attempt.records, attempt.kinds
-            pending = pending[(became == LOST) | ((became == FENCED) & ~queued)]
+            pending = pending[again]
             if len(pending) == 0:
                 break
         outcomes.kinds[pending] = Kind.CONFLICT
-        return outcomes
+        return self._replies.judged(outcomes)
 
-    async def _attempt(self, readings: Readings, policy: Policy) -> tuple[Outcomes, NDArray[np.uint8]]:
-        """Load, step and commit once. Also says for each reading whether its stream's write is WRITTEN, LOST or FENCED."""
+    async def _attempt(self, readings: Readings, policy: Policy) -> tuple[Answers, NDArray[np.bool_]]:
+        """Load, step, judge and commit once. Also says for each reading whether it must be tried again."""
         index: dict[str, int] = {}
         slots = np.array([index.setdefault(stream_id, len(index)) for stream_id in readings.stream_ids], np.intp)
         stream_ids = list(index)
-        with self._metrics.stage.labels("load").time():
+        with self._stage["load"].time():
             loaded, copied = await self._load(stream_ids)
             trails = await self._trails_of_untimed(readings, slots, stream_ids, loaded)
         refused = (await self._refused(loaded.origins))[slots]
-        outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
-        outcomes.kinds[refused] = Kind.REFUSED
-        go = np.flatnonzero(~refused)
         standing = Standing.of(loaded.rows)
-        with self._metrics.stage.labels("step").time():
-            repeated = _known(trails, slots[go], readings.key[go])
-            stepped = await self._step(policy, loaded.rows, readings.take(go), slots[go], repeated)
-        outcomes.records[go], outcomes.kinds[go] = stepped.records, stepped.kinds
+        with self._stage["step"].time():
+            outcomes = await self._step(policy, loaded.rows, readings, slots, refused, trails)
         await self._answer_from_trails(readings, slots, stream_ids, outcomes, trails)
-        with self._metrics.stage.labels("commit").time():
-            settled = self._settled(readings, slots, outcomes)
-            became = await self._commit(stream_ids, loaded, copied, outcomes, slots, policy, settled, standing)
-        return outcomes, became[slots]
+        answers = self._replies.judged(outcomes)
+        with self._stage["commit"].time():
+            settled = self._settled(readings, slots, answers)
+            became = await self._commit(stream_ids, loaded, copied, answers, slots, policy, settled, standing)
+        if (became == WRITTEN).all():
+            return answers, np.zeros(len(readings), np.bool_)
+        became = became[slots]
+        fenced = (became == FENCED) & (readings.place["source"] != 0 if readings.place is not None else False)
+        outcomes.kinds[fenced] = Kind.FENCED
+        return self._replies.judged(outcomes) if fenced.any() else answers, (became != WRITTEN) & ~fenced
 
     async def _load(self, stream_ids: list[str]) -> tuple[Loaded, NDArray[np.bool_]]:
         """States of distinct streams, and [B] which of them are our copies."""
         places = self._copies.find(stream_ids)
         copied = places >= 0
         here, missing = np.flatnonzero(copied), np.flatnonzero(~copied)
-        self._metrics.copies.labels("hit").inc(len(here))
-        self._metrics.copies.labels("miss").inc(len(missing))
+        self._copied["hit"].inc(len(here))
+        self._copied["miss"].inc(len(missing))
         if len(here) == 0:
             return self._codec.decode(await self._store.load(self.detector.name, stream_ids)), copied
         rows, origins = self._codec.fresh(len(stream_ids)), np.full(len(stream_ids), Origin.STORED, np.uint8)
@@ -483,26 +483,46 @@ class Scorer:
                 tokens[i] = token
         return Loaded(rows, tokens, origins), copied
 
-    async def _step(self, policy: Policy, rows: Rows, readings: Readings, slots: Positions, repeated: NDArray[np.bool_]) -> Outcomes:
-        """Step `rows` in place in the worker thread, which other batches use between the parts of a long one."""
+    async def _step(
+        self, policy: Policy, rows: Rows, readings: Readings, slots: Positions, refused: NDArray[np.bool_], trails: dict[int, Rows]
+    ) -> Outcomes:
+        """Step `rows` in place by what is not refused; many events in the worker thread, which other batches use between their parts."""
         outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
+        if not refused.any():
+            await self._advance(policy, rows, readings, slots, trails, outcomes)
+            return outcomes
+        outcomes.kinds[refused] = Kind.REFUSED
+        go = np.flatnonzero(~refused)
+        stepped = Outcomes(outcomes.records[go], outcomes.kinds[go])
+        await self._advance(policy, rows, readings.take(go), slots[go], trails, stepped)
+        outcomes.records[go], outcomes.kinds[go] = stepped.records, stepped.kinds
+        return outcomes
+
+    async def _advance(
+        self, policy: Policy, rows: Rows, readings: Readings, slots: Positions, trails: dict[int, Rows], outcomes: Outcomes
+    ) -> None:
+        repeated = _known(trails, slots, readings.key) if trails else None
         parts = advancing(self.detector, policy, rows, readings, slots, repeated, outcomes)
+        if len(slots) <= AT_ONCE_EVENTS and len(slots) == len(rows):
+            while _goes_on(parts):
+                pass
+            return
         while await asyncio.get_running_loop().run_in_executor(self._worker, _goes_on, parts):
             pass
-        return outcomes
 
     async def _commit(
         self,
         stream_ids: list[str],
         loaded: Loaded,
         copied: NDArray[np.bool_],
-        outcomes: Outcomes,
+        answers: Answers,
         slots: Positions,
         policy: Policy,
         settled: dict[int, _Settled],
         standing: Standing,
     ) -> NDArray[np.uint8]:
         """Write the states that were stepped, and what queues are told; [B] WRITTEN, LOST or FENCED."""
+        outcomes = answers.batch.outcomes
         scored = np.flatnonzero(outcomes.kinds == Kind.SCORED)
         events = np.bincount(slots[scored], minlength=len(stream_ids))
         changed = np.flatnonzero(events)
@@ -520,7 +540,7 @@ class Scorer:
         watches = waits(rows, policy.alpha, self._clock()) if policy.silence else [None] * len(rows)
         values = self._codec.encode(rows)
         trails = self._new_trails(scored, slots, events, outcomes)
-        logs = self._moved(standing, stream_ids, scored, slots, outcomes)
+        logs = self._moved(standing, stream_ids, scored, slots, answers)
         writes = [
             Write(
                 stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""), watch, *settled.get(slot, _NOTHING), logs.get(slot, ())
@@ -540,30 +560,29 @@ class Scorer:
         kept = np.flatnonzero(written & stays)
         self._copies.keep([writes[i].stream_id for i in kept.tolist()], rows[kept])
         self._copies.drop([writes[i].stream_id for i in np.flatnonzero(~written).tolist()])
-        self._metrics.copies.labels("stale").inc(int((copied[changed] & (outcome == LOST)).sum()))
-        self._metrics.conflicts.inc(int((~copied[changed] & (outcome == LOST)).sum()))
+        if not written.all():
+            self._copied["stale"].inc(int((copied[changed] & (outcome == LOST)).sum()))
+            self._metrics.conflicts.inc(int((~copied[changed] & (outcome == LOST)).sum()))
         self._count_fresh(stream_ids, loaded.origins, changed[written])
         for i in scored[outcomes.records["flags"][scored] & EXPIRED != 0].tolist():
             if became[slots[i]] == WRITTEN:
                 self._accepted(stream_ids[slots[i]], outcomes.records[i], by="age")
         return became
 
-    def _settled(self, readings: Readings, slots: Positions, outcomes: Outcomes) -> dict[int, _Settled]:
+    def _settled(self, readings: Readings, slots: Positions, answers: Answers) -> dict[int, _Settled]:
         """Slot → what its write does in queues of the store: results of events that are scored or late, acks of all that are done."""
         settled: dict[int, _Settled] = {}
         if readings.deliveries is None:
             return settled
-        kinds, slot_of = outcomes.kinds.tolist(), slots.tolist()
+        kinds, slot_of = answers.kinds, slots.tolist()
         done = [
             (i, delivery)
             for i, delivery in enumerate(readings.deliveries)
             if delivery is not None and delivery.lease is not None and kinds[i] <= _DONE
         ]
-        told = [(i, delivery.event) for i, delivery in done if kinds[i] in _TOLD]
-        places = np.array([i for i, _ in told], np.intp)
-        about = Outcomes(outcomes.records[places], outcomes.kinds[places])
-        encoded = self._replies.encoded([event for _, event in told], about, top_contributors=10)
-        results = dict(zip(places.tolist(), encoded, strict=True))
+        told = [i for i, _ in done if kinds[i] in _TOLD]
+        published = self._replies.picked([delivery.event for i, delivery in done if kinds[i] in _TOLD], answers, told)
+        results = {i: _encoder.encode(result) for i, result in zip(told, published, strict=True)}
         for i, delivery in done:
             here = settled.setdefault(slot_of[i], _Settled([], []))
             here.acks.append((cast("Lease", delivery.lease), delivery.entry))
@@ -572,16 +591,14 @@ class Scorer:
         return settled
 
     def _moved(
-        self, standing: Standing, stream_ids: list[str], scored: Positions, slots: Positions, outcomes: Outcomes
+        self, standing: Standing, stream_ids: list[str], scored: Positions, slots: Positions, answers: Answers
     ) -> dict[int, list[bytes]]:
         """Slot → what this batch did to its alerts, for the log."""
-        moves = list(standing.moves(slots[scored], outcomes.records[scored])) if self._alerting else []
+        moves = list(standing.moves(slots[scored], answers.batch.outcomes.records[scored])) if self._alerting else []
         if not moves:
             return {}
-        places = scored[[move.event for move in moves]]
         events = [Event(stream_id=stream_ids[move.slot]) for move in moves]
-        answers = self._replies.judged(Outcomes(outcomes.records[places], outcomes.kinds[places]))
-        results = self._replies.results(events, answers, top_contributors=alerts.FINDINGS)
+        results = self._replies.picked(events, answers, scored[[move.event for move in moves]].tolist())
         return alerts.moved(moves, self.detector.name, stream_ids, results)
 
     def _new_trails(self, scored: Positions, slots: Positions, events: NDArray[np.intp], outcomes: Outcomes) -> dict[int, bytes]:
@@ -596,6 +613,8 @@ class Scorer:
 
         Such an event sent again cannot be told from a new one by its age.
         """
+        if readings.timed.all():
+            return {}
         ageless = (readings.key != 0) & ~readings.timed & (readings.sequence < 0)
         if readings.place is not None:  # a position tells it
             ageless &= readings.place["source"] == 0
@@ -605,6 +624,8 @@ class Scorer:
         self, readings: Readings, slots: Positions, stream_ids: list[str], outcomes: Outcomes, trails: dict[int, Rows]
     ) -> None:
         """Events that were not stepped because they are old get their stored result where a trail still holds it."""
+        if not outcomes.kinds.any():  # all SCORED
+            return
         old = np.flatnonzero(np.isin(outcomes.kinds, (Kind.REPEATED, Kind.LATE)) & (readings.key != 0))
         if len(old) == 0:
             return

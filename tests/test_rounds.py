@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import operator
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.detector import Detector
-from service.events import Event, Readings
+from service.events import PLACE, Event, Readings
 from service.features import to_readings
 from service.order import turns
 from service.policy import Policy
-from service.rounds import Kind, advance
+from service.rounds import Kind, Outcomes, advance
 from service.state import Rows, StateCodec
 
 POLICY = Policy()
@@ -39,6 +42,7 @@ def event(stream: int, value: float = 1.0, **more: float | str | int | None) -> 
     return Event(stream_id=str(stream), values={"value": value}, **more)  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=60))
 def test_each_round_has_a_stream_once_and_all_rounds_together_each_event_that_goes(events: list[tuple[int, bool]]) -> None:
     slots, go = np.array([slot for slot, _ in events], np.intp), np.array([goes for _, goes in events], np.bool_)
@@ -65,6 +69,59 @@ def test_any_cut_into_batches_gives_the_same_states_to_the_last_bit(
     for i in range(0, len(events), size):
         run(tiny_detector, cut, events[i : i + size])
     assert whole.tobytes() == cut.tobytes()
+
+
+class Sent(NamedTuple):
+    stream: int
+    time: float
+    timed: bool
+    sequence: int
+    key: int
+    source: int
+    offset: int
+    old: bool
+
+
+sent = st.builds(
+    Sent,
+    st.integers(0, 2),
+    st.integers(0, 8).map(float),
+    st.booleans(),
+    st.integers(-1, 5),
+    st.integers(0, 12),
+    st.integers(0, 2),
+    st.integers(0, 6),
+    st.sampled_from([False] * 9 + [True]),
+)
+in_order = st.lists(st.integers(0, 2), max_size=30).map(
+    lambda streams: [Sent(stream, float(i), True, i, i + 1, 1, i, False) for i, stream in enumerate(streams)]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(sent, min_size=1, max_size=40) | st.builds(operator.add, in_order, st.lists(sent, min_size=1, max_size=3)))
+def test_duplicates_and_late_events_within_a_batch_are_what_they_are_one_by_one(tiny_detector: Detector, events: list[Sent]) -> None:
+    def readings(some: list[Sent]) -> Readings:
+        _, time, timed, sequence, key, source, offset, _ = zip(*some, strict=True)
+        place = np.array([(a, 0, b if a else -1) for a, b in zip(source, offset, strict=True)], PLACE)
+        x = np.array([[float(k % 5)] for k in key], np.float32)
+        columns = np.array(time), np.array(timed), np.array(sequence, np.int64), np.array(key, np.uint64)
+        return Readings([""] * len(some), x, *columns, None, place)
+
+    def advanced(rows: Rows, some: list[Sent]) -> Outcomes:
+        old = np.array([event.old for event in some])
+        return advance(tiny_detector, POLICY, rows, readings(some), np.array([event.stream for event in some], np.intp), old)
+
+    codec = codec_of(tiny_detector)
+    whole, single = codec.fresh(3), codec.fresh(3)
+    together, one_by_one = advanced(whole, events), [advanced(single, [event]) for event in events]
+    assert whole.tobytes() == single.tobytes()
+    for i, alone in enumerate(one_by_one):
+        kind, expected = Kind(int(together.kinds[i])), Kind(int(alone.kinds[0]))
+        within = kind is Kind.DUPLICATE and expected in (Kind.REPEATED, Kind.LATE)  # answered from its own batch
+        assert kind is expected or within
+        if not within:
+            assert together.records[i].tobytes() == alone.records[0].tobytes()
 
 
 def test_an_event_sent_again_gets_its_stored_result_and_is_not_stepped(tiny_detector: Detector) -> None:
