@@ -7,6 +7,14 @@
 # Written for the classic builder and for BuildKit alike. `make image-test` builds it and runs the result.
 
 ARG BASE=python:3.11-slim-bookworm
+ARG NODE=node:22-bookworm-slim
+
+# The page at /. What `make console` built is taken as it is; then NODE may be any image with a shell (docs/deploy.md, without a network).
+FROM ${NODE} AS console
+WORKDIR /source/console
+COPY console .
+COPY service/console ../service/console
+RUN if [ ! -e ../service/console/dist/index.html ]; then npm ci --no-audit --no-fund && npm run build; fi
 
 FROM ${BASE} AS build
 ARG RUNTIME=cpu
@@ -21,8 +29,9 @@ RUN python -m venv --without-pip /opt/onset \
  && python wheels/image_requirements.py "${RUNTIME}" wheels/pyproject.toml > requirements.txt \
  && if ls wheels/*.whl > /dev/null 2>&1; then printf '[global]\nno-index = true\nfind-links = /build/wheels\n' > /etc/pip.conf; fi \
  && pip --python /opt/onset/bin/python install -r requirements.txt
-COPY pyproject.toml README.md LICENSE source/
+COPY pyproject.toml hatch_build.py README.md LICENSE source/
 COPY service source/service
+COPY --from=console /source/service/console/dist source/service/console/dist
 # pip compiles to bytecode here, once; at run time the file system is read-only.
 RUN pip --python /opt/onset/bin/python install --no-deps ./source
 

@@ -5,7 +5,7 @@ DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format train fit bench image-test up clean
+.PHONY: help setup console demo test check format train fit bench image-test up clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -24,10 +24,28 @@ $(DEMO_VENV)/.ready: pyproject.toml
 	@$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
+CONSOLE := service/console/dist/index.html
+NPM := $(shell command -v npm 2> /dev/null)
+
+console: ## build the live page at / (needs Node.js 20.19 or later)
+ifeq ($(NPM),)
+	@echo "npm is not on this machine: the service serves its plain table. The live page needs Node.js 20.19 or later."
+else
+	@$(MAKE) --no-print-directory $(CONSOLE)
+endif
+
+console/node_modules/.ready: console/package-lock.json console/package.json
+	cd console && npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
+
+$(CONSOLE): console/node_modules/.ready console/index.html console/vite.config.js console/tsconfig.json $(wildcard console/src/*)
+	cd console && npm run --silent build -- --logLevel=warn
+
 demo: $(DEMO_VENV)/.ready ## score this machine's own readings live, disturb it, see the onset (no torch, no Docker)
+	@$(MAKE) --no-print-directory console || echo "The live page could not be built; the demo goes on with the plain table."
 	@$(DEMO_VENV)/bin/python -m service demo
 
-test: setup ## all tests, against a real store, a real model and real HTTP, with branch coverage
+test: setup console ## all tests, against a real store, a real model and real HTTP, with branch coverage
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 check: setup ## ruff, mypy --strict, import contracts
@@ -60,4 +78,4 @@ up: ## service and redis in containers
 	docker compose up --build
 
 clean: ## remove what the commands above made
-	rm -rf $(VENV) $(DEMO_VENV) out .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) console/node_modules service/console/dist out .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

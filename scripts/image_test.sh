@@ -112,6 +112,9 @@ get_base() {
 make_context() {
   mkdir -p "$SCRATCH/context/wheelhouse"
   git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -cf - -T - 2> /dev/null | tar -xf - -C "$SCRATCH/context"
+  make --no-print-directory console > "$SCRATCH/console.log" 2>&1 || { tail -5 "$SCRATCH/console.log" >&2; die "the console could not be built"; }
+  [ -e service/console/dist/index.html ] || die "without npm there is no console to put into the image"
+  cp -R service/console/dist "$SCRATCH/context/service/console/dist"
   "$PYTHON" scripts/image_requirements.py "$RUNTIME" pyproject.toml > "$SCRATCH/requirements.txt"
   "$PYTHON" -m pip download --quiet --disable-pip-version-check --only-binary=:all: --python-version 3.11 --implementation cp \
     --dest "$SCRATCH/context/wheelhouse" -r "$SCRATCH/requirements.txt" "${EXTRA_WHEELS[@]}" > "$SCRATCH/pip.log" 2>&1 ||
@@ -120,7 +123,7 @@ make_context() {
 
 build() {
   docker buildx version > /dev/null 2>&1 && [ -z "$DAEMON_PID" ] || export DOCKER_BUILDKIT=0
-  docker build --network none --build-arg BASE="$BASE" --build-arg RUNTIME="$RUNTIME" --tag "$IMAGE" "$SCRATCH/context" > "$SCRATCH/build.log" 2>&1 ||
+  docker build --network none --build-arg BASE="$BASE" --build-arg NODE="$BASE" --build-arg RUNTIME="$RUNTIME" --tag "$IMAGE" "$SCRATCH/context" > "$SCRATCH/build.log" 2>&1 ||
     { tail -30 "$SCRATCH/build.log" >&2; die "the build failed"; }
 }
 

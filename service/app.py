@@ -23,7 +23,8 @@ from starlette.responses import Response
 from service import openapi, queues, remote_write, series, tasks, tellers
 from service.api import Application, Door
 from service.canary import Canary
-from service.console.pages import Console
+from service.console.pages import Console, ConsoleLimits
+from service.console.trial import TrialLimits
 from service.control import Alpha, Asked, Control, Strict
 from service.desk import Desk, Keeping
 from service.detector import Detector, load_detectors
@@ -159,11 +160,10 @@ class Service:
             await self.ready()
 
     def _console(self) -> Console:
-        manifests = {name: detector.manifest for name, detector in self.detectors.items()}
         settings = self.settings
-        console = Console(
-            manifests, self.default_model, settings.console_bytes, settings.console_events, settings.console_watchers, self.metrics
-        )
+        trial = TrialLimits(settings.backtest_bytes, settings.backtest_rows, settings.backtest_seconds)
+        limits = ConsoleLimits(settings.console_bytes, settings.console_events, settings.console_watchers, trial)
+        console = Console(self.detectors, self.default_model, settings.model, lambda name: self.scorers[name].policy, limits, self.metrics)
         console.watch(self.feed)
         return console
 

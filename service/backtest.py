@@ -42,6 +42,8 @@ from service.tables import Notify, ReadOptions, Source, find_sources, read_for
 
 LISTED = 60
 """Inputs shown in the summary; of more, those with the most alerts."""
+TAIL = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003, 0.00001)
+"""p-values below which rows are counted: what was asked for beside what came."""
 SCORE_COLUMNS = ("timestamp", "anomaly_score", "alert_score", "p_value", "is_anomaly")
 
 
@@ -76,7 +78,9 @@ class Scored:
     alert_score: NDArray[np.float64]  # [n]
     p_value: NDArray[np.float32]  # [n]
     is_anomaly: NDArray[np.bool_]  # [n]
-    expected: NDArray[np.float32]  # [n, F], NaN = nothing to expect yet
+    expected: NDArray[np.float32]  # [n, F], NaN = nothing to expect yet; the same for the band
+    lower: NDArray[np.float32]
+    upper: NDArray[np.float32]
     contribution: NDArray[np.float32]  # [n, F] shares of the features in the score
     judged: NDArray[np.bool_]  # [n] False = the detector gave no p-value
     kinds: NDArray[np.uint8]  # [n] of Kind
@@ -95,6 +99,8 @@ class Tally:
     alerts: int = 0
     alert_rows: list[int] = field(default_factory=list)
     """Where alerts open; the first row is 0."""
+    rarer: list[int] = field(default_factory=lambda: [0] * len(TAIL))
+    """Judged rows with a p-value below each number of TAIL."""
 
     def add(self, first: int, scored: Scored) -> None:
         late = scored.kinds == Kind.LATE
@@ -105,6 +111,13 @@ class Tally:
         self.anomalous += int(scored.is_anomaly.sum())
         self.alerts += len(opened)
         self.alert_rows += (first + opened).tolist()
+        p_value = scored.p_value[scored.judged]
+        self.rarer = [n + int((p_value < level).sum()) for n, level in zip(self.rarer, TAIL, strict=True)]
+
+    @property
+    def judged(self) -> int:
+        """Rows with a p-value."""
+        return self.rows - self.warming_up - self.late
 
 
 Sink = Callable[[int, int, Scored], None]
@@ -141,13 +154,16 @@ def finite(outcomes: Outcomes, part: slice) -> Scored:
     records, kinds = outcomes.records[part], outcomes.kinds[part]
     verdicts = judge(records)
     p_value = records["p_value"]
-    expected = np.where((kinds == Kind.SCORED)[:, None], records["expected"], np.float32(np.nan))
+    scored = (kinds == Kind.SCORED)[:, None]
+    expected, lower, upper = (np.where(scored, records[name], np.float32(np.nan)) for name in ("expected", "lower", "upper"))
     return Scored(
         np.nan_to_num(verdicts.anomaly_score, nan=0.0),
         np.nan_to_num(verdicts.alert_score, nan=0.0),
         np.where(np.isnan(p_value), np.float32(1), p_value),
         verdicts.is_anomaly,
         expected,
+        lower,
+        upper,
         records["contribution"],
         ~np.isnan(p_value),
         kinds,
@@ -193,7 +209,8 @@ def run(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("scoring", total=None)
         for first in range(0, len(by_size), limits.group_files):
-            series = list(_read(by_size[first : first + limits.group_files], detector, options, _once(progress.console.print)))
+            notify = _once(progress.console.print)
+            series = [read_series(source, detector, options, notify) for source in by_size[first : first + limits.group_files]]
             progress.update(task, total=(progress.tasks[0].total or 0) + sum(map(len, series)))
             written = _score_group(series, detector, policy, targets, limits, lambda rows: progress.advance(task, rows))
             tallies |= {tally.name: tally for tally in written}
@@ -225,12 +242,12 @@ def _once(notify: Notify) -> Notify:
     return once
 
 
-def _read(sources: Sequence[Source], detector: Detector, options: ReadOptions, notify: Notify) -> Iterator[Series]:
-    for source in sources:
-        table, values = read_for(source, detector.manifest.feature_names, options, notify)
-        if np.nanmax(np.abs(values), initial=0.0) > FLOAT32_MAX:
-            raise TableError(f"{source.path} holds numbers beyond the range of float32.")
-        yield Series(source.name, table.written, table.timestamps, values.astype(np.float32))
+def read_series(source: Source, detector: Detector, options: ReadOptions, notify: Notify) -> Series:
+    """One file for this detector. Raises TableError."""
+    table, values = read_for(source, detector.manifest.feature_names, options, notify)
+    if np.nanmax(np.abs(values), initial=0.0) > FLOAT32_MAX:
+        raise TableError(f"{source.path} holds numbers beyond the range of float32.")
+    return Series(source.name, table.written, table.timestamps, values.astype(np.float32))
 
 
 def _score_group(
@@ -323,4 +340,5 @@ def _total(tallies: Sequence[Tally]) -> Tally:
     for tally in tallies:
         for name in ("rows", "warming_up", "late", "anomalous", "alerts"):
             setattr(total, name, getattr(total, name) + getattr(tally, name))
+        total.rarer = [mine + other for mine, other in zip(total.rarer, tally.rarer, strict=True)]
     return total

@@ -169,6 +169,12 @@ class Detector:
         last = (before, vectors.x[-1], vectors.t[-1], vectors.learn[-1], vectors.alpha[-1])
         self._check_row_invariance(last, out)
 
+    def retest(self) -> SelfTest:
+        """Run the file's own vectors once more, which blocks; returns them. Raises ArtifactError on another answer."""
+        vectors = SelfTest.decode(self._session.get_modelmeta().custom_metadata_map[SELFTEST_KEY])
+        self.self_test(vectors)
+        return vectors
+
     def _step_padded(self, state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
         rows, padded = len(x), MAX_ROWS if self._whole_batches else bucket(len(x))
         feed = {"state": state, "x": x, "t": t, "learn": learn, "alpha": alpha}

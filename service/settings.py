@@ -100,6 +100,12 @@ class Settings(BaseSettings):
     """Recent events kept of a stream."""
     console_watchers: Annotated[int, Field(ge=1, le=1000)] = 32
     """Pages that may watch this replica at once; more are refused with 429."""
+    backtest_bytes: Annotated[int, Field(ge=1024, le=1024 * 1024 * 1024)] = 32 * 1024 * 1024
+    """Size of a CSV that the page takes for a backtest."""
+    backtest_rows: Annotated[int, Field(ge=1)] = 100_000
+    """Its rows."""
+    backtest_seconds: Annotated[float, Field(gt=0)] = 120
+    """How long that may take, in a process of its own; then it is ended."""
     prometheus_relabel: Path | None = None
     """YAML file of relabel_configs that choose and name the series which Prometheus sends (docs/prometheus.md); empty = all are scored."""
     prometheus_series: Annotated[int, Field(ge=1)] = 100_000

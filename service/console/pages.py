@@ -6,26 +6,37 @@ GET /assets/…               its files                   GET /v1/live/{stream_i
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
 import socket
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from starlette.requests import Request
+import msgspec
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.artifact import Manifest
+from service.backtest import TAIL
 from service.console import table
 from service.console.live import STATES, Events, FleetQuery, Live
 from service.console.recent import Recent
-from service.errors import BadParameter, OnsetError, UnknownModel
+from service.console.trial import Trial, TrialLimits, Trials
+from service.detector import Detector
+from service.errors import ArtifactError, BadParameter, OnsetError, TooLarge, TooSlow, UnknownModel, UnsupportedMedia
 from service.events import MAX_NAME_LENGTH
 from service.feed import Feed
 from service.metrics import Metrics
+from service.policy import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA, Policy
 from service.problems import problem_of, respond
 
+CSV, JSON = "text/csv", "application/json"
+BODY_SECONDS = 60.0
 DIST = Path(__file__).parent / "dist"
 """Where `make console` puts the built page."""
 DEFAULT_SHOWN, MOST_SHOWN = 200, 500
@@ -43,17 +54,38 @@ _FOR_EVER = "public, max-age=31536000, immutable"
 """Names of built files hold their hash."""
 
 
+@dataclass(frozen=True)
+class ConsoleLimits:
+    """Memory for the recent events of all models together, events kept of a stream, pages that watch at once, and uploads."""
+
+    most_bytes: int
+    depth: int
+    most_watchers: int
+    trial: TrialLimits
+
+
 class Console:
     """The page of one process, fed with what it scores."""
 
     def __init__(
-        self, manifests: Mapping[str, Manifest], default_model: str, most_bytes: int, depth: int, most_watchers: int, metrics: Metrics
+        self,
+        detectors: Mapping[str, Detector],
+        default_model: str,
+        models: Path,
+        policy_of: Callable[[str], Policy],
+        limits: ConsoleLimits,
+        metrics: Metrics,
     ) -> None:
-        """`most_bytes` of memory for the recent events of all models together, `depth` events for each stream."""
-        share = most_bytes // len(manifests)
-        recent = {name: Recent(manifest, share, depth) for name, manifest in manifests.items()}
-        self.live = Live(recent, most_watchers, f"{socket.gethostname()}:{os.getpid()}", metrics)
+        """`models` is where the detectors were loaded from, `policy_of` gives the policy in force for one of them."""
+        share = limits.most_bytes // len(detectors)
+        recent = {name: Recent(detector.manifest, share, limits.depth) for name, detector in detectors.items()}
+        self.live = Live(recent, limits.most_watchers, f"{socket.gethostname()}:{os.getpid()}", metrics)
+        self.trials = Trials(limits.trial)
+        self._detectors = detectors
+        self._models = models
+        self._policy_of = policy_of
         self._default = default_model
+        self._testing = asyncio.Lock()
         self._built = (DIST / "index.html").is_file()
 
     def watch(self, feed: Feed) -> Callable[[], None]:
@@ -69,6 +101,9 @@ class Console:
             *(Route(f"/assets/{file.name}", _file(file, _FOR_EVER), methods=["GET"], include_in_schema=False) for file in _built_files()),
             Route("/v1/live", _Problems(self.fleet), methods=["GET"], include_in_schema=False),
             Route("/v1/live/{stream_id:path}", _Problems(self.stream), methods=["GET"], include_in_schema=False),
+            Route("/v1/backtest", _Problems(self.backtest), methods=["POST"], include_in_schema=False),
+            Route("/v1/models/{model}/calibration", _Problems(self.calibration), methods=["GET"], include_in_schema=False),
+            Route("/v1/models/{model}/self-test", _Problems(self.self_test), methods=["POST"], include_in_schema=False),
         ]
 
     async def page(self, request: Request) -> Response:
@@ -82,7 +117,7 @@ class Console:
         content = table.page(list(self.live.recent.values()), self.live.replica, alone=not self._built)
         return HTMLResponse(content, headers=HEADERS | {"cache-control": "no-store"})
 
-    def fleet(self, request: Request) -> Events:
+    async def fleet(self, request: Request) -> Events:
         """The streams of this replica, as they are scored."""
         query = request.query_params
         limit, state = query.get("limit", str(DEFAULT_SHOWN)), query.get("state", "")
@@ -95,15 +130,66 @@ class Console:
             raise BadParameter(f"q has {len(holds)} characters, names have {MAX_NAME_LENGTH} at most.", "q")
         return self.live.fleet(self._model(request), FleetQuery(int(limit), holds, STATES.get(state, 0)))
 
-    def stream(self, request: Request) -> Events:
+    async def stream(self, request: Request) -> Events:
         """Every event of one stream."""
         stream_id = request.path_params["stream_id"]
         if not 0 < len(stream_id) <= MAX_NAME_LENGTH:
             raise BadParameter(f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id")
         return self.live.stream(self._model(request), stream_id, request.query_params.getlist("feature"))
 
+    async def backtest(self, request: Request) -> Response:
+        """An uploaded CSV, scored as the service would have scored it."""
+        model = self._model(request)
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != CSV:
+            raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {CSV}.")
+        query, policy = request.query_params, self._policy_of(model)
+        strict, name = query.get("strict", str(policy.strict).lower()), query.get("name", "upload.csv")
+        if strict not in ("true", "false"):
+            raise BadParameter(f"strict is {strict[:64]!r}; it is true or false.", "strict")
+        if not 0 < len(name) <= MAX_NAME_LENGTH:
+            raise BadParameter(f"name has {len(name)} characters; it has 1 to {MAX_NAME_LENGTH}.", "name")
+        alpha = _alpha(query["alpha"]) if "alpha" in query else policy.alpha
+        trial = Trial(name, str(self._models), model, alpha, strict == "true", query.get("timestamp"))
+        return Response(await self.trials.run(trial, await self._body(request)), media_type=JSON)
+
+    async def calibration(self, request: Request) -> Response:
+        """How often small p-values came, of the events held here."""
+        tail = await asyncio.to_thread(self.live.recent[self._model(request)].tail, TAIL)
+        levels = [{"p": level, "events": count} for level, count in zip(TAIL, tail.rarer, strict=True)]
+        body = {"events": tail.events, "judged": tail.judged, "onsets": tail.onsets, "tail": levels, "replica": self.live.replica}
+        return Response(msgspec.json.encode(body), media_type=JSON)
+
+    async def self_test(self, request: Request) -> Response:
+        """The file's own vectors, run again on this machine as it is now. One at a time."""
+        detector = self._detectors[self._model(request)]
+        async with self._testing:
+            began = time.perf_counter()
+            try:
+                vectors = await asyncio.to_thread(detector.retest)
+            except ArtifactError as error:
+                body: dict[str, Any] = {"passed": False, "detail": error.detail}
+            else:
+                steps, rows, _ = vectors.x.shape
+                body = {"passed": True, "steps": steps, "rows": rows, "milliseconds": round(1000 * (time.perf_counter() - began), 1)}
+        return Response(msgspec.json.encode(body | {"sha256": detector.sha256, "provider": detector.providers[0]}), media_type=JSON)
+
+    async def _body(self, request: Request) -> bytes:
+        """Raises TooLarge, TooSlow."""
+        parts, size, most = [], 0, self.trials.limits.max_bytes
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise TooLarge(f"The file is over {most:,} bytes (ONSET_BACKTEST_BYTES).")
+                    parts.append(part)
+        except TimeoutError as error:
+            raise TooSlow(f"The file did not arrive within {BODY_SECONDS:g} s.") from error
+        return b"".join(parts)
+
     def _model(self, request: Request) -> str:
-        name = request.query_params.get("model") or self._default
+        name = request.path_params.get("model") or request.query_params.get("model") or self._default
         if name not in self.live.recent:
             raise UnknownModel(f"No model '{name[:64]}' is loaded; there is {', '.join(sorted(self.live.recent))}.")
         return name
@@ -112,15 +198,27 @@ class Console:
 class _Problems:
     """An ASGI app of what makes an answer; errors of ours become problem details."""
 
-    def __init__(self, handler: Callable[[Request], ASGIApp]) -> None:
+    def __init__(self, handler: Callable[[Request], Awaitable[ASGIApp]]) -> None:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            answer = self._handler(Request(scope, receive))
+            answer = await self._handler(Request(scope, receive))
+        except ClientDisconnect:
+            return
         except OnsetError as error:
             answer = respond(problem_of(error))
         await answer(scope, receive, send)
+
+
+def _alpha(text: str) -> float:
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not SMALLEST_ALPHA <= alpha < LARGEST_ALPHA:
+        raise BadParameter(f"alpha is {text[:64]!r}; it is a number {ALPHA_RANGE}.", "alpha")
+    return alpha
 
 
 def _built_files() -> list[Path]:

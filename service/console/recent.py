@@ -65,6 +65,17 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """How often small p-values came: what was asked for beside what is seen."""
+
+    events: int
+    judged: int
+    onsets: int
+    rarer: list[int]
+    """Events with a p-value below each of the levels asked for."""
+
+
+@dataclass(frozen=True)
 class _Put:
     """What is kept of a batch until it is written."""
 
@@ -152,6 +163,15 @@ class Recent:
         return Counts(
             len(self._slots), int((held & ANOMALY != 0).sum()), int(alerting.sum()), int(cold.sum()), self.capacity, self._left_out
         )
+
+    def tail(self, levels: Sequence[float]) -> Tail:
+        """Of all events held now. Looks at every one: not for the event loop."""
+        n = len(self._names)
+        ring, held = self._ring[:n], np.minimum(self._written[:n], self.depth)
+        events = ring[np.arange(self.depth) < held[:, None]]
+        p_value = events["p"][~np.isnan(events["p"])]
+        rarer = [int((p_value < np.float32(level)).sum()) for level in levels]
+        return Tail(len(events), len(p_value), int((events["bits"] & ONSET != 0).sum()), rarer)
 
     def slot(self, stream_id: str) -> int | None:
         return self._slots.get(stream_id)

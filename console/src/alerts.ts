@@ -1,0 +1,186 @@
+/** Alerts: open, acknowledged, resolved. */
+
+import { Refused, ask, streamPath } from "./api";
+import { fill, h } from "./dom";
+import { ago, chance, clock, duration, number } from "./format";
+import type { Shell, View } from "./main";
+
+interface Evidence {
+  timestamp: number;
+  p_value: number | null;
+  anomaly_score: number | null;
+  alert_score: number | null;
+  direction: string;
+  contributors: { feature: string; contribution: number; actual: number | null; expected: number | null }[];
+}
+
+export interface Alert {
+  id: string;
+  kind: "anomaly" | "silence";
+  status: "open" | "acknowledged" | "resolved";
+  model: string;
+  stream_id: string;
+  severity: string;
+  started_at: number;
+  opened_at: number;
+  updated_at: number;
+  resolved_at: number | null;
+  resolution: string | null;
+  onset: Evidence | null;
+  last: Evidence | null;
+  patience: number | null;
+  acknowledgement: { by: string; note: string; at: number } | null;
+}
+
+export interface AlertsPage {
+  alerts: Alert[];
+  next_cursor: string | null;
+}
+
+const STATUSES = ["open", "acknowledged", "resolved"] as const;
+type Status = (typeof STATUSES)[number];
+const WORDS: Record<string, string> = {
+  recovered: "the stream is back to normal",
+  accepted: "accepted as the new normal",
+  accepted_by_age: "accepted as the new normal because of its age",
+  spoke: "the stream speaks again",
+  forgotten: "the stream was forgotten",
+};
+const NAME_KEY = "onset-name";
+
+export function alertsView(main: HTMLElement, shell: Shell): View {
+  const page = new AlertsView(main, shell);
+  return { title: "Alerts", leave: () => page.leave(), key: (event) => page.key(event) };
+}
+
+class AlertsView {
+  private status: Status;
+  private selected = -1;
+  private readonly timer: number;
+  private shown = "";
+  private readonly choice = h("div", { class: "choice", role: "group", "aria-label": "Which alerts" });
+  private readonly list = h("ul", { class: "alerts" });
+  private readonly said = h("div", { role: "status" });
+
+  constructor(
+    main: HTMLElement,
+    private readonly shell: Shell,
+  ) {
+    const asked = shell.query.get("status");
+    this.status = STATUSES.find((status) => status === asked) ?? "open";
+    for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.show(status) }, status[0]!.toUpperCase() + status.slice(1)));
+    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts")), this.choice), this.said, this.list));
+    this.show(this.status);
+    this.timer = window.setInterval(() => void this.load(), 2000);
+  }
+
+  leave(): void {
+    clearInterval(this.timer);
+  }
+
+  key(event: KeyboardEvent): boolean {
+    const items = [...this.list.children] as HTMLElement[];
+    const step = event.key === "j" || event.key === "ArrowDown" ? 1 : event.key === "k" || event.key === "ArrowUp" ? -1 : 0;
+    if (step && items.length) {
+      this.selected = Math.min(items.length - 1, Math.max(0, this.selected + step));
+      items[this.selected]!.querySelector<HTMLElement>(".name a")!.focus();
+      return true;
+    }
+    if (event.key === "a") {
+      const item = document.activeElement?.closest(".alert");
+      item?.querySelector<HTMLButtonElement>("button")?.click();
+      return item !== null;
+    }
+    return false;
+  }
+
+  private show(status: Status): void {
+    this.status = status;
+    this.selected = -1;
+    this.shown = "";
+    for (const button of this.choice.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button.dataset["status"] === status));
+    history.replaceState(null, "", `#/alerts${status === "open" ? "" : `?status=${status}`}`);
+    fill(this.list);
+    fill(this.said, h("p", { class: "notice" }, "Loading …"));
+    void this.load();
+  }
+
+  private async load(): Promise<void> {
+    const { status } = this;
+    try {
+      const page = await ask<AlertsPage>(`v1/alerts?status=${status}&limit=100`);
+      if (status !== this.status) return;
+      if (status === "open") this.shell.alerting(page.alerts.length);
+      this.fill(page.alerts);
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      fill(this.said, h("p", { class: "notice wrong" }, error.status === 404 ? "This service keeps no alerts." : error.message));
+    }
+  }
+
+  private fill(alerts: Alert[]): void {
+    const shown = JSON.stringify([this.status, alerts.map((alert) => [alert.id, alert.updated_at, alert.status, ago(alert.started_at)])]);
+    if (shown === this.shown) return;
+    this.shown = shown;
+    const focused = document.activeElement?.closest<HTMLElement>(".alert")?.dataset["id"];
+    this.said.replaceChildren();
+    if (!alerts.length) {
+      const words = { open: "Nothing is wrong that somebody would have to know of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet." }[this.status];
+      fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, words)));
+    }
+    fill(this.list, ...alerts.map((alert) => this.item(alert)));
+    if (focused) this.list.querySelector<HTMLElement>(`[data-id="${focused}"] .name a`)?.focus();
+  }
+
+  private item(alert: Alert): HTMLElement {
+    const onset = alert.onset;
+    const top = onset?.contributors[0];
+    const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}`;
+    const severity = h("span", { class: "severity" }, alert.severity);
+    const evidence = top ? ` · ${top.feature} ${number(top.actual)}, expected ${number(top.expected)}${onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : ""} · chance if normal: ${chance(onset?.p_value)}` : "";
+    const what = alert.kind === "silence" ? ` · silent for longer than ${duration(alert.patience ?? 0)} since ${clock(alert.started_at)}` : ` · began ${clock(alert.started_at)}, ${ago(alert.started_at)}${evidence}`;
+    const state =
+      alert.status === "resolved"
+        ? `Resolved ${alert.resolved_at ? clock(alert.resolved_at) : ""}: ${WORDS[alert.resolution ?? ""] ?? alert.resolution ?? ""}${alert.resolved_at ? `, after ${duration(alert.resolved_at - alert.opened_at)}` : ""}`
+        : alert.acknowledgement
+          ? `Acknowledged ${clock(alert.acknowledgement.at)} by ${alert.acknowledgement.by || "someone"}${alert.acknowledgement.note ? `: ${alert.acknowledgement.note}` : ""}`
+          : "";
+    const button = alert.status === "open" ? h("button", { class: "button", type: "button", "aria-label": `Acknowledge ${alert.stream_id}`, onclick: () => this.acknowledge(alert) }, "Acknowledge") : null;
+    return h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what), state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
+  }
+
+  private acknowledge(alert: Alert): void {
+    const by = h("input", { class: "field", name: "by", maxlength: "128", value: localStorage.getItem(NAME_KEY) ?? "", autocomplete: "name" });
+    const note = h("input", { class: "field", name: "note", maxlength: "1000" });
+    const said = h("p", { role: "status" });
+    const send = async (): Promise<void> => {
+      try {
+        localStorage.setItem(NAME_KEY, by.value);
+        await ask(`v1/alerts/${alert.id}/acknowledge`, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ by: by.value.trim(), note: note.value.trim() }) });
+        dialog.close();
+        void this.load();
+      } catch (error) {
+        if (!(error instanceof Refused)) throw error;
+        text_(said, error.message);
+      }
+    };
+    const dialog = h(
+      "dialog",
+      { "aria-labelledby": "ack-title", onclose: () => dialog.remove() },
+      h("h2", { id: "ack-title" }, "Acknowledge"),
+      h("p", {}, `${alert.stream_id}: you look after it. It stays until the stream is normal again.`),
+      h("div", { class: "form" }, h("label", {}, "Your name", by), h("label", {}, "Note", note)),
+      said,
+      h("div", { class: "actions" }, h("button", { class: "button", type: "button", onclick: () => dialog.close() }, "Cancel"), h("button", { class: "button primary", type: "button", onclick: () => void send() }, "Acknowledge")),
+    );
+    dialog.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.target as HTMLElement).tagName === "INPUT") void send();
+    });
+    document.body.append(dialog);
+    dialog.showModal();
+  }
+}
+
+function text_(element: Element, content: string): void {
+  element.textContent = content;
+}

@@ -1,0 +1,49 @@
+/** Numbers and times as people read them. */
+
+const INTEGER = new Intl.NumberFormat("en");
+const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
+const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
+
+export const count = (n: number): string => INTEGER.format(n);
+
+/** Five significant digits, without the noise of a float. */
+export function number(value: number | null | undefined, unit?: string | null): string {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  const shown = size !== 0 && (size >= 1e7 || size < 1e-4) ? value.toExponential(3) : INTEGER_OR(value, size);
+  return unit ? `${shown} ${unit}` : shown;
+}
+
+function INTEGER_OR(value: number, size: number): string {
+  const decimals = size >= 1000 ? 0 : size >= 100 ? 1 : size >= 1 ? 2 : 4;
+  return value.toLocaleString("en", { maximumFractionDigits: decimals, minimumFractionDigits: size >= 1 && size < 1000 ? decimals : 0 });
+}
+
+export const score = (value: number | null | undefined): string => (value === null || value === undefined || !Number.isFinite(value) ? "–" : value.toFixed(2));
+
+/** A p-value as a chance: "1 in 12,000". */
+export function chance(p: number | null | undefined): string {
+  if (p === null || p === undefined) return "–";
+  if (p >= 0.1) return "ordinary";
+  const one = 1 / p;
+  return one >= 1e9 ? `1 in ${one.toExponential(0).replace("e+", "·10^")}` : `1 in ${count(Number(one.toPrecision(2)))}`;
+}
+
+export function clock(seconds: number): string {
+  const date = new Date(1000 * seconds);
+  return Math.abs(Date.now() - date.getTime()) < 20 * 3_600_000 ? CLOCK.format(date) : DAY.format(date);
+}
+
+export function duration(seconds: number): string {
+  const whole = Math.max(0, Math.round(seconds));
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min`;
+  if (whole < 172_800) return `${Math.floor(whole / 3600)} h`;
+  return `${Math.floor(whole / 86_400)} d`;
+}
+
+/** How long ago; times ahead of this clock are now. */
+export function ago(seconds: number): string {
+  const age = Date.now() / 1000 - seconds;
+  return age < 2 ? "now" : `${duration(age)} ago`;
+}

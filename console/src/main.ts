@@ -1,0 +1,197 @@
+/** The shell: bar, addresses behind #, keys. Each view is mounted into <main> and says how it is left. */
+
+import "uplot/dist/uPlot.min.css";
+import { Refused, ask, streamPath, type Link } from "./api";
+import { alertsView, type AlertsPage } from "./alerts";
+import { backtestView } from "./backtest";
+import { ICONS, fill, h, icon, text } from "./dom";
+import { fleetView } from "./fleet";
+import { modelView } from "./model";
+import { streamView } from "./stream";
+import { dark, onTheme, toggle } from "./theme";
+
+/** What a view gives the shell: `leave` ends it, `key` takes a key that the shell has no use for. */
+export interface View {
+  title: string;
+  leave: () => void;
+  key?: (event: KeyboardEvent) => boolean;
+}
+
+export interface Shell {
+  link: (link: Link | null) => void;
+  alerting: (open: number) => void;
+  query: URLSearchParams;
+}
+
+const TABS = [
+  ["fleet", "Fleet", "g f"],
+  ["alerts", "Alerts", "g a"],
+  ["backtest", "Backtest", "g b"],
+  ["model", "Model", "g m"],
+] as const;
+
+const KEYS: [string, string][] = [
+  ["/", "Search streams"],
+  ["j  k", "Next, previous (arrows too)"],
+  ["Enter", "Open what is selected"],
+  ["Esc", "Back"],
+  ["Space", "Pause and go on, in a stream"],
+  ["0", "Whole history, in a stream"],
+  ["a", "Acknowledge the selected alert"],
+  ["g f", "Fleet (g a: alerts, g b: backtest, g m: model)"],
+  ["t", "Dark or light"],
+  ["?", "These keys"],
+];
+
+const main = h("main", { id: "main", tabindex: "-1" });
+const status = h("div", { class: "status", role: "status", hidden: true }, h("span"));
+const badge = h("span", { class: "badge" });
+const themeButton = h("button", { class: "button bare", type: "button", onclick: toggle });
+const help = keysDialog();
+const tabs = TABS.map(([view, name]) => h("a", { href: `#/${view}`, "data-view": view }, name, view === "alerts" && badge));
+let current: View | null = null;
+let gone = false;
+
+fill(
+  document.getElementById("app")!,
+  h(
+    "header",
+    { class: "bar" },
+    h("a", { class: "skip", href: "#main", onclick: skip }, "Skip to content"),
+    h("a", { class: "brand", href: "#/fleet", "aria-label": "Onset, fleet" }, mark(), h("span", {}, "Onset")),
+    h("nav", { "aria-label": "Views" }, ...tabs),
+    h("div", { class: "spacer" }),
+    status,
+    themeButton,
+    h("button", { class: "button bare wide", type: "button", onclick: () => help.showModal(), "aria-label": "Keys", title: "Keys (?)" }, "?"),
+  ),
+  main,
+);
+document.body.append(help);
+
+function mark(): SVGSVGElement {
+  const svg = icon("M1.5 13h3.6l2-9 2.8 13 2-7h6.6");
+  svg.setAttribute("class", "icon mark");
+  return svg;
+}
+
+function skip(event: Event): void {
+  event.preventDefault();
+  main.focus();
+}
+
+const shell: Shell = {
+  query: new URLSearchParams(),
+  link(link) {
+    status.hidden = link === null;
+    if (!link) return;
+    status.dataset["state"] = link.state;
+    text(status.firstElementChild!, { live: "Live", connecting: "Connecting", away: "Not connected", paused: "Resting" }[link.state]);
+    status.title = link.detail;
+  },
+  alerting(open) {
+    text(badge, open ? String(open) : "");
+    badge.setAttribute("aria-label", `${open} open`);
+  },
+};
+
+function route(): void {
+  const [path = "", query = ""] = location.hash.replace(/^#\/?/, "").split("?");
+  const [view = "", ...rest] = path.split("/");
+  shell.query = new URLSearchParams(query);
+  current?.leave();
+  shell.link(null);
+  main.replaceChildren();
+  main.scrollTop = 0;
+  const id = rest.map(decodeURIComponent).join("/");
+  const views: Record<string, () => View> = {
+    stream: () => streamView(main, shell, id),
+    alerts: () => alertsView(main, shell),
+    backtest: () => backtestView(main),
+    model: () => modelView(main, rest[0] ? decodeURIComponent(rest[0]) : null),
+  };
+  current = (views[view] ?? (() => fleetView(main, shell)))();
+  document.title = `${current.title} · Onset`;
+  for (const tab of tabs) {
+    const on = tab.dataset["view"] === view || (tab.dataset["view"] === "fleet" && (view === "stream" || !views[view]));
+    if (on) tab.setAttribute("aria-current", "page");
+    else tab.removeAttribute("aria-current");
+  }
+}
+
+function showTheme(): void {
+  const next = dark() ? "Light" : "Dark";
+  fill(themeButton, icon(dark() ? ICONS.sun : ICONS.moon));
+  themeButton.setAttribute("aria-label", `${next} colours`);
+  themeButton.title = `${next} colours (t)`;
+}
+
+function keysDialog(): HTMLDialogElement {
+  const list = h("dl", { class: "keys" });
+  for (const [keys, what] of KEYS) {
+    const term = h("dt");
+    keys.split(/ +/).forEach((key, i) => term.append(i ? " " : "", h("kbd", {}, key)));
+    list.append(term, h("dd", {}, what));
+  }
+  const dialog = h("dialog", { "aria-labelledby": "keys-title" }, h("h2", { id: "keys-title" }, "Keys"), list);
+  dialog.append(h("div", { class: "actions" }, h("button", { class: "button", type: "button", onclick: () => dialog.close() }, "Close")));
+  return dialog;
+}
+
+document.addEventListener("keydown", (event) => {
+  const target = event.target as HTMLElement;
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(target.tagName);
+  if (typing && event.key !== "Escape" && event.key !== "ArrowDown" && event.key !== "Enter") return;
+  if (gone) {
+    gone = false;
+    const tab = TABS.find(([, , keys]) => keys === `g ${event.key}`);
+    if (tab) {
+      location.hash = `#/${tab[0]}`;
+      return;
+    }
+  }
+  if (current?.key?.(event)) {
+    event.preventDefault();
+    return;
+  }
+  if (typing) return;
+  if (event.key === "?") help.showModal();
+  else if (event.key === "t") toggle();
+  else if (event.key === "g") {
+    gone = true;
+    setTimeout(() => (gone = false), 1200);
+  } else return;
+  event.preventDefault();
+});
+
+async function countAlerts(): Promise<void> {
+  if (document.hidden) return;
+  try {
+    const page = await ask<AlertsPage>("v1/alerts?status=open&limit=100");
+    shell.alerting(page.alerts.length);
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error; // said where alerts are listed
+    if (error.status === 404) {
+      clearInterval(counting); // a service without alerts
+      tabs.find((tab) => tab.dataset["view"] === "alerts")?.remove();
+    }
+  }
+}
+
+onTheme(showTheme);
+showTheme();
+window.addEventListener("hashchange", route);
+linked();
+route();
+const counting = setInterval(() => void countAlerts(), 5_000);
+void countAlerts();
+
+/** Alerts link to `/?stream=ID`: what comes before # is kept by mail and chat programs. */
+function linked(): void {
+  const query = new URLSearchParams(location.search);
+  const id = query.get("stream");
+  if (!id) return;
+  const model = query.get("model");
+  history.replaceState(null, "", `${location.pathname}#/stream/${streamPath(id)}${model ? `?model=${encodeURIComponent(model)}` : ""}`);
+}

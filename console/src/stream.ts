@@ -1,0 +1,407 @@
+/** One stream: its value with what was expected, its score, what carries it, and what to do about it. */
+
+import uPlot from "uplot";
+import { BITS, Live, Refused, ask, streamPath, type Contributor, type EventsMessage, type Link, type StreamMessage } from "./api";
+import { Chart, legend, scoreChart, valueChart, type Column, type Options } from "./charts";
+import { ICONS, fill, h, icon, text } from "./dom";
+import { ago, chance, clock, count, number, score } from "./format";
+import type { Shell, View } from "./main";
+
+const KEPT = 6000;
+/** Events that the page holds; a stream at 10 Hz for ten minutes. */
+const WINDOWS = [
+  ["1 min", 60],
+  ["5 min", 300],
+  ["All", 0],
+] as const;
+const ONSETS_LISTED = 8;
+
+interface Columns {
+  t: number[];
+  score: Column;
+  alert: Column;
+  p: Column;
+  bits: number[];
+  x: Column[];
+  expected: Column[];
+  lower: Column[];
+  upper: Column[];
+  contribution: Column[];
+}
+
+export function streamView(main: HTMLElement, shell: Shell, id: string): View {
+  const page = new StreamPage(main, shell, id);
+  return { title: id, leave: () => page.leave(), key: (event) => page.key(event) };
+}
+
+class StreamPage {
+  private live: Live;
+  private about: StreamMessage | null = null;
+  private data: Columns = nothing();
+  private last: EventsMessage["last"] | null = null;
+  private charts: Chart[] = [];
+  private onsetPositions: number[] = [];
+  private window = 0;
+  private zoom: [number, number] | null = null;
+  private paused = false;
+  private pointed: number | null = null;
+  private skipped = 0;
+  private frame = 0;
+  private timer: number;
+  private readonly model: string;
+  private readonly sync = uPlot.sync(`stream-${Math.random()}`);
+
+  private readonly title = h("h1");
+  private readonly state = h("span", { class: "state" });
+  private readonly figures = h("dl", { class: "figures" });
+  private readonly plots = h("div");
+  private readonly contributors = h("ul", { class: "bars" });
+  private readonly when = h("span", { class: "readout" });
+  private readonly onsets = h("div", { class: "scroll" });
+  private readonly said = h("div");
+  private readonly accept = h("button", { class: "button", type: "button", disabled: true, onclick: () => this.confirm.showModal() }, icon(ICONS.check), "Accept as normal");
+  private readonly pause = h("button", { class: "button", type: "button", onclick: () => this.setPaused(!this.paused) });
+  private readonly windows = h("div", { class: "choice", role: "group", "aria-label": "How much of it" });
+  private readonly picker = h("select", { class: "field", "aria-label": "Features shown", hidden: true, onchange: () => this.pick(this.picker.value) });
+  private readonly confirm: HTMLDialogElement;
+  private readonly content = h("div");
+
+  constructor(
+    main: HTMLElement,
+    private readonly shell: Shell,
+    private readonly id: string,
+  ) {
+    this.model = shell.query.get("model") ?? "";
+    this.confirm = this.confirmation();
+    text(this.title, id);
+    for (const [name, seconds] of WINDOWS) this.windows.append(h("button", { type: "button", "data-seconds": seconds, onclick: () => this.look(seconds) }, name));
+    fill(
+      this.content,
+      this.figures,
+      this.plots,
+      h(
+        "div",
+        { class: "split" },
+        h("section", { class: "card" }, h("header", {}, h("h2", {}, "What carries the score"), h("div", { class: "spacer" }), this.when), this.contributors),
+        h("section", { class: "card" }, h("header", {}, h("h2", {}, "Onsets")), this.onsets),
+      ),
+    );
+    main.append(
+      h(
+        "div",
+        { class: "page broad" },
+        h(
+          "div",
+          { class: "head" },
+          h("a", { class: "button bare", href: "#/fleet", "aria-label": "Back to the fleet" }, icon(ICONS.back)),
+          h("div", { class: "title" }, this.title, this.state),
+          h("div", { class: "actions" }, this.picker, this.windows, this.pause, this.accept),
+        ),
+        this.said,
+        this.content,
+        this.confirm,
+      ),
+    );
+    this.setPaused(false);
+    this.showWindow();
+    this.content.hidden = true;
+    this.timer = window.setInterval(() => this.showState(), 1000);
+    this.live = this.connect([]);
+  }
+
+  leave(): void {
+    this.live.close();
+    clearInterval(this.timer);
+    cancelAnimationFrame(this.frame);
+    this.charts.forEach((chart) => chart.leave());
+    this.confirm.remove();
+  }
+
+  key(event: KeyboardEvent): boolean {
+    if (event.key === " " && !(event.target as HTMLElement).closest("button, a, select")) this.setPaused(!this.paused);
+    else if (event.key === "Escape") location.hash = "#/fleet";
+    else if (event.key === "0") this.look(0);
+    else return false;
+    return true;
+  }
+
+  // ── what comes ──
+
+  private connect(features: string[]): Live {
+    const query = new URLSearchParams(features.map((name) => ["feature", name]));
+    if (this.model) query.set("model", this.model);
+    return new Live(
+      `v1/live/${streamPath(this.id)}?${query}`,
+      (event, data) => (event === "stream" ? this.begin(data as StreamMessage) : event === "events" ? this.add(data as EventsMessage) : undefined),
+      (link) => this.linked(link),
+    );
+  }
+
+  private linked(link: Link): void {
+    this.shell.link(link);
+    if (link.state === "away") fill(this.said, h("p", { class: "notice wrong" }, link.detail));
+    else if (!this.about) fill(this.said, h("p", { class: "notice" }, "Connecting to the live feed …"));
+    else this.said.replaceChildren();
+  }
+
+  private begin(about: StreamMessage): void {
+    this.about = about;
+    this.data = nothing(about.chosen.length);
+    this.last = null;
+    this.zoom = null;
+    this.skipped = 0;
+    this.charts.forEach((chart) => chart.leave());
+    this.charts = [];
+    this.plots.replaceChildren();
+    this.content.hidden = true;
+    fill(this.said, h("p", { class: "notice" }, `Nothing of this stream has been scored by this replica (${about.replica}) lately. Its next event is shown here.`));
+    this.showPicker(about);
+  }
+
+  private add(message: EventsMessage): void {
+    const { data } = this;
+    this.last = message.last;
+    this.skipped += message.skipped;
+    data.t.push(...message.t);
+    data.score.push(...message.score);
+    data.alert.push(...message.alert);
+    data.p.push(...message.p);
+    data.bits.push(...message.bits);
+    for (const name of ["x", "expected", "lower", "upper", "contribution"] as const) message[name].forEach((column, j) => data[name][j]?.push(...column));
+    const extra = data.t.length - KEPT;
+    if (extra > 0) for (const column of [data.t, data.score, data.alert, data.p, data.bits, ...data.x, ...data.expected, ...data.lower, ...data.upper, ...data.contribution]) column.splice(0, extra);
+    this.onsetPositions = [];
+    data.bits.forEach((bits, i) => bits & BITS.onset && this.onsetPositions.push(i));
+    if (!this.charts.length) this.makeCharts();
+    this.schedule();
+  }
+
+  private makeCharts(): void {
+    const about = this.about!;
+    this.said.replaceChildren();
+    this.content.hidden = false;
+    const options = (label: string, height: number): Options => ({
+      marks: { anomalous: (i) => ((this.data.bits[i] ?? 0) & BITS.anomaly) !== 0, onsets: () => this.onsetPositions },
+      time: true,
+      height,
+      label,
+      sync: this.sync,
+      moved: (i) => this.point(i),
+      zoomed: (min, max) => this.zoomTo([min, max]),
+      reset: () => this.look(this.window),
+    });
+    const many = about.chosen.length > 1;
+    about.chosen.forEach((j, place) => {
+      const feature = about.features[j]!;
+      const chart = valueChart(options(`${feature.name}, what was expected and its band`, many ? 150 : 250));
+      this.charts.push(chart);
+      const key = place === 0 ? legend([["value", "value"], ["expected", "expected"], ["band", "band at the asked rate"], ["onset", "onset"]]) : null;
+      this.plots.append(h("section", { class: "card" }, h("header", {}, h("h2", {}, feature.unit ? `${feature.name} (${feature.unit})` : feature.name), key, h("div", { class: "spacer" }), h("span", { class: "readout", "data-place": place })), chart.element));
+    });
+    const chart = scoreChart(options("Anomaly score with the threshold at 1", 130));
+    this.charts.push(chart);
+    const key = legend([["value", "score"], ["threshold", "threshold"]]);
+    this.plots.append(h("section", { class: "card" }, h("header", {}, h("h2", {}, "Anomaly score"), key, h("div", { class: "spacer" }), h("span", { class: "readout", "data-place": "score" })), chart.element));
+  }
+
+  // ── what is seen ──
+
+  private schedule(): void {
+    if (!this.frame && !this.paused) this.frame = requestAnimationFrame(() => this.show());
+  }
+
+  private range(): [number, number] {
+    const { t } = this.data;
+    const end = t[t.length - 1] ?? 0;
+    if (this.zoom) return this.zoom;
+    const begin = this.window ? Math.max(end - this.window, t[0] ?? 0) : (t[0] ?? 0);
+    return [begin === end ? end - 1 : begin, end];
+  }
+
+  private show(): void {
+    this.frame = 0;
+    const { data } = this;
+    if (!data.t.length) return;
+    const [min, max] = this.range();
+    this.charts.forEach((chart, place) => {
+      if (place < data.x.length) chart.show([data.t, data.lower[place]!, data.upper[place]!, data.expected[place]!, data.x[place]!] as uPlot.AlignedData, min, max);
+      else chart.show([data.t, data.score] as uPlot.AlignedData, min, max);
+    });
+    this.showFigures();
+    this.showContributors();
+    this.showOnsets();
+    this.showReadouts();
+    this.showState();
+  }
+
+  private showState(): void {
+    const i = this.data.t.length - 1;
+    if (i < 0) return;
+    const bits = this.data.bits[i]!;
+    const { severity = "none", direction = "none" } = this.last ?? {};
+    const [kind, words] =
+      bits & BITS.open ? ["alert", `Alert open${bits & BITS.frozen ? ", nothing of it is learned" : ""}`] : bits & BITS.anomaly ? ["anomalous", "Anomalous"] : bits & BITS.cold ? ["cold", "Warming up"] : ["normal", "Normal"];
+    this.state.dataset["kind"] = kind;
+    const more = bits & BITS.anomaly ? [severity, direction === "none" ? "" : direction] : [];
+    text(this.state, [words, ...more.filter(Boolean), `last event ${ago(this.data.t[i]!)}`].join(" · "));
+    this.accept.disabled = !(bits & BITS.open);
+    this.accept.title = this.accept.disabled ? "There is no open alert to accept." : "";
+  }
+
+  private showFigures(): void {
+    const { data, about, last } = this;
+    const i = data.t.length - 1;
+    const single = data.x.length === 1;
+    const j = single ? 0 : Math.max(0, about!.chosen.findIndex((one) => about!.features[one]!.name === last?.contributors[0]?.feature));
+    const feature = about!.features[about!.chosen[j]!]!;
+    const band = `${number(data.lower[j]![i])} to ${number(data.upper[j]![i])}`;
+    const points = data.score[i] ?? null;
+    const cold = (data.bits[i]! & BITS.cold) !== 0;
+    const version = last?.state_version ?? 0;
+    const boxes: [string, string, string, boolean][] = [
+      [single ? "Value" : feature.name, number(data.x[j]![i], feature.unit), single ? "" : "carries the most now", false],
+      ["Expected", number(data.expected[j]![i], feature.unit), band, false],
+      ["Score", score(points), cold ? "none while warming up" : "1 = as rare as asked", points !== null && points > 1],
+      ["Chance if normal", chance(data.p[i]), data.p[i] === null ? "" : `p = ${data.p[i]!.toPrecision(2)}`, false],
+      ["Events seen", count(version), cold ? `${count(Math.max(0, about!.warmup - version))} more until scored` : "", false],
+    ];
+    if (!this.figures.childElementCount) for (const [name] of boxes) this.figures.append(h("div", {}, h("dt", {}, name), h("dd", {}), h("dd", { class: "more" })));
+    boxes.forEach(([name, value, more, hot], place) => {
+      const box = this.figures.children[place]!;
+      text(box.children[0]!, name);
+      text(box.children[1]!, value);
+      text(box.children[2]!, more || "\u00a0");
+      box.children[1]!.classList.toggle("hot", hot);
+    });
+  }
+
+  private showContributors(): void {
+    const { data, about, last } = this;
+    const i = this.pointed;
+    const atPoint = i !== null && i < data.t.length;
+    text(this.when, atPoint ? `at ${clock(data.t[i!]!)}` : "now");
+    const shares: Contributor[] = atPoint
+      ? about!.chosen.map((j, place) => ({ feature: about!.features[j]!.name, contribution: data.contribution[place]![i!] ?? null, actual: data.x[place]![i!] ?? null, expected: data.expected[place]![i!] ?? null }))
+      : (last?.contributors ?? []);
+    const sorted = [...shares].sort((a, b) => (b.contribution ?? 0) - (a.contribution ?? 0)).slice(0, 8);
+    while (this.contributors.childElementCount > sorted.length) this.contributors.lastElementChild!.remove();
+    while (this.contributors.childElementCount < sorted.length)
+      this.contributors.append(h("li", {}, h("span", { class: "what" }), h("span", { class: "share" }), h("span", { class: "track", "aria-hidden": "true" }, h("i")), h("small")));
+    sorted.forEach((one, place) => {
+      const [what, share, track, more] = this.contributors.children[place]!.children;
+      text(what!, one.feature);
+      text(share!, `${Math.round(100 * (one.contribution ?? 0))} %`);
+      (track!.firstElementChild as HTMLElement).style.transform = `scaleX(${Math.min(1, Math.max(0, one.contribution ?? 0))})`;
+      text(more!, `${number(one.actual)}, expected ${number(one.expected)}`);
+    });
+  }
+
+  private showOnsets(): void {
+    const positions = this.onsetPositions.slice(-ONSETS_LISTED).reverse();
+    const mark = positions.map((i) => this.data.t[i]).join();
+    if (this.onsets.dataset["shown"] === mark) return;
+    this.onsets.dataset["shown"] = mark;
+    if (!positions.length) return fill(this.onsets, h("p", { class: "quiet" }, "None in what is held of this stream."));
+    const rows = positions.map((i) =>
+      h("tr", {}, h("td", {}, clock(this.data.t[i]!)), h("td", {}, score(this.data.alert[i])), h("td", {}, chance(this.data.p[i])), h("td", { class: "right" }, h("button", { class: "button bare", type: "button", "aria-label": `Show ${clock(this.data.t[i]!)}`, onclick: () => this.around(this.data.t[i] ?? 0) }, icon(ICONS.zoom)))),
+    );
+    fill(this.onsets, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Time"), h("th", {}, "Alert score"), h("th", {}, "Chance"), h("th", {}, h("span", { class: "hidden-label" }, "Show")))), h("tbody", {}, ...rows)));
+  }
+
+  private showReadouts(): void {
+    const { data } = this;
+    const i = this.pointed !== null && this.pointed < data.t.length ? this.pointed : null;
+    for (const readout of this.plots.querySelectorAll<HTMLElement>(".readout")) {
+      const place = readout.dataset["place"];
+      if (i === null) fill(readout, this.zoom ? "Zoomed in; double-click or 0 for everything" : "");
+      else if (place === "score") fill(readout, `${clock(data.t[i]!)} `, h("b", {}, score(data.score[i])), ` · ${chance(data.p[i])}`);
+      else {
+        const j = Number(place);
+        fill(readout, `${clock(data.t[i]!)} `, h("b", {}, number(data.x[j]![i])), ` · expected ${number(data.expected[j]![i])} (${number(data.lower[j]![i])} to ${number(data.upper[j]![i])})`);
+      }
+    }
+  }
+
+  private point(i: number | null): void {
+    if (i === this.pointed || !this.charts.length) return;
+    this.pointed = i;
+    this.showReadouts();
+    this.showContributors();
+  }
+
+  // ── what is done ──
+
+  private setPaused(paused: boolean): void {
+    this.paused = paused;
+    fill(this.pause, icon(paused ? ICONS.play : ICONS.pause), paused ? "Go on" : "Pause");
+    this.pause.setAttribute("aria-pressed", String(paused));
+    this.schedule();
+  }
+
+  private look(seconds: number): void {
+    this.window = seconds;
+    this.zoom = null;
+    this.showWindow();
+    this.refresh();
+  }
+
+  private zoomTo(range: [number, number]): void {
+    this.zoom = range;
+    this.showWindow();
+    this.refresh();
+  }
+
+  private around(time: number): void {
+    const near = this.data.t.filter((t) => Math.abs(t - time) < 15).length;
+    const half = near > 40 ? 15 : Math.max(15, ((this.data.t[this.data.t.length - 1]! - this.data.t[0]!) / Math.max(1, this.data.t.length)) * 40);
+    this.zoomTo([time - half, time + half]);
+  }
+
+  private refresh(): void {
+    if (this.data.t.length) this.show();
+  }
+
+  private showWindow(): void {
+    for (const button of this.windows.querySelectorAll("button")) button.setAttribute("aria-pressed", String(!this.zoom && Number(button.dataset["seconds"]) === this.window));
+  }
+
+  private showPicker(about: StreamMessage): void {
+    this.picker.hidden = about.features.length <= about.chosen.length && about.features.length < 2;
+    fill(this.picker, h("option", { value: "" }, "Features that carry the most"), ...about.features.map((feature) => h("option", { value: feature.name, selected: about.chosen.length === 1 && about.features.length > 1 && about.features[about.chosen[0]!]?.name === feature.name }, feature.name)));
+  }
+
+  private pick(name: string): void {
+    this.live.close();
+    this.live = this.connect(name ? [name] : []);
+  }
+
+  private confirmation(): HTMLDialogElement {
+    const said = h("p", { role: "status" });
+    const dialog = h(
+      "dialog",
+      { "aria-labelledby": "accept-title" },
+      h("h2", { id: "accept-title" }, "Accept as normal?"),
+      h("p", {}, "The alert is closed, and what the stream does now is learned as its new normal. Do this for a change that is meant: a new set point, another product, a repaired sensor."),
+      h("p", {}, "It cannot be taken back, and the log keeps that it was done."),
+      said,
+    );
+    const go = async (): Promise<void> => {
+      try {
+        await ask(`v1/streams/${streamPath(this.id)}/accept${this.model ? `?model=${encodeURIComponent(this.model)}` : ""}`, { method: "POST" });
+        dialog.close();
+      } catch (error) {
+        if (!(error instanceof Refused)) throw error;
+        text(said, error.message);
+      }
+    };
+    dialog.append(
+      h("div", { class: "actions" }, h("button", { class: "button", type: "button", onclick: () => dialog.close() }, "Cancel"), h("button", { class: "button primary", type: "button", onclick: () => void go() }, "Accept as normal")),
+    );
+    return dialog;
+  }
+}
+
+function nothing(features = 0): Columns {
+  const columns = (): Column[] => Array.from({ length: features }, () => []);
+  return { t: [], score: [], alert: [], p: [], bits: [], x: columns(), expected: columns(), lower: columns(), upper: columns(), contribution: columns() };
+}

@@ -1,0 +1,183 @@
+"""`POST /v1/backtest`: an uploaded file, scored as the service would have scored it, and thinned for a picture.
+
+    door ──file──► a process of its own: `python -m service.console.trial`, niced, killed when its time is up ──JSON──► reply
+
+One at a time, and apart from the process that scores live events, which notices nothing of it but the processor time it leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from service.backtest import TAIL, read_series
+from service.console.live import series as shortened
+from service.detector import load_detectors
+from service.errors import BadBody, OnsetError, Overloaded, TooLarge
+from service.policy import Policy
+from service.sketch import ONSETS, Sketch, sketch
+from service.tables import ReadOptions, Source
+
+BUCKETS = 1200
+REFUSED = 3
+"""Exit status of a process that says why on standard output."""
+NICE = 10
+EARLIEST_TIME = 1e8
+"""Seconds since 1970 from which a column of times is one, and not a counter of rows."""
+
+
+@dataclass(frozen=True)
+class TrialLimits:
+    """What one upload may bring and take."""
+
+    max_bytes: int
+    max_rows: int
+    max_seconds: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is asked: the file's name, the model of a folder of models, the policy, the column of times (None = found by its name)."""
+
+    name: str
+    models: str
+    model: str
+    alpha: float
+    strict: bool
+    timestamp: str | None
+
+
+class Trials:
+    """Runs them, one at a time."""
+
+    def __init__(self, limits: TrialLimits) -> None:
+        self.limits = limits
+        self._running = False
+
+    async def run(self, trial: Trial, content: bytes) -> bytes:
+        """The JSON of the result. Raises TooLarge, Overloaded, and BadBody with what the file lacks."""
+        rows = content.count(b"\n")
+        if rows > self.limits.max_rows + 1:
+            raise TooLarge(
+                f"The file has some {rows:,} rows, this page takes {self.limits.max_rows:,} (ONSET_BACKTEST_ROWS). "
+                "`python -m service backtest FILE --out DIR --report out.html` has no such limit."
+            )
+        if self._running:
+            raise Overloaded("Another backtest is running; there is one at a time.", retry_after=5)
+        self._running = True
+        try:
+            return await self._run(trial, content)
+        finally:
+            self._running = False
+
+    async def _run(self, trial: Trial, content: bytes) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="onset-backtest-") as folder:
+            file = Path(folder) / "upload.csv"
+            await asyncio.to_thread(file.write_bytes, content)
+            command = [sys.executable, "-m", "service.console.trial", str(file), json.dumps(asdict(trial))]
+            process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+            try:
+                async with asyncio.timeout(self.limits.max_seconds):
+                    output, errors = await process.communicate()
+            except TimeoutError as error:
+                raise TooLarge(
+                    f"The backtest took longer than {self.limits.max_seconds:g} s (ONSET_BACKTEST_SECONDS). "
+                    "Send fewer rows, or run `python -m service backtest`, which has no such limit."
+                ) from error
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        if process.returncode == REFUSED:
+            raise BadBody(output.decode())
+        if process.returncode != 0:
+            raise RuntimeError(f"the backtest ended with {process.returncode}: {errors.decode(errors='replace')[-2000:]}")
+        return output
+
+
+# ── in the other process ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def main(file: Path, trial: Trial) -> int:
+    os.nice(NICE)
+    began = time.perf_counter()
+    notes: list[str] = []
+    try:
+        detector = load_detectors(Path(trial.models))[trial.model]
+        options = ReadOptions(timestamp=trial.timestamp or None, unsorted=True)
+        one = read_series(Source(file, trial.name), detector, options, notes.append)
+        policy = Policy(alpha=trial.alpha, strict=trial.strict)
+        policy = replace(policy, tau=detector.manifest.age_constant)
+        [drawn] = sketch([one], detector, policy, BUCKETS)
+    except OnsetError as error:
+        sys.stdout.write(error.detail.replace(str(file), trial.name))
+        return REFUSED
+    body = reply(drawn, policy)
+    manifest = detector.manifest
+    body |= {
+        "model": manifest.name,
+        "version": manifest.version,
+        "units": {feature.name: feature.unit for feature in manifest.features},
+        "notes": [note.replace(str(file), trial.name) for note in notes],
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    sys.stdout.buffer.write(msgspec.json.encode(body))
+    return 0
+
+
+def reply(drawn: Sketch, policy: Policy) -> dict[str, Any]:
+    """A sketch as the page draws it."""
+    tally, points, columns = drawn.tally, drawn.points(), drawn.drawn()
+    x, is_time = axis(drawn.series.seconds[points], points)
+    return {
+        "name": tally.name,
+        "alpha": policy.alpha,
+        "strict": policy.strict,
+        **{name: getattr(tally, name) for name in ("rows", "late", "warming_up", "judged", "anomalous", "alerts")},
+        "allowed": allowed(policy, tally.rows, tally.judged),
+        "thinned": drawn.thinned,
+        "time": is_time,
+        "x": x.tolist(),
+        "score": shortened(columns["score"], 5),
+        "anomalous_flags": columns["anomalous"].tolist(),
+        "features": [
+            {"name": drawn.names[j], **{name: shortened(columns[name][:, i]) for name in ("value", "expected", "lower", "upper")}}
+            for i, j in enumerate(drawn.features)
+        ],
+        "all_features": len(drawn.names),
+        "onsets": [{**asdict(onset), "x": float(x[_place(points, onset.row)])} for onset in drawn.onsets],
+        "onsets_left_out": max(0, tally.alerts - ONSETS),
+        "tail": [{"p": level, "rows": rows} for level, rows in zip(TAIL, tally.rarer, strict=True)],
+    }
+
+
+def _place(points: NDArray[np.intp], row: int) -> int:
+    return max(0, int(np.searchsorted(points, row, "right")) - 1)
+
+
+def axis(seconds: NDArray[np.float64], rows: NDArray[np.intp]) -> tuple[NDArray[np.float64], bool]:
+    """What to draw over, never decreasing: times where they are times and in order, else row numbers. And whether it is times."""
+    in_order = bool((np.diff(seconds) >= 0).all()) and bool((seconds >= EARLIEST_TIME).all())
+    return (seconds, True) if in_order else ((rows + 1).astype(np.float64), False)
+
+
+def allowed(policy: Policy, rows: int, judged: int) -> float:
+    """False alarms that the asked rate allows a stream of so many rows, its learning allowance included, if nothing is wrong with it."""
+    ages = np.arange(rows - judged + 1, rows + 1)
+    return round(float(policy.onset_alpha(ages).sum(dtype=np.float64)), 3) if judged else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Trial(**json.loads(sys.argv[2]))))

@@ -1,0 +1,309 @@
+"""The page in a real browser, over a real service: a disturbance is seen, looked into, acknowledged and accepted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+from tests.e2e.process import Service
+from tests.needs import program
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+STREAMS = [f"plant-{1 + i % 2}/pump-{i}/temperature" for i in range(12)]
+expect.set_options(timeout=20_000)
+BAD = "plant-2/pump-7/temperature"
+HISTORY = 400
+VIEWS = ["fleet", f"stream/{BAD}", "alerts", "alerts?status=acknowledged", "model", "backtest"]
+BAND = """canvas => {
+  const one = new OffscreenCanvas(1, 1).getContext('2d');
+  one.fillStyle = getComputedStyle(document.documentElement).getPropertyValue('--blue-soft');
+  one.fillRect(0, 0, 1, 1);
+  const soft = one.getImageData(0, 0, 1, 1).data;
+  const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+  const near = i => pixels[i + 3] > 0 && pixels[i + 3] < 120 && [0, 1, 2].every(j => Math.abs(pixels[i + j] - soft[j]) < 12);
+  let found = 0;
+  for (let i = 0; i < pixels.length; i += 4) found += near(i);
+  return found / (pixels.length / 4);
+}"""
+"""The share of a canvas that has the colour of the band."""
+
+
+class Plant:
+    """Twelve streams at ten readings a second, one of which can be disturbed."""
+
+    def __init__(self, url: str) -> None:
+        self._client = httpx.Client(base_url=url, timeout=30)
+        self._random = random.Random(7)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.disturbed = False
+
+    def __enter__(self) -> Plant:
+        now = time.time()
+        past = [now - (HISTORY - i) / 10 for i in range(HISTORY)]
+        self._post([self._event(name, at) for at in past for name in STREAMS])
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._client.close()
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.1):
+            self._post([self._event(name, time.time()) for name in STREAMS])
+
+    def _event(self, name: str, at: float) -> dict[str, Any]:
+        wave = 3 * math.sin(at / 3 + STREAMS.index(name))
+        push = 40 if self.disturbed and name == BAD else 0
+        return {"stream_id": name, "timestamp": at, "values": {"value": 50 + wave + self._random.gauss(0, 0.3) + push}}
+
+    def _post(self, events: list[dict[str, Any]]) -> None:
+        for i in range(0, len(events), 2000):
+            self._client.post("/v1/events", json=events[i : i + 2000]).raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    if not (ROOT / "service" / "console" / "dist" / "index.html").is_file():
+        reason = "the console is not built: make console"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    with Service(tmp_path_factory.mktemp("browser") / "data", SILENCE="false") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plant(service: Service) -> Iterator[Plant]:
+    with Plant(service.url) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program("chromium", "chromium"), headless=True, args=ARGUMENTS)
+        yield running
+        running.close()
+
+
+class Visit:
+    """A page, and all it must not do: errors in its console, requests to other hosts."""
+
+    def __init__(self, browser: Browser, url: str, **options: Any) -> None:
+        self.context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.url = url
+        self.wrong: list[str] = []
+        self.page.on("console", lambda message: self.wrong.append(message.text) if message.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("request", lambda request: self._requested(request.url))
+
+    def _requested(self, url: str) -> None:
+        if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).netloc != urlsplit(self.url).netloc:
+            self.wrong.append(f"a request to {url}")
+
+    def __enter__(self) -> Page:
+        return self.page
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.context.close()
+        if error is None:
+            assert self.wrong == []
+
+
+def test_a_disturbance_rises_to_the_top_is_looked_into_acknowledged_and_accepted(service: Service, plant: Plant, browser: Browser) -> None:
+    with Visit(browser, service.url) as page:
+        page.goto(f"{service.url}/#/fleet")
+        expect(page.locator(".rows li")).to_have_count(len(STREAMS))
+        expect(page.locator(".status")).to_have_text("Live")
+        expect(page.locator(f'a[title="{BAD}"] .state')).to_contain_text("Normal")
+        plant.disturbed = True
+        top = page.locator('.rows li[aria-posinset="1"] a')
+        expect(top).to_have_attribute("title", BAD)
+        expect(top.locator(".state")).to_contain_text("Alert open, onset")
+
+        top.click()
+        expect(page.locator("h1")).to_have_text(BAD)
+        value, score = page.locator(".chart").first, page.locator(".chart").last
+        for chart in (value, score):
+            expect(chart).to_have_attribute("data-onsets", re.compile("[1-9]"))
+        expect(page.locator("section", has_text="Onsets").last.locator("tbody tr").first).to_be_visible()
+        expect(value.locator("canvas")).to_be_visible()
+        assert value.locator("canvas").evaluate(BAND) > 0.02
+        expect(page.locator(".bars li")).to_contain_text("100 %")
+
+        page.goto(f"{service.url}/#/alerts")
+        alert = page.locator(".alert", has_text=BAD)
+        expect(alert).to_contain_text("value")
+        alert.get_by_role("button", name="Acknowledge").click()
+        page.get_by_label("Your name").fill("Ada")
+        page.get_by_label("Note").fill("Looking at the valve")
+        page.get_by_role("dialog").get_by_role("button", name="Acknowledge").click()
+        expect(page.locator(".alert", has_text=BAD)).to_have_count(0)
+        page.get_by_role("button", name="Acknowledged").click()
+        expect(page.locator(".alert", has_text=BAD)).to_contain_text("by Ada: Looking at the valve")
+
+        page.goto(f"{service.url}/#/stream/{BAD}")
+        page.get_by_role("button", name="Accept as normal").click()
+        page.get_by_role("dialog").get_by_role("button", name="Accept as normal").click()
+        expect(page.locator(".head .state")).not_to_contain_text("Alert open")
+
+
+def test_a_stream_can_be_paused_zoomed_and_left_by_keys(service: Service, plant: Plant, browser: Browser) -> None:
+    with Visit(browser, service.url) as page:
+        page.goto(f"{service.url}/#/stream/{STREAMS[0]}")
+        chart = page.locator(".chart").first
+        expect(chart.locator("canvas")).to_be_visible()
+        page.keyboard.press("Space")
+        expect(page.get_by_role("button", name="Go on")).to_be_visible()
+        points = chart.get_attribute("data-points")
+        time.sleep(0.6)
+        assert chart.get_attribute("data-points") == points
+        page.keyboard.press("Space")
+        expect(chart).not_to_have_attribute("data-points", points or "")
+        box = chart.bounding_box()
+        assert box
+        page.mouse.move(box["x"] + 300, box["y"] + 100)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 500, box["y"] + 100, steps=4)
+        page.mouse.up()
+        page.mouse.move(5, 5)
+        expect(page.locator(".readout").nth(0)).to_contain_text("Zoomed in")
+        page.keyboard.press("0")
+        expect(page.locator(".readout").nth(0)).not_to_contain_text("Zoomed in")
+        page.keyboard.press("Escape")
+        expect(page.locator(".rows li").first).to_be_visible()
+
+
+def test_streams_are_found_and_opened_without_a_mouse(service: Service, plant: Plant, browser: Browser) -> None:
+    with Visit(browser, service.url) as page:
+        page.goto(service.url)
+        expect(page.locator(".rows li")).to_have_count(len(STREAMS))
+        page.keyboard.press("/")
+        page.keyboard.type("PUMP-3")
+        expect(page.locator(".rows li")).to_have_count(1)
+        page.keyboard.press("ArrowDown")
+        expect(page.locator(".rows a")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.locator("h1")).to_have_text("plant-2/pump-3/temperature")
+        page.keyboard.press("g")
+        page.keyboard.press("f")
+        expect(page.locator(".rows li")).to_have_count(len(STREAMS))
+        page.keyboard.press("j")
+        page.keyboard.press("j")
+        expect(page.locator('.rows li[aria-posinset="2"] a')).to_be_focused()
+        page.keyboard.press("?")
+        expect(page.get_by_role("dialog")).to_contain_text("Search streams")
+        page.keyboard.press("Escape")
+        page.keyboard.press("/")
+        page.keyboard.type("nowhere")
+        expect(page.locator(".empty")).to_contain_text("No stream fits")
+
+
+def test_an_uploaded_file_is_drawn_with_its_onsets_and_a_bad_one_is_refused_in_words(
+    service: Service, browser: Browser, tmp_path: Path
+) -> None:
+    noise = random.Random(5)
+    rows = [f"{1.7e9 + 60 * i},{20 + math.sin(i / 20) + noise.gauss(0, 0.1) + (15 if 700 <= i < 720 else 0)}" for i in range(900)]
+    (tmp_path / "boiler.csv").write_text("time,temperature\n" + "\n".join(rows) + "\n")
+    (tmp_path / "words.csv").write_text("time,temperature\n1700000000,warm\n")
+    with Visit(browser, service.url) as page:
+        page.goto(f"{service.url}/#/backtest")
+        page.set_input_files("#file", tmp_path / "boiler.csv")
+        page.get_by_role("button", name="Run the backtest").click()
+        expect(page.locator(".figures")).to_contain_text("900", timeout=60_000)
+        charts = page.locator(".chart[data-points]")
+        expect(charts).to_have_count(2)
+        assert int(charts.first.get_attribute("data-onsets") or 0) >= 1
+        assert charts.first.locator("canvas").evaluate(BAND) > 0.02
+    visit = Visit(browser, service.url)
+    with visit as page:
+        page.goto(f"{service.url}/#/backtest")
+        page.set_input_files("#file", tmp_path / "words.csv")
+        page.get_by_role("button", name="Run the backtest").click()
+        expect(page.locator(".notice.wrong")).to_contain_text(
+            "words.csv: column 'temperature', row 1: 'warm' is not a number", timeout=60_000
+        )
+        visit.wrong = [said for said in visit.wrong if "status of 400" not in said]  # Chromium's own line on the refusal
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_every_view_is_accessible_and_fits_a_phone(service: Service, plant: Plant, browser: Browser, colours: str) -> None:
+    axe = (ROOT / "console" / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    with Visit(browser, service.url, color_scheme=colours, viewport={"width": 390, "height": 844}) as page:
+        for view in VIEWS:
+            page.goto(f"{service.url}/#/{view}")
+            expect(page.locator("main")).not_to_contain_text(re.compile("Loading …|Connecting"))
+            for width in (390, 1280):
+                page.set_viewport_size({"width": width, "height": 844})
+                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{view} is wider than {width}"
+                page.evaluate(axe)
+                found = page.evaluate(
+                    "axe.run().then(result => result.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 200))]))"
+                )
+                assert found == [], f"{view} at {width}: {json.dumps(found, indent=1)}"
+
+
+def test_a_model_says_whether_it_still_answers_as_published(service: Service, browser: Browser) -> None:
+    with Visit(browser, service.url) as page:
+        page.goto(f"{service.url}/#/model")
+        page.get_by_role("button", name="Run it again").click()
+        expect(page.get_by_role("status")).to_contain_text("Passed just now: 32 steps of 8 streams")
+        expect(page.locator("canvas.loglog")).to_be_visible()
+
+
+def test_the_page_works_under_a_path_and_opens_a_linked_stream(service: Service, plant: Plant, browser: Browser) -> None:
+    def moved(route: Route) -> None:
+        """A proxy that serves /onset/ from /; endless answers are not its strength."""
+        url = route.request.url.replace("/onset/", "/", 1)
+        if "/v1/live" in url:
+            route.fulfill(status=200, content_type="text/event-stream", body="event: bye\ndata: {}\n\n")
+        else:
+            route.fulfill(response=route.fetch(url=url))
+
+    with Visit(browser, service.url) as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+        page.route("**/onset/**", moved)
+        page.goto(f"{service.url}/onset/?stream={STREAMS[0]}")
+        expect(page.locator("h1")).to_have_text(STREAMS[0])
+        page.goto(f"{service.url}/onset/#/model")
+        expect(page.locator("h1")).to_contain_text("default")
+        assert all(path.startswith("/onset/") for path in asked), asked
+
+
+def test_a_page_whose_service_has_gone_says_so_and_finds_it_again(tmp_path: Path, tiny_model_path: Path, browser: Browser) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path) as short_lived:
+        visit = Visit(browser, short_lived.url)
+        with visit as page:
+            page.goto(short_lived.url)
+            expect(page.locator(".empty pre")).to_contain_text("curl -s")
+            short_lived.terminate()
+            expect(page.locator(".status")).to_have_text("Not connected")
+            short_lived.start()
+            expect(page.locator(".status")).to_have_text("Live")
+            visit.wrong = [said for said in visit.wrong if "ERR_" not in said]  # Chromium's own lines on what it could not reach
