@@ -1,6 +1,5 @@
 import json
 import re
-
 from pathlib import Path
 
 from tests.deploy.files import DOCKERFILE, ROOT, image_environment, instructions, settings_from, tool, version

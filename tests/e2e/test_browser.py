@@ -31,10 +31,11 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-STREAMS = [f"plant-{1 + i % 2}/pump-{i}/temperature" for i in range(12)]
+STREAMS = [f"plant-{1 + i % 2}/pump-{i}/temperature" for i in range(8)]
 expect.set_options(timeout=20_000)
 BAD = "plant-2/pump-7/temperature"
-HISTORY = 400
+HISTORY = 560
+"""Events of each: a stream is settled after 500, and its alerts then last as long as what they are about."""
 VIEWS = ["fleet", f"stream/{BAD}", "alerts", "alerts?status=acknowledged", "model", "backtest"]
 BAND = """canvas => {
   const one = new OffscreenCanvas(1, 1).getContext('2d');
@@ -51,7 +52,7 @@ BAND = """canvas => {
 
 
 class Plant:
-    """Twelve streams at ten readings a second, one of which can be disturbed."""
+    """Eight streams at ten readings a second, one of which can be disturbed."""
 
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=30)
