@@ -47,7 +47,7 @@ def serve(
     given["strict"] = strict
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
-        logs.configure(settings.log_level, settings.log_json)
+        logs.configure(settings.log_level, settings.log_json, hash_streams=settings.log_hash_streams)
         asgi = create_app(settings)
         listening = _listen(settings.host, settings.port)
     except ValidationError as error:

@@ -10,6 +10,7 @@
     POST   /v1/alerts/{id}/acknowledge     someone looks after it         DELETE  nobody does any more
     GET    /v1/models                      manifests of the loaded detectors
     GET    /v1/policy                      the asked false-alarm rate, and what it means      PUT  change it      DELETE  undo that
+    GET    /v1/log-level                   of this replica's log                 PUT  change it      DELETE  undo that
     GET    /health/live  /health/ready  /metrics  /docs
 
 The routes of events and streams are plain Starlette routes, and events are answered before FastAPI's middleware and its router see them,
@@ -39,7 +40,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from service import alerts, arrow
+from service import alerts, arrow, tracing
 from service.alerts import Acknowledgement, Alert
 from service.bodies import Format, Items, decode, decode_object, encode
 from service.control import Control
@@ -60,6 +61,7 @@ from service.errors import (
 )
 from service.events import MAX_NAME_LENGTH, SEVERITIES, UNPRINTABLE, Columns, Event, Result, shown
 from service.intake import DoorLimits, Incoming, Intake
+from service.logs import Level
 from service.metrics import Metrics
 from service.problems import TABLE, late_problem, plain, problem_of, respond
 from service.results import Scored
@@ -126,7 +128,13 @@ class Application(FastAPI):
     door: Door | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.door is not None and scope["type"] == "http" and scope["method"] == "POST":
+        if scope["type"] == "http":
+            await tracing.request(self._answer, scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.door is not None and scope["method"] == "POST":
             path = scope["path"]
             if path == EVENTS:
                 return await self.door.answer(scope, receive, send)
@@ -148,6 +156,7 @@ class Door:
         control: Control,
         book: Book | None = None,
         public_url: str = "",
+        level: Level | None = None,
     ) -> None:
         """`book` of alerts; `public_url` under which people reach the service, "" = not known."""
         self._scorers = scorers
@@ -159,6 +168,7 @@ class Door:
         self._intake = Intake(limits, metrics)
         self._book = book or Book()
         self._public_url = public_url
+        self._level = level or Level("info")
         self._latency = metrics.latency.labels(DOOR)
         self._events = {outcome: metrics.events.labels(DOOR, outcome) for outcome in OUTCOMES}
 
@@ -174,6 +184,7 @@ class Door:
             Route("/v1/alerts", self._guarded(self.list_alerts), methods=["GET"], name="list_alerts"),
             Route("/v1/alerts/{alert_id}", self._guarded(self.one_alert), methods=["GET"], name="one_alert"),
             Route("/v1/alerts/{alert_id}/acknowledge", self._guarded(self.acknowledge), methods=["POST", "DELETE"], name="acknowledge"),
+            Route("/v1/log-level", self._guarded(self.log_level), methods=["GET", "PUT", "DELETE"], name="log_level"),
             Route("/v1/policy", self._guarded(self.policy), methods=["GET", "PUT", "DELETE"], name="policy"),
             Route("/metrics", self.get_metrics, methods=["GET"], name="metrics"),
         ]
@@ -278,6 +289,14 @@ class Door:
         elif request.method == "DELETE":
             await self._control.reset()
         return Response(msgspec.json.encode(await self._control.reply()), media_type=JSON)
+
+    async def log_level(self, request: Request) -> Response:
+        """The level of this replica's log; changed by PUT, for a while if it says so, the environment's again by DELETE."""
+        if request.method == "PUT":
+            self._level.change(await self._object(_incoming(request)))
+        elif request.method == "DELETE":
+            self._level.reset()
+        return Response(msgspec.json.encode(self._level.reply()), media_type=JSON)
 
     async def list_models(self) -> Response:
         """The manifests of the loaded detectors, with the hash of their files and where they run."""

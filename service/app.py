@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import openapi, queues, remote_write, series, tasks, tellers
+from service import openapi, queues, remote_write, series, tasks, tellers, tracing
 from service.api import Application, Door
 from service.canary import Canary
 from service.console.pages import Console, ConsoleLimits
@@ -33,6 +33,7 @@ from service.errors import ArtifactError, BadSetting, OnsetError, StoreUnavailab
 from service.feed import Feed
 from service.fleet import Fleet
 from service.intake import DoorLimits
+from service.logs import Level
 from service.metrics import Metrics
 from service.names import Names
 from service.policy import Policy
@@ -127,6 +128,7 @@ class Service:
     async def running(self) -> AsyncIterator[Service]:
         """Open everything; close it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(tracing.exporting(VERSION))
             _check_cluster(self.settings)
             url = self.settings.redis_url
             if not url:
@@ -251,7 +253,15 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     limits = DoorLimits(settings.max_body_bytes, settings.max_batch_events, settings.max_inflight_bytes, settings.max_body_seconds)
     door = Door(
-        service.scorers, service.default_model, limits, service.metrics, service, service.control, service.book, settings.public_url
+        service.scorers,
+        service.default_model,
+        limits,
+        service.metrics,
+        service,
+        service.control,
+        service.book,
+        settings.public_url,
+        Level(settings.log_level),
     )
     door.add_to(app)
     ended = [service.write_back.ended] if service.write_back else []

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from service import tasks
+from service import tasks, tracing
 from service.errors import BadEvent, Fenced, ItemError, OnsetError, Overloaded, StoreUnavailable
 from service.events import Delivery, Published
 from service.mapping import Mapper
@@ -127,7 +127,8 @@ class Consumer:
     async def _process(self, batch: Batch) -> None:
         """One batch to its end; abandoned where it cannot be."""
         try:
-            await self._finish(batch)
+            with tracing.receiving(self._source.name, batch.partition, len(batch.messages)):
+                await self._finish(batch)
         except Fenced as error:
             log.warning("batch_fenced", partition=batch.partition, entries=len(batch.messages), reason=error.detail)
             self._source.abandon(batch)

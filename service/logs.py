@@ -1,31 +1,55 @@
-"""Logs: one line an event on stderr, JSON for machines or plain for people; the libraries' logs in the same form."""
+"""Logs: one line an event on stderr, JSON for machines or plain for people; the libraries' logs in the same form.
+
+A line says to which request and which batch it belongs, and to which trace where there are traces. Streams' names are hashed where that
+is asked for, always in the same way: the lines of one stream can still be found together.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import logging
+import re
 import sys
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, Literal, get_args
 
+import msgspec
 import structlog
 from structlog.processors import ExceptionRenderer
 from structlog.tracebacks import ExceptionDictTransformer
 
+from service import tracing
+from service.errors import BadParameter
 
-def configure(level: str, as_json: bool) -> None:
+LogLevel = Literal["debug", "info", "warning", "error"]
+LEVELS: tuple[LogLevel, ...] = get_args(LogLevel)
+MAX_SECONDS = 24 * 3600
+HASHED = ("stream_id", "stream")
+"""Fields that hold a stream's name."""
+
+_STREAM_PATH = re.compile(r"(/v1/streams/)(.+?)(/events|/accept)?")
+
+log = structlog.get_logger(__name__)
+
+
+def configure(level: LogLevel, as_json: bool, *, hash_streams: bool = False) -> None:
     """Set up structlog and the standard library's logging, for the whole process."""
-    threshold = getattr(logging, level.upper())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _place,
+        *([_hash_streams] if hash_streams else []),
         # Without local variables: they hold clients' data.
         ExceptionRenderer(ExceptionDictTransformer(show_locals=False)) if as_json else structlog.dev.set_exc_info,
     ]
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=False)
     structlog.configure(
         processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
+        cache_logger_on_first_use=False,  # so that the level can be changed
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -33,4 +57,85 @@ def configure(level: str, as_json: bool) -> None:
             foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer]
         )
     )
-    logging.basicConfig(level=max(threshold, logging.WARNING), handlers=[handler], force=True)
+    logging.basicConfig(handlers=[handler], force=True)
+    set_level(level)
+
+
+def set_level(level: LogLevel) -> None:
+    """From here on, in the whole process; the libraries' lines begin at warning."""
+    threshold = getattr(logging, level.upper())
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(threshold))
+    logging.getLogger().setLevel(max(threshold, logging.WARNING))
+    logging.getLogger("service").setLevel(threshold)
+
+
+class LevelReply(msgspec.Struct):
+    """The level in force in the answering replica, and until when (seconds since 1970) it is if it was changed for a while."""
+
+    level: LogLevel
+    environment: LogLevel
+    until: float | None
+
+
+class Level:
+    """The one owner of the level: changed at run time for this process alone. `clock` gives seconds since 1970."""
+
+    def __init__(self, environment: LogLevel, clock: Callable[[], float] = time.time) -> None:
+        self._environment, self._level, self._clock = environment, environment, clock
+        self._until: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def reply(self) -> LevelReply:
+        return LevelReply(self._level, self._environment, self._until)
+
+    def change(self, body: Mapping[str, Any]) -> None:
+        """Take the level that `body` names, for its `seconds` if it has them. Raises BadParameter."""
+        level, seconds = _checked(body)
+        self._set(level, seconds)
+
+    def reset(self) -> None:
+        """Go back to the environment's."""
+        self._set(self._environment, None)
+
+    def _set(self, level: LogLevel, seconds: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self.reset)
+        self._until = None if seconds is None else self._clock() + seconds
+        before, self._level = self._level, level
+        set_level(level)
+        log.warning("log_level_changed", level_before=before, level_now=level, seconds=seconds)
+
+
+def _checked(body: Mapping[str, Any]) -> tuple[LogLevel, float | None]:
+    for name in body:
+        if name not in ("level", "seconds"):
+            raise BadParameter(f"'{name[:64]}' can't be changed here; there are level and seconds.", name[:64])
+    level, seconds = body.get("level"), body.get("seconds")
+    if level not in LEVELS:
+        raise BadParameter(f"level is {str(level)[:64]!r}; it is one of {', '.join(LEVELS)}.", "level", str(level)[:64])
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_SECONDS):
+        raise BadParameter(f"seconds is {str(seconds)[:64]}; it is a number above 0, {MAX_SECONDS} at most.", "seconds", str(seconds)[:64])
+    return level, seconds
+
+
+def _place(logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """To which request, batch and trace the line belongs."""
+    for name, value in (("request", tracing.REQUEST.get()), ("batch", tracing.BATCH.get()), *tracing.of_span().items()):
+        if value:
+            line.setdefault(name, value)
+    return line
+
+
+def _hash_streams(logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for name in HASHED:
+        if isinstance(line.get(name), str):
+            line[name] = hashed(line[name])
+    if isinstance(line.get("path"), str) and (match := _STREAM_PATH.fullmatch(line["path"])):
+        line["path"] = f"{match[1]}{hashed(match[2])}{match[3] or ''}"
+    return line
+
+
+def hashed(stream_id: str) -> str:
+    """What stands in the log for a stream."""
+    return hashlib.blake2b(stream_id.encode(), digest_size=8).hexdigest()

@@ -22,6 +22,7 @@ from service.control import PolicyReply
 from service.errors import OnsetError
 from service.events import MAX_NAME_LENGTH, SEVERITIES, Event, Result
 from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
+from service.logs import LEVELS, MAX_SECONDS, LevelReply
 from service.policy import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.problems import MEDIA_TYPE, TABLE, Problem
 from service.remote_write import MEDIA_TYPE as PROTOBUF
@@ -42,7 +43,9 @@ def document(app: FastAPI, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """The whole document, made once; it names the features of the loaded models."""
     if app.openapi_schema is None:
         spec = get_openapi(title="Onset", version=app.version, description=_DESCRIPTION, routes=app.routes)
-        _, components = msgspec.json.schema_components([Event, Result, Problem, PolicyReply, alerts.AlertPage], ref_template=_COMPONENT)
+        _, components = msgspec.json.schema_components(
+            [Event, Result, Problem, PolicyReply, LevelReply, alerts.AlertPage], ref_template=_COMPONENT
+        )
         event = _event(components.pop("Event"), manifests)
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
         spec["components"]["schemas"] |= {"Health": _HEALTH, "Event": event, "StreamEvent": _without_stream(event), "PolicyChange": _CHANGE}
@@ -222,6 +225,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
         PATH: {"post": _remote_write(model)},
         **_alert_paths(model),
         "/v1/policy": _policy_operations(),
+        "/v1/log-level": _level_operations(),
         "/v1/models": {"get": _operation("listModels", "Manifests of the loaded models", [], {"200": _json(_MODELS, "The models.")}, [])},
         "/health/live": {"get": _operation("live", "Whether the process should go on", [], _HEALTH_ANSWERS, [])},
         "/health/ready": {"get": _operation("ready", "Whether events can be scored and committed", [], _HEALTH_ANSWERS, [])},
@@ -307,6 +311,32 @@ def _policy_operations() -> dict[str, Any]:
         "get": _operation("getPolicy", "The asked false-alarm rate, where it comes from, and what it means", [], reply, []),
         "put": put,
         "delete": _operation("deletePolicy", "Go back to the environment's, on all replicas", [], reply, ["store-unavailable"]),
+    }
+
+
+def _level_operations() -> dict[str, Any]:
+    reply = {"200": _json(_ref("LevelReply"), "The level in force in the answering replica.")}
+    put = _operation(
+        "putLogLevel",
+        "Change the level of the answering replica's log",
+        [],
+        reply,
+        ["bad-body", "too-slow", "too-large", "unsupported-media", "bad-parameter", "overloaded"],
+    )
+    seconds = {
+        "type": ["number", "null"],
+        "exclusiveMinimum": 0,
+        "maximum": MAX_SECONDS,
+        "description": "Then it is the environment's again.",
+    }
+    properties = {"level": {"enum": list(LEVELS)}, "seconds": seconds}
+    schema = {"type": "object", "properties": properties, "required": ["level"], "additionalProperties": False}
+    examples = {"for ten minutes": {"value": {"level": "debug", "seconds": 600}}}
+    put["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema, "examples": examples}}}
+    return {
+        "get": _operation("getLogLevel", "The level of the answering replica's log", [], reply, []),
+        "put": put,
+        "delete": _operation("deleteLogLevel", "Go back to the environment's level", [], reply, []),
     }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from service import alerts, cadence, silence
+from service import alerts, cadence, silence, tracing
 from service.alerts import Stand, Standing, Transition
 from service.batcher import Batcher
 from service.copies import Copies
@@ -70,6 +71,7 @@ _PUBLISHED = (*_TOLD, int(Kind.DUPLICATE))
 _encoder = msgspec.json.Encoder()
 
 log = structlog.get_logger(__name__)
+_verbose = logging.getLogger("service")
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,11 @@ class Limits:
 class _Piece:
     """Events of one request, and the policy that was in force when it came: a whole request is judged by one."""
 
-    __slots__ = ("came", "events", "parsed", "policy", "rounds", "streams")
+    __slots__ = ("came", "events", "origin", "parsed", "policy", "rounds", "streams")
 
     def __init__(self, parsed: Parsed, policy: Policy) -> None:
         self.parsed, self.policy = parsed, policy
-        self.came = time.perf_counter()
+        self.came, self.origin = time.perf_counter(), tracing.origin()
         self.events = len(parsed)
         self.streams = frozenset(parsed.stream_ids)
         self.rounds = 1 if len(self.streams) == self.events else max(Counter(parsed.stream_ids).values(), default=0)
@@ -404,9 +406,12 @@ class Scorer:
         """One batch: pieces of several clients, scored together; in two runs where the policy changed while they waited."""
         self._stage["queue"].observe(time.perf_counter() - min(piece.came for piece in pieces))
         parts: list[Answers] = []
-        for _, run in itertools.groupby(pieces, key=lambda piece: id(piece.policy)):
-            together = list(run)
-            parts += await self._judge([piece.parsed for piece in together], together[0].policy)
+        with tracing.batch(self.detector.name, sum(piece.events for piece in pieces), [piece.origin for piece in pieces]):
+            if _verbose.isEnabledFor(logging.DEBUG):  # asking structlog would take some microseconds of each batch
+                log.debug("batch", model=self.detector.name, requests=[piece.origin.request for piece in pieces])
+            for _, run in itertools.groupby(pieces, key=lambda piece: id(piece.policy)):
+                together = list(run)
+                parts += await self._judge([piece.parsed for piece in together], together[0].policy)
         return parts
 
     async def _judge(self, submissions: list[Parsed], policy: Policy) -> list[Answers]:
@@ -444,16 +449,16 @@ class Scorer:
         index: dict[str, int] = {}
         slots = np.array([index.setdefault(stream_id, len(index)) for stream_id in readings.stream_ids], np.intp)
         stream_ids = list(index)
-        with self._stage["load"].time():
+        with self._stage["load"].time(), tracing.span("load"):
             loaded, copied = await self._load(stream_ids)
             trails = await self._trails_of_untimed(readings, slots, stream_ids, loaded)
         refused = (await self._refused(loaded.origins))[slots]
         standing = Standing.of(loaded.rows)
-        with self._stage["step"].time():
+        with self._stage["step"].time(), tracing.span("step"):
             outcomes = await self._step(policy, loaded.rows, readings, slots, refused, trails)
         await self._answer_from_trails(readings, slots, stream_ids, outcomes, trails)
         answers = self._replies.judged(outcomes)
-        with self._stage["commit"].time():
+        with self._stage["commit"].time(), tracing.span("commit"):
             settled = self._settled(readings, slots, answers)
             became = await self._commit(stream_ids, loaded, copied, answers, slots, policy, settled, standing)
         if (became == WRITTEN).all():

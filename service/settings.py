@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.detector import Provider
+from service.logs import LogLevel
 from service.names import WRITTEN
 from service.policy import LARGEST_ALPHA, SMALLEST_ALPHA, per_event
 
@@ -156,7 +157,10 @@ class Settings(BaseSettings):
     """Where a step runs: cpu, or cuda (an NVIDIA GPU; needs the extra `gpu`). What cannot be had stops the service."""
     drain_seconds: Annotated[float, Field(ge=0)] = 10
     """How long a stopping service finishes what it has accepted."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: LogLevel = "info"
+    """Until it is changed by PUT /v1/log-level."""
+    log_hash_streams: bool = False
+    """Whether log lines name streams by a hash."""
     log_json: bool = True
 
     @property

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+
+from service import logs, tracing
+from service.errors import BadParameter
+from tests.e2e.process import Service
+
+EVENT = {"stream_id": "pump-7", "values": {"value": 1.0}}
+
+
+@pytest.fixture
+def configured() -> Iterator[None]:
+    """The process's logging is put back afterwards."""
+    root, ours = logging.getLogger(), logging.getLogger("service")
+    before = structlog.get_config(), root.handlers[:], root.level, ours.level
+    yield
+    structlog.configure(**before[0])
+    root.handlers[:] = before[1]
+    root.setLevel(before[2])
+    ours.setLevel(before[3])
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_line_says_to_which_request_and_batch_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", as_json=True)
+    tokens = tracing.REQUEST.set("r-1"), tracing.BATCH.set("b-2")
+    structlog.get_logger().warning("something", stream_id="pump-7")
+    logging.getLogger("some.library").warning("of a library")
+    tracing.REQUEST.reset(tokens[0])
+    tracing.BATCH.reset(tokens[1])
+    structlog.get_logger().warning("something else")
+    ours, library, other = lines(capsys.readouterr().err)
+    assert (ours["event"], ours["request"], ours["batch"], ours["stream_id"]) == ("something", "r-1", "b-2", "pump-7")
+    assert (library["event"], library["request"]) == ("of a library", "r-1")
+    assert not {"request", "batch"} & set(other)
+
+
+@pytest.mark.usefixtures("configured")
+def test_names_of_streams_are_hashed_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", as_json=True, hash_streams=True)
+    log = structlog.get_logger()
+    log.warning("silent", stream_id="plant/pump-7", model="default")
+    log.warning("accepted", stream_id="plant/pump-7")
+    log.warning("other", stream_id="plant/pump-8")
+    log.error("failed", path="/v1/streams/plant/pump-7/accept")
+    text = capsys.readouterr().err
+    first, again, other, failed = lines(text)
+    assert "pump" not in text
+    assert first["stream_id"] == again["stream_id"] == logs.hashed("plant/pump-7") != other["stream_id"]
+    assert failed["path"] == f"/v1/streams/{logs.hashed('plant/pump-7')}/accept"
+    assert first["model"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({}, "level is 'None'; it is one of debug, info, warning, error"),
+        ({"level": "loud"}, "level is 'loud'"),
+        ({"level": "debug", "seconds": 0}, "seconds is 0; it is a number above 0"),
+        ({"level": "debug", "seconds": True}, "seconds is True"),
+        ({"level": "debug", "seconds": 1e9}, "86400 at most"),
+        ({"level": "debug", "for": 3}, "'for' can't be changed here"),
+    ],
+)
+def test_a_level_that_cannot_be_taken_is_refused(body: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadParameter, match=says):
+        logs.Level("info").change(body)
+
+
+@pytest.mark.usefixtures("configured")
+async def test_a_level_for_a_while_ends_by_itself_and_a_later_change_ends_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("warning", as_json=True)
+    level, log = logs.Level("warning", lambda: 100.0), structlog.get_logger()
+    log.info("unseen")
+    level.change({"level": "debug", "seconds": 0.05})
+    log.debug("seen")
+    assert level.reply() == logs.LevelReply("debug", "warning", 100.05)
+    await asyncio.sleep(0.1)
+    assert level.reply() == logs.LevelReply("warning", "warning", None)
+    log.debug("unseen")
+    level.change({"level": "info", "seconds": 0.05})
+    level.change({"level": "debug"})
+    await asyncio.sleep(0.1)
+    assert level.reply() == logs.LevelReply("debug", "warning", None)
+    level.reset()
+    told = [line["event"] for line in lines(capsys.readouterr().err)]
+    assert told == ["log_level_changed", "seen", *["log_level_changed"] * 4]
+
+
+def test_the_level_of_a_running_service_is_changed_and_its_batches_are_told_with_their_requests(
+    tmp_path: Path, tiny_model_path: Path
+) -> None:
+    def batches() -> list[dict[str, Any]]:
+        return [line for line in lines(service.log.read_text()) if line["event"] == "batch"]
+
+    with Service(tmp_path / "data", model=tiny_model_path, LOG_LEVEL="info") as service:
+        httpx.post(f"{service.url}/v1/events", json=EVENT).raise_for_status()
+        assert batches() == []
+        assert httpx.get(f"{service.url}/v1/log-level").json() == {"level": "info", "environment": "info", "until": None}
+        changed = httpx.put(f"{service.url}/v1/log-level", json={"level": "debug", "seconds": 60}).raise_for_status().json()
+        assert changed["level"] == "debug"
+        assert 50 < changed["until"] - time.time() < 61
+        httpx.post(f"{service.url}/v1/events", json=EVENT, headers={"x-request-id": "mine"}).raise_for_status()
+        [line] = batches()
+        assert (line["requests"], line["model"]) == (["mine"], "tiny")
+        assert line["batch"]
+        assert httpx.put(f"{service.url}/v1/log-level", json={"level": "loud"}).status_code == 422
+        assert httpx.delete(f"{service.url}/v1/log-level").json()["level"] == "info"
+        httpx.post(f"{service.url}/v1/events", json=EVENT).raise_for_status()
+        assert len(batches()) == 1
