@@ -123,7 +123,7 @@ def _place(logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableM
     """To which request, batch and trace the line belongs."""
     for name, value in (("request", tracing.REQUEST.get()), ("batch", tracing.BATCH.get()), *tracing.of_span().items()):
         if value:
-            line.setdefault(name, value)
+            line.setdefault(name, tracing.shown(value))
     return line
 
 

@@ -406,9 +406,9 @@ class Scorer:
         """One batch: pieces of several clients, scored together; in two runs where the policy changed while they waited."""
         self._stage["queue"].observe(time.perf_counter() - min(piece.came for piece in pieces))
         parts: list[Answers] = []
-        with tracing.batch(self.detector.name, sum(piece.events for piece in pieces), [piece.origin for piece in pieces]):
+        with tracing.batch(self.detector.name, pieces):
             if _verbose.isEnabledFor(logging.DEBUG):  # asking structlog would take some microseconds of each batch
-                log.debug("batch", model=self.detector.name, requests=[piece.origin.request for piece in pieces])
+                log.debug("batch", model=self.detector.name, requests=[tracing.shown(piece.origin.request) for piece in pieces])
             for _, run in itertools.groupby(pieces, key=lambda piece: id(piece.policy)):
                 together = list(run)
                 parts += await self._judge([piece.parsed for piece in together], together[0].policy)

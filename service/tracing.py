@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from service.errors import BadSetting
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import SpanContext, Tracer
 
-REQUEST: ContextVar[str] = ContextVar("request", default="")
-"""Id of the request under way; "" = none is."""
-BATCH: ContextVar[str] = ContextVar("batch", default="")
+REQUEST: ContextVar[str | int] = ContextVar("request", default="")
+"""Id of the request under way: the client's, or a number of ours; "" = none is."""
+BATCH: ContextVar[str | int] = ContextVar("batch", default="")
 REQUEST_HEADER = b"x-request-id"
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -46,8 +46,17 @@ Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 class Origin(NamedTuple):
     """Where a piece of a batch came from."""
 
-    request: str
+    request: str | int
     span: SpanContext | None
+
+
+class Piece(Protocol):
+    """What a batch is made of."""
+
+    @property
+    def events(self) -> int: ...
+    @property
+    def origin(self) -> Origin: ...
 
 
 class _Tracing:
@@ -86,25 +95,30 @@ def span(name: str) -> AbstractContextManager[Any]:
     return _NOTHING if _Tracing.tracer is None else _Tracing.tracer.start_as_current_span(name)
 
 
-@contextmanager
-def batch(model: str, events: int, origins: Iterable[Origin]) -> Iterator[None]:
+def batch(model: str, pieces: Iterable[Piece]) -> AbstractContextManager[Any]:
     """A batch of these; its id is in the log lines from here on."""
-    BATCH.set(f"{_process}-b{next(_numbers)}")
+    BATCH.set(next(_numbers))
     if _Tracing.tracer is None:
-        yield
-        return
-    api, context = _api(), importlib.import_module("opentelemetry.context")
-    spans = {found.span_id: found for _, found in origins if found is not None and found.is_valid}
-    attributes: dict[str, Any] = {"onset.model": model, "onset.events": events, "onset.batch": BATCH.get()}
-    links = [api.Link(found) for found in spans.values()]
-    with _Tracing.tracer.start_as_current_span("batch", context=context.Context(), links=links, attributes=attributes):
-        yield
+        return _NOTHING
+    spans = {
+        piece.origin.span.span_id: piece.origin.span for piece in pieces if piece.origin.span is not None and piece.origin.span.is_valid
+    }
+    events = sum(piece.events for piece in pieces)
+    attributes: dict[str, Any] = {"onset.model": model, "onset.events": events, "onset.batch": shown(BATCH.get())}
+    links = [_api().Link(found) for found in spans.values()]
+    context = importlib.import_module("opentelemetry.context").Context()
+    return _Tracing.tracer.start_as_current_span("batch", context=context, links=links, attributes=attributes)
+
+
+def shown(id_: str | int) -> str:
+    """An id as people see it; numbers of ours with the process's own part before them."""
+    return f"{_process}-{id_}" if isinstance(id_, int) else id_
 
 
 @contextmanager
 def receiving(source: str, partition: str, entries: int) -> Iterator[None]:
     """A batch of a queue, from here to where its entries are acknowledged."""
-    REQUEST.set(f"{_process}-{next(_numbers)}")
+    REQUEST.set(next(_numbers))
     if _Tracing.tracer is None:
         yield
         return
@@ -119,8 +133,11 @@ def receiving(source: str, partition: str, entries: int) -> Iterator[None]:
 
 async def request(app: Asgi, scope: Any, receive: Any, send: Any) -> None:
     """Let `app` answer an HTTP request, by an id: the client's X-Request-ID, or one of ours."""
-    given = next((value for name, value in scope["headers"] if name == REQUEST_HEADER), b"")
-    REQUEST.set(given.decode() if _VISIBLE.fullmatch(given) else f"{_process}-{next(_numbers)}")
+    id_: str | int = next(_numbers)
+    for name, value in scope["headers"]:
+        if name == REQUEST_HEADER and _VISIBLE.fullmatch(value):
+            id_ = value.decode()
+    REQUEST.set(id_)
     if _Tracing.tracer is None:
         await app(scope, receive, send)
     else:
@@ -132,7 +149,7 @@ async def _traced(tracer: Tracer, app: Asgi, scope: Any, receive: Any, send: Any
     propagator = importlib.import_module("opentelemetry.trace.propagation.tracecontext").TraceContextTextMapPropagator()
     parent = propagator.extract({name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]})
     route, method = _route(scope["path"]), scope["method"]
-    attributes = {"http.request.method": method, "http.route": route, "url.scheme": scope["scheme"], "onset.request": REQUEST.get()}
+    attributes = {"http.request.method": method, "http.route": route, "url.scheme": scope["scheme"], "onset.request": shown(REQUEST.get())}
     with tracer.start_as_current_span(f"{method} {route}", context=parent, kind=api.SpanKind.SERVER, attributes=attributes) as found:
 
         async def sending(message: Any) -> None:
