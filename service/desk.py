@@ -33,10 +33,9 @@ from service.metrics import Metrics
 from service.stores.book import AT_ONCE, Book, Entry
 
 POLL_SECONDS = 0.5
-LEASE_MS = 5000
 PAUSE_SECONDS = 5.0
 """After a bug."""
-READ = 200
+READ = 50
 """Entries of each part of the log read at once."""
 LATEST = 20
 """Alerts of a stream that are looked at when it is forgotten."""
@@ -129,8 +128,8 @@ class Desk:
     async def turn(self) -> None:
         """Take or renew the lease; if it is ours, fold the log and, when it is time, look and tidy. Raises StoreUnavailable, Fenced."""
         if self.keeps:
-            await self._renew()
-        elif not await self._book.take(self._token, LEASE_MS):
+            await self._book.renew(self._token)
+        elif not await self._book.take(self._token):
             return
         if self._cursors is None:
             for sink in self._sinks:
@@ -152,7 +151,6 @@ class Desk:
         while entries := await self._book.read(cursors, READ):
             for i in range(0, len(entries), AT_ONCE):
                 await self._fold(entries[i : i + AT_ONCE], cursors)
-            await self._renew()
 
     async def look(self) -> None:
         """Bring the open alerts up to what their streams show by now. Raises StoreUnavailable, Fenced."""
@@ -160,7 +158,7 @@ class Desk:
         gone: list[str] = []
         ids = await self._book.open_ids()
         for i in range(0, len(ids), AT_ONCE):
-            await self._renew()
+            await self._book.renew(self._token)
             some = [alert for alert in await self._book.alerts(ids[i : i + AT_ONCE]) if alert is not None]
             counted.update((alert.kind, alert.severity) for alert in some)
             gone += await self._refresh(some)
@@ -213,7 +211,7 @@ class Desk:
 
     async def _tidy(self) -> None:
         while await self._book.forget(self._token, self._clock() - self._keeping.retention, self._keeping.max_resolved) >= AT_ONCE:
-            await self._renew()
+            await self._book.renew(self._token)
 
     async def _fold(self, entries: Sequence[Entry], cursors: dict[str, str]) -> None:
         read = [(entry, transition) for entry in entries if (transition := self._transition(entry)) is not None]
@@ -271,9 +269,6 @@ class Desk:
         """The open alerts, as they were just looked at."""
         for kind, severity in itertools.product(get_args(alerts.Kind), SEVERITIES[1:]):
             self._metrics.alerts_open.labels(kind, severity).set(counted[kind, severity])
-
-    async def _renew(self) -> None:
-        await self._book.renew(self._token, LEASE_MS)
 
     async def _lose(self) -> None:
         self._cursors = None

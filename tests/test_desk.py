@@ -157,6 +157,15 @@ async def test_one_desk_keeps_the_book_and_another_takes_over_when_it_leaves(off
     assert await office.events() == [("s", "opened")]
 
 
+async def test_a_long_fold_keeps_its_lease(office: Office) -> None:
+    assert await office.book.take("us")
+    await office.store.pipe([("PEXPIRE", LEASE, 500)])
+    await office.book.write("us", [], [], {})
+    [left] = await office.store.pipe([("PTTL", LEASE)])
+    assert left > 2000
+    assert not await office.book.take("them")
+
+
 async def test_an_acknowledgement_is_shown_and_told_and_can_be_undone(office: Office, desk: Desk) -> None:
     await office.log(opening())
     await desk.turn()

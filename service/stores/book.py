@@ -38,10 +38,12 @@ LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS 
     for name in (b"lease", b"table", b"acks", b"all", b"open", b"streams", b"resolved", b"cursors", b"changes", b"dead-letters")
 )
 FENCED_FUNCTION = "onset_fenced_v5"
+LEASE_MS = 5000
+_RENEW: Command = ("PEXPIRE", LEASE, LEASE_MS)
 CHANGES, DEAD_LETTERS = 100_000, 10_000
 AT_ONCE = 500
 """Alerts loaded in one go."""
-SCANNED = 20_000
+SCANNED = 5_000
 """Alerts that one page looks at, at most: where few of them are wanted it may have none, and a cursor."""
 
 _alert, _ack, _change = msgspec.json.Decoder(Alert), msgspec.json.Decoder(Acknowledgement), msgspec.json.Decoder(Change)
@@ -162,13 +164,13 @@ class Book:
 
     # ── for whoever keeps it ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def take(self, token: str, ttl_ms: int) -> bool:
-        """Take the lease where it is free; whether it is ours."""
-        return bool((await self._store.pipe([("SET", LEASE, token, "NX", "PX", ttl_ms)]))[0])
+    async def take(self, token: str) -> bool:
+        """Take the lease where it is free, for LEASE_MS; whether it is ours."""
+        return bool((await self._store.pipe([("SET", LEASE, token, "NX", "PX", LEASE_MS)]))[0])
 
-    async def renew(self, token: str, ttl_ms: int) -> None:
-        """Raises Fenced."""
-        await self._under(token, [("PEXPIRE", LEASE, ttl_ms)])
+    async def renew(self, token: str) -> None:
+        """As every write under it does. Raises Fenced."""
+        await self._under(token, [])
 
     async def release(self, token: str) -> None:
         """Raises Fenced."""
@@ -182,9 +184,8 @@ class Book:
 
     async def read(self, cursors: Mapping[str, str], limit: int) -> list[Entry]:
         """Entries of the log that come after the cursors, each part's in its order, at most `limit` of each."""
-        commands = [("XRANGE", log_key(shard), _after(cursors.get(f"log:{shard}")), "+", "COUNT", limit) for shard in range(SHARDS)]
-        parts = await self._store.pipe(commands)
-        return [Entry(shard, id_, content) for shard, part in enumerate(parts) for id_, content in _entries(part)]
+        parts = await self._store.read_log([cursors.get(f"log:{shard}", "0-0") for shard in range(SHARDS)], limit)
+        return [Entry(shard, id_, content) for shard, part in parts for id_, content in _entries(part)]
 
     async def write(self, token: str, alerts: Sequence[Alert], changes: Sequence[Change], folded: Mapping[int, str]) -> None:
         """Put these alerts into the book and tell sinks of the changes; the log is `folded` up to these entries by that. Raises Fenced."""
@@ -253,9 +254,9 @@ class Book:
         return [id_.decode()[len(behind) :] for id_ in found]
 
     async def _under(self, token: str, commands: Sequence[Command], *more: bytes) -> None:
-        """These commands in one step, under the lease. Raises Fenced."""
+        """These commands in one step, under the lease, which is renewed. Raises Fenced."""
         keys = [LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS, *more]
-        words = [word for command in commands for word in (len(command), *command)]
+        words = [word for command in (_RENEW, *commands) for word in (len(command), *command)]
         if await self._store.call(FENCED_FUNCTION, keys, [token, *words]) is None:
             raise Fenced("The book of alerts is kept by another replica by now.")
 

@@ -46,6 +46,7 @@ from service.stores.redis import (
     connections,
     ids_of,
     leads_nowhere,
+    log_key,
     pattern,
     position_of,
     scanned,
@@ -105,6 +106,10 @@ class ClusterStore(Commands):
         """Which primary has a slot of ours, as far as we know."""
         self._stale = True
         self._lock = asyncio.Lock()
+
+    async def read_log(self, after: Sequence[str], limit: int) -> list[tuple[int, Sequence[Any]]]:
+        parts = await self.pipe([("XRANGE", log_key(shard), f"({id_}", "+", "COUNT", limit) for shard, id_ in enumerate(after)])
+        return [(shard, entries) for shard, entries in enumerate(parts) if entries]
 
     async def open(self) -> None:
         """Load the commit function into every primary. Raises StoreUnavailable, also for servers too old or not in cluster mode."""
