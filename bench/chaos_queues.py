@@ -41,7 +41,7 @@ from bench.clients import Kind, Source
 from bench.ledger import Reference, Violation, differing
 from bench.servers import console
 from bench.victims import Killer, Replica, Store, Victim
-from bench.wires import NotSentError, RedisStreamsWire, Wire
+from bench.wires import KafkaWire, NatsWire, NotSentError, RedisStreamsWire, Wire
 from service.artifact import find_artifacts
 from service.detector import Detector
 from service.events import Event, Result
@@ -90,7 +90,15 @@ def redis_streams(folder: Path, store: Store) -> Wire:
     return RedisStreamsWire(store, PARTITIONS)
 
 
-WIRES: dict[str, Callable[[Path, Store], Wire]] = {"redis_streams": redis_streams}
+def kafka(folder: Path, store: Store) -> Wire:
+    return KafkaWire(folder, PARTITIONS)
+
+
+def jetstream(folder: Path, store: Store) -> Wire:
+    return NatsWire(folder, PARTITIONS)
+
+
+WIRES: dict[str, Callable[[Path, Store], Wire]] = {"redis_streams": redis_streams, "kafka": kafka, "nats": jetstream}
 
 
 def main(

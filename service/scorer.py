@@ -269,7 +269,8 @@ class Scorer:
         for answer in answers:
             some = deliveries[start : start + len(answer.kinds)]
             told = [i for i, kind in enumerate(answer.kinds) if kind in _PUBLISHED]
-            for i, reply in zip(told, self._replies.picked([some[i].event for i in told], answer, told), strict=True):
+            for i, again in zip(told, self._replies.picked([some[i].event for i in told], answer, told), strict=True):
+                reply = replace(again, duplicate=False) if again.duplicate else again  # as it came out, or would have, the first time
                 results.append(Published(reply.stream_id, _result_id(reply, some[i]), _encoder.encode(reply)))
             start += len(answer.kinds)
         return results

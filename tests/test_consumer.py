@@ -249,12 +249,8 @@ async def test_what_is_delivered_again_is_published_again_with_the_same_numbers_
     await line.until(2, line.settled)
     again = line.published[len(before) :]
     assert [published.id for published in again] == [published.id for published in before]
-    assert [_numbers(published) for published in again] == [_numbers(published) for published in before]
+    assert [published.content for published in again] == [published.content for published in before]
     assert (await scorer.stream("a")).state_version == 30
-
-
-def _numbers(published: Published) -> Result:
-    return msgspec.structs.replace(msgspec.json.decode(published.content, type=Result), duplicate=False)
 
 
 async def test_events_without_positions_are_told_apart_by_their_own_identity_alone(scorer: Trying) -> None:
@@ -266,7 +262,7 @@ async def test_events_without_positions_are_told_apart_by_their_own_identity_alo
     line.waiting.put_nowait(batch)
     await line.until(2, line.settled)
     await consumer.stop(5)
-    assert line.results() == [("a", 1, False), ("a", 2, False), ("a", 3, False), ("a", 1, True), ("a", 4, False), ("a", 3, True)]
+    assert line.results() == [("a", 1, False), ("a", 2, False), ("a", 3, False), ("a", 1, False), ("a", 4, False), ("a", 3, False)]
 
 
 async def test_a_batch_that_the_fuse_holds_is_published_once_however_often_it_is_looked_at(scorer: Trying) -> None:

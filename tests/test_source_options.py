@@ -49,6 +49,13 @@ def test_a_file_and_inline_json_say_the_same(tmp_path: Path) -> None:
         ('[{"type": "redis_streams", "payload": {"topic": "a/{b}/{b}"}}]', "payload.topic: 'a/{b}/{b}' has a name twice"),
         ('[{"type": "redis_streams", "payload": {"format": "number", "stream_id": "topic", "values": "v"}}]', "no values"),
         ('[{"type": "redis_streams", "payload": {"format": "number"}}]', "payload: a number by itself does not name its stream"),
+        ('[{"type": "kafka", "topics": ["a"]}]', "source 1 (kafka): brokers: Field required"),
+        ('[{"type": "kafka", "brokers": "b", "topics": []}]', "source 1 (kafka): topics: List should have at least 1 item"),
+        ('[{"type": "kafka", "brokers": "b", "topics": ["^onset"]}]', "'onset-results' is read and written by the same source"),
+        ('[{"type": "kafka", "brokers": "b", "topics": ["a"], "options": {"acks": "1"}}]', "options: acks is the source's own to decide"),
+        ('[{"type": "nats", "servers": ["n"], "subjects": ["onset.>"]}]', "'onset.results' is read and written by the same source"),
+        ('[{"type": "nats", "servers": ["n"], "subjects": ["*.results"]}]', "'onset.results' is read and written by the same source"),
+        ('[{"type": "nats", "servers": ["n"], "subjects": ["a"], "group": "a.b"}]', "source 1 (nats): group:"),
         ('[{"type": "redis_streams", "key": "${NOWHERE_TO_BE_FOUND}"}]', "${NOWHERE_TO_BE_FOUND}, which the environment does not have"),
     ],
 )
@@ -58,6 +65,19 @@ def test_what_is_wrong_is_said_in_a_sentence(content: str, said: str) -> None:
     assert caught.value.detail.startswith("ONSET_SOURCES")
     assert said in caught.value.detail
     assert caught.value.detail.endswith(".")
+
+
+def test_what_may_be_a_secret_is_not_in_the_sentence() -> None:
+    with pytest.raises(BadSetting) as caught:
+        options.read('[{"type": "nats", "servers": ["n"], "subjects": ["a"], "password": {"is": "s3cret"}}]')
+    assert "password" in caught.value.detail
+    assert "s3cret" not in caught.value.detail
+
+
+@pytest.mark.parametrize("path", sorted(Path("sources").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_of_a_source_is_one_that_starts(path: Path) -> None:
+    [source] = options.read(str(path))
+    assert source.type in (path.stem, {"rabbitmq": "amqp"}.get(path.stem))
 
 
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:

@@ -229,6 +229,8 @@ class _Reader:
         self._stopping = threading.Event()
         self._commit_at = 0.0
         self._said: set[int] = set()
+        self._raised: Exception | None = None
+        """By a callback: what passes through the client comes out as no exception that can be caught."""
         self._thread = threading.Thread(target=self._run, name=f"kafka-{source.name}", daemon=True)
 
     def start(self) -> None:
@@ -252,10 +254,18 @@ class _Reader:
     def _read(self) -> None:
         """Until the source is closed. Raises KafkaException."""
         consumer, self._consumer = self._consumer or Consumer(self._config), None
+        self._raised = None
         try:
-            consumer.subscribe(list(self._options.topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
+            consumer.subscribe(
+                list(self._options.topics),
+                on_assign=self._guarded(self._on_assign),
+                on_revoke=self._guarded(self._on_revoke),
+                on_lost=self._guarded(self._on_lost),
+            )
             while not self._stopping.is_set():
                 record = consumer.poll(POLL_SECONDS)
+                if self._raised is not None:
+                    raise self._raised
                 if record is not None:
                     self._take([record, *consumer.consume(READ, 0)])
                 self._flow(consumer)
@@ -264,6 +274,15 @@ class _Reader:
             consumer.close()  # calls on_revoke for what is ours
             if self._partitions:
                 self._on_lost(consumer, [])
+
+    def _guarded(self, callback: Callable[[Consumer, list[TopicPartition]], None]) -> Callable[[Consumer, list[TopicPartition]], None]:
+        def call(consumer: Consumer, places: list[TopicPartition]) -> None:
+            try:
+                callback(consumer, places)
+            except Exception as error:
+                self._raised = error
+
+        return call
 
     def _take(self, records: Sequence[Record]) -> None:
         touched: dict[tuple[str, int], _Partition] = {}

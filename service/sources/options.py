@@ -176,6 +176,13 @@ class KafkaSource(Source):
     options: dict[str, str | int | float | bool] = {}
     """Further settings of librdkafka: security.protocol, sasl.username, compression.type, session.timeout.ms, ..."""
 
+    @model_validator(mode="after")
+    def _does_not_read_itself(self) -> Self:
+        for topic in filter(None, (self.output, self.dead_letters)):
+            if any(re.match(own, topic) if own.startswith("^") else own == topic for own in self.topics):
+                raise ValueError(f"'{topic}' is read and written by the same source: its results would be its events")
+        return self
+
     @field_validator("options")
     @classmethod
     def _are_not_ours(cls, options: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
@@ -216,9 +223,24 @@ class NatsSource(Source):
     tls_ca: str = ""
     """Path of the certificates that the servers are checked against. Default: the system's."""
 
+    @model_validator(mode="after")
+    def _does_not_read_itself(self) -> Self:
+        for subject in filter(None, (self.output, self.dead_letters)):
+            if any(hears(own, subject) for own in self.subjects):
+                raise ValueError(f"'{subject}' is read and written by the same source: its results would be its events")
+        return self
+
 
 AnySource = Annotated[RedisStreamsSource | KafkaSource | NatsSource, Field(discriminator="type")]
 _sources: TypeAdapter[list[AnySource]] = TypeAdapter(list[AnySource])
+
+
+def hears(subjects: str, subject: str) -> bool:
+    """Whether a filter of NATS subjects takes this one."""
+    wanted, given = subjects.split("."), subject.split(".")
+    if wanted[-1] == ">":
+        wanted, given = wanted[:-1], given[: len(wanted) - 1] if len(given) >= len(wanted) else []
+    return len(wanted) == len(given) and all(one in ("*", other) for one, other in zip(wanted, given, strict=True))
 
 
 def read(given: str, environment: Mapping[str, str] = os.environ) -> list[AnySource]:

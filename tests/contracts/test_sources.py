@@ -1,6 +1,6 @@
 """Every source keeps the same promises: at least once delivered, once scored, in order, and nothing lost when something fails.
 
-Against real servers; Kafka is librdkafka's mock cluster, which speaks the protocol (tests/kafka_mock.py).
+Against real servers; Kafka is librdkafka's mock cluster, which speaks the protocol (bench/kafka_mock.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from bench.kafka_mock import MockKafka
 from service import queues
 from service.app import Service
 from service.consumer import FUSE_ENTRIES, Consumer
@@ -28,7 +29,6 @@ from service.sources import Batch, Settlement, Source
 from service.sources.options import AnySource, Payload
 from service.sources.partitions import AHEAD
 from service.stores.memory import MemoryStore
-from tests.kafka_mock import MockKafka
 from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import PARTITIONS, KafkaRig, NatsServer, Rig, each_once, nats_rig, nats_server, redis_rig
 from tests.servers import Valkey

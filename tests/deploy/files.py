@@ -53,7 +53,8 @@ def compose() -> Document:
 
 def manifests(folder: Path) -> list[Document]:
     """Every object of a kustomize folder's own manifests, without the kustomization and its patches."""
-    paths = [path for path in sorted(folder.glob("*.yaml")) if path.name != "kustomization.yaml" and not path.name.endswith("-patch.yaml")]
+    others = ("kustomization.yaml", "sources.yaml")
+    paths = [path for path in sorted(folder.glob("*.yaml")) if path.name not in others and not path.name.endswith("-patch.yaml")]
     return [document for path in paths for document in yaml.safe_load_all(path.read_text())]
 
 

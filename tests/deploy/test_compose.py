@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -64,10 +65,10 @@ def test_the_store_is_reached_by_the_service_alone(services: Document) -> None:
 
 
 def test_every_container_is_bounded_and_comes_back(services: Document) -> None:
-    for service in services.values():
+    for name, service in services.items():
         assert {"cpus", "memory", "pids"} <= set(service["deploy"]["resources"]["limits"])
-        assert service["restart"] == "unless-stopped"
-        assert service["read_only"] is True
+        assert service["restart"] == ("on-failure" if name == "nats-streams" else "unless-stopped")
+        assert service.get("read_only", False) is (name != "kafka"), "Kafka's image writes its configuration when it starts"
         assert "no-new-privileges:true" in service["security_opt"]
 
 
@@ -76,6 +77,18 @@ def test_images_are_pinned_to_a_minor_version(services: Document) -> None:
     assert re.fullmatch(r"valkey/valkey:\d+\.\d+-alpine", services["redis"]["image"])
     for name in ("prometheus", "alertmanager", "grafana"):
         assert re.fullmatch(r"(prom|grafana)/[a-z]+:v?\d+\.\d+\.\d+", services[name]["image"])
+
+
+@pytest.mark.parametrize("path", sorted((COMPOSE.parent / "sources").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_broker_is_asked_for_by_its_profile_and_its_source_names_it(services: Document, path: Path) -> None:
+    brokers = {name: service for name, service in services.items() if service.get("profiles") == [path.stem]}
+    assert path.stem in brokers
+    assert re.search(rf"\b{path.stem}:\d+\b", path.read_text())
+    assert "./sources:/sources:ro" in services["service"]["volumes"]
+    for service in brokers.values():
+        assert re.fullmatch(r"[a-z/-]+:\d+\.\d+(\.\d+)?(-[a-z]+)?", service["image"])
+        assert service["networks"] == ["edge"]
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
 
 
 def test_monitoring_is_asked_for_and_mounts_what_ships(services: Document) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from service.settings import Settings
+from service.sources import options
 from tests.deploy.files import (
     BASE,
     K8S,
@@ -25,7 +26,9 @@ from tests.deploy.files import (
 )
 
 FOLDERS = [path.parent for path in sorted(K8S.rglob("kustomization.yaml"))]
-MANIFESTS = [path for path in sorted(K8S.rglob("*.yaml")) if path.name != "kustomization.yaml"]
+MANIFESTS = [path for path in sorted(K8S.rglob("*.yaml")) if path.name not in ("kustomization.yaml", "sources.yaml")]
+KAFKA = K8S / "overlays" / "kafka"
+SCHEMA = Path(__file__).with_name("scaledobject.schema.json")
 WORKLOADS = ("Deployment", "StatefulSet")
 
 
@@ -79,8 +82,10 @@ def test_a_manifest_fulfils_the_api_schema_strictly(path: Path) -> None:
 def test_a_kustomization_names_every_file_of_its_folder_and_no_other(folder: Path) -> None:
     content = kustomization(folder)
     resources = [entry for entry in content["resources"] if not (folder / entry).is_dir()]
-    patches = [patch["path"] for patch in content.get("patches", [])]
-    env_files = [name for generator in content.get("configMapGenerator", []) for name in generator.get("envs", [])]
+    patches = [patch["path"] for patch in content.get("patches", []) if "path" in patch]
+    env_files = [
+        name for generator in content.get("configMapGenerator", []) for kind in ("envs", "files") for name in generator.get(kind, [])
+    ]
     there = {path.name for path in folder.iterdir()} - {"kustomization.yaml"}
     assert {*resources, *patches, *env_files} == there
     assert all((folder / entry / "kustomization.yaml").exists() for entry in content["resources"] if entry not in resources)
@@ -94,7 +99,7 @@ def test_what_kustomize_builds_fulfils_the_api_schema_strictly(folder: Path, tmp
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != KAFKA], ids=name_of)
 def test_every_selector_finds_a_workload_of_the_same_folder(folder: Path) -> None:
     documents = manifests(folder)
     pods = [d["spec"]["template"]["metadata"]["labels"] for d in documents if d["kind"] in WORKLOADS]
@@ -225,3 +230,43 @@ def test_the_built_overlay_lets_only_the_service_reach_the_store_and_the_service
     assert not entry["from"][0]["podSelector"]["matchLabels"].items() <= store.items()
     assert [port["port"] for port in names["ports"]] == [53, 53]
     assert out["to"][0]["podSelector"]["matchLabels"].items() <= store.items()
+
+
+def test_keda_scales_the_deployment_on_the_lag_of_the_group_that_the_source_is_of() -> None:
+    done = tool("check-jsonschema", "--schemafile", SCHEMA, KAFKA / "scaledobject.yaml")
+    assert done.returncode == 0, done.stdout
+    scaled = find(manifests(KAFKA), "ScaledObject", "onset")["spec"]
+    lag, cpu = scaled["triggers"]
+    [source] = options.read(str(KAFKA / "sources.yaml"))
+    assert isinstance(source, options.KafkaSource)
+    assert (lag["metadata"]["bootstrapServers"], lag["metadata"]["consumerGroup"]) == (source.brokers, source.group)
+    assert [lag["metadata"]["topic"]] == list(source.topics)
+    assert lag["metadata"]["offsetResetPolicy"] == source.start
+    base = find(manifests(BASE), "HorizontalPodAutoscaler", "onset")["spec"]
+    assert scaled["scaleTargetRef"] == base["scaleTargetRef"]
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (base["minReplicas"], base["maxReplicas"])
+    assert cpu["metadata"]["value"] == str(base["metrics"][0]["resource"]["target"]["averageUtilization"])
+
+
+@pytest.mark.parametrize("change", [{"triggers": []}, {"minReplicas": 2}, {"triggers": [{"type": "kafka", "metadata": {"topic": "a"}}]}])
+def test_a_scaled_object_that_means_nothing_is_found(change: Document, tmp_path: Path) -> None:
+    document = yaml.safe_load((KAFKA / "scaledobject.yaml").read_text())
+    document["spec"] |= change
+    wrong = tmp_path / "scaledobject.yaml"
+    wrong.write_text(yaml.safe_dump(document))
+    assert tool("check-jsonschema", "--schemafile", SCHEMA, wrong).returncode == 1
+
+
+def test_the_built_kafka_overlay_has_its_sources_and_one_autoscaler() -> None:
+    documents = build(KAFKA)
+    assert not [d for d in documents if d["kind"] == "HorizontalPodAutoscaler"]
+    pod = find(documents, "Deployment", "onset")["spec"]["template"]["spec"]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] == "sources"]
+    settings = find(documents, "ConfigMap", "onset")["data"]
+    sources = find(documents, "ConfigMap", "onset-sources")
+    assert volume["configMap"]["name"] == sources["metadata"]["name"]
+    assert {"name": "sources", "mountPath": "/sources", "readOnly": True} in pod["containers"][0]["volumeMounts"]
+    assert settings["ONSET_SOURCES"] == "/sources/sources.yaml"
+    assert settings["ONSET_PORT"] == "8080"
+    ports = [port["port"] for rule in find(documents, "NetworkPolicy", "onset")["spec"]["egress"] for port in rule["ports"]]
+    assert 9092 in ports

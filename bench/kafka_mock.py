@@ -1,6 +1,6 @@
-"""Kafka's protocol for tests: librdkafka's mock cluster in a process of its own, where brokers can be taken down and up again.
+"""Kafka's protocol for tests and soaks: librdkafka's mock cluster in a process of its own, where brokers can be taken down and up again.
 
-    python -m tests.kafka_mock BROKERS        prints its bootstrap servers, then obeys lines: `topic NAME PARTITIONS`, `down I`, `up I`
+    python -m bench.kafka_mock BROKERS        prints its bootstrap servers, then obeys lines: `topic NAME PARTITIONS`, `down I`, `up I`
 
 It keeps records in memory and speaks to any client over TCP: groups, commits, cooperative rebalances and idempotent producers work. What it
 is not: durable, transactional, or as slow as a real cluster. Its functions are not in the Python client, so they are called by ctypes.
@@ -30,7 +30,7 @@ class MockKafka:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> MockKafka:
-        command = [sys.executable, "-m", "tests.kafka_mock", str(self.brokers)]
+        command = [sys.executable, "-m", "bench.kafka_mock", str(self.brokers)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parents[1]
         )
