@@ -154,7 +154,8 @@ class Service:
                 stack.push_async_callback(tasks.end, asyncio.create_task(canary.run(), name="canary"))
             desk = Desk(self.book, self.scorers, self.metrics, _keeping(self.settings), self.sinks)
             stack.push_async_callback(tasks.end, asyncio.create_task(desk.run(), name="alerts"))
-            for consumer in queues.consumers(self.sources, url, self._scorer, self.metrics, max_events=self.settings.max_batch_events):
+            most = self.settings.max_batch_events
+            for consumer in queues.consumers(self.sources, url, store, self._scorer, self.metrics, max_events=most):
                 await consumer.start()
                 stack.push_async_callback(consumer.stop, self.settings.drain_seconds)
             yield self

@@ -72,8 +72,13 @@ class Mapper:
         """The events of a message, or what is wrong with each; and whether it is one bare event. Raises OnsetError: nothing can be used."""
         if message.position >= POSITIONS:
             raise BadEvent(f"The entry's id {message.id.decode()} is beyond what a stream's state can hold.", "id", message.id.decode())
-        if self._payload.plain:
-            return self._plain(message)
+        items, bare = self._plain(message) if self._payload.plain else self._mapped(message)
+        if message.event_id is not None:
+            items = [_named(item, message.event_id if bare else f"{message.event_id}/{i}") for i, item in enumerate(items)]
+        return items, bare
+
+    def _mapped(self, message: Message) -> tuple[Items, bool]:
+        """Raises BadEvent."""
         levels = self._levels(message)
         try:
             items, bare = self._items(message, levels)
@@ -280,6 +285,11 @@ class Mapper:
         except (TypeError, ValueError, binascii.Error):
             return BadEvent("data_base64 is not base64.", "data_base64", shown(content["data_base64"]))
         return _Item(data, message, levels, attributes)
+
+
+def _named(item: Event | ItemError, event_id: str) -> Event | ItemError:
+    """With this identity where it has none."""
+    return replace(item, event_id=_bounded(event_id)) if isinstance(item, Event) and item.event_id is None else item
 
 
 def _required(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from service.scorer import Scorer
 from service.settings import Settings
 from service.sources import Source, options
 from service.sources.redis_streams import RedisStreams, Streams
+from service.stores import StateStore
 
 
 def declared(settings: Settings) -> Sequence[options.AnySource]:
@@ -38,6 +39,7 @@ def declared(settings: Settings) -> Sequence[options.AnySource]:
 def consumers(
     sources: Sequence[options.AnySource],
     store_url: str,
+    store: StateStore,
     scorer_of: Callable[[str], Scorer],
     metrics: Metrics,
     *,
@@ -51,11 +53,11 @@ def consumers(
         except KeyError as error:
             raise BadSetting(f"Source '{source.called}' names the model '{source.model}', which is not loaded.") from error
         mapper = Mapper(source.payload, max_events=max_events)
-        made.append(Consumer(queue(source, store_url, metrics), scorer, metrics, mapper, fuse=source.fuse))
+        made.append(Consumer(queue(source, store_url, store, metrics), scorer, metrics, mapper, fuse=source.fuse))
     return made
 
 
-def queue(source: options.AnySource, store_url: str, metrics: Metrics) -> Source:
+def queue(source: options.AnySource, store_url: str, store: StateStore, metrics: Metrics) -> Source:
     """Raises BadSetting where its client is not installed."""
     try:
         match source:
@@ -69,6 +71,10 @@ def queue(source: options.AnySource, store_url: str, metrics: Metrics) -> Source
                 from service.sources.nats import Nats  # noqa: PLC0415
 
                 return Nats(source, metrics)
+            case options.MqttSource():
+                from service.sources.mqtt import Mqtt  # noqa: PLC0415
+
+                return Mqtt(source, store, metrics)
     except ImportError as error:
         raise BadSetting(
             f"Source '{source.called}' needs the extra '{source.type}': pip install 'onset[{source.type}]' ({error})."

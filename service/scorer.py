@@ -247,7 +247,7 @@ class Scorer:
         parsed, errors = parse(events, manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
         kept = [delivery for i, delivery in enumerate(deliveries) if i not in errors]
         arrivals = [time if timed else delivery.arrived for time, timed, delivery in zip(parsed.timestamp, parsed.timed, kept, strict=True)]
-        keys = [key or _position_key(delivery) for key, delivery in zip(parsed.key, kept, strict=True)] if replies else parsed.key
+        keys = [key or _identity(delivery, replies=replies) for key, delivery in zip(parsed.key, kept, strict=True)]
         # Past the reorder buffer: positions are only exact where a partition is scored in its own order.
         done = await self._batcher.submit(self._pieces(changed(parsed, timestamp=arrivals, key=keys, deliveries=kept)), sender)
         answers = [self._answered(answer) for answer in done]
@@ -758,14 +758,18 @@ class Scorer:
                 log.warning("stream_started_afresh", stream_id=stream_ids[slot], model=self.detector.name, reason=origin.name.lower())
 
 
-def _position_key(delivery: Delivery) -> int:
-    """Identity of an event that has none but its place in a queue: its stored result is found by it."""
-    return event_key(f"{delivery.source}/{delivery.position}", None) if delivery.source and delivery.lease is None else 0
+def _identity(delivery: Delivery, *, replies: bool) -> int:
+    """Of an event that names none: its place in a queue, by which its stored result is found, or else its time and values; 0 = none."""
+    if delivery.source:
+        return event_key(f"{delivery.source}/{delivery.position}", None) if replies and delivery.lease is None else 0
+    event = delivery.event
+    return 0 if event.timestamp is None else event_key(f"{event.timestamp} {event.values}", None)
 
 
 def _result_id(reply: Result, delivery: Delivery) -> str:
     """Of a late event's result too, whose stream has a result of that version already."""
-    about = f"/late/{reply.event_id or f'{delivery.source}-{delivery.position}'}" if reply.late else ""
+    place = f"{delivery.source}-{delivery.position}" if delivery.source else str(reply.timestamp)
+    about = f"/late/{reply.event_id or place}" if reply.late else ""
     return f"{reply.model}/{reply.stream_id}/{reply.state_version}{about}"
 
 

@@ -10,6 +10,7 @@ import redis
 
 from service.detector import Detector
 from service.stores.redis import RedisStore
+from tests.brokers import Mosquitto, RabbitMQ
 from tests.servers import Valkey, ValkeyCluster
 from tests.tiny import build_tiny
 
@@ -60,3 +61,17 @@ async def redis_store(empty_server: str) -> AsyncIterator[RedisStore]:
     await store.open()
     yield store
     await store.close()
+
+
+@pytest.fixture(scope="session")
+def mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
+    """A real MQTT 5 broker, started once for the session: topics and client ids are to be a test's own."""
+    with Mosquitto(tmp_path_factory.mktemp("mosquitto")) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """A real AMQP broker, started once for the session: queues are to be a test's own."""
+    with RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as broker:
+        yield broker

@@ -201,6 +201,16 @@ async def test_events_of_a_queue_outside_the_store_are_neither_published_nor_ack
     assert store.results == []
 
 
+async def test_without_positions_an_event_without_id_is_known_by_its_time_and_values(scorer: Scorer) -> None:
+    items = [delivery(event(i), 0, source=0, lease=None) for i in (1, 2, 2, 3)]
+    assert await kinds(scorer, items) == [Kind.SCORED, Kind.SCORED, Kind.DUPLICATE, Kind.SCORED]
+    assert [kind in (Kind.DUPLICATE, Kind.REPEATED) for kind in await kinds(scorer, items)] == [True] * 4
+    other = event(3, values={"value": 99.0})
+    assert await kinds(scorer, [delivery(other, 0, source=0, lease=None)]) == [Kind.SCORED], "another reading of the same moment"
+    untimed = delivery(event(4, timestamp=None), 0, source=0, lease=None)
+    assert await kinds(scorer, [untimed, untimed]) == [Kind.SCORED, Kind.SCORED], "nothing tells them apart"
+
+
 async def test_nothing_is_consumed_before_the_policy_is_known(tiny_detector: Detector, store: MemoryStore) -> None:
     scorer = Scorer(tiny_detector, Policy(), store, Metrics(), Limits(), lambda: NOW, held=True)
     scorer.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_the_key_names_the_stream_where_the_payload_does_not() -> None:
     assert one({}, message({"stream_id": "own", "values": {"value": 1}}, key="pump")).stream_id == "own"
     assert one({"values": "v"}, message({"v": 1}, key="pump")) == Event("pump", {"value": 1})
     assert one({"format": "number"}, message(b" 71.3\n", key="pump")) == Event("pump", {"value": 71.3})
+
+
+def test_a_message_with_an_id_names_its_events_where_they_have_none() -> None:
+    def of(payload: Any, **declared: Any) -> list[Any]:
+        sent = dataclasses.replace(message(payload), event_id="m-1")
+        return [event.event_id for event in events(declared, sent) if isinstance(event, Event)]
+
+    item = {"stream_id": "a", "values": {"value": 1}}
+    assert of(item) == ["m-1"]
+    assert of(item | {"event_id": "own"}) == ["own"]
+    assert of([item, item | {"event_id": "own"}, item]) == ["m-1/0", "own", "m-1/2"]
+    assert of({"s": "a", "v": 1}, stream_id="s", values="v") == ["m-1"]
 
 
 def test_a_stream_is_made_from_levels_of_the_topic_fields_headers_and_the_key() -> None:

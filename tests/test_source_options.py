@@ -12,7 +12,7 @@ from service import queues
 from service.errors import BadSetting
 from service.settings import Settings
 from service.sources import options
-from service.sources.options import RedisStreamsSource
+from service.sources.options import MqttSource, RedisStreamsSource
 from service.sources.templates import Pattern, Template
 
 
@@ -78,6 +78,54 @@ def test_what_may_be_a_secret_is_not_in_the_sentence() -> None:
 def test_every_example_of_a_source_is_one_that_starts(path: Path) -> None:
     [source] = options.read(str(path))
     assert source.type in (path.stem, {"rabbitmq": "amqp"}.get(path.stem))
+
+
+MQTT = {"type": "mqtt", "url": "mqtt://u:p%40ss@broker:1884", "topics": ["plant/+/temperature", "line/#"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"url": "http://broker"}, "url: an address is mqtt://host or mqtts://host"),
+        ({"url": "mqtt://"}, "url: an address is mqtt://host"),
+        ({"topics": []}, "topics:"),
+        ({"topics": ["a/#/b"]}, "topics: 'a/#/b' is no filter"),
+        ({"topics": ["a/b+"]}, "topics: 'a/b+' is no filter"),
+        ({"topics": ["$share/g/a"]}, "topics: '$share/g/a' is shared"),
+        ({"output": "plant/{stream_id}/temperature"}, "output is 'plant/x/temperature', which 'plant/+/temperature' would read again"),
+        ({"dead_letters": "line/dead"}, "dead_letters is 'line/dead', which 'line/#' would read again"),
+        ({"output": "out/#"}, "output is 'out/#', which nothing can be published to"),
+        ({"batch": 100_000}, "batch:"),
+    ],
+)
+def test_what_is_wrong_with_an_mqtt_source_is_said_and_no_password_is(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadSetting) as caught:
+        options.read(json.dumps([MQTT | given]))
+    assert said in caught.value.detail
+    assert "p%40ss" not in caught.value.detail
+
+
+def test_a_topic_names_its_stream_and_the_broker_sends_twice_a_batch_ahead() -> None:
+    [source] = options.read(json.dumps([MQTT | {"payload": {"format": "number"}, "batch": 50}]))
+    assert isinstance(source, MqttSource)
+    assert source.receive_maximum == 100
+
+
+@pytest.mark.parametrize(
+    ("pattern", "topic", "heard"),
+    [
+        ("a/b", "a/b", True),
+        ("a/+", "a/b", True),
+        ("a/+", "a/b/c", False),
+        ("a/#", "a/b/c", True),
+        ("a/#", "a", True),
+        ("#", "a/b", True),
+        ("+/b/#", "a/c/d", False),
+        ("a/b", "a", False),
+    ],
+)
+def test_a_filter_lets_topics_through(pattern: str, topic: str, heard: bool) -> None:
+    assert options.hears(pattern, topic) == heard
 
 
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ class Message:
     """Names the stream where neither the payload nor the mapping does: Kafka's message key."""
     topic: str = ""
     """Topic, subject or routing key it was sent to."""
+    event_id: str | None = None
+    """Names its event where neither the payload nor the mapping does: AMQP's message_id."""
 
 
 @dataclass(frozen=True)

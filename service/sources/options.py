@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -231,7 +232,64 @@ class NatsSource(Source):
         return self
 
 
-AnySource = Annotated[RedisStreamsSource | KafkaSource | NatsSource, Field(discriminator="type")]
+class MqttSource(Source):
+    """One session at an MQTT 5 broker; replicas take turns on it. A message's key is its topic."""
+
+    type: Literal["mqtt"] = "mqtt"
+    url: NonEmpty
+    """mqtt://user:password@host:1883, or mqtts:// for TLS."""
+    tls_ca: str = ""
+    """Certificates that the broker's is signed by; default: those of the system."""
+    topics: Annotated[list[NonEmpty], Field(min_length=1)]
+    """Filters: plant/+/temperature, plant/#. They must not overlap, or the broker may send a message twice."""
+    session: NonEmpty = "onset"
+    """Client id, under which the broker keeps what nobody has acknowledged."""
+    session_expiry_seconds: Annotated[int, Field(ge=60, le=2**32 - 1)] = 7 * 24 * 3600
+    """How long the broker keeps it while no replica is connected."""
+    keepalive_seconds: Annotated[int, Field(ge=5, le=65_535)] = 15
+    batch: Annotated[int, Field(ge=1, le=5_000)] = 1000
+    """Messages scored at once at most; the broker sends twice as many ahead."""
+    lease_seconds: Annotated[float, Field(ge=0.5, le=300)] = 5
+    """A replica not heard of for this long has lost the session to another one."""
+    dead_letters: NonEmpty = "onset/dead-letters"
+    """Topic."""
+    output: str = ""
+    """Topic, such as onset/results/{stream_id}; empty = results are not published."""
+    keyed: ClassVar[bool] = True
+
+    @property
+    def receive_maximum(self) -> int:
+        return 2 * self.batch
+
+    @field_validator("url")
+    @classmethod
+    def _is_mqtt(cls, url: str) -> str:
+        return _with_scheme(url, "mqtt", "mqtts")
+
+    @field_validator("topics")
+    @classmethod
+    def _are_filters(cls, topics: list[str]) -> list[str]:
+        for topic in topics:
+            levels = topic.split("/")
+            if topic.startswith("$share/"):
+                raise ValueError(
+                    f"'{topic}' is shared: replicas would have each stream's messages in any order; they share a session instead"
+                )
+            if any(("#" in level or "+" in level) and len(level) > 1 for level in levels) or "#" in levels[:-1]:
+                raise ValueError(f"'{topic}' is no filter: + stands for one whole level, # for all at the end")
+        return topics
+
+    @model_validator(mode="after")
+    def _does_not_hear_itself(self) -> Self:
+        for field, topic in (("output", self.output.replace("{stream_id}", "x")), ("dead_letters", self.dead_letters)):
+            if "+" in topic or "#" in topic:
+                raise ValueError(f"{field} is '{topic}', which nothing can be published to: it has a wildcard")
+            if (heard := next((one for one in self.topics if topic and hears(one, topic)), None)) is not None:
+                raise ValueError(f"{field} is '{topic}', which '{heard}' would read again")
+        return self
+
+
+AnySource = Annotated[RedisStreamsSource | KafkaSource | NatsSource | MqttSource, Field(discriminator="type")]
 _sources: TypeAdapter[list[AnySource]] = TypeAdapter(list[AnySource])
 
 
@@ -296,6 +354,21 @@ def _sentence(where: str, content: Sequence[Any], error: ValidationError) -> str
     got = "" if _secret(field) or isinstance(first["input"], dict) else f"; got {shown(first['input'])}"
     named = f" ({kind})" if isinstance(kind, str) and kind else ""
     return f"{where}: source {int(index) + 1}{named}: {field}: {what}{got}."
+
+
+def _with_scheme(url: str, *schemes: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in schemes or not parts.hostname:
+        raise ValueError(f"an address is {schemes[0]}://host or {schemes[1]}://host, with user:password@ before the host where needed")
+    return url
+
+
+def hears(pattern: str, topic: str) -> bool:
+    """Whether an MQTT filter lets a topic through."""
+    wanted, levels = pattern.split("/"), topic.split("/")
+    if wanted[-1] == "#":
+        wanted, levels = wanted[:-1], levels[: len(wanted) - 1]
+    return len(wanted) == len(levels) and all(one in ("+", level) for one, level in zip(wanted, levels, strict=True))
 
 
 def _secret(field: str) -> bool:

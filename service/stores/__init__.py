@@ -17,7 +17,8 @@ A stream's value and its trail:
                                                     XACK the input's entries                                     →  WRITTEN
                                       otherwise  →  nothing is written                                           →  LOST
 
-Beside the streams it keeps one small mapping for all replicas: the policy as it was changed at run time (control.py).
+Beside the streams it keeps one small mapping for all replicas, the policy as it was changed at run time (control.py), and leases: names
+that one replica holds at a time, each with notes that its next holder reads (sources/mqtt.py).
 
 What a crash, of the replica, its connection or the client, leaves (tests/test_protocol_model.py stops at each of these points):
 
@@ -124,6 +125,18 @@ class StateStore(Protocol):
 
     async def change_policy(self, changes: Mapping[str, bytes | None]) -> dict[str, bytes]:
         """Set these (None = remove) in one step and leave the others; returns all as they are then."""
+
+    async def hold(self, name: str, holder: str, seconds: float) -> bool:
+        """Take the lease `name` where it is free, or renew one's own; whether it is `holder`'s now, for that long."""
+
+    async def release(self, name: str, holder: str) -> None:
+        """Give one's own lease up."""
+
+    async def note(self, name: str, holder: str, note: bytes, keep: int) -> bool:
+        """Add to the notes beside a lease, of which the last `keep` stay; False = the lease is not `holder`'s and nothing is added."""
+
+    async def notes(self, name: str) -> list[bytes]:
+        """Oldest first. They outlive the lease by the state TTL."""
 
     async def count(self) -> int:
         """About how many values the store holds (trails included)."""

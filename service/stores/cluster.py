@@ -44,6 +44,7 @@ from service.stores.redis import (
     calls,
     connect_anew,
     connections,
+    first_key,
     ids_of,
     leads_nowhere,
     log_key,
@@ -173,7 +174,7 @@ class ClusterStore(Commands):
 
     async def pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
         if not atomic:
-            return await self._run([_Request(key_slot(command[1]), [command]) for command in commands])
+            return await self._run([_Request(key_slot(first_key(command)), [command]) for command in commands])
         [replies] = await self._run([_Request(key_slot(commands[0][1]), commands, atomic=True)])
         return cast("list[Any]", replies)
 

@@ -28,6 +28,8 @@ class MemoryStore:
         self._trails: dict[_Key, tuple[float, list[bytes]]] = {}
         self._watches: dict[_Key, float] = {}
         self._policy: dict[str, bytes] = {}
+        self._held: dict[str, tuple[float, str]] = {}
+        self._notes: dict[str, tuple[float, list[bytes]]] = {}
         self.leases: dict[bytes, bytes] = {}
         self.pending: dict[tuple[bytes, bytes], list[bytes]] = {}
         self.kept: dict[bytes, list[bytes]] = {}
@@ -83,6 +85,26 @@ class MemoryStore:
         self._policy = {name: value for name, value in merged.items() if value is not None}
         return dict(self._policy)
 
+    async def hold(self, name: str, holder: str, seconds: float) -> bool:
+        if self._holder(name) not in ("", holder):
+            return False
+        self._held[name] = (self._clock() + seconds, holder)
+        return True
+
+    async def release(self, name: str, holder: str) -> None:
+        if self._holder(name) == holder:
+            del self._held[name]
+
+    async def note(self, name: str, holder: str, note: bytes, keep: int) -> bool:
+        if self._holder(name) != holder:
+            return False
+        self._notes[name] = (self._clock() + self._state_ttl, [*await self.notes(name), note][-keep:])
+        return True
+
+    async def notes(self, name: str) -> list[bytes]:
+        until, notes = self._notes.get(name, (0.0, []))
+        return list(notes) if self._clock() < until else []
+
     async def count(self) -> int:
         return sum(self._value(key) is not None for key in self._states) + sum(bool(self._trail(key)) for key in self._trails)
 
@@ -91,6 +113,10 @@ class MemoryStore:
 
     async def close(self) -> None:
         return None
+
+    def _holder(self, name: str) -> str:
+        until, holder = self._held.get(name, (0.0, ""))
+        return holder if self._clock() < until else ""
 
     def _value(self, key: _Key) -> bytes | None:
         until, value = self._states.get(key, (0.0, b""))

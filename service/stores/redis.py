@@ -7,6 +7,8 @@ Keys (each name once, here):
     onset:{SHARD}:!MODEL           a shard's watches, a sorted set of stream ids by time
     onset:{SHARD}:@alerts          a shard's part of the alert log, a stream; its entries have the one field `transition`
     onset:policy                   what was changed of the policy at run time, a hash
+    onset:{SHARD}:=NAME            a lease, which expires: its holder      SHARD as if NAME were a stream id
+    onset:{SHARD}:+NAME            the notes beside it, a list
     onset:results                  results of events that came from a queue in the store (Output); its entries have the one field `result`
 
 Load is one MGET, commit one call of the server-side function in commit.lua. The client never retries by itself: whether a lost
@@ -50,6 +52,16 @@ MAX_CURSOR = 2**64 - 1
 
 KEYS_CACHED = 65_536
 POLICY_KEY = b"onset:policy"
+HOLD = """local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1"""
+RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
+NOTE = """if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('RPUSH', KEYS[2], ARGV[2])
+redis.call('LTRIM', KEYS[2], -ARGV[3], -1)
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+return 1"""
 TOO_OLD = "The server knows no FUNCTION command: Onset needs Redis 7.0 or Valkey 7.2 at least."
 
 T = TypeVar("T")
@@ -76,12 +88,24 @@ def log_key(shard: int) -> bytes:
     return b"onset:{%03d}:@alerts" % shard
 
 
+def lease_key(name: str) -> bytes:
+    return b"onset:{%03d}:=%s" % (shard_of(name), name.encode())
+
+
+def notes_key(name: str) -> bytes:
+    return b"onset:{%03d}:+%s" % (shard_of(name), name.encode())
+
+
 def shard_of(stream_id: str) -> int:
     return zlib.crc32(stream_id.encode()) % SHARDS
 
 
 Command = tuple[Any, ...]
-"""Name, key and more, as they are sent."""
+"""Name, key and more, as they are sent; of EVAL the script, the number of keys, and the keys."""
+
+
+def first_key(command: Command) -> bytes:
+    return cast("bytes", command[3 if command[0] == "EVAL" else 1])
 
 
 LOGS = {log_key(shard): shard for shard in range(SHARDS)}
@@ -151,6 +175,19 @@ class Commands(ABC):
             ("HDEL", POLICY_KEY, name) if value is None else ("HSET", POLICY_KEY, name, value) for name, value in changes.items()
         ]
         return _named((await self.pipe([*commands, ("HGETALL", POLICY_KEY)], atomic=True))[-1])
+
+    async def hold(self, name: str, holder: str, seconds: float) -> bool:
+        return bool((await self.pipe([("EVAL", HOLD, 1, lease_key(name), holder, round(1000 * seconds))]))[0])
+
+    async def release(self, name: str, holder: str) -> None:
+        await self.pipe([("EVAL", RELEASE, 1, lease_key(name), holder)])
+
+    async def note(self, name: str, holder: str, note: bytes, keep: int) -> bool:
+        state_ttl = self._ttls[0]
+        return bool((await self.pipe([("EVAL", NOTE, 2, lease_key(name), notes_key(name), holder, note, keep, state_ttl)]))[0])
+
+    async def notes(self, name: str) -> list[bytes]:
+        return cast("list[bytes]", (await self.pipe([("LRANGE", notes_key(name), 0, -1)]))[0])
 
     async def _watched(self, model: str, ranges: Sequence[tuple[float, float]], limit: int) -> list[str]:
         keys = [watch_key(model, shard) for shard in range(SHARDS)]

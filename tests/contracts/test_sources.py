@@ -191,7 +191,8 @@ async def test_who_dies_between_the_commit_and_the_acknowledgement_leaves_nothin
     async with holder.running():
         [scorer] = holder.scorers.values()
         options: AnySource = TypeAdapter(AnySource).validate_python(rig.declared | {"name": "line"})
-        dying = Dying(queues.queue(options, rig.store, Metrics()), at)
+        assert holder.store is not None
+        dying = Dying(queues.queue(options, rig.store, holder.store, Metrics()), at)
         consumer = Consumer(dying, scorer, Metrics(), Mapper(Payload(), max_events=1000), fuse=1)
         await consumer.start()
         await rig.put(*by_stream)  # a message each: Redis Streams too acknowledge such afterwards
@@ -235,10 +236,11 @@ async def test_while_nothing_can_be_scored_no_more_is_taken_than_there_is_room_f
 ) -> None:
     batch, count = 10, 600
     await rig.put(*(event | {"stream_id": "s0"} for event in recorded(count, 1)), partition=2)
-    held = Scorer(tiny_detector, Policy(), MemoryStore(state_ttl=60, result_ttl=60), metrics := Metrics(), Limits(), held=True)
+    store = MemoryStore(state_ttl=60, result_ttl=60)
+    held = Scorer(tiny_detector, Policy(), store, metrics := Metrics(), Limits(), held=True)
     held.start()
     options: AnySource = TypeAdapter(AnySource).validate_python(rig.declared | {"name": "line", "batch": batch})
-    source = queues.queue(options, rig.store, metrics)
+    source = queues.queue(options, rig.store, store, metrics)
     consumer = Consumer(source, held, metrics, Mapper(Payload(), max_events=1000), fuse=1)
     await consumer.start()
     await until(lambda: metric(metrics, "received_total") > 0)

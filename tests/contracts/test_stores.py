@@ -405,6 +405,37 @@ async def test_the_policy_outlives_the_streams_and_is_none_of_them(backend: Back
     assert await store.policy() == {"alpha": b"1"}
 
 
+async def test_a_lease_is_one_holders_until_it_expires_or_is_given_up(backend: Backend) -> None:
+    store = await backend.open(60, 60)
+    assert await store.hold("mqtt/plant", "a", 0.4)
+    assert not await store.hold("mqtt/plant", "b", 0.4)
+    assert await store.hold("another", "b", 0.4)
+    await backend.elapse(0.3)
+    assert await store.hold("mqtt/plant", "a", 0.4), "renewed"
+    await backend.elapse(0.3)
+    assert not await store.hold("mqtt/plant", "b", 0.4)
+    await store.release("mqtt/plant", "b")
+    assert not await store.hold("mqtt/plant", "b", 60), "another's is not given up"
+    await store.release("mqtt/plant", "a")
+    assert await store.hold("mqtt/plant", "b", 0.1)
+    await backend.elapse(0.2)
+    assert await store.hold("mqtt/plant", "a", 60)
+
+
+async def test_notes_are_the_holders_bounded_and_read_by_the_next_one(store: StateStore) -> None:
+    assert not await store.note("plant", "a", b"0", 10), "nobody holds it"
+    assert await store.notes("plant") == []
+    assert await store.hold("plant", "a", 60)
+    for i in range(5):
+        assert await store.note("plant", "a", b"%d" % i, 3)
+    assert not await store.note("plant", "b", b"x", 3)
+    await store.release("plant", "a")
+    assert await store.hold("plant", "b", 60)
+    assert await store.note("plant", "b", b"\x00\xff", 4)
+    assert await store.notes("plant") == [b"2", b"3", b"4", b"\x00\xff"]
+    assert await store.notes("another") == []
+
+
 async def test_streams_that_are_waited_for_are_counted_without_the_silent_ones_and_drawn(store: StateStore) -> None:
     assert await store.waited(MODEL, 10) == (0, [])
     await store.watch(MODEL, {f"s{i}": 100.0 + i for i in range(300)} | {f"silent {i}": SILENT + i for i in range(5)})

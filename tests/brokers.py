@@ -1,0 +1,194 @@
+"""Real brokers for tests, on loopback ports of their own: started on entering, ended by their pids on leaving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import quote
+
+from tests.needs import program
+from tests.servers import free_port
+
+START_SECONDS = 60
+
+
+class _Broker:
+    """A server with its data in `folder`. `stop`, `kill` and `start` again keep address and data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(), env=os.environ | self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
+            )
+        deadline = time.monotonic() + START_SECONDS
+        try:
+            while not self._answers():
+                assert self._process.poll() is None, self.log
+                assert time.monotonic() < deadline, self.log
+                time.sleep(0.02)
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()[-4000:]
+
+    def stop(self) -> None:
+        """SIGTERM: it keeps what it holds."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """kill -9."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait(START_SECONDS)
+            self._process = None
+
+    def _command(self) -> Sequence[str]:
+        raise NotImplementedError
+
+    def _environment(self) -> dict[str, str]:
+        return {}
+
+    def _answers(self) -> bool:
+        raise NotImplementedError
+
+
+class Mosquitto(_Broker):
+    """MQTT 5. Its sessions and their messages outlive `stop`."""
+
+    USER, PASSWORD = "plant", "p:ss/w@rd"
+
+    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+        """`secure` = TLS, and only this user with this password."""
+        super().__init__(folder)
+        self.ca = folder / "cert.pem" if secure else None
+
+    @property
+    def url(self) -> str:
+        if self.ca:
+            return f"mqtts://{self.USER}:{quote(self.PASSWORD, safe='')}@127.0.0.1:{self.port}"
+        return f"mqtt://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        lines = [f"listener {self.port} 127.0.0.1", "persistence true", f"persistence_location {self.folder}/", "max_queued_messages 1000000"]
+        lines += self._secured(self.ca) if self.ca else ["allow_anonymous true"]
+        lines += ["user root"] if os.geteuid() == 0 else []
+        (self.folder / "conf").write_text("\n".join(lines) + "\n")
+        super().start()
+
+    def _secured(self, ca: Path) -> list[str]:
+        key, users = self.folder / "key.pem", self.folder / "users"
+        about = ["-subj", "/CN=onset-test", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
+        curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+        openssl = program("openssl", "openssl")
+        subprocess.run([openssl, "req", "-x509", *curve, *about, "-keyout", str(key), "-out", str(ca)], check=True, capture_output=True)
+        subprocess.run([program("mosquitto_passwd", "mosquitto"), "-b", "-c", str(users), self.USER, self.PASSWORD], check=True)
+        return ["allow_anonymous false", f"certfile {ca}", f"keyfile {key}", f"password_file {users}"]
+
+    def _command(self) -> Sequence[str]:
+        return [program("mosquitto", "mosquitto"), "-c", str(self.folder / "conf")]
+
+    def _answers(self) -> bool:
+        return _listens(self.port)
+
+
+class RabbitMQ(_Broker):
+    """AMQP 0-9-1. Durable queues outlive `stop` and `kill`. It has an Erlang port mapper of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._mapper_port, self._cluster_port = free_port(), free_port()
+        self._mapper: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+
+    def __enter__(self) -> Self:
+        command = [program("epmd", "erlang-base"), "-address", "127.0.0.1", "-port", str(self._mapper_port)]
+        self._mapper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            return super().__enter__()
+        except BaseException:
+            self._end_mapper()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
+        self._end_mapper()
+
+    def _end_mapper(self) -> None:
+        if self._mapper is not None:
+            self._mapper.kill()
+            self._mapper.wait()
+
+    def start(self) -> None:
+        (self.folder / "rabbitmq.conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nloopback_users = none\nlog.file = false\nlog.console = true\n"
+        )
+        (self.folder / "plugins").write_text("[].\n")
+        super().start()
+
+    def _command(self) -> Sequence[str]:
+        program("rabbitmq-server", "rabbitmq-server")  # itself runs as root or rabbitmq only
+        return ["/usr/lib/rabbitmq/bin/rabbitmq-server"]
+
+    def _environment(self) -> dict[str, str]:
+        folder = str(self.folder)
+        return {
+            "HOME": folder,  # of the cookie
+            "ERL_CRASH_DUMP": "/dev/null",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(self._mapper_port),
+            "RABBITMQ_NODENAME": f"onset-{self.port}@localhost",
+            "RABBITMQ_MNESIA_BASE": folder,
+            "RABBITMQ_LOG_BASE": folder,
+            "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq.conf",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/plugins",
+            "RABBITMQ_DIST_PORT": str(self._cluster_port),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +S 1:1 +sbwt none",
+            "RUNNING_UNDER_SYSTEMD": "true",  # the server in place of the shell: its pid is the server's
+            "NOTIFY_SOCKET": "",
+        }
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+                connection.settimeout(1)
+                connection.sendall(b"AMQP\x00\x00\x09\x01")
+                return bool(connection.recv(1))
+        except OSError:
+            return False
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
