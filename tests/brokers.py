@@ -95,7 +95,12 @@ class Mosquitto(_Broker):
         return f"mqtt://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        lines = [f"listener {self.port} 127.0.0.1", "persistence true", f"persistence_location {self.folder}/", "max_queued_messages 1000000"]
+        lines = [
+            f"listener {self.port} 127.0.0.1",
+            "persistence true",
+            f"persistence_location {self.folder}/",
+            "max_queued_messages 1000000",
+        ]
         lines += self._secured(self.ca) if self.ca else ["allow_anonymous true"]
         lines += ["user root"] if os.geteuid() == 0 else []
         (self.folder / "conf").write_text("\n".join(lines) + "\n")
