@@ -35,6 +35,8 @@ from service.remote_write import PATH
 
 SERIES, BODY = 10_000, 2_000
 STEP_MS = 15_000
+WARM_UP = 16
+"""Passes over all series before a door is measured."""
 CONNECTIONS = 4
 PLACEHOLDER = 1_790_000_000_000
 MOST = 10_000
@@ -194,13 +196,13 @@ def _alone(what: str, bodies: Sequence[bytes], do: Callable[[bytes], Any], secon
 
 
 def over_http(port: int, process: psutil.Process, seconds: float) -> list[Row]:
-    """Every door in turn, after a warm-up that brings its streams past their model's."""
+    """Every door in turn, after WARM_UP passes over its series."""
     rows = []
     clock = time.time_ns() // 1_000_000 - 4 * 3600 * 1000
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         for i, door in enumerate(doors()):
-            pool.apply(load, (port, i, clock, 64 * SERIES // BODY, 600.0))
-            clock += 64 * STEP_MS
+            pool.apply(load, (port, i, clock, WARM_UP * SERIES // BODY, 600.0))
+            clock += WARM_UP * STEP_MS
             before = process.cpu_times()
             took, failures, passes = pool.apply(load, (port, i, clock, 0, seconds))
             after = process.cpu_times()

@@ -71,6 +71,7 @@ def env_file(path: Path) -> dict[str, str]:
 
 
 def settings_from(environment: dict[str, str]) -> Settings:
-    """The settings a service would start with; an unknown ONSET_ name or a refused value raises."""
-    ours = {name.removeprefix("ONSET_").lower(): value for name, value in environment.items() if name.startswith("ONSET_")}
+    """The settings a service would start with; an unknown ONSET_ name or a refused value raises. ${NAME:-default} is its default."""
+    plain = {name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value) for name, value in environment.items()}
+    ours = {name.removeprefix("ONSET_").lower(): value for name, value in plain.items() if name.startswith("ONSET_")}
     return Settings(**ours)  # type: ignore[arg-type]

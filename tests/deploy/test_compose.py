@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from service import remote_write
 from tests.deploy.files import COMPOSE, Document, compose, image_environment, settings_from, tool, version
 
 
@@ -101,5 +102,8 @@ def test_monitoring_is_asked_for_and_mounts_what_ships(services: Document) -> No
     assert targets["./monitoring/grafana/dashboards"] == provider["options"]["path"]
     config = yaml.safe_load((COMPOSE.parent / "monitoring/prometheus/prometheus.yml").read_text())
     assert config["scrape_configs"][0]["dns_sd_configs"][0]["names"] == ["service"]
+    port = settings_from(image_environment() | services["service"]["environment"]).port
+    assert config["remote_write"][0]["url"] == f"http://service:{port}{remote_write.PATH}"
+    assert "--web.enable-remote-write-receiver" in services["prometheus"]["command"]
     assert config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] == ["alertmanager:9093"]
     assert all(port.startswith("127.0.0.1:") for service in watching.values() for port in service.get("ports", []))
