@@ -125,7 +125,7 @@ def test_a_topic_names_its_stream_and_the_broker_sends_twice_a_batch_ahead() -> 
     ],
 )
 def test_a_filter_lets_topics_through(pattern: str, topic: str, heard: bool) -> None:
-    assert options.hears(pattern, topic) == heard
+    assert options.lets_through(pattern, topic) == heard
 
 
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ class MqttSource(Source):
         for field, topic in (("output", self.output.replace("{stream_id}", "x")), ("dead_letters", self.dead_letters)):
             if "+" in topic or "#" in topic:
                 raise ValueError(f"{field} is '{topic}', which nothing can be published to: it has a wildcard")
-            if (heard := next((one for one in self.topics if topic and hears(one, topic)), None)) is not None:
+            if (heard := next((one for one in self.topics if topic and lets_through(one, topic)), None)) is not None:
                 raise ValueError(f"{field} is '{topic}', which '{heard}' would read again")
         return self
 
@@ -363,7 +363,7 @@ def _with_scheme(url: str, *schemes: str) -> str:
     return url
 
 
-def hears(pattern: str, topic: str) -> bool:
+def lets_through(pattern: str, topic: str) -> bool:
     """Whether an MQTT filter lets a topic through."""
     wanted, levels = pattern.split("/"), topic.split("/")
     if wanted[-1] == "#":
