@@ -145,6 +145,20 @@ def overview() -> dashboard.Dashboard:
                     width=4,
                 ),
                 bars(
+                    "Open alerts",
+                    "Alerts that are open, by the highest severity they reached.",
+                    [Query(f"sum by (kind, severity) (onset_alerts_open{{{_ALL}}})", "{{kind}} {{severity}}")],
+                    "short",
+                    width=10,
+                ),
+                bars(
+                    "What happened to alerts",
+                    "Opened, escalated and resolved in each interval.",
+                    [Query(f"sum by (event) (increase(onset_alert_transitions_total{{{_ALL}}}[$__interval]))", "{{event}}")],
+                    "short",
+                    width=10,
+                ),
+                bars(
                     "Accepted as the new normal",
                     "Alerts closed because someone, or their age, said that this is normal now.",
                     [Query(f"sum by (by) (increase(onset_accepted_total{{{_MODEL}}}[$__interval]))", "by {{by}}")],
@@ -156,7 +170,7 @@ def overview() -> dashboard.Dashboard:
                     "Alpha in force on each replica: false onsets per event. Two lines for long: a replica has not got a change.",
                     [Query(f"onset_alpha{{{_ALL}}}", "{{instance}}")],
                     "sci",
-                    width=10,
+                    width=14,
                 ),
             ],
         ),
@@ -476,6 +490,46 @@ def service() -> dashboard.Dashboard:
                         Query(f"sum by (source) (onset_source_paused{{{_ALL}}})", "{{source}} paused"),
                     ],
                     "short",
+                ),
+            ],
+        ),
+        (
+            "Alerts and scores on their way out",
+            [
+                line(
+                    "Notices of alerts",
+                    "What became of them, for each sink. retried: it is down or slow. withheld: beyond the flood limit.",
+                    [
+                        Query(
+                            f"sum by (sink, outcome) (rate(onset_alert_deliveries_total{{{_ALL}}}[$__rate_interval]))",
+                            "{{sink}} {{outcome}}",
+                        )
+                    ],
+                    "short",
+                ),
+                line(
+                    "Age of the oldest untold change",
+                    "Above a minute the sink does not answer.",
+                    [Query(f"max by (sink) (onset_alert_lag_seconds{{{_ALL}}})", "{{sink}}")],
+                    "s",
+                    ((None, GOOD), (60.0, BAD)),
+                ),
+                line(
+                    "Scores written back",
+                    "Events by what became of their samples on the way to the remote-write receiver, and those that wait.",
+                    [
+                        Query(
+                            f"sum by (outcome) (rate(onset_write_back_events_total{{{_ALL}}}[$__rate_interval]))", "{{outcome}} a second"
+                        ),
+                        Query(f"sum(onset_write_back_waiting_events{{{_ALL}}})", "waiting"),
+                    ],
+                    "short",
+                ),
+                line(
+                    "Who keeps the book of alerts",
+                    "One replica at a time.",
+                    [Query(f"onset_alerts_keeper{{{_ALL}}}", "{{instance}}")],
+                    "bool_yes_no",
                 ),
             ],
         ),

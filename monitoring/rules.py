@@ -194,6 +194,43 @@ RULES: tuple[Rule, ...] = (
         above=0,
         range="15m",
     ),
+    Rule(
+        "OnsetAlertsNotTold",
+        "onset-health",
+        "max by (job, sink) (onset_alert_lag_seconds)",
+        "2m",
+        "critical",
+        "{{ $labels.sink }} is not told of alerts.",
+        "The oldest alert that it has not been told of is {{ $value | humanizeDuration }} old.",
+        "Alerts are opened and kept, and this sink does not take them. They are told when it does again.",
+        (
+            "The log lines of the replica that keeps the book (`onset_alerts_keeper`) have the sink's answer.",
+            "Is the sink up, and its address right?",
+        ),
+        ("Bring the sink back. Meanwhile `GET /v1/alerts` and the console page have all of them.",),
+        (
+            Case({'onset_alert_lag_seconds{job="onset",sink="webhook"}': "0x5 60+60x30"}, {"job": "onset", "sink": "webhook"}),
+            Case({'onset_alert_lag_seconds{job="onset",sink="webhook"}': "0x5 90 0x30"}),
+        ),
+        above=60,
+    ),
+    Rule(
+        "OnsetAlertsNotKept",
+        "onset-health",
+        "sum by (job) (onset_alerts_keeper)",
+        "2m",
+        "critical",
+        "No replica keeps the book of alerts.",
+        "For two minutes no replica has folded what happened to alerts, so nobody is told of new ones.",
+        "One replica at a time keeps the book, under a lease in the store that another one takes over within seconds.",
+        ("The log lines `alerts_not_kept` say why.", "Does the store answer?"),
+        ("Bring the store back. What happened meanwhile is in the store's log of it and is told then.",),
+        (
+            Case({f"onset_alerts_keeper{{{_A}}}": "1x5 0x30"}, {"job": "onset"}),
+            Case({f"onset_alerts_keeper{{{_A}}}": "1x5 0x30", 'onset_alerts_keeper{job="onset",instance="b:8080"}': "0x5 1x30"}),
+        ),
+        below=1,
+    ),
     # ── onset-issues: it scores, but not well ─────────────────────────────────────────────────────────────────────────────────────────
     Rule(
         "OnsetSlow",
@@ -455,6 +492,60 @@ RULES: tuple[Rule, ...] = (
         ),
         above=1,
     ),
+    Rule(
+        "OnsetAlertsLost",
+        "onset-issues",
+        "sum by (job) (increase(onset_alerts_dropped_total[1h])) + "
+        'sum by (job) (increase(onset_alert_deliveries_total{outcome="dead_lettered"}[1h]))',
+        "0m",
+        "warning",
+        "Alerts were not told, or not opened.",
+        "{{ $value | humanize }} alerts within the hour were refused by a sink, or not opened because too many are open.",
+        "A sink answered that it will never take them (dead letters), or as many are open as `ONSET_ALERTS_MAX_OPEN` allows.",
+        (
+            "The log lines `alert_dropped`; the dead letters with their reasons (docs/alerts.md).",
+            "`GET /v1/alerts?status=open`: is it all true?",
+        ),
+        ("Correct the sink's address, secret or limits.", "Raise `ONSET_ALERTS_MAX_OPEN` if they are all true."),
+        (
+            Case(
+                {
+                    'onset_alerts_dropped_total{job="onset"}': "0x40",
+                    'onset_alert_deliveries_total{job="onset",sink="webhook",outcome="dead_lettered"}': "0x30 1x9",
+                },
+                {"job": "onset"},
+            ),
+            Case(
+                {
+                    'onset_alerts_dropped_total{job="onset"}': "4x40",
+                    'onset_alert_deliveries_total{job="onset",sink="webhook",outcome="dead_lettered"}': "2x40",
+                }
+            ),
+        ),
+        above=0,
+        range="1h",
+    ),
+    Rule(
+        "OnsetWriteBackLosing",
+        "onset-issues",
+        'sum by (job, outcome) (rate(onset_write_back_events_total{outcome=~"refused|overflow"}[10m]))',
+        "10m",
+        "warning",
+        "Scores are not written back: {{ $labels.outcome }}.",
+        "{{ $value | humanize }} events a second are scored and their samples lost on the way back.",
+        "*refused*: the receiver will never take them. *overflow*: it is slower than the events come, or down. The scores themselves are "
+        "in the store; what is missing is their series.",
+        ("The log has the receiver's answer.", "`onset_write_back_waiting_events`: is the queue full?"),
+        (
+            "refused: with several replicas the receiver must take samples out of order.",
+            "overflow: give it more, or write fewer streams back.",
+        ),
+        (
+            Case({'onset_write_back_events_total{job="onset",outcome="overflow"}': "0+60x40"}, {"job": "onset", "outcome": "overflow"}),
+            Case({'onset_write_back_events_total{job="onset",outcome="overflow"}': "60x40"}),
+        ),
+        above=0,
+    ),
     # ── onset-anomalies: what the streams do ──────────────────────────────────────────────────────────────────────────────────────────
     Rule(
         "OnsetStreamAnomalous",
@@ -463,7 +554,7 @@ RULES: tuple[Rule, ...] = (
         "1m",
         "warning",
         "{{ $labels.stream }} is anomalous.",
-        "{{ $labels.model }} has taken it for anomalous for a minute; the grade is {{ $value | humanize }} (from 0 = normal to 1).",
+        '{{ $labels.model }} has taken it for anomalous for a minute; the grade is {{ $value | printf "%.2f" }} (0 = normal, 1 at most).',
         "A stream of those that are shown one by one (`ONSET_STREAM_METRICS`) behaves as it hardly ever does. The alert that the service "
         "itself sends to Alertmanager is OnsetAnomaly: it comes at the onset, for every stream, and silences this one.",
         ("The *Stream* dashboard: the value beside its band, and which feature carries the error.",),
