@@ -105,5 +105,6 @@ def test_monitoring_is_asked_for_and_mounts_what_ships(services: Document) -> No
     port = settings_from(image_environment() | services["service"]["environment"]).port
     assert config["remote_write"][0]["url"] == f"http://service:{port}{remote_write.PATH}"
     assert "--web.enable-remote-write-receiver" in services["prometheus"]["command"]
+    assert services["service"]["environment"]["ONSET_ALERTS_ALERTMANAGERS"] == "${ALERTMANAGERS:-}"
     assert config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] == ["alertmanager:9093"]
     assert all(port.startswith("127.0.0.1:") for service in watching.values() for port in service.get("ports", []))
