@@ -23,12 +23,12 @@ def without_marker(requirement: str) -> str:
     return requirement.partition(";")[0].strip()
 
 
-QUEUES = ("kafka", "nats", "mqtt", "amqp")
-"""Extras that every image has: which queue is read is said when it is started."""
+EXTRAS = ("kafka", "nats", "mqtt", "amqp", "otel")
+"""Those that every image has: which queue is read, and where traces go, is said when it is started."""
 
 
 def requirements(pyproject: Path, runtime: str) -> list[str]:
-    """The project's base dependencies, the clients of queues, and one ONNX Runtime: `cpu`, or `gpu` with its CUDA libraries."""
+    """The project's base dependencies, the EXTRAS, and one ONNX Runtime: `cpu`, or `gpu` with its CUDA libraries."""
     project = tomllib.loads(pyproject.read_text())["project"]
     base = [line for line in project["dependencies"] if name_of(line) not in RUNTIMES]
     if runtime == "cpu":
@@ -37,8 +37,8 @@ def requirements(pyproject: Path, runtime: str) -> list[str]:
         chosen = project["optional-dependencies"]["gpu"]
     else:
         raise SystemExit(f"RUNTIME is {runtime!r}; it is cpu or gpu")
-    queues = [requirement for extra in QUEUES for requirement in project["optional-dependencies"][extra]]
-    return [*base, *map(without_marker, [*chosen, *queues])]
+    extras = [requirement for extra in EXTRAS for requirement in project["optional-dependencies"][extra]]
+    return [*base, *map(without_marker, [*chosen, *extras])]
 
 
 if __name__ == "__main__":
