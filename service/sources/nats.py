@@ -199,7 +199,7 @@ class Nats:
 
     async def _release(self, partition: _Subject) -> None:
         partition.leaving = True
-        partition.stop()
+        await partition.end()
         await self._partitions.release([partition])
         with contextlib.suppress(StoreUnavailable):  # then it expires
             await self._ask(lambda: self._need_leases().drop(partition.lease))
@@ -364,6 +364,10 @@ class _Subject(Partition):
         """Pull no more."""
         for task in self._tasks:
             task.cancel()
+
+    async def end(self) -> None:
+        for task in self._tasks:
+            await tasks.end(task)
 
     def restart(self) -> None:
         """What waits is to be delivered again, by a consumer that is made again."""

@@ -254,7 +254,7 @@ class RedisStreams:
     async def _release(self, partition: _Partition) -> None:
         """Read no more, let what is under way end (the lease is renewed meanwhile), then let another replica have it."""
         partition.leaving = True
-        partition.stop()
+        await partition.end()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._streams.lease_seconds):
                 await partition.free.wait()
@@ -355,6 +355,11 @@ class _Partition:
         """Read no more."""
         if self._task is not None:
             self._task.cancel()
+
+    async def end(self) -> None:
+        """Read no more; returns when its connection is back."""
+        if self._task is not None:
+            await tasks.end(self._task)
 
     def done(self) -> None:
         """The batch under way is."""
