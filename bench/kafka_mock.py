@@ -1,6 +1,7 @@
 """Kafka's protocol for tests and soaks: librdkafka's mock cluster in a process of its own, where brokers can be taken down and up again.
 
-    python -m bench.kafka_mock BROKERS        prints its bootstrap servers, then obeys lines: `topic NAME PARTITIONS`, `down I`, `up I`
+    python -m bench.kafka_mock BROKERS        prints its bootstrap servers, then obeys lines: `topic NAME PARTITIONS`,
+                                              `delete NAME`, `down I`, `up I`
 
 It keeps records in memory and speaks to any client over TCP: groups, commits, cooperative rebalances and idempotent producers work. What it
 is not: durable, transactional, or as slow as a real cluster. Its functions are not in the Python client, so they are called by ctypes.
@@ -45,6 +46,10 @@ class MockKafka:
     def topic(self, name: str, partitions: int) -> None:
         self._order(f"topic {name} {partitions}")
 
+    def delete(self, name: str) -> None:
+        """A topic, with its groups' offsets."""
+        self._order(f"delete {name}")
+
     def down(self) -> None:
         """All brokers: their connections end and no new ones are taken. What they hold stays."""
         for i in range(1, self.brokers + 1):
@@ -81,6 +86,8 @@ def main(brokers: int) -> None:
         order, *arguments = line.split()
         if order == "topic":
             done = library.rd_kafka_mock_topic_create(cluster, arguments[0].encode(), int(arguments[1]), 1)
+        elif order == "delete":
+            done = library.rd_kafka_mock_topic_delete(cluster, arguments[0].encode())
         else:
             function = library.rd_kafka_mock_broker_set_down if order == "down" else library.rd_kafka_mock_broker_set_up
             done = function(cluster, int(arguments[0]))

@@ -130,6 +130,16 @@ class KafkaRig:
             self._producer.produce(self._in, content_of(payload), partition=place, headers={"sent": b"by us"})
         assert await asyncio.to_thread(self._producer.flush, 20) == 0
 
+    def send(self, payload: bytes, *, key: bytes) -> None:
+        self._producer.produce(self._in, payload, key)
+        assert self._producer.flush(20) == 0
+
+    def again(self) -> KafkaRig:
+        """A client that knows nothing of the topics."""
+        rig = KafkaRig.__new__(KafkaRig)
+        rig.__dict__ |= self.__dict__ | {"_producer": Producer({"bootstrap.servers": self._cluster.servers, "log_level": 0})}
+        return rig
+
     async def results(self) -> list[Result]:
         records = await asyncio.to_thread(self._read, self._out)
         assert all((record.key() or b"").decode() == msgspec.json.decode(record.value() or b"")["stream_id"] for record in records)

@@ -12,7 +12,7 @@ import pytest
 
 from service.detector import Detector
 from service.errors import BadEvent, ItemError, StoreUnavailable, TooManyStreams
-from service.events import Delivery, Event, Lease, Result
+from service.events import Delivery, Event, Lease, Published, Result
 from service.metrics import Metrics
 from service.policy import Policy
 from service.rounds import Kind
@@ -209,6 +209,32 @@ async def test_without_positions_an_event_without_id_is_known_by_its_time_and_va
     assert await kinds(scorer, [delivery(other, 0, source=0, lease=None)]) == [Kind.SCORED], "another reading of the same moment"
     untimed = delivery(event(4, timestamp=None), 0, source=0, lease=None)
     assert await kinds(scorer, [untimed, untimed]) == [Kind.SCORED, Kind.SCORED], "nothing tells them apart"
+
+
+async def test_a_replica_that_was_taken_for_dead_and_goes_on_beside_the_new_owner_changes_nothing(
+    tiny_detector: Detector, store: MemoryStore
+) -> None:
+    items = [delivery(event(i // 2, "ab"[i % 2], timestamp=None), 1000 + i, lease=None) for i in range(60)]
+    zombie, owner = make(tiny_detector, store), make(tiny_detector, store)
+
+    async def run(scorer: Scorer, size: int) -> list[Published]:
+        results: list[Published] = []
+        for start in range(0, len(items), size):
+            left = items[start : start + size]
+            while left:
+                kinds, published = await scorer.consume(left, replies=True)
+                results += published
+                left = [item for item, kind in zip(left, kinds, strict=True) if kind is Kind.CONFLICT]
+        return results
+
+    both = await asyncio.gather(run(zombie, 7), run(owner, 10))
+    alone = make(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60))
+    want = {result.id: result.content for result in await run(alone, 60)}
+    assert len(want) == 60
+    assert {result.id: result.content for results in both for result in results} == want
+    assert all(want[result.id] == result.content for results in both for result in results)
+    for scorer in (zombie, owner, alone):
+        await scorer.drain(1)
 
 
 async def test_nothing_is_consumed_before_the_policy_is_known(tiny_detector: Detector, store: MemoryStore) -> None:

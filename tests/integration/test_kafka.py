@@ -1,0 +1,91 @@
+"""What is Kafka's own, against librdkafka's mock cluster; what all sources share is in the contract suite."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from bench.kafka_mock import MockKafka
+from service.app import Service
+from service.errors import BadSetting
+from service.settings import Settings
+from tests.rigs import KafkaRig, partition_of
+
+
+@pytest.fixture(scope="module")
+def kafka() -> Iterator[MockKafka]:
+    with MockKafka() as cluster:
+        yield cluster
+
+
+def service(rig: KafkaRig, model: Path, **declared: Any) -> Service:
+    return Service(Settings(sources=json.dumps([rig.declared | declared]), redis_url=rig.store, model=model, drain_seconds=5))
+
+
+async def until_drained(rig: KafkaRig) -> None:
+    async with asyncio.timeout(30):
+        while not await rig.drained():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_a_topic_that_was_made_again_is_not_taken_for_the_old_one(kafka: MockKafka, empty_server: str, tiny_model_path: Path) -> None:
+    rig = KafkaRig(kafka, empty_server)
+    events = [{"stream_id": "a", "values": {"value": float(i)}} for i in range(5)]
+    async with service(rig, tiny_model_path).running():
+        await rig.put(*events)
+        await until_drained(rig)
+    [topic] = rig.declared["topics"]
+    kafka.delete(topic)
+    kafka.topic(topic, 3)
+    rig = rig.again()
+    async with service(rig, tiny_model_path).running() as second:
+        await rig.put(*events[:3])  # at offsets that were scored once
+        await until_drained(rig)
+        scored = second.metrics.registry.get_sample_value("onset_events_total", {"door": "kafka", "outcome": "scored"})
+    assert scored == 3
+    assert [result.state_version for result in await rig.results()] == list(range(1, 9))
+
+
+async def test_every_offset_has_the_incarnation_that_its_group_began_with(
+    kafka: MockKafka, empty_server: str, tiny_model_path: Path
+) -> None:
+    rig = KafkaRig(kafka, empty_server)
+    seen = set()
+    event = {"stream_id": "a", "values": {"value": 1.0}}
+    for _ in range(2):
+        async with service(rig, tiny_model_path).running():
+            await rig.put(event)
+            await until_drained(rig)
+        reader = Consumer({"bootstrap.servers": kafka.servers, "group.id": rig.declared["group"]})
+        [place] = reader.committed([TopicPartition(rig.declared["topics"][0], partition_of(event))], 10)
+        reader.close()
+        seen.add(place.metadata)
+    assert place.offset == 2
+    assert len(seen) == 1
+    assert str(seen.pop()).startswith("onset-")
+
+
+async def test_options_that_librdkafka_does_not_take_stop_the_service(kafka: MockKafka, empty_server: str, tiny_model_path: Path) -> None:
+    rig = KafkaRig(kafka, empty_server)
+    with pytest.raises(BadSetting, match=r"Source 'kafka': librdkafka does not take these options: .*nonsense"):
+        async with service(rig, tiny_model_path, options={"nonsense": "1"}).running():
+            pass
+
+
+async def test_the_key_is_the_stream_and_what_is_too_large_for_a_dead_letter_loses_its_payload(
+    kafka: MockKafka, empty_server: str, tiny_model_path: Path
+) -> None:
+    rig = KafkaRig(kafka, empty_server)
+    async with service(rig, tiny_model_path, fuse=1, options=rig.declared["options"] | {"message.max.bytes": 2000}).running():
+        rig.send(b'{"values": {"value": 1}}', key=b"pump-7")
+        rig.send(b"x" * 3000, key=b"pump-7")
+        await until_drained(rig)
+    assert [result.stream_id for result in await rig.results()] == ["pump-7"]
+    [letter] = await rig.dead()
+    assert (letter["onset_omitted_bytes"], letter["onset_field"]) == ("3000", "payload")

@@ -1,0 +1,101 @@
+"""What is JetStream's own, against a real nats-server; what all sources share is in the contract suite."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from nats.js.api import ConsumerConfig
+
+from service.app import Service
+from service.detector import Detector
+from service.settings import Settings
+from tests.queues import in_order, recorded, uninterrupted
+from tests.rigs import NatsRig, NatsServer, each_once, nats_rig, nats_server
+
+
+@pytest.fixture(scope="module")
+def jetstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    with nats_server(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture
+async def rig(jetstream: NatsServer, empty_server: str) -> AsyncIterator[NatsRig]:
+    async with nats_rig(jetstream, empty_server) as made:
+        yield cast("NatsRig", made)
+
+
+def service(rig: NatsRig, model: Path, **declared: Any) -> Service:
+    return Service(Settings(sources=json.dumps([rig.declared | declared]), redis_url=rig.store, model=model, drain_seconds=5))
+
+
+async def until(true: Callable[[], Any]) -> None:
+    async with asyncio.timeout(30):
+        while not await true():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_messages_that_another_client_takes_away_are_delivered_again_in_their_order(
+    rig: NatsRig, tiny_model_path: Path, tiny_detector: Detector
+) -> None:
+    events = recorded(40, 3)
+    async with service(rig, tiny_model_path, ack_seconds=30).running():
+        await rig.put(*events[:60])
+        await until(rig.drained)
+        name = f"{rig.declared['group']}-0"
+        thief = await rig.js.pull_subscribe_bind(durable=name, stream=f"IN{rig.at}")
+        stealing = asyncio.create_task(thief.fetch(5, timeout=3))
+        await asyncio.sleep(0.1)
+        await rig.put(*events[60:])
+        await asyncio.gather(stealing, return_exceptions=True)
+        await until(rig.drained)
+    assert in_order(each_once(await rig.results())) == await uninterrupted(tiny_detector, events)
+
+
+async def test_a_consumer_that_is_deleted_is_made_again_where_it_was(rig: NatsRig, tiny_model_path: Path, tiny_detector: Detector) -> None:
+    events = recorded(40, 3)
+    async with service(rig, tiny_model_path).running() as running:
+        await rig.put(*events[:60])
+        await until(rig.drained)
+        for p in range(3):
+            await rig.js.delete_consumer(f"IN{rig.at}", f"{rig.declared['group']}-{p}")
+        await rig.put(*events[60:])
+        await until(rig.drained)
+        duplicates = running.metrics.registry.get_sample_value("onset_events_total", {"door": "nats", "outcome": "duplicate"})
+    assert in_order(await rig.results()) == await uninterrupted(tiny_detector, events)
+    assert not duplicates
+
+
+async def test_a_consumer_of_something_else_is_left_alone_and_told(
+    rig: NatsRig, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{rig.declared['group']}-1"
+    await rig.js.add_consumer(f"IN{rig.at}", ConsumerConfig(durable_name=name, filter_subject=f"in{rig.at}.other"))
+    said = ""
+    async with service(rig, tiny_model_path).running():
+        async with asyncio.timeout(20):
+            while "source_refused" not in said:
+                await asyncio.sleep(0.05)
+                said += "".join(capsys.readouterr())
+    assert f"has filter_subject 'in{rig.at}.other'" in said
+    assert (await rig.js.consumer_info(f"IN{rig.at}", name)).config.filter_subject == f"in{rig.at}.other"
+
+
+async def test_a_result_that_is_published_again_is_dropped_by_the_server(rig: NatsRig, tiny_model_path: Path) -> None:
+    events = recorded(5, 3)
+    async with service(rig, tiny_model_path).running():
+        await rig.put(*events)
+        await until(rig.drained)
+    before = await rig.results()
+    for p in range(3):  # as if nothing had been acknowledged
+        await rig.js.delete_consumer(f"IN{rig.at}", f"{rig.declared['group']}-{p}")
+    async with service(rig, tiny_model_path).running() as second:
+        await until(rig.drained)
+        duplicates = second.metrics.registry.get_sample_value("onset_events_total", {"door": "nats", "outcome": "duplicate"})
+    assert duplicates == 15
+    assert await rig.results() == before
