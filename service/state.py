@@ -7,22 +7,23 @@ A batch of values is one numpy structured array, so loading, judging and writing
     4       crc u4                CRC-32 of everything after it
     8       nonce u8 · version u8 the token that compare-and-set compares: a new nonce at every commit, its upper half the writer's tag
     24      model u8              first 64 bits of the model file's hash: a state of another model is never stepped
-    32      source u4 · part u4 · offset i8   where the last event from a queue was in it (Delivery in events.py); 0, 0, -1 = there was none
-    48      seen 8 x u8           keys of the last 8 events with an identity, a ring by version
-    112     trail_until f8        until when the store may hold a trail of earlier results (see `stores`)
-    120     flags u4              see ALERT_OPEN and the next ones
-    124     quiet u4              ordinary events since the last other one
-    128     lasting u4 · peak f4  events since the alert opened · its rarest onset
-    136     started_at f8         when the running anomaly began, NaN = none runs
-    144     gaps u4 · pace, pace_spread, pace_longest f4   the stream's cadence, see cadence.py
-    160     deadline f8           time of this machine until which silence is ordinary, 0 = nobody waits for the stream
-    168     watch_until f8        when the store's watch of the stream runs out, 0 = not watched
-    176     silent_since f8       last event's arrival, where the stream is silent; NaN = it is not
-    184     raw f8                the last event's reading of a counter, whose increase per second is what is scored; NaN = it was none
-    192     last                  RECORD: the last event with its result, so that a resent event gets it again
+    32      trail_until f8        until when the store may hold a trail of earlier results (see `stores`)
+    40      flags u4              see ALERT_OPEN and the next ones
+    44      quiet u4              ordinary events since the last other one
+    48      lasting u4 · peak f4  events since the alert opened · its rarest onset
+    56      started_at f8         when the running anomaly began, NaN = none runs
+    64      gaps u4 · pace, pace_spread, pace_longest f4   the stream's cadence, see cadence.py
+    80      deadline f8           time of this machine until which silence is ordinary, 0 = nobody waits for the stream
+    88      watch_until f8        when the store's watch of the stream runs out, 0 = not watched
+    96      silent_since f8       last event's arrival, where the stream is silent; NaN = it is not
+    104     raw f8                the last event's reading of a counter, whose increase per second is what is scored; NaN = it was none
+    112     last                  RECORD: the last event with its result, so that a resent event gets it again
             vector S x f4         the detector's state, opaque
-            learner S x f4        only while LEARNER is set: the state as if no alert were open
+            seen 8 x u8           keys of the last 8 events with an identity, a ring by version
+            source u4 · part u4 · offset i8   where the last event from a queue was in it (Delivery in events.py); 0, 0, -1 = there was none
+            learner S x f4        the state as if no alert were open, while LEARNER is set
 
+A value ends with the last of `vector`, `seen`, the place in a queue and `learner` that says something.
 Versioned by `format`: a reader refuses a format it does not know and the stream starts afresh, counted and logged.
 """
 
@@ -32,19 +33,19 @@ import enum
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 4
+FORMAT = 5
 HEAD = b"ON" + FORMAT.to_bytes(2, "little")
 TOKEN = slice(8, 24)
 """The bytes of a value that compare-and-set compares."""
 SEEN = 8
-FLAGS = slice(120, 124)
+FLAGS = slice(40, 44)
 _CRC, _MODEL = slice(4, 8), slice(24, 32)
 _HEAD_BYTES = np.frombuffer(HEAD, np.uint8)
 
@@ -108,10 +109,6 @@ def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
             ("nonce", "<u8"),
             ("version", "<u8"),
             ("model", "<u8"),
-            ("source", "<u4"),
-            ("part", "<u4"),
-            ("offset", "<i8"),
-            ("seen", "<u8", (SEEN,)),
             ("trail_until", "<f8"),
             ("flags", "<u4"),
             ("quiet", "<u4"),
@@ -128,6 +125,10 @@ def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
             ("raw", "<f8"),
             ("last", record_dtype(features)),
             ("vector", "<f4", (state_size,)),
+            ("seen", "<u8", (SEEN,)),
+            ("source", "<u4"),
+            ("part", "<u4"),
+            ("offset", "<i8"),
             ("learner", "<f4", (state_size,)),
         ]
     )
@@ -157,8 +158,10 @@ class StateCodec:
     def __init__(self, features: int, state_size: int, model: int) -> None:
         self.value = value_dtype(features, state_size)
         self.record = record_dtype(features)
-        self.bytes = self.value.itemsize - 4 * state_size
-        """Of a value without learner."""
+        starts: Mapping[str, Any] = self.value.fields or {}
+        self._with_vector, self._with_seen, self.bytes = (starts[name][1] for name in ("seen", "source", "learner"))
+        """The most that a value without learner takes."""
+        self._sizes = (self._with_vector, self._with_seen, self.bytes, self.value.itemsize)
         self._model = model
         self._tag = int.from_bytes(os.urandom(4), "little")
         """Of what this codec encodes: tells a replica whether it was the last to write a stream."""
@@ -183,12 +186,14 @@ class StateCodec:
     def encode(self, rows: Rows) -> list[bytes | memoryview]:
         """States → values, each with a new nonce and its CRC. Writes both into `rows`."""
         rows["nonce"] = np.frombuffer(os.urandom(4 * len(rows)), "<u4") | np.uint64(self._tag << 32)
-        learning = rows["flags"] & LEARNER != 0
-        size = self.value.itemsize if learning.any() else self.bytes
+        sizes = np.where(rows["seen"].any(axis=1), self._with_seen, self._with_vector)
+        sizes = np.where(rows["source"] != 0, self.bytes, sizes)
+        sizes = np.where(rows["flags"] & LEARNER != 0, self.value.itemsize, sizes)
+        size = int(sizes.max(initial=self._with_vector))
         content = np.ascontiguousarray(bytes_of(rows)[:, :size])
         view = content.reshape(-1).data  # values are slices of one buffer: copying a thousand takes as long as their CRCs
         starts = range(0, len(view), size)
-        ends = [start + (size if learner else self.bytes) for start, learner in zip(starts, learning.tolist(), strict=True)]
+        ends = [start + own for start, own in zip(starts, sizes.tolist(), strict=True)]
         crc = np.array([zlib.crc32(view[start + 8 : end]) for start, end in zip(starts, ends, strict=True)], "<u4")
         rows["crc"] = crc
         content[:, _CRC] = crc.view(np.uint8).reshape(-1, 4)
@@ -224,8 +229,8 @@ class StateCodec:
         intact = (content[:, :4] == _HEAD_BYTES).all(axis=1) & (_number(content, _CRC) == crc)
         ours = _number(content, _MODEL) == self._model
         fits = np.zeros(len(values), np.bool_)
-        if size in (self.bytes, self.value.itemsize):
-            fits = np.where(_number(content, FLAGS) & LEARNER, self.value.itemsize, self.bytes) == size
+        if size in self._sizes:
+            fits = (_number(content, FLAGS) & LEARNER != 0) == (size == self.value.itemsize)
         good = intact & ours & fits
         if good.any():
             bytes_of(rows)[places[good], :size] = content[good]

@@ -42,10 +42,26 @@ def test_a_learner_is_stored_only_while_the_flag_says_so(codec: StateCodec) -> N
     rows = some_rows(codec, 3)
     rows["learner"][1], rows["flags"][1] = 5, LEARNER
     values = values_of(codec, rows)
-    assert [len(value) - codec.bytes for value in values] == [0, 4 * 10, 0]
+    assert [len(value) - codec.bytes for value in values] == [-80, 4 * 10, -80]
     loaded = codec.decode(values)
     assert loaded.rows.tobytes() == rows.tobytes()
     assert codec.decode([values[1][: codec.bytes], values[0] + bytes(40)]).origins.tolist() == [Origin.CORRUPT] * 2
+
+
+def test_identities_and_places_in_queues_take_room_only_where_there_are_any(codec: StateCodec) -> None:
+    rows = some_rows(codec, 4)
+    rows["seen"][1, 7] = rows["seen"][3, 0] = 9
+    rows["source"][2:], rows["part"][2:], rows["offset"][2:] = 1, 2, 3
+    values = values_of(codec, rows)
+    assert [len(value) - codec.bytes for value in values] == [-80, -16, 0, 0]
+    loaded = codec.decode(values)
+    assert loaded.rows.tobytes() == rows.tobytes()
+    assert codec.decode([values[2][:-80], values[1][:-64], values[0] + bytes(80)]).origins.tolist() == [Origin.CORRUPT] * 3
+
+
+def test_no_states_are_no_values(codec: StateCodec) -> None:
+    assert codec.encode(codec.fresh(0)) == []
+    assert len(codec.decode([]).rows) == 0
 
 
 def test_every_commit_has_a_new_token_even_of_the_same_state(codec: StateCodec) -> None:
