@@ -108,6 +108,7 @@ def backtest(
     timestamp: Annotated[str | None, typer.Option(help="Name of the timestamp column. Default: found by name.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be given again.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also draw the inputs, their onsets and the calibration into this HTML page.")] = None,
 ) -> None:
     """Score whole files as the service would have, without a server."""
     from service.backtest import command  # noqa: PLC0415
@@ -116,7 +117,13 @@ def backtest(
     from service.settings import SHIPPED_MODELS  # noqa: PLC0415
 
     try:
-        command(inputs, model or SHIPPED_MODELS, out, Policy(alpha=alpha, strict=strict), timestamp, exclude or [], json_file)
+        done = command(inputs, model or SHIPPED_MODELS, out, Policy(alpha=alpha, strict=strict), timestamp, exclude or [], json_file)
+        if report:
+            from service.report import Subject, write  # noqa: PLC0415
+
+            asked = shlex.join(["python", "-m", "service", *sys.argv[1:]])
+            write(report, Subject("Backtest", f"{asked}.", done.detector, done.policy), done.report.tallies, done.load)
+            typer.echo(f"Report: {report}")
     except OnsetError as error:
         _refuse(error.detail)
 

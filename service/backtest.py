@@ -291,14 +291,31 @@ def csv_rows(timestamps: Sequence[str], scored: Scored) -> Iterator[tuple[object
 # ── command ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@dataclass(frozen=True)
+class Done:
+    """A run, and what it takes to score one of its inputs again."""
+
+    report: Report
+    sources: Sequence[Source]
+    """In the order of the report's tallies."""
+    detector: Detector
+    policy: Policy
+    options: ReadOptions
+
+    def load(self, i: int) -> Series:
+        """The i-th input once more."""
+        return read_series(self.sources[i], self.detector, self.options, lambda message: None)
+
+
 def command(
     inputs: Sequence[Path], model: Path, out: Path, policy: Policy, timestamp: str | None, exclude: Sequence[str], json_file: Path | None
-) -> None:
-    """What `python -m service backtest` does. Raises ArtifactError, TableError."""
+) -> Done:
+    """What `python -m service backtest` does; returns what its report is made from. Raises ArtifactError, TableError."""
     console = plain_width(Console())
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude), unsorted=True)
     detector = _one(model)
-    report = run(inputs, detector, replace(policy, tau=detector.manifest.age_constant), out, options)
+    policy = replace(policy, tau=detector.manifest.age_constant)
+    report = run(inputs, detector, policy, out, options)
     console.print(_summary(report))
     console.print(f"{report.rows:,} rows in {report.seconds:.1f} s, {report.rows / report.seconds:,.0f} rows/s, written to {out}")
     late = sum(tally.late for tally in report.tallies)
@@ -306,6 +323,7 @@ def command(
         console.print(f"{late:,} rows are late (older than a row before them): never stepped, score 0.")
     if json_file:
         json_file.write_text(json.dumps(report.as_json(), indent=2), encoding="utf-8")
+    return Done(report, find_sources(inputs), detector, policy, options)
 
 
 def plain_width(console: Console, columns: int = 120) -> Console:
@@ -329,16 +347,17 @@ def _summary(report: Report) -> Grid:
     shown = (
         sorted(report.tallies, key=lambda tally: tally.alerts, reverse=True)[:LISTED] if len(report.tallies) > LISTED else report.tallies
     )
-    for tally in [*shown, _total(report.tallies)]:
+    for tally in [*shown, total(report.tallies)]:
         rate, share = 1000 * tally.alerts / max(1, tally.rows), 100 * tally.anomalous / max(1, tally.rows)
         grid.add_row(tally.name, f"{tally.rows:,}", f"{tally.late:,}", f"{tally.alerts:,}", f"{rate:.2f}", f"{share:.2f} %")
     return grid
 
 
-def _total(tallies: Sequence[Tally]) -> Tally:
-    total = Tally("all")
+def total(tallies: Sequence[Tally]) -> Tally:
+    """Of all inputs together; without their rows of alerts."""
+    whole = Tally("all")
     for tally in tallies:
         for name in ("rows", "warming_up", "late", "anomalous", "alerts"):
-            setattr(total, name, getattr(total, name) + getattr(tally, name))
-        total.rarer = [mine + other for mine, other in zip(total.rarer, tally.rarer, strict=True)]
-    return total
+            setattr(whole, name, getattr(whole, name) + getattr(tally, name))
+        whole.rarer = [mine + other for mine, other in zip(whole.rarer, tally.rarer, strict=True)]
+    return whole

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import webbrowser
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -334,7 +335,9 @@ class Board:
         for track in self.tracks.values():
             stream, reading, expected, band, bar, status = self._cells(track)
             table.add_row(stream, reading, expected, *([band] if wide else []), bar, status)
-        return Group(Text(f"{at:5.1f} s  {self._phase(at)}", style="bold"), table, Text(f"API: {self._url}/docs", style="dim"))
+        return Group(
+            Text(f"{at:5.1f} s  {self._phase(at)}", style="bold"), table, Text(f"Page: {self._url}/   API: {self._url}/docs", style="dim")
+        )
 
     def lines(self, at: float) -> list[str]:
         """The same for an output that is no terminal."""
@@ -408,6 +411,8 @@ def run(seconds: float, model: Path | None = None, console: Console | None = Non
         with _terminable(), _temporary_folder() as folder:
             console.print(f"Starting the service with {model or 'the shipped detector'} and an embedded store ...")
             with served(folder, model) as url:
+                console.print(f"The page is at [bold]{url}/[/]", highlight=False)
+                _open_page(url, console)
                 board = Board(gauges(), phases, url)
                 _play(board, phases, url, folder, console)
         return verdict(board, phases, console)
@@ -417,6 +422,13 @@ def run(seconds: float, model: Path | None = None, console: Console | None = Non
     except KeyboardInterrupt:
         console.print("Interrupted; everything that was started has been ended.")
         return 130
+
+
+def _open_page(url: str, console: Console) -> None:
+    """In a browser, where somebody sits before a screen."""
+    screen = sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    if console.is_terminal and screen:
+        webbrowser.open(f"{url}/")
 
 
 def _play(board: Board, phases: Phases, url: str, folder: Path, console: Console) -> None:
@@ -554,7 +566,7 @@ def _excuse(board: Board) -> str:
 
 _NEXT = """
 Where to go next
-  python -m service serve                                   the service on http://127.0.0.1:8080, its API at /docs
+  python -m service serve                                   the service and its page on http://127.0.0.1:8080, its API at /docs
   curl http://127.0.0.1:8080/v1/events -H 'content-type: application/json' -d '{"stream_id":"pump-7","values":{"value":21.5}}'
   python -m service replay FILE.csv --speed 100x            recorded data, posted as if it were live
   python -m service backtest FILE.csv --out out/scores      the same scores for whole files, without a server

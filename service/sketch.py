@@ -24,6 +24,9 @@ CONTRIBUTORS = 6
 ONSETS = 200
 """Onsets of a series that are listed."""
 
+EARLIEST_TIME = 1e8
+"""Seconds since 1970 from which a column of times is one, and not a counter of rows."""
+
 Float32 = NDArray[np.float32]
 
 
@@ -160,3 +163,15 @@ def _weights(series: Sequence[Series], detector: Detector, policy: Policy) -> li
 
     score(series, detector, policy, sink)
     return weights
+
+
+def axis(seconds: NDArray[np.float64], rows: NDArray[np.intp]) -> tuple[NDArray[np.float64], bool]:
+    """What to draw over, never decreasing: times where they are times and in order, else row numbers. And whether it is times."""
+    in_order = bool((np.diff(seconds) >= 0).all()) and bool((seconds >= EARLIEST_TIME).all())
+    return (seconds, True) if in_order else ((rows + 1).astype(np.float64), False)
+
+
+def allowed(policy: Policy, rows: int, judged: int) -> float:
+    """False alarms that the asked rate allows a stream of so many rows, its learning allowance included, if nothing is wrong with it."""
+    ages = np.arange(rows - judged + 1, rows + 1)
+    return round(float(policy.onset_alpha(ages).sum(dtype=np.float64)), 3) if judged else 0.0

@@ -27,15 +27,13 @@ from service.console.live import series as shortened
 from service.detector import load_detectors
 from service.errors import BadBody, OnsetError, Overloaded, TooLarge
 from service.policy import Policy
-from service.sketch import ONSETS, Sketch, sketch
+from service.sketch import ONSETS, Sketch, allowed, axis, sketch
 from service.tables import ReadOptions, Source
 
 BUCKETS = 1200
 REFUSED = 3
 """Exit status of a process that says why on standard output."""
 NICE = 10
-EARLIEST_TIME = 1e8
-"""Seconds since 1970 from which a column of times is one, and not a counter of rows."""
 
 
 @dataclass(frozen=True)
@@ -165,18 +163,6 @@ def reply(drawn: Sketch, policy: Policy) -> dict[str, Any]:
 
 def _place(points: NDArray[np.intp], row: int) -> int:
     return max(0, int(np.searchsorted(points, row, "right")) - 1)
-
-
-def axis(seconds: NDArray[np.float64], rows: NDArray[np.intp]) -> tuple[NDArray[np.float64], bool]:
-    """What to draw over, never decreasing: times where they are times and in order, else row numbers. And whether it is times."""
-    in_order = bool((np.diff(seconds) >= 0).all()) and bool((seconds >= EARLIEST_TIME).all())
-    return (seconds, True) if in_order else ((rows + 1).astype(np.float64), False)
-
-
-def allowed(policy: Policy, rows: int, judged: int) -> float:
-    """False alarms that the asked rate allows a stream of so many rows, its learning allowance included, if nothing is wrong with it."""
-    ages = np.arange(rows - judged + 1, rows + 1)
-    return round(float(policy.onset_alpha(ages).sum(dtype=np.float64)), 3) if judged else 0.0
 
 
 if __name__ == "__main__":

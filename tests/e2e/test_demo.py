@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def test_the_demo_flags_the_disturbance_and_leaves_nothing_running() -> None:
     assert "DISTURBANCE: all processors busy" in output
     assert "after it began" in output
     assert "Where to go next" in output
+    assert re.search(r"The page is at http://127\.0\.0\.1:\d+/", output)
     assert leftovers() == before
 
 
