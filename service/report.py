@@ -41,7 +41,8 @@ p{color:var(--quiet);margin:4px 0 14px;max-width:76ch}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:8px 0}
 th,td{text-align:right;padding:4px 16px 4px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th:first-child,td:first-child,.text{text-align:left}thead th{color:var(--quiet);font-weight:500;font-size:12px}
-a{color:var(--blue)}svg{display:block;width:100%;height:auto;max-width:1100px}.tail{max-width:460px;flex:1 1 300px}.pair{display:flex;flex-wrap:wrap;gap:8px 48px;align-items:flex-start}
+a{color:var(--blue)}svg{display:block;width:100%;height:auto;max-width:1100px}.tail{max-width:460px;flex:1 1 300px}
+.pair{display:flex;flex-wrap:wrap;gap:8px 48px;align-items:flex-start}
 text{fill:var(--quiet);font-size:11px}.title{fill:var(--ink);font-size:12px;font-weight:600}
 .grid{stroke:var(--line)}.band{fill:var(--blue);opacity:.14}.value{fill:none;stroke:var(--ink);stroke-width:1.2}
 .expected{fill:none;stroke:var(--blue);stroke-width:1.2;stroke-dasharray:5 4}.score{fill:none;stroke:var(--ink);stroke-width:1.1}

@@ -36,7 +36,7 @@ EXAMPLE = (
     "In several processes: torchrun --nproc-per-node 4 -m training fit ..."
 )
 
-Out = Annotated[Path, typer.Option(help="Folder for the model, its report (md, png, json) and the checkpoint.")]
+Out = Annotated[Path, typer.Option(help="Folder for the model, its report (md, html, png, json) and the checkpoint.")]
 Seed = Annotated[int, typer.Option(help="Every random number follows from it: same data, same seed, same weights.")]
 Steps = Annotated[int, typer.Option(min=1, help="Training steps at most; early stopping may end sooner.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of PyTorch. One is usually fastest for networks this small.")]

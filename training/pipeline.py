@@ -183,6 +183,8 @@ def produce(
         manifest = _manifest(step, job, quality)
         model = publish(step, graph, manifest, out)
 
+    with _timed(seconds, "report"), console.status("Drawing the validation streams"):
+        report.page(out / "report.html", model, job.evaluation)
     next_steps = _next_steps(model)
     report.draw(out / "report.png", reached, shown)
     report.write(out, manifest, reached, model, seconds, next_steps)
@@ -324,7 +326,7 @@ def _next_steps(model: Path) -> list[str]:
     return [
         f"python -m service serve --model {model.parent}",
         "python -m service replay FILE --url http://127.0.0.1:8080 --speed 100x",
-        f"python -m service backtest FILES... --model {model} --out backtest/",
+        f"python -m service backtest FILES... --model {model} --out backtest/ --report backtest.html",
     ]
 
 

@@ -1,8 +1,12 @@
-"""The report of a run: report.png (loss curve, a stream with its band and scores), report.md, report.json."""
+"""The report of a run: report.png (loss curve, a stream with its band and scores), report.md and report.json.
+
+report.html is what the backtest would write of the streams that the model was validated on.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from service.artifact import Manifest
-from training.data import Stream
+from service.backtest import Series, Tally, score
+from service.detector import Detector
+from service.policy import Policy
+from service.report import Subject
+from service.report import write as write_page
+from training.data import EPOCH_WEEKDAY, Stream, cut
 from training.evaluate import Scores
 from training.fit import Progress
 
 mpl.use("Agg")
 
 SHOWN_FEATURES = 3
+PAGE_STREAMS, PAGE_ROWS = 16, 5000
+"""Validation streams on report.html, and their last rows."""
 INK, QUIET, GLOW, ALARM = "#1f2933", "#9aa5b1", "#2f7ed8", "#d64545"
 
 
@@ -110,6 +121,25 @@ def _tidy(axis: Any) -> None:
     axis.tick_params(labelsize=8)
 
 
+def page(path: Path, model: Path, streams: Sequence[Stream]) -> None:
+    """The published model's backtest of its validation streams, as `python -m service backtest --report` draws it."""
+    detector = Detector.load(model)
+    policy = Policy(tau=detector.manifest.age_constant)
+    series = [_series(cut(stream, max(0, len(stream) - PAGE_ROWS), len(stream))) for stream in streams[:PAGE_STREAMS]]
+    tallies = [Tally(one.name) for one in series]
+    score(series, detector, policy, lambda i, first, scored: tallies[i].add(first, scored))
+    said = f"The last {PAGE_ROWS:,} rows at most of {len(series)} of {len(streams)} validation streams, as the published model scores them."
+    write_page(path, Subject(f"{detector.manifest.name} {detector.manifest.version}", said, detector, policy), tallies, series.__getitem__)
+
+
+def _series(stream: Stream) -> Series:
+    """With times that have the stream's gaps, hours and weekdays: its dates are not kept."""
+    weekday, second = float(stream.t[0, 2]), float(stream.t[0, 1])
+    gaps = np.nan_to_num(stream.t[1:, 0].astype(np.float64))
+    seconds = (weekday - EPOCH_WEEKDAY) % 7 * 86_400 + second + np.r_[0.0, np.cumsum(gaps)]
+    return Series(stream.name, (), seconds, np.asarray(stream.x, np.float32))
+
+
 def write(folder: Path, manifest: Manifest, progress: Progress, model: Path, seconds: dict[str, float], next_steps: list[str]) -> None:
     """report.json for machines, report.md for people."""
     content = {
@@ -146,6 +176,8 @@ def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], n
         f"- {best}took {', '.join(f'{n} {s} s' for n, s in content['seconds'].items())}",
         "",
         "![loss, a stream with its band, scores](report.png)",
+        "",
+        "The validation streams, their onsets and the calibration: [report.html](report.html)",
         "",
     ]
     for name, table in manifest.quality.items():

@@ -56,6 +56,7 @@ def test_the_report_shows_the_loss_and_a_stream(fitted: tuple[Path, str]) -> Non
     assert content["quality"]["false_onsets_on_unseen_rows"]["0.001"]["events"] > 0
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "![" in (out / "report.md").read_text()
+    assert 'class="value"' in (out / "report.html").read_text()
 
 
 def test_the_published_model_finds_an_offset_and_names_its_feature(fitted: tuple[Path, str], fleet_folder: Path) -> None:
