@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from bench.receiver import Posted, Receiver
 from service.alerts import Acknowledgement
 from service.errors import BadSetting, Fenced
 from service.metrics import Metrics
@@ -26,7 +27,6 @@ from service.sinks.webhook import Webhook, key_of, signature
 from service.stores.book import LEASE
 from service.tellers import declared
 from tests.contracts.test_stores import opened
-from tests.receiver import Posted, Receiver
 from tests.test_desk import T0, Office, opening, resolving
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from bench.chaos_alerts import Plan, soak
+from bench.receiver import Receiver
 from tests.alertmanager import Alertmanager
 from tests.e2e.process import Service
 from tests.e2e.test_alerts import CALM, NORMAL, STUCK, Sensor, alerts, wait
-from tests.receiver import Receiver
 from tests.test_sinks import SECRET, verified
 
 
@@ -134,3 +135,11 @@ def _streams(hook: Receiver, event: str) -> set[str]:
     """Whose alerts were told; every notice is signed."""
     notices: list[Any] = [verified(posted, SECRET) for posted in list(hook.posted)]
     return {notice["alert"]["stream_id"] for notice in notices if notice["event"] == event}
+
+
+async def test_under_kill_9_every_anomaly_is_one_alert_told_in_order(tmp_path: Path, tiny_model_path: Path) -> None:
+    report = await soak(Plan(kills=6, seconds=20, rate=0.5, streams=30, seed=1, model=tiny_model_path), tmp_path)
+    assert report.violations == []
+    assert sum(report.kills.values()) >= 1
+    assert report.resolved > 10
+    assert report.refused_by_the_webhook > 0

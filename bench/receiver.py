@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -11,12 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
+FAILING = 0.2
+
 
 @dataclass(frozen=True)
 class Posted:
     headers: dict[str, str]
     body: bytes
     at: float
+    refused: bool
 
     @property
     def json(self) -> Any:
@@ -24,9 +28,10 @@ class Posted:
 
 
 class Receiver:
-    """Answers 204, but the first requests by `answers`: their statuses, and a Retry-After where there is one."""
+    """Answers 204, but the first requests by `answers`: their statuses, and a Retry-After where there is one; and a share with 503."""
 
-    def __init__(self, *answers: int, retry_after: str | None = None, port: int = 0) -> None:
+    def __init__(self, *answers: int, retry_after: str | None = None, failing: random.Random | None = None, port: int = 0) -> None:
+        """`failing` draws the share, a fifth; None = none fail so."""
         self.posted: list[Posted] = []
         self._answers, self._retry_after = list(answers), retry_after
         receiver = self
@@ -34,8 +39,11 @@ class Receiver:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                receiver.posted.append(Posted({name.lower(): value for name, value in self.headers.items()}, body, time.monotonic()))
                 status = receiver._answers.pop(0) if receiver._answers else 204
+                if failing is not None and failing.random() < FAILING:
+                    status = 503
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                receiver.posted.append(Posted(headers, body, time.monotonic(), refused=status != 204))
                 self.send_response(status)
                 if receiver._retry_after is not None and status != 204:
                     self.send_header("retry-after", receiver._retry_after)
