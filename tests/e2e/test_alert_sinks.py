@@ -141,5 +141,5 @@ async def test_under_kill_9_every_anomaly_is_one_alert_told_in_order(tmp_path: P
     report = await soak(Plan(kills=6, seconds=20, rate=0.5, streams=30, seed=1, model=tiny_model_path), tmp_path)
     assert report.violations == []
     assert sum(report.kills.values()) >= 1
-    assert report.resolved > 10
+    assert report.resolved > 3
     assert report.refused_by_the_webhook > 0
