@@ -138,7 +138,7 @@ def _streams(hook: Receiver, event: str) -> set[str]:
 
 
 async def test_under_kill_9_every_anomaly_is_one_alert_told_in_order(tmp_path: Path, tiny_model_path: Path) -> None:
-    report = await soak(Plan(kills=6, seconds=20, rate=0.5, streams=30, seed=1, model=tiny_model_path), tmp_path)
+    report = await soak(Plan(kills=5, seconds=12, rate=0.7, streams=30, seed=1, model=tiny_model_path), tmp_path)
     assert report.violations == []
     assert sum(report.kills.values()) >= 1
     assert report.resolved > 3
