@@ -241,7 +241,8 @@ class WriteBack:
             return _Labels(_place(stream), [_place(stream | {"feature": feature}) for feature in self._features[model]])
         labels = {f"exported_{name}" if name in (MODEL, FOR) else name: value for name, value in sent.items() if name != NAME}
         labels |= {MODEL: model} | ({FOR: sent[NAME]} if NAME in sent else {})
-        return _Labels(_place(labels), [_place(labels)])
+        place = _place(labels)
+        return _Labels(place, [place])
 
     async def _send(self, client: httpx.AsyncClient, request: _Request) -> None:
         """Until it is taken or refused."""
