@@ -6,9 +6,9 @@
     bulk 10   the same with ten events a stream: 100 streams a body
     single    one event a request over the same streams, 64 connections
 
-Three servers, each a process of its own: the service with its embedded store and the shipped detector; the same application with a
-scorer that answers a constant; and with a handler that only reads the body (`bench.empty`). They run side by side and are loaded in
-turn, in rounds, so that a slower minute of the machine is everybody's; the two that wait take next to no time. The engine's floor
+Four servers, each a process of its own: the service with its embedded store and the shipped detector; the same application with a
+scorer that answers a constant; with a handler of Starlette's that only reads the body; and with such a one in plain ASGI (`bench.empty`).
+They run side by side and are loaded in turn, in rounds, so that a slower minute of the machine is everybody's. The engine's floor
 (`bench.engine`) is measured in the same run. The load generator is a process of its own on the same machine, so with few processors
 every figure is a floor.
 
@@ -44,7 +44,7 @@ from bench.warm import fill
 from service.detector import Detector
 
 STREAMS = engine.STREAMS
-SERVICE, CONSTANT, EMPTY = "service", "constant scorer", "empty handler"
+SERVICE, CONSTANT, EMPTY, BARE = "service", "constant scorer", "empty handler", "empty, plain ASGI"
 ROUNDS = 2
 BULK_GOAL, SINGLE_GOAL, P99_GOAL = 0.7, 0.6, 3.0
 
@@ -97,7 +97,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Two seconds each, in one round: does it run?")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Measure the three servers in turn and print a table."""
+    """Measure the four servers in turn and print a table."""
     machine = Machine.now()
     seconds, rounds = (2.0, 1) if quick else (seconds, ROUNDS)
     with tempfile.TemporaryDirectory(prefix="onset-bench-") as folder, ExitStack() as running:
@@ -105,6 +105,7 @@ def main(
             SERVICE: running.enter_context(warm_service(Path(folder))),
             CONSTANT: running.enter_context(_baseline("constant")),
             EMPTY: running.enter_context(_baseline("empty")),
+            BARE: running.enter_context(_baseline("bare")),
         }
         rows = measure(servers, seconds, rounds)
         stages = _stages(servers[SERVICE])

@@ -28,7 +28,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from redis.crc import key_slot
-from redis.exceptions import AskError, MovedError, RedisError, ResponseError, TryAgainError
+from redis.exceptions import AskError, MovedError, RedisError, TryAgainError
 
 from service.errors import StoreUnavailable
 from service.stores import OUTPUT, Page, Write
@@ -41,6 +41,7 @@ from service.stores.redis import (
     TOO_OLD,
     Command,
     Commands,
+    asked,
     calls,
     connect_anew,
     connections,
@@ -307,12 +308,7 @@ class _Node:
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
         """A reply or a ResponseError for each, in one round trip on one connection. Raises RedisError and OSError."""
         try:
-            connection = await self.pool.get_connection()  # type: ignore[no-untyped-call]
-            try:
-                await connection.send_packed_command(connection.pack_commands(commands))
-                replies = [await _reply(connection) for _ in commands]
-            finally:
-                await self.pool.release(connection)
+            replies = await asked(self.pool, commands)
         except (RedisError, OSError) as error:
             self.failed = True
             if leads_nowhere(error):
@@ -320,13 +316,6 @@ class _Node:
             raise
         self.failed = False
         return replies
-
-
-async def _reply(connection: Any) -> Any:
-    try:
-        return await connection.read_response()
-    except ResponseError as error:
-        return error
 
 
 def _unavailable(error: Exception, address: Address | None = None) -> StoreUnavailable:

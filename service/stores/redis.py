@@ -17,6 +17,8 @@ commit was applied is for the sender to find out, by sending the same event ids 
 
 from __future__ import annotations
 
+import asyncio
+import builtins
 import contextlib
 import math
 import re
@@ -301,12 +303,18 @@ class RedisStore(Commands):
 
     async def pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
         async def ask() -> list[Any]:
-            async with self._client.pipeline(transaction=atomic) as pipeline:
+            async with self._client.pipeline(transaction=True) as pipeline:
                 for command in commands:
                     pipeline.execute_command(*command)
                 return await pipeline.execute()
 
-        return await self._ask(ask)
+        if atomic:
+            return await self._ask(ask)
+        replies = await self._ask(lambda: asked(self._pool, commands))
+        for reply in replies:
+            if isinstance(reply, ResponseError):
+                raise await self._unavailable(reply)
+        return replies
 
     async def _ask(self, ask: Callable[[], Awaitable[T]]) -> T:
         try:
@@ -334,6 +342,31 @@ def connections(url: str) -> redis.BlockingConnectionPool:
         # With them on, redis-py would no longer look for unread replies when it reuses a connection.
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
+
+
+async def asked(pool: redis.BlockingConnectionPool, commands: Sequence[Command]) -> list[Any]:
+    """A reply or a ResponseError for each, in one round trip on one connection. Raises RedisError and OSError.
+
+    redis-py's pipeline has a timer for each reply: with 512 commands every second it took a tenth of the service's processor time.
+    """
+    if not commands:
+        return []
+    connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+    try:
+        await connection.send_packed_command(connection.pack_commands(commands))
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            return [await _reply(connection) for _ in commands]
+    except builtins.TimeoutError as error:
+        raise TimeoutError(f"no answer within {TIMEOUT_SECONDS:g} s") from error
+    finally:
+        await pool.release(connection)
+
+
+async def _reply(connection: Any) -> Any:
+    try:
+        return await connection.read_response(timeout=math.inf)  # `asked` has one for all
+    except ResponseError as error:
+        return error
 
 
 async def connect_anew(pool: redis.BlockingConnectionPool) -> None:
