@@ -75,6 +75,10 @@ def queue(source: options.AnySource, store_url: str, store: StateStore, metrics:
                 from service.sources.mqtt import Mqtt  # noqa: PLC0415
 
                 return Mqtt(source, store, metrics)
+            case options.AmqpSource():
+                from service.sources.amqp import Amqp  # noqa: PLC0415
+
+                return Amqp(source, metrics)
     except ImportError as error:
         raise BadSetting(
             f"Source '{source.called}' needs the extra '{source.type}': pip install 'onset[{source.type}]' ({error})."

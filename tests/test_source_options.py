@@ -128,6 +128,28 @@ def test_a_filter_lets_topics_through(pattern: str, topic: str, heard: bool) -> 
     assert options.lets_through(pattern, topic) == heard
 
 
+AMQP = {"type": "amqp", "url": "amqp://u:s3cret@broker/plant", "queues": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"url": "mqtt://broker"}, "url: an address is amqp://host or amqps://host"),
+        ({"queues": []}, "queues:"),
+        ({"queues": ["a", "a"]}, "queues: a queue is named twice"),
+        ({"dead_letters": "b"}, "dead_letters is 'b', which is read again"),
+        ({"exchange": "plant", "binding_keys": []}, "binding_keys:"),
+        ({"batch": 0}, "batch:"),
+        ({"payload": {"format": "number"}}, "payload: a number by itself does not name its stream"),
+    ],
+)
+def test_what_is_wrong_with_an_amqp_source_is_said_and_no_password_is(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadSetting) as caught:
+        options.read(json.dumps([AMQP | given]))
+    assert said in caught.value.detail
+    assert "s3cret" not in caught.value.detail
+
+
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "sources.yaml"
     path.write_text("type: redis_streams")

@@ -289,7 +289,49 @@ class MqttSource(Source):
         return self
 
 
-AnySource = Annotated[RedisStreamsSource | KafkaSource | NatsSource | MqttSource, Field(discriminator="type")]
+class AmqpSource(Source):
+    """Queues of a RabbitMQ, or of another AMQP 0-9-1 broker; each is a partition."""
+
+    type: Literal["amqp"] = "amqp"
+    url: NonEmpty
+    """amqp://user:password@host:5672/vhost, or amqps:// for TLS."""
+    queues: Annotated[list[NonEmpty], Field(min_length=1)]
+    """Made (durable) where they are missing. A stream's messages must all go to one of them."""
+    exchange: str = ""
+    """A queue that is made is bound to this exchange; empty = it has the messages that are sent to its name."""
+    binding_keys: Annotated[list[str], Field(min_length=1)] = ["#"]
+    """Routing keys of that binding."""
+    single_active_consumer: bool = False
+    """Whether the queues have x-single-active-consumer, so that replicas stand in line; otherwise the first has an exclusive consumer."""
+    batch: Annotated[int, Field(ge=1, le=10_000)] = 500
+    """Messages scored at once at most; the broker sends twice as many ahead (prefetch)."""
+    dead_letters: NonEmpty = "onset.dead-letters"
+    """A queue, made where it is missing."""
+    output: str = ""
+    """Exchange, a topic exchange where it is made; empty = results are not published."""
+    output_key: str = "{stream_id}"
+    """Their routing key."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_amqp(cls, url: str) -> str:
+        return _with_scheme(url, "amqp", "amqps")
+
+    @field_validator("queues")
+    @classmethod
+    def _are_several(cls, queues: list[str]) -> list[str]:
+        if len(set(queues)) < len(queues):
+            raise ValueError("a queue is named twice")
+        return queues
+
+    @model_validator(mode="after")
+    def _does_not_hear_itself(self) -> Self:
+        if self.dead_letters in self.queues:
+            raise ValueError(f"dead_letters is '{self.dead_letters}', which is read again")
+        return self
+
+
+AnySource = Annotated[RedisStreamsSource | KafkaSource | NatsSource | MqttSource | AmqpSource, Field(discriminator="type")]
 _sources: TypeAdapter[list[AnySource]] = TypeAdapter(list[AnySource])
 
 
