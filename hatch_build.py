@@ -27,7 +27,7 @@ class ConsoleBuild(BuildHookInterface[Any]):
             self.app.display_warning("npm is not on this machine: the wheel has no console, and the service will serve its plain table.")
             return
         try:
-            for command in (["ci"], ["run", "build"]):
+            for command in (["ci", "--fetch-retries=1", "--no-audit", "--no-fund"], ["run", "build"]):
                 subprocess.run([npm, *command], cwd=root / "console", check=True)
         except subprocess.CalledProcessError as error:
             self.app.display_warning(f"The console could not be built ({error}): the service will serve its plain table.")
