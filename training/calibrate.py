@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 
 from training.data import Float32, Float64
 from training.detector import DetectorStep
-from training.tail import HOLD, LEVEL_STEP, LEVELS, Calibration, Curve, Support
+from training.tail import HOLD, LEVEL_STEP, LEVELS, Calibration, Curve, Onsets, Support, Tail
 
 Bool = NDArray[np.bool_]
-SETTLED = 500
-"""Age from which on events count for the pooled tails of the signals."""
 CLOSEST = 0.02
 """Smallest distance of knots: units of evidence or decades."""
 ENOUGH_STREAMS = 8
@@ -72,26 +70,44 @@ def calibrate(observed: Observed, burn: int, streams: int | None = None) -> Cali
     streams = observed.valid.shape[1] if streams is None else streams
     K = observed.strengths.shape[2]
     quantile, mean = zip(*(_scale(observed.strengths[:, :, k][_live(observed, burn)]) for k in range(K)), strict=True)
-    flat = Curve((0.0, 1.0), (0.0, 1.0), 1.0)
-    draft = Calibration(quantile, mean, (flat,) * K, flat, flat, _band(observed), tau=0.0, shape=10.0, weight=10.0)
+    none = Onsets(Curve((0.0, 1.0), (0.0, 1.0), 1.0), tau=0.0, shape=10.0, weight=10.0)
+    draft = Calibration(quantile, mean, (none,) * K, none.tail, none, _band(observed))
+    watched = _Watched(observed, burn, min(1.0, streams / ENOUGH_STREAMS))
     evidence = evidence_of(observed, draft, burn)
-    settled = observed.valid & (observed.age >= SETTLED)
-    if settled.sum() < 2000:
-        settled = _live(observed, burn)
-    draft = replace(draft, signals=tuple(_pooled_tail(evidence[:, :, k][settled]) for k in range(K)))
-    surprisal = surprisal_of(evidence, draft)
-    heights = onsets_of(np.maximum(surprisal - draft.floor, 0).sum(axis=2), observed.valid)
-    trust = min(1.0, streams / ENOUGH_STREAMS)
-    tau = float(PRIOR["tau"] ** (1 - trust) * max(_age_profile(heights, observed), 1.0) ** trust)
-    exposure = np.where(_live(observed, burn), 1 + tau / (observed.age + 1), 0.0)
-    onsets = _aged_tail(heights[(heights > 0) & (observed.age >= YOUNG)], exposure[observed.age >= YOUNG].sum(), knots=24)
+    draft = replace(draft, signals=tuple(watched.onsets(evidence[:, :, k]) for k in range(K)))
+    heights = heights_of(evidence, observed, draft, burn)
+    onsets = watched.onsets(heights)
     total = evidence.sum(axis=2)
+    exposure = watched.exposure(onsets.tau)
     events = _aged_tail(total[(total > 0) & _live(observed, burn)], exposure.sum(), knots=24)
-    draft = replace(draft, tau=tau, onsets=onsets, events=events)
-    shape, weight = _heterogeneity(heights, exposure, onsets)
-    shape, weight = (float(PRIOR[name] ** (1 - trust) * value**trust) for name, value in (("shape", shape), ("weight", weight)))
-    support = Support(streams, int(_live(observed, burn).sum()), int((heights > 0).sum()), streams >= ENOUGH_STREAMS)
-    return replace(draft, shape=shape, weight=weight, support=support)
+    emitted = int((onsets_of(heights, observed.valid) > 0).sum())
+    support = Support(streams, int(_live(observed, burn).sum()), emitted, streams >= ENOUGH_STREAMS)
+    return replace(draft, onsets=onsets, events=events, support=support)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """When which stream was watched; `trust` 0..1 in what these streams say of others."""
+
+    observed: Observed
+    burn: int
+    trust: float
+
+    def exposure(self, tau: float) -> Float64:
+        """[T, B] in events of an infinitely old stream."""
+        return np.where(_live(self.observed, self.burn), 1 + tau / (self.observed.age + 1), 0.0)
+
+    def onsets(self, heights: Float64) -> Onsets:
+        """What the onsets of heights [T, B] have in common, and how streams differ in them."""
+        heights, settled = onsets_of(heights, self.observed.valid), self.observed.age >= YOUNG
+        tau = self._drawn("tau", max(_age_profile(heights, self.observed), 1.0))
+        exposure = self.exposure(tau)
+        tail = _aged_tail(heights[(heights > 0) & settled], exposure[settled].sum(), knots=24)
+        shape, weight = _heterogeneity(heights, exposure, tail)
+        return Onsets(tail, tau, self._drawn("shape", shape), self._drawn("weight", weight))
+
+    def _drawn(self, name: str, value: float) -> float:
+        return float(PRIOR[name] ** (1 - self.trust) * value**self.trust)
 
 
 def evidence_of(observed: Observed, calibration: Calibration, burn: int) -> Float64:
@@ -107,10 +123,33 @@ def evidence_of(observed: Observed, calibration: Calibration, burn: int) -> Floa
     return np.asarray(np.log1p(strengths / scale))
 
 
-def surprisal_of(evidence: Float64, calibration: Calibration) -> Float64:
-    """Decades [T, B, K], 0 where there is no evidence."""
-    parts = [on_curve(curve, evidence[:, :, k]) for k, curve in enumerate(calibration.signals)]
-    return np.where(evidence > 0, np.stack(parts, axis=2), 0.0)
+def heights_of(evidence: Float64, observed: Observed, calibration: Calibration, burn: int) -> Float64:
+    """Σ over the signals of their decades above the floor [T, B], as `training.tail.Tail` computes them."""
+    signals = enumerate(calibration.signals)
+    own = [own_decades(evidence[:, :, k], observed, onsets, burn) - calibration.floor for k, onsets in signals]
+    return np.asarray(np.where(evidence > 0, np.maximum(np.stack(own, axis=2), 0.0), 0.0).sum(axis=2))
+
+
+def own_decades(heights: Float64, observed: Observed, onsets: Onsets, burn: int) -> Float64:
+    """-log10 of the rate of onsets as large as heights [T, B] in each stream, as known before each event."""
+    emitted = onsets_of(heights, observed.valid) > 0
+    live = _live(observed, burn)
+    places = (on_curve(onsets.tail, heights) - onsets.first_level)[:, None] / LEVEL_STEP + 1 - np.arange(LEVELS)[:, None]  # [T, L, B]
+    reached = (places >= 1) & emitted[:, None]
+    exposure = 10**-onsets.first_level * (1 + onsets.tau / (observed.age + 1))
+    keeps = np.array([1 - 1 / Tail.memory_rate] + [1 - 1 / Tail.memory_chain] * (LEVELS - 1))[:, None]
+    rho = np.array([1.0] + [10**-LEVEL_STEP] * (LEVELS - 1))[:, None]
+    prior = np.array([onsets.shape] + [onsets.weight] * (LEVELS - 1))[:, None]
+    passed, tried = np.zeros(places.shape[1:]), np.zeros(places.shape[1:])
+    decades = np.empty_like(heights)
+    for i in range(len(heights)):
+        chain = np.log10((passed + prior * rho) / (tried + prior))
+        beyond = np.maximum(places[i, -1] - 1, 0.0) * LEVEL_STEP
+        decades[i] = onsets.first_level + beyond - (np.clip(places[i], 0, 1) * chain).sum(axis=0)
+        tries = np.concatenate([exposure[i][None], reached[i, :-1]])
+        passed = np.where(observed.valid[i], passed * keeps + reached[i] * live[i], passed)
+        tried = np.where(observed.valid[i], tried * keeps + tries * live[i], tried)
+    return decades
 
 
 def on_curve(curve: Curve, value: Float64) -> Float64:
@@ -156,11 +195,6 @@ def _band(observed: Observed) -> Curve:
     ratios = np.maximum.accumulate(np.median([np.quantile(column, 1 - 10.0**-decades) for column in columns], axis=0))
     slope = float((decades[-1] - decades[-2]) / max(ratios[-1] - ratios[-2], 1e-3))
     return Curve(tuple(map(float, ratios)), tuple(map(float, decades)), min(slope, 10.0))
-
-
-def _pooled_tail(values: Float64, knots: int = 12) -> Curve:
-    """-log10 of the share of all `values` at or above, knots at log-spaced ranks of the positive ones, exponential beyond."""
-    return _tail_curve(values[values > 0], float(len(values)), knots, smallest_rank=20)
 
 
 def _aged_tail(values: Float64, exposure: float, knots: int) -> Curve:

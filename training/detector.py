@@ -23,7 +23,7 @@ from training.autoencoder import Autoencoder, NoNetwork, Outlook, Sizes, Wavefor
 from training.layout import Keeps, Layout, Parts, Slot, any_of, row_sum
 from training.normaliser import Clock, Normalised, Normaliser
 from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals, WaveformSignals
-from training.tail import Band, Calibration, Curve, Tail
+from training.tail import Band, Calibration, Curve, Onsets, Tail
 
 WARMUP = 100
 WAVEFORM_MEMORY = 5000.0
@@ -47,8 +47,8 @@ class Judged:
 def flat_calibration(signals: int) -> Calibration:
     """Constants before calibration: any strength is worth what it says."""
     line = Curve((0.0, 10.0), (0.0, 10.0), 1.0)
-    ones = (1.0,) * signals
-    return Calibration(ones, ones, (line,) * signals, line, line, line, tau=0.0, shape=10.0, weight=10.0)
+    ones, onsets = (1.0,) * signals, Onsets(line, tau=0.0, shape=10.0, weight=10.0)
+    return Calibration(ones, ones, (onsets,) * signals, line, onsets, line)
 
 
 class StepModule(nn.Module, ABC):
@@ -66,7 +66,7 @@ class DetectorStep(StepModule):
 
     scored: Tensor
 
-    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 12, scored: Sequence[bool] | None = None) -> None:
+    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 8, scored: Sequence[bool] | None = None) -> None:
         """`scored` of F: False for context, which the network sees and nothing judges. By default all are scored."""
         super().__init__()
         self.features = features

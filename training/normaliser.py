@@ -35,6 +35,7 @@ class Normalised:
     reference: Tensor
     mean: Tensor  # before this event, relative to the reference
     scale: Tensor  # before this event
+    settled: Tensor  # bool: seen and moved often enough for its own deviation to say what is far off
 
 
 class Normaliser(nn.Module):
@@ -65,13 +66,14 @@ class Normaliser(nn.Module):
         scale = torch.maximum(deviation, 1e-6 * (mean + reference).abs()).clamp(min=TINY)
         difference = u - mean
         z = self._asinh((difference / scale).clamp(-self.clip, self.clip))
-        event = Normalised(u, z, present, known, present & learn, reference, mean, scale)
-        return event, {"reference": reference, **self._learned(difference, seen, mean, deviation, variance)}
+        settled = (seen > 30) & (deviation > 0)
+        event = Normalised(u, z, present, known, present & learn, reference, mean, scale, settled)
+        limit = torch.where(settled, 6 * deviation, 4 * LIMIT)
+        return event, {"reference": reference, **self._learned(difference, limit, seen, mean, variance)}
 
-    def _learned(self, difference: Tensor, seen: Tensor, mean: Tensor, deviation: Tensor, variance: Tensor) -> Parts:
+    def _learned(self, difference: Tensor, limit: Tensor, seen: Tensor, mean: Tensor, variance: Tensor) -> Parts:
         count = seen + 1
         rate = torch.reciprocal(count).clamp(min=1 / self.memory)
-        limit = torch.where((seen > 30) & (deviation > 0), 6 * deviation, 4 * LIMIT)
         difference = torch.minimum(torch.maximum(difference, -limit), limit)
         step = rate * difference
         return {"seen": count, "mean": mean + step, "variance": (1 - rate) * (variance + step * difference)}

@@ -1,6 +1,6 @@
 """What of an event is unusual, as K non-negative strengths: the exchangeable part between the network and the tail.
 
-    one feature        `MemorySignals`    how far the value, its level and the residual lie from where they have been before
+    one feature        `MemorySignals`    how far value, level, residual and how much it moves lie from where they have been before
     a waveform         `WaveformSignals`  how far the last window lies from what the code gives back, and the forecasts from what came
     several features   `ResidualSignals`  size of the residuals, their slow level, and how unusual they are together
 
@@ -19,10 +19,16 @@ from torch import Tensor, nn
 
 from training.autoencoder import HORIZONS, WINDOW, Outlook
 from training.layout import Keeps, Parts, Slot, row_sum
-from training.normaliser import TINY, Normalised
+from training.normaliser import LIMIT, TINY, Normalised
 
 LEVEL_MEMORY = 30.0
 """Events of the exponentially weighted level."""
+MOTION_MEMORY, USUAL_MEMORY = 10.0, 2000.0
+"""Events over which a stream's motion is averaged, now and usually."""
+MOST_MOTION = 10.0
+"""Times the usual motion that one change counts for at most in it."""
+STILL = 0.02
+"""Of the usual motion: less of it is as good as none."""
 SCALED_LIMIT = 50.0
 """Residuals over the stream's scale beyond this count as this."""
 WIDEST = 40
@@ -61,6 +67,11 @@ class Signals(Protocol):
 class MemorySignals(nn.Module):
     """Interval memory with forgetting, for a single feature.
 
+        value      as it came
+        level      its exponentially weighted mean (1/30)
+        residual   actual - forecast
+        activity   log of how much the value moves (mean |change|, 1/10) over how much it usually does (1/2000): a sensor that froze
+
     Each signal remembers up to M intervals [low, high] with visits and the life left to them, and its range. Novelty of a value =
     distance to the nearest interval ÷ range. An interval lives `forget`·visits events after its last visit; then the range shrinks
     to the hull of the rest. A value extends the nearest interval if that stays within `widest` of the range (or no slot is free),
@@ -70,31 +81,52 @@ class MemorySignals(nn.Module):
     `debt` = -life, which grows by 1 an event (0: dead, as in a fresh stream); `visits` = -forget·visits.
     """
 
-    names = ("value", "level", "residual")
+    names = ("value", "level", "residual", "activity")
     sides: Tensor
     far: Tensor
+    rates: Tensor
+    motion: Tensor
+    least: Tensor
 
-    def __init__(self, intervals: int = 12, burn: int = 100, widest: float = 0.3, forget: float = 1000.0) -> None:
+    def __init__(self, intervals: int = 8, burn: int = 100, widest: float = 0.3, forget: float = 1000.0) -> None:
         super().__init__()
         self.intervals, self.burn, self.widest, self.forget = intervals, burn, widest, forget
         self.register_buffer("sides", torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1), persistent=False)
         # Each slot has a distance of its own when it is dead, so that of several dead ones exactly one is the farthest: the free one.
         self.register_buffer("far", FAR * (1 + torch.arange(intervals) / 16).reshape(1, -1, 1, 1), persistent=False)
+        rates = torch.tensor([[1 / LEVEL_MEMORY], [1 / MOTION_MEMORY], [1 / USUAL_MEMORY]])
+        self.register_buffer("rates", rates, persistent=False)
+        self.register_buffer("motion", torch.tensor([[0.0, 1.0, STILL], [0.0, 0.0, 1.0]]), persistent=False)  # of the same three
+        self.register_buffer("least", torch.full((2, 1), TINY), persistent=False)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
         K, M = len(self.names), self.intervals
         memory = (("ends", 2 * M * K), ("visits", M * K), ("debt", M * K))
-        return (Slot("level", 1), *(Slot(name, size, Keeps.ITSELF) for name, size in memory), Slot("range", 2 * K, Keeps.STREAM))
+        return (
+            *(Slot(name, 1) for name in ("level", "motion", "previous")),
+            *(Slot(name, size, Keeps.ITSELF) for name, size in memory),
+            Slot("usual_motion", 1, Keeps.FEATURE),
+            Slot("range", 2 * K, Keeps.STREAM),
+        )
 
     def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
         """Age [1, B]: events learned before this one."""
         present = event.present.to(event.u.dtype)
-        rate = torch.reciprocal(age + 1).clamp(min=1 / LEVEL_MEMORY) * present
-        level = parts["level"] + rate * (event.u - parts["level"])
-        values = torch.cat([event.u, level, residual.raw])
+        change = (event.u - parts["previous"]).abs()
+        # A burst must not make all that follows look calm.
+        counted = torch.minimum(change, torch.where(event.settled, MOST_MOTION * parts["usual_motion"], 4 * LIMIT))
+        means = torch.cat([parts["level"], parts["motion"], parts["usual_motion"]])
+        news = torch.cat([event.u, change, counted])
+        means = means + torch.maximum(torch.reciprocal(age + 1), self.rates) * present * (news - means)
+        level, motion, usual_motion = torch.split(means, 1)
+        now, usually = torch.split(torch.addmm(self.least, self.motion, means), 1)
+        activity = torch.log(now / usually)
+        values = torch.cat([event.u, level, residual.raw, activity])
         strengths, memory = self.visit(values, parts, (age >= self.burn) & event.present, event.learns)
-        return strengths, present, {"level": level, **memory}
+        previous = torch.where(event.present, event.u, parts["previous"])
+        after = {"level": level, "motion": motion, "usual_motion": usual_motion, "previous": previous}
+        return strengths, present, {**after, **memory}
 
     def visit(self, values: Tensor, parts: Parts, live: Tensor, learns: Tensor) -> tuple[Tensor, Parts]:
         """Values [K, B], live and learns [1, B] bool → novelty [K, B], 0 where not live, and the memory's parts after the visit.

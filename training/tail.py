@@ -1,19 +1,21 @@
-"""From strengths to probabilities: what makes the score a p-value. Method and figures: LOG.md, "Calibration".
+"""From strengths to probabilities: what makes the score a p-value. Method and figures: LOG.md, "Calibration" and "A rate for each signal".
 
     strength ─► evidence     e_k = log1p(strength_k / c_k)     c_k the stream's own scale, shrunk to the pooled one
-             ─► surprisal    h_k = -log10 pooled tail of e_k   (events older than 500)
              ─► event p      pooled tail of Σ e_k, corrected for the stream's age
-             ─► onset        T = Σ max(h_k - floor, 0) above the last emission of the past 125 events
-             ─► onset p      this stream's rate of onsets as large: gamma-Poisson for the first level, a beta chain above;
+             ─► decades      d_k = -log10 of this stream's own rate of onsets of e_k as large
+             ─► onset        T = Σ max(d_k - floor, 0) above the last emission of the past 125 events
+             ─► onset p      this stream's rate of onsets T as large, at its age;
                         then the audit: up to a decade more sensitive where onsets rarer than α are rarer than α
 
-False alarms come in bursts, so onsets are calibrated, not events; and novelty gets rarer with age, g(n) = 1 + τ/n, so both are
-corrected for age. How fast novelty fades differs between streams (an ECG repeats itself within a thousand events), and no count of
-the past says how the tail will go on: so the audit follows the realised rate, a bounded, one-sided adaptive conformal step: `audit` is
-in [-1, 0] decades, falls by 0.2·α with every event and rises by 0.2 with every onset rarer than α. α above what the floor resolves
-(about 2e-3 for an old stream) is monotone and safe: fewer onsets than asked. All constants are pooled from unlabelled history or from
-the synthetic generator: no label is ever used.
-Shapes: B streams, K signals, N knots; the batch is the last axis.
+False alarms come in bursts, so onsets are calibrated, not events: an onset exceeds the last emission of the past 125 events, for each e_k
+as for T. Novelty gets rarer with age, g(n) = 1 + τ/n, so all are corrected for age. A stream's own rate is gamma-Poisson for the first
+level of the pooled tail and a beta chain above: streams differ most in how often a single signal is new in them, so each signal has
+a rate of its own before they are summed, and the sum has one again. How fast novelty fades differs between streams too (an ECG repeats
+itself within a thousand events), and no count of the past says how the tail will go on: so the audit follows the realised rate, a
+bounded, one-sided adaptive conformal step: `audit` is in [-1, 0] decades, falls by 0.2·α with every event and rises by 0.2 with every
+onset rarer than α. α above what the floor resolves (about 2e-3 for an old stream) is monotone and safe: fewer onsets than asked. All
+constants are pooled from unlabelled history or from the synthetic generator: no label is ever used.
+Shapes: B streams, K signals, N knots, L levels; the batch is the last axis.
 """
 
 from __future__ import annotations
@@ -58,34 +60,48 @@ class Support:
 
 
 @dataclass(frozen=True)
+class Onsets:
+    """How often onsets of some height come: what is known of all streams before one begins, and how much they differ."""
+
+    tail: Curve  # at infinite age
+    tau: float  # rates are (1 + tau/n) times those of an old stream
+    shape: float  # gamma prior of a stream's rate
+    weight: float  # beta prior of a stream's chain
+
+    @property
+    def first_level(self) -> float:
+        return float(self.tail.y[0])
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Everything the tail knows before a stream begins. `training.calibrate` fits it."""
 
     quantile: Sequence[float]  # [K] pooled 99 % quantile of the strengths
     mean: Sequence[float]  # [K] pooled mean of min(strength, 3·quantile)
-    signals: Sequence[Curve]  # [K] tail of each evidence
+    signals: Sequence[Onsets]  # [K] onsets of each evidence
     events: Curve  # tail of Σ evidence, at infinite age
-    onsets: Curve  # tail of onsets, at infinite age
+    onsets: Onsets  # of the sum
     band: Curve  # tail of |residual| ÷ spread
-    tau: float  # age: rates are (1 + tau/n) times those of an old stream
-    shape: float  # gamma prior of a stream's onset rate
-    weight: float  # beta prior of a stream's chain
-    floor: float = 2.5  # decades of a signal's surprisal that do not count towards an onset
+    floor: float = 3.2  # decades of a signal that do not count towards an onset of the sum
     prior_events: float = 1000.0  # events the pooled scale weighs
     support: Support | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: plain lists and numbers, as JSON gives them back."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {**plain, "age_correction": "1 + tau/n", "hold_events": HOLD}
+        return {**plain, "tau": self.onsets.tau, "age_correction": "1 + tau/n", "hold_events": HOLD}
 
 
 class Tail(nn.Module):
     """Strengths → p_value, onset_p, both in [1e-30, 1], and the band's width. `burn`: events before strengths are judged.
 
-    All pooled curves are sums of hinges, Σ bend·relu(x - knot), so that a curve of a curve is a chain of products with constants:
+    All pooled curves are sums of hinges, Σ bend·relu(x - knot), so that a curve is two products with constants:
 
-        evidence, log α ──pick──► relu ──surprise──► relu ──pick──► relu ──decades──► event, onset, chain, band
+        evidence, log α ──pick──► relu ──own──► places on the signals' chains ──► decades of each signal above the floor
+                                                       ──pick──► relu ──decades──► event, onset, chain, band
+
+    What is counted of the K signals and of the sum, in this order, is counted by the same operators.
     """
 
     memory_rate, memory_chain = 6000.0, 20000.0
@@ -96,116 +112,144 @@ class Tail(nn.Module):
         super().__init__()
         self.signals, self.burn, self.calibration = signals, burn, calibration
         c = calibration
+        self.chains = (*c.signals, c.onsets)
         quantile, mean = torch.tensor(c.quantile).unsqueeze(1), torch.tensor(c.mean).unsqueeze(1)
-        self.first_level = float(c.onsets.y[0])
         self._keep("most", 3 * quantile)
         self._keep("pooled_sums", c.prior_events * quantile)
+        self._keep("tau", torch.tensor([[chain.tau] for chain in self.chains]))
         self._curves_of_signals()
+        self._decades_of_signals()
         self._curves_of_sums()
         self._counting(quantile / mean)
-        last = torch.tensor([[0.0] * LEVELS + [0.0, -LOG10, 1.0, 0.0], [1.0] * LEVELS + [-LOG10, 0.0, 1.0, LOG10]])
-        self._keep("exponents", last)
-        self._keep("exponents_start", torch.tensor([[0.0], [-LOG10 * self.first_level]]))
+        K, L = signals, LEVELS
+        event = torch.cat([torch.zeros(L + 1), torch.tensor([-LOG10]), torch.eye(K + 1)[K], torch.zeros(1)])
+        onset = torch.cat([torch.ones(L), torch.tensor([-LOG10, 0.0]), torch.eye(K + 1)[K], torch.tensor([LOG10])])
+        self._keep("exponents", torch.stack([event, onset]))
+        self._keep("exponents_start", torch.tensor([[0.0], [-LOG10 * c.onsets.first_level]]))
 
     def _keep(self, name: str, table: Tensor) -> None:
         self.register_buffer(name, table.float(), persistent=False)
 
     def _curves_of_signals(self) -> None:
-        """[evidence of K signals, log α] → [K surprisals above the floor, Σ evidence, factor of the band]."""
-        c, K = self.calibration, self.signals
+        """[evidence of K signals, log α] → [K·L places, K decades beyond the last level, K evidences, their sum, factor of the band]."""
+        c, K, L = self.calibration, self.signals, LEVELS
         # The band's curve gives decades for a ratio; here the ratio for the asked decades, -log10 α.
-        band = Curve(c.band.y, c.band.x, 1 / max(c.band.slope, 1e-3))
-        curves = [hinges(curve.x, curve.y, curve.slope) for curve in (*c.signals, band)]
-        picks = [torch.eye(K + 1)[k] * (-1 / LOG10 if k == K else 1.0) for k in range(K + 1)]
-        own_picks = [picks[k] for k, (knots, _, _) in enumerate(curves) for _ in knots]
-        self._keep("signal_pick", torch.stack([*own_picks, *picks[:K]]))  # the last K: evidence as it is, which is never negative
-        self._keep("signal_knots", -torch.tensor([*(knot for knots, _, _ in curves for knot in knots), *[0.0] * K]).unsqueeze(1))
-        bends = torch.zeros(K + 1, sum(len(knots) for knots, _, _ in curves))
-        at = 0
-        for k, (_, own, _) in enumerate(curves):
-            bends[k, at : at + len(own)] = torch.tensor(own)
-            at += len(own)
-        starts = torch.diag(torch.tensor([start for _, _, start in curves[:K]]))  # met by 1 where there is a strength at all
-        table = torch.cat([bends, torch.zeros(K + 1, K), torch.cat([starts, torch.zeros(1, K)])], dim=1)
-        total = torch.cat([torch.zeros(bends.shape[1]), torch.ones(K), torch.zeros(K)]).unsqueeze(0)
-        self._keep("surprise", torch.cat([table[:K], total, table[K:]]))
-        self._keep("surprise_start", torch.tensor([-c.floor] * K + [0.0, curves[K][2]]).unsqueeze(1))
+        band = hinges(c.band.y, c.band.x, 1 / max(c.band.slope, 1e-3))
+        curves = [(*_hinges(signal.tail), k) for k, signal in enumerate(c.signals)] + [(*band, K)]
+        scale = torch.tensor([1.0] * K + [-1 / LOG10])
+        picks = [scale[k] * torch.eye(K + 1)[k] for knots, _, _, k in curves for _ in knots]
+        self._keep("signal_pick", torch.stack([*picks, *torch.eye(K + 1)[:K]]))  # the last K: evidence as it is, which is never negative
+        self._keep("signal_knots", -torch.tensor([*(knot for knots, *_ in curves for knot in knots), *[0.0] * K]).unsqueeze(1))
+        N, at = len(picks), 0
+        table, offset = torch.zeros(K * L + 2 * K + 2, N + K), torch.zeros(K * L + 2 * K + 2, 1)
+        for knots, bends, start, k in curves:
+            own = slice(at, at + len(knots))
+            rows = [*range(k * L, (k + 1) * L), K * L + k] if k < K else [-1]
+            table[rows, own], offset[rows] = _on_levels(bends) if k < K else (torch.tensor([bends]), torch.tensor([[start]]))
+            at += len(knots)
+        table[K * L + K : -2, N:], table[-2, N:] = torch.eye(K), torch.ones(K)
+        self._keep("own", table)
+        self._keep("own_start", offset)
+
+    def _decades_of_signals(self) -> None:
+        """[K·L places times logarithms of the chains, K decades beyond] → K decades above the floor."""
+        K, L = self.signals, LEVELS
+        per_signal = torch.eye(K).repeat_interleave(L, dim=1)
+        self._keep("above", torch.cat([per_signal / -LOG10, torch.eye(K)], dim=1))
+        first = torch.tensor([signal.first_level for signal in self.calibration.signals])
+        self._keep("above_start", (first - self.calibration.floor).unsqueeze(1))
 
     def _curves_of_sums(self) -> None:
-        """What `_curves_of_signals` gives → [place on each level, decades beyond the last, decades of the event, height, Σ, factor]."""
-        K = self.signals
-        (event_knots, event_bends, event_start), (knots, bends, start) = (
-            hinges(curve.x, curve.y, curve.slope) for curve in (self.calibration.events, self.calibration.onsets)
+        """[K decades above the floor, K evidences, their sum, factor] → see `_sums`."""
+        K, L = self.signals, LEVELS
+        (event_knots, event_bends, event_start), (knots, bends, _) = (
+            _hinges(curve) for curve in (self.calibration.events, self.calibration.onsets.tail)
         )
-        height, total, factor = torch.tensor([[1.0] * K + [0, 0], [0.0] * K + [1, 0], [0.0] * K + [0, 1]])
-        self._keep("sum_pick", torch.stack([total] * len(event_knots) + [height] * len(knots) + [height, total, factor]))
-        self._keep("sum_knots", -torch.tensor([*event_knots, *knots, 0.0, 0.0, 0.0]).unsqueeze(1))
+        height, total = torch.tensor([[1.0] * K + [0.0] * (K + 2), [0.0] * 2 * K + [1.0, 0.0]])
+        kept = torch.cat([torch.eye(2 * K + 2)[K : 2 * K], height.unsqueeze(0), torch.eye(2 * K + 2)[2 * K :]])
+        self._keep("sum_pick", torch.cat([torch.stack([total] * len(event_knots) + [height] * len(knots)), kept]))
+        self._keep("sum_knots", -torch.tensor([*event_knots, *knots, *[0.0] * (K + 3)]).unsqueeze(1))
         E, N = len(event_knots), len(event_knots) + len(knots)
-        table, offset = torch.zeros(LEVELS + 5, N + 3), torch.zeros(LEVELS + 5, 1)
-        table[1:LEVELS, E:N] = torch.tensor(bends) / LEVEL_STEP
-        table[LEVELS, E:N], table[LEVELS + 1, :E], table[LEVELS + 2 :, N:] = torch.tensor(bends), torch.tensor(event_bends), torch.eye(3)
-        offset[:LEVELS, 0] = 1 - torch.arange(LEVELS)
-        offset[LEVELS], offset[LEVELS + 1] = start - self.first_level - LEVEL_STEP * (LEVELS - 1), event_start
+        table, offset = torch.zeros(L + K + 5, N + K + 3), torch.zeros(L + K + 5, 1)
+        table[: L + 1, E:N], offset[: L + 1] = _on_levels(bends)
+        table[L + 1, :E], offset[L + 1], table[L + 2 :, N:] = torch.tensor(event_bends), event_start, torch.eye(K + 3)
         self._keep("decades", table)
         self._keep("decades_start", offset)
 
     def _counting(self, scale: Tensor) -> None:
-        """`counts` after an event = fading · counts + counting @ [levels reached, exposure, clipped strengths]."""
-        c, K, L = self.calibration, self.signals, LEVELS
-        base, rho = 10**-self.first_level, 10**-LEVEL_STEP
-        rate, chain = 1 - 1 / self.memory_rate, 1 - 1 / self.memory_chain
-        counting = torch.zeros(2 * L + K, L + 1 + K)
-        counting[:L, :L], counting[L, L], counting[L + 1 : 2 * L, : L - 1] = torch.eye(L), base, torch.eye(L - 1)
-        counting[2 * L :, L + 1 :] = torch.diag(scale[:, 0])
+        """`counts` after an event = fading · counts + counting @ [levels reached, exposures, clipped strengths]."""
+        K, C, L = self.signals, len(self.chains), LEVELS
+        rho, rate, chain = 10**-LEVEL_STEP, 1 - 1 / self.memory_rate, 1 - 1 / self.memory_chain
+        counting = torch.zeros(2 * C * L + K, C * L + C + K)
+        counting[: C * L, : C * L] = torch.eye(C * L)
+        for c, onsets in enumerate(self.chains):
+            tried = C * L + c * L
+            counting[tried, C * L + c] = 10**-onsets.first_level
+            counting[tried + 1 : tried + L, c * L : c * L + L - 1] = torch.eye(L - 1)
+        counting[2 * C * L :, C * L + C :] = torch.diag(scale[:, 0])
         self._keep("counting", counting)
-        self._keep("fading", torch.tensor([rate] + [chain] * (L - 1) + [rate] + [chain] * (L - 1) + [1.0] * K).unsqueeze(1))
-        self._keep("passed_prior", torch.tensor([c.shape] + [c.weight * rho] * (L - 1)).unsqueeze(1))
-        self._keep("tried_prior", torch.tensor([c.shape] + [c.weight] * (L - 1)).unsqueeze(1))
+        self._keep("fading", torch.tensor(([rate] + [chain] * (L - 1)) * (2 * C) + [1.0] * K).unsqueeze(1))
+        self._keep("passed_prior", torch.tensor([w for c in self.chains for w in [c.shape] + [c.weight * rho] * (L - 1)]).unsqueeze(1))
+        self._keep("tried_prior", torch.tensor([w for c in self.chains for w in [c.shape] + [c.weight] * (L - 1)]).unsqueeze(1))
+        self._keep("of_levels", torch.eye(C).repeat_interleave(L, dim=0))
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """`counts`: onsets and passes of the levels above the first, exposure in expected onsets and tries, sums of the strengths."""
-        counts = Slot("counts", 2 * LEVELS + self.signals, Keeps.STREAM)
-        return (Slot("onset_height", 1), Slot("onset_age", 1), counts, Slot("audit", 1, Keeps.STREAM))
+        """Of the K signals and the sum: the last emission and its age; `counts`: onsets and passes of the levels above the first,
+        exposures in expected onsets and tries; then the sums of the strengths.
+        """
+        C = self.signals + 1
+        counts = Slot("counts", 2 * C * LEVELS + self.signals, Keeps.STREAM)
+        return (Slot("onset_height", C), Slot("onset_age", C), counts, Slot("audit", 1, Keeps.STREAM))
 
     def forward(self, strengths: Tensor, judge: Tensor, age: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tail.Answer, Parts]:
         """Strengths [K, B], 0 where the event has no value; age [1, B] events learned before; alpha [B] asked.
 
         Where not `judge` [1, B] bool, the probabilities are NaN.
         """
+        K, C, L = self.signals, self.signals + 1, LEVELS
         live = (age >= self.burn).to(strengths.dtype)
-        passed, tried, sums = torch.split(parts["counts"], [LEVELS, LEVELS, self.signals])
+        passed, tried, sums = torch.split(parts["counts"], [C * L, C * L, K])
         ratio = strengths * (age + (self.calibration.prior_events - self.burn)).clamp(min=self.calibration.prior_events)
-        growth = torch.reciprocal(age + 1) * self.calibration.tau + 1
-        chain = (passed + self.passed_prior) / (tried + self.tried_prior)
+        growth = torch.reciprocal(age + 1) * self.tau + 1
+        chains = (passed + self.passed_prior) / (tried + self.tried_prior)
         asked = alpha.clamp(1e-12, 1.0).unsqueeze(0)
-        logs = torch.log(torch.cat([ratio / (sums + self.pooled_sums) + 1, asked, growth, chain]))
-        evidence, log_growth, log_chain = torch.split(logs, [self.signals + 1, 1, LEVELS])
-        places, beyond, event, height, total, factor = self._decades(evidence, strengths)
+        logs = torch.log(torch.cat([ratio / (sums + self.pooled_sums) + 1, asked, growth, chains]))
+        evidence, log_growth, own_chains, chain = torch.split(logs, [K + 1, C, K * L, L])
+        own_places, above, rest = self._above_floor(evidence, own_chains, strengths)
+        places, beyond, event, heights, total, factor = self._sums(above, rest)
 
         onset_age = parts["onset_age"] + 1
-        onset = height > parts["onset_height"] * (onset_age <= HOLD).to(live.dtype)
+        onset = heights > parts["onset_height"] * (onset_age <= HOLD).to(live.dtype)
         counted = onset.to(live.dtype)
-        terms = [places.clamp(0.0, 1.0) * log_chain, beyond.clamp(min=0.0), event, log_growth, parts["audit"]]
-        exponents = torch.addmm(self.exponents_start, self.exponents, torch.cat(terms)) * torch.cat([torch.sign(total), counted])
+        terms = [places.clamp(0.0, 1.0) * chain, beyond.clamp(min=0.0), event, log_growth, parts["audit"]]
+        exponents = torch.addmm(self.exponents_start, self.exponents, torch.cat(terms)) * torch.cat([torch.sign(total), counted[K:]])
         p_value, onset_p = torch.split(torch.where(judge, torch.exp(exponents.clamp(SMALLEST, 0.0)), torch.nan), 1)
         surprise = (onset_p < alpha).to(live.dtype) - alpha
-        reached = (places >= 1).to(live.dtype) * counted
+        reached = (torch.cat([own_places, places]) >= 1).to(live.dtype) * (self.of_levels @ counted)
         news = torch.cat([reached, growth, torch.minimum(strengths, self.most)]) * live
         after = {
-            "onset_height": torch.where(onset, height, parts["onset_height"]),
+            "onset_height": torch.where(onset, heights, parts["onset_height"]),
             "onset_age": onset_age * (1 - counted),
             "audit": (parts["audit"] + self.audit_step * live * surprise).clamp(-self.audit_limit, 0.0),
             "counts": torch.addmm(parts["counts"] * self.fading, self.counting, news),
         }
         return self.Answer(p_value, onset_p, factor), after
 
-    def _decades(self, evidence: Tensor, strengths: Tensor) -> tuple[Tensor, ...]:
-        """See `_curves_of_sums`; [LEVELS, B], then [1, B] each."""
+    def _above_floor(self, evidence: Tensor, chains: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Evidence and log α [K + 1, B] → places on the signals' levels [K·L, B], their decades above the floor [K, B], the rest."""
+        K, L = self.signals, LEVELS
         hinged = torch.relu(torch.addmm(self.signal_knots, self.signal_pick, evidence))
-        summed = torch.relu(torch.addmm(self.surprise_start, self.surprise, torch.cat([hinged, torch.sign(strengths)])))
-        hinged = torch.relu(torch.addmm(self.sum_knots, self.sum_pick, summed))
-        return torch.split(torch.addmm(self.decades_start, self.decades, hinged), [LEVELS, 1, 1, 1, 1, 1])
+        places, beyond, rest = torch.split(torch.addmm(self.own_start, self.own, hinged), [K * L, K, K + 2])
+        terms = torch.cat([places.clamp(0.0, 1.0) * chains, beyond.clamp(min=0.0)])
+        above = torch.relu(torch.addmm(self.above_start, self.above, terms)) * torch.sign(strengths)
+        return places, above, rest
+
+    def _sums(self, above: Tensor, rest: Tensor) -> tuple[Tensor, ...]:
+        """Places on the levels of the sum [L, B], decades beyond the last and of the event, the heights [K + 1, B], Σ evidence, factor."""
+        hinged = torch.relu(torch.addmm(self.sum_knots, self.sum_pick, torch.cat([above, rest])))
+        sizes = [LEVELS, 1, 1, self.signals + 1, 1, 1]
+        return torch.split(torch.addmm(self.decades_start, self.decades, hinged), sizes)
 
     class Answer(NamedTuple):
         """All [1, B]."""
@@ -216,10 +260,13 @@ class Tail(nn.Module):
 
     most: Tensor
     pooled_sums: Tensor
+    tau: Tensor
     signal_pick: Tensor
     signal_knots: Tensor
-    surprise: Tensor
-    surprise_start: Tensor
+    own: Tensor
+    own_start: Tensor
+    above: Tensor
+    above_start: Tensor
     sum_pick: Tensor
     sum_knots: Tensor
     decades: Tensor
@@ -228,8 +275,21 @@ class Tail(nn.Module):
     fading: Tensor
     passed_prior: Tensor
     tried_prior: Tensor
+    of_levels: Tensor
     exponents: Tensor
     exponents_start: Tensor
+
+
+def _hinges(curve: Curve) -> tuple[list[float], list[float], float]:
+    return hinges(curve.x, curve.y, curve.slope)
+
+
+def _on_levels(bends: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """A tail's bends → table [L + 1, knots], offset [L + 1, 1]: places on its levels, 1 where reached, and decades beyond the last."""
+    table, offset = torch.zeros(LEVELS + 1, len(bends)), 1 - torch.arange(LEVELS + 1, dtype=torch.float32)
+    table[1:LEVELS], table[LEVELS] = torch.tensor(bends) / LEVEL_STEP, torch.tensor(bends)
+    offset[LEVELS] = -LEVEL_STEP * (LEVELS - 1)
+    return table, offset.unsqueeze(1)
 
 
 class Band(nn.Module):

@@ -161,7 +161,8 @@ def of_residual(values: torch.Tensor) -> tuple[Normalised, Residual]:
     """An event whose residuals are `values` [B, F], in whatever units; NaN = missing."""
     present = ~torch.isnan(values)
     filled = torch.where(present, values, 0.0)
-    return Normalised(filled, filled, present, present, present, filled, filled, torch.ones_like(filled)), Residual(filled, filled, filled)
+    event = Normalised(filled, filled, present, present, present, filled, filled, torch.ones_like(filled), present)
+    return event, Residual(filled, filled, filled)
 
 
 def run_signals(signals: ResidualSignals, values: Float64) -> tuple[Float64, dict[str, torch.Tensor]]:

@@ -43,7 +43,7 @@ def judged(signals: WaveformSignals, said: list[Outlook], present: NDArray[np.bo
     zeros = torch.zeros(rows, 1)
     for outlook, given in zip(said, present, strict=True):
         there = torch.from_numpy(given).unsqueeze(1)
-        event = Normalised(zeros, zeros, there, there, there, zeros, zeros, zeros)
+        event = Normalised(zeros, zeros, there, there, there, zeros, zeros, zeros, there)
         strength, _, parts = signals(event, Residual(zeros, zeros, zeros, outlook), parts, torch.full((rows, 1), age))
         strengths.append(strength.numpy())
     return np.stack(strengths)
