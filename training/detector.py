@@ -66,7 +66,7 @@ class DetectorStep(StepModule):
 
     scored: Tensor
 
-    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 8, scored: Sequence[bool] | None = None) -> None:
+    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 6, scored: Sequence[bool] | None = None) -> None:
         """`scored` of F: False for context, which the network sees and nothing judges. By default all are scored."""
         super().__init__()
         self.features = features

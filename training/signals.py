@@ -88,7 +88,7 @@ class MemorySignals(nn.Module):
     motion: Tensor
     least: Tensor
 
-    def __init__(self, intervals: int = 8, burn: int = 100, widest: float = 0.3, forget: float = 1000.0) -> None:
+    def __init__(self, intervals: int = 6, burn: int = 100, widest: float = 0.3, forget: float = 1000.0) -> None:
         super().__init__()
         self.intervals, self.burn, self.widest, self.forget = intervals, burn, widest, forget
         self.register_buffer("sides", torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1), persistent=False)

@@ -36,7 +36,7 @@ HOLD = 125.0
 """Events for which an emission keeps smaller ones from being onsets."""
 SMALLEST = -69.0775
 """Natural logarithm of the smallest probability, 1e-30, with a margin for how exp rounds."""
-LEVELS, LEVEL_STEP = 8, 0.25
+LEVELS, LEVEL_STEP = 4, 0.5
 """The beta chain: levels of the onset tail, in decades."""
 
 

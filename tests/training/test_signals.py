@@ -62,17 +62,17 @@ def reference_memory(values: Float64, burn: int, slots: int, widest: float, forg
 
 def test_the_interval_memory_equals_its_description_in_loops() -> None:
     rng = np.random.default_rng(3)
-    T = 900
-    level = np.cumsum(rng.random((T, 3)) < 0.01, axis=0) * 2.0
-    values = np.round(rng.normal(size=(T, 3)) + level + 30 * (rng.random((T, 3)) < 0.01), 2)
+    T, K = 900, len(MemorySignals.names)
+    level = np.cumsum(rng.random((T, K)) < 0.01, axis=0) * 2.0
+    values = np.round(rng.normal(size=(T, K)) + level + 30 * (rng.random((T, K)) < 0.01), 2)
     values -= values[0]
     memory = MemorySignals(intervals=6, burn=50, forget=40.0)
     parts = {slot.name: torch.zeros(slot.size, 1) for slot in memory.slots}
-    always, got = torch.tensor([[True]]), np.zeros((T, 3))
+    always, got = torch.tensor([[True]]), np.zeros((T, K))
     for i, value in enumerate(values.astype(np.float32)):
         novelty, parts = memory.visit(torch.from_numpy(value)[:, None], parts, torch.tensor([[i >= 50]]), always)
         got[i] = novelty[:, 0].numpy()
-    want = np.stack([reference_memory(values[:, k], 50, 6, 0.3, 40.0) for k in range(3)], axis=1)
+    want = np.stack([reference_memory(values[:, k], 50, 6, 0.3, 40.0) for k in range(K)], axis=1)
     assert (want > 0).sum() > 30
     np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4)
 
@@ -137,7 +137,8 @@ def test_frozen_learning_keeps_a_fault_from_becoming_normal(features: int) -> No
         for _ in range(50):
             state, *_ = step(state, torch.full((2, features), 40.0), t, torch.zeros(2), torch.full((2,), 1e-3))
     before, after = step.layout.split(normal), step.layout.split(state)
-    running = {"events", "level", "residual_level", "distance", "previous_z", "forecast", "cadence", "onset_height", "onset_age"}
+    running = {"events", "level", "motion", "previous", "residual_level", "distance", "previous_z", "forecast", "cadence"}
+    running |= {"onset_height", "onset_age"}
     learned = [name for name in before if name not in running and not name.startswith(("encoder", "decoder"))]
     assert len(learned) > 8
     for name in learned:
@@ -154,7 +155,41 @@ def test_readings_far_from_zero_keep_their_digits() -> None:
     for name in ("mean", "variance", "level"):
         assert torch.equal(old[name], new[name])
     for name in ("ends", "visits", "debt", "range"):  # of the signals value and level
-        assert torch.equal(old[name].reshape(-1, 3)[:, :2], new[name].reshape(-1, 3)[:, :2])
+        assert torch.equal(old[name].reshape(-1, 4)[:, :2], new[name].reshape(-1, 4)[:, :2])
+
+
+def activity(x: NDArray[Any]) -> Float64:
+    """Strengths of the signal `activity` of one stream x [T]."""
+    step = random_step(1)
+    state, strengths = step.fresh_state(1), []
+    at = MemorySignals.names.index("activity")
+    learn = torch.tensor([True])
+    with torch.no_grad():
+        for value in x.astype(np.float32):
+            parts = step.layout.split(state)
+            judged, after = step.judge(parts, torch.tensor([[value]]), torch.tensor([[60.0], [3600.0], [2.0]]), learn)
+            state = step.layout.join(parts, {**parts, **after}, judged.event.learns)
+            strengths.append(float(judged.strengths[at, 0]))
+    return np.array(strengths)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_a_value_that_stands_still_where_it_always_moved_is_new_and_one_that_often_stood_still_is_not(unit: float) -> None:
+    x = np.random.default_rng(7).normal(size=700)
+    x[500:560] = x[499]
+    often = x.copy()
+    for start in range(0, 500, 90):
+        often[start : start + 60] = often[start]
+    assert activity(unit * x)[500:560].max() > 0.05
+    assert activity(unit * often)[500:560].max() < 0.01
+
+
+def test_a_burst_does_not_make_what_follows_look_still() -> None:
+    x = np.random.default_rng(8).normal(size=900)
+    burst = x.copy()
+    burst[500:560] += 500 * np.random.default_rng(9).normal(size=60)
+    assert activity(burst)[500:505].max() > 0.3
+    assert activity(burst)[620:].max() < 0.02
 
 
 def of_residual(values: torch.Tensor) -> tuple[Normalised, Residual]:

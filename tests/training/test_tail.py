@@ -6,35 +6,52 @@ import numpy as np
 import pytest
 import torch
 
-from training.calibrate import PRIOR, Observed, calibrate, evidence_of, on_curve, onsets_of, surprisal_of
+from training.calibrate import PRIOR, Observed, calibrate, evidence_of, heights_of, on_curve, onsets_of
 from training.detector import DetectorStep
+from training.signals import MemorySignals
 from training.tail import LEVELS, LOG10, Band
 
 ALPHA = torch.tensor([1e-3])  # asked of every stream: expand(B)
-ONSETS, EXPOSURE, STRENGTHS = 0, LEVELS, slice(2 * LEVELS, None)  # rows of `counts`
+K = len(MemorySignals.names)
+CHAINS = K + 1
+SUM = K  # the chain of the sum comes after the signals'
+STRENGTHS = slice(2 * CHAINS * LEVELS, None)  # rows of `counts`
+
+
+def onsets(chain: int) -> int:
+    """Row of `counts` with the onsets of a chain."""
+    return chain * LEVELS
+
+
+def exposure(chain: int) -> int:
+    return (CHAINS + chain) * LEVELS
 
 
 def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observed, univariate: DetectorStep) -> None:
     tail, calibration = univariate.tail, univariate.calibration
     T, B, _ = observed.strengths.shape
     parts = {slot.name: torch.zeros(slot.size, B) for slot in tail.slots}
-    onset_p = np.ones((T, B))
+    onset_p, emitted = np.ones((T, B)), np.zeros((T, B))
     with torch.no_grad():
         for i in range(T):
             valid = torch.from_numpy(observed.valid[i])[None]
             age = torch.from_numpy(observed.age[i])[None]
             answer, parts = tail(torch.from_numpy(observed.strengths[i]).t(), valid, age, ALPHA.expand(B), parts)
             onset_p[i] = answer.onset_p[0].numpy()
-    surprisal = surprisal_of(evidence_of(observed, calibration, tail.burn), calibration)
-    heights = onsets_of(np.maximum(surprisal - calibration.floor, 0).sum(axis=2), observed.valid)
+            emitted[i] = np.where(parts["onset_age"][SUM].numpy() == 0, parts["onset_height"][SUM].numpy(), 0.0)
+    heights = heights_of(evidence_of(observed, calibration, tail.burn), observed, calibration, tail.burn)
+    heights = onsets_of(heights, observed.valid)
     assert (heights > 0).sum() > 10
+    np.testing.assert_allclose(emitted, heights, atol=0.03)
     assert ((onset_p < 1) <= (heights > 0)).all()
     assert (onset_p < 1).sum() > 0.9 * (heights > 0).sum()
     # A stream's first onset is judged by the pooled rate, shrunk by its exposure, and its age.
     for b in range(B):
         found = np.flatnonzero(heights[:, b] > 0)
         if len(found) and observed.age[found[0], b] < 200:
-            pooled = -on_curve(calibration.onsets, heights[found[0], b]) + np.log10(1 + calibration.tau / (observed.age[found[0], b] + 1))
+            pooled = -on_curve(calibration.onsets.tail, heights[found[0], b]) + np.log10(
+                1 + calibration.onsets.tau / (observed.age[found[0], b] + 1)
+            )
             assert abs(np.log10(onset_p[found[0], b]) - min(pooled, 0)) < 0.6
 
 
@@ -53,7 +70,7 @@ def test_onsets_come_about_as_often_as_asked_in_the_streams_they_were_calibrated
 
 def test_a_larger_strength_never_has_a_larger_p_value(univariate: DetectorStep) -> None:
     tail = univariate.tail
-    strength = torch.cat([torch.zeros(1), torch.logspace(-4, 2, 200)]).expand(3, -1)
+    strength = torch.cat([torch.zeros(1), torch.logspace(-4, 2, 200)]).expand(K, -1)
     rows = strength.shape[1]
     parts = {slot.name: torch.zeros(slot.size, rows) for slot in tail.slots}
     answer, _ = tail(strength, torch.ones(1, rows, dtype=torch.bool), torch.full((1, rows), 500.0), ALPHA.expand(rows), parts)
@@ -67,7 +84,7 @@ def test_a_larger_strength_never_has_a_larger_p_value(univariate: DetectorStep) 
 
 def test_a_young_stream_is_judged_more_mildly(univariate: DetectorStep) -> None:
     tail = univariate.tail
-    strength, ones = torch.full((3, 2), 5.0), torch.ones(1, 2, dtype=torch.bool)
+    strength, ones = torch.full((K, 2), 5.0), torch.ones(1, 2, dtype=torch.bool)
     parts = {slot.name: torch.zeros(slot.size, 2) for slot in tail.slots}
     answer, _ = tail(strength, ones, torch.tensor([[150.0, 20000.0]]), ALPHA.expand(2), parts)
     p_value, onset_p = answer.p_value[0], answer.onset_p[0]
@@ -79,25 +96,42 @@ def test_only_the_first_of_equal_errors_is_an_onset(univariate: DetectorStep) ->
     tail = univariate.tail
     ones = torch.ones(1, 1, dtype=torch.bool)
     parts = {slot.name: torch.zeros(slot.size, 1) for slot in tail.slots}
-    onsets = []
+    told = []
     for _ in range(130):
-        answer, parts = tail(torch.full((3, 1), 3.0), ones, torch.full((1, 1), 500.0), ALPHA.expand(1), parts)
+        answer, parts = tail(torch.full((K, 1), 3.0), ones, torch.full((1, 1), 500.0), ALPHA.expand(1), parts)
         parts["counts"][STRENGTHS] = 0
-        onsets.append(float(answer.onset_p) < 1)
-    assert onsets[0]
-    assert not any(onsets[1:126])
-    assert onsets[126]
+        told.append(float(answer.onset_p) < 1)
+    assert told[0]
+    assert not any(told[1:126])
+    assert told[126]
 
 
 def test_a_stream_with_many_onsets_gets_milder_p_values(univariate: DetectorStep) -> None:
     tail = univariate.tail
     ones, age = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 5000.0)
     parts = {slot.name: torch.zeros(slot.size, 2) for slot in tail.slots}
-    parts["counts"][EXPOSURE] += 3000.0 * 10**-tail.first_level
-    parts["counts"][ONSETS, 1] += 60.0
-    answer, _ = tail(torch.full((3, 2), 3.0), ones, age, ALPHA.expand(2), parts)
+    parts["counts"][exposure(SUM)] += 3000.0 * 10 ** -tail.chains[SUM].first_level
+    parts["counts"][onsets(SUM), 1] += 60.0
+    answer, _ = tail(torch.full((K, 2), 3.0), ones, age, ALPHA.expand(2), parts)
     assert answer.onset_p[0, 1] > 3 * answer.onset_p[0, 0]
     assert abs(LOG10 - np.log(10)) < 1e-12
+
+
+def test_a_signal_that_is_often_new_in_a_stream_counts_for_less_there_and_the_others_as_before(univariate: DetectorStep) -> None:
+    tail = univariate.tail
+    ones, age = torch.ones(1, 3, dtype=torch.bool), torch.full((1, 3), 5000.0)
+    parts = {slot.name: torch.zeros(slot.size, 3) for slot in tail.slots}
+    for chain in range(K):
+        parts["counts"][exposure(chain)] += 3000.0 * 10 ** -tail.chains[chain].first_level
+    parts["counts"][onsets(0), 1:] += 200.0  # the value of the second and the third stream
+    strengths = torch.zeros(K, 3)
+    strengths[0, :2] = strengths[1, 2] = 3.0  # the third's level is new this time
+    _, after = tail(strengths, ones, age, ALPHA.expand(3), parts)
+    usual, often, other = after["onset_height"][SUM].tolist()
+    assert often < usual - 0.5
+    strengths[0], strengths[1] = 0.0, 3.0
+    _, after = tail(strengths, ones, age, ALPHA.expand(3), parts)
+    assert after["onset_height"][SUM].tolist() == pytest.approx([other] * 3, abs=1e-4)
 
 
 def test_the_audit_follows_the_realised_rate_up_to_a_decade(univariate: DetectorStep) -> None:
@@ -105,17 +139,17 @@ def test_the_audit_follows_the_realised_rate_up_to_a_decade(univariate: Detector
     ones, age = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 5000.0)
     parts = {slot.name: torch.zeros(slot.size, 2) for slot in tail.slots}
     parts["audit"] -= torch.tensor([[0.0, 0.5]])
-    strengths, audits = torch.tensor([[0.0, 9.0]]).expand(3, 2), []
+    strengths, audits = torch.tensor([[0.0, 9.0]]).expand(K, 2), []
     for _ in range(60):
         # Every event of the second stream is an onset rarer than alpha; the first is never surprised.
         parts["counts"][STRENGTHS] = 0
-        answer, parts = tail(strengths, ones, age, ALPHA.expand(2), {**parts, "onset_age": torch.full((1, 2), 1000.0)})
+        answer, parts = tail(strengths, ones, age, ALPHA.expand(2), {**parts, "onset_age": torch.full((CHAINS, 2), 1000.0)})
         audits.append(parts["audit"][0].tolist())
     assert answer.onset_p[0, 1] < 1
     assert audits[-1][0] == pytest.approx(-60 * tail.audit_step * 1e-3, rel=1e-3)
     assert audits[-1][1] == 0  # an alert gives back what quiet has earned and no more: it never makes the next one harder
     parts["audit"] = torch.full((1, 2), -tail.audit_limit)
-    _, parts = tail(torch.zeros(3, 2), ones, age, ALPHA.expand(2), parts)
+    _, parts = tail(torch.zeros(K, 2), ones, age, ALPHA.expand(2), parts)
     assert (parts["audit"] == -tail.audit_limit).all()
 
 
@@ -125,7 +159,8 @@ def test_few_streams_are_drawn_to_the_generators_constants_and_say_so(observed: 
     assert many.support is not None
     assert (few.support.enough, many.support.enough) == (False, True)
     for name, prior in PRIOR.items():
-        assert abs(np.log(getattr(few, name) / prior)) < abs(np.log(getattr(many, name) / prior)) + 1e-9
+        for own, drawn in zip((*many.signals, many.onsets), (*few.signals, few.onsets), strict=True):
+            assert abs(np.log(getattr(drawn, name) / prior)) < abs(np.log(getattr(own, name) / prior)) + 1e-9
     assert few.as_dict()["support"]["streams"] == 1
 
 
