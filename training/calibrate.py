@@ -137,19 +137,22 @@ def own_decades(heights: Float64, observed: Observed, onsets: Onsets, burn: int)
     places = (on_curve(onsets.tail, heights) - onsets.first_level)[:, None] / LEVEL_STEP + 1 - np.arange(LEVELS)[:, None]  # [T, L, B]
     reached = (places >= 1) & emitted[:, None]
     exposure = 10**-onsets.first_level * (1 + onsets.tau / (observed.age + 1))
-    keeps = np.array([1 - 1 / Tail.memory_rate] + [1 - 1 / Tail.memory_chain] * (LEVELS - 1))[:, None]
+    tries = np.concatenate([exposure[:, None], reached[:, :-1]], axis=1)
     rho = np.array([1.0] + [10**-LEVEL_STEP] * (LEVELS - 1))[:, None]
     prior = np.array([onsets.shape] + [onsets.weight] * (LEVELS - 1))[:, None]
-    passed, tried = np.zeros(places.shape[1:]), np.zeros(places.shape[1:])
-    decades = np.empty_like(heights)
-    for i in range(len(heights)):
-        chain = np.log10((passed + prior * rho) / (tried + prior))
-        beyond = np.maximum(places[i, -1] - 1, 0.0) * LEVEL_STEP
-        decades[i] = onsets.first_level + beyond - (np.clip(places[i], 0, 1) * chain).sum(axis=0)
-        tries = np.concatenate([exposure[i][None], reached[i, :-1]])
-        passed = np.where(observed.valid[i], passed * keeps + reached[i] * live[i], passed)
-        tried = np.where(observed.valid[i], tried * keeps + tries * live[i], tried)
-    return decades
+    passed, tried = (_faded(count * live[:, None], observed.valid) for count in (reached, tries))
+    chain = np.log10((passed + prior * rho) / (tried + prior))
+    beyond = np.maximum(places[:, -1] - 1, 0.0) * LEVEL_STEP
+    return np.asarray(onsets.first_level + beyond - (np.clip(places, 0, 1) * chain).sum(axis=1))
+
+
+def _faded(counts: Float64, valid: Bool) -> Float64:
+    """What is counted before each event [T, L, B], fading with each valid one as in `Tail`; for at most tens of thousands of events."""
+    rate, chain = 1 - 1 / Tail.memory_rate, 1 - 1 / Tail.memory_chain
+    age = np.cumsum(valid, axis=0)[:, None].astype(np.float64)
+    weight = np.concatenate([rate**age, *[chain**age] * (LEVELS - 1)], axis=1)
+    total = np.cumsum(counts / weight, axis=0) * weight
+    return np.concatenate([np.zeros_like(total[:1]), total[:-1]])
 
 
 def on_curve(curve: Curve, value: Float64) -> Float64:

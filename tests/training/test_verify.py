@@ -46,7 +46,7 @@ def test_an_honest_model_is_published_and_loads(univariate: DetectorStep, graph:
     assert verify_file(path) == manifest
     assert [file.name for file in tmp_path.iterdir()] == ["probe-1.onnx"]
     assert manifest.warmup == WARMUP
-    assert manifest.calibration["tau"] == univariate.calibration.tau
+    assert manifest.calibration["tau"] == univariate.calibration.onsets.tau
     assert {"reference", "encoder_hidden", "ends", "onset_height"} <= {part.name for part in manifest.layout}
 
 
