@@ -140,7 +140,8 @@ def own_decades(heights: Float64, observed: Observed, onsets: Onsets, burn: int)
     tries = np.concatenate([exposure[:, None], reached[:, :-1]], axis=1)
     rho = np.array([1.0] + [10**-LEVEL_STEP] * (LEVELS - 1))[:, None]
     prior = np.array([onsets.shape] + [onsets.weight] * (LEVELS - 1))[:, None]
-    passed, tried = (_faded(count * live[:, None], observed.valid) for count in (reached, tries))
+    counted = live[:, None].astype(np.float64)
+    passed, tried = (_faded(count, observed.valid) for count in (reached * counted, tries * counted))
     chain = np.log10((passed + prior * rho) / (tried + prior))
     beyond = np.maximum(places[:, -1] - 1, 0.0) * LEVEL_STEP
     return np.asarray(onsets.first_level + beyond - (np.clip(places, 0, 1) * chain).sum(axis=1))
