@@ -88,6 +88,7 @@ class Consumer:
         metrics.source_paused.labels(source.name).set(0)
         self._fuse, self._fuse_seconds = Fuse(fuse), fuse_seconds
         self._published: dict[str, set[str]] = {}  # of each partition's batch that is not settled yet: ids of results that are out
+        self._told = False  # that the queue takes nothing
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._working: set[asyncio.Task[None]] = set()
@@ -122,6 +123,9 @@ class Consumer:
                 lag.set(float("nan") if waiting is None else waiting)
             except StoreUnavailable:
                 lag.set(float("nan"))
+            except Exception as error:  # a bug must not end the watch for good; it is counted and logged
+                self._metrics.bugs.inc()
+                log.error("unexpected_error", source=self._source.name, exc_info=error)
             await asyncio.sleep(LAG_SECONDS)
 
     async def _process(self, batch: Batch) -> None:
@@ -151,6 +155,7 @@ class Consumer:
         self._count(Counter({"rejected": len(work.settlement.letters)}))
         await self._insist(lambda: self._source.settle(batch, work.settlement))
         self._published.pop(batch.partition, None)
+        self._told = False
 
     async def _publish(self, batch: Batch, results: Sequence[Published]) -> None:
         """Those that are not out already, since the fuse or a failure had their batch delivered again."""
@@ -167,7 +172,9 @@ class Consumer:
             try:
                 return await call()
             except StoreUnavailable as error:
-                log.debug("source_unavailable", source=self._source.name, reason=error.detail)
+                if backoff == MAX_BACKOFF and not self._told:  # not of a moment: a topic that is missing, a right that is not given
+                    self._told = True
+                    log.warning("source_waits", source=self._source.name, reason=error.detail)
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import structlog
 
 from service.bodies import from_fields
 from service.consumer import FUSE_ENTRIES, FUSE_WINDOW, Consumer, Fuse
@@ -132,7 +133,7 @@ class Line:
         return [(result.stream_id, result.state_version, result.duplicate) for result in results]
 
     async def until(self, count: int, what: Sequence[Any]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(what) < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
@@ -284,3 +285,12 @@ async def test_a_late_event_is_published_as_late_under_an_identity_of_its_own(li
     await line.until(1, line.settled)
     assert len({published.id for published in line.published}) == 3
     assert [msgspec.json.decode(published.content)["late"] for published in line.published] == [False, True, True]
+
+
+async def test_a_queue_that_takes_no_results_for_long_is_told_once(scorer: Trying, line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.consumer.MAX_BACKOFF", 0.04)
+    line.publish_failures = [StoreUnavailable("no such topic.") for _ in range(6)]
+    with structlog.testing.capture_logs() as logs:
+        line.put(event(1))
+        await line.until(1, line.settled)
+    assert [entry["reason"] for entry in logs if entry["event"] == "source_waits"] == ["no such topic."]

@@ -156,14 +156,13 @@ class Kafka:
             return 0
         latest: Any = admin.OffsetSpec.latest()  # type: ignore[attr-defined, no-untyped-call]
         places = {TopicPartition(partition.topic, partition.index): latest for partition in owned}
-        asked = self._admin.list_offsets(places, request_timeout=ANSWER_SECONDS)
-        ends: dict[tuple[str, int], int] = {}
-        for place, answer in asked.items():
-            try:
-                ends[place.topic, place.partition] = (await asyncio.wrap_future(answer)).offset
-            except KafkaException as error:
-                raise _unavailable(error) from error
-        return sum(max(0, ends[partition.key] - partition.settled - 1) for partition in owned if partition.key in ends)
+        try:
+            asked = self._admin.list_offsets(places, request_timeout=ANSWER_SECONDS)
+            ends = {(place.topic, place.partition): (await asyncio.wrap_future(answer)).offset for place, answer in asked.items()}
+        except KafkaException as error:
+            raise _unavailable(error) from error
+        left = [int(ends[partition.key]) - partition.settled - 1 for partition in owned if partition.key in ends]
+        return sum(max(0, count) for count in left)
 
     async def close(self) -> None:
         if self._reader is not None:
