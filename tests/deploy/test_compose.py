@@ -69,7 +69,7 @@ def test_every_container_is_bounded_and_comes_back(services: Document) -> None:
     for name, service in services.items():
         assert {"cpus", "memory", "pids"} <= set(service["deploy"]["resources"]["limits"])
         assert service["restart"] == ("on-failure" if name == "nats-streams" else "unless-stopped")
-        assert service.get("read_only", False) is (name != "kafka"), "Kafka's image writes its configuration when it starts"
+        assert service.get("read_only", False) is (name not in ("kafka", "rabbitmq")), "their images write their configuration at the start"
         assert "no-new-privileges:true" in service["security_opt"]
 
 
