@@ -32,7 +32,11 @@ class Service:
         self.log = data_dir.parent / "service.log"
 
     def __enter__(self) -> Service:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # it would outlive the tests
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
