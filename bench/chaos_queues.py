@@ -36,6 +36,7 @@ from msgspec.structs import replace
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bench.bus_wires import AmqpWire, MqttWire
 from bench.chaos import bugs_in
 from bench.clients import Kind, Source
 from bench.ledger import Reference, Violation, differing
@@ -98,7 +99,21 @@ def jetstream(folder: Path, store: Store) -> Wire:
     return NatsWire(folder, PARTITIONS)
 
 
-WIRES: dict[str, Callable[[Path, Store], Wire]] = {"redis_streams": redis_streams, "kafka": kafka, "nats": jetstream}
+def amqp(folder: Path, store: Store) -> Wire:
+    return AmqpWire(folder, PARTITIONS)
+
+
+def mqtt(folder: Path, store: Store) -> Wire:
+    return MqttWire(folder)
+
+
+WIRES: dict[str, Callable[[Path, Store], Wire]] = {
+    "redis_streams": redis_streams,
+    "kafka": kafka,
+    "nats": jetstream,
+    "mqtt": mqtt,
+    "amqp": amqp,
+}
 
 
 def main(

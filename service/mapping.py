@@ -288,8 +288,10 @@ class Mapper:
 
 
 def _named(item: Event | ItemError, event_id: str) -> Event | ItemError:
-    """With this identity where it has none."""
-    return replace(item, event_id=_bounded(event_id)) if isinstance(item, Event) and item.event_id is None else item
+    """With this identity where it has none: a sequence is one."""
+    if isinstance(item, Event) and item.event_id is None and item.sequence is None:
+        return replace(item, event_id=_bounded(event_id))
+    return item
 
 
 def _required(attributes: dict[str, Any]) -> dict[str, Any]:

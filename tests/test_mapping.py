@@ -72,6 +72,7 @@ def test_a_message_with_an_id_names_its_events_where_they_have_none() -> None:
     item = {"stream_id": "a", "values": {"value": 1}}
     assert of(item) == ["m-1"]
     assert of(item | {"event_id": "own"}) == ["own"]
+    assert of(item | {"sequence": 7}) == [None]
     assert of([item, item | {"event_id": "own"}, item]) == ["m-1/0", "own", "m-1/2"]
     assert of({"s": "a", "v": 1}, stream_id="s", values="v") == ["m-1"]
 

@@ -1,0 +1,293 @@
+"""The user's side of the message buses, for soaks: RabbitMQ, which is killed too, and mosquitto, which keeps nothing when it is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import threading
+from collections import deque
+from collections.abc import Awaitable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from zlib import crc32
+
+import aio_pika
+import msgspec
+from aio_pika import DeliveryMode, ExchangeType
+from aio_pika.abc import AbstractChannel, AbstractConnection
+from aio_pika.exceptions import AMQPError
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from bench.servers import free_port
+from bench.victims import Child, Victim
+from bench.wires import ANSWER_SECONDS, READ, NotSentError
+from service.events import Event, Result
+
+OURS = "wire/"
+"""How an identity begins that an event has from its message alone."""
+
+T = TypeVar("T")
+
+
+class RabbitMQ(Victim):
+    """rabbitmq-server with an Erlang port mapper of its own. What it has confirmed is in the files of its machine's system."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("rabbitmq", folder)
+        self.port, self._mapper_port, self._cluster_port = free_port(), free_port(), free_port()
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        self._child: Child | None = None
+        self._mapper: Child | None = None
+
+    def start(self) -> None:
+        home = self.folder / "rabbitmq"
+        home.mkdir(exist_ok=True)
+        if self._mapper is None:
+            self._mapper = Child([_program("epmd"), "-address", "127.0.0.1", "-port", str(self._mapper_port)], {}, self.log)
+        (home / "rabbitmq.conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nloopback_users = none\nlog.file = false\nlog.console = true\n"
+        )
+        (home / "plugins").write_text("[].\n")
+        _program("rabbitmq-server")
+        self._child = Child(["/usr/lib/rabbitmq/bin/rabbitmq-server"], self._environment(home), self.log)
+        self.starts += 1
+
+    def kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+
+    def stop(self) -> None:
+        for child in (self._child, self._mapper):
+            if child is not None:
+                child.kill()
+
+    async def ready(self) -> bool:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError:
+            return False
+        writer.write(b"AMQP\x00\x00\x09\x01")
+        with contextlib.suppress(OSError, TimeoutError):
+            greeted = await asyncio.wait_for(reader.read(1), 1)
+            writer.close()
+            return bool(greeted)
+        return False
+
+    def _environment(self, home: Path) -> dict[str, str]:
+        return {
+            "HOME": str(home),
+            "ERL_CRASH_DUMP": "/dev/null",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(self._mapper_port),
+            "RABBITMQ_NODENAME": f"onset-{self.port}@localhost",
+            "RABBITMQ_MNESIA_BASE": str(home),
+            "RABBITMQ_LOG_BASE": str(home),
+            "RABBITMQ_CONFIG_FILE": str(home / "rabbitmq.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(home / "plugins"),
+            "RABBITMQ_DIST_PORT": str(self._cluster_port),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +S 1:1 +sbwt none",
+            "RUNNING_UNDER_SYSTEMD": "true",
+            "NOTIFY_SOCKET": "",
+        }
+
+
+class AmqpWire:
+    """A queue for each partition, one of the results, one of the dead letters."""
+
+    exactly = False
+    _OUT, _DEAD = "results", "dead-letters"
+
+    def __init__(self, folder: Path, partitions: int) -> None:
+        self._broker = RabbitMQ(folder)
+        self._queues = [f"events.{p}" for p in range(partitions)]
+        self._connection: AbstractConnection | None = None
+
+    @property
+    def victims(self) -> Sequence[Victim]:
+        return [self._broker]
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        source = {"type": "amqp", "url": self._broker.url, "queues": self._queues, "output": self._OUT, "dead_letters": self._DEAD}
+        return {"SOURCES": json.dumps([source])}
+
+    async def open(self) -> None:
+        async with self._channel() as channel:
+            for queue in (*self._queues, self._DEAD):
+                await channel.declare_queue(queue, durable=True)
+            exchange = await channel.declare_exchange(self._OUT, ExchangeType.TOPIC, durable=True)
+            await (await channel.declare_queue(self._OUT, durable=True)).bind(exchange, "#")
+
+    async def send(self, events: Sequence[Event]) -> None:
+        async with self._channel() as channel:
+            for event in events:  # one after the other: what is sent again must not overtake what follows
+                place = crc32((event.stream_id or "").encode()) % len(self._queues)
+                identity = event.event_id or f"{OURS}{event.timestamp}"
+                message = aio_pika.Message(msgspec.json.encode(event), delivery_mode=DeliveryMode.PERSISTENT, message_id=identity)
+                await self._asked(channel.default_exchange.publish(message, self._queues[place], timeout=ANSWER_SECONDS))
+
+    async def results(self) -> list[Result]:
+        found: list[Result] = []
+        async with self._channel() as channel:
+            queue = await self._asked(channel.get_queue(self._OUT, ensure=False))
+            last = None
+            while len(found) < READ and (message := await self._asked(queue.get(fail=False, timeout=ANSWER_SECONDS))) is not None:
+                found.append(_with_its_own_identity(msgspec.json.decode(message.body, type=Result)))
+                last = message
+            if last is not None:  # a broker that is killed before it has this gives them again
+                await self._asked(last.ack(multiple=True))
+        return found
+
+    async def waiting(self) -> int:
+        """Those that are under way are not counted: the broker does not tell over AMQP."""
+        return sum([await self._depth(queue) for queue in self._queues])
+
+    async def dead(self) -> int:
+        return await self._depth(self._DEAD)
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(AMQPError, OSError, RuntimeError):
+                await self._connection.close()
+
+    async def _depth(self, queue: str) -> int:
+        async with self._channel() as channel:
+            declared = await self._asked(channel.declare_queue(queue, passive=True, timeout=ANSWER_SECONDS))
+            return declared.declaration_result.message_count or 0
+
+    @contextlib.asynccontextmanager
+    async def _channel(self) -> Any:
+        if self._connection is None or self._connection.is_closed:
+            self._connection = await self._asked(aio_pika.connect(self._broker.url, timeout=ANSWER_SECONDS))
+        channel: AbstractChannel = await self._asked(self._connection.channel())
+        try:
+            yield channel
+        finally:
+            with contextlib.suppress(AMQPError, OSError, RuntimeError):
+                await channel.close()
+
+    async def _asked(self, answer: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(answer, 2 * ANSWER_SECONDS)
+        except (AMQPError, OSError, TimeoutError, RuntimeError) as error:
+            raise NotSentError from error
+
+
+class Mosquitto(Victim):
+    """It is not killed: a mosquitto that is loses what came since it last saved."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("mosquitto", folder)
+        self.port = free_port()
+        self._child: Child | None = None
+
+    def start(self) -> None:
+        conf = self.folder / "mosquitto.conf"
+        conf.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 1000000\nset_tcp_nodelay true\n")
+        self._child = Child([_program("mosquitto"), "-c", str(conf)], {}, self.log)
+        self.starts += 1
+
+    def kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+
+    def stop(self) -> None:
+        self.kill()
+
+    async def ready(self) -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+
+class MqttWire:
+    """One session, all streams in it; the broker itself is not killed."""
+
+    exactly = False
+    victims: Sequence[Victim] = ()
+
+    def __init__(self, folder: Path) -> None:
+        self._broker = Mosquitto(folder)
+        self._broker.start()
+        self._out: deque[Result] = deque()
+        self._dead = 0
+        self._taken: set[int] = set()
+        self._listens = threading.Event()
+        self._client = Client(CallbackAPIVersion.VERSION2, "wire", protocol=MQTTProtocolVersion.MQTTv5)
+        self._client.on_message, self._client.on_publish = self._hear, lambda client, data, mid, *_: self._taken.add(mid)
+        self._client.on_subscribe = lambda *_: self._listens.set()
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        source = {"type": "mqtt", "url": f"mqtt://127.0.0.1:{self._broker.port}", "topics": ["events/+"], "lease_seconds": 1}
+        return {"SOURCES": json.dumps([source | {"output": "out/results", "dead_letters": "out/dead"}])}
+
+    async def open(self) -> None:
+        await self._broker.wait_ready()
+        session = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        session.SessionExpiryInterval = 3600
+        # The service's session must be there before the first event: what nobody has subscribed to is nobody's.
+        other = Client(CallbackAPIVersion.VERSION2, "onset", protocol=MQTTProtocolVersion.MQTTv5)
+        other.on_subscribe = lambda *_: self._listens.set()
+        for client, topic in ((other, "events/+"), (self._client, "out/#")):
+            self._listens.clear()
+            client.connect("127.0.0.1", self._broker.port, clean_start=False, properties=session)
+            client.loop_start()
+            client.subscribe(topic, qos=1)
+            await asyncio.to_thread(self._listens.wait, ANSWER_SECONDS)
+        other.disconnect()
+        other.loop_stop()
+
+    async def send(self, events: Sequence[Event]) -> None:
+        mids = [
+            self._client.publish(f"events/{crc32((e.stream_id or '').encode()) % 8}", msgspec.json.encode(e), qos=1).mid for e in events
+        ]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(4 * ANSWER_SECONDS):
+                while not self._taken.issuperset(mids):  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+                self._taken.difference_update(mids)
+                return
+        raise NotSentError
+
+    async def results(self) -> list[Result]:
+        return [self._out.popleft() for _ in range(min(READ, len(self._out)))]
+
+    async def waiting(self) -> int:
+        """MQTT does not tell."""
+        return 0
+
+    async def dead(self) -> int:
+        return self._dead
+
+    async def close(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+        self._broker.stop()
+
+    def _hear(self, client: Client, data: Any, message: MQTTMessage) -> None:
+        if message.topic == "out/results":
+            self._out.append(msgspec.json.decode(message.payload, type=Result))
+        else:
+            self._dead += 1
+
+
+def _with_its_own_identity(result: Result) -> Result:
+    if result.event_id is not None and result.event_id.startswith(OURS):
+        return msgspec.structs.replace(result, event_id=None)
+    return result
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name, path="/usr/sbin:/usr/local/bin:/usr/bin")
+    if found is None:
+        raise SystemExit(f"{name} is not on this machine")
+    return found
