@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from training.data import Float32, Float64
 from training.detector import DetectorStep
-from training.tail import HOLD, LEVEL_STEP, LEVELS, Calibration, Curve, Onsets, Support, Tail
+from training.tail import HOLD, LEAST, LEVEL_STEP, LEVELS, Calibration, Curve, Onsets, Support, Tail
 
 Bool = NDArray[np.bool_]
 CLOSEST = 0.02
@@ -111,7 +111,7 @@ class _Watched:
 
 
 def evidence_of(observed: Observed, calibration: Calibration, burn: int) -> Float64:
-    """log1p(strength ÷ the stream's scale), as `training.tail.Tail` computes it; [T, B, K]."""
+    """max(log1p(strength ÷ the stream's scale) - LEAST, 0), as `training.tail.Tail` computes it; [T, B, K]."""
     quantile, mean = np.array(calibration.quantile), np.array(calibration.mean)
     strengths = observed.strengths.astype(np.float64)
     live = _live(observed, burn)[:, :, None]
@@ -120,7 +120,7 @@ def evidence_of(observed: Observed, calibration: Calibration, burn: int) -> Floa
     count = np.maximum(observed.age - burn, 0)[:, :, None]
     prior = calibration.prior_events
     scale = quantile / mean * (prior * mean + before) / (prior + count)
-    return np.asarray(np.log1p(strengths / scale))
+    return np.maximum(np.log1p(strengths / scale) - LEAST, 0.0)
 
 
 def heights_of(evidence: Float64, observed: Observed, calibration: Calibration, burn: int) -> Float64:

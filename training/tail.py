@@ -1,6 +1,6 @@
 """From strengths to probabilities: what makes the score a p-value. Method and figures: LOG.md, "Calibration" and "A rate for each signal".
 
-    strength ─► evidence     e_k = log1p(strength_k / c_k)     c_k the stream's own scale, shrunk to the pooled one
+    strength ─► evidence     e_k = max(log1p(strength_k / c_k) - LEAST, 0)     c_k the stream's own scale, shrunk to the pooled one
              ─► event p      pooled tail of Σ e_k, corrected for the stream's age
              ─► decades      d_k = -log10 of this stream's own rate of onsets of e_k as large
              ─► onset        T = Σ max(d_k - floor, 0) above the last emission of the past 125 events
@@ -36,6 +36,8 @@ HOLD = 125.0
 """Events for which an emission keeps smaller ones from being onsets."""
 SMALLEST = -69.0775
 """Natural logarithm of the smallest probability, 1e-30, with a margin for how exp rounds."""
+LEAST = 1e-3
+"""Less evidence is none: near 0 log1p has steps of 1e-7, and what rounds differently must not be an onset in one runtime alone."""
 LEVELS, LEVEL_STEP = 4, 0.5
 """The beta chain: levels of the onset tail, in decades."""
 
@@ -131,15 +133,16 @@ class Tail(nn.Module):
         self.register_buffer(name, table.float(), persistent=False)
 
     def _curves_of_signals(self) -> None:
-        """[evidence of K signals, log α] → [K·L places, K decades beyond the last level, K evidences, their sum, factor of the band]."""
+        """[log1p of K signals, log α] → [K·L places, K decades beyond the last level, K evidences, their sum, factor of the band]."""
         c, K, L = self.calibration, self.signals, LEVELS
         # The band's curve gives decades for a ratio; here the ratio for the asked decades, -log10 α.
         band = hinges(c.band.y, c.band.x, 1 / max(c.band.slope, 1e-3))
         curves = [(*_hinges(signal.tail), k) for k, signal in enumerate(c.signals)] + [(*band, K)]
         scale = torch.tensor([1.0] * K + [-1 / LOG10])
         picks = [scale[k] * torch.eye(K + 1)[k] for knots, _, _, k in curves for _ in knots]
-        self._keep("signal_pick", torch.stack([*picks, *torch.eye(K + 1)[:K]]))  # the last K: evidence as it is, which is never negative
-        self._keep("signal_knots", -torch.tensor([*(knot for knots, *_ in curves for knot in knots), *[0.0] * K]).unsqueeze(1))
+        self._keep("signal_pick", torch.stack([*picks, *torch.eye(K + 1)[:K]]))  # the last K: evidence as it is
+        knots_of_all = [knot + LEAST * (k < K) for knots, _, _, k in curves for knot in knots]
+        self._keep("signal_knots", -torch.tensor([*knots_of_all, *[LEAST] * K]).unsqueeze(1))
         N, at = len(picks), 0
         table, offset = torch.zeros(K * L + 2 * K + 2, N + K), torch.zeros(K * L + 2 * K + 2, 1)
         for knots, bends, start, k in curves:
@@ -216,8 +219,8 @@ class Tail(nn.Module):
         asked = alpha.clamp(1e-12, 1.0).unsqueeze(0)
         logs = torch.log(torch.cat([ratio / (sums + self.pooled_sums) + 1, asked, growth, chains]))
         evidence, log_growth, own_chains, chain = torch.split(logs, [K + 1, C, K * L, L])
-        own_places, above, rest = self._above_floor(evidence, own_chains, strengths)
-        places, beyond, event, heights, total, factor = self._sums(above, rest)
+        own_places, summed = self._above_floor(evidence, own_chains)
+        places, beyond, event, heights, total, factor = self._sums(summed)
 
         onset_age = parts["onset_age"] + 1
         onset = heights > parts["onset_height"] * (onset_age <= HOLD).to(live.dtype)
@@ -236,18 +239,18 @@ class Tail(nn.Module):
         }
         return self.Answer(p_value, onset_p, factor), after
 
-    def _above_floor(self, evidence: Tensor, chains: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Evidence and log α [K + 1, B] → places on the signals' levels [K·L, B], their decades above the floor [K, B], the rest."""
+    def _above_floor(self, logs: Tensor, chains: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms [K + 1, B] → places on the signals' levels [K·L, B]; their decades above the floor, evidence, its sum, factor."""
         K, L = self.signals, LEVELS
-        hinged = torch.relu(torch.addmm(self.signal_knots, self.signal_pick, evidence))
-        places, beyond, rest = torch.split(torch.addmm(self.own_start, self.own, hinged), [K * L, K, K + 2])
+        hinged = torch.relu(torch.addmm(self.signal_knots, self.signal_pick, logs))
+        places, beyond, evidence, rest = torch.split(torch.addmm(self.own_start, self.own, hinged), [K * L, K, K, 2])
         terms = torch.cat([places.clamp(0.0, 1.0) * chains, beyond.clamp(min=0.0)])
-        above = torch.relu(torch.addmm(self.above_start, self.above, terms)) * torch.sign(strengths)
-        return places, above, rest
+        above = torch.relu(torch.addmm(self.above_start, self.above, terms)) * torch.sign(evidence)
+        return places, torch.cat([above, evidence, rest])
 
-    def _sums(self, above: Tensor, rest: Tensor) -> tuple[Tensor, ...]:
+    def _sums(self, summed: Tensor) -> tuple[Tensor, ...]:
         """Places on the levels of the sum [L, B], decades beyond the last and of the event, the heights [K + 1, B], Σ evidence, factor."""
-        hinged = torch.relu(torch.addmm(self.sum_knots, self.sum_pick, torch.cat([above, rest])))
+        hinged = torch.relu(torch.addmm(self.sum_knots, self.sum_pick, summed))
         sizes = [LEVELS, 1, 1, self.signals + 1, 1, 1]
         return torch.split(torch.addmm(self.decades_start, self.decades, hinged), sizes)
 

@@ -117,6 +117,18 @@ def test_a_stream_with_many_onsets_gets_milder_p_values(univariate: DetectorStep
     assert abs(LOG10 - np.log(10)) < 1e-12
 
 
+def test_what_could_be_rounding_is_an_onset_of_nothing(univariate: DetectorStep) -> None:
+    tail = univariate.tail
+    parts = {slot.name: torch.zeros(slot.size, 1) for slot in tail.slots}
+    ones, age = torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), 5000.0)
+    tiny = 1e-4 * torch.tensor(tail.calibration.quantile).unsqueeze(1)
+    answer, after = tail(tiny, ones, age, ALPHA.expand(1), parts)
+    assert answer.p_value == answer.onset_p == 1
+    assert (after["onset_age"] == 1).all()
+    _, after = tail(1e4 * tiny, ones, age, ALPHA.expand(1), parts)
+    assert (after["onset_age"][:K] == 0).all()
+
+
 def test_a_signal_that_is_often_new_in_a_stream_counts_for_less_there_and_the_others_as_before(univariate: DetectorStep) -> None:
     tail = univariate.tail
     ones, age = torch.ones(1, 3, dtype=torch.bool), torch.full((1, 3), 5000.0)
