@@ -120,7 +120,7 @@ def evidence_of(observed: Observed, calibration: Calibration, burn: int) -> Floa
     count = np.maximum(observed.age - burn, 0)[:, :, None]
     prior = calibration.prior_events
     scale = quantile / mean * (prior * mean + before) / (prior + count)
-    return np.maximum(np.log1p(strengths / scale) - LEAST, 0.0)
+    return np.asarray(np.maximum(np.log1p(strengths / scale) - LEAST, 0.0))
 
 
 def heights_of(evidence: Float64, observed: Observed, calibration: Calibration, burn: int) -> Float64:
