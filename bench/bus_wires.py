@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import shutil
 import threading
 from collections import deque
@@ -39,6 +40,7 @@ class RabbitMQ(Victim):
 
     def __init__(self, folder: Path) -> None:
         super().__init__("rabbitmq", folder)
+        logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # connections that a kill ends are no news
         self.port, self._mapper_port, self._cluster_port = free_port(), free_port(), free_port()
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
         self._child: Child | None = None
@@ -106,6 +108,7 @@ class AmqpWire:
         self._broker = RabbitMQ(folder)
         self._queues = [f"events.{p}" for p in range(partitions)]
         self._connection: AbstractConnection | None = None
+        self._connecting = asyncio.Lock()
 
     @property
     def victims(self) -> Sequence[Victim]:
@@ -151,9 +154,10 @@ class AmqpWire:
         return await self._depth(self._DEAD)
 
     async def close(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(AMQPError, OSError, RuntimeError):
-                await self._connection.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(NotSentError):
+                await self._asked(connection.close())
 
     async def _depth(self, queue: str) -> int:
         async with self._channel() as channel:
@@ -162,19 +166,28 @@ class AmqpWire:
 
     @contextlib.asynccontextmanager
     async def _channel(self) -> Any:
-        if self._connection is None or self._connection.is_closed:
-            self._connection = await self._asked(aio_pika.connect(self._broker.url, timeout=ANSWER_SECONDS))
-        channel: AbstractChannel = await self._asked(self._connection.channel())
+        async with self._connecting:
+            if self._connection is None or self._connection.is_closed:
+                self._connection = await self._asked(aio_pika.connect(self._broker.url, timeout=ANSWER_SECONDS))
         try:
-            yield channel
-        finally:
-            with contextlib.suppress(AMQPError, OSError, RuntimeError):
-                await channel.close()
+            channel: AbstractChannel = await self._asked(self._connection.channel())
+            try:
+                yield channel
+            finally:
+                await self._asked(channel.close())
+        except NotSentError:  # after a kill the client may take its connection for a good one for ever
+            await self.close()
+            raise
 
     async def _asked(self, answer: Awaitable[T]) -> T:
+        asking = asyncio.ensure_future(answer)
+        done, _ = await asyncio.wait({asking}, timeout=2 * ANSWER_SECONDS)
+        if not done:  # and is not waited for: what hangs on a lost connection may not end when it is told to
+            asking.cancel()
+            raise NotSentError
         try:
-            return await asyncio.wait_for(answer, 2 * ANSWER_SECONDS)
-        except (AMQPError, OSError, TimeoutError, RuntimeError) as error:
+            return asking.result()
+        except (AMQPError, OSError, TimeoutError, RuntimeError, asyncio.CancelledError) as error:
             raise NotSentError from error
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -66,6 +67,7 @@ class Amqp:
         self._readers = {queue: _Reader(self, queue) for queue in declared.queues}
 
     async def open(self) -> None:
+        logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # what it complains of is told here once, in a sentence
         self.owned()
         for reader in self._readers.values():
             reader.start()
