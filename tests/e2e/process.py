@@ -14,7 +14,7 @@ import psutil
 
 from tests.servers import free_port
 
-START_SECONDS = 20
+START_SECONDS = 60
 
 
 class Service:

@@ -105,11 +105,11 @@ def test_through_killed_nodes_and_a_moving_slot_every_event_is_scored_once_and_a
         killer.stop()
     move = Move(cluster, SLOTS[shard_of("s3")])
     move.begin()
-    replies |= send_all(service, events[half : half + 20], size=3)
+    replies |= send_all(service, events[half : half + 10], size=3)
     move.keys()
-    replies |= send_all(service, events[half + 20 : half + 40], size=3)
+    replies |= send_all(service, events[half + 10 : half + 20], size=3)  # calm ones: the first alert of a shard waits for the end
     move.end()
-    replies |= send_all(service, events[half + 40 :], size=3)
+    replies |= send_all(service, events[half + 20 :], size=3)
     assert {name: (reply["p_value"], reply["state_version"]) for name, reply in replies.items()} == expected
     assert service.is_ready()
 

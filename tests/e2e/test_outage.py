@@ -53,7 +53,7 @@ def post(service: Service, value: float, event_id: str) -> httpx.Response:
 
 def becomes_ready(service: Service, ready: bool) -> None:
     """Waits until the service answers, and answers so."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 40
     while service.readiness() != (200 if ready else 503):
         assert time.monotonic() < deadline
         time.sleep(0.05)

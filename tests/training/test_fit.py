@@ -205,7 +205,7 @@ def test_verify_tells_what_a_file_is_and_refuses_a_changed_one(fitted: tuple[Pat
     model = fitted[0] / "pumps-1.onnx"
     result = CliRunner().invoke(app, ["verify", str(model)])
     assert result.exit_code == 0
-    assert "pumps 1, 2 feature(s)" in result.output.replace("\n", " ")
+    assert "pumps 1, 2 feature(s)" in " ".join(result.output.split())
     content = bytearray(model.read_bytes())
     content[200] ^= 1
     (tmp_path / "changed.onnx").write_bytes(content)
