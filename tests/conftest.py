@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import redis
+import structlog
 
 from service.detector import Detector
 from service.stores.redis import RedisStore
 from tests.brokers import Mosquitto, RabbitMQ
 from tests.servers import Valkey, ValkeyCluster
 from tests.tiny import build_tiny
+
+
+@pytest.fixture(autouse=True)
+def _log_level_is_put_back() -> Iterator[None]:
+    """A service in the test's process may have changed it for the whole process, as the fuzzed PUT /v1/log-level does."""
+    root, ours = logging.getLogger(), logging.getLogger("service")
+    wrapper, levels = structlog.get_config()["wrapper_class"], (root.level, ours.level)
+    yield
+    if structlog.get_config()["wrapper_class"] is not wrapper:
+        structlog.configure(wrapper_class=wrapper)
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")
