@@ -18,25 +18,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import random
-import re
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, cast
 
 import httpx
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bench import soak as soaks
 from bench.clients import Client, Kind, Pool, RestDoor, Source, UnexpectedAnswerError, Vandal
 from bench.ledger import Ledger, Reference, Violation
-from bench.servers import console
+from bench.soak import SHOWN, Plan, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from service.artifact import UNSEALED, find_artifacts, seal, verify_seal
 from service.detector import Detector
@@ -50,29 +47,12 @@ DAMAGE_SECONDS = 0.25
 STALLED_SECONDS = 60.0
 ROUNDS = 3
 """Of damage or traffic over all damaged streams in the counted parts."""
-BUGS = re.compile(r"unexpected_error|batch_failed|Traceback")
-SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is done, and its bounds."""
-
-    kills: int
-    seconds: float
-    """Of traffic under kills, at most."""
-    rate: float
-    streams: int
-    seed: int
-    model: Path
 
 
 @dataclass
-class Report:
+class Report(soaks.Report):
     """What happened."""
 
-    plan: dict[str, str]
-    kills: dict[str, int] = field(default_factory=dict)
     kill_seconds: float = 0.0
     starts: dict[str, int] = field(default_factory=dict)
     events: int = 0
@@ -96,27 +76,13 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
 ) -> None:
     """Kill, restart and damage while events flow; every answer is checked."""
-    screen = console()
     plan = Plan(kills, seconds, rate, streams, seed, find_artifacts(model)[0])
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory(prefix="onset-chaos-") as folder, Progress(*columns, console=screen) as progress:
-        task = progress.add_task("kill -9", total=kills, state="")
-        report = asyncio.run(soak(plan, Path(folder), lambda done, state: progress.update(task, completed=done, state=state)))
-    screen.print(_table(report, plan))
-    for violation in report.violations[:SHOWN]:
-        screen.print(f"[red]violation[/]: stream {violation.stream_id}, event {violation.event}: {violation.what}", highlight=False)
-    if json_file:
-        json_file.write_text(json.dumps(asdict(report), indent=2))
-    done = sum(report.kills.values())
-    if done < kills:
-        screen.print(f"{kills - done:,} kills are left: {seconds:g} s were too short for them, give it more --seconds.")
-    if report.violations or done < kills:
-        raise typer.Exit(1)
+    conduct("kill -9", plan, lambda folder, shown: soak(plan, folder, shown), lambda report: _table(report, plan), json_file)
 
 
-async def soak(plan: Plan, folder: Path, progress: Callable[[int, str], None] = lambda done, state: None) -> Report:
+async def soak(plan: Plan, folder: Path, progress: Shown = unseen) -> Report:
     """Everything, in `folder`; what is wrong is in the report."""
-    report = Report({name: str(value) for name, value in asdict(plan).items()})
+    report = Report(plan.named)
     async with _running(plan, folder) as scene:
         try:
             await _under_kills(scene, plan, report, progress)
@@ -215,7 +181,7 @@ def _other_version(path: Path, folder: Path) -> Path:
     return other
 
 
-async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Callable[[int, str], None]) -> None:
+async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Shown) -> None:
     killer = Killer([scene.store], scene.replicas, random.Random(plan.seed), plan.rate)
     stopped = asyncio.Event()
     began = time.monotonic()
@@ -311,12 +277,6 @@ async def _roll_out(scene: Scene) -> None:
         replica.replace(scene.other_model)
         await replica.wait_ready()
     await traffic()
-
-
-def bugs_in(replica: Replica) -> list[Violation]:
-    """A bug that the clients did not notice is one nevertheless."""
-    bugs = [line for line in replica.log.read_text(errors="replace").splitlines() if BUGS.search(line)]
-    return [Violation("-", replica.name, f"{len(bugs)} lines of its log tell of a bug, the first: {bugs[0][:2000]}")] if bugs else []
 
 
 def _table(report: Report, plan: Plan) -> Table:

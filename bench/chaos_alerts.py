@@ -9,16 +9,14 @@ of one of the three at random moments. A webhook that refuses every fifth reques
     book      the same alerts, by id, and the same of them resolved
     webhook   of each alert the same changes in the same order; what came again (same id) is counted, and allowed
 
-Exit code 1 where anything is wrong.
+Exit code 1 where anything is wrong, or where the time ran out before all kills were done.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +28,11 @@ import httpx
 import typer
 from rich.table import Table
 
+from bench import soak as soaks
+from bench.ledger import Violation
 from bench.receiver import Receiver
 from bench.report import Machine, table
-from bench.servers import console
+from bench.soak import Plan, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store
 from service import alerts
 from service.artifact import find_artifacts
@@ -50,31 +50,16 @@ LARGEST_PIECE = 20
 PAUSE_SECONDS = 0.3
 """Between two requests of a stream, at most."""
 SETTLE_SECONDS = 120.0
-SHOWN = 20
 
 Told = dict[str, list[str]]
 """Alert's id → what happened to it, in order."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is done, and its bounds."""
-
-    kills: int
-    seconds: float
-    rate: float
-    streams: int
-    seed: int
-    model: Path
-
-
 @dataclass
-class Report:
+class Report(soaks.Report):
     """What happened."""
 
-    plan: dict[str, str]
-    machine: dict[str, Any]
-    kills: dict[str, int] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     events: int = 0
     alerts: int = 0
@@ -82,7 +67,7 @@ class Report:
     changes: int = 0
     told_again: int = 0
     refused_by_the_webhook: int = 0
-    violations: list[str] = field(default_factory=list)
+    violations: list[Violation] = field(default_factory=list)
 
 
 def main(
@@ -95,21 +80,13 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
 ) -> None:
     """Kill while anomalies come and go; every alert is checked."""
-    screen = console()
-    with tempfile.TemporaryDirectory(prefix="onset-alerts-") as folder:
-        report = asyncio.run(soak(Plan(kills, seconds, rate, streams, seed, find_artifacts(model)[0]), Path(folder)))
-    screen.print(_table(report))
-    for violation in report.violations[:SHOWN]:
-        screen.print(f"[red]violation[/]: {violation}", highlight=False)
-    if json_file:
-        json_file.write_text(json.dumps(asdict(report), indent=2))
-    if report.violations:
-        raise typer.Exit(1)
+    plan = Plan(kills, seconds, rate, streams, seed, find_artifacts(model)[0])
+    conduct("kill -9", plan, lambda folder, shown: soak(plan, folder, shown), _table, json_file)
 
 
-async def soak(plan: Plan, folder: Path) -> Report:
+async def soak(plan: Plan, folder: Path, shown: Shown = unseen) -> Report:
     """Everything, in `folder`; what is wrong is in the report."""
-    report = Report({name: str(value) for name, value in asdict(plan).items()}, asdict(Machine.now()))
+    report = Report(plan.named, machine=asdict(Machine.now()))
     rng = random.Random(plan.seed)
     store = Store(folder)
     store.start()
@@ -129,9 +106,10 @@ async def soak(plan: Plan, folder: Path) -> Report:
                     replica.start()
                     await replica.wait_ready()
                 senders = [Sender(f"s{i}", random.Random(f"{plan.seed} {i}")) for i in range(plan.streams)]
-                await _under_kills(plan, report, rng, store, replicas, senders, client)
+                await _under_kills(plan, report, rng, store, replicas, senders, client, shown)
                 expected = await _expected(Detector.load(plan.model), senders)
                 await _check(report, expected, replicas[0], webhook, client)
+                report.violations += [bug for replica in replicas for bug in bugs_in(replica)]
             finally:
                 for victim in (*replicas, store):
                     victim.stop()
@@ -185,11 +163,19 @@ async def _under_kills(
     replicas: Sequence[Replica],
     senders: Sequence[Sender],
     client: httpx.AsyncClient,
+    shown: Shown,
 ) -> None:
     killer, stopped, began = Killer([store], replicas, rng, plan.rate), asyncio.Event(), time.monotonic()
     async with asyncio.TaskGroup() as group:
         for sender in senders:
             group.create_task(sender.run(replicas, client, stopped))
+
+        async def watch() -> None:
+            while not stopped.is_set():
+                shown(killer.kills.total(), f"{sum(len(sender.sent) for sender in senders):,} events")
+                await asyncio.sleep(0.5)
+
+        group.create_task(watch())
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(killer.run(plan.kills), plan.seconds)
         for victim in (store, *replicas):
@@ -230,10 +216,10 @@ async def _check(report: Report, expected: Told, replica: Replica, webhook: Rece
     for id_ in expected.keys() | told.keys() | book.keys():
         wanted = expected.get(id_, [])
         if told.get(id_, []) != wanted:
-            report.violations.append(f"the webhook was told {told.get(id_, [])} of alert {id_}, and not {wanted}")
+            report.violations.append(Violation("?", id_, f"the webhook was told {told.get(id_, [])} of the alert, and not {wanted}"))
         status = ("resolved" if wanted[-1] == "resolved" else "open") if wanted else None
         if book.get(id_) != status:
-            report.violations.append(f"alert {id_} is {book.get(id_)} in the book, and not {status}")
+            report.violations.append(Violation("?", id_, f"the alert is {book.get(id_)} in the book, and not {status}"))
     report.told_again = len(webhook.posted) - len(_notices(webhook))
     report.refused_by_the_webhook = sum(posted.refused for posted in webhook.posted)
 

@@ -19,28 +19,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import random
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, cast
 
 import httpx
 import typer
 from msgspec.structs import replace
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bench import soak as soaks
 from bench.bus_wires import AmqpWire, MqttWire
-from bench.chaos import bugs_in
 from bench.clients import Kind, Source
 from bench.ledger import Reference, Violation, differing
-from bench.servers import console
+from bench.soak import SHOWN, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from bench.wires import KafkaWire, NatsWire, NotSentError, RedisStreamsWire, Wire
 from service.artifact import find_artifacts
@@ -56,31 +53,19 @@ PAUSE_SECONDS = 0.03
 MOST_EVENTS, MOST_STREAMS = 5, 8
 POLL_SECONDS = 0.05
 STALLED_SECONDS = 90.0
-SHOWN = 20
 PLACES = frozenset({"source", "offset", "part"})
 """Of a state: where in the queue its last event was; the uninterrupted run has no queue."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is done, and its bounds."""
-
-    kills: int
-    seconds: float
-    """Of traffic under kills, at most."""
-    rate: float
-    streams: int
-    seed: int
-    model: Path
+class Plan(soaks.Plan):
     source: str = "redis_streams"
 
 
 @dataclass
-class Report:
+class Report(soaks.Report):
     """What happened."""
 
-    plan: dict[str, str]
-    kills: dict[str, int] = field(default_factory=dict)
     kill_seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
     streams_checked: int = 0
@@ -131,27 +116,14 @@ def main(
     """Kill and restart while events flow through a queue; every result is checked."""
     if source not in WIRES:
         raise typer.BadParameter(f"'{source}' is none of {', '.join(WIRES)}.", param_hint="--source")
-    screen = console()
     plan = Plan(kills, seconds, rate, streams, seed, find_artifacts(model)[0], source)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory(prefix="onset-chaos-") as folder, Progress(*columns, console=screen) as progress:
-        task = progress.add_task(f"kill -9, {source}", total=kills, state="")
-        report = asyncio.run(soak(plan, Path(folder), lambda done, state: progress.update(task, completed=done, state=state)))
-    screen.print(_table(report, plan))
-    for violation in report.violations[:SHOWN]:
-        screen.print(f"[red]violation[/]: stream {violation.stream_id}, event {violation.event}: {violation.what}", highlight=False)
-    if json_file:
-        json_file.write_text(json.dumps(asdict(report), indent=2))
-    done = sum(report.kills.values())
-    if done < kills:
-        screen.print(f"{kills - done:,} kills are left: {seconds:g} s were too short for them, give it more --seconds.")
-    if report.violations or done < kills:
-        raise typer.Exit(1)
+    what = f"kill -9, {source}"
+    conduct(what, plan, lambda folder, shown: soak(plan, folder, shown), lambda report: _table(report, plan), json_file)
 
 
-async def soak(plan: Plan, folder: Path, progress: Callable[[int, str], None] = lambda done, state: None) -> Report:
+async def soak(plan: Plan, folder: Path, progress: Shown = unseen) -> Report:
     """Everything, in `folder`; what is wrong is in the report."""
-    report = Report({name: str(value) for name, value in asdict(plan).items()})
+    report = Report(plan.named)
     async with _running(plan, folder) as scene:
         try:
             await _under_kills(scene, plan, report, progress)
@@ -337,7 +309,7 @@ async def _running(plan: Plan, folder: Path) -> AsyncIterator[Scene]:
         yield Scene(store, wire, replicas, reference, producers, history, reader, counts, detector.name)
 
 
-async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Callable[[int, str], None]) -> None:
+async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Shown) -> None:
     killer = Killer([scene.store, *scene.wire.victims], scene.replicas, random.Random(plan.seed), plan.rate)
     stopped = asyncio.Event()
     began = time.monotonic()

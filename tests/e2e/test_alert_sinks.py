@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from bench.chaos_alerts import Plan, soak
+from bench.chaos_alerts import soak
 from bench.receiver import Receiver
+from bench.soak import Plan
 from tests.alertmanager import Alertmanager
 from tests.e2e.process import Service
 from tests.e2e.test_alerts import CALM, NORMAL, STUCK, Sensor, alerts, wait

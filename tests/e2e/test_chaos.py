@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.chaos import Plan, soak
+from bench.chaos import soak
+from bench.soak import Plan
 
 
 async def test_nothing_is_lost_stepped_twice_or_mixed_up_under_kill_9(tmp_path: Path, tiny_model_path: Path) -> None:
