@@ -14,6 +14,7 @@ label of every sample (bench.remote).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -124,7 +125,7 @@ def encode_labels(labels: Sequence[tuple[str, str]]) -> bytes:
     return b"".join(parts)
 
 
-class _Reader(Generic[S]):
+class _Reader(ABC, Generic[S]):
     """One pass over a body. A sample is noted by where it lies, and read with all others at the end."""
 
     message = ""
@@ -136,8 +137,9 @@ class _Reader(Generic[S]):
         self.starts: list[int] = []
         self.ends: list[int] = []
 
+    @abstractmethod
     def read(self) -> None:
-        raise NotImplementedError
+        """Go through `content` once. Raises BadBody, TooLarge."""
 
     def series(self, found: S) -> int:
         """Position of the next series."""

@@ -12,7 +12,6 @@ limit (its grouping is that) nor a dead letter but for what it refuses.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,9 +23,8 @@ import msgspec
 import structlog
 
 from service.alerts import EPOCH, Alert, AlertReply
-from service.errors import Fenced, StoreUnavailable
 from service.metrics import Metrics
-from service.sinks.teller import PATIENCE, POLL_SECONDS, Patience, Refused, Unreachable, first_cursor, retries
+from service.sinks.teller import PATIENCE, Patience, Refused, Unreachable, first_cursor, retries, tell_on
 from service.stores.book import AT_ONCE, Book, Told
 
 TIMEOUT_SECONDS = 10.0
@@ -75,18 +73,7 @@ class Alertmanager:
 
     async def run(self, token: str) -> None:
         """Tell how things stand until cancelled. Returns when the lease is lost."""
-        while True:
-            try:
-                if not await self.turn(token):
-                    await asyncio.sleep(POLL_SECONDS)
-            except Fenced:
-                return
-            except StoreUnavailable:
-                await asyncio.sleep(POLL_SECONDS)
-            except Exception as error:  # a bug must not silence the sink for good; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", sink=self.name, exc_info=error)
-                await asyncio.sleep(1.0)
+        await tell_on(lambda: self.turn(token), self._metrics, self.name)
 
     async def turn(self, token: str) -> bool:
         """Tell of the next changes, or of all that is open when it is time; whether there were changes. Raises Fenced, StoreUnavailable."""

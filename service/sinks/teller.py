@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -113,6 +113,22 @@ def retries(patience: Patience, *, attempts: int | None, timeout: float | None) 
     return context.__aiter__()
 
 
+async def tell_on(turn: Callable[[], Awaitable[bool]], metrics: Metrics, sink: str) -> None:
+    """Turn after turn, at once where the last one had something to tell. Returns once the desk's lease is another's."""
+    while True:
+        try:
+            if not await turn():
+                await asyncio.sleep(POLL_SECONDS)
+        except Fenced:
+            return
+        except StoreUnavailable:
+            await asyncio.sleep(POLL_SECONDS)
+        except Exception as error:  # a bug must not silence the sink for good; it is counted and logged
+            metrics.bugs.inc()
+            log.error("unexpected_error", sink=sink, exc_info=error)
+            await asyncio.sleep(1.0)
+
+
 @dataclass
 class _Flooding:
     """How many alerts were opened lately, and what has been withheld since the last notice of it."""
@@ -173,18 +189,7 @@ class Teller:
 
     async def run(self, token: str) -> None:
         """Tell of changes until cancelled. Returns when the lease is lost."""
-        while True:
-            try:
-                if not await self.turn(token):
-                    await asyncio.sleep(POLL_SECONDS)
-            except Fenced:
-                return
-            except StoreUnavailable:
-                await asyncio.sleep(POLL_SECONDS)
-            except Exception as error:  # a bug must not silence the sink for good; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", sink=self._sink.name, exc_info=error)
-                await asyncio.sleep(1.0)
+        await tell_on(lambda: self.turn(token), self._metrics, self._sink.name)
 
     async def turn(self, token: str) -> bool:
         """Tell of the next change; whether there was one. Raises Fenced, StoreUnavailable."""
