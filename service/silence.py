@@ -5,8 +5,8 @@
                           ─► else claim: compare-and-set of the value with SILENT ─► the one who wins raises it
 
 So a silence is raised once, however many replicas there are. The next event clears it and is judged as any other. Only streams whose
-events are about now are waited for (`waits`). After a start or an outage of the store every stream gets its patience anew: it may
-have been the service that was silent.
+events are about now are waited for (`waits`). After a start or an outage of the store every stream gets its patience anew, and
+RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take a while to come back to it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ ROUNDS = 10
 """Goes of one sweep, at most."""
 LIVE_SECONDS = 300.0
 """A stream is live while its events' times are within this (or its patience) of the time they arrive."""
+RETURN_SECONDS = 10.0
+"""How long those that were turned away while the service was down wait at most before they come again, or catch up from a queue."""
 CLAIMED = 1.0
 """`watch_until` of a silent stream: it is watched, and its next commit sets the watch anew."""
 
@@ -153,7 +155,7 @@ class Sweeper:
         kept = (loaded.origins == Origin.STORED) & (rows["deadline"] > 0)
         waited = kept & (rows["flags"] & SILENT == 0)
         later = waited & (rows["deadline"] > now)
-        silent = waited & ~later & (now >= since + np.where(np.isfinite(patience), patience, 0))
+        silent = waited & ~later & (now >= since + np.maximum(np.where(np.isfinite(patience), patience, 0), RETURN_SECONDS))
         over = ~kept
         watches = {stream_ids[i]: float(rows["deadline"][i]) for i in np.flatnonzero(later).tolist()}
         watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(over).tolist()}

@@ -18,7 +18,7 @@ from service.events import Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
-from service.silence import Silence, Sweeper
+from service.silence import RETURN_SECONDS, Silence, Sweeper
 from service.state import StateCodec
 from service.stores import StateStore
 from service.stores.memory import MemoryStore
@@ -211,6 +211,18 @@ async def test_after_a_start_every_stream_gets_its_patience_anew(world: World, t
     world.clock.now += 120
     await late.sweep()
     assert len(world.raised) == 1
+
+
+async def test_after_a_start_a_fast_stream_has_the_time_that_its_sender_needs_to_come_back(world: World, tiny_detector: Detector) -> None:
+    await world.speak("s", 100, gap=0.02)
+    world.clock.now += 4  # the service was down
+    late = world.sweepers[0].__class__(
+        "tiny", world.replicas[0]._codec, Policy, world.store, Metrics(), TTL, world.raised.append, world.clock
+    )
+    for seconds, raised in ((0, 0), (RETURN_SECONDS - 1, 0), (1, 1)):
+        world.clock.now += seconds
+        await late.sweep()
+        assert len(world.raised) == raised
 
 
 async def test_a_frozen_stream_that_falls_silent_stays_frozen_and_an_acceptance_leaves_it_silent(world: World) -> None:
