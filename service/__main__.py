@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import signal
 import socket
@@ -41,7 +42,7 @@ def serve(
     from service import logs  # noqa: PLC0415
     from service.app import create_app  # noqa: PLC0415
     from service.errors import OnsetError  # noqa: PLC0415
-    from service.settings import Settings  # noqa: PLC0415
+    from service.settings import Settings, unknown  # noqa: PLC0415
 
     given: dict[str, Any] = {"model": model, "host": host, "port": port, "redis_url": redis_url, "data_dir": data_dir, "alpha": alpha}
     given["strict"] = strict
@@ -56,6 +57,8 @@ def serve(
         _refuse(f"ONSET_{name.upper()} or its option is {first.get('input')!r}: {first['msg']}.")
     except OnsetError as error:
         _refuse(error.detail)
+    for name, meant in unknown(os.environ).items():  # not refused: Kubernetes sets some for a Service called onset
+        logs.log.warning("unknown_setting", name=name, ignored=True, did_you_mean=meant)
     _run(asgi, listening, settings.drain_seconds)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -193,3 +195,10 @@ class Settings(BaseSettings):
             raise ValueError("it needs ONSET_CADENCE_SECONDS, the seconds between two events of a stream")
         per_event(value, cadence)
         return value
+
+
+def unknown(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Variables that begin with ONSET_ and are no setting, misspelt perhaps, and the setting that each is most like."""
+    known = [f"ONSET_{name.upper()}" for name in Settings.model_fields]
+    strange = sorted(name for name in environment if name.startswith("ONSET_") and name.upper() not in known)
+    return {name: next(iter(get_close_matches(name, known, 1, 0.75)), None) for name in strange}

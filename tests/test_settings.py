@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, unknown
 
 
 def test_a_rate_for_people_becomes_a_rate_per_event() -> None:
@@ -28,3 +28,8 @@ def test_a_rate_that_means_nothing_is_refused_by_name(given: dict[str, object], 
     (error,) = caught.value.errors()
     assert error["loc"] == ("false_alarms",)
     assert said in error["msg"]
+
+
+def test_a_misspelt_variable_is_told_with_the_setting_it_is_most_like() -> None:
+    given = {"ONSET_ALERTS_WEBHOOK_URL": "x", "ONSET_SERVICE_HOST": "10.0.0.1", "ONSET_ALPHA": "0.01", "onset_alfa": "1", "PATH": "/bin"}
+    assert unknown(given) == {"ONSET_ALERTS_WEBHOOK_URL": "ONSET_ALERTS_WEBHOOK", "ONSET_SERVICE_HOST": None}
