@@ -3,7 +3,7 @@
 import uPlot from "uplot";
 import { Refused, ask, type Contributor, type Model } from "./api";
 import { Chart, legend, scoreChart, valueChart, type Column, type Options } from "./charts";
-import { ICONS, fill, h, icon, text } from "./dom";
+import { ICONS, fill, h, icon, scrolling, text } from "./dom";
 import { chance, clock, count, number, score } from "./format";
 import type { View } from "./main";
 import { loglog } from "./plots";
@@ -224,7 +224,7 @@ class BacktestPage {
       "section",
       { class: "card" },
       h("header", {}, h("h2", {}, `Onsets (${count(result.alerts)})`)),
-      rows.length ? h("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "Onsets" }, h("table", {}, h("thead", {}, head), h("tbody", {}, ...rows))) : h("p", { class: "quiet" }, "No alert would have opened."),
+      rows.length ? scrolling("Onsets", h("table", {}, h("thead", {}, head), h("tbody", {}, ...rows))) : h("p", { class: "quiet" }, "No alert would have opened."),
       result.onsets_left_out ? h("p", { class: "quiet" }, `${count(result.onsets_left_out)} more are not listed.`) : null,
     );
   }

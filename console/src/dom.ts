@@ -14,6 +14,11 @@ export function h<K extends keyof HTMLElementTagNameMap>(tag: K, attributes: Att
   return element;
 }
 
+/** What may be wider or taller than its place: scrolled by keys too. Its name is unique on the page. */
+export function scrolling(name: string, ...children: Child[]): HTMLDivElement {
+  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": name }, ...children);
+}
+
 export function append(parent: Element, children: Child[]): void {
   for (const child of children) {
     if (child === null || child === undefined || child === false) continue;

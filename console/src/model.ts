@@ -1,7 +1,7 @@
 /** The models that score: what they are, whether they still answer as published, and whether their p-values keep their promise. */
 
 import { Refused, ask, type Model } from "./api";
-import { fill, h, text } from "./dom";
+import { fill, h, scrolling, text } from "./dom";
 import { chance, count, number } from "./format";
 import type { View } from "./main";
 import { loglog } from "./plots";
@@ -131,9 +131,9 @@ function published(model: Model): HTMLElement {
   return card(
     "Measured before it was published",
     rows.length
-      ? h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Asked, per event"), h("th", { class: "right" }, "asked for"), h("th", { class: "right" }, "false onsets"), h("th", { class: "right" }, "ratio"))), h("tbody", {}, ...rows)))
+      ? scrolling("False alarms", h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Asked, per event"), h("th", { class: "right" }, "asked for"), h("th", { class: "right" }, "false onsets"), h("th", { class: "right" }, "ratio"))), h("tbody", {}, ...rows)))
       : h("p", { class: "quiet" }, "The file holds no measurement of false alarms."),
-    kinds.length ? h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Injected"), h("th", { class: "right" }, "found within 20 events"))), h("tbody", {}, ...kinds))) : null,
+    kinds.length ? scrolling("Injected faults", h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Injected"), h("th", { class: "right" }, "found within 20 events"))), h("tbody", {}, ...kinds))) : null,
   );
 }
 
@@ -176,5 +176,5 @@ function trained(model: Model): HTMLElement {
 
 function features(model: Model): HTMLElement {
   const rows = model.features.map((feature) => h("tr", {}, h("th", { scope: "row" }, feature.name), h("td", {}, feature.unit ?? ""), h("td", {}, feature.role ?? "scored")));
-  return card(`Features (${count(rows.length)})`, h("div", { class: "scroll" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Name"), h("th", {}, "Unit"), h("th", {}, "Role"))), h("tbody", {}, ...rows))));
+  return card(`Features (${count(rows.length)})`, scrolling("Features", h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "Name"), h("th", {}, "Unit"), h("th", {}, "Role"))), h("tbody", {}, ...rows))));
 }

@@ -3,7 +3,7 @@
 import uPlot from "uplot";
 import { BITS, Live, Refused, ask, streamPath, type Contributor, type EventsMessage, type Link, type StreamMessage } from "./api";
 import { Chart, legend, scoreChart, valueChart, type Column, type Options } from "./charts";
-import { ICONS, fill, h, icon, text } from "./dom";
+import { ICONS, fill, h, icon, scrolling, text } from "./dom";
 import { ago, chance, clock, count, number, score } from "./format";
 import type { Shell, View } from "./main";
 
@@ -57,7 +57,7 @@ class StreamPage {
   private readonly plots = h("div");
   private readonly contributors = h("ul", { class: "bars" });
   private readonly when = h("span", { class: "readout" });
-  private readonly onsets = h("div", { class: "scroll" });
+  private readonly onsets = scrolling("Onsets");
   private readonly said = h("div");
   private readonly accept = h("button", { class: "button", type: "button", disabled: true, onclick: () => this.confirm.showModal() }, icon(ICONS.check), "Accept as normal");
   private readonly pause = h("button", { class: "button", type: "button", onclick: () => this.setPaused(!this.paused) });

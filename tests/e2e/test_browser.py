@@ -259,7 +259,7 @@ def test_every_view_is_accessible_and_fits_a_phone(service: Service, plant: Plan
         for view in VIEWS:
             page.goto(f"{service.url}/#/{view}")
             expect(page.locator("main")).not_to_contain_text(re.compile("Loading …|Connecting"))
-            for width in (390, 1280):
+            for width in (320, 390, 1280):
                 page.set_viewport_size({"width": width, "height": 844})
                 assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{view} is wider than {width}"
                 page.evaluate(axe)
