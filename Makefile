@@ -45,8 +45,10 @@ demo: $(DEMO_VENV)/.ready ## score this machine's own readings live, disturb it,
 	@$(MAKE) --no-print-directory console || echo "The live page could not be built; the demo goes on with the plain table."
 	@$(DEMO_VENV)/bin/python -m service demo
 
+# Files of tests that run side by side; each worker starts its own servers, so a file's tests stay together.
+WORKERS ?= 2
 test: setup console ## all tests, against a real store, a real model and real HTTP, with branch coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report=term
 
 check: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff format --check .
