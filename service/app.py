@@ -152,6 +152,9 @@ class Service:
                     stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
             for canary in self._canaries(store):
                 stack.push_async_callback(tasks.end, asyncio.create_task(canary.run(), name="canary"))
+            if self.console and self.settings.redis_url:  # an embedded store is of one replica
+                self.console.log.connect(store)
+                stack.push_async_callback(tasks.end, asyncio.create_task(self.console.shared.run(), name="live"))
             desk = Desk(self.book, self.scorers, self.metrics, _keeping(self.settings), self.sinks)
             stack.push_async_callback(tasks.end, asyncio.create_task(desk.run(), name="alerts"))
             most = self.settings.max_batch_events

@@ -14,6 +14,7 @@ import pytest
 
 from service.console.live import FleetQuery, Live, series, short
 from service.console.recent import ANOMALY, COLD, ONSET, OPEN, QUIET_SECONDS, Recent
+from service.console.shared import Shared
 from service.detector import Detector
 from service.errors import Overloaded
 from service.events import Event
@@ -21,6 +22,7 @@ from service.feed import Feed
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
+from service.stores.live import LiveLog
 from service.stores.memory import MemoryStore
 
 DEPTH = 8
@@ -31,11 +33,12 @@ class Fleet:
 
     def __init__(self, detector: Detector, streams: int = 100, watchers: int = 4) -> None:
         self.now = 1000.0
-        one = Recent(detector.manifest, 1, DEPTH)._dtype.itemsize * DEPTH
+        one = Recent(detector.manifest, 1, DEPTH).dtype.itemsize * DEPTH
         self.recent = Recent(detector.manifest, streams * one, DEPTH, clock=lambda: self.now)
         metrics = Metrics()
         self.feed = Feed(metrics)
-        self.live = Live({detector.name: self.recent}, watchers, "replica-1", metrics)
+        self.shared = Shared({detector.name: self.recent}, "replica-1", LiveLog(), metrics)
+        self.live = Live({detector.name: self.recent}, watchers, "replica-1", metrics, self.shared)
         self.feed.watch(self.live.take)
         self.scorer = Scorer(detector, Policy(), MemoryStore(state_ttl=60, result_ttl=60), metrics, Limits(), feed=self.feed)
         self.metrics = metrics

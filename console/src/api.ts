@@ -150,6 +150,8 @@ export interface Counts {
   warming_up: number;
   capacity: number;
   left_out: number;
+  replicas: number;
+  thinned: number;
 }
 
 export interface FleetMessage {

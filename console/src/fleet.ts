@@ -411,7 +411,9 @@ class Fleet {
     const shown = this.streams.size;
     const matching = this.search.value.trim() || this.stateFilter;
     const more = this.counts && !matching && this.counts.streams > shown ? `The ${count(shown)} most anomalous of ${count(this.counts.streams)}. Search finds the others.` : "";
-    text(this.summary, matching ? `${count(shown)} shown` : more || (this.counts?.left_out ? "Some streams found no room here (ONSET_CONSOLE_BYTES)." : ""));
+    const said = matching ? `${count(shown)} shown` : more || (this.counts?.left_out ? "Some streams found no room here (ONSET_CONSOLE_BYTES)." : "");
+    text(this.summary, [said, this.counts && this.counts.replicas > 1 ? `${this.counts.replicas} replicas` : ""].filter(Boolean).join(" · "));
+    this.summary.title = this.counts?.thinned ? "Other replicas score more than they tell: of calm streams not every event is seen here." : "";
     this.columns.hidden = this.scroller.hidden = shown === 0;
     if (shown) return void (this.words.childElementCount && this.words.replaceChildren());
     if (this.link.state === "away") fill(this.words, empty("Not connected", this.link.detail));

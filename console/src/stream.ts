@@ -154,7 +154,7 @@ class StreamPage {
     this.charts = [];
     this.plots.replaceChildren();
     this.content.hidden = true;
-    fill(this.said, h("p", { class: "notice" }, `Nothing of this stream has been scored by this replica (${about.replica}) lately. Its next event is shown here.`));
+    fill(this.said, h("p", { class: "notice" }, `Nothing of this stream has been scored lately, as far as this replica (${about.replica}) knows. Its next event is shown here.`));
     this.showPicker(about);
   }
 

@@ -5,7 +5,7 @@
     stream    event `stream`: what it is of; event `events`: its history, then everything newer, as columns
 
 A watcher takes what is newer than it has, when it can take more: a slow one gets fewer points, and nothing is queued for it. One that
-takes nothing at all for STALLED_SECONDS is let go. This is the view of one replica: it shows what was scored here.
+takes nothing at all for STALLED_SECONDS is let go. What other replicas score is seen too, about a second later (shared.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import tasks
 from service.console.recent import ANOMALY, COLD, OPEN, Recent
+from service.console.shared import FLEET, Shared
 from service.errors import Overloaded
 from service.events import SEVERITIES
 from service.feed import Batch
@@ -62,13 +63,15 @@ class FleetQuery:
 class Live:
     """The recent events of all models, and who watches them."""
 
-    def __init__(self, recent: Mapping[str, Recent], most_watchers: int, replica: str, metrics: Metrics) -> None:
+    def __init__(self, recent: Mapping[str, Recent], most_watchers: int, replica: str, metrics: Metrics, shared: Shared) -> None:
         self.recent = recent
         self.replica = replica
+        self.shared = shared
         self._most = most_watchers
         self._metrics = metrics
         self._watchers: set[asyncio.Event] = set()
         self._closing = False
+        shared.news = self._news
 
     @property
     def watchers(self) -> int:
@@ -76,30 +79,41 @@ class Live:
 
     def take(self, batch: Batch) -> None:
         """For `Feed.watch`."""
-        self.recent[batch.model].take(batch)
-        for news in self._watchers:
-            news.set()
+        put = self.recent[batch.model].read(batch)
+        if put is None:
+            return
+        self.shared.take(batch.model, put)
+        self._news()
 
     def close(self) -> None:
         """End every watcher's answer, so that a stopping server need not wait for them; new ones are refused."""
         self._closing = True
-        for news in self._watchers:
-            news.set()
+        self._news()
 
     def fleet(self, model: str, query: FleetQuery) -> Events:
         """An endless answer. Raises Overloaded."""
-        return self._events(lambda: _Fleet(self.recent[model], query, self.replica))
+        return self._events(model, FLEET, lambda: _Fleet(self.recent[model], query, self.replica, self.shared))
 
     def stream(self, model: str, stream_id: str, features: list[str]) -> Events:
         """The same for one stream, which may be yet to come. Raises Overloaded."""
-        return self._events(lambda: _Stream(self.recent[model], stream_id, features, self.replica))
+        return self._events(model, stream_id, lambda: _Stream(self.recent[model], stream_id, features, self.replica))
 
-    def _events(self, view: Callable[[], _Fleet | _Stream]) -> Events:
+    def _news(self) -> None:
+        for news in self._watchers:
+            news.set()
+
+    def _events(self, model: str, watched: str, view: Callable[[], _Fleet | _Stream]) -> Events:
         if self._closing or len(self._watchers) >= self._most:
             raise Overloaded(f"{len(self._watchers)} pages watch this replica (ONSET_CONSOLE_WATCHERS).", retry_after=5)
         news = asyncio.Event()
         self._watchers.add(news)
-        return Events(self._messages(news, view()), self._metrics, lambda: self._watchers.discard(news))
+        end = self.shared.watch(model, watched)
+
+        def done() -> None:
+            self._watchers.discard(news)
+            end()
+
+        return Events(self._messages(news, view()), self._metrics, done)
 
     async def _messages(self, news: asyncio.Event, view: _Fleet | _Stream) -> AsyncIterator[bytes]:
         yield b"retry: 2000\n\n"
@@ -170,12 +184,13 @@ async def _disconnected(receive: Receive) -> None:
 class _Fleet:
     """What one watcher of the fleet has, and what is new to it."""
 
-    def __init__(self, recent: Recent, query: FleetQuery, replica: str) -> None:
+    def __init__(self, recent: Recent, query: FleetQuery, replica: str, shared: Shared) -> None:
         self._recent = recent
         self._query = query
         self._replica = replica
+        self._shared = shared
         self._slots = np.zeros(0, np.intp)
-        self._known: dict[int, str] = {}
+        self._known: dict[int, tuple[str, int]] = {}
         self._seen: dict[int, int] = {}
         self._writes = 0
         self._pushes = 0
@@ -191,14 +206,14 @@ class _Fleet:
         if now - self._members_at >= MEMBERS_SECONDS or recent.pushes != self._pushes:
             first, self._members_at = self._members_at < 0, now
             slots = recent.top(self._query.limit, self._query.holds, self._query.bits)
-            named = {slot: recent.name(slot) for slot in slots.tolist()}
+            named = {slot: (recent.name(slot), recent.mixed(slot)) for slot in slots.tolist()}
             if first or named != self._known:
                 message = self._members(slots, named)
         return message + self._changes()
 
-    def _members(self, slots: NDArray[np.intp], named: dict[int, str]) -> bytes:
+    def _members(self, slots: NDArray[np.intp], named: dict[int, tuple[str, int]]) -> bytes:
         recent = self._recent
-        new = [slot for slot, name in named.items() if self._known.get(slot) != name]
+        new = [slot for slot, known in named.items() if self._known.get(slot) != known]
         self._slots, self._known, self._pushes = slots, named, recent.pushes
         self._seen = {slot: self._seen.get(slot, 0) if slot not in new else 0 for slot in named}
         features = [{"name": feature.name, "unit": feature.unit} for feature in recent.manifest.features]
@@ -208,7 +223,7 @@ class _Fleet:
             "replica": self._replica,
             "features": features,
             "keys": slots.tolist(),
-            "new": [{"key": slot, "id": named[slot], **self._history(slot)} for slot in new],
+            "new": [{"key": slot, "id": named[slot][0], **self._history(slot)} for slot in new],
         }
         return _message("fleet", body)
 
@@ -243,7 +258,8 @@ class _Fleet:
             top.tolist(),
             [SEVERITIES[i] for i in last["severity"].tolist()],
         )
-        return _message("changes", {"counts": asdict(recent.counts()), "rows": list(zip(*columns, strict=True))})
+        counts = asdict(recent.counts()) | {"replicas": self._shared.replicas, "thinned": self._shared.left_out}
+        return _message("changes", {"counts": counts, "rows": list(zip(*columns, strict=True))})
 
     def _peak(self, slot: int) -> tuple[float, int]:
         """Of what is new: a spike between two messages must not be lost. Its bits: onsets of any event, the rest of the last one."""
@@ -261,6 +277,7 @@ class _Stream:
         self._replica = replica
         self._chosen: list[int] | None = None
         self._seen = 0
+        self._mixed = 0
         self._began = False
 
     def message(self) -> bytes:
@@ -272,8 +289,9 @@ class _Stream:
             began, self._began, self._chosen, self._seen = self._began, True, None, 0
             return b"" if began else self._about([])
         message = b""
-        if self._chosen is None or recent.written(slot) < self._seen:  # it was pushed out and is back
-            events = recent.events(slot)
+        again = recent.written(slot) < self._seen or recent.mixed(slot) != self._mixed
+        if self._chosen is None or again:  # it was pushed out and is back, or its past has changed
+            events, self._mixed = recent.events(slot), recent.mixed(slot)
             self._chosen, self._seen, self._began = self._choose(events), recent.written(slot) - len(events), True
             message = self._about(self._chosen)
         written = recent.written(slot)

@@ -26,6 +26,7 @@ from service.backtest import TAIL
 from service.console import table
 from service.console.live import STATES, Events, FleetQuery, Live
 from service.console.recent import Recent
+from service.console.shared import Shared
 from service.console.trial import Trial, TrialLimits, Trials
 from service.detector import Detector
 from service.errors import ArtifactError, BadParameter, OnsetError, TooLarge, TooSlow, UnknownModel, UnsupportedMedia
@@ -34,6 +35,7 @@ from service.feed import Feed
 from service.metrics import Metrics
 from service.policy import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA, Policy
 from service.problems import problem_of, respond
+from service.stores.live import LiveLog
 
 CSV, JSON = "text/csv", "application/json"
 BODY_SECONDS = 60.0
@@ -79,7 +81,10 @@ class Console:
         """`models` is where the detectors were loaded from, `policy_of` gives the policy in force for one of them."""
         share = limits.most_bytes // len(detectors)
         recent = {name: Recent(detector.manifest, share, limits.depth) for name, detector in detectors.items()}
-        self.live = Live(recent, limits.most_watchers, f"{socket.gethostname()}:{os.getpid()}", metrics)
+        replica = f"{socket.gethostname()}:{os.getpid()}"
+        self.log = LiveLog()
+        self.shared = Shared(recent, replica, self.log, metrics)
+        self.live = Live(recent, limits.most_watchers, replica, metrics, self.shared)
         self.trials = Trials(limits.trial)
         self._detectors = detectors
         self._models = models
@@ -114,11 +119,12 @@ class Console:
 
     async def table(self, request: Request) -> Response:
         """The streams without a script."""
+        self.shared.glance()
         content = table.page(list(self.live.recent.values()), self.live.replica, alone=not self._built)
         return HTMLResponse(content, headers=HEADERS | {"cache-control": "no-store"})
 
     async def fleet(self, request: Request) -> Events:
-        """The streams of this replica, as they are scored."""
+        """The streams of all replicas, as they are scored."""
         query = request.query_params
         limit, state = query.get("limit", str(DEFAULT_SHOWN)), query.get("state", "")
         if not (limit.isascii() and limit.isdigit() and len(limit) < 5 and 1 <= int(limit) <= MOST_SHOWN):

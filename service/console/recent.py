@@ -1,6 +1,7 @@
-"""What one model has scored lately on this replica: a ring of events for each stream, bounded in memory.
+"""What one model has scored lately: a ring of events for each stream, bounded in memory.
 
-    feed ──batches──► put aside ──many at once──► rings [slots, depth], rank of each stream ──pulled──► live.py
+    feed ──batches──► read ──► put aside ──many at once──► rings [slots, depth], rank of each stream ──pulled──► live.py
+    other replicas (shared.py) ──────────► merged by time ─┘
 
 Taking a batch costs next to nothing: it is kept until somebody looks, or until there is enough to write with a few array operations.
 """
@@ -29,6 +30,8 @@ QUIET_SECONDS = 60.0
 """A stream that has not spoken for so long makes room for a new one."""
 ADMISSIONS = 64
 """New streams that may push out others, for each writing."""
+MOST_AGE = 3600.0
+"""Seconds: of what was longer ago than that no rank is left."""
 ANOMALY, OPEN, HELD, ONSET, COLD = 1, 2, 4, 8, 16
 """Bits of an event: anomalous, an alert is open, the state is frozen, an alert begins, warming up."""
 
@@ -43,6 +46,7 @@ def event_dtype(features: int) -> np.dtype[Any]:
             ("score", "<f4"),
             ("alert", "<f4"),
             ("p", "<f4"),
+            ("version", "<u8"),  # events of the stream up to it; with `t` it says which one it is
             ("bits", "u1"),
             ("severity", "u1"),
             ("direction", "u1"),
@@ -76,12 +80,11 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class _Put:
+class Put:
     """What is kept of a batch until it is written."""
 
     stream_ids: list[str]
     events: NDArray[Any]  # [n] of event_dtype
-    versions: NDArray[np.int64]  # [n]
     at: float
 
 
@@ -91,39 +94,39 @@ class Recent:
     def __init__(self, manifest: Manifest, most_bytes: int, depth: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.manifest = manifest
         self.depth = depth
-        self._dtype = event_dtype(len(manifest.features))
-        self.capacity = max(1, most_bytes // (depth * self._dtype.itemsize))
+        self.dtype = event_dtype(len(manifest.features))
+        self.capacity = max(1, most_bytes // (depth * self.dtype.itemsize))
         self._clock = clock
         # Zeros of the operating system: a ring takes memory once it is written.
-        self._ring = np.zeros((self.capacity, depth), self._dtype)
+        self._ring = np.zeros((self.capacity, depth), self.dtype)
         self._written = np.zeros(self.capacity, np.int64)
         self._changed = np.zeros(self.capacity, np.int64)
         self._bits = np.zeros(self.capacity, np.uint8)
-        self._versions = np.zeros(self.capacity, np.int64)
         self._rank = np.zeros(self.capacity, np.float64)
         self._at = np.zeros(self.capacity, np.float64)
         self._spoke = np.zeros(self.capacity, np.float64)
+        self._mixed = np.zeros(self.capacity, np.int64)
         self._names: list[str] = []
         self._slots: dict[str, int] = {}
-        self._pending: list[_Put] = []
+        self._pending: list[Put] = []
         self._pending_events = 0
         self._left_out = 0
         self.writes = 0
         """Goes up with every writing; see `changed_since`."""
         self.pushes = 0
-        """Streams that another took the slot of."""
+        """Streams that another took the slot of, and those whose past has changed; see `mixed`."""
 
-    def take(self, batch: Batch) -> None:
-        """Put the scored events of a committed batch aside."""
+    def read(self, batch: Batch) -> Put | None:
+        """The scored events of a committed batch; None = there are none."""
         answers = batch.answers
         kinds = np.array(answers.kinds, np.uint8)
         scored = np.flatnonzero(kinds == Kind.SCORED)
         if len(scored) == 0:
-            return
+            return None
         places = scored + answers.start
         records, verdicts = answers.batch.outcomes.records[places], answers.batch.verdicts
-        events = np.empty(len(scored), self._dtype)
-        events["t"], events["p"] = records["timestamp"], records["p_value"]
+        events = np.empty(len(scored), self.dtype)
+        events["t"], events["p"], events["version"] = records["timestamp"], records["p_value"], records["version"]
         events["score"], events["alert"] = verdicts.anomaly_score[places], verdicts.alert_score[places]
         events["severity"], events["direction"] = verdicts.severity[places], verdicts.direction[places]
         flags = records["flags"]
@@ -137,9 +140,12 @@ class Recent:
         for name in _FIELDS:
             events[name] = records[name]
         ids = batch.stream_ids
-        put = _Put([ids[i] for i in scored.tolist()], events, records["version"].astype(np.int64), self._clock())
+        return Put([ids[i] for i in scored.tolist()], events, self._clock())
+
+    def put(self, put: Put) -> None:
+        """Put events aside that come after all of theirs that are here."""
         self._pending.append(put)
-        self._pending_events += len(scored)
+        self._pending_events += len(put.events)
         if self._pending_events >= PENDING_EVENTS:
             self.write()
 
@@ -149,13 +155,34 @@ class Recent:
             return
         puts, self._pending, self._pending_events = self._pending, [], 0
         self.writes += 1
-        events = np.concatenate([put.events for put in puts])
+        slots, events, at = self._placed(puts, np.repeat([put.at for put in puts], [len(put.events) for put in puts]))
+        if len(slots):
+            self._write(slots, events, at)
+
+    def merge(self, puts: Sequence[Put], *, aged: bool = False) -> None:
+        """Write events of several origins by their time; those that are here already are dropped. `aged`: they may be of long ago."""
+        self.write()
         at = np.repeat([put.at for put in puts], [len(put.events) for put in puts])
-        slots = self._slots_of([name for put in puts for name in put.stream_ids], events, at)
-        kept = np.flatnonzero(slots >= 0)
-        self._left_out += len(slots) - len(kept)
-        if len(kept):
-            self._write(slots[kept], events[kept], np.concatenate([put.versions for put in puts])[kept], at[kept])
+        if len(at) == 0:
+            return
+        self.writes += 1
+        if aged:
+            at = at - np.clip(time.time() - np.concatenate([put.events["t"] for put in puts]), 0.0, MOST_AGE)
+        slots, events, at = self._placed(puts, at)
+        if len(slots) == 0:
+            return
+        order = np.lexsort((events["version"], events["t"], slots))
+        slots, events, at = slots[order], events[order], at[order]
+        starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]])
+        sizes = np.diff(np.r_[starts, len(slots)])
+        each = slots[starts]
+        behind = (self._written[each] > 0) & (events["t"][starts] <= self.last(each)["t"])
+        ahead = ~np.repeat(behind, sizes)
+        if ahead.any():
+            self._write(slots[ahead], events[ahead], at[ahead])
+        for slot, start, size in zip(each[behind].tolist(), starts[behind].tolist(), sizes[behind].tolist(), strict=True):
+            part = slice(start, start + size)
+            self._mix(slot, events[part], at[part])
 
     def counts(self) -> Counts:
         held = self._bits[: len(self._names)]
@@ -183,9 +210,13 @@ class Recent:
         """Events ever written of the stream in this slot."""
         return int(self._written[slot])
 
+    def mixed(self, slot: int) -> int:
+        """Goes up when events were put between those of this slot: whoever has them needs all again."""
+        return int(self._mixed[slot])
+
     def version(self, slot: int) -> int:
         """Events of the stream up to its last one."""
-        return int(self._versions[slot])
+        return int(self._ring[slot, (self._written[slot] - 1) % self.depth]["version"])
 
     def changed_since(self, writes: int, slots: NDArray[np.intp]) -> NDArray[np.intp]:
         """Those of `slots` that were written after `self.writes` was `writes`."""
@@ -234,12 +265,20 @@ class Recent:
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _placed(self, puts: Sequence[Put], at: NDArray[np.float64]) -> tuple[NDArray[Any], ...]:
+        """Slots, events and times [N] of what finds room."""
+        events = np.concatenate([put.events for put in puts])
+        slots = self._slots_of([name for put in puts for name in put.stream_ids], events, at)
+        kept = np.flatnonzero(slots >= 0)
+        self._left_out += len(slots) - len(kept)
+        return slots[kept], events[kept], at[kept]
+
     def _slots_of(self, names: Sequence[str], events: NDArray[Any], at: NDArray[np.float64]) -> NDArray[np.intp]:
         """[N] slots, -1 = no room."""
         get = self._slots.get
         slots = np.array([get(name, -1) for name in names], np.intp)
         known = slots >= 0
-        self._spoke[slots[known]] = at[known]  # so that none of these is pushed out below
+        np.maximum.at(self._spoke, slots[known], at[known])  # so that none of these is pushed out below
         begin, tries = float(at[0]), ADMISSIONS
         for i in np.flatnonzero(~known).tolist():
             slot = get(names[i], -1)
@@ -270,12 +309,12 @@ class Recent:
     def _begin(self, slot: int, at: float) -> None:
         self.pushes += self._written[slot] > 0
         self._slots[self._names[slot]] = slot
-        self._written[slot] = self._rank[slot] = self._bits[slot] = 0
+        self._written[slot] = self._rank[slot] = self._bits[slot] = self._mixed[slot] = 0
         self._at[slot] = self._spoke[slot] = at
 
-    def _write(self, slots: NDArray[np.intp], events: NDArray[Any], versions: NDArray[np.int64], at: NDArray[np.float64]) -> None:
+    def _write(self, slots: NDArray[np.intp], events: NDArray[Any], at: NDArray[np.float64]) -> None:
         order = np.argsort(slots, kind="stable")
-        slots, events, versions, at = slots[order], events[order], versions[order], at[order]
+        slots, events, at = slots[order], events[order], at[order]
         starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]])
         sizes = np.diff(np.r_[starts, len(slots)])
         number = np.arange(len(slots)) - np.repeat(starts, sizes)
@@ -288,4 +327,26 @@ class Recent:
         self._rank[each] = np.maximum(self._rank[each] * 0.5 ** ((at[ends] - self._at[each]) / HALF_LIFE), peaks)
         self._written[each] += sizes
         self._changed[each] = self.writes
-        self._bits[each], self._versions[each], self._at[each] = events["bits"][ends], versions[ends], at[ends]
+        self._bits[each], self._at[each] = events["bits"][ends], at[ends]
+
+    def _mix(self, slot: int, new: NDArray[Any], at: NDArray[np.float64]) -> None:
+        """Put events of one stream, sorted, between those that are held."""
+        held = self.events(slot)
+        both = np.concatenate([held, new])
+        order = np.lexsort((both["version"], both["t"]))
+        t, version = both["t"][order], both["version"][order]
+        again = np.r_[False, (t[1:] == t[:-1]) & (version[1:] == version[:-1])]
+        more = len(order) - int(again.sum()) - len(held)
+        if more <= 0 or (len(held) == self.depth and new["t"][-1] < held["t"][0]):
+            return
+        merged = both[order[~again]][-self.depth :]
+        written = int(self._written[slot]) + more
+        self._ring[slot, np.arange(written - len(merged), written) % self.depth] = merged
+        peak = float(np.nan_to_num(np.fmax(new["score"], new["alert"]), posinf=1e3).max())
+        fade = 0.5 ** (max(0.0, float(at[-1]) - self._at[slot]) / HALF_LIFE)
+        self._rank[slot] = max(self._rank[slot] * fade, peak * 0.5 ** (max(0.0, self._at[slot] - float(at[-1])) / HALF_LIFE))
+        self._at[slot] = max(self._at[slot], float(at[-1]))
+        self._written[slot], self._changed[slot] = written, self.writes
+        self._bits[slot] = merged["bits"][-1]
+        self._mixed[slot] += 1
+        self.pushes += 1

@@ -29,7 +29,7 @@ def page(models: list[Recent], replica: str, *, alone: bool) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f'<meta http-equiv="refresh" content="{RELOAD_SECONDS}"><title>Onset</title><link rel="icon" href="data:,">'
         '<link rel="stylesheet" href="table.css"></head><body><main><h1>Onset</h1>'
-        f"<p>What the replica {html.escape(replica)} scored lately, reloaded every {RELOAD_SECONDS} seconds. "
+        f"<p>What was scored lately, as the replica {html.escape(replica)} knows it, reloaded every {RELOAD_SECONDS} seconds. "
         f"{_MISSING if alone else _LIVE}</p>{parts}"
         '<p><a href="docs">The REST API</a> · <a href="metrics">Metrics</a></p></main></body></html>'
     )
