@@ -277,7 +277,7 @@ def create_app(settings: Settings) -> FastAPI:
     else:
         app.get("/", include_in_schema=False)(_home)
     manifests = [detector.manifest for detector in service.detectors.values()]
-    app.openapi = lambda: openapi.document(app, manifests)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.document(app, manifests, live=service.console is not None)  # type: ignore[method-assign]
     return app
 
 

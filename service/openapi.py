@@ -18,6 +18,9 @@ from service import alerts
 from service.api import MAX_NOTE, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.bodies import Format
+from service.console.live import STATES
+from service.console.messages import LIVE_EVENTS
+from service.console.pages import DEFAULT_SHOWN, MOST_SHOWN
 from service.control import PolicyReply
 from service.errors import OnsetError
 from service.events import MAX_NAME_LENGTH, SEVERITIES, Event, Result
@@ -39,19 +42,18 @@ _DESCRIPTION = """Scores each event of a stream the moment it arrives, with the 
 rarer than asked; `alert_score` is the same where an anomaly *begins* and 0 elsewhere. Scores are null while a stream warms up."""
 
 
-def document(app: FastAPI, manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """The whole document, made once; it names the features of the loaded models."""
+def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict[str, Any]:
+    """The whole document, made once; it names the features of the loaded models. `live`: whether the console is served."""
     if app.openapi_schema is None:
         spec = get_openapi(title="Onset", version=app.version, description=_DESCRIPTION, routes=app.routes)
         _, components = msgspec.json.schema_components(
-            [Event, Result, Problem, PolicyReply, LevelReply, alerts.AlertPage], ref_template=_COMPONENT
+            [Event, Result, Problem, PolicyReply, LevelReply, alerts.AlertPage, *(_LIVE_DATA if live else ())], ref_template=_COMPONENT
         )
         event = _event(components.pop("Event"), manifests)
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
         spec["components"]["schemas"] |= {"Health": _HEALTH, "Event": event, "StreamEvent": _without_stream(event), "PolicyChange": _CHANGE}
-        spec["paths"] = _paths(example(manifests[0])) | {
-            path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))
-        }
+        others = {path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))}
+        spec["paths"] = _paths(example(manifests[0])) | (_live_paths() if live else {}) | others
         app.openapi_schema = spec
     return app.openapi_schema
 
@@ -167,6 +169,7 @@ _CHANGE = {
         }
     ],
 }
+_LIVE_DATA = [data for events in LIVE_EVENTS.values() for data in events.values()]
 _HEALTH = {
     "type": "object",
     "required": ["status"],
@@ -237,6 +240,40 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
             }
         },
     }
+
+
+def _live_paths() -> dict[str, Any]:
+    """Server-sent events: OpenAPI 3.1 can say of their answer that it is text, and what the text holds beside it."""
+    stream = _parameter("stream_id", "path", {"type": "string", "pattern": PRINTABLE}, "No control characters; may hold slashes.")
+    model = _parameter("model", "query", {"type": "string"}, "Which loaded model; the default one if left out.")
+    fleet = [
+        _parameter(
+            "limit", "query", {"type": "integer", "minimum": 1, "maximum": MOST_SHOWN, "default": DEFAULT_SHOWN}, "Streams at most."
+        ),
+        _parameter("q", "query", {"type": "string", "maxLength": MAX_NAME_LENGTH}, "What a stream's name holds, whatever its case."),
+        _parameter("state", "query", {"enum": list(STATES)}, "Only streams in this state."),
+        model,
+    ]
+    feature = _parameter("feature", "query", {"type": "array", "items": {"type": "string"}}, "These; else those that carry the most.")
+    of_fleet = ["bad-parameter", "unknown-model", "overloaded"]
+    return {
+        "/v1/live": {
+            "get": _operation("liveFleet", "The streams as they are scored, the anomalous first", fleet, _live("/v1/live"), of_fleet)
+        },
+        "/v1/live/{stream_id}": {
+            "get": _operation("liveStream", "Every event of one stream", [stream, feature, model], _live("/v1/live/{stream_id}"), of_fleet)
+        },
+    }
+
+
+def _live(path: str) -> dict[str, Any]:
+    events = {name: _ref(data.__name__) for name, data in LIVE_EVENTS[path].items()}
+    named = ", ".join(f"`{name}` ({data.__name__})" for name, data in LIVE_EVENTS[path].items())
+    text = {
+        "type": "string",
+        "description": f"Server-sent events, each with one JSON object as its data: {named}; `bye` ({{}}) at the end.",
+    }
+    return {"200": {"description": "An answer that does not end.", "content": {"text/event-stream": {"schema": text, "x-events": events}}}}
 
 
 def _alert_paths(model: dict[str, Any]) -> dict[str, Any]:

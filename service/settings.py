@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     console: bool = True
     """Whether the page at / and what it shows live are served (docs/console.md)."""
     console_bytes: Annotated[int, Field(ge=1024 * 1024)] = 128 * 1024 * 1024
-    """Memory for the recent events that the page shows, at most; a stream takes it once it speaks (26 kB with the shipped detector)."""
+    """Memory for the recent events that the page shows, at most; a stream takes it once it speaks (31 kB with the shipped detector)."""
     console_events: Annotated[int, Field(ge=10, le=100_000)] = 600
     """Recent events kept of a stream."""
     console_watchers: Annotated[int, Field(ge=1, le=1000)] = 32

@@ -25,6 +25,18 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from service import tasks
+from service.artifact import Manifest
+from service.console.messages import (
+    LiveChanges,
+    LiveContributor,
+    LiveCounts,
+    LiveEvents,
+    LiveFeature,
+    LiveFleet,
+    LiveLast,
+    LiveShown,
+    LiveStream,
+)
 from service.console.recent import ANOMALY, COLD, OPEN, Recent
 from service.console.shared import FLEET, Shared
 from service.errors import Overloaded
@@ -193,6 +205,7 @@ class _Fleet:
         self._known: dict[int, tuple[str, int]] = {}
         self._seen: dict[int, int] = {}
         self._writes = 0
+        self._told: tuple[int, int] | None = None
         self._pushes = 0
         self._members_at = -MEMBERS_SECONDS
         self._single = len(recent.manifest.features) == 1
@@ -216,33 +229,23 @@ class _Fleet:
         new = [slot for slot, known in named.items() if self._known.get(slot) != known]
         self._slots, self._known, self._pushes = slots, named, recent.pushes
         self._seen = {slot: self._seen.get(slot, 0) if slot not in new else 0 for slot in named}
-        features = [{"name": feature.name, "unit": feature.unit} for feature in recent.manifest.features]
-        body = {
-            "model": recent.manifest.name,
-            "version": recent.manifest.version,
-            "replica": self._replica,
-            "features": features,
-            "keys": slots.tolist(),
-            "new": [{"key": slot, "id": named[slot][0], **self._history(slot)} for slot in new],
-        }
-        return _message("fleet", body)
+        manifest, shown = recent.manifest, [self._shown(slot, named[slot][0]) for slot in new]
+        fleet = LiveFleet(manifest.name, manifest.version, self._replica, _features(manifest), slots.tolist(), shown)
+        return _message("fleet", fleet)
 
-    def _history(self, slot: int) -> dict[str, Any]:
+    def _shown(self, slot: int, name: str) -> LiveShown:
         events = self._recent.events(slot)[-SPARK_EVENTS:]
         self._seen[slot] = self._recent.written(slot)
-        return {
-            "t": np.round(events["t"], 3).tolist(),
-            "value": series(events["x"][:, 0]) if self._single else None,
-            "score": series(events["score"], 4),
-            "bits": events["bits"].tolist(),
-        }
+        value = series(events["x"][:, 0]) if self._single else None
+        return LiveShown(slot, name, np.round(events["t"], 3).tolist(), value, series(events["score"], 4), events["bits"].tolist())
 
     def _changes(self) -> bytes:
         recent = self._recent
         changed = recent.changed_since(self._writes, self._slots)
-        if recent.writes == self._writes and self._writes:
+        state = (recent.writes, self._shared.replicas)
+        if state == self._told:
             return b""
-        self._writes = recent.writes
+        self._told, self._writes = state, recent.writes
         last, rank = recent.last(changed), recent.rank(changed)
         peaks = [self._peak(slot) for slot in changed.tolist()]
         top = last["contribution"].argmax(axis=1) if len(changed) else np.zeros(0, np.intp)
@@ -258,8 +261,8 @@ class _Fleet:
             top.tolist(),
             [SEVERITIES[i] for i in last["severity"].tolist()],
         )
-        counts = asdict(recent.counts()) | {"replicas": self._shared.replicas, "thinned": self._shared.left_out}
-        return _message("changes", {"counts": counts, "rows": list(zip(*columns, strict=True))})
+        counts = LiveCounts(**asdict(recent.counts()), replicas=self._shared.replicas, thinned=self._shared.left_out)
+        return _message("changes", LiveChanges(counts, list(zip(*columns, strict=True))))
 
     def _peak(self, slot: int) -> tuple[float, int]:
         """Of what is new: a spike between two messages must not be lost. Its bits: onsets of any event, the rest of the last one."""
@@ -311,42 +314,34 @@ class _Stream:
         return sorted(np.argsort(-weight.sum(axis=0), kind="stable")[:FEATURES_SENT].tolist())
 
     def _about(self, chosen: list[int]) -> bytes:
-        manifest = self._recent.manifest
-        body = {
-            "stream_id": self._stream_id,
-            "model": manifest.name,
-            "version": manifest.version,
-            "replica": self._replica,
-            "depth": self._recent.depth,
-            "warmup": manifest.warmup,
-            "features": [{"name": one.name, "unit": one.unit, "role": one.role} for one in manifest.features],
-            "chosen": chosen,
-        }
-        return _message("stream", body)
+        manifest, depth = self._recent.manifest, self._recent.depth
+        features = _features(manifest)
+        about = LiveStream(self._stream_id, manifest.name, manifest.version, self._replica, depth, manifest.warmup, features, chosen)
+        return _message("stream", about)
 
-    def _columns(self, slot: int, events: NDArray[Any], skipped: int, chosen: list[int]) -> dict[str, Any]:
-        last = events[-1]
+    def _columns(self, slot: int, events: NDArray[Any], skipped: int, chosen: list[int]) -> LiveEvents:
+        columns = {name: [series(events[name][:, j]) for j in chosen] for name in ("x", "expected", "lower", "upper", "contribution")}
+        return LiveEvents(
+            skipped,
+            np.round(events["t"], 3).tolist(),
+            series(events["score"], 5),
+            series(events["alert"], 5),
+            short(events["p"], 3),
+            events["bits"].tolist(),
+            **columns,
+            last=self._last(slot, events[-1]),
+        )
+
+    def _last(self, slot: int, last: Any) -> LiveLast:
         order = np.argsort(-last["contribution"], kind="stable")[:TOP_SENT].tolist()
         names = self._recent.manifest.feature_names
         top = zip(order, *(short(last[name][order]) for name in ("contribution", "x", "expected")), strict=True)
-        return {
-            "skipped": skipped,
-            "t": np.round(events["t"], 3).tolist(),
-            "score": series(events["score"], 5),
-            "alert": series(events["alert"], 5),
-            "p": short(events["p"], 3),
-            "bits": events["bits"].tolist(),
-            **{name: [series(events[name][:, j]) for j in chosen] for name in ("x", "expected", "lower", "upper", "contribution")},
-            "last": {
-                "severity": SEVERITIES[last["severity"]],
-                "direction": DIRECTIONS[last["direction"]],
-                "state_version": self._recent.version(slot),
-                "contributors": [
-                    {"feature": names[j], "contribution": share, "actual": actual, "expected": expected}
-                    for j, share, actual, expected in top
-                ],
-            },
-        }
+        contributors = [LiveContributor(names[j], share, actual, expected) for j, share, actual, expected in top]
+        return LiveLast(SEVERITIES[last["severity"]], DIRECTIONS[last["direction"]], self._recent.version(slot), contributors)
+
+
+def _features(manifest: Manifest) -> list[LiveFeature]:
+    return [LiveFeature(one.name, one.unit, one.role) for one in manifest.features]
 
 
 def short(numbers: NDArray[np.floating], digits: int = 6) -> list[float | None]:
@@ -364,5 +359,5 @@ def series(numbers: NDArray[np.floating], digits: int = 6) -> list[float | None]
     return [None if number != number else number for number in rounded] if len(finite) < len(wide) else rounded  # noqa: PLR0124 - NaN
 
 
-def _message(event: str, body: dict[str, Any]) -> bytes:
+def _message(event: str, body: msgspec.Struct | Mapping[str, Any]) -> bytes:
     return b"event: " + event.encode() + b"\ndata: " + _encoder.encode(body) + b"\n\n"

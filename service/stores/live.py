@@ -2,8 +2,8 @@
 
 Keys (each name once, here), both in one slot of a cluster; each is gone EXPIRY_SECONDS after the last entry:
 
-    onset:{live}:asks       which replica has pages that watch, and what: a stream of ASKS entries at most with the one field `ask`
-    onset:{live}:events     what the others have scored since: a stream of the last KEPT_SECONDS, its entries with the one field `part`
+    onset:{live}:asks-v1    which replica has pages that watch, and what: a stream of ASKS entries at most with the one field `ask`
+    onset:{live}:events-v1  what the others have scored since: a stream of the last KEPT_SECONDS, its entries with the one field `part`
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from service.errors import StoreUnavailable
 from service.stores.redis import Command, Commands
 
-ASKS_KEY, EVENTS_KEY = b"onset:{live}:asks", b"onset:{live}:events"
+ASKS_KEY, EVENTS_KEY = b"onset:{live}:asks-v1", b"onset:{live}:events-v1"
 ASKS = 256
 KEPT_SECONDS = 5
 """By the store's clock: who reads less often than that misses something."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from tests.e2e.process import Service
 from tests.needs import program
+from tests.servers import Valkey
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = [
@@ -308,3 +310,41 @@ def test_a_page_whose_service_has_gone_says_so_and_finds_it_again(tmp_path: Path
             short_lived.start()
             expect(page.locator(".status")).to_have_text("Live")
             visit.wrong = [said for said in visit.wrong if "ERR_" not in said]  # Chromium's own lines on what it could not reach
+
+
+def test_the_page_of_one_replica_shows_what_the_others_score(tmp_path: Path, tiny_model_path: Path, browser: Browser) -> None:
+    folders = [tmp_path / name / "data" for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with Valkey(tmp_path / "valkey") as store, contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(Service(folder, model=tiny_model_path, REDIS_URL=store.url, SILENCE="false")) for folder in folders)
+
+        def post(service: Service, name: str, *values: float) -> None:
+            events = [{"stream_id": name, "values": {"value": value}} for value in values]
+            httpx.post(f"{service.url}/v1/events", json=events, timeout=30).raise_for_status()
+
+        calm = [10 + 0.1 * (i % 3) for i in range(20)]
+        for values in (calm, calm):
+            for service in (one, two):
+                post(service, "spread", *values)
+        post(one, "at one", *calm)
+        post(two, "at two", *calm, *calm)
+        with Visit(browser, one.url) as page:
+            page.goto(one.url)
+            expect(page.locator(".rows li")).to_have_count(3)
+            expect(page.locator(".summary")).to_contain_text("2 replicas")
+            post(two, "at two", 99.0)
+            top = page.locator('.rows li[aria-posinset="1"] a')
+            expect(top).to_have_attribute("title", "at two")
+            expect(top.locator(".state")).to_contain_text("Alert open, onset")
+            page.goto(f"{one.url}/#/stream/spread")
+            chart = page.locator(".chart").first
+            expect(chart).to_have_attribute("data-points", "80")
+            post(two, "spread", *calm)
+            post(one, "spread", *calm)
+            expect(chart).to_have_attribute("data-points", "120")
+            expect(page.locator(".figures")).to_contain_text("120")
+            two.terminate()
+            page.goto(f"{one.url}/#/fleet")
+            expect(page.locator(".rows li")).to_have_count(3)
+            expect(page.locator(".summary")).not_to_contain_text("replicas")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import threading
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import pytest
 import schemathesis
 import uvicorn
@@ -44,6 +47,8 @@ ROUTES = {
     ("GET", "/health/ready"),
     ("GET", "/metrics"),
 }
+LIVE = {("GET", "/v1/live"), ("GET", "/v1/live/{stream_id}")}
+"""Their answers do not end: they are fuzzed up to the first event."""
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,66 @@ def test_every_operation_answers_as_documented(schema: Any, method: str, path: s
     check()
 
 
+@pytest.mark.parametrize(("method", "path"), sorted(LIVE))
+def test_live_answers_begin_as_documented(served: str, schema: Any, method: str, path: str) -> None:
+    post_events(served)
+    document = httpx.get(f"{served}/openapi.json").json()
+
+    @settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(case=schema[path][method].as_strategy())
+    def check(case: Any) -> None:
+        request = case.as_transport_kwargs(base_url=served)
+        with httpx.stream(method, request["url"], params=request["params"], headers=dict(request["headers"]), timeout=10) as answer:
+            documented = document["paths"][path][method.lower()]["responses"]
+            assert str(answer.status_code) in documented, request
+            content = documented[str(answer.status_code)]["content"]
+            media_type = answer.headers["content-type"].partition(";")[0]
+            assert media_type in content
+            if answer.status_code == 200:
+                name, data = next(events_of(answer))
+                valid(document, content[media_type]["x-events"][name], data)
+            else:
+                answer.read()
+                valid(document, content[media_type]["schema"], answer.json())
+
+    check()
+
+
+def test_every_live_event_is_as_documented(served: str) -> None:
+    document = httpx.get(f"{served}/openapi.json").json()
+    for path, names in (("/v1/live", ["fleet", "changes"]), ("/v1/live/{stream_id}", ["stream", "events"])):
+        post_events(served)
+        schemas = document["paths"][path]["get"]["responses"]["200"]["content"]["text/event-stream"]["x-events"]
+        assert list(schemas) == names
+        with httpx.stream("GET", served + path.format(stream_id="live/1"), timeout=10) as answer:
+            sent = list(itertools.islice(events_of(answer), 2))
+        assert [name for name, _ in sent] == names
+        for name, data in sent:
+            valid(document, schemas[name], data)
+            assert any(data[key] for key in ("new", "rows", "features", "t") if key in data)
+
+
+def post_events(served: str) -> None:
+    events = [{"stream_id": "live/1", "values": {"value": value}} for value in (1.0, 1.1, 99.0)]
+    assert httpx.post(f"{served}/v1/events", json=events).status_code == 200
+
+
+def events_of(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
+    """Names and data of server-sent events."""
+    rest = b""
+    for chunk in answer.iter_bytes():
+        *blocks, rest = (rest + chunk).split(b"\n\n")
+        for block in blocks:
+            name, _, data = block.partition(b"\n")
+            if name.startswith(b"event: "):
+                yield name.removeprefix(b"event: ").decode(), json.loads(data.removeprefix(b"data: "))
+
+
+def valid(document: dict[str, Any], schema: dict[str, Any], data: Any) -> None:
+    """Raises ValidationError."""
+    jsonschema_rs.Draft202012Validator(schema | {"components": document["components"]}).validate(data)
+
+
 def _means_a_rate(body: Any) -> bool:
     """What no schema can say of a policy: its words and its cadence together mean a rate that can be asked for."""
     if not isinstance(body, dict) or "false_alarms" not in body:
@@ -106,7 +171,7 @@ def test_the_examples_of_a_policy_are_taken_and_undone(served: str) -> None:
 
 def test_every_route_is_documented(served: str) -> None:
     paths = httpx.get(f"{served}/openapi.json").json()["paths"]
-    assert {(method.upper(), path) for path, item in paths.items() for method in item} == ROUTES
+    assert {(method.upper(), path) for path, item in paths.items() for method in item} == ROUTES | LIVE
 
 
 def test_the_page_at_docs_needs_nothing_from_elsewhere(served: str) -> None:
