@@ -55,7 +55,8 @@ def each_once(results: Sequence[Result]) -> list[Result]:
     once: dict[tuple[str, int], Result] = {}
     for result in results:
         plain = replace(result, duplicate=False)
-        assert once.setdefault((result.stream_id, result.state_version), plain) == plain
+        first = once.setdefault((result.stream_id, result.state_version), plain)
+        assert first == plain, f"{result} is not what came out first: {first}"
     return list(once.values())
 
 
