@@ -539,13 +539,14 @@ class Scorer:
         told = [slot for slot in settled if events[slot] == 0 and not unknown[slot]]
         if len(changed) == 0 and not told:
             return became
-        loaded.rows["trail_until"][events > 1] = self._clock() + self._limits.result_ttl_seconds
+        trailed = self._trailed(loaded.rows, slots, events, outcomes)
+        loaded.rows["trail_until"][slots[trailed]] = self._clock() + self._limits.result_ttl_seconds
         rows = loaded.rows if len(changed) == len(stream_ids) else loaded.rows[changed]
         # A stream that another replica wrote last is likely to be written by it again: a copy would be stale.
         stays = copied[changed] | (loaded.origins[changed] != Origin.STORED) | self._codec.ours(rows)
         watches = waits(rows, policy.alpha, self._clock()) if policy.silence else [None] * len(rows)
         values = self._codec.encode(rows)
-        trails = self._new_trails(scored, slots, events, outcomes)
+        trails = self._new_trails(trailed, slots, outcomes)
         logs = self._moved(standing, stream_ids, scored, slots, answers)
         writes = [
             Write(
@@ -607,11 +608,25 @@ class Scorer:
         results = self._replies.picked(events, answers, scored[[move.event for move in moves]].tolist())
         return alerts.moved(moves, self.detector.name, stream_ids, results)
 
-    def _new_trails(self, scored: Positions, slots: Positions, events: NDArray[np.intp], outcomes: Outcomes) -> dict[int, bytes]:
-        """Blobs of the results of those streams that had several events in this batch."""
-        several = scored[events[slots[scored]] > 1]
-        several = several[np.argsort(slots[several], kind="stable")]
-        groups = np.split(several, np.flatnonzero(np.diff(slots[several])) + 1) if len(several) else []
+    @staticmethod
+    def _trailed(rows: Rows, slots: Positions, events: NDArray[np.intp], outcomes: Outcomes) -> Positions:
+        """Events whose results a trail is to keep, those of a stream in its order: of several in this batch, all; and the stream's
+        last one before it, where that was sent again: its result may have been lost on the way, and its place is now another's.
+        """
+        of_one = events[slots]
+        kept = (outcomes.kinds == Kind.SCORED) & (of_one > 1)
+        if outcomes.kinds.any():  # not all SCORED
+            last = outcomes.records["version"] == rows["version"][slots] - of_one.astype(np.uint64)
+            again = np.flatnonzero((outcomes.kinds == Kind.DUPLICATE) & (of_one > 0) & last)
+            again = again[np.unique(slots[again], return_index=True)[1]]
+            kept |= (outcomes.kinds == Kind.SCORED) & np.isin(slots, slots[again])
+            kept[again] = True
+        return np.flatnonzero(kept)
+
+    def _new_trails(self, trailed: Positions, slots: Positions, outcomes: Outcomes) -> dict[int, bytes]:
+        """Slot → blob of the results at `trailed`."""
+        ordered = trailed[np.argsort(slots[trailed], kind="stable")]
+        groups = np.split(ordered, np.flatnonzero(np.diff(slots[ordered])) + 1) if len(ordered) else []
         return {int(slots[group[0]]): self._codec.encode_trail(outcomes.records[group]) for group in groups}
 
     async def _trails_of_untimed(self, readings: Readings, slots: Positions, stream_ids: list[str], loaded: Loaded) -> dict[int, Rows]:

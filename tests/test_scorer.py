@@ -167,6 +167,15 @@ async def test_part_of_a_bulk_sent_again_beside_new_events_steps_only_the_new_on
     await straight.drain(1)
 
 
+async def test_an_event_sent_again_with_its_successors_gets_its_stored_result_however_often_that_is(scorer: Scorer) -> None:
+    """One event at a time, each with all before it that nobody has heard of yet: a reply that is lost is lost more than once."""
+    sent = events(6)
+    first = [await scorer.score(sent[: i + 1]) for i in range(len(sent))]
+    again = await scorer.score(sent)
+    assert all(result.state_version == i + 1 for i, result in enumerate(results(again)))
+    assert [scores(answers) for answers in first] == [scores(again)[: i + 1] for i in range(len(sent))]
+
+
 async def test_untimed_events_without_ids_are_new_ones_beside_repeated_ids(scorer: Scorer) -> None:
     bulk = [event for pair in zip(events(4, timed=False), events(4, ids=False, timed=False), strict=True) for event in pair]
     await scorer.score(bulk)

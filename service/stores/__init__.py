@@ -7,8 +7,8 @@ A stream's value and its trail:
                 Written by the commit; a watch may be due too early (the value has the true deadline), never missing for long
     alert log   what happened to the alerts of the streams (alerts.py), in the order of the commits; at most LOG_LENGTH entries of each of
                 some parts, each with all entries of its streams. Whoever folds them into alerts takes them out (book.py)
-    trail key   results of the stream's last commits of several events at once, so that a resent bulk gets its scores again;
-                at most TRAIL_COMMITS blobs, gone after the result TTL
+    trail key   results of the stream's last commits of several events at once, and of one that was sent again beside its successors, so
+                that what is sent once more gets its scores again; at most TRAIL_COMMITS blobs, gone after the result TTL
 
     commit, atomic for each stream:
         a lease it is written under is lost      →  nothing is written                                           →  FENCED
