@@ -26,7 +26,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from service.events import SEVERITIES, Direction, Result, Severity
+from service.events import SEVERITIES, Direction, Line, Result, Severity
 from service.state import ALERT_OPEN, EXPIRED, LEVEL, LEVEL_SHIFT, SILENT, Rows
 
 ID = "^[0-9a-f]{28}$"
@@ -35,6 +35,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DAY = 86_400.0
 FINDINGS = 10
 """Features that evidence keeps, the greatest contributors."""
+MESSAGE_LENGTH, SHOWN_LENGTH = 2_000, 160
+"""Characters of a log line that evidence keeps, and that a sentence shows."""
 
 Kind = Literal["anomaly", "silence"]
 Status = Literal["open", "acknowledged", "resolved"]
@@ -66,6 +68,10 @@ class Evidence(msgspec.Struct, frozen=True):
     direction: Direction
     contributors: list[Finding]
     """Sorted, the greatest first."""
+    line: Line | msgspec.UnsetType = msgspec.UNSET
+    """Of a log model, the message shortened to MESSAGE_LENGTH; left out elsewhere."""
+    expected: dict[str, float | None] | msgspec.UnsetType = msgspec.UNSET
+    """The same: the likeliest lines in its place, by pattern, with their chances."""
 
     @staticmethod
     def of(result: Result) -> Evidence:
@@ -88,7 +94,14 @@ class Evidence(msgspec.Struct, frozen=True):
                 )
                 for found in result.contributors[:FINDINGS]
             ],
+            _shortened(result.line) if result.line else msgspec.UNSET,
+            result.expected if result.line else msgspec.UNSET,
         )
+
+
+def _shortened(line: Line) -> Line:
+    message = line.message
+    return line if message is None or len(message) <= MESSAGE_LENGTH else replace(line, message=message[: MESSAGE_LENGTH - 1] + "…")
 
 
 class Transition(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -328,6 +341,8 @@ def summary(alert: Alert) -> str:
         return f"{alert.stream_id} {_ENDS[alert.resolution].format(since=since, until=until)}."
     if alert.kind == "silence":
         return f"{alert.stream_id} has been silent since {since}."
+    if alert.onset is not None and alert.onset.line:
+        return f"{alert.stream_id} logs unusual lines since {since}: {_said(alert.onset.line)}"
     for evidence in (alert.last, alert.onset):
         for finding in evidence.contributors[:1] if evidence else ():
             if (beside := _beside(finding)) is not None:
@@ -372,7 +387,26 @@ def _beside(finding: Finding) -> str | None:
     return None
 
 
+def _said(line: Line) -> str:
+    """A line as a sentence shows it: its first one, as it was sent, or else its pattern."""
+    text = (line.message or line.template or "").strip().partition("\n")[0]
+    return text if len(text) <= SHOWN_LENGTH else text[: SHOWN_LENGTH - 1] + "…"
+
+
+def _shown_line(evidence: Evidence, line: Line) -> str:
+    likely = [f"'{pattern}' ({chance or 0:.0%})" for pattern, chance in (evidence.expected or {}).items()]
+    parts = [
+        f"'{_said(line)}'" + (", a pattern that was never seen" if line.new else f", which is '{line.template}'"),
+        f"likelier was {' or '.join(likely)}" if likely else "",
+        f"before it came '{line.before[0]}'" if line.before else "",
+        f"p-value {evidence.p_value:.2g}." if evidence.p_value is not None else "no p-value.",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
 def _shown(evidence: Evidence) -> str:
+    if evidence.line:
+        return _shown_line(evidence, evidence.line)
     parts = [
         f"{found.feature} {_number(found.actual)}, expected {_number(found.expected)} ({_number(found.lower)} to {_number(found.upper)})"
         + (f", {found.contribution:.0%} of the error" if len(evidence.contributors) > 1 else "")

@@ -392,11 +392,12 @@ class Door:
             if answers and all(isinstance(answer, NotCommitted) for answer in answers):
                 raise StoreUnavailable(str(answers[0]))
         if reply is Format.ARROW:
-            return arrow.encode_rows(answers, scorer.detector.manifest.feature_names)
+            manifest = scorer.detector.manifest
+            return arrow.encode_rows(answers, manifest.feature_names, lines=manifest.kind == "log")
         return encode(answers, reply, bare=bare)
 
     async def _answer_columns(self, scorer: Scorer, columns: Columns, reply: Format, top: int, sender: str) -> bytes | Response:
-        if reply is not Format.ARROW:
+        if reply is not Format.ARROW or scorer.detector.manifest.kind == "log":
             return await self._answer(scorer, columns.items(), reply, top, sender, bare=False)
         try:
             scored = await scorer.score_columns(columns, sender=sender)

@@ -175,7 +175,8 @@ class Service:
 
     def _canaries(self, store: StateStore) -> list[Canary]:
         every = self.settings.canary_seconds
-        return [Canary(detector, store, self.metrics, every) for detector in self.detectors.values()] if every else []
+        sensors = [detector for detector in self.detectors.values() if detector.manifest.kind == "sensor"]  # its anomaly is one of numbers
+        return [Canary(detector, store, self.metrics, every) for detector in sensors] if every else []
 
     def _start_scorers(self, store: StateStore) -> None:
         settings = self.settings

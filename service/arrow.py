@@ -2,6 +2,7 @@
 
     stream_id    utf8, or dictionary of it           timestamp   timestamp (without a zone: UTC), or a number: seconds since 1970
     event_id     the same                            sequence    integers
+    message      the same: a log line                end         booleans: the session ends here
     any other    numbers: the feature of that name; `values.NAME` where a feature has one of the names above. null = missing
 
 A body is looked through before Arrow unpacks it: so many messages, rows and unpacked bytes are all it may bring. Every batch is
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from service.bodies import checked
 from service.errors import BadBody, BadEvent, ItemError, TooLarge, UnsupportedMedia
-from service.events import MAX_NAME_LENGTH, SEVERITIES, Columns, Result
+from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, SEVERITIES, Columns, Result
 from service.features import parse_timestamp
 from service.policy import DIRECTIONS, THRESHOLD
 from service.problems import problem_of
@@ -34,7 +35,9 @@ MAX_MESSAGES = 300
 PREFIX = "values."
 MAX_SEQUENCE = 2**63 - 1
 
-_OWN = ("stream_id", "event_id", "timestamp", "sequence")
+_OWN = ("stream_id", "event_id", "timestamp", "sequence", "message", "end")
+_READING = tuple(name for name in Result.__struct_fields__ if name != "line")
+"""Fields of a reply to a sensor model's events."""
 _TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -162,16 +165,20 @@ def _columns(table: Any, names: list[str], pa: ModuleType, max_bytes: int) -> Co
         if name not in _OWN:
             values[name.removeprefix(PREFIX)], infinite = _numbers(name, column[name], pa)
             wrong |= infinite
+    messages = _texts("message", column["message"], pa, max_bytes) if "message" in column else None
+    if messages is not None:
+        wrong |= np.array([text is not None and len(text) > MAX_MESSAGE_LENGTH for text in messages], np.bool_)
+    ends = _ends(column["end"], pa) if "end" in column else None
     for texts in (stream_ids, event_ids):
         if not all(texts) or max(map(len, texts), default=0) > MAX_NAME_LENGTH:  # type: ignore[arg-type]
             wrong |= np.array([text is not None and not 0 < len(text) <= MAX_NAME_LENGTH for text in texts], np.bool_)
     bad: dict[int, ItemError] = {i: error for i in np.flatnonzero(wrong).tolist() if (error := _error(column, i)) is not None}
-    return Columns(stream_ids, event_ids, values, timestamp, sequence, bad)
+    return Columns(stream_ids, event_ids, values, timestamp, sequence, bad, messages=messages, ends=ends)
 
 
 def _error(column: dict[str, Any], i: int) -> BadEvent | None:
     """What is wrong with a row, found and said as for any other event."""
-    own = {name: column[name][i].as_py() for name in _OWN if name in column and name != "timestamp"}
+    own = {name: column[name][i].as_py() for name in _OWN if name in column and name not in ("timestamp", "end")}
     sent = {name.removeprefix(PREFIX): data[i].as_py() for name, data in column.items() if name not in _OWN}
     try:
         checked({**own, "values": {name: None if number is None else float(number) for name, number in sent.items()}})
@@ -207,6 +214,14 @@ def _plain_texts(name: str, array: Any, pa: ModuleType, max_bytes: int) -> list[
         raise BadEvent(f"Column '{name}' holds {kind}; it is one of utf8, or a dictionary of it.", name, str(kind)[:64])
     texts: list[str | None] = array.to_pylist()
     return texts
+
+
+def _ends(column: Any, pa: ModuleType) -> NDArray[np.bool_]:
+    kind = column.type
+    if not (pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+        raise BadEvent(f"Column 'end' holds {str(kind)[:64]}; it is one of booleans.", "end", str(kind)[:64])
+    ends: NDArray[np.bool_] = column.cast(pa.bool_()).fill_null(False).to_numpy()
+    return ends
 
 
 def _times(column: Any, pa: ModuleType) -> NDArray[np.float64]:
@@ -275,7 +290,7 @@ def encode(scored: Scored, names: Sequence[str], model: tuple[str, str], rows: i
         if field.name not in by_name and field.name != "problem":
             column = getattr(scores, field.name)
             by_name[field.name] = pa.array(column, from_pandas=column.dtype.kind == "f")
-    table = pa.table([by_name[name] for name in Result.__struct_fields__], schema=schema(names, pa).remove(len(by_name)))
+    table = pa.table([by_name[name] for name in _READING], schema=schema(names, pa).remove(len(by_name)))
     problems: list[Any] = [None] * rows
     if len(scored.errors) > 0 or rows > M:
         place = np.full(rows, -1)
@@ -286,11 +301,21 @@ def encode(scored: Scored, names: Sequence[str], model: tuple[str, str], rows: i
     return _written(table.append_column(schema(names, pa).field("problem"), pa.array(problems, _problem_type(pa))), pa)
 
 
-def encode_rows(answers: Sequence[Result | ItemError], names: Sequence[str]) -> bytes:
-    """The same for answers that are at hand one by one."""
+def encode_rows(answers: Sequence[Result | ItemError], names: Sequence[str], *, lines: bool = False) -> bytes:
+    """The same for answers that are at hand one by one; `lines` = of a log model, whose `expected` are patterns."""
     pa = pyarrow()
     rows = [{"problem": _problem(answer)} if isinstance(answer, ItemError) else _row(answer) for answer in answers]
-    return _written(pa.Table.from_pylist(rows, schema(names, pa)), pa)
+    return _written(pa.Table.from_pylist(rows, line_schema(names, pa) if lines else schema(names, pa)), pa)
+
+
+def line_schema(names: Sequence[str], pa: ModuleType) -> Any:
+    """Of the reply to a log model's events."""
+    of_sensors = schema(names[1:], pa)
+    text = pa.utf8()
+    line = pa.struct([("message", text), ("template", text), ("new", pa.bool_()), ("before", pa.list_(text))])
+    own = {"expected": pa.map_(text, pa.float64()), "contributors": schema(names, pa).field("contributors").type}
+    fields = [(field.name, own.get(field.name, field.type)) for field in of_sensors]
+    return pa.schema([*fields[:-1], ("line", line), fields[-1]])
 
 
 def schema(names: Sequence[str], pa: ModuleType) -> Any:
@@ -310,7 +335,7 @@ def schema(names: Sequence[str], pa: ModuleType) -> Any:
         **dict.fromkeys(("samples_until_ready", "state_version"), pa.int64()),
         "problem": _problem_type(pa),
     }
-    return pa.schema([(name, types.get(name, pa.float64())) for name in (*Result.__struct_fields__, "problem")])
+    return pa.schema([(name, types.get(name, pa.float64())) for name in (*_READING, "problem")])
 
 
 def _problem_type(pa: ModuleType) -> Any:
@@ -326,6 +351,8 @@ def _problem(error: ItemError) -> dict[str, Any]:
 def _row(result: Result) -> dict[str, Any]:
     row: dict[str, Any] = msgspec.to_builtins(result)
     row["timestamp"] = parse_timestamp(result.timestamp)
+    if result.line:
+        row["expected"] = list(result.expected.items())
     return {name: value if value != {} else None for name, value in row.items()}
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import re2
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from service.errors import ArtifactError
 
@@ -32,9 +33,21 @@ MANIFEST_KEY, SELFTEST_KEY, SHA256_KEY = "onset.manifest", "onset.selftest", "on
 MAX_FEATURES = 300
 SELFTEST_STEPS, SELFTEST_ROWS = 32, 8
 
+NEW = 0
+"""Code of a line that no template matches; templates are 1 to V, and V + 1 is the end of a session."""
+TEMPLATE, GAP = "template", "gap"
+NUMBERS = ("number_1", "number_2", "number_3", "number_4")
+"""The features of a log model, in this order; of the numbers as many as it takes."""
+MAX_TEMPLATES = 100_000
+WILDCARD, NUMBER = "<*>", "<NUM>"
+"""In a template: any one token; and what masks write in place of a plain number, which is kept as a parameter of the line."""
+
 UNSEALED = "0" * 64
 # A metadata entry is a protobuf StringStringEntryProto: field 1 is the key, field 2 (tag 0x12) the value, here 0x40 = 64 bytes.
 _SEAL = re.compile(re.escape(SHA256_KEY).encode() + rb"\x12\x40([0-9a-f]{64})")
+
+_QUIET = re2.Options()
+_QUIET.log_errors = False
 
 Float32 = NDArray[np.float32]
 
@@ -68,6 +81,62 @@ class Cell(_Frozen):
     decoder_hidden: int = Field(gt=0)
 
 
+class Mask(_Frozen):
+    """What is replaced in every word of a line before it is matched, because it tells lines of one pattern apart."""
+
+    name: str = Field(min_length=1, max_length=64)
+    pattern: str = Field(min_length=1, max_length=1000)
+    """In RE2's syntax; `^` and `$` are the ends of the word, `\\d` and `\\w` are ASCII."""
+    replacement: str = Field(pattern=r"^[^\s]{1,64}$")
+    """As it stands; NUMBER where the replaced text is a number that belongs to the line's parameters."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        if re2.fullmatch(_expression(pattern), ""):
+            raise ValueError(f"{pattern!r} matches a text without characters, so it would match everywhere")
+        return pattern
+
+
+class Lines(_Frozen):
+    """How a line becomes an event of a log model, see lines.py: the same codes on every replica, for as long as the model lives."""
+
+    header: str = Field(default="", max_length=1000)
+    """What a line may begin with that is none of its message (time, host, ...), in RE2's syntax; "" = nothing."""
+    masks: list[Mask] = Field(default_factory=list, max_length=100)
+    """The leftmost match is replaced first; of those that begin at the same place, the first in this list."""
+    delimiters: str = Field(default="", max_length=32)
+    """Characters that separate tokens, besides blanks; they are applied after the masks."""
+    templates: list[str] = Field(min_length=1, max_length=MAX_TEMPLATES)
+    """Tokens joined by one blank; WILDCARD stands for any token. Place in the list + 1 = code."""
+    session_seconds: float | None = Field(default=None, gt=0)
+    """Silence after which a session counts as over; None = streams are long-lived and never end by silence."""
+    likely: int = Field(default=3, ge=1, le=20)
+    """How many of the likeliest next lines the step names."""
+    before: int = Field(default=5, ge=1, le=20)
+    """How many of the lines before the step names."""
+
+    @field_validator("header")
+    @classmethod
+    def _compiles(cls, header: str) -> str:
+        return _expression(header)
+
+    @field_validator("templates")
+    @classmethod
+    def _distinct(cls, templates: list[str]) -> list[str]:
+        if len(set(templates)) != len(templates):
+            raise ValueError("templates are not unique")
+        odd = next((template for template in templates if " ".join(template.split()) != template or not template), None)
+        if odd is not None:
+            raise ValueError(f"template {odd[:64]!r} is not tokens joined by one blank")
+        return templates
+
+    @property
+    def end(self) -> int:
+        """Code of the end of a session."""
+        return len(self.templates) + 1
+
+
 class Training(_Frozen):
     """What the artifact was made from, and how to make it again."""
 
@@ -91,6 +160,8 @@ class Manifest(_Frozen):
     kind: Literal["sensor", "log"] = "sensor"
     description: str = ""
     features: list[Feature] = Field(min_length=1, max_length=MAX_FEATURES)
+    lines: Lines | None = None
+    """Exactly where `kind` is "log"."""
     state_size: int = Field(gt=0, le=65536)
     layout: list[Slice]
     warmup: int = Field(ge=0, description="events of a fresh stream without a score")
@@ -107,6 +178,10 @@ class Manifest(_Frozen):
         total = sum(part.size for part in self.layout)
         if total != self.state_size:
             raise ValueError(f"the layout's slices add up to {total} floats, state_size says {self.state_size}")
+        if (self.lines is not None) != (self.kind == "log"):
+            raise ValueError(f"kind is {self.kind!r}: 'lines' belong to the kind 'log', and to that alone")
+        if self.lines is not None and tuple(names) != (TEMPLATE, GAP, *NUMBERS)[: max(2, len(names))]:
+            raise ValueError(f"the features of a log model are {TEMPLATE}, {GAP} and {NUMBERS}, of the last none to all; these are {names}")
         return self
 
     @property
@@ -147,6 +222,8 @@ class SelfTest:
     lower: Float32  # [T, B, F]
     upper: Float32  # [T, B, F]
     contribution: Float32  # [T, B, F]
+    likely: Float32  # [T, B, 2·likely], width 0 for sensors
+    before: Float32  # [T, B, before], the same
     state: Float32  # [B, S] after the last step
 
     def encode(self) -> str:
@@ -160,7 +237,8 @@ class SelfTest:
         """Raises ArtifactError when `text` is not what `encode` writes."""
         try:
             with np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False) as arrays:
-                return cls(**{f.name: arrays[f.name].astype(np.float32) for f in fields(cls)})
+                nothing = np.zeros((*arrays["p_value"].shape, 0), np.float32)  # files of before there were log models have no such arrays
+                return cls(**{f.name: arrays.get(f.name, nothing).astype(np.float32) for f in fields(cls)})
         except Exception as error:  # base64, zip and npy each have errors of their own; all mean the same here
             raise ArtifactError(f"The self-test vectors cannot be read: {error}") from error
 
@@ -203,6 +281,15 @@ def find_artifacts(path: Path) -> list[Path]:
     if not found:
         raise ArtifactError(f"No model at {path}: give an .onnx file or a folder that holds some (`python -m training fit` makes one).")
     return found
+
+
+def _expression(pattern: str) -> str:
+    """`pattern`, if RE2 takes it. Raises ValueError."""
+    try:
+        re2.compile(pattern, _QUIET)
+    except re2.error as error:
+        raise ValueError(f"{pattern!r} is no expression of RE2: {error}") from error
+    return pattern
 
 
 def _with_digest(content: bytes, digest: str) -> bytes:

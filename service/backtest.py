@@ -37,7 +37,6 @@ from service.events import Readings
 from service.features import FLOAT32_MAX
 from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
-from service.state import StateCodec
 from service.tables import Notify, ReadOptions, Source, find_sources, read_for
 
 LISTED = 60
@@ -126,7 +125,7 @@ Sink = Callable[[int, int, Scored], None]
 
 def score(series: Sequence[Series], detector: Detector, policy: Policy, sink: Sink, limits: Limits = Limits()) -> None:
     """Score all rows of all series in lockstep and hand the results on piece by piece."""
-    codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
+    codec = detector.codec()
     rows = codec.fresh(len(series))
     chunk = max(1, limits.chunk_events // max(1, len(series)))
     for first in range(0, max(map(len, series), default=0), chunk):

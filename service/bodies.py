@@ -287,6 +287,8 @@ def from_fields(fields: Mapping[bytes, bytes]) -> Event:
         elif name in ("timestamp", "sequence"):
             number = to_number(text)
             item[name] = text if number is None else number
+        elif name == "end":
+            item[name] = {"true": True, "false": False}.get(text, text)
         elif text in ("", "null"):
             values[name] = None
         elif (number := to_number(text)) is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,8 @@ from service.artifact import (
     verify_seal,
 )
 from service.errors import ArtifactError, BadSetting
+from service.lines import Matcher
+from service.state import StateCodec
 
 Float32 = NDArray[np.float32]
 Provider = Literal["cpu", "cuda"]
@@ -49,6 +52,7 @@ _EXECUTION: dict[Provider, tuple[str, dict[str, str]]] = {
 
 _INPUTS = {"state", "x", "t", "learn", "alpha"}
 _OUTPUTS = ["state_out", "p_value", "onset_p", "expected", "lower", "upper", "contribution"]
+_LOG_OUTPUTS = [*_OUTPUTS, "likely", "before"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,16 @@ class StepOutput:
     lower: Float32  # [B, F]
     upper: Float32  # [B, F]
     contribution: Float32  # [B, F]
+    likely: Float32  # [B, 2·likely] codes of the likeliest next lines as they stood before this event, then their chances
+    before: Float32  # [B, before] codes of the session's lines before this one, the newest first, NaN = none; both of width 0 for sensors
+
+    @classmethod
+    def of(cls, outputs: Sequence[Float32], rows: int) -> StepOutput:
+        """The first `rows` of what the graph answered, in its order."""
+        parts = [out[:rows] for out in outputs]
+        if len(parts) == len(_OUTPUTS):
+            parts += [np.zeros((rows, 0), np.float32)] * 2
+        return cls(*parts)
 
 
 def bucket(rows: int) -> int:
@@ -78,6 +92,7 @@ class Detector:
         self.manifest = manifest
         self.sha256 = sha256
         self._session = session
+        self._outputs = _OUTPUTS if manifest.lines is None else _LOG_OUTPUTS
         # On a GPU the kernels depend on the number of rows at every size, and 1,024 take hardly longer than 8: one size is all it gets.
         self._whole_batches = self.providers[0] != _EXECUTION["cpu"][0]
 
@@ -130,6 +145,21 @@ class Detector:
         """See `Manifest.audit`."""
         return self.manifest.audit
 
+    @cached_property
+    def matcher(self) -> Matcher | None:
+        """Of a log model: lines → codes."""
+        return None if self.manifest.lines is None else Matcher(self.manifest.lines)
+
+    def codec(self) -> StateCodec:
+        """For the states of its streams."""
+        return StateCodec(self.features, self.state_size, self.fingerprint, *self._widths)
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """Of `likely` and `before`."""
+        lines = self.manifest.lines
+        return (0, 0) if lines is None else (2 * lines.likely, lines.before)
+
     @property
     def providers(self) -> list[str]:
         """Execution providers really in use, as the session says."""
@@ -162,7 +192,7 @@ class Detector:
         for i in range(steps):
             before = state
             out = self.step(before, vectors.x[i], vectors.t[i], vectors.learn[i], vectors.alpha[i])
-            for name in ("p_value", "onset_p", "expected", "lower", "upper", "contribution"):
+            for name in ("p_value", "onset_p", "expected", "lower", "upper", "contribution", "likely", "before"):
                 self._compare(name, i, getattr(out, name), getattr(vectors, name)[i])
             state = out.state
         self._compare("state", steps - 1, state, vectors.state)
@@ -180,16 +210,19 @@ class Detector:
         feed = {"state": state, "x": x, "t": t, "learn": learn, "alpha": alpha}
         if padded != rows:
             feed = {name: _pad(values, padded) for name, values in feed.items()}
-        outputs = self._session.run(_OUTPUTS, feed)
-        return StepOutput(*(out[:rows] for out in outputs))
+        return StepOutput.of(self._session.run(self._outputs, feed), rows)
 
     def _check_interface(self, path: Path) -> None:
         inputs = {node.name for node in self._session.get_inputs()}
-        outputs = {node.name for node in self._session.get_outputs()}
-        if inputs != _INPUTS or not outputs.issuperset(_OUTPUTS):
+        outputs = {node.name: node.shape[-1] for node in self._session.get_outputs()}
+        if inputs != _INPUTS or not outputs.keys() >= set(self._outputs):
             raise ArtifactError(
-                f"{path} has inputs {sorted(inputs)} and outputs {sorted(outputs)}; a step function has {sorted(_INPUTS)} and {_OUTPUTS}."
+                f"{path} has inputs {sorted(inputs)} and outputs {sorted(outputs)}; "
+                f"a step function has {sorted(_INPUTS)} and {self._outputs}."
             )
+        if self.manifest.lines is not None and (outputs["likely"], outputs["before"]) != self._widths:
+            got = f"'likely' of {outputs['likely']} and 'before' of {outputs['before']} columns"
+            raise ArtifactError(f"{path}: the graph gives {got}, the manifest says {' and '.join(map(str, self._widths))}.")
         width = {node.name: node.shape[-1] for node in self._session.get_inputs()}
         if width["state"] != self.state_size or width["x"] != self.features:
             raise ArtifactError(

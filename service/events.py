@@ -36,13 +36,27 @@ class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     values: dict[Name, float | None] | None = None
     """Feature → number; null or left out = missing."""
     message: Annotated[str, Meta(max_length=MAX_MESSAGE_LENGTH)] | None = None
-    """A log line, in place of `values`."""
+    """A log line, in place of `values`; the lines that follow its first one (a stack trace) belong to it."""
     timestamp: float | str | None = None
     """RFC 3339, or seconds since 1970; left out = the time of arrival."""
     event_id: Name | None = None
     """Identity: the same id on the same stream is never scored twice."""
     sequence: Sequence_ | None = None
     """Position within the stream; orders the events in place of the timestamp."""
+    end: bool = False
+    """The stream's session ends here: an event of its own, in place of `message`."""
+
+
+class Line(msgspec.Struct, frozen=True, gc=False):
+    """What a log model made of a line."""
+
+    message: str | None
+    """As it was sent; null where it is not at hand (a stream that is looked up)."""
+    template: str | None
+    """The pattern that it matched; null = none, so it is a new one."""
+    new: bool
+    before: list[str]
+    """Patterns of the session's lines before it, the newest first."""
 
 
 class Contributor(msgspec.Struct, frozen=True, gc=False):
@@ -83,6 +97,8 @@ class Result(msgspec.Struct, frozen=True, gc=False):
     late: bool
     silent_since: float | None = None
     """Of a stream looked up or listed: time of its last event, where it has been silent for improbably long since."""
+    line: Line | msgspec.UnsetType = msgspec.UNSET
+    """Of a log model, left out elsewhere. `expected` are then the likeliest lines as it stood before this one: pattern → chance."""
 
 
 def shown(value: Any) -> str:
@@ -151,6 +167,8 @@ class Columns:
     bad: dict[int, ItemError]
     raw: NDArray[np.float64] | None = None
     """[N] readings of counters: the first feature is their increase per second since the stream's last event. NaN = it is as sent."""
+    messages: list[str | None] | None = None  # [N]
+    ends: NDArray[np.bool_] | None = None  # [N] both as in Event; None = there is no such column
 
     def __len__(self) -> int:
         return len(self.stream_ids)
@@ -158,12 +176,15 @@ class Columns:
     def event(self, i: int) -> Event:
         """Row i by itself."""
         values = {name: float(column[i]) for name, column in self.values.items()}
+        lines = self.messages is not None or self.ends is not None
         return Event(
             self.stream_ids[i],
-            {name: None if math.isnan(number) else number for name, number in values.items()},
+            {name: None if math.isnan(number) else number for name, number in values.items()} if values or not lines else None,
+            None if self.messages is None else self.messages[i],
             timestamp=None if math.isnan(self.timestamp[i]) else float(self.timestamp[i]),
             event_id=self.event_ids[i],
             sequence=None if self.sequence[i] < 0 else int(self.sequence[i]),
+            end=self.ends is not None and bool(self.ends[i]),
         )
 
     def items(self) -> list[Event | ItemError]:
@@ -185,22 +206,25 @@ class Parsed:
     """Where they came from a queue."""
     raw: list[float] | None = None
     """As in Columns; None = no counters."""
+    messages: list[str | None] | None = None
+    """Lines as they were sent; None = a sensor model's."""
 
     def __len__(self) -> int:
         return len(self.stream_ids)
 
     def part(self, start: int, stop: int) -> Parsed:
-        columns = (self.stream_ids, self.values, self.timestamp, self.timed, self.sequence, self.key, self.deliveries, self.raw)
+        own = (self.stream_ids, self.values, self.timestamp, self.timed, self.sequence, self.key)
+        columns = (*own, self.deliveries, self.raw, self.messages)
         return Parsed(*(column and column[start:stop] for column in columns))  # type: ignore[arg-type]
 
     @staticmethod
     def joined(parts: Iterable[Parsed]) -> Parsed:
         """One after the other; none of a queue."""
         parts = list(parts)
-        whole = Parsed([], [], [], [], [], [], raw=_raw(parts))
+        whole = Parsed([], [], [], [], [], [], raw=_raw(parts), messages=_messages(parts))
         for part in parts:
             for field in fields(Parsed):
-                if field.name not in ("deliveries", "raw"):
+                if field.name not in ("deliveries", "raw", "messages"):
                     getattr(whole, field.name).extend(getattr(part, field.name))
         return whole
 
@@ -218,13 +242,14 @@ class Readings:
     deliveries: Sequence[Delivery | None] | None = None  # [N] None = over REST
     place: NDArray[np.void] | None = None  # [N] of PLACE; both None where no event came from a queue
     raw: NDArray[np.float64] | None = None  # [N] as in Columns
+    messages: Sequence[str | None] | None = None  # [N] as in Parsed
 
     def __len__(self) -> int:
         return len(self.stream_ids)
 
     def take(self, positions: NDArray[np.intp]) -> Readings:
         """The readings at these positions, in their order."""
-        ids, deliveries = self.stream_ids, self.deliveries
+        ids, deliveries, messages = self.stream_ids, self.deliveries, self.messages
         return Readings(
             [ids[i] for i in positions.tolist()],
             self.x[positions],
@@ -235,6 +260,7 @@ class Readings:
             [deliveries[i] for i in positions.tolist()] if deliveries is not None else None,
             self.place[positions] if self.place is not None else None,
             self.raw[positions] if self.raw is not None else None,
+            [messages[i] for i in positions.tolist()] if messages is not None else None,
         )
 
     @staticmethod
@@ -253,6 +279,7 @@ class Readings:
             deliveries,
             None if deliveries is None else np.array([_place(delivery) for delivery in deliveries], PLACE),
             None if raw is None else np.array(raw, np.float64),
+            _messages(parts),
         )
 
 
@@ -269,6 +296,12 @@ def _raw(parts: Sequence[Parsed]) -> list[float] | None:
     if all(part.raw is None for part in parts):
         return None
     return [number for part in parts for number in (part.raw if part.raw is not None else [math.nan] * len(part))]
+
+
+def _messages(parts: Sequence[Parsed]) -> list[str | None] | None:
+    if all(part.messages is None for part in parts):
+        return None
+    return [message for part in parts for message in (part.messages if part.messages is not None else [None] * len(part))]
 
 
 def _place(delivery: Delivery | None) -> tuple[int, int, int]:

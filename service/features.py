@@ -1,4 +1,7 @@
-"""Events → columns in the manifest's order of features. What cannot be used is refused by field, its neighbours are kept."""
+"""Events → columns in the manifest's order of features. What cannot be used is refused by field, its neighbours are kept.
+
+Of a log model the features are the line's code, the gap (NaN here: rounds.py knows it) and the line's numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from service.artifact import Manifest
 from service.errors import BadEvent, FutureEvent
 from service.events import UNPRINTABLE, Columns, Event, Parsed, Readings, shown
+from service.lines import Matcher
 from service.state import event_key
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -21,20 +25,25 @@ EARLIEST_SECONDS, LATEST_SECONDS = -62_135_683_200.0, 1e11
 """From the year 1 (a day late, for the zones) to 5138; a greater number is a time in milliseconds."""
 _NAN = math.nan
 _unprintable = re.compile(UNPRINTABLE).search
+_half = re.compile("[\ud800-\udfff]").search
 
 
-def parse(events: Sequence[Event], manifest: Manifest, *, now: float, max_future: float = math.inf) -> tuple[Parsed, dict[int, BadEvent]]:
+def parse(
+    events: Sequence[Event], manifest: Manifest, *, now: float, max_future: float = math.inf, matcher: Matcher | None = None
+) -> tuple[Parsed, dict[int, BadEvent]]:
     """N events → the columns of the usable ones in order, and what is wrong with the others by position.
 
     `now` (seconds since 1970) stands in for a missing timestamp; one more than `max_future` seconds ahead of it is refused.
+    `matcher` is the manifest's own, which a log model needs.
     """
     names = manifest.feature_names
     known = frozenset(names)
     errors: dict[int, BadEvent] = {}
-    parsed = Parsed([], [], [], [], [], [])
+    parsed = Parsed([], [], [], [], [], [], messages=None if matcher is None else [])
     for i, event in enumerate(events):
         try:
-            row = _row(event, names, known, manifest)
+            _check_identity(event)
+            row = _row(event, names, known, manifest) if matcher is None else _checked_line(event, manifest)
             seconds = now if event.timestamp is None else parse_timestamp(event.timestamp, now + max_future)
         except BadEvent as error:
             errors[i] = error
@@ -45,7 +54,9 @@ def parse(events: Sequence[Event], manifest: Manifest, *, now: float, max_future
         parsed.timed.append(event.timestamp is not None)
         parsed.sequence.append(-1 if event.sequence is None else event.sequence)
         parsed.key.append(event_key(event.event_id, event.sequence))
-    return parsed, errors
+        if parsed.messages is not None:
+            parsed.messages.append(event.message)
+    return parsed if matcher is None else _matched(parsed, manifest, matcher), errors
 
 
 def parse_columns(columns: Columns, manifest: Manifest, *, now: float, max_future: float = math.inf) -> tuple[Parsed, dict[int, BadEvent]]:
@@ -54,6 +65,9 @@ def parse_columns(columns: Columns, manifest: Manifest, *, now: float, max_futur
     A row of `columns.bad` is neither parsed nor among the errors.
     """
     names, N = manifest.feature_names, len(columns)
+    if manifest.lines is not None:
+        detail = f"Model '{manifest.name}' takes log lines in 'message', not numbers."
+        return Parsed([], [], [], [], [], []), {i: BadEvent(detail, "values") for i in range(N) if i not in columns.bad}
     x = np.full((N, len(names)), np.nan)
     for j, name in enumerate(names):
         if name in columns.values:
@@ -63,7 +77,8 @@ def parse_columns(columns: Columns, manifest: Manifest, *, now: float, max_futur
     errors: dict[int, BadEvent] = {}
     unknown = next((name for name in columns.values if name not in names), None)
     suspicious = replace(columns, values={unknown: columns.values[unknown]}) if unknown is not None else columns
-    for i in np.flatnonzero(_suspects(suspicious, x, seconds, now + max_future, all_=unknown is not None)).tolist():
+    lines = columns.messages is not None or columns.ends is not None
+    for i in np.flatnonzero(_suspects(suspicious, x, seconds, now + max_future, all_=lines or unknown is not None)).tolist():
         if i not in columns.bad:
             _, wrong = parse([suspicious.event(i)], manifest, now=now, max_future=max_future)
             if wrong:
@@ -99,9 +114,11 @@ def _suspects(columns: Columns, x: NDArray[np.float64], seconds: NDArray[np.floa
     return found
 
 
-def to_readings(events: Sequence[Event], manifest: Manifest, *, now: float) -> tuple[Readings, dict[int, BadEvent]]:
+def to_readings(
+    events: Sequence[Event], manifest: Manifest, *, now: float, matcher: Matcher | None = None
+) -> tuple[Readings, dict[int, BadEvent]]:
     """The same as arrays, for one lot of events that needs no batching."""
-    parsed, errors = parse(events, manifest, now=now)
+    parsed, errors = parse(events, manifest, now=now, matcher=matcher)
     return Readings.of([parsed], len(manifest.features)), errors
 
 
@@ -127,14 +144,49 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
     return seconds
 
 
-def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: Manifest) -> list[float | None]:
-    """Numbers in the manifest's order, None = missing. Raises BadEvent that names the field."""
+def _check_identity(event: Event) -> None:
+    """Raises BadEvent."""
     if not event.stream_id:
         raise BadEvent("stream_id is missing.", "stream_id")
     if _unprintable(event.stream_id):
         raise BadEvent(f"stream_id {event.stream_id[:64]!r} holds control characters.", "stream_id", shown(event.stream_id))
     if event.event_id is not None and _unprintable(event.event_id):
         raise BadEvent(f"event_id {event.event_id[:64]!r} holds control characters.", "event_id", shown(event.event_id))
+
+
+def _checked_line(event: Event, manifest: Manifest) -> list[float | None]:
+    """Room for the numbers of a line or of a session's end. Raises BadEvent that names the field."""
+    if event.values is not None:
+        raise BadEvent(f"Model '{manifest.name}' takes log lines in 'message', not numbers in 'values'.", "values")
+    message = event.message
+    if event.end and message is not None:
+        raise BadEvent("'end' is an event of its own: send it after the session's last line, without 'message'.", "end", "true")
+    if not event.end and message is None:
+        raise BadEvent(f"Model '{manifest.name}' takes log lines in 'message'; it is missing.", "message")
+    if message is not None and not message.strip():
+        raise BadEvent("message holds no text.", "message", shown(message))
+    if message is not None and (half := _half(message)):
+        raise BadEvent(f"message holds half a character at {half.start()}.", "message")
+    return []
+
+
+def _matched(parsed: Parsed, manifest: Manifest, matcher: Matcher) -> Parsed:
+    """With the lines' codes and numbers as values."""
+    lines, messages = manifest.lines, parsed.messages or []
+    if lines is None:
+        raise ValueError(f"A matcher for model '{manifest.name}', which takes no lines: this is a bug.")
+    x = np.full((len(messages), len(manifest.features)), np.nan)
+    said = [i for i, message in enumerate(messages) if message is not None]
+    x[:, 0] = lines.end
+    x[said, 0], numbers = matcher.codes([message for message in messages if message is not None])
+    x[said, 2:] = numbers[:, : x.shape[1] - 2]
+    return replace(parsed, values=x.tolist())
+
+
+def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: Manifest) -> list[float | None]:
+    """Numbers in the manifest's order, None = missing. Raises BadEvent that names the field."""
+    if event.end:
+        raise BadEvent(f"'end' is of log lines; model '{manifest.name}' takes numbers in 'values'.", "end", "true")
     values = event.values
     if values is None or event.message is not None:
         wrong, right = ("message", "values") if event.message is not None else ("values", "values")

@@ -23,6 +23,8 @@ class Batch:
     model: str
     stream_ids: Sequence[str]
     answers: Answers
+    messages: Sequence[str | None] | None = None
+    """Lines as they were sent; None = a sensor model's."""
 
 
 Watcher = Callable[[Batch], None]
@@ -45,10 +47,10 @@ class Feed:
 
         return end
 
-    def tell(self, model: str, stream_ids: Sequence[str], answers: Answers) -> None:
+    def tell(self, model: str, stream_ids: Sequence[str], answers: Answers, messages: Sequence[str | None] | None = None) -> None:
         if not self._watchers:
             return
-        batch = Batch(model, stream_ids, answers)
+        batch = Batch(model, stream_ids, answers, messages)
         for watcher in self._watchers:
             try:
                 watcher(batch)

@@ -23,7 +23,7 @@ from service.console.messages import LIVE_EVENTS
 from service.console.pages import DEFAULT_SHOWN, MOST_SHOWN
 from service.control import PolicyReply
 from service.errors import OnsetError
-from service.events import MAX_NAME_LENGTH, SEVERITIES, Event, Result
+from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, SEVERITIES, Event, Result
 from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
 from service.logs import LEVELS, MAX_SECONDS, LevelReply
 from service.policy import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
@@ -90,11 +90,30 @@ def _file(path: Path) -> Any:
 
 def example(manifest: Manifest) -> dict[str, Any]:
     """An event that the model takes."""
+    if manifest.kind == "log":
+        return {"stream_id": "web-7", "message": "Accepted publickey for deploy from 10.0.0.7 port 52114 ssh2"}
     return {"stream_id": "pump-7", "values": dict.fromkeys(manifest.feature_names[:8], 1.0)}
 
 
 def _event(schema: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, Any]:
     """The event that the loaded models take: msgspec's schema, and what features.py checks beyond it."""
+    name = {"type": "string", "pattern": PRINTABLE}
+    time = [{"type": "number", "minimum": EARLIEST_SECONDS, "maximum": LATEST_SECONDS}, {"type": "string", "format": "date-time"}]
+    shared = schema["properties"] | {
+        "stream_id": name,
+        "timestamp": {"anyOf": [*time, {"type": "null"}]},
+        "event_id": {"anyOf": [name, {"type": "null"}]},
+    }
+    for field in ("values", "message", "end"):
+        del shared[field]
+    bodies = [
+        {"type": "object", "additionalProperties": False, **kind} for kind in (*_readings(shared, manifests), *_lines(shared, manifests))
+    ]
+    return {"title": "Event", "description": schema["description"], **(bodies[0] if len(bodies) == 1 else {"anyOf": bodies})}
+
+
+def _readings(shared: dict[str, Any], manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """What sensor models take, if there are any."""
     number = {"anyOf": [{"type": "number", "minimum": -FLOAT32_MAX, "maximum": FLOAT32_MAX}, {"type": "null"}]}
     values = [
         {
@@ -105,22 +124,43 @@ def _event(schema: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, A
             "minProperties": 1,
         }
         for manifest in manifests
+        if manifest.kind == "sensor"
     ]
-    name = {"type": "string", "pattern": PRINTABLE}
-    time = [{"type": "number", "minimum": EARLIEST_SECONDS, "maximum": LATEST_SECONDS}, {"type": "string", "format": "date-time"}]
-    properties = schema["properties"] | {
-        "stream_id": name,
-        "values": values[0] if len(values) == 1 else {"anyOf": values},
-        "timestamp": {"anyOf": [*time, {"type": "null"}]},
-        "event_id": {"anyOf": [name, {"type": "null"}]},
+    if not values:
+        return []
+    properties = shared | {"values": values[0] if len(values) == 1 else {"anyOf": values}, "end": {"const": False}}
+    return [{"properties": properties, "required": ["stream_id", "values"]}]
+
+
+def _lines(shared: dict[str, Any], manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """What log models take, if there are any: a line, or the end of a session."""
+    if not any(manifest.kind == "log" for manifest in manifests):
+        return []
+    line = {
+        "message": {
+            "type": "string",
+            "maxLength": MAX_MESSAGE_LENGTH,
+            "pattern": r"\S",
+            "description": "A log line; the lines that follow its first one (a stack trace) belong to it.",
+        },
+        "end": {"const": False},
     }
-    del properties["message"]  # no model that reads log lines yet
-    return schema | {"properties": properties, "required": ["stream_id", "values"]}
+    end = {"end": {"const": True, "description": "The stream's session ends here: an event of its own."}}
+    return [
+        {"properties": shared | line, "required": ["stream_id", "message"]},
+        {"properties": shared | end, "required": ["stream_id", "end"]},
+    ]
 
 
 def _without_stream(event: dict[str, Any]) -> dict[str, Any]:
+    if "anyOf" in event:
+        return event | {"title": "StreamEvent", "anyOf": [_without_stream(body) for body in event["anyOf"]]}
     properties = {name: schema for name, schema in event["properties"].items() if name != "stream_id"}
-    return event | {"title": "StreamEvent", "properties": properties, "required": ["values"]}
+    return event | {
+        "title": "StreamEvent",
+        "properties": properties,
+        "required": [name for name in event["required"] if name != "stream_id"],
+    }
 
 
 _CHANGES = {

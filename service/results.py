@@ -6,21 +6,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import repeat
 from typing import Any, get_args
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from service.artifact import Manifest
+from service.artifact import NEW, Lines, Manifest
 from service.errors import ItemError
-from service.events import SEVERITIES, Contributor, Event, Result, Status
+from service.events import SEVERITIES, Contributor, Event, Line, Result, Status
 from service.policy import DIRECTIONS, NO_DIRECTION, THRESHOLD, Policy, Verdicts, judge
 from service.rounds import Kind, Outcomes
-from service.state import FROZEN
+from service.state import FROZEN, Rows
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 Numbers = dict[str, float | None]
+
+NEW_TEXT, END_TEXT = "(new pattern)", "(end of session)"
+"""How `expected` and `before` name what has no template."""
 
 # Plain numbers, made once: a reply is made for every event, and on Python 3.11 each member of an Enum is a function call.
 _WITH_RECORD, _OLD, _LATE = (int(Kind.SCORED), int(Kind.DUPLICATE)), (int(Kind.DUPLICATE), int(Kind.REPEATED)), int(Kind.LATE)
@@ -36,6 +41,8 @@ class Batch:
     confidence: NDArray[np.float64]
     names: tuple[str, ...]
     """Of the F features."""
+    patterns: Patterns | None = None
+    """Of a log model."""
 
     @cached_property
     def rows(self) -> list[tuple[Any, ...]]:
@@ -55,17 +62,57 @@ class Batch:
             (records["flags"] & FROZEN != 0).tolist(),
             map(_shortest, records["alpha"].tolist()),
             _tuples(records["x"]),
-            *(self._named(records[name]) for name in ("expected", "lower", "upper")),
+            self._named(records["expected"], self.names),
+            *(self._named(records[name], self._ranged) for name in ("lower", "upper")),
             _tuples(records["contribution"]),
+            repeat(None) if self.patterns is None else self.patterns.told(records),
         )
-        return list(zip(*columns, strict=True))
+        return list(zip(*columns, strict=False))  # the last may be endless
 
-    def _named(self, column: NDArray[np.floating]) -> list[Numbers]:
-        """[N, F] → feature → number for each event."""
-        if len(self.names) == 1:
-            [name] = self.names
-            return [{name: number} for number in _nullable(column[:, 0])]
-        return [dict(zip(self.names, numbers, strict=True)) for numbers in _nullable(column)]
+    @property
+    def _ranged(self) -> tuple[str, ...]:
+        """The features that have a range: all but a line's code."""
+        return self.names if self.patterns is None else self.names[1:]
+
+    def _named(self, column: NDArray[np.floating], names: tuple[str, ...]) -> list[Numbers]:
+        """[N, F] → feature → number for each event, of the last features if there are fewer names."""
+        if len(names) == 1:
+            [name] = names
+            return [{name: number} for number in _nullable(column[:, -1])]
+        return [dict(zip(names, numbers, strict=True)) for numbers in _nullable(column[:, -len(names) :])]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is told of a line besides its scores."""
+
+    code: int
+    template: str | None
+    before: list[str]
+    expected: Numbers
+    """Pattern → its chance."""
+
+
+class Patterns:
+    """The texts of one log model's codes."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._texts = [NEW_TEXT, *lines.templates, END_TEXT]
+        self._likely = lines.likely
+
+    def told(self, records: Rows) -> list[Told]:
+        """Of N records."""
+        texts, k = self._texts, self._likely
+        found = []
+        for code, likely, before in zip(records["x"][:, 0].tolist(), records["likely"].tolist(), records["before"].tolist(), strict=True):
+            expected = {self._text(one): chance for one, chance in zip(likely[:k], likely[k:], strict=True) if not math.isnan(one)}
+            template = None if code == NEW else texts[int(code)]
+            found.append(Told(int(code), template, [self._text(one) for one in before if not math.isnan(one)], expected))
+        return found
+
+    def _text(self, code: float) -> str:
+        """Of what the graph says, which may be beyond its own codes: then it is NEW."""
+        return self._texts[int(code)] if 0 <= code < len(self._texts) else NEW_TEXT
 
 
 @dataclass(frozen=True)
@@ -138,6 +185,7 @@ class Replies:
         self._warmup = manifest.warmup
         self._names = manifest.feature_names
         self._single = len(self._names) == 1
+        self._patterns = None if manifest.lines is None else Patterns(manifest.lines)
 
     def judged(self, outcomes: Outcomes) -> Answers:
         """Verdicts over a batch."""
@@ -145,7 +193,7 @@ class Replies:
         verdicts = judge(records)
         scored = kinds == Kind.SCORED
         return Answers(
-            Batch(outcomes, verdicts, self._policy.confidence(records["version"]), self._names),
+            Batch(outcomes, verdicts, self._policy.confidence(records["version"]), self._names, self._patterns),
             0,
             len(kinds),
             kinds.tolist(),
@@ -156,12 +204,14 @@ class Replies:
 
     def results(self, events: Sequence[Event], answers: Answers, *, top_contributors: int) -> list[Result]:
         """One result for each of N events, in order. A duplicate echoes the event it answers and carries the stored result."""
-        return [self._result(event, row, top_contributors) for event, row in zip(events, answers.rows, strict=True)]
+        result = self._result if self._patterns is None else self._line_result
+        return [result(event, row, top_contributors) for event, row in zip(events, answers.rows, strict=True)]
 
     def picked(self, events: Sequence[Event], answers: Answers, places: Sequence[int]) -> list[Result]:
         """Results of the events at these places of `answers`."""
         rows = answers.rows
-        return [self._result(event, rows[i], 10) for event, i in zip(events, places, strict=True)]
+        result = self._result if self._patterns is None else self._line_result
+        return [result(event, rows[i], 10) for event, i in zip(events, places, strict=True)]
 
     def scores(self, answers: Sequence[Answers]) -> Scores:
         """The results of several answers, one after the other, as columns."""
@@ -198,7 +248,7 @@ class Replies:
 
     def _result(self, event: Event, row: tuple[Any, ...], top: int) -> Result:
         kind, score, p_value, alert, is_anomaly, grade, severity, direction, confidence, version, timestamp, started_at = row[:12]
-        frozen, alpha, x, expected, lower, upper, contribution = row[12:]
+        frozen, alpha, x, expected, lower, upper, contribution, _ = row[12:]
         scored = kind in _WITH_RECORD
         missing = max(0, self._warmup - version)
         return Result(  # by position: with its 27 names this call would take five times as long
@@ -229,6 +279,14 @@ class Replies:
             kind in _OLD,  # duplicate
             kind == _LATE,
         )
+
+    def _line_result(self, event: Event, row: tuple[Any, ...], top: int) -> Result:
+        """The same of a log model: patterns in place of numbers; a number that a line does not have is none that is missing."""
+        result, told = self._result(event, row, top), row[-1]
+        if row[0] not in _WITH_RECORD:
+            return result
+        line = Line(event.message, told.template, told.code == NEW, told.before)
+        return replace(result, expected=told.expected, imputed=[], line=line)
 
     def _contributors(self, x: tuple[float | None, ...], expected: Numbers, contribution: tuple[float, ...], top: int) -> list[Contributor]:
         names = self._names

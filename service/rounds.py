@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,8 +155,10 @@ class _Batch:
             self._rows["raw"] = np.nan
         else:
             raw = readings.raw[at]
-            self._x = _with_rates(self._x, raw, self._before(raw), self._gap)
+            self._x = _with_rates(self._x, raw, self._before(raw, self._rows["raw"]), self._gap)
             self._rows["raw"][self._of] = raw
+        if (lines := detector.manifest.lines) is not None:
+            self._x = _with_gaps(self._x, self._t[:, 0], self._before(self._x[:, 0], self._rows["last"]["x"][:, 0]), lines.end)
         record["sequence"], record["x"], record["alpha"] = plan.sequence[at], self._x, policy.alpha
         self._onset_alpha = record["onset_alpha"] = policy.onset_alpha(record["version"])
         _ask_less(detector, self._rows, self._vector, self._alpha)
@@ -181,7 +184,7 @@ class _Batch:
         record["started_at"], record["flags"] = rows["started_at"], rows["flags"]
         record["p_value"], record["onset_p"] = out.p_value, onset_p
         record["expected"], record["lower"], record["upper"] = out.expected, out.lower, out.upper
-        record["contribution"] = out.contribution
+        record["contribution"], record["likely"], record["before"] = out.contribution, out.likely, out.before
         self._round, self._done = self._round + 1, self._done + k
 
     def keep(self, rows: Rows, readings: Readings, outcomes: Outcomes) -> None:
@@ -201,11 +204,11 @@ class _Batch:
         if not self._whole:
             rows[streams] = mine
 
-    def _before(self, raw: Float64) -> Float64:
-        """[E] the stream's reading before each one."""
+    def _before(self, own: NDArray[Any], stored: NDArray[Any]) -> NDArray[Any]:
+        """[E] of each event what the stream's event before it had: `own` [E], or `stored` [n] of the one before this batch."""
         starts, sizes = np.cumsum([0, *self._turns.sizes]), self._turns.sizes
-        later = [raw[start : start + k] for start, k in zip(starts, sizes[1:], strict=False)]  # the round before, its first k
-        return np.concatenate([self._rows["raw"][: sizes[0]], *later])
+        later = [own[start : start + k] for start, k in zip(starts, sizes[1:], strict=False)]  # the round before, its first k
+        return np.concatenate([stored[: sizes[0]], *later])
 
     def _judged(self, rows: Rows, learners: Positions, x: Float32, t: Float32, learn: Float32) -> tuple[StepOutput, Float32]:
         """One step of the states, frozen where they are, and the next states of the learners beside those at `learners`."""
@@ -248,6 +251,13 @@ def _with_rates(x: Float32, raw: Float64, previous: Float64, seconds: Float64) -
     rate = np.where(np.abs(rate) <= np.finfo(np.float32).max, rate, np.nan)
     x = x.copy()
     x[:, 0] = np.where(np.isnan(raw), x[:, 0], rate)
+    return x
+
+
+def _with_gaps(x: Float32, seconds: Float32, code_before: Float32, end: int) -> Float32:
+    """`x` of lines with the seconds since the stream's previous event as its second feature, where a session goes on."""
+    x = x.copy()
+    x[:, 1] = np.where(code_before == end, np.float32(np.nan), seconds)
     return x
 
 

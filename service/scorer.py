@@ -36,7 +36,7 @@ from service.alerts import Stand, Standing, Transition
 from service.batcher import Batcher
 from service.copies import Copies
 from service.detector import Detector
-from service.errors import ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
+from service.errors import BadEvent, ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
 from service.events import Columns, Delivery, Event, Lease, Parsed, Published, Readings, Result
 from service.features import parse, parse_columns
 from service.feed import Feed
@@ -46,7 +46,7 @@ from service.reorder import Reorder
 from service.results import Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advancing
 from service.silence import Sweeper, waits
-from service.state import ALERT_OPEN, EXPIRED, SILENT, Loaded, Origin, Rows, StateCodec, event_key
+from service.state import ALERT_OPEN, EXPIRED, SILENT, Loaded, Origin, Rows, event_key
 from service.stores import FENCED, LOST, WRITTEN, StateStore, Write
 
 ATTEMPTS = 3
@@ -138,7 +138,7 @@ class Scorer:
         self._feed = feed or Feed(metrics)
         self._limits = limits
         self._clock = clock
-        self._codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
+        self._codec = detector.codec()
         self._replies = Replies(detector.manifest, policy)
         self._copies = Copies(self._codec, limits.copies_bytes)
         self._batcher: Batcher[_Piece, Answers] = Batcher(
@@ -192,7 +192,7 @@ class Scorer:
         if self._held:
             raise StoreUnavailable("The policy has not been read from the state store yet.")
         events = [item for item in items if isinstance(item, Event)]
-        parsed, errors = parse(events, self.detector.manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
+        parsed, errors = self._parse(events)
         if errors:
             events = [event for i, event in enumerate(events) if i not in errors]
         answers: list[Result | ItemError] = []
@@ -243,8 +243,8 @@ class Scorer:
         """
         if self._held:
             raise StoreUnavailable("The policy has not been read from the state store yet.")
-        events, manifest = [delivery.event for delivery in deliveries], self.detector.manifest
-        parsed, errors = parse(events, manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
+        events = [delivery.event for delivery in deliveries]
+        parsed, errors = self._parse(events)
         kept = [delivery for i, delivery in enumerate(deliveries) if i not in errors]
         arrivals = [time if timed else delivery.arrived for time, timed, delivery in zip(parsed.timestamp, parsed.timed, kept, strict=True)]
         keys = [key or _identity(delivery, replies=replies) for key, delivery in zip(parsed.key, kept, strict=True)]
@@ -257,6 +257,10 @@ class Scorer:
             self._failure(events[i].stream_id or "", kind) if kind is Kind.REFUSED else kind for i, kind in enumerate(became)
         ]
         return kinds, self._published(kept, answers) if replies else []
+
+    def _parse(self, events: Sequence[Event]) -> tuple[Parsed, dict[int, BadEvent]]:
+        detector, ahead = self.detector, self._limits.max_future_seconds
+        return parse(events, detector.manifest, now=self._clock(), max_future=ahead, matcher=detector.matcher)
 
     def _answered(self, answer: Answers | Exception) -> Answers:
         if isinstance(answer, Exception):
@@ -422,7 +426,7 @@ class Scorer:
         self._anomalies.inc(answers.anomalies)
         self._onsets.inc(answers.onsets)
         self._expected.inc(answers.expected)
-        self._feed.tell(self.detector.name, readings.stream_ids, answers)
+        self._feed.tell(self.detector.name, readings.stream_ids, answers, readings.messages)
         parts, start = [], 0
         for submission in submissions:
             parts.append(answers.part(start, start + len(submission)))
@@ -461,7 +465,7 @@ class Scorer:
         answers = self._replies.judged(outcomes)
         with self._stage["commit"].time(), tracing.span("commit"):
             settled = self._settled(readings, slots, answers)
-            became = await self._commit(stream_ids, loaded, copied, answers, slots, policy, settled, standing)
+            became = await self._commit(stream_ids, loaded, copied, answers, slots, policy, settled, standing, readings.messages)
         if (became == WRITTEN).all():
             return answers, np.zeros(len(readings), np.bool_)
         became = became[slots]
@@ -526,6 +530,7 @@ class Scorer:
         policy: Policy,
         settled: dict[int, _Settled],
         standing: Standing,
+        messages: Sequence[str | None] | None,
     ) -> NDArray[np.uint8]:
         """Write the states that were stepped, and what queues are told; [B] WRITTEN, LOST or FENCED."""
         outcomes = answers.batch.outcomes
@@ -544,10 +549,10 @@ class Scorer:
         rows = loaded.rows if len(changed) == len(stream_ids) else loaded.rows[changed]
         # A stream that another replica wrote last is likely to be written by it again: a copy would be stale.
         stays = copied[changed] | (loaded.origins[changed] != Origin.STORED) | self._codec.ours(rows)
-        watches = waits(rows, policy.alpha, self._clock()) if policy.silence else [None] * len(rows)
+        watches = waits(rows, policy.alpha, self._clock(), self._ended(rows)) if policy.silence else [None] * len(rows)
         values = self._codec.encode(rows)
         trails = self._new_trails(trailed, slots, outcomes)
-        logs = self._moved(standing, stream_ids, scored, slots, answers)
+        logs = self._moved(standing, stream_ids, scored, slots, answers, messages)
         writes = [
             Write(
                 stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""), watch, *settled.get(slot, _NOTHING), logs.get(slot, ())
@@ -597,15 +602,28 @@ class Scorer:
                 here.results.append(results[i])
         return settled
 
+    def _ended(self, rows: Rows) -> NDArray[np.bool_] | None:
+        """[B] whether a stream's last event was the end of its session; None = the model knows no sessions."""
+        lines = self.detector.manifest.lines
+        return None if lines is None else rows["last"]["x"][:, 0] == lines.end
+
     def _moved(
-        self, standing: Standing, stream_ids: list[str], scored: Positions, slots: Positions, answers: Answers
+        self,
+        standing: Standing,
+        stream_ids: list[str],
+        scored: Positions,
+        slots: Positions,
+        answers: Answers,
+        messages: Sequence[str | None] | None,
     ) -> dict[int, list[bytes]]:
         """Slot → what this batch did to its alerts, for the log."""
         moves = list(standing.moves(slots[scored], answers.batch.outcomes.records[scored])) if self._alerting else []
         if not moves:
             return {}
-        events = [Event(stream_id=stream_ids[move.slot]) for move in moves]
-        results = self._replies.picked(events, answers, scored[[move.event for move in moves]].tolist())
+        places = scored[[move.event for move in moves]].tolist()
+        said = [None] * len(moves) if messages is None else [messages[i] for i in places]
+        events = [Event(stream_id=stream_ids[move.slot], message=message) for move, message in zip(moves, said, strict=True)]
+        results = self._replies.picked(events, answers, places)
         return alerts.moved(moves, self.detector.name, stream_ids, results)
 
     @staticmethod
@@ -774,11 +792,13 @@ class Scorer:
 
 
 def _identity(delivery: Delivery, *, replies: bool) -> int:
-    """Of an event that names none: its place in a queue, by which its stored result is found, or else its time and values; 0 = none."""
+    """Of an event that names none: its place in a queue, by which its stored result is found, or else its time and content; 0 = none."""
     if delivery.source:
         return event_key(f"{delivery.source}/{delivery.position}", None) if replies and delivery.lease is None else 0
     event = delivery.event
-    return 0 if event.timestamp is None else event_key(f"{event.timestamp} {event.values}", None)
+    return (
+        0 if event.timestamp is None else event_key(f"{event.timestamp} {event.values if event.message is None else event.message}", None)
+    )
 
 
 def _result_id(reply: Result, delivery: Delivery) -> str:

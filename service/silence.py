@@ -68,9 +68,14 @@ def to_log(silence: Silence) -> None:
     )
 
 
-def waits(rows: Rows, alpha: float, now: float) -> list[float | None]:
-    """Set the deadlines of streams that are about to be committed, in place; returns the watch to write for each, None = as it is."""
+def waits(rows: Rows, alpha: float, now: float, ended: NDArray[np.bool_] | None = None) -> list[float | None]:
+    """Set the deadlines of streams that are about to be committed, in place; returns the watch to write for each, None = as it is.
+
+    Nobody waits for streams that `ended` [B].
+    """
     patience = cadence.patience(rows, alpha)
+    if ended is not None:
+        patience[ended] = np.inf
     live = np.isfinite(patience) & (np.abs(now - rows["last"]["timestamp"]) <= np.maximum(patience, LIVE_SECONDS))
     rows["deadline"] = np.where(live, now + np.where(live, patience, 0), 0)
     begins = live & (rows["watch_until"] <= now)

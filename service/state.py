@@ -80,8 +80,8 @@ class Origin(enum.IntEnum):
     CORRUPT = 3
 
 
-def record_dtype(features: int) -> np.dtype[Any]:
-    """One event with its result: what a reply is made from, and all that is kept of it."""
+def record_dtype(features: int, likely: int = 0, before: int = 0) -> np.dtype[Any]:
+    """One event with its result: what a reply is made from, and all that is kept of it. `likely` and `before` are widths, 0 for sensors."""
     per_feature = [(name, "<f4", (features,)) for name in ("x", "expected", "lower", "upper", "contribution")]
     return np.dtype(
         [
@@ -96,11 +96,13 @@ def record_dtype(features: int) -> np.dtype[Any]:
             ("onset_alpha", "<f4"),  # what onset_p is compared with: alpha, and more while a stream is new
             ("flags", "<u4"),  # of the stream after this event
             *per_feature,
+            ("likely", "<f4", (likely,)),
+            ("before", "<f4", (before,)),
         ]
     )
 
 
-def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
+def value_dtype(features: int, state_size: int, likely: int = 0, before: int = 0) -> np.dtype[Any]:
     """The stored value of one stream; layout in the module's docstring."""
     return np.dtype(
         [
@@ -123,7 +125,7 @@ def value_dtype(features: int, state_size: int) -> np.dtype[Any]:
             ("watch_until", "<f8"),
             ("silent_since", "<f8"),
             ("raw", "<f8"),
-            ("last", record_dtype(features)),
+            ("last", record_dtype(features, likely, before)),
             ("vector", "<f4", (state_size,)),
             ("seen", "<u8", (SEEN,)),
             ("source", "<u4"),
@@ -155,9 +157,9 @@ class Loaded:
 class StateCodec:
     """Values of one detector ⇄ bytes. `model` is the detector's fingerprint."""
 
-    def __init__(self, features: int, state_size: int, model: int) -> None:
-        self.value = value_dtype(features, state_size)
-        self.record = record_dtype(features)
+    def __init__(self, features: int, state_size: int, model: int, likely: int = 0, before: int = 0) -> None:
+        self.value = value_dtype(features, state_size, likely, before)
+        self.record = record_dtype(features, likely, before)
         starts: Mapping[str, Any] = self.value.fields or {}
         self._with_vector, self._with_seen, self.bytes = (starts[name][1] for name in ("seen", "source", "learner"))
         """The most that a value without learner takes."""

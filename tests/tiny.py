@@ -131,4 +131,14 @@ def _answers(graph: Any, manifest: Manifest) -> SelfTest:
         )
         state = out.pop("state_out")
         answers.append(out)
-    return SelfTest(x, t, learn, alpha, **{name: np.stack([a[name] for a in answers]) for name in names[1:]}, state=state)
+    nothing = np.zeros((T, B, 0), np.float32)
+    return SelfTest(
+        x,
+        t,
+        learn,
+        alpha,
+        **{name: np.stack([a[name] for a in answers]) for name in names[1:]},
+        likely=nothing,
+        before=nothing,
+        state=state,
+    )

@@ -149,7 +149,7 @@ def selftest(run: Runner, step: DetectorStep) -> SelfTest:
     for i in range(SELFTEST_STEPS):
         answers.append(run(state, x[i], t[i], learn[i], alpha[i]))
         state = answers[-1].state
-    names = ("p_value", "onset_p", "expected", "lower", "upper", "contribution")
+    names = ("p_value", "onset_p", "expected", "lower", "upper", "contribution", "likely", "before")
     return SelfTest(x, t, learn, alpha, **{name: np.stack([getattr(answer, name) for answer in answers]) for name in names}, state=state)
 
 

@@ -45,7 +45,7 @@ class Runner:
         extra = bucket(rows) - rows
         feed = {"state": state, "x": x, "t": t, "learn": learn, "alpha": alpha}
         padded = {name: np.concatenate([part, np.zeros((extra, *part.shape[1:]), np.float32)]) for name, part in feed.items()}
-        return StepOutput(*(out[:rows] for out in self._session.run(list(OUTPUTS), padded)))
+        return StepOutput.of(self._session.run(list(OUTPUTS), padded), rows)
 
 
 def probe_inputs(steps: int, rows: int, features: int, seed: int = 0) -> tuple[Float32, Float32, Float32, Float32]:
@@ -79,7 +79,7 @@ def verify_same_answers(step: DetectorStep, run: StepFunction) -> None:
             expected = [part.numpy() for part in step(*(torch.from_numpy(part) for part in inputs))]
         got = run(*inputs)
         reach = np.fmax(np.abs(got.lower), np.abs(got.upper))  # an end of the band near 0 is a difference of larger numbers
-        for name, want in zip(_ANSWERS[1:], expected[1:], strict=True):
+        for name, want in zip(OUTPUTS[1:], expected[1:], strict=True):
             _compare(name, i, getattr(got, name), want, reach if name in ("lower", "upper") else None)
         after, wanted = (step.layout.split(torch.from_numpy(part)) for part in (got.state, expected[0]))
         for slot in step.layout.slots:

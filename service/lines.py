@@ -1,0 +1,215 @@
+"""A log line → the code of its template and its numbers. Matched, never mined: what a model knows was fixed when it was trained.
+
+    line      "2026-11-26T08:00:00Z web-1 Took 12.5 ms for /a?id=77 of 10.0.0.7:4711"
+    message   "Took 12.5 ms for /a?id=77 of 10.0.0.7:4711"           the header is cut off, and what follows the first line
+    words     Took · 12.5 · ms · for · /a?id=77 · of · 10.0.0.7:4711
+    masked    Took <NUM> ms for /a?id=<NUM> of <IP>                  each word by itself
+    template  Took <NUM> ms for <*> of <IP>                          as many tokens, each the same one or a wildcard
+    numbers   12.5                                                   what <NUM> stands for in the template, in order
+
+Of several templates that match, one with the fewest wildcards is taken, always the same one. Pure, and deterministic: it depends
+on `Lines` and the line alone. Words that were seen are known, and so are masked lines; both memories are bounded.
+
+Masks run in Python's own engine where they are those below, which take linear time there on any input, and in RE2 where they are
+others': an expression that someone wrote must not stand still on what someone else sent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import re2
+from numpy.typing import NDArray
+
+from service.artifact import NEW, NUMBER, NUMBERS, WILDCARD, Lines, Mask
+
+DEFAULT_MASKS = (
+    Mask(name="uuid", pattern=r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b", replacement="<UUID>"),
+    Mask(
+        name="time",
+        pattern=r"\b\d{4}[-./]\d\d[-./]\d\d(?:[T_-]?\d\d[:.]\d\d[:.]\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?)?\b",
+        replacement="<TIME>",
+    ),
+    Mask(name="clock", pattern=r"\b\d\d:\d\d:\d\d(?:[.,]\d{1,9})?\b", replacement="<TIME>"),
+    Mask(name="ip", pattern=r"\b\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?::\d{1,5})?\b", replacement="<IP>"),
+    Mask(name="mac", pattern=r"\b[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}\b", replacement="<MAC>"),
+    Mask(name="ipv6", pattern=r"\b[0-9a-fA-F]{1,4}(?::[0-9a-fA-F]{0,4}){3,7}\b", replacement="<IP>"),
+    Mask(name="hex", pattern=r"\b0[xX][0-9a-fA-F]+\b", replacement="<HEX>"),
+    Mask(name="hash", pattern=r"\b(?:[0-9]+[a-fA-F]|[a-fA-F]+[0-9])[0-9a-fA-F]{6,}\b", replacement="<HEX>"),
+    Mask(name="id", pattern=r"_-?\d+", replacement="_<ID>"),
+    Mask(name="signed", pattern=r"^[-+]\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", replacement=NUMBER),
+    Mask(name="number", pattern=r"\b\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", replacement=NUMBER),
+    Mask(name="digits", pattern=r"\d+", replacement="<ID>"),
+)
+"""What training masks unless it is told otherwise. A number is plain where a word begins; digits within a word are an identity."""
+
+WORDS, WORD_LENGTH = 65_536, 64
+"""Words that are kept masked, twice over, and the longest that is."""
+KNOWN, KNOWN_LENGTH = 8_192, 1_000
+"""Masked lines that are kept with their code, twice over, and the longest that is."""
+MOST_NUMBERS = len(NUMBERS)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+Made = TypeVar("Made")
+Pick = tuple[int, int]
+"""A number of a line: its word, and which of the word's numbers it is; -1 = the word is the number."""
+
+
+class Matched(NamedTuple):
+    """What a masked line is."""
+
+    code: int
+    picks: tuple[Pick, ...]
+
+
+_UNKNOWN = Matched(NEW, ())
+
+
+class Matcher:
+    """Lines → codes, by the templates of one model. Not for two threads at once."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._splitter = Splitter(lines.header, lines.masks, lines.delimiters)
+        self._index = _index(lines.templates)
+        self._templates = [template.split() for template in lines.templates]
+        self._known = _Memory(self._matched, KNOWN, KNOWN_LENGTH)
+
+    def codes(self, messages: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """[N] codes, NEW where no template matches, and [N, 4] the first numbers of each line, NaN = none."""
+        codes: list[int] = []
+        numbers = np.full((len(messages), MOST_NUMBERS), np.nan, np.float32)
+        known, split, masked_of = self._known, self._splitter.words, self._splitter.masked_word
+        for i, message in enumerate(messages):
+            words = split(message)
+            code, picks = known["\n".join([masked_of[word] for word in words])]
+            codes.append(code)
+            if picks:
+                numbers[i, : len(picks)] = [self._number(words[word], which) for word, which in picks]
+        return np.array(codes, np.float32), numbers
+
+    def _matched(self, masked: str) -> Matched:
+        """The masked words of a line, one a line → what it is."""
+        tokens = masked.split()
+        for literals, codes in self._index.get(len(tokens), ()):
+            code = codes.get(literals(tokens))
+            if code is not None:
+                return Matched(code, self._picks(masked, self._templates[code - 1]))
+        return _UNKNOWN
+
+    def _picks(self, masked: str, template: list[str]) -> tuple[Pick, ...]:
+        """Where the numbers of a line are that its template knows as such."""
+        picks: list[Pick] = []
+        tokens = iter(template)
+        for i, word in enumerate(masked.split("\n")):
+            which = 0
+            for token, known in zip(word.split(), tokens, strict=False):
+                picks += [(i, -1 if word == NUMBER else which + k) for k in range(known.count(NUMBER))]
+                which += token.count(NUMBER)
+        return tuple(picks[:MOST_NUMBERS])
+
+    def _number(self, word: str, which: int) -> float:
+        text = word if which < 0 else self._splitter.numbers(word)[which]
+        try:
+            number = float(text)
+        except ValueError:  # a mask of the trainer's calls it a number
+            return math.nan
+        return number if abs(number) <= FLOAT32_MAX else math.nan
+
+
+class Splitter:
+    """Lines → masked words. Mining (training/lines.py) sees lines as matching does."""
+
+    def __init__(self, header: str, masks: Sequence[Mask], delimiters: str) -> None:
+        self._header = re2.compile(header) if header else None
+        self._mask = _Masking(masks)
+        self._delimiters = str.maketrans(dict.fromkeys(delimiters, " "))
+        self.masked_word = _Memory(self._masked, WORDS, WORD_LENGTH)
+        """Word → what stands for it, its tokens separated by blanks."""
+
+    def words(self, message: str) -> list[str]:
+        """Of the message's first line that is not blank, without its header."""
+        if "\n" in message:
+            message = message.lstrip().partition("\n")[0]
+        if self._header is not None and (header := self._header.match(message)):
+            message = message[header.end() :]
+        return message.split()
+
+    def tokens(self, message: str) -> list[str]:
+        """What templates are made of."""
+        return " ".join([self.masked_word[word] for word in self.words(message)]).split()
+
+    def numbers(self, word: str) -> list[str]:
+        """What was replaced by NUMBER in this word, in order."""
+        return self._mask.numbers(word)
+
+    def _masked(self, word: str) -> str:
+        masked = self._mask.masked(word)
+        return masked.translate(self._delimiters) if self._delimiters else masked
+
+
+class _Masking:
+    """All masks as one expression of alternatives, a group for each."""
+
+    def __init__(self, masks: Sequence[Mask]) -> None:
+        text = "|".join(f"({mask.pattern})" for mask in masks)
+        linear = frozenset(mask.pattern for mask in masks) <= frozenset(mask.pattern for mask in DEFAULT_MASKS)
+        self._expression: Any = re.compile(text, re.ASCII) if linear else re2.compile(text)
+        groups = np.cumsum([1, *(re2.compile(mask.pattern).groups + 1 for mask in masks)])[:-1].tolist()
+        self._replacements = [(group, mask.replacement) for group, mask in zip(groups, masks, strict=True)]
+        self._any = bool(masks)
+
+    def masked(self, word: str) -> str:
+        return str(self._expression.sub(self._replacement, word)) if self._any else word
+
+    def numbers(self, word: str) -> list[str]:
+        return [found.group() for found in self._expression.finditer(word) if self._replacement(found) == NUMBER]
+
+    def _replacement(self, found: Any) -> str:
+        return next(replacement for group, replacement in self._replacements if found.start(group) >= 0)
+
+
+class _Memory(dict[str, Made]):
+    """Text → what `make` makes of it. Keeps between `size` and twice as many of the latest; none that is longer than `length`."""
+
+    def __init__(self, make: Callable[[str], Made], size: int, length: int) -> None:
+        super().__init__()
+        self._make, self._size, self._length = make, size, length
+        self._older: dict[str, Made] = {}
+
+    def __missing__(self, text: str) -> Made:
+        if len(text) > self._length:
+            return self._make(text)
+        made = self._older.get(text)
+        if made is None:
+            made = self._make(text)
+        if len(self) >= self._size:
+            self._older = dict(self)
+            self.clear()
+        self[text] = made
+        return made
+
+
+def _index(templates: Sequence[str]) -> dict[int, list[tuple[Callable[[list[str]], Any], dict[Any, int]]]]:
+    """Number of tokens → for each set of places that are literal, the fewest wildcards first: what picks them, and literals → code."""
+    found: dict[int, dict[tuple[int, ...], dict[Any, int]]] = {}
+    for code, template in enumerate(templates, NEW + 1):
+        tokens = template.split()
+        places = tuple(i for i, token in enumerate(tokens) if token != WILDCARD)
+        found.setdefault(len(tokens), {}).setdefault(places, {})[_picker(places)(tokens)] = code
+    return {
+        length: [(_picker(places), codes) for places, codes in sorted(sets.items(), key=lambda one: (-len(one[0]), min(one[1].values())))]
+        for length, sets in found.items()
+    }
+
+
+def _picker(places: tuple[int, ...]) -> Callable[[list[str]], Any]:
+    return itemgetter(*places) if places else _nothing
+
+
+def _nothing(tokens: list[str]) -> tuple[()]:
+    return ()

@@ -1,0 +1,151 @@
+"""A line becomes the same code everywhere: by its template, whatever numbers, addresses and times it holds."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import re2
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from service import lines
+from service.artifact import Lines, Mask
+from service.lines import DEFAULT_MASKS, Matcher, Splitter
+
+
+def matcher(*templates: str, **more: object) -> Matcher:
+    return Matcher(Lines.model_validate({"masks": DEFAULT_MASKS, "templates": list(templates)} | more))
+
+
+def codes(matcher: Matcher, *messages: str) -> list[int]:
+    return [int(code) for code in matcher.codes(messages)[0].tolist()]
+
+
+def numbers(matcher: Matcher, message: str) -> list[float]:
+    _, found = matcher.codes([message])
+    return [number for number in found[0].tolist() if not np.isnan(number)]
+
+
+@pytest.mark.parametrize(
+    ("word", "masked"),
+    [
+        ("12.5", "<NUM>"),
+        ("-3", "<NUM>"),
+        ("1e-7,", "<NUM>,"),
+        ("size=67108864", "size=<NUM>"),
+        ("12ms", "<NUM>ms"),
+        ("(3/5)", "(<NUM>/<NUM>)"),
+        ("eth0", "eth<ID>"),
+        ("blk_-1608999687919862906", "blk_<ID>"),
+        ("/10.250.19.102:54106", "/<IP>"),
+        ("0xdeadBEEF", "<HEX>"),
+        ("9f86d081884c7d65", "<HEX>"),
+        ("deadbeef", "deadbeef"),
+        ("123e4567-e89b-12d3-a456-426614174000", "<UUID>"),
+        ("00:1a:2b:3c:4d:5e", "<MAC>"),
+        ("fe80::1ff:fe23:4567:890a", "<IP>"),
+        ("15:42:50,123", "<TIME>"),
+        ("2026-11-26T08:00:00.5+01:00", "<TIME>"),
+        ("2005-06-03-15.42.50.363779", "<TIME>"),
+        ("2005.06.03", "<TIME>"),
+        ("dfs.DataNode$DataXceiver:", "dfs.DataNode$DataXceiver:"),
+    ],
+)
+def test_what_tells_lines_of_one_pattern_apart_is_masked(word: str, masked: str) -> None:
+    assert Splitter("", DEFAULT_MASKS, "").masked_word[word] == masked
+
+
+@given(st.text(st.sampled_from("0123456789abcdefxXEz.:-_+/,=TZ "), max_size=40))
+def test_the_default_masks_mean_the_same_to_both_engines(text: str) -> None:
+    for mask in DEFAULT_MASKS:
+        assert [found.span() for found in re.finditer(mask.pattern, text, re.ASCII)] == [
+            found.span() for found in re2.finditer(mask.pattern, text)
+        ]
+
+
+def test_the_default_masks_take_linear_time() -> None:
+    splitter = Splitter("", DEFAULT_MASKS, "")
+    for part in ("1", "a1", "1:", "1.", "0a", "1-", "ab:", "-1", "1e", "_1"):
+        splitter.masked_word[part * 30_000]  # a second each would be far more than quadratic time takes
+
+
+def test_the_template_with_the_fewest_wildcards_is_taken() -> None:
+    found = matcher("user <*> <*>", "user root <*>", "user <*> out", "user root out")
+    assert codes(found, "user anna in", "user root in", "user anna out", "user root out", "user root", "users") == [1, 2, 3, 4, 0, 0]
+
+
+def test_a_line_that_matches_no_template_is_a_new_pattern_and_gives_no_numbers() -> None:
+    found = matcher("Took <NUM> ms")
+    assert codes(found, "Took 3 ms", "Took 3 s", "Gave 3 ms", "") == [1, 0, 0, 0]
+    assert numbers(found, "Took 3 s") == []
+
+
+def test_numbers_are_those_that_the_template_knows_in_order() -> None:
+    found = matcher("a <NUM> of size=<NUM>, <*> (<NUM>/<NUM>) <NUM>")
+    assert numbers(found, "a 1 of size=2.5, x (3/4) 5") == [1, 2.5, 3, 4]
+    assert numbers(found, "a 1 of size=2.5, 77 (3/4) 5") == [1, 2.5, 3, 4]
+
+
+def test_numbers_beyond_float32_or_that_are_none_are_missing() -> None:
+    masks = [{"name": "any", "pattern": "#.*", "replacement": "<NUM>"}]
+    assert numbers(matcher("at <NUM>", masks=masks), "at #x") == []
+    assert numbers(matcher("at <NUM>"), "at 1e300") == []
+
+
+def test_only_the_first_line_of_a_message_is_matched_and_its_header_is_cut_off() -> None:
+    found = matcher("java.io.IOException: broken", "<TIME> boot", header=r"\d{4}-\d\d-\d\d \S+ \[\w+\] ")
+    trace = "\n2026-11-26 08:00:00,123 [main] java.io.IOException: broken\n\tat a.b.C(C.java:7)\n"
+    assert codes(found, trace, "java.io.IOException: broken", "2026-11-26 boot") == [1, 1, 2]
+
+
+def test_delimiters_separate_tokens_after_masking() -> None:
+    found = matcher("state <*> at <IP> n <NUM>", delimiters="=;")
+    assert codes(found, "state=up at 10.0.0.7:80;n=4", "state = up at 10.0.0.7:80; n=4") == [1, 1]
+    assert numbers(found, "state = up at 10.0.0.7:80; n=4") == [4]
+
+
+def test_masks_of_others_run_in_an_engine_that_no_line_stops() -> None:
+    slow = Mask(name="slow", pattern="(a|aa)+$", replacement="<A>")
+    splitter = Splitter("", [slow], "")
+    assert splitter.masked_word["a" * 5000 + "b"] == "a" * 5000 + "b"
+    assert splitter.masked_word["xaaa"] == "x<A>"
+
+
+def test_masks_with_groups_of_their_own_keep_their_replacements() -> None:
+    masks = [Mask(name="user", pattern="user-(a|b)+", replacement="<USER>"), Mask(name="n", pattern="([0-9])+", replacement="<NUM>")]
+    splitter = Splitter("", masks, "")
+    assert splitter.masked_word["user-ab:12"] == "<USER>:<NUM>"
+    assert splitter.numbers("user-ab:12") == ["12"]
+
+
+def test_memories_are_bounded_and_forgetting_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "WORDS", 50)
+    monkeypatch.setattr(lines, "KNOWN", 10)
+    found, rng = matcher("a <*> <NUM>", "b <NUM>"), np.random.default_rng(0)
+    said = [f"a w{'xyz'[i % 3] * (i % 40)} {rng.integers(10**6)}" if i % 3 else f"b {i}" for i in range(3000)]
+    once, values = found.codes(said)
+    again = [matcher("a <*> <NUM>", "b <NUM>").codes([message]) for message in said[:200]]
+    assert once[:200].tolist() == [code[0] for code, _ in again]
+    assert np.array_equal(values[:200], np.concatenate([value for _, value in again]), equal_nan=True)
+    assert len(found._splitter.masked_word) <= 50
+    assert len(found._known) <= 10
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"templates": []}, "at least 1"),
+        ({"templates": ["a", "a"]}, "not unique"),
+        ({"templates": ["a  b"]}, "tokens joined by one blank"),
+        ({"masks": [{"name": "x", "pattern": "(?<=a)b", "replacement": "<X>"}]}, "no expression of RE2"),
+        ({"masks": [{"name": "x", "pattern": "a*", "replacement": "<X>"}]}, "match everywhere"),
+        ({"masks": [{"name": "x", "pattern": "a", "replacement": "<a b>"}]}, "replacement"),
+        ({"header": "("}, "no expression of RE2"),
+    ],
+)
+def test_lines_that_cannot_be_used_are_refused_by_field(bad: dict[str, object], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Lines.model_validate({"templates": ["a"]} | bad)
