@@ -30,17 +30,21 @@ from service.artifact import NEW, NUMBER, NUMBERS, WILDCARD, Lines, Mask
 
 DEFAULT_MASKS = (
     Mask(name="uuid", pattern=r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b", replacement="<UUID>"),
+    Mask(name="mac", pattern=r"\b[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}\b", replacement="<MAC>"),
+    Mask(name="ipv6", pattern=r"\b[0-9a-fA-F]{1,4}(?::[0-9a-fA-F]{0,4}){3,7}\b", replacement="<IP>"),
     Mask(
         name="time",
         pattern=r"\b\d{4}[-./]\d\d[-./]\d\d(?:[T_-]?\d\d[:.]\d\d[:.]\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?)?\b",
         replacement="<TIME>",
     ),
     Mask(name="clock", pattern=r"\b\d\d:\d\d:\d\d(?:[.,]\d{1,9})?\b", replacement="<TIME>"),
-    Mask(name="ip", pattern=r"\b\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?::\d{1,5})?\b", replacement="<IP>"),
-    Mask(name="mac", pattern=r"\b[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}\b", replacement="<MAC>"),
-    Mask(name="ipv6", pattern=r"\b[0-9a-fA-F]{1,4}(?::[0-9a-fA-F]{0,4}){3,7}\b", replacement="<IP>"),
+    Mask(
+        name="ip",
+        pattern=r"\b\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?::\d{1,5})?(?:,\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?::\d{1,5})?)*\b",
+        replacement="<IP>",
+    ),
     Mask(name="hex", pattern=r"\b0[xX][0-9a-fA-F]+\b", replacement="<HEX>"),
-    Mask(name="hash", pattern=r"\b(?:[0-9]+[a-fA-F]|[a-fA-F]+[0-9])[0-9a-fA-F]{6,}\b", replacement="<HEX>"),
+    Mask(name="hash", pattern=r"\b(?:[0-9]+[a-fA-F]|[a-fA-F]+[0-9])[0-9a-fA-F]{4,}\b", replacement="<HEX>"),
     Mask(name="id", pattern=r"_-?\d+", replacement="_<ID>"),
     Mask(name="signed", pattern=r"^[-+]\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", replacement=NUMBER),
     Mask(name="number", pattern=r"\b\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", replacement=NUMBER),
@@ -92,6 +96,10 @@ class Matcher:
                 numbers[i, : len(picks)] = [self._number(words[word], which) for word, which in picks]
         return np.array(codes, np.float32), numbers
 
+    def code_of(self, masked: str) -> int:
+        """Of a line that is masked already, its tokens separated by blanks."""
+        return self._known[masked].code
+
     def _matched(self, masked: str) -> Matched:
         """The masked words of a line, one a line → what it is."""
         tokens = masked.split()
@@ -113,10 +121,10 @@ class Matcher:
         return tuple(picks[:MOST_NUMBERS])
 
     def _number(self, word: str, which: int) -> float:
-        text = word if which < 0 else self._splitter.numbers(word)[which]
+        found = [word] if which < 0 else self._splitter.numbers(word)
         try:
-            number = float(text)
-        except ValueError:  # a mask of the trainer's calls it a number
+            number = float(found[which])
+        except (ValueError, IndexError):  # a mask of the trainer's calls it a number; a line may hold "<NUM>" as it stands
             return math.nan
         return number if abs(number) <= FLOAT32_MAX else math.nan
 
@@ -153,24 +161,47 @@ class Splitter:
 
 
 class _Masking:
-    """All masks as one expression of alternatives, a group for each."""
+    """All masks as one expression of alternatives, a group for each.
+
+    A word in which no mask of others is found is one for the default ones alone.
+    """
 
     def __init__(self, masks: Sequence[Mask]) -> None:
-        text = "|".join(f"({mask.pattern})" for mask in masks)
-        linear = frozenset(mask.pattern for mask in masks) <= frozenset(mask.pattern for mask in DEFAULT_MASKS)
-        self._expression: Any = re.compile(text, re.ASCII) if linear else re2.compile(text)
-        groups = np.cumsum([1, *(re2.compile(mask.pattern).groups + 1 for mask in masks)])[:-1].tolist()
-        self._replacements = [(group, mask.replacement) for group, mask in zip(groups, masks, strict=True)]
-        self._any = bool(masks)
+        ours = frozenset(mask.pattern for mask in DEFAULT_MASKS)
+        others = [mask for mask in masks if mask.pattern not in ours]
+        self._others = re2.compile(_either(others)) if others else None
+        self._ours = _Expression(re.compile, [mask for mask in masks if mask.pattern in ours])
+        self._all = _Expression(re2.compile, masks)
 
     def masked(self, word: str) -> str:
-        return str(self._expression.sub(self._replacement, word)) if self._any else word
+        return self._for(word).masked(word)
 
     def numbers(self, word: str) -> list[str]:
-        return [found.group() for found in self._expression.finditer(word) if self._replacement(found) == NUMBER]
+        return self._for(word).numbers(word)
+
+    def _for(self, word: str) -> _Expression:
+        return self._ours if self._others is None or self._others.search(word) is None else self._all
+
+
+class _Expression:
+    def __init__(self, compile_: Callable[[str], Any], masks: Sequence[Mask]) -> None:
+        self._expression = compile_(("(?a)" if compile_ is re.compile else "") + _either(masks)) if masks else None
+        groups = np.cumsum([1, *(re2.compile(mask.pattern).groups + 1 for mask in masks)])[:-1].tolist()
+        self._replacements = [(group, mask.replacement) for group, mask in zip(groups, masks, strict=True)]
+
+    def masked(self, word: str) -> str:
+        return word if self._expression is None else str(self._expression.sub(self._replacement, word))
+
+    def numbers(self, word: str) -> list[str]:
+        found = self._expression.finditer(word) if self._expression is not None else ()
+        return [one.group() for one in found if self._replacement(one) == NUMBER]
 
     def _replacement(self, found: Any) -> str:
         return next(replacement for group, replacement in self._replacements if found.start(group) >= 0)
+
+
+def _either(masks: Sequence[Mask]) -> str:
+    return "|".join(f"({mask.pattern})" for mask in masks)
 
 
 class _Memory(dict[str, Made]):

@@ -93,6 +93,8 @@ def test_numbers_beyond_float32_or_that_are_none_are_missing() -> None:
     masks = [{"name": "any", "pattern": "#.*", "replacement": "<NUM>"}]
     assert numbers(matcher("at <NUM>", masks=masks), "at #x") == []
     assert numbers(matcher("at <NUM>"), "at 1e300") == []
+    assert numbers(matcher("at <NUM>", "at x=<NUM>"), "at <NUM>") == []
+    assert numbers(matcher("at <NUM>", "at x=<NUM>"), "at x=<NUM>") == []
 
 
 def test_only_the_first_line_of_a_message_is_matched_and_its_header_is_cut_off() -> None:

@@ -22,6 +22,8 @@ from training.autoencoder import Sizes, Variant
 from training.cache import CACHE, convert, open_cache
 from training.distributed import Device, Precision, join
 from training.fit import WAVEFORM_PLAN, Plan
+from training.lines import Mining, masks_of, preview
+from training.log_files import LogFormat
 from training.pipeline import Job, default_job, fleet_job, produce
 from training.verify import verify_file
 
@@ -41,6 +43,21 @@ Seed = Annotated[int, typer.Option(help="Every random number follows from it: sa
 Steps = Annotated[int, typer.Option(min=1, help="Training steps at most; early stopping may end sooner.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of PyTorch. One is usually fastest for networks this small.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --out (same data and settings).")]
+StreamRegex = Annotated[
+    str, typer.Option(help="What names the stream (host, request, block) in a line: RE2, its first group. Default: the file.")
+]
+TimeFormat = Annotated[
+    str, typer.Option(help="Of the time that a line begins with, as in strptime; %s is epoch seconds. Default: ISO 8601.")
+]
+TimestampRegex = Annotated[
+    str, typer.Option(help="What a line begins with before its message: RE2, its group `time` or first group is the time.")
+]
+Masks = Annotated[
+    list[str] | None,
+    typer.Option("--mask", help="REPLACEMENT=REGEX (RE2), such as '<USER>=user-\\w+'. Before the default masks. Repeatable."),
+]
+Delimiters = Annotated[str, typer.Option(help="Characters that separate words, besides blanks.")]
+Similarity = Annotated[float, typer.Option(min=0.05, max=1.0, help="Share of words that two lines of a template have in common at least.")]
 Version = Annotated[str, typer.Option(help="Version of the published file.")]
 
 
@@ -107,6 +124,37 @@ def fit(
         return fleet_job(cached, data, sizes, plan, validation, name, version, _command(), frozenset(context or ()), keep_network)
 
     _run(job, out, threads, resume, device, precision)
+
+
+@app.command(
+    epilog="Example: python -m training lines /var/log/app/*.log --time-format '%Y-%m-%d %H:%M:%S,%f' --stream-regex 'req-[0-9a-f-]+'"
+)
+def lines(
+    files: Annotated[list[Path], typer.Argument(help="Log files, .gz too, or folders of them.")],
+    stream_regex: StreamRegex = "",
+    time_format: TimeFormat = "",
+    timestamp_regex: TimestampRegex = "",
+    mask: Masks = None,
+    delimiters: Delimiters = "",
+    similarity: Similarity = 0.5,
+    most: Annotated[int, typer.Option(min=1, help="Templates shown, the most frequent ones.")] = 100,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all templates with count and example to this file.")] = None,
+) -> None:
+    """Show the templates that a log model would know, before anything is trained: how often each comes, with an example.
+
+    Look for what is masked and should not be, for words that vary and are no <*>, and for one event that became many templates.
+    """
+    try:
+        preview(
+            files,
+            LogFormat(timestamp_regex, time_format, stream_regex),
+            Mining(masks=masks_of(mask or ()), delimiters=delimiters, similarity=similarity),
+            console,
+            most,
+            json_file,
+        )
+    except OnsetError as error:
+        _refuse(error)
 
 
 @app.command()

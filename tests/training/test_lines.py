@@ -1,0 +1,170 @@
+"""Log files become entries, and entries templates that every one of them matches."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from service.errors import TableError
+from service.lines import DEFAULT_MASKS, Matcher, Splitter
+from training.__main__ import app
+from training.lines import MAX_TOKENS, Mining, grouping_accuracy, masks_of, mine, patterns
+from training.log_files import Counted, Entry, LogFormat, read
+
+LOG = """2026-11-26 08:00:00,250 [req-1] Started GET /a for 10.0.0.7
+2026-11-26 08:00:01,000 [req-2] java.io.IOException: broken
+\tat a.b.C(C.java:7)
+
+Caused by: x
+2026-11-26 08:00:02,000 without a request
+2026-11-26 08:00:03,500 [req-1] Completed 200 in 12 ms
+"""
+FORMAT = LogFormat(time="%Y-%m-%d %H:%M:%S,%f", stream=r"\[(req-\d+)\]")
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["app.log", "app.log.gz"])
+def test_entries_have_their_stream_their_time_and_the_lines_that_go_on_with_them(tmp_path: Path, name: str) -> None:
+    counted = Counted()
+    began = datetime(2026, 11, 26, 8, tzinfo=UTC).timestamp()
+    first, broken, last = read([written(tmp_path / name, "rest of an older file\n" + LOG)], FORMAT, counted)
+    assert first == Entry("req-1", began + 0.25, "2026-11-26 08:00:00,250 [req-1] Started GET /a for 10.0.0.7")
+    assert broken.text == "2026-11-26 08:00:01,000 [req-2] java.io.IOException: broken\n\tat a.b.C(C.java:7)\n\nCaused by: x"
+    assert last.seconds == began + 3.5
+    assert counted == Counted(entries=3, lines=8, without_stream=1, headless=1)
+
+
+def test_without_a_format_lines_that_are_indented_go_on_and_a_file_is_a_stream(tmp_path: Path) -> None:
+    written(tmp_path / "b.log", "two\r\n")
+    written(tmp_path / "a.log", "one\n  more\n\nthree\n")
+    entries = list(read([tmp_path], LogFormat()))
+    assert [(entry.stream, entry.text) for entry in entries] == [("a.log", "one\n  more"), ("a.log", "three"), ("b.log", "two")]
+    assert all(math.isnan(entry.seconds) for entry in entries)
+
+
+def test_bytes_that_are_no_utf_8_are_read_as_what_they_are_not(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"caf\xe9 \xed\xa0\x80\n")
+    assert [entry.text for entry in read([tmp_path / "a"], LogFormat())] == ["caf� ���"]
+
+
+@pytest.mark.parametrize(
+    ("format_", "line", "seconds"),
+    [
+        (LogFormat(r"- (\d+) \S+ "), "- 1117838570 R02 x", 1117838570.0),
+        (LogFormat(r"<(?P<level>\d)> (?P<time>\S+) "), "<3> 1970-01-01T00:01:00.5+00:00 x", 60.5),
+        (LogFormat(time="%s"), "1117838570.25 x", 1117838570.25),
+        (LogFormat(time="[%d/%b/%Y:%T %z]"), "[01/Jan/1970:01:00:10 +0100] x", 10.0),
+        (LogFormat(r"(\S+ \S+) "), "1970-01-01 00:00:01,500 x", 1.5),
+    ],
+)
+def test_times_are_read_as_they_are_written(tmp_path: Path, format_: LogFormat, line: str, seconds: float) -> None:
+    [entry] = read([written(tmp_path / "a", line + "\n")], format_)
+    assert entry.seconds == seconds
+
+
+def test_a_year_that_is_not_written_is_the_files_and_goes_on_over_its_end(tmp_path: Path) -> None:
+    path = written(tmp_path / "a", "Dec 31 23:59:59 web x\nJan  1 00:00:01 web y\n")
+    os.utime(path, (1e9, datetime(2023, 6, 1, tzinfo=UTC).timestamp()))
+    first, second = read([path], LogFormat(time="%b %e %H:%M:%S"))
+    assert first.seconds == datetime(2023, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
+    assert second.seconds - first.seconds == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"timestamp": "("}, "no expression of RE2"),
+        ({"stream": "(?=a)"}, "no expression of RE2"),
+        ({"time": "%Q"}, "%Q of the time format"),
+    ],
+)
+def test_a_format_that_cannot_be_used_is_refused(arguments: dict[str, str], says: str) -> None:
+    with pytest.raises(TableError, match=says):
+        LogFormat(**arguments)
+
+
+def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="does not exist"):
+        list(read([tmp_path / "absent"], LogFormat()))
+    with pytest.raises(TableError, match=r"a\.gz cannot be read"):
+        list(read([(tmp_path / "a.gz")] if (tmp_path / "a.gz").write_bytes(b"no gzip") else [], LogFormat()))
+    with pytest.raises(TableError, match="'x' is no time"):
+        list(read([written(tmp_path / "b", "x y\n")], LogFormat(r"(\S+) ")))
+
+
+def test_a_wildcard_that_takes_a_few_words_becomes_a_template_for_each() -> None:
+    said = [f"VM {what} (Lifecycle Event) on node {i}" for i in range(10) for what in ("Started", "Stopped", "Paused")]
+    mined = mine(said)
+    assert mined.templates == [
+        "VM Started (Lifecycle Event) on node <NUM>",
+        "VM Stopped (Lifecycle Event) on node <NUM>",
+        "VM Paused (Lifecycle Event) on node <NUM>",
+        "VM <*> (Lifecycle Event) on node <NUM>",
+    ]
+    assert Matcher(mined).codes(["VM Resumed (Lifecycle Event) on node 7"])[0].tolist() == [4]
+
+
+def test_words_that_are_many_stay_a_wildcard() -> None:
+    said = [f"user {chr(97 + i % 26)}{chr(97 + i // 26)} logged in" for i in range(100)]
+    assert mine(said).templates == ["user <*> logged in"]
+
+
+def test_templates_come_most_frequent_first_with_their_counts_and_examples() -> None:
+    said = ["a b"] * 2 + ["Took 7 ms"] + ["Took 8 ms"] * 4 + ["x " * (MAX_TOKENS + 1)]
+    mined = mine(said, session_seconds=30)
+    assert mined.session_seconds == 30
+    none, took, ab = patterns(mined, said)
+    assert (took.template, took.count, took.example) == ("Took <NUM> ms", 5, "Took 7 ms")
+    assert (ab.code, ab.count) == (2, 2)
+    assert (none.code, none.count) == (0, 1)  # too long to be a template
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.sampled_from("ab1 =\n"), max_size=20), min_size=1, max_size=30))
+def test_every_mined_line_that_says_something_matches_and_mining_again_gives_the_same(said: list[str]) -> None:
+    mining, splitter = Mining(delimiters="="), Splitter("", DEFAULT_MASKS, "=")
+    speaking = [bool(splitter.tokens(message)) for message in said]
+    if not any(speaking):
+        with pytest.raises(TableError, match="no line to mine"):
+            mine(said, mining)
+        return
+    mined = mine(said, mining)
+    assert mine(said, mining) == mined
+    assert (Matcher(mined).codes(said)[0] != 0).tolist() == speaking
+
+
+def test_own_masks_come_first_and_bad_ones_are_refused() -> None:
+    mined = mine(["login of user-anna", "login of user-bob7"], Mining(masks=masks_of(["<USER>=user-[a-z0-9]+"])))
+    assert mined.templates == ["login of <USER>"]
+    with pytest.raises(TableError, match="It is REPLACEMENT=REGEX"):
+        masks_of(["user-[a-z]+"])
+
+
+def test_grouping_accuracy_counts_lines_of_groups_that_are_exactly_the_truths() -> None:
+    assert grouping_accuracy([1, 1, 2, 3, 3], ["a", "a", "b", "c", "d"]) == 0.6
+
+
+def test_the_preview_shows_templates_before_anything_is_trained(tmp_path: Path) -> None:
+    path = written(tmp_path / "app.log", LOG)
+    out = tmp_path / "patterns.json"
+    options = ["--time-format", "%Y-%m-%d %H:%M:%S,%f", "--stream-regex", r"\[(req-\d+)\]", "--json", str(out)]
+    shown = CliRunner().invoke(app, ["lines", str(path), *options])
+    assert shown.exit_code == 0, shown.output
+    assert "[req-<NUM>] Completed <NUM> in <NUM> ms" in shown.output
+    assert "3 entries of 7 lines in 2 streams" in " ".join(shown.output.split())
+    assert "1 that name no stream" in " ".join(shown.output.split())
+    assert out.read_text().count('"template"') == 3
+    bad = CliRunner().invoke(app, ["lines", str(path), "--stream-regex", "("])
+    assert bad.exit_code == 1

@@ -1,0 +1,205 @@
+"""Log lines → the templates of a log model (`Lines`), fixed for as long as it lives.
+
+    entries ─► masked lines, each once with its count ─► Drain: clusters of similar ones, a template each
+            ─► words that tell: a wildcard that takes only a few words gets a template for each of them
+
+Drain (He et al., ICWS 2017; the package drain3-improved) merges lines that share most of their words, also where the one that differs is
+what matters: "VM <*> (Lifecycle Event)" for Started, Stopped and Paused. The second step takes these apart again, and the wider template
+stays behind them, for a word that no line had. `python -m bench.lines` compares both with the hand-made templates of loghub.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from drain3.drain import Drain
+from pydantic import ValidationError
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from service.artifact import MAX_TEMPLATES, NEW, WILDCARD, Lines, Mask
+from service.backtest import plain_width
+from service.errors import TableError
+from service.lines import DEFAULT_MASKS, Matcher, Splitter
+from training.log_files import Counted, LogFormat, read
+
+MAX_DISTINCT = 2_000_000
+"""Masked lines that differ. More would mean that something variable is not masked."""
+MAX_TOKENS = 400
+"""Longer lines (dumps, JSON) make no template: what they hold is not said in words."""
+FEW, LEAST = 8, 3
+"""A wildcard is taken apart where it takes at most so many words, each so often on average."""
+
+EXAMPLE_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Mining:
+    """What templates are mined with."""
+
+    header: str = ""
+    masks: tuple[Mask, ...] = DEFAULT_MASKS
+    delimiters: str = ""
+    similarity: float = 0.5
+    """Share of their words that two lines of a cluster have in common at least."""
+    depth: int = 4
+    """Of Drain's tree: its leading `depth - 2` words tell lines apart."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A template as the preview shows it."""
+
+    code: int
+    template: str
+    count: int
+    example: str
+    """A line as it was written."""
+
+
+def mine(messages: Iterable[str], mining: Mining = Mining(), session_seconds: float | None = None) -> Lines:
+    """The templates of all messages, the most frequent first. Every message matches one, but for those longer than MAX_TOKENS.
+
+    Deterministic: it depends on the messages and their order alone. Raises TableError where there is none, or too many of them differ.
+    """
+    splitter = Splitter(mining.header, mining.masks, mining.delimiters)
+    counts: Counter[str] = Counter()
+    for message in messages:
+        tokens = splitter.tokens(message)
+        if 0 < len(tokens) <= MAX_TOKENS:
+            counts[" ".join(tokens)] += 1
+        if len(counts) > MAX_DISTINCT:
+            raise TableError(f"More than {MAX_DISTINCT} masked lines differ: mask what varies (--mask), see `python -m training lines`.")
+    if not counts:
+        raise TableError("There is no line to mine templates from.")
+    templates = _told_apart(_clusters(counts, mining), counts)
+    if len(templates) > MAX_TEMPLATES:
+        raise TableError(f"{len(templates)} templates; there may be {MAX_TEMPLATES}: mask what varies (--mask) or lower --similarity.")
+    made = Lines(
+        header=mining.header,
+        masks=list(mining.masks),
+        delimiters=mining.delimiters,
+        templates=templates,
+        session_seconds=session_seconds,
+    )
+    matcher, often = Matcher(made), Counter[int]()
+    for line, count in counts.items():
+        often[matcher.code_of(line)] += count
+    ordered = sorted(range(len(templates)), key=lambda i: -often[i + 1])
+    return made.model_copy(update={"templates": [templates[i] for i in ordered]})
+
+
+def patterns(lines: Lines, messages: Iterable[str]) -> list[Pattern]:
+    """How often each template matches, with an example, and first (code 0) what none does."""
+    matcher, counts = Matcher(lines), Counter[int]()
+    examples: dict[int, str] = {}
+    for message in messages:
+        code = int(matcher.codes([message])[0][0])
+        counts[code] += 1
+        examples.setdefault(code, message)
+    texts = ["", *lines.templates]
+    return [Pattern(code, text, counts[code], examples.get(code, "")) for code, text in enumerate(texts)]
+
+
+def masks_of(written: Sequence[str]) -> tuple[Mask, ...]:
+    """Masks written as REPLACEMENT=REGEX, then the default ones. Raises TableError."""
+    masks = []
+    for text in written:
+        replacement, _, pattern = text.partition("=")
+        try:
+            masks.append(Mask(name=replacement.strip("<>") or replacement, pattern=pattern, replacement=replacement))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise TableError(
+                f"--mask {text!r}: {first['loc'][0]}: {first['msg']}. It is REPLACEMENT=REGEX, as '<USER>=user-[0-9]+'."
+            ) from error
+    return (*masks, *DEFAULT_MASKS)
+
+
+def preview(paths: Sequence[Path], format_: LogFormat, mining: Mining, console: Console, most: int, json_file: Path | None) -> None:
+    """Mine the files and print what was found. Raises TableError."""
+    counted, streams = Counted(), Counter[str]()
+
+    def messages() -> Iterator[str]:
+        for entry in read(paths, format_, counted):
+            streams[entry.stream] += 1
+            yield entry.text
+
+    mined = mine(messages(), replace(mining, header=format_.header))
+    found = [one for one in patterns(mined, (entry.text for entry in read(paths, format_))) if one.count or one.code]
+    console, splitter = plain_width(console, 160), Splitter(mined.header, mined.masks, mined.delimiters)
+    grid = Grid(title=f"{len(mined.templates)} templates", box=box.SIMPLE)
+    for name, how in (("code", "right"), ("lines", "right"), ("template", "left"), ("example", "left")):
+        grid.add_column(name, justify=how, overflow="fold")  # type: ignore[arg-type]
+    for one in found[:most]:
+        example = " ".join(splitter.words(one.example))
+        grid.add_row(str(one.code), f"{one.count:,}", escape(one.template or "(none)"), escape(example[:EXAMPLE_LENGTH]))
+    console.print(grid)
+    if len(found) > most:
+        console.print(f"{len(found) - most:,} rarer templates are not shown (--most).")
+    once = sum(one.count == 1 for one in found)
+    console.print(
+        f"{counted.entries:,} entries of {counted.lines:,} lines in {len(streams):,} streams; {once:,} templates came once. "
+        f"Left out: {counted.without_stream:,} that name no stream, {counted.headless:,} lines before the first entry; "
+        f"{counted.without_time:,} have no time."
+    )
+    if json_file:
+        json_file.write_text(json.dumps([asdict(one) for one in found], indent=2), encoding="utf-8")
+
+
+def grouping_accuracy(codes: Sequence[int], truth: Sequence[str]) -> float:
+    """Share of lines whose group is exactly their group in `truth` (Zhu et al., ICSE 2019)."""
+    ours, theirs = defaultdict(list), defaultdict(list)
+    for i, (code, event) in enumerate(zip(codes, truth, strict=True)):
+        ours[code].append(i)
+        theirs[event].append(i)
+    return sum(len(group) for group in ours.values() if theirs[truth[group[0]]] == group) / len(codes)
+
+
+def _clusters(masked: Iterable[str], mining: Mining) -> list[str]:
+    """Drain's templates; none that is wildcards alone, which says nothing."""
+    drain = Drain(depth=mining.depth, sim_th=mining.similarity, param_str=WILDCARD)
+    for line in masked:
+        drain.add_log_message(line)
+    templates = dict.fromkeys(cluster.get_template() for cluster in drain.clusters)
+    return [template for template in templates if set(template.split()) != {WILDCARD}]
+
+
+def _told_apart(templates: list[str], counts: Counter[str]) -> list[str]:
+    """`templates`, and those that name the words of a wildcard which takes only a few."""
+    matcher = Matcher(Lines(templates=templates))
+    rows_of: dict[int, list[tuple[list[str], int]]] = defaultdict(list)
+    for line, count in counts.items():
+        rows_of[matcher.code_of(line)].append((line.split(), count))
+    named: dict[str, None] = {}
+    for code, rows in rows_of.items():
+        if code != NEW:
+            named |= dict.fromkeys(_with_words(templates[code - 1].split(), rows))
+    return list(dict.fromkeys([*templates, *named]))
+
+
+def _with_words(template: list[str], rows: list[tuple[list[str], int]]) -> list[str]:
+    """A template for each combination of words in the wildcards that take few; `rows` are its lines, with their counts."""
+    total = sum(count for _, count in rows)
+    words_of = {i: {tokens[i] for tokens, _ in rows} for i, token in enumerate(template) if token == WILDCARD}
+    telling = [i for i, words in words_of.items() if len(words) <= FEW and total >= LEAST * len(words) and all(map(_is_word, words))]
+    places: list[int] = []
+    for i in sorted(telling, key=lambda i: len(words_of[i])):
+        if len({tuple(tokens[j] for j in (*places, i)) for tokens, _ in rows}) <= FEW:
+            places.append(i)
+    made = []
+    for words in {tuple(tokens[i] for i in places): None for tokens, _ in rows} if places else {}:
+        told = dict(zip(places, words, strict=True))
+        made.append(" ".join(told.get(i, token) for i, token in enumerate(template)))
+    return made
+
+
+def _is_word(token: str) -> bool:
+    """Neither masked nor an identity."""
+    return "<" not in token and any(map(str.isalpha, token)) and not any(map(str.isdigit, token))

@@ -1,0 +1,219 @@
+"""Plain log files → lines in order: which stream, when, what. The text is what a shipper would send of the same files.
+
+    format.timestamp   what an entry begins with; a line that does not begin with it goes on with the entry before (a stack trace)
+    format.stream      found anywhere in an entry: which stream it is of; without one a file is a stream
+
+Files may be gzip'ed; a folder means all files in it. Nothing is held in memory but the entry at hand.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import re2
+
+from service.errors import BadEvent, TableError
+from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH
+from service.features import parse_timestamp
+
+_FIELDS = {
+    "Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{1,2}", "d": r"[ \d]?\d", "e": r"[ \d]?\d", "b": r"[A-Z][a-z]{2}", "B": r"[A-Z][a-z]+",
+    "a": r"[A-Z][a-z]{2}", "A": r"[A-Z][a-z]+", "H": r"\d{1,2}", "I": r"\d{1,2}", "p": r"[AaPp][Mm]", "M": r"\d{2}", "S": r"\d{2}",
+    "f": r"\d{1,9}", "j": r"\d{3}", "z": r"(?:Z|[+-]\d{2}:?\d{2})", "Z": r"[A-Z]{2,5}", "s": r"\d{9,10}(?:\.\d+)?",
+    "T": r"\d{2}:\d{2}:\d{2}", "F": r"\d{4}-\d{2}-\d{2}", "%": "%",
+}  # fmt: skip
+"""What each field of a time format looks like."""
+_LONG = {"T": "%H:%M:%S", "F": "%Y-%m-%d", "e": "%d"}
+"""Fields that only C's strptime knows."""
+_HALF_A_YEAR = 180 * 86_400.0
+
+
+class Entry(NamedTuple):
+    """One line of a log, with the lines that go on with it."""
+
+    stream: str
+    seconds: float  # since 1970, NaN = the file does not say
+    text: str  # as it was written, without its line end
+
+
+@dataclass(frozen=True)
+class LogFormat:
+    """How entries are read. Raises TableError for an expression or a time format that cannot be used."""
+
+    timestamp: str = ""
+    """RE2: what an entry begins with, up to its message. The group `time`, else the first one, else all of it is the time. "" = nothing."""
+    time: str = ""
+    """strptime's format of the time, `%s` = seconds since 1970; "" = RFC 3339, ISO 8601 or seconds since 1970."""
+    stream: str = ""
+    """RE2: the first group, else all of it, names the stream."""
+    _begins: Any = field(init=False, repr=False, compare=False)
+    _names: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.time and not self.timestamp:
+            object.__setattr__(self, "timestamp", f"({_expression(self.time)})\\s*")
+        for name, pattern in (("_begins", self.timestamp), ("_names", self.stream)):
+            object.__setattr__(self, name, _compiled(pattern) if pattern else None)
+
+    @property
+    def header(self) -> str:
+        """For `Lines`: what is cut off before a line is matched."""
+        return self.timestamp
+
+    def begins(self, line: str) -> str | None:
+        """The time that a line begins an entry with, "" where the format names none; None = it goes on with the entry before."""
+        if self._begins is None:
+            return None if line[:1].isspace() else ""
+        found = self._begins.match(line)
+        return None if found is None else _named(found, "time")
+
+    def stream_of(self, text: str, file: str) -> str | None:
+        """None = the entry names none."""
+        if self._names is None:
+            return file
+        found = self._names.search(text)
+        return None if found is None else (_named(found, "stream") or "")[:MAX_NAME_LENGTH] or None
+
+
+@dataclass
+class Counted:
+    """What was read, and what could not be used."""
+
+    entries: int = 0
+    lines: int = 0
+    without_stream: int = 0
+    without_time: int = 0
+    headless: int = 0
+    """Lines before the first entry of a file."""
+
+
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The files themselves, and those in the folders, sorted. Raises TableError where there are none."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise TableError(f"{path} does not exist.")
+        found += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not found:
+        raise TableError(f"{', '.join(map(str, paths))}: no file in there.")
+    return found
+
+
+def read(paths: Sequence[Path], format_: LogFormat, counted: Counted | None = None) -> Iterator[Entry]:
+    """The entries of all files, one file after the other. Raises TableError for a file that cannot be read."""
+    counted = counted if counted is not None else Counted()
+    for file in files_of(paths):
+        times = _Times(format_, file)
+        for said, text in _entries(file, format_, counted):
+            stream = format_.stream_of(text, file.name)
+            if stream is None:
+                counted.without_stream += 1
+                continue
+            seconds = times.of(said)
+            counted.entries += 1
+            counted.without_time += math.isnan(seconds)
+            yield Entry(stream, seconds, text[:MAX_MESSAGE_LENGTH])
+
+
+def _entries(file: Path, format_: LogFormat, counted: Counted) -> Iterator[tuple[str, str]]:
+    """(time as it is written, text) of each entry that is not blank."""
+    time, size = "", 0
+    parts: list[str] = []
+    for line in _lines(file):
+        counted.lines += 1
+        began = format_.begins(line)
+        if began is None and parts:
+            if size < MAX_MESSAGE_LENGTH:
+                parts.append(line)
+                size += len(line) + 1
+            continue
+        if parts:
+            yield time, "\n".join(parts).rstrip()
+        if (began is None and format_.timestamp) or not line.strip():
+            counted.headless += bool(line.strip())
+            parts = []
+            continue
+        time, parts, size = began or "", [line], len(line)
+    if parts:
+        yield time, "\n".join(parts).rstrip()
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        opened = gzip.open if file.suffix == ".gz" else open
+        with opened(file, "rt", encoding="utf-8", errors="replace", newline="\n") as lines:
+            for line in lines:
+                yield line.rstrip("\r\n")
+    except (OSError, EOFError) as error:
+        raise TableError(f"{file} cannot be read: {error}.") from error
+
+
+class _Times:
+    """Times as they are written in one file → seconds since 1970."""
+
+    def __init__(self, format_: LogFormat, file: Path) -> None:
+        self._format = re.sub("%([TFe])", lambda found: _LONG[found[1]], format_.time)
+        self._file = file
+        self._epoch = format_.time == "%s"
+        self._yearless = bool(format_.time) and not self._epoch and not re.search("%[YyF]", format_.time)
+        # A year that is not written is the file's own; a log that crosses its end goes on in the next one.
+        self._year = datetime.fromtimestamp(file.stat().st_mtime, UTC).year
+        self._last = math.nan
+
+    def of(self, said: str) -> float:
+        """Raises TableError for a time that is none."""
+        if not said:
+            return math.nan
+        try:
+            seconds = float(said) if self._epoch else self._parsed(said)
+        except (ValueError, BadEvent) as error:
+            raise TableError(
+                f"{self._file}: {said[:64]!r} is no time{f' of the form {self._format!r}' if self._format else ''}."
+            ) from error
+        self._last = seconds
+        return seconds
+
+    def _parsed(self, said: str) -> float:
+        if not self._format:
+            number = said.replace(".", "", 1).isdigit()
+            return parse_timestamp(float(said) if number else said.replace(",", "."))
+        moment = datetime.strptime(f"{self._year} {said}", f"%Y {self._format}") if self._yearless else self._full(said)
+        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        if self._yearless and seconds < self._last - _HALF_A_YEAR:
+            self._year += 1
+            return self._parsed(said)
+        return seconds
+
+    def _full(self, said: str) -> datetime:
+        return datetime.strptime(said, self._format)
+
+
+def _named(found: Any, name: str) -> str:
+    groups = found.groupdict()
+    text = groups[name] if name in groups else found.group(1) if found.re.groups else found.group()
+    return text or ""
+
+
+def _expression(time: str) -> str:
+    """What a time of this format looks like. Raises TableError."""
+    parts = re.split("%(.?)", time)
+    unknown = next((letter for letter in parts[1::2] if letter not in _FIELDS), None)
+    if unknown is not None:
+        raise TableError(f"%{unknown} of the time format {time!r} is not known here; there is {', '.join('%' + one for one in _FIELDS)}.")
+    return "".join(_FIELDS[part] if i % 2 else re2.escape(part) for i, part in enumerate(parts))
+
+
+def _compiled(pattern: str) -> Any:
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(pattern, options)
+    except re2.error as error:
+        raise TableError(f"{pattern!r} is no expression of RE2: {error}.") from error
