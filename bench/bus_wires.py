@@ -1,4 +1,4 @@
-"""The user's side of the message buses, for soaks: RabbitMQ, which is killed too, and mosquitto, which keeps nothing when it is killed."""
+"""The user's side of the message buses, for soaks: RabbitMQ, and mosquitto."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import shutil
 import threading
 from collections import deque
@@ -192,22 +193,24 @@ class AmqpWire:
 
 
 class Mosquitto(Victim):
-    """It is not killed: a mosquitto that is loses what came since it last saved."""
+    """It is restarted by SIGTERM, which has it save what it holds: a mosquitto that is killed loses what came since it last saved."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__("mosquitto", folder)
+        super().__init__("mosquitto (SIGTERM)", folder)
         self.port = free_port()
         self._child: Child | None = None
 
     def start(self) -> None:
         conf = self.folder / "mosquitto.conf"
-        conf.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 1000000\nset_tcp_nodelay true\n")
+        lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "max_queued_messages 1000000", "set_tcp_nodelay true"]
+        lines += ["persistence true", f"persistence_location {self.folder}/", *(["user root"] if os.geteuid() == 0 else [])]
+        conf.write_text("\n".join(lines) + "\n")
         self._child = Child([_program("mosquitto"), "-c", str(conf)], {}, self.log)
         self.starts += 1
 
     def kill(self) -> None:
         if self._child is not None:
-            self._child.kill()
+            self._child.stop()
 
     def stop(self) -> None:
         self.kill()
@@ -222,21 +225,24 @@ class Mosquitto(Victim):
 
 
 class MqttWire:
-    """One session, all streams in it; the broker itself is not killed."""
+    """One session, all streams in it."""
 
     exactly = False
-    victims: Sequence[Victim] = ()
 
     def __init__(self, folder: Path) -> None:
         self._broker = Mosquitto(folder)
-        self._broker.start()
         self._out: deque[Result] = deque()
         self._dead = 0
         self._taken: set[int] = set()
         self._listens = threading.Event()
         self._client = Client(CallbackAPIVersion.VERSION2, "wire", protocol=MQTTProtocolVersion.MQTTv5)
+        self._client.reconnect_delay_set(1, 1)
         self._client.on_message, self._client.on_publish = self._hear, lambda client, data, mid, *_: self._taken.add(mid)
         self._client.on_subscribe = lambda *_: self._listens.set()
+
+    @property
+    def victims(self) -> Sequence[Victim]:
+        return [self._broker]
 
     @property
     def settings(self) -> Mapping[str, str]:
@@ -244,7 +250,6 @@ class MqttWire:
         return {"SOURCES": json.dumps([source | {"output": "out/results", "dead_letters": "out/dead"}])}
 
     async def open(self) -> None:
-        await self._broker.wait_ready()
         session = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         session.SessionExpiryInterval = 3600
         # The service's session must be there before the first event: what nobody has subscribed to is nobody's.
@@ -284,7 +289,6 @@ class MqttWire:
     async def close(self) -> None:
         self._client.disconnect()
         self._client.loop_stop()
-        self._broker.stop()
 
     def _hear(self, client: Client, data: Any, message: MQTTMessage) -> None:
         if message.topic == "out/results":

@@ -33,6 +33,7 @@ from rich.table import Table
 from bench import soak as soaks
 from bench.clients import Client, Kind, Pool, RestDoor, Source, UnexpectedAnswerError, Vandal
 from bench.ledger import Ledger, Reference, Violation
+from bench.nursery import Nursery
 from bench.soak import SHOWN, Plan, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from service.artifact import UNSEALED, find_artifacts, seal, verify_seal
@@ -135,9 +136,10 @@ async def _running(plan: Plan, folder: Path) -> AsyncIterator[Scene]:
     ledger = Ledger(references)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(timeout=5, limits=limits) as http, contextlib.AsyncExitStack() as stack:
+        nursery = stack.enter_context(Nursery())
         store = Store(folder)
         stack.push_async_callback(store.client.aclose)
-        replicas = [Replica(number, folder, store, plan.model, http) for number in range(REPLICAS)]
+        replicas = [Replica(number, folder, store, plan.model, http, nursery) for number in range(REPLICAS)]
         for reference in references.values():
             reference.start()
             stack.push_async_callback(reference.stop)

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from bench import soak as soaks
 from bench.ledger import Violation
+from bench.nursery import Nursery
 from bench.receiver import Receiver
 from bench.report import Machine, table
 from bench.soak import Plan, Shown, bugs_in, conduct, unseen
@@ -91,7 +92,7 @@ async def soak(plan: Plan, folder: Path, shown: Shown = unseen) -> Report:
     store = Store(folder)
     store.start()
     await store.wait_ready()
-    with Receiver(failing=random.Random(plan.seed + 1)) as webhook:
+    with Receiver(failing=random.Random(plan.seed + 1)) as webhook, Nursery() as nursery:
         settings = {
             "ALERTS_WEBHOOK": webhook.url,
             "ALERTS_PER_MINUTE": "1000000",
@@ -100,7 +101,7 @@ async def soak(plan: Plan, folder: Path, shown: Shown = unseen) -> Report:
             "CONSOLE": "false",
         }
         async with httpx.AsyncClient(timeout=10) as client:
-            replicas = [Replica(i, folder, store, plan.model, client, settings) for i in range(REPLICAS)]
+            replicas = [Replica(i, folder, store, plan.model, client, nursery, settings) for i in range(REPLICAS)]
             try:
                 for replica in replicas:
                     replica.start()

@@ -3,7 +3,10 @@
     python -m bench.chaos_queues [--source redis_streams] [--kills 300] [--seconds 1800] [--streams 60] [--seed 1] [--json FILE]
 
 One state store, the broker, two replicas with a spare each that reads too; `kill -9` of one of them at random moments, about --rate a
-second. Producers send each stream's events in order until the broker has confirmed them, so some twice, and old ones again, shuffled.
+second (mosquitto gets a SIGTERM: killed, it may lose what it had confirmed; of Kafka's mock cluster, which
+keeps everything in memory, the brokers are taken from the network and put back). Beside that one consumer more comes, reads for a while and
+leaves by SIGTERM, again and again. Producers send each stream's events in order until the broker has confirmed them, so some twice, and
+old ones again, shuffled.
 Every result is held against an uninterrupted run of the same events:
 
     order     of each stream the versions 1, 2, 3, … come out in that order
@@ -37,6 +40,7 @@ from bench import soak as soaks
 from bench.bus_wires import AmqpWire, MqttWire
 from bench.clients import Kind, Source
 from bench.ledger import Reference, Violation, differing
+from bench.nursery import Nursery
 from bench.soak import SHOWN, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from bench.wires import KafkaWire, NatsWire, NotSentError, RedisStreamsWire, Wire
@@ -51,8 +55,14 @@ REPLICAS, PARTITIONS, PRODUCERS = 2, 4, 4
 PAUSE_SECONDS = 0.03
 """Mean rest of a producer between two sendings, so that the load stays bounded."""
 MOST_EVENTS, MOST_STREAMS = 5, 8
+MOST_UNDER_WAY = 2000
+"""Events without a result; with so many the producers rest, or a slow machine would be measured and not the service."""
 POLL_SECONDS = 0.05
 STALLED_SECONDS = 90.0
+GUEST_SECONDS = 4.0
+"""Mean time that a consumer more stays, and that none is there."""
+SAMPLE_SECONDS = 2.0
+WRONG = ("lost", "double", "order", "scores")
 PLACES = frozenset({"source", "offset", "part"})
 """Of a state: where in the queue its last event was; the uninterrupted run has no queue."""
 
@@ -68,8 +78,9 @@ class Report(soaks.Report):
 
     kill_seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
+    wrong: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WRONG, 0))
+    """Of `counts`."""
     streams_checked: int = 0
-    violations: list[Violation] = field(default_factory=list)
 
 
 def redis_streams(folder: Path, store: Store) -> Wire:
@@ -129,10 +140,12 @@ async def soak(plan: Plan, folder: Path, progress: Shown = unseen) -> Report:
             await _under_kills(scene, plan, report, progress)
             await _check(scene, report)
         except StalledError as error:
-            scene.reader.wrong("?", "?", str(error))
+            scene.reader.wrong("lost", "?", "?", str(error))
         for replica in scene.replicas:
             scene.reader.violations += bugs_in(replica)
         report.counts = dict(scene.counts)
+        report.counts["delivered_again"] = scene.delivered_again
+        report.wrong = {name: scene.reader.kinds[name] for name in WRONG}
         report.violations = scene.reader.violations
     return report
 
@@ -149,6 +162,9 @@ class Producer:
 
     async def run(self, stopped: asyncio.Event, history: dict[str, list[Event]]) -> None:
         while not stopped.is_set():
+            if self._counts["event"] - self._counts["result"] > MOST_UNDER_WAY:
+                await asyncio.sleep(POLL_SECONDS)
+                continue
             items = list(self._drawn(history))
             await self._send(items)
             await asyncio.sleep(self._rng.expovariate(1 / PAUSE_SECONDS))
@@ -158,7 +174,8 @@ class Producer:
         items = []
         for source in self._rng.sample(self._sources, min(MOST_STREAMS, len(self._sources))):
             sent = history[source.stream_id]
-            known = sent[-SEEN // 2 :] if source.kind is Kind.BARE else sent  # a bare id is known among the stream's last SEEN alone
+            # A bare id is known among the stream's last SEEN alone, also when a sending that was not confirmed is made again.
+            known = sent[MOST_EVENTS - SEEN :] if source.kind is Kind.BARE else sent
             old = self._rng.sample(known, min(len(known), self._rng.randint(0, 2)))
             new = [source.next().event for _ in range(self._rng.randint(1, MOST_EVENTS))]
             sent += new
@@ -189,10 +206,13 @@ class Reader:
         self._compared: Counter[str] = Counter()
         self._broken: set[str] = set()
         self.violations: list[Violation] = []
+        self.kinds: Counter[str] = Counter()
+        """Of the violations."""
         self.last = time.monotonic()
 
-    def wrong(self, stream_id: str, event: str, what: str) -> None:
-        """A violation; the stream is no longer looked at."""
+    def wrong(self, kind: str, stream_id: str, event: str, what: str) -> None:
+        """A violation, `kind` of WRONG; the stream is no longer looked at."""
+        self.kinds[kind] += 1
         self.violations.append(Violation(stream_id, event, what))
         self._broken.add(stream_id)
 
@@ -226,7 +246,7 @@ class Reader:
             if result.late:
                 self._counts["late"] += 1
             elif result.stream_id not in self._came:
-                self.wrong(result.stream_id, "?", "a result of a stream that nobody sent")
+                self.wrong("double", result.stream_id, "?", "a result of a stream that nobody sent")
             elif result.stream_id not in self._broken and self._is_new(result):
                 new.append(result)
         events = [self._history[result.stream_id][result.state_version - 1] for result in new]
@@ -238,9 +258,9 @@ class Reader:
             self._compared[got.stream_id] += 1
             named = str(event.event_id or event.sequence)
             if got != want:
-                self.wrong(got.stream_id, named, differing(got, want))
+                self.wrong("scores", got.stream_id, named, differing(got, want))
             elif event.timestamp not in (None, got.timestamp) or event.event_id != got.event_id:
-                self.wrong(got.stream_id, named, f"answered as event {got.event_id} of {got.timestamp}")
+                self.wrong("scores", got.stream_id, named, f"answered as event {got.event_id} of {got.timestamp}")
 
     def _is_new(self, result: Result) -> bool:
         """Whether it is the next version of its stream, and not one that came before."""
@@ -253,7 +273,8 @@ class Reader:
         if before is not None and not self._wire.exactly and replace(result, duplicate=before.duplicate) == before:
             self._counts["result_again"] += 1
         else:
-            self.wrong(result.stream_id, str(result.event_id), f"version {result.state_version} came out after version {len(came)}")
+            kind = "double" if result.state_version <= len(came) else "order"
+            self.wrong(kind, result.stream_id, str(result.event_id), f"version {result.state_version} came out after version {len(came)}")
         return False
 
 
@@ -270,10 +291,17 @@ class Scene:
     reader: Reader
     counts: Counter[str]
     model: str
+    door: str
 
     @property
     def victims(self) -> list[Victim]:
         return [self.store, *self.wire.victims, *self.replicas]
+
+    @property
+    def delivered_again(self) -> int:
+        """Events that the replicas knew already, at least: what a process counted after its last sample died with it."""
+        names = [f'onset_events_total{{door="{self.door}",outcome="{outcome}"}}' for outcome in ("duplicate", "late")]
+        return round(sum(replica.total(name) for replica in self.replicas for name in names))
 
 
 @asynccontextmanager
@@ -284,6 +312,7 @@ async def _running(plan: Plan, folder: Path) -> AsyncIterator[Scene]:
     counts: Counter[str] = Counter()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
     async with httpx.AsyncClient(timeout=5, limits=limits) as http, contextlib.AsyncExitStack() as stack:
+        nursery = stack.enter_context(Nursery())
         store = Store(folder)
         stack.push_async_callback(store.client.aclose)
         wire = WIRES[plan.source](folder, store)
@@ -295,7 +324,7 @@ async def _running(plan: Plan, folder: Path) -> AsyncIterator[Scene]:
             await victim.wait_ready()
         await wire.open()
         stack.push_async_callback(wire.close)
-        replicas = [Replica(number, folder, store, plan.model, http, wire.settings) for number in range(REPLICAS)]
+        replicas = [Replica(number, folder, store, plan.model, http, nursery, wire.settings) for number in range(REPLICAS)]
         for replica in replicas:
             replica.start()
             stack.callback(replica.stop)
@@ -306,7 +335,7 @@ async def _running(plan: Plan, folder: Path) -> AsyncIterator[Scene]:
         history: dict[str, list[Event]] = {source.stream_id: [] for source in sources}
         producers = [Producer(wire, sources[i::PRODUCERS], counts, random.Random(rng.random())) for i in range(PRODUCERS)]
         reader = Reader(wire, reference, history, counts)
-        yield Scene(store, wire, replicas, reference, producers, history, reader, counts, detector.name)
+        yield Scene(store, wire, replicas, reference, producers, history, reader, counts, detector.name, plan.source)
 
 
 async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Shown) -> None:
@@ -322,6 +351,13 @@ async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Shown
             await victim.wait_ready()
         stopped.set()
 
+    async def sample() -> None:
+        while True:
+            for replica in scene.replicas:
+                with contextlib.suppress(httpx.HTTPError):
+                    await replica.sample()
+            await asyncio.sleep(SAMPLE_SECONDS)
+
     async def watch() -> None:
         """Until all is out; show how it goes, and end what does not go on."""
         while not (stopped.is_set() and not scene.reader.missing and not await _left(scene.wire)):
@@ -334,17 +370,39 @@ async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Shown
             if left and time.monotonic() - scene.reader.last > STALLED_SECONDS:
                 raise StalledError(f"no result came out for {STALLED_SECONDS:g} s; without one are events of {scene.reader.missing}")
 
-    reading = asyncio.create_task(scene.reader.run(), name="reader")
+    beside = [asyncio.create_task(scene.reader.run(), name="reader"), asyncio.create_task(sample(), name="sampler")]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(producer.run(stopped, scene.history)) for producer in scene.producers]
             tasks.append(group.create_task(kill()))
+            group.create_task(_guests(scene, random.Random(plan.seed + 1), stopped))
             group.create_task(watch())
     except* StalledError as errors:
         raise errors.exceptions[0] from None
     finally:
-        reading.cancel()
+        for task in beside:
+            task.cancel()
         report.kills = dict(killer.kills)
+
+
+async def _guests(scene: Scene, rng: random.Random, stopped: asyncio.Event) -> None:
+    """One consumer more comes and leaves, again and again."""
+    while not stopped.is_set():
+        host = rng.choice(scene.replicas)
+        guest = host.another()
+        try:
+            while not (stopped.is_set() or guest.child.ended or await host.answers(guest)):  # noqa: ASYNC110
+                await asyncio.sleep(POLL_SECONDS)
+            await _rest(rng, stopped)
+        finally:
+            await asyncio.to_thread(guest.child.stop)
+        scene.counts["guest"] += 1
+        await _rest(rng, stopped)
+
+
+async def _rest(rng: random.Random, stopped: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stopped.wait(), rng.expovariate(1 / GUEST_SECONDS))
 
 
 async def _left(wire: Wire) -> int:
@@ -358,11 +416,11 @@ async def _left(wire: Wire) -> int:
 async def _check(scene: Scene, report: Report) -> None:
     """Dead letters, and the stored states against the uninterrupted run's."""
     if dead := await scene.wire.dead():
-        scene.reader.wrong("-", "-", f"{dead} entries became dead letters")
+        scene.reader.wrong("lost", "-", "-", f"{dead} entries became dead letters")
     for stream_id in scene.reader.whole:
         stored = cast("bytes | None", await scene.store.client.get(state_key(scene.model, stream_id)))
         if different := await scene.reference.difference(stream_id, stored, ignored=PLACES):
-            scene.reader.wrong(stream_id, "stored value", f"differs from the uninterrupted run in {different}")
+            scene.reader.wrong("scores", stream_id, "stored value", f"differs from the uninterrupted run in {different}")
         report.streams_checked += 1
 
 
@@ -378,16 +436,19 @@ def _table(report: Report, plan: Plan) -> Table:
     rows = {
         "events": "event",
         "entries, events sent again among them": "entry",
+        "delivered more than once, at least": "delivered_again",
         "sendings": "sending",
         "  not confirmed, and tried again": "sending_tried_again",
         "results": "result",
         "  published again": "result_again",
         "late, of events sent again": "late",
+        "consumers that came and left": "guest",
     }
     for label, name in rows.items():
         table.add_row(label, f"{report.counts.get(name, 0):,}")
     table.add_row("final states compared", f"{report.streams_checked:,}")
-    table.add_row("[bold]violations (lost, double, out of order, other scores)", f"[bold]{len(report.violations):,}")
+    for name, label in zip(WRONG, ("lost", "double", "out of order", "other scores than the uninterrupted run's"), strict=True):
+        table.add_row(f"[bold]{label}", f"[bold]{report.wrong[name]:,}")
     return table
 
 

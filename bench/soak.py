@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
@@ -64,7 +65,7 @@ def unseen(done: int, state: str) -> None:
 def conduct(
     what: str, plan: Plan, soak: Callable[[Path, Shown], Coroutine[Any, Any, R]], table: Callable[[R], Table], json_file: Path | None
 ) -> None:
-    """Run `soak` in a folder of its own and show how it goes and what came of it.
+    """Run `soak` in a folder of its own and show how it goes and what came of it; where it goes wrong, the logs stay in `json_file`.logs.
 
     Raises typer.Exit(1) where anything is wrong, or where the time ran out before all kills were done.
     """
@@ -74,6 +75,11 @@ def conduct(
     with tempfile.TemporaryDirectory(prefix="onset-chaos-") as folder, Progress(*columns, console=screen) as progress:
         task = progress.add_task(what, total=plan.kills, state="")
         report = asyncio.run(soak(Path(folder), lambda done, state: progress.update(task, completed=done, state=state)))
+        if report.violations and json_file:
+            logs = json_file.with_suffix(".logs")
+            logs.mkdir(exist_ok=True)
+            for log in Path(folder).glob("*.log"):
+                shutil.copy(log, logs)
     screen.print(table(report))
     for violation in report.violations[:SHOWN]:
         screen.print(f"[red]violation[/]: stream {violation.stream_id}, event {violation.event}: {violation.what}", highlight=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -20,6 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from bench.nursery import Born, Nursery
 from bench.servers import NONE, free_port
 from service.embedded import find_server, server_options
 
@@ -29,7 +30,7 @@ SHARE_OF_SERVERS = 0.25
 """Of the kills."""
 SHARE_OF_ANY = 0.1
 """Of the kills that hit a process whatever it is doing, starting perhaps; others wait for one at work."""
-SAMPLED = ("onset_state_conflicts_total", "onset_fresh_states_total")
+SAMPLED = ("onset_state_conflicts_total", "onset_fresh_states_total", "onset_events_total")
 
 
 class Child:
@@ -129,8 +130,8 @@ class Store(Victim):
 
 
 @dataclass(frozen=True)
-class _Serving:
-    child: Child
+class Serving:
+    child: Born
     url: str
 
 
@@ -140,19 +141,26 @@ class Replica(Victim):
     """
 
     def __init__(
-        self, number: int, folder: Path, store: Store, model: Path, client: httpx.AsyncClient, settings: Mapping[str, str] = NONE
+        self,
+        number: int,
+        folder: Path,
+        store: Store,
+        model: Path,
+        client: httpx.AsyncClient,
+        nursery: Nursery,
+        settings: Mapping[str, str] = NONE,
     ) -> None:
         """`settings` are further ONSET_… variables, without the prefix."""
         super().__init__(f"replica {number}", folder)
-        self._store, self._model, self._client = store, model, client
+        self._store, self._model, self._client, self._nursery = store, model, client, nursery
         self._settings = settings
-        self._active: _Serving | None = None
-        self._next = self._serve()
+        self._active: Serving | None = None
+        self._next = self.another()
         self.counters: dict[str, dict[str, float]] = {}
         """The last sample of each process's counters, by its address."""
 
     def start(self) -> None:
-        self._active, self._next = self._next, self._serve()
+        self._active, self._next = self._next, self.another()
         self.url = self._active.url
         self.starts += 1
 
@@ -169,7 +177,7 @@ class Replica(Victim):
         """Start it anew with another model."""
         self._model = model
         self.stop()
-        self._next = self._serve()
+        self._next = self.another()
         self.start()
 
     async def ready(self) -> bool:
@@ -184,20 +192,29 @@ class Replica(Victim):
         except httpx.HTTPError:
             return False
 
+    async def answers(self, serving: Serving) -> bool:
+        """Whether one of its processes is ready."""
+        return await self._ready(serving.url)
+
     async def sample(self) -> None:
         """Keep its counters as they are now; those of a process that is killed are lost from the last sample on."""
-        url = self.url
+        await self._sample(self.url)
+        with contextlib.suppress(httpx.HTTPError):  # it may be starting
+            await self._sample(self._next.url)
+
+    async def _sample(self, url: str) -> None:
         lines = [line.rpartition(" ") for line in (await self._client.get(f"{url}/metrics")).text.splitlines()]
         self.counters[url] = {name: float(value) for name, _, value in lines if name.startswith(SAMPLED)}
 
     def total(self, counter: str) -> float:
         return sum(counters.get(counter, 0.0) for counters in self.counters.values())
 
-    def _serve(self) -> _Serving:
+    def another(self) -> Serving:
+        """One more process like it, which is the caller's to end."""
         port = free_port()
         settings = {"PORT": str(port), "REDIS_URL": self._store.url, "MODEL": str(self._model), "LOG_LEVEL": "warning", **self._settings}
         environment = {f"ONSET_{name}": value for name, value in settings.items()}
-        return _Serving(Child([sys.executable, "-m", "service", "serve"], environment, self.log), f"http://127.0.0.1:{port}")
+        return Serving(self._nursery.serve(environment, self.log), f"http://127.0.0.1:{port}")
 
 
 class Killer:

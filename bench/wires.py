@@ -294,7 +294,10 @@ class NatsWire:
         found: list[Result] = []
         last = (await self._asked(self._js.stream_info("OUT"))).state.last_seq
         while self._next <= last and len(found) < READ:
-            message = await self._asked(self._js.get_msg("OUT", self._next))
+            try:
+                message = await self._asked(self._js.get_msg("OUT", self._next))
+            except NotSentError:
+                break  # what was read so far is not read again
             self._next += 1
             if message.subject == "out.results":
                 found.append(msgspec.json.decode(message.data or b"", type=Result))

@@ -10,9 +10,11 @@ import pytest
 import redis
 import structlog
 
+from bench.kafka_mock import MockKafka
 from service.detector import Detector
 from service.stores.redis import RedisStore
 from tests.brokers import Mosquitto, RabbitMQ
+from tests.rigs import NatsServer, nats_server
 from tests.servers import Valkey, ValkeyCluster
 from tests.tiny import build_tiny
 
@@ -89,3 +91,17 @@ def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     """A real AMQP broker, started once for the session: queues are to be a test's own."""
     with RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as broker:
         yield broker
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[MockKafka]:
+    """librdkafka's mock cluster, started once for the session: topics and groups are to be a test's own."""
+    with MockKafka() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def jetstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+    """A real nats-server with JetStream, started once for the session: streams are to be a test's own."""
+    with nats_server(tmp_path_factory.mktemp("nats")) as server:
+        yield server

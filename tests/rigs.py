@@ -32,12 +32,19 @@ _number = itertools.count()
 
 
 class Rig(Protocol):
-    """One queue of one test, empty at its start, with PARTITIONS partitions."""
+    """One queue of one test, empty at its start."""
 
     store: str
     """URL of the state store."""
+    partitions: int
+    shared: bool
+    """Whether replicas share the partitions; otherwise one has all of them."""
     exactly: bool
     """Whether results come out once; otherwise at least once."""
+    shows_acks: bool
+    """Whether the broker tells what is not acknowledged; otherwise `drained` knows only that something came out of every event."""
+    has_lag: bool
+    """Whether the source can tell how much waits for it."""
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -56,7 +63,13 @@ class Rig(Protocol):
         """Whether the broker knows of no message that is not acknowledged."""
 
     async def restart(self) -> None:
-        """The broker ends without warning, is away for a moment and comes back with what it had confirmed."""
+        """The broker ends, is away for a moment and comes back with what it had confirmed. Where it keeps that, it ends without warning."""
+
+
+class Shared:
+    """A rig's broker with partitions that replicas share, which tells all about them."""
+
+    partitions, shared, shows_acks, has_lag = PARTITIONS, True, True, True
 
 
 def partition_of(payload: Any) -> int:
@@ -68,7 +81,7 @@ def content_of(payload: Any) -> bytes:
     return payload if isinstance(payload, bytes) else json.dumps(payload).encode()
 
 
-class RedisRig:
+class RedisRig(Shared):
     exactly = True
 
     def __init__(self, server: Valkey, client: Any) -> None:
@@ -101,7 +114,7 @@ class RedisRig:
         await asyncio.to_thread(self._server.start)
 
 
-class KafkaRig:
+class KafkaRig(Shared):
     exactly = False
 
     def __init__(self, cluster: MockKafka, store: str) -> None:
@@ -216,7 +229,7 @@ class NatsServer:
 async def _quiet(error: Exception) -> None: ...
 
 
-class NatsRig:
+class NatsRig(Shared):
     exactly = False
 
     def __init__(self, server: NatsServer, store: str, client: Client) -> None:
@@ -287,7 +300,6 @@ def nats_server(folder: Path) -> Iterator[NatsServer]:
 @asynccontextmanager
 async def redis_rig(server: Valkey) -> AsyncIterator[Rig]:
     async with redis.Redis.from_url(server.url) as client:
-        await client.flushall()
         yield RedisRig(server, client)
 
 

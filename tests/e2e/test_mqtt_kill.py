@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 
 from tests.brokers import Mosquitto
-from tests.buses import Plant, each_once
+from tests.buses import Plant
 from tests.e2e.process import Service
 from tests.queues import queue
+from tests.rigs import each_once
 from tests.servers import Valkey
 
 STREAMS, NUMBERS, KILLS = 12, 150, 3

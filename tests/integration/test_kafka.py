@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ from service.app import Service
 from service.errors import BadSetting
 from service.settings import Settings
 from tests.rigs import KafkaRig, partition_of
-
-
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[MockKafka]:
-    with MockKafka() as cluster:
-        yield cluster
 
 
 def service(rig: KafkaRig, model: Path, **declared: Any) -> Service:
