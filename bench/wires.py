@@ -24,7 +24,7 @@ from bench.servers import free_port
 from bench.victims import Child, Store, Victim
 from service.events import Event, Result
 
-READ = 5000
+READ = 1000
 """Results read at once."""
 ANSWER_SECONDS = 5.0
 

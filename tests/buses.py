@@ -153,7 +153,7 @@ class MqttRig:
             "output": f"{self.name}/out/results/{{stream_id}}",
             "dead_letters": f"{self.name}/out/dead",
             "batch": 100,
-            "lease_seconds": 0.6,
+            "lease_seconds": 3,
         }
 
     async def put(self, *payloads: Any, partition: int | None = None) -> None:

@@ -90,7 +90,7 @@ class RedisRig(Shared):
 
     @property
     def declared(self) -> dict[str, Any]:
-        return {"type": "redis_streams", "key": "in", "partitions": PARTITIONS, "lease_seconds": 0.6, "batch": 100}
+        return {"type": "redis_streams", "key": "in", "partitions": PARTITIONS, "lease_seconds": 3, "batch": 100}
 
     async def put(self, *payloads: Any, partition: int | None = None) -> None:
         async with self._client.pipeline(transaction=False) as pipeline:
@@ -134,7 +134,7 @@ class KafkaRig(Shared):
             "output": self._out,
             "dead_letters": self._dead,
             "batch": 100,
-            "options": {"session.timeout.ms": 1500, "heartbeat.interval.ms": 200},
+            "options": {"session.timeout.ms": 3000, "heartbeat.interval.ms": 200},
         }
 
     async def put(self, *payloads: Any, partition: int | None = None) -> None:
@@ -251,7 +251,7 @@ class NatsRig(Shared):
             "output": f"out{self.at}.results",
             "dead_letters": f"out{self.at}.dead",
             "batch": 100,
-            "lease_seconds": 1,
+            "lease_seconds": 2,
             "ack_seconds": 2,
         }
 

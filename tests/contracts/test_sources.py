@@ -134,7 +134,7 @@ async def test_every_event_is_scored_once_in_its_streams_order_and_its_result_is
     for stream in range(12):
         assert [result.state_version for result in results if result.stream_id == f"s{stream}"] == list(range(1, 31))
     await until(lambda: metric(service.metrics, "acknowledged_total") == len(events))
-    assert metric(service.metrics, "partitions") == rig.partitions
+    await until(lambda: metric(service.metrics, "partitions") == rig.partitions)
     await until(lambda: lags(rig, service.metrics, 0))
     assert await rig.dead() == []
 

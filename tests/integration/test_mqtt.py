@@ -92,7 +92,7 @@ async def test_binary_cloudevents_have_their_attributes_in_user_properties(
 async def test_a_replica_that_was_taken_for_dead_scores_nothing_twice(
     rig: MqttRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
 ) -> None:
-    source = rig.declared | {"payload": {"format": "number"}, "batch": 20}
+    source = rig.declared | {"payload": {"format": "number"}, "batch": 20, "lease_seconds": 0.6}
     service = await Replicas(rig.store, tiny_model_path, stack, source).start()
     await connected(q, service)
     [lease] = [key async for key in q.client.scan_iter("onset:*=mqtt/*")]
