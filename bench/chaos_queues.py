@@ -5,8 +5,9 @@
 One state store, the broker, two replicas with a spare each that reads too; `kill -9` of one of them at random moments, about --rate a
 second (mosquitto gets a SIGTERM: killed, it may lose what it had confirmed; of Kafka's mock cluster, which
 keeps everything in memory, the brokers are taken from the network and put back). Beside that one consumer more comes, reads for a while and
-leaves by SIGTERM, again and again. Producers send each stream's events in order until the broker has confirmed them, so some twice, and
-old ones again, shuffled.
+leaves by SIGTERM, again and again. Most kills wait until a result has come out since the last one: a group that is killed faster than its
+members are found missing does nothing at all. Producers send each stream's events in order until the broker has confirmed them, so some
+twice, and old ones again, shuffled.
 Every result is held against an uninterrupted run of the same events:
 
     order     of each stream the versions 1, 2, 3, … come out in that order
@@ -339,7 +340,7 @@ async def _running(plan: Plan, folder: Path) -> AsyncIterator[Scene]:
 
 
 async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Shown) -> None:
-    killer = Killer([scene.store, *scene.wire.victims], scene.replicas, random.Random(plan.seed), plan.rate)
+    killer = Killer([scene.store, *scene.wire.victims], scene.replicas, random.Random(plan.seed), plan.rate, lambda: scene.counts["result"])
     stopped = asyncio.Event()
     began = time.monotonic()
 

@@ -10,7 +10,7 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,18 +220,28 @@ class Replica(Victim):
 class Killer:
     """Kills one of the processes at random moments, about `rate` a second, and starts it again at once."""
 
-    def __init__(self, servers: Sequence[Victim], replicas: Sequence[Replica], rng: random.Random, rate: float) -> None:
-        """`servers` are the store, and a broker where there is one."""
-        self._servers, self._replicas, self._rng, self._rate = servers, replicas, rng, rate
+    def __init__(
+        self,
+        servers: Sequence[Victim],
+        replicas: Sequence[Replica],
+        rng: random.Random,
+        rate: float,
+        done: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """`servers` are the store, and a broker where there is one. `done` rises with what the replicas do: most kills wait for that."""
+        self._servers, self._replicas, self._rng, self._rate, self._done = servers, replicas, rng, rate, done
         self.kills: Counter[str] = Counter()
 
     async def run(self, kills: int) -> None:
         """Returns after so many kills."""
-        due = time.monotonic()
+        due, before, anyhow = time.monotonic(), 0, False
         while self.kills.total() < kills:
             due = max(due + self._rng.expovariate(self._rate), time.monotonic())
             await asyncio.sleep(due - time.monotonic())
+            while self._done() <= before and not anyhow:  # noqa: ASYNC110
+                await asyncio.sleep(POLL_SECONDS)
             victim = await self._victim()
+            before, anyhow = self._done(), self._rng.random() < SHARE_OF_ANY
             victim.kill()
             victim.start()
             self.kills[victim.name] += 1

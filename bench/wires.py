@@ -161,7 +161,7 @@ class KafkaWire:
 
     @property
     def settings(self) -> Mapping[str, str]:
-        options = {"session.timeout.ms": 4000, "heartbeat.interval.ms": 500}
+        options = {"session.timeout.ms": 2000, "heartbeat.interval.ms": 300}
         source = {"type": "kafka", "brokers": self._brokers.servers, "topics": [self._IN], "output": self._OUT, "dead_letters": self._DEAD}
         return {"SOURCES": json.dumps([source | {"options": options}])}
 

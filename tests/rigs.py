@@ -316,5 +316,6 @@ def each_once(results: Sequence[Result]) -> list[Result]:
     """Of results that may have been published again, each as it first came out: it is the same each time."""
     once: dict[tuple[str, int], Result] = {}
     for result in results:
-        assert once.setdefault((result.stream_id, result.state_version), result) == result
+        first = once.setdefault((result.stream_id, result.state_version), result)
+        assert first == result, f"{result} is not what came out first: {first}"
     return list(once.values())
