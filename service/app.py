@@ -270,7 +270,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     door.add_to(app)
     ended = [service.write_back.ended] if service.write_back else []
-    prometheus = remote_write.RemoteWrite(door, service.names, settings.max_batch_events, service.metrics, ended)
+    prometheus = remote_write.RemoteWrite(
+        door, service.names, settings.max_batch_events, service.metrics, ended, settings.prometheus_end_seconds
+    )
     door.add_post(app, remote_write.PATH, prometheus.post, "remote_write")
     openapi.add_docs(app)
     if service.console:

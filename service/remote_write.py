@@ -12,7 +12,8 @@ A sample's identity is its time in ms: sent again it is a duplicate, and counts 
     429      the queue is full                                                             waits if retry_on_http_429 is set
     503      the store does not answer, for all samples or some                            sends all of it again
 
-A NaN is a missing value, ±Inf too. The stale marker ends a stream: it is no anomaly, and nobody waits for the stream any longer.
+A NaN is a missing value, ±Inf too. The stale marker ends a stream: it is no anomaly, and nobody waits for the stream any longer. A failed
+scrape has the same marker, so an open alert waits for a while before it ends with its stream.
 """
 
 from __future__ import annotations
@@ -94,8 +95,11 @@ class _Tally:
 class RemoteWrite:
     """The route's handler over a door. `ended` are told of the streams that stale markers have ended."""
 
-    def __init__(self, door: Door, names: Names, max_events: int, metrics: Metrics, ended: Sequence[Ended] = ()) -> None:
-        """At most `max_events` samples, and series, a request."""
+    def __init__(
+        self, door: Door, names: Names, max_events: int, metrics: Metrics, ended: Sequence[Ended] = (), end_seconds: float = 0
+    ) -> None:
+        """At most `max_events` samples, and series, a request. An open alert outlives its stream's stale marker by `end_seconds`."""
+        self._end_seconds = end_seconds
         self._door, self._names, self._max_events, self._metrics, self._ended = door, names, max_events, metrics, ended
         self._latency = metrics.latency.labels(DOOR)
 
@@ -147,7 +151,7 @@ class RemoteWrite:
         owners = written.owner[places].tolist()
         ends = {written.series[owner].stream_id: second for owner, second in zip(owners, seconds.tolist(), strict=True)}
         tally.unscored["ended"] += len(places)
-        await scorer.end(ends)
+        await scorer.end(ends, self._end_seconds)
         for tell in self._ended:
             tell(scorer.detector.name, ends)
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import partial
 from typing import NamedTuple, cast
 
 import msgspec
@@ -350,9 +351,10 @@ class Scorer:
         entry = alerts.encoded(Transition("forgotten", model, stream_id)) if self._alerting else b""
         return await self._store.delete(model, stream_id, entry)
 
-    async def end(self, ends: Mapping[str, float]) -> None:
+    async def end(self, ends: Mapping[str, float], grace: float = 0) -> None:
         """Streams that have ended, and when (seconds since 1970): their alerts are resolved and nobody waits for them. Safe to repeat.
 
+        An alert that is open stays so for `grace` seconds more, and the stream with it should it speak again; where nobody sweeps, 0.
         What a stream has learned is kept for when it returns. One with a later event is left as it is. Raises StoreUnavailable, and
         StateConflict when other replicas won ATTEMPTS times.
         """
@@ -365,14 +367,18 @@ class Scorer:
             if not places:
                 return
             rows, stream_ids = loaded.rows[places], [pending[i] for i in places]
-            logs = [self._ending(stream_id, row) for stream_id, row in zip(stream_ids, rows, strict=True)]
-            silence.end(rows)
+            waits = (rows["flags"] & ALERT_OPEN != 0) & (grace > 0 and self.policy.silence)
+            logs = self._told_at_end(stream_ids, rows, waits)
+            for at, change in ((waits, partial(silence.begin_end, until=self._clock() + grace)), (~waits, silence.end)):
+                changed = rows[at]
+                change(changed)
+                rows[at] = changed
             values = self._codec.encode(rows)
             tokens = [loaded.tokens[i] for i in places]
-            ended = zip(stream_ids, tokens, values, logs, strict=True)
+            ended = zip(stream_ids, tokens, values, logs, rows["watch_until"].tolist(), strict=True)
             self._copies.drop(stream_ids)
             written = await self._store.commit(
-                self.detector.name, [Write(name, token, value, watch=0.0, log=entries) for name, token, value, entries in ended]
+                self.detector.name, [Write(name, token, value, watch=watch, log=entries) for name, token, value, entries, watch in ended]
             )
             pending = [name for name, became in zip(stream_ids, written, strict=True) if became != WRITTEN]
         raise StateConflict(f"{len(pending)} streams changed {ATTEMPTS + 1} times while they were being ended: send the request again.")
@@ -758,15 +764,15 @@ class Scorer:
         started_at = float(row["started_at"][0])
         return Transition("resolved", self.detector.name, stream_id, "anomaly", started_at, severity, "accepted", last)
 
-    def _ending(self, stream_id: str, row: Rows) -> list[bytes]:
-        """For the log: what is resolved as the stream of this row ends."""
-        resolved = []
-        if self._alerting and row["flags"] & SILENT:
-            resolved.append(Transition("resolved", self.detector.name, stream_id, "silence", float(row["silent_since"]), "minor", "ended"))
-        if self._alerting and row["flags"] & ALERT_OPEN:
-            severity, started_at = alerts.level(int(row["flags"])), float(row["started_at"])
-            resolved.append(Transition("resolved", self.detector.name, stream_id, "anomaly", started_at, severity, "ended"))
-        return list(map(alerts.encoded, resolved))
+    def _told_at_end(self, stream_ids: Sequence[str], rows: Rows, waits: NDArray[np.bool_]) -> list[list[bytes]]:
+        """For the log: what is resolved as the streams of these rows [B] end; where one `waits`, its anomaly is not."""
+        if not self._alerting:
+            return [[] for _ in stream_ids]
+        flags = np.where(waits, SILENT, SILENT | ALERT_OPEN).tolist()
+        return [
+            silence.told_at_end(self.detector.name, stream_id, row, of=of)
+            for stream_id, row, of in zip(stream_ids, rows, flags, strict=True)
+        ]
 
     def _accepted(self, stream_id: str, row: Rows, by: str) -> None:
         """For the audit: a change of regime was accepted. `row` is a value before it, or the record of the event that did it."""

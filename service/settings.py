@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     """How long that may take, in a process of its own; then it is ended."""
     prometheus_relabel: Path | None = None
     """YAML file of relabel_configs that choose and name the series which Prometheus sends (docs/prometheus.md); empty = all are scored."""
+    prometheus_end_seconds: Annotated[float, Field(ge=0, le=86_400)] = 300
+    """How long an open alert outlives its series: a failed scrape marks all series of a target as ended, and most return with the next."""
     prometheus_series: Annotated[int, Field(ge=1)] = 100_000
     """Series whose names are remembered, about 1 kB each; with fewer than are sent, each costs its rules and its name every time."""
     public_url: str = ""

@@ -4,6 +4,8 @@
     sweep  ─► due watches ─► value's deadline is later: look again then
                           ─► else claim: compare-and-set of the value with SILENT ─► the one who wins raises it
 
+A stream that is said to have ended while its alert is open (`begin_end`) is swept in the same way: at its deadline it has ended.
+
 So a silence is raised once, however many replicas there are. The next event clears it and is judged as any other. Only streams whose
 events are about now are waited for (`waits`). After a start or an outage of the store every stream gets its patience anew, and
 RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take a while to come back to it.
@@ -25,7 +27,7 @@ from service.alerts import Transition
 from service.errors import StoreUnavailable
 from service.metrics import Metrics
 from service.policy import Policy
-from service.state import ALERT_OPEN, SILENT, Origin, Rows, StateCodec
+from service.state import ALERT_OPEN, ENDING, SILENT, Origin, Rows, StateCodec
 from service.stores import SILENT as SILENT_WATCH
 from service.stores import StateStore, Write
 
@@ -78,7 +80,7 @@ def waits(rows: Rows, alpha: float, now: float, ended: NDArray[np.bool_] | None 
         patience[ended] = np.inf
     live = np.isfinite(patience) & (np.abs(now - rows["last"]["timestamp"]) <= np.maximum(patience, LIVE_SECONDS))
     rows["deadline"] = np.where(live, now + np.where(live, patience, 0), 0)
-    begins = live & (rows["watch_until"] <= now)
+    begins = live & ((rows["watch_until"] <= now) | (rows["watch_until"] > rows["deadline"]))
     ends = ~live & (rows["watch_until"] > 0)
     rows["watch_until"] = np.where(begins, rows["deadline"], np.where(ends, 0, rows["watch_until"]))
     changed, until = (begins | ends).tolist(), rows["watch_until"].tolist()
@@ -86,9 +88,10 @@ def waits(rows: Rows, alpha: float, now: float, ended: NDArray[np.bool_] | None 
 
 
 def awaited(rows: Rows) -> NDArray[np.bool_]:
-    """[B] whether `end` would change anything."""
+    """[B] whether `end` or `begin_end` would change anything."""
     waited: NDArray[np.bool_] = (rows["deadline"] > 0) | (rows["watch_until"] > 0) | (rows["flags"] & (SILENT | ALERT_OPEN) != 0)
     waited |= ~np.isnan(rows["raw"])
+    waited &= rows["flags"] & ENDING == 0
     return waited
 
 
@@ -101,6 +104,25 @@ def end(rows: Rows) -> None:
     rows["flags"] = rows["learner"] = 0
     rows["quiet"] = rows["lasting"] = rows["peak"] = 0
     rows["silent_since"] = rows["started_at"] = rows["raw"] = np.nan
+
+
+def begin_end(rows: Rows, until: float) -> None:
+    """These streams, whose alerts are open, are said to have ended, in place: they have at `until`, unless they speak before."""
+    rows["flags"] = rows["flags"] & ~np.uint32(SILENT) | np.uint32(ENDING)
+    rows["silent_since"] = rows["raw"] = np.nan
+    rows["deadline"] = rows["watch_until"] = until
+
+
+def told_at_end(model: str, stream_id: str, row: Rows, *, of: int = ALERT_OPEN | SILENT) -> list[bytes]:
+    """For the alert log: what is resolved as the stream of this row ends, as far as its flags are `of` these."""
+    resolved = []
+    flags = int(row["flags"]) & of
+    if flags & SILENT:
+        resolved.append(Transition("resolved", model, stream_id, "silence", float(row["silent_since"]), "minor", "ended"))
+    if flags & ALERT_OPEN:
+        severity, started_at = alerts.level(int(row["flags"])), float(row["started_at"])
+        resolved.append(Transition("resolved", model, stream_id, "anomaly", started_at, severity, "ended"))
+    return list(map(alerts.encoded, resolved))
 
 
 class Sweeper:
@@ -158,9 +180,11 @@ class Sweeper:
         rows = loaded.rows
         patience = cadence.patience(rows, self._policy().alpha)
         kept = (loaded.origins == Origin.STORED) & (rows["deadline"] > 0)
+        ending = kept & (rows["flags"] & ENDING != 0)
         waited = kept & (rows["flags"] & SILENT == 0)
         later = waited & (rows["deadline"] > now)
-        silent = waited & ~later & (now >= since + np.maximum(np.where(np.isfinite(patience), patience, 0), RETURN_SECONDS))
+        over_now = ending & ~later & (now >= since + RETURN_SECONDS)
+        silent = waited & ~ending & ~later & (now >= since + np.maximum(np.where(np.isfinite(patience), patience, 0), RETURN_SECONDS))
         over = ~kept
         watches = {stream_ids[i]: float(rows["deadline"][i]) for i in np.flatnonzero(later).tolist()}
         watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(over).tolist()}
@@ -169,7 +193,18 @@ class Sweeper:
         watches |= {stream_ids[i]: SILENT_WATCH + now + self._state_ttl for i in np.flatnonzero(claimed).tolist()}
         await self._store.watch(self._model, watches)
         await self._claim(stream_ids, rows, loaded.tokens, np.flatnonzero(silent), now, patience)
-        return bool(watches) or bool(silent.any())
+        await self._end(stream_ids, rows, loaded.tokens, np.flatnonzero(over_now))
+        return bool(watches) or bool(silent.any()) or bool(over_now.any())
+
+    async def _end(self, stream_ids: list[str], rows: Rows, tokens: list[bytes], places: NDArray[np.intp]) -> None:
+        """These have ended, but for those that have spoken meanwhile."""
+        if len(places) == 0:
+            return
+        ended = rows[places]
+        logs = [told_at_end(self._model, stream_ids[i], rows[i]) for i in places.tolist()]
+        end(ended)
+        of = zip(places.tolist(), self._codec.encode(ended), logs, strict=True)
+        await self._store.commit(self._model, [Write(stream_ids[i], tokens[i], value, watch=0.0, log=entries) for i, value, entries in of])
 
     async def _claim(
         self, stream_ids: list[str], rows: Rows, tokens: list[bytes], places: NDArray[np.intp], now: float, patience: NDArray[np.float64]

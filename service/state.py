@@ -66,6 +66,8 @@ SILENT = 64
 LEVEL_SHIFT = 7
 LEVEL = 3 << LEVEL_SHIFT
 """Two bits: the severity that the open alert has reached, an index into SEVERITIES."""
+ENDING = 512
+"""The stream is said to have ended while its alert is open: unless it speaks again, that ends at the deadline. The next event clears it."""
 
 Rows = NDArray[Any]
 """A structured array, [B] of `value_dtype` or [N] of `record_dtype`."""

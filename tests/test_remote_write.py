@@ -89,7 +89,9 @@ class Sender(httpx.AsyncClient):
 
 
 @asynccontextmanager
-async def sender(detector: Detector, relabel: Path | None = None, queue: int = 5000, body: int = 100_000) -> AsyncIterator[Sender]:
+async def sender(
+    detector: Detector, relabel: Path | None = None, queue: int = 5000, body: int = 100_000, grace: float = 0
+) -> AsyncIterator[Sender]:
     metrics, store, ended = Metrics(), Store(), dict[str, float]()
     limits = Limits(max_queue_events=queue, max_streams=MAX_STREAMS, max_future_seconds=10_000)
     scorer = Scorer(detector, Policy(), store, metrics, limits, clock=lambda: NOW / 1000, alerting=True)
@@ -100,7 +102,8 @@ async def sender(detector: Detector, relabel: Path | None = None, queue: int = 5
     limit = DoorLimits(max_body_bytes=body, max_batch_events=3000, max_inflight_bytes=1_000_000)
     door = Door({detector.name: scorer}, detector.name, limit, metrics, Healthy(), control)
     names = Names(read_rules(relabel) if relabel else (), most=1000)
-    door.add_post(app, PATH, RemoteWrite(door, names, 3000, metrics, [lambda model, ends: ended.update(ends)]).post, "remote_write")
+    receiver = RemoteWrite(door, names, 3000, metrics, [lambda model, ends: ended.update(ends)], grace)
+    door.add_post(app, PATH, receiver.post, "remote_write")
     async with Sender(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         client.store, client.metrics, client.scorer, client.ended = store, metrics, scorer, ended
         yield client
@@ -292,6 +295,42 @@ async def test_the_alert_of_a_stream_is_resolved_as_it_ends(prometheus: Sender) 
     assert told[0].alert == told[-1].alert
     await prometheus.write(up(1, 50.0, start=NOW + 9000))  # it is back, and as ill as before
     assert (await prometheus.last(name(1))).is_anomaly
+
+
+async def test_an_alert_outlives_a_failed_scrape_and_ends_with_a_series_that_does_not_return(tiny_detector: Detector) -> None:
+    fault = [50.0, 51.0]
+    async with sender(tiny_detector, grace=300) as prometheus:
+        series = [up(i, *[1.0, 1.1] * 40, *fault, start=NOW - 81_000) for i in (1, 2)]
+        calm = up(3, *[1.0, 1.1] * 41, start=NOW - 81_000)
+        await prometheus.write(*series, calm)
+        sweeper = prometheus.scorer.sweeper(3600)
+        now = NOW / 1000
+        sweeper._clock = lambda: now
+        await sweeper.sweep()
+        for _ in range(2):  # sent again it gives no more time
+            await prometheus.write(*(up(i, MARKER, start=NOW + 1000) for i in (1, 2, 3)))
+            prometheus.scorer._clock = lambda: NOW / 1000 + 100
+        assert await ends(prometheus) == []
+        assert name(3) not in await prometheus.store.due("tiny", 1e11, 10), "without an alert it has ended at once"
+        await prometheus.write(up(1, *fault, start=NOW + 110_000))
+        now += 299
+        await sweeper.sweep()
+        assert await ends(prometheus) == []
+        now += 2
+        await sweeper.sweep()
+        assert await ends(prometheus) == [name(2)]
+        assert (await prometheus.last(name(1))).state_version == 84
+        opened = [told.stream_id for told in map(decoded, prometheus.store.log) if told.what == "opened" and told.kind == "anomaly"]
+        assert opened == [name(1), name(2)], "no alert opened again"
+        await prometheus.write(up(1, MARKER, start=NOW + 120_000))
+        now += 500
+        await sweeper.sweep()
+        assert await ends(prometheus) == [name(2), name(1)]
+
+
+async def ends(prometheus: Sender) -> list[str]:
+    """Streams whose anomaly was resolved because they ended."""
+    return [told.stream_id for told in map(decoded, prometheus.store.log) if (told.kind, told.resolution) == ("anomaly", "ended")]
 
 
 async def test_a_stale_marker_older_than_the_last_sample_ends_nothing(prometheus: Sender) -> None:
