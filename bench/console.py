@@ -1,6 +1,6 @@
 """Whether the page is smooth: frames of a real browser while hundreds of streams speak ten times a second.
 
-    python -m bench.console [--quick] [--streams 300] [--hz 10] [--seconds 20] [--json FILE]
+    python -m bench.console [--quick] [--streams 300] [--hz 10] [--seconds 20] [--json FILE] [--pictures DIR]
 
 A service with the shipped detector, a sender that posts one event of each stream HZ times a second, and Chromium (headless, drawing by the
 processor) on the fleet view; then while it is scrolled; then on one stream. Floor: an empty page of the same browser under the same load.
@@ -8,7 +8,8 @@ A frame takes from one requestAnimationFrame to the next; a long task is what ho
 frame in which the list or the chart has changed. *Busy* is the processor time of the page's thread (Chromium's own TaskDuration in thread
 ticks): unlike frames it hardly moves when something else takes the processors.
 
-Needs the built page (`make console`), Debian's chromium, and playwright (extra `dev`).
+`--pictures` also takes the views at three sizes, light and dark; docs/images/console.png is its fleet-1280-light.png. Needs the built page
+(`make console`), Debian's chromium, and playwright (extra `dev`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Annotated, Any, cast
 import httpx
 import numpy as np
 import typer
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 from rich.table import Table
 
 from bench.report import Goal, Machine, report, table
@@ -42,6 +43,7 @@ BROWSER = [
     "--disable-sync",
 ]
 SIZE = {"width": 1280, "height": 800}
+PICTURES = ((1280, 800), (820, 1180), (390, 844))
 HISTORY = 150
 """Events of each stream before anything is measured: beyond the warm-up."""
 BODY = 5000
@@ -163,6 +165,7 @@ def main(
     seconds: Annotated[float, typer.Option(min=2, help="Of each view.")] = 20.0,
     quick: Annotated[bool, typer.Option("--quick", help="Three seconds of each view: does it run?")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Also take the views at three sizes, into this folder.")] = None,
 ) -> None:
     """Watch a fleet and a stream in a browser, and print how its frames came."""
     chromium = shutil.which("chromium")
@@ -173,14 +176,14 @@ def main(
         url = f"http://127.0.0.1:{server.port}"
         with Sender(url, streams, hz) as sender:
             began, before = time.monotonic(), sender.posts
-            views = watched(chromium, url, 3.0 if quick else seconds)
+            views = watched(chromium, url, 3.0 if quick else seconds, pictures)
             offered = (sender.posts - before) / (time.monotonic() - began)
     figures = {"streams": streams, "asked_hz": hz, "offered_hz": round(offered, 2), "views": [asdict(view) for view in views]}
     title = f"{streams} streams, {offered:.1f} of {hz:g} events a second each, {SIZE['width']} by {SIZE['height']}"
     report([_table(title, views)], _goals(views, hz, offered), machine, figures, json_file)
 
 
-def watched(chromium: str, url: str, seconds: float) -> list[Smoothness]:
+def watched(chromium: str, url: str, seconds: float, pictures: Path | None) -> list[Smoothness]:
     """The floor, then each view, one after the other in one browser."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=BROWSER)
@@ -205,8 +208,23 @@ def watched(chromium: str, url: str, seconds: float) -> list[Smoothness]:
         page.goto(f"{url}/#/stream/{name_of(DISTURBED)}")
         page.wait_for_selector(".chart canvas")
         views.append(measured("stream", ".figures"))
+        if pictures:
+            take_pictures(browser, url, pictures)
         browser.close()
     return views
+
+
+def take_pictures(browser: Browser, url: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for colours in ("light", "dark"):
+        for width, height in PICTURES:
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=cast("Any", colours))
+            for view, path, drawn in (("fleet", "fleet", ".rows li canvas"), ("stream", f"stream/{name_of(DISTURBED)}", ".chart canvas")):
+                page.goto(f"{url}/#/{path}")
+                page.wait_for_selector(drawn)
+                page.wait_for_timeout(1000 * SETTLE_SECONDS)
+                page.screenshot(path=folder / f"{view}-{width}-{colours}.png")
+            page.close()
 
 
 def _table(title: str, views: list[Smoothness]) -> Table:
