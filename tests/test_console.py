@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from service.console.live import FleetQuery, Live, series, short
-from service.console.recent import ANOMALY, COLD, ONSET, OPEN, QUIET_SECONDS, Recent
+from service.console.recent import ANOMALY, COLD, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Recent
 from service.console.shared import Shared
 from service.detector import Detector
 from service.errors import Overloaded
@@ -24,6 +25,7 @@ from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.stores.live import LiveLog
 from service.stores.memory import MemoryStore
+from tests.tiny_log import build_tiny_log
 
 DEPTH = 8
 
@@ -284,3 +286,35 @@ def test_a_series_keeps_the_digits_of_its_largest_number_whatever_its_scale() ->
         assert first == pytest.approx(numbers[0], rel=1e-4)
         assert missing is None
         assert last == pytest.approx(-scale)
+
+
+async def test_a_log_stream_is_sent_as_its_lines_and_each_pattern_once(tmp_path: Path) -> None:
+    detector = Detector.load(build_tiny_log(tmp_path))
+    async with fleet_of(detector) as fleet:
+
+        async def say(*messages: str) -> None:
+            await fleet.scorer.score([Event(stream_id="web", message=message) for message in messages])
+
+        await say("Accepted connection from 10.0.0.7:80", "Took 9.5 ms for /a", "Ä" * MESSAGE_BYTES)
+        watcher = Watcher(fleet.live.stream(detector.name, "web", []))
+        about, events = (one["data"] for one in await watcher.messages("events"))
+        assert about["kind"] == "log"
+        lines = events["lines"]
+        assert lines["message"][:2] == ["Accepted connection from 10.0.0.7:80", "Took 9.5 ms for /a"]
+        assert lines["message"][2] == "Ä" * (MESSAGE_BYTES // 2) + "…"
+        assert lines["code"] == [1, 2, 0]
+        assert lines["before"] == [[], [1], [2, 1]]
+        assert next(code for code, _ in lines["likely"][1]) == 2
+        assert lines["templates"]["2"] == "Took <NUM> ms for <*>"
+        await fleet.scorer.score([Event(stream_id="web", end=True)])
+        events = await watcher.data("events")
+        assert (events["lines"]["message"], events["lines"]["code"]) == ([None], [5])
+        assert set(events["lines"]["templates"]) <= {"5", "3", "4"}
+        await watcher.leave()
+        board = Watcher(fleet.live.fleet(detector.name, FleetQuery(10)))
+        shown = await board.data("fleet")
+        assert (shown["kind"], shown["new"][0]["said"]) == ("log", None)
+        await say("Took 1 ms for /b")
+        while (said := (await board.data("changes"))["said"]) != ["Took 1 ms for /b"]:
+            assert said in ([None], [])
+        await board.leave()

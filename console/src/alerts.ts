@@ -2,7 +2,8 @@
 
 import { Refused, ask, streamPath } from "./api";
 import { fill, h } from "./dom";
-import { ago, chance, clock, duration, number } from "./format";
+import { ago, chance, clock, duration, number, share } from "./format";
+import { slots, varying } from "./lines";
 import type { Shell, View } from "./main";
 
 interface Evidence {
@@ -12,6 +13,8 @@ interface Evidence {
   alert_score: number | null;
   direction: string;
   contributors: { feature: string; contribution: number; actual: number | null; expected: number | null }[];
+  line?: { message: string | null; template: string | null; new: boolean; before: string[] };
+  expected?: Record<string, number | null>;
 }
 
 export interface Alert {
@@ -137,7 +140,8 @@ class AlertsView {
     const top = onset?.contributors[0];
     const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}`;
     const severity = h("span", { class: "severity" }, alert.severity);
-    const evidence = top ? ` · ${top.feature} ${number(top.actual)}, expected ${number(top.expected)}${onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : ""} · chance if normal: ${chance(onset?.p_value)}` : "";
+    const line = onset?.line;
+    const evidence = line ? ` · ${line.new ? "new pattern · " : ""}chance if normal: ${chance(onset?.p_value)}` : top ? ` · ${top.feature} ${number(top.actual)}, expected ${number(top.expected)}${onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : ""} · chance if normal: ${chance(onset?.p_value)}` : "";
     const what = alert.kind === "silence" ? ` · silent for longer than ${duration(alert.patience ?? 0)} since ${clock(alert.started_at)}` : ` · began ${clock(alert.started_at)}, ${ago(alert.started_at)}${evidence}`;
     const state =
       alert.status === "resolved"
@@ -146,7 +150,7 @@ class AlertsView {
           ? `Acknowledged ${clock(alert.acknowledgement.at)} by ${alert.acknowledgement.by || "someone"}${alert.acknowledgement.note ? `: ${alert.acknowledgement.note}` : ""}`
           : "";
     const button = alert.status === "open" ? h("button", { class: "button", type: "button", "aria-label": `Acknowledge ${alert.stream_id}`, onclick: () => this.acknowledge(alert) }, "Acknowledge") : null;
-    return h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what), state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
+    return h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what), line && onset ? lineOf(line, onset.expected ?? {}) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
   }
 
   private acknowledge(alert: Alert): void {
@@ -179,6 +183,21 @@ class AlertsView {
     document.body.append(dialog);
     dialog.showModal();
   }
+}
+
+/** The line that opened an alert, what would have been likelier, and what came before. */
+function lineOf(line: NonNullable<Evidence["line"]>, expected: Record<string, number | null>): HTMLElement {
+  const said = line.message ?? line.template ?? "";
+  const likely = Object.entries(expected).map(([pattern, p]) => h("li", {}, h("span", { class: "num" }, share(p ?? 0)), h("span", { class: "pattern" }, ...slots(pattern))));
+  return h(
+    "div",
+    { class: "evidence" },
+    h("p", { class: "message" }, ...varying(said, line.template ?? "")),
+    likely.length ? h("p", { class: "quiet" }, "Likelier was") : null,
+    likely.length ? h("ul", { class: "shares" }, ...likely) : null,
+    line.before.length ? h("p", { class: "quiet" }, "Before it came") : null,
+    line.before.length ? h("ol", { class: "before" }, ...line.before.map((pattern) => h("li", { class: "pattern" }, ...slots(pattern)))) : null,
+  );
 }
 
 function text_(element: Element, content: string): void {

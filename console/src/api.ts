@@ -154,13 +154,17 @@ export interface Counts {
   thinned: number;
 }
 
+/** What a model takes: numbers, or the lines of a log. */
+export type Kind = "sensor" | "log";
+
 export interface FleetMessage {
   model: string;
+  kind: Kind;
   version: string;
   replica: string;
   features: Feature[];
   keys: number[];
-  new: { key: number; id: string; t: number[]; value: (number | null)[] | null; score: (number | null)[]; bits: number[] }[];
+  new: { key: number; id: string; t: number[]; value: (number | null)[] | null; score: (number | null)[]; bits: number[]; said: string | null }[];
 }
 
 /** key, t, value, expected, score, bits, rank, feature, severity */
@@ -169,11 +173,13 @@ export type FleetRow = [number, number, number | null, number | null, number | n
 export interface ChangesMessage {
   counts: Counts;
   rows: FleetRow[];
+  said: (string | null)[] | null;
 }
 
 export interface StreamMessage {
   stream_id: string;
   model: string;
+  kind: Kind;
   version: string;
   replica: string;
   depth: number;
@@ -191,6 +197,16 @@ export interface Contributor {
 
 type Column = (number | null)[];
 
+/** Columns of a log stream beside the others. Codes are of patterns, whose text comes once, in `templates`. */
+export interface LinesMessage {
+  message: (string | null)[];
+  severity: string[];
+  code: number[];
+  likely: [number, number][][];
+  before: number[][];
+  templates: Record<string, string>;
+}
+
 export interface EventsMessage {
   skipped: number;
   t: number[];
@@ -203,12 +219,14 @@ export interface EventsMessage {
   lower: Column[];
   upper: Column[];
   contribution: Column[];
+  lines: LinesMessage | null;
   last: { severity: string; direction: string; state_version: number; contributors: Contributor[] };
 }
 
 export interface Model {
   name: string;
   version: string;
+  kind: Kind;
   description: string;
   features: Feature[];
   state_size: number;

@@ -97,7 +97,7 @@ class BacktestPage {
 
   private async loadModels(): Promise<void> {
     try {
-      const { models } = await ask<{ models: Model[] }>("v1/models");
+      const models = (await ask<{ models: Model[] }>("v1/models")).models.filter((one) => one.kind === "sensor");
       fill(this.model, ...models.map((one) => h("option", { value: one.name, selected: one.default }, `${one.name} ${one.version}`)));
       this.alpha.value = String(models.find((one) => one.default)?.alpha ?? 0.001);
     } catch (error) {

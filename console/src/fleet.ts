@@ -1,6 +1,6 @@
 /** All streams, the most anomalous first: a list of which only the rows in view exist, each drawn when it has something new. */
 
-import { BITS, Live, address, ask, streamPath, type ChangesMessage, type Counts, type Feature, type FleetMessage, type Link, type Model } from "./api";
+import { BITS, Live, address, ask, streamPath, type ChangesMessage, type Counts, type Feature, type FleetMessage, type Kind, type Link, type Model } from "./api";
 import { ICONS, append, fill, h, icon, text } from "./dom";
 import { ago, count, number, score } from "./format";
 import type { Shell, View } from "./main";
@@ -24,6 +24,7 @@ interface Stream {
   rank: number;
   at: number; // performance.now() of the rank, in seconds
   feature: number;
+  said: string | null; // the last line of a log stream
   severity: string;
   onset: number; // time of the last onset seen, 0 = none
   dirty: boolean;
@@ -60,6 +61,7 @@ class Fleet {
   private order: Stream[] = [];
   private readonly rows = new Map<number, Row>();
   private features: Feature[] = [];
+  private kind: Kind = "sensor";
   private counts: Counts | null = null;
   private link: Link = { state: "connecting", detail: "" };
   private began = false;
@@ -69,7 +71,9 @@ class Fleet {
   private pointed = 0;
   private stateFilter: string;
   private model: string;
-  private width = 0;
+  private width = 0; // of a row's picture, 0 = not known
+  private height = 0;
+  private tall = 0; // of a row, the same
   private readonly timers: number[] = [];
   private typing = 0;
   private readonly unwatch: () => void;
@@ -82,12 +86,15 @@ class Fleet {
   private readonly list = h("ul", { "aria-label": "Streams, the most anomalous first" });
   private readonly scroller = h("div", { class: "rows", onscroll: () => this.draw(), onpointermove: () => (this.pointed = performance.now()), onpointerleave: () => (this.pointed = 0) }, this.list);
   private readonly words = h("div");
+  private readonly fleet = h("div", { class: "fleet" });
+  private readonly what = h("span", {}, "Value");
+  private readonly drawn = h("span", {}, "Recent values; score of each event");
   private readonly columns = h(
     "div",
     { class: "columns", "aria-hidden": "true" },
     h("span", {}, "Stream"),
-    h("span", {}, "Value"),
-    h("span", {}, "Recent values; score of each event"),
+    this.what,
+    this.drawn,
     h("span", { class: "right" }, "Score"),
     h("span", { class: "right" }, "Last"),
   );
@@ -109,7 +116,8 @@ class Fleet {
       h("div", { class: "spacer" }),
       this.summary,
     );
-    main.append(h("div", { class: "fleet" }, tools, this.columns, h("div", { class: "rows-holder" }, this.scroller, this.words)));
+    append(this.fleet, [tools, this.columns, h("div", { class: "rows-holder" }, this.scroller, this.words)]);
+    main.append(this.fleet);
     this.unwatch = onTheme(() => this.redraw());
     this.resized = new ResizeObserver(() => this.redraw());
     this.resized.observe(this.scroller);
@@ -172,6 +180,10 @@ class Fleet {
 
   private members(message: FleetMessage): void {
     this.features = message.features;
+    if (message.kind !== this.kind || !this.fleet.dataset["kind"]) this.redraw(); // its rows are of another height
+    this.kind = this.fleet.dataset["kind"] = message.kind;
+    text(this.what, message.kind === "log" ? "Last line" : "Value");
+    text(this.drawn, message.kind === "log" ? "Score of each line" : "Recent values; score of each event");
     for (const one of message.new) {
       const trace = new Trace();
       let onset = 0;
@@ -192,6 +204,7 @@ class Fleet {
         rank: 0,
         at: performance.now() / 1000,
         feature: 0,
+        said: one.said,
         severity: "none",
         onset,
         dirty: true,
@@ -208,9 +221,10 @@ class Fleet {
   private changes(message: ChangesMessage): void {
     this.counts = message.counts;
     const now = performance.now() / 1000;
-    for (const [key, t, value, expected, points, bits, rank, feature, severity] of message.rows) {
+    for (const [i, [key, t, value, expected, points, bits, rank, feature, severity]] of message.rows.entries()) {
       const stream = this.streams.get(key);
       if (!stream) continue;
+      stream.said = message.said?.[i] ?? null;
       if (t !== stream.t) stream.trace.push(this.features.length === 1 ? value : null, points, bits);
       if (bits & BITS.onset) stream.onset = t;
       Object.assign(stream, { t, value, expected, score: points, bits, rank, feature, severity, at: now, dirty: true });
@@ -246,7 +260,7 @@ class Fleet {
   }
 
   private redraw(): void {
-    this.width = 0;
+    this.width = this.tall = 0;
     for (const stream of this.streams.values()) stream.dirty = true;
     this.schedule();
   }
@@ -255,7 +269,8 @@ class Fleet {
     cancelAnimationFrame(this.frame);
     this.frame = 0;
     this.sort();
-    const height = parseFloat(getComputedStyle(this.list).getPropertyValue("--row")) || 52;
+    if (!this.tall) this.tall = parseFloat(getComputedStyle(this.list).getPropertyValue("--row")) || 52;
+    const height = this.tall;
     const top = this.scroller.scrollTop;
     const first = Math.max(0, Math.floor(top / height) - OVERSCAN);
     const last = Math.min(this.order.length, Math.ceil((top + this.scroller.clientHeight) / height) + OVERSCAN);
@@ -316,12 +331,15 @@ class Fleet {
     text(row.name, stream.id);
     row.link.title = stream.id;
     text(row.state, words);
-    text(row.reading, single ? number(stream.value, feature?.unit) : `${feature?.name ?? ""} ${number(stream.value, feature?.unit)}`);
-    text(row.expected, stream.expected === null ? "nothing expected yet" : `expected ${number(stream.expected)}`);
+    if (this.kind === "log") {
+      text(row.reading, stream.said ?? "(end of session)");
+      row.reading.title = stream.said ?? "";
+    } else text(row.reading, single ? number(stream.value, feature?.unit) : `${feature?.name ?? ""} ${number(stream.value, feature?.unit)}`);
+    if (this.kind === "sensor") text(row.expected, stream.expected === null ? "nothing expected yet" : `expected ${number(stream.expected)}`);
     text(row.score, score(stream.score));
     text(row.age, stream.t ? ago(stream.t) : "");
-    if (!this.width) this.width = row.canvas.clientWidth;
-    if (this.width) draw(row.canvas, stream.trace, this.width, row.canvas.clientHeight, !single);
+    if (!this.width) [this.width, this.height] = [row.canvas.clientWidth, row.canvas.clientHeight]; // asked once: each time it lays out the page
+    if (this.width) draw(row.canvas, stream.trace, this.width, this.height, !single);
   }
 
   private tick(): void {
@@ -343,7 +361,7 @@ class Fleet {
     const focused = [...this.rows].find(([, row]) => row.link === document.activeElement)?.[0] ?? null;
     const from = focused === null ? -1 : this.order.findIndex((stream) => stream.key === focused);
     const to = from < 0 ? (step > 0 ? 0 : this.order.length - 1) : Math.min(this.order.length - 1, Math.max(0, from + step));
-    const height = parseFloat(getComputedStyle(this.list).getPropertyValue("--row")) || 52;
+    const height = this.tall || 52;
     const box = this.scroller;
     if (to * height < box.scrollTop) box.scrollTop = to * height;
     else if ((to + 1) * height > box.scrollTop + box.clientHeight) box.scrollTop = (to + 1) * height - box.clientHeight;
@@ -419,7 +437,7 @@ class Fleet {
     if (this.link.state === "away") fill(this.words, empty("Not connected", this.link.detail));
     else if (!this.began) fill(this.words, empty("", "Connecting to the live feed …"));
     else if (matching) fill(this.words, empty("No stream fits", `None of the streams scored here ${this.search.value.trim() ? `has “${this.search.value.trim()}” in its name` : ""}${this.search.value.trim() && this.stateFilter ? " and " : ""}${this.stateFilter ? `is ${FILTERS.find(([state]) => state === this.stateFilter)?.[1].toLowerCase()}` : ""}.`));
-    else if (!this.words.querySelector("pre")) fill(this.words, first(this.features));
+    else if (!this.words.querySelector("pre")) fill(this.words, first(this.features, this.kind));
   }
 }
 
@@ -434,9 +452,9 @@ function empty(title: string, words: string): HTMLElement {
   return h("div", { class: "empty" }, title && h("h2", {}, title), h("p", {}, words));
 }
 
-function first(features: Feature[]): HTMLElement {
+function first(features: Feature[], kind: Kind): HTMLElement {
   const values = Object.fromEntries(features.slice(0, 8).map((feature) => [feature.name, 1]));
-  const body = JSON.stringify({ stream_id: "pump-7", values });
+  const body = JSON.stringify(kind === "log" ? { stream_id: "web-1", message: "Took 12 ms for /index.html" } : { stream_id: "pump-7", values });
   const command = `curl -s ${address("v1/events")} \\\n  -H 'content-type: application/json' \\\n  -d '${body}'`;
   return h("div", { class: "empty" }, h("h2", {}, "No events yet"), h("p", {}, "This page shows each stream the moment it is scored. Send the first event:"), h("pre", { tabindex: "0", "aria-label": "Command that sends an event" }, command));
 }

@@ -29,6 +29,12 @@ export function chance(p: number | null | undefined): string {
   return one >= 1e9 ? `1 in ${one.toExponential(0).replace("e+", "·10^")}` : `1 in ${count(Number(one.toPrecision(2)))}`;
 }
 
+/** A chance as a share. */
+export function share(p: number): string {
+  const percent = 100 * p;
+  return percent < 0.1 ? "< 0.1 %" : `${percent.toFixed(percent < 9.95 ? 1 : 0)} %`;
+}
+
 export function clock(seconds: number): string {
   const date = new Date(1000 * seconds);
   return Math.abs(Date.now() - date.getTime()) < 20 * 3_600_000 ? CLOCK.format(date) : DAY.format(date);

@@ -5,6 +5,7 @@ import { BITS, Live, Refused, ask, streamPath, type Contributor, type EventsMess
 import { Chart, legend, scoreChart, valueChart, type Column, type Options } from "./charts";
 import { ICONS, fill, h, icon, scrolling, text } from "./dom";
 import { ago, chance, clock, count, number, score } from "./format";
+import { LineList } from "./lines";
 import type { Shell, View } from "./main";
 
 const KEPT = 6000;
@@ -40,6 +41,7 @@ class StreamPage {
   private data: Columns = nothing();
   private last: EventsMessage["last"] | null = null;
   private charts: Chart[] = [];
+  private lines: LineList | null = null;
   private onsetPositions: number[] = [];
   private window = 0;
   private zoom: [number, number] | null = null;
@@ -152,6 +154,8 @@ class StreamPage {
     this.skipped = 0;
     this.charts.forEach((chart) => chart.leave());
     this.charts = [];
+    this.lines = about.kind === "log" ? new LineList() : null;
+    this.figures.replaceChildren();
     this.plots.replaceChildren();
     this.content.hidden = true;
     fill(this.said, h("p", { class: "notice" }, `Nothing of this stream has been scored lately, as far as this replica (${about.replica}) knows. Its next event is shown here.`));
@@ -161,6 +165,7 @@ class StreamPage {
   private add(message: EventsMessage): void {
     const { data } = this;
     this.last = message.last;
+    this.lines?.add(message);
     this.skipped += message.skipped;
     data.t.push(...message.t);
     data.score.push(...message.score);
@@ -191,7 +196,7 @@ class StreamPage {
       reset: () => this.look(this.window),
     });
     const many = about.chosen.length > 1;
-    about.chosen.forEach((j, place) => {
+    (this.lines ? [] : about.chosen).forEach((j, place) => {
       const feature = about.features[j]!;
       const chart = valueChart(options(`${feature.name}, what was expected and its band`, many ? 150 : 250));
       this.charts.push(chart);
@@ -202,6 +207,7 @@ class StreamPage {
     this.charts.push(chart);
     const key = legend([["value", "score"], ["threshold", "threshold"]]);
     this.plots.append(h("section", { class: "card" }, h("header", {}, h("h2", {}, "Anomaly score"), key, h("div", { class: "spacer" }), h("span", { class: "readout", "data-place": "score" })), chart.element));
+    if (this.lines) this.plots.append(this.lines.element);
   }
 
   // ── what is seen ──
@@ -224,9 +230,10 @@ class StreamPage {
     if (!data.t.length) return;
     const [min, max] = this.range();
     this.charts.forEach((chart, place) => {
-      if (place < data.x.length) chart.show([data.t, data.lower[place]!, data.upper[place]!, data.expected[place]!, data.x[place]!] as uPlot.AlignedData, min, max);
+      if (place < this.charts.length - 1) chart.show([data.t, data.lower[place]!, data.upper[place]!, data.expected[place]!, data.x[place]!] as uPlot.AlignedData, min, max);
       else chart.show([data.t, data.score] as uPlot.AlignedData, min, max);
     });
+    if (this.lines) this.lines.show();
     this.showFigures();
     this.showContributors();
     this.showOnsets();
@@ -251,19 +258,15 @@ class StreamPage {
   private showFigures(): void {
     const { data, about, last } = this;
     const i = data.t.length - 1;
-    const single = data.x.length === 1;
-    const j = single ? 0 : Math.max(0, about!.chosen.findIndex((one) => about!.features[one]!.name === last?.contributors[0]?.feature));
-    const feature = about!.features[about!.chosen[j]!]!;
-    const band = `${number(data.lower[j]![i])} to ${number(data.upper[j]![i])}`;
     const points = data.score[i] ?? null;
     const cold = (data.bits[i]! & BITS.cold) !== 0;
     const version = last?.state_version ?? 0;
+    const own: [string, string, string, boolean][] = this.lines ? this.figuresOfLines(this.lines) : this.figuresOfValues(i);
     const boxes: [string, string, string, boolean][] = [
-      [single ? "Value" : feature.name, number(data.x[j]![i], feature.unit), single ? "" : "carries the most now", false],
-      ["Expected", number(data.expected[j]![i], feature.unit), band, false],
+      ...own,
       ["Score", score(points), cold ? "none while warming up" : "1 = as rare as asked", points !== null && points > 1],
       ["Chance if normal", chance(data.p[i]), data.p[i] === null ? "" : `p = ${data.p[i]!.toPrecision(2)}`, false],
-      ["Events seen", count(version), cold ? `${count(Math.max(0, about!.warmup - version))} more until scored` : "", false],
+      [this.lines ? "Lines seen" : "Events seen", count(version), cold ? `${count(Math.max(0, about!.warmup - version))} more until scored` : "", false],
     ];
     if (!this.figures.childElementCount) for (const [name] of boxes) this.figures.append(h("div", {}, h("dt", {}, name), h("dd", {}), h("dd", { class: "more" })));
     boxes.forEach(([name, value, more, hot], place) => {
@@ -273,6 +276,26 @@ class StreamPage {
       text(box.children[2]!, more || "\u00a0");
       box.children[1]!.classList.toggle("hot", hot);
     });
+  }
+
+  private figuresOfLines(lines: LineList): [string, string, string, boolean][] {
+    const [held, odd, fresh] = lines.counts;
+    return [
+      ["Anomalous lines", count(odd), `of ${count(held)} held here`, odd > 0],
+      ["Of new patterns", count(fresh), fresh ? "matched by no pattern of the model" : "", false],
+    ];
+  }
+
+  private figuresOfValues(i: number): [string, string, string, boolean][] {
+    const { data, about, last } = this;
+    const single = data.x.length === 1;
+    const j = single ? 0 : Math.max(0, about!.chosen.findIndex((one) => about!.features[one]!.name === last?.contributors[0]?.feature));
+    const feature = about!.features[about!.chosen[j]!]!;
+    const band = `${number(data.lower[j]![i])} to ${number(data.upper[j]![i])}`;
+    return [
+      [single ? "Value" : feature.name, number(data.x[j]![i], feature.unit), single ? "" : "carries the most now", false],
+      ["Expected", number(data.expected[j]![i], feature.unit), band, false],
+    ];
   }
 
   private showContributors(): void {
@@ -289,10 +312,10 @@ class StreamPage {
       this.contributors.append(h("li", {}, h("span", { class: "what" }), h("span", { class: "share" }), h("span", { class: "track", "aria-hidden": "true" }, h("i")), h("small")));
     sorted.forEach((one, place) => {
       const [what, share, track, more] = this.contributors.children[place]!.children;
-      text(what!, one.feature);
+      text(what!, this.lines ? (PARTS[one.feature] ?? one.feature) : one.feature);
       text(share!, `${Math.round(100 * (one.contribution ?? 0))} %`);
       (track!.firstElementChild as HTMLElement).style.transform = `scaleX(${Math.min(1, Math.max(0, one.contribution ?? 0))})`;
-      text(more!, `${number(one.actual)}, expected ${number(one.expected)}`);
+      text(more!, this.lines ? partOf(one) : `${number(one.actual)}, expected ${number(one.expected)}`);
     });
   }
 
@@ -399,6 +422,15 @@ class StreamPage {
     );
     return dialog;
   }
+}
+
+/** What a log model's features are to people. */
+const PARTS: Record<string, string> = { template: "Which line came", gap: "How long after the line before", number_1: "Its first number", number_2: "Its second number", number_3: "Its third number", number_4: "Its fourth number" };
+
+function partOf({ feature, actual, expected }: Contributor): string {
+  if (feature === "template") return "see what was likelier beside the line";
+  const unit = feature === "gap" ? "s" : null;
+  return actual === null ? (feature === "gap" ? "the first of its session" : "it has none") : `${number(actual, unit)}${expected === null ? "" : `, expected ${number(expected, unit)}`}`;
 }
 
 function nothing(features = 0): Columns {

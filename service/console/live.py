@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from service import tasks
-from service.artifact import Manifest
+from service.artifact import Lines, Manifest
 from service.console.messages import (
     LiveChanges,
     LiveContributor,
@@ -34,16 +34,18 @@ from service.console.messages import (
     LiveFeature,
     LiveFleet,
     LiveLast,
+    LiveLines,
     LiveShown,
     LiveStream,
 )
-from service.console.recent import ANOMALY, COLD, OPEN, Recent
+from service.console.recent import ANOMALY, COLD, MESSAGE_BYTES, OPEN, Recent
 from service.console.shared import FLEET, Shared
 from service.errors import Overloaded
 from service.events import SEVERITIES
 from service.feed import Batch
 from service.metrics import Metrics
 from service.policy import DIRECTIONS
+from service.results import END_TEXT, NEW_TEXT
 
 RATE = 10
 """Messages a second to one watcher at most."""
@@ -230,14 +232,16 @@ class _Fleet:
         self._slots, self._known, self._pushes = slots, named, recent.pushes
         self._seen = {slot: self._seen.get(slot, 0) if slot not in new else 0 for slot in named}
         manifest, shown = recent.manifest, [self._shown(slot, named[slot][0]) for slot in new]
-        fleet = LiveFleet(manifest.name, manifest.version, self._replica, _features(manifest), slots.tolist(), shown)
+        fleet = LiveFleet(manifest.name, manifest.kind, manifest.version, self._replica, _features(manifest), slots.tolist(), shown)
         return _message("fleet", fleet)
 
     def _shown(self, slot: int, name: str) -> LiveShown:
         events = self._recent.events(slot)[-SPARK_EVENTS:]
         self._seen[slot] = self._recent.written(slot)
         value = series(events["x"][:, 0]) if self._single else None
-        return LiveShown(slot, name, np.round(events["t"], 3).tolist(), value, series(events["score"], 4), events["bits"].tolist())
+        said = None if self._recent.manifest.lines is None else said_of(events["message"][-1])
+        times, bits = np.round(events["t"], 3).tolist(), events["bits"].tolist()
+        return LiveShown(slot, name, times, value, series(events["score"], 4), bits, said)
 
     def _changes(self) -> bytes:
         recent = self._recent
@@ -262,7 +266,8 @@ class _Fleet:
             [SEVERITIES[i] for i in last["severity"].tolist()],
         )
         counts = LiveCounts(**asdict(recent.counts()), replicas=self._shared.replicas, thinned=self._shared.left_out)
-        return _message("changes", LiveChanges(counts, list(zip(*columns, strict=True))))
+        said = None if recent.manifest.lines is None else [said_of(message) for message in last["message"]]
+        return _message("changes", LiveChanges(counts, list(zip(*columns, strict=True)), said))
 
     def _peak(self, slot: int) -> tuple[float, int]:
         """Of what is new: a spike between two messages must not be lost. Its bits: onsets of any event, the rest of the last one."""
@@ -279,6 +284,7 @@ class _Stream:
         self._asked = features
         self._replica = replica
         self._chosen: list[int] | None = None
+        self._patterns: _Patterns | None = None
         self._seen = 0
         self._mixed = 0
         self._began = False
@@ -316,8 +322,9 @@ class _Stream:
     def _about(self, chosen: list[int]) -> bytes:
         manifest, depth = self._recent.manifest, self._recent.depth
         features = _features(manifest)
-        about = LiveStream(self._stream_id, manifest.name, manifest.version, self._replica, depth, manifest.warmup, features, chosen)
-        return _message("stream", about)
+        who = (self._stream_id, manifest.name, manifest.kind, manifest.version, self._replica)
+        self._patterns = None if manifest.lines is None else _Patterns(manifest.lines)
+        return _message("stream", LiveStream(*who, depth, manifest.warmup, features, chosen))
 
     def _columns(self, slot: int, events: NDArray[Any], skipped: int, chosen: list[int]) -> LiveEvents:
         columns = {name: [series(events[name][:, j]) for j in chosen] for name in ("x", "expected", "lower", "upper", "contribution")}
@@ -329,6 +336,7 @@ class _Stream:
             short(events["p"], 3),
             events["bits"].tolist(),
             **columns,
+            lines=None if self._patterns is None else self._patterns.lines(events),
             last=self._last(slot, events[-1]),
         )
 
@@ -338,6 +346,35 @@ class _Stream:
         top = zip(order, *(short(last[name][order]) for name in ("contribution", "x", "expected")), strict=True)
         contributors = [LiveContributor(names[j], share, actual, expected) for j, share, actual, expected in top]
         return LiveLast(SEVERITIES[last["severity"]], DIRECTIONS[last["direction"]], self._recent.version(slot), contributors)
+
+
+class _Patterns:
+    """The lines of a log model's events, as a watcher gets them; it is told each pattern's text once."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._texts = [NEW_TEXT, *lines.templates, END_TEXT]
+        self._likely = lines.likely
+        self._told: set[int] = set()
+
+    def lines(self, events: NDArray[Any]) -> LiveLines:
+        k = self._likely
+        codes = [int(code) for code in events["x"][:, 0].tolist()]
+        likely = [
+            [(int(code), float(f"{share:.3g}")) for code, share in zip(row[:k], row[k:], strict=True) if not math.isnan(code)]
+            for row in events["likely"].tolist()
+        ]
+        before = [[int(code) for code in row if not math.isnan(code)] for row in events["before"].tolist()]
+        named = {*codes, *(code for row in likely for code, _ in row), *(code for row in before for code in row)} - self._told
+        self._told |= named
+        templates = {str(code): self._texts[code] if code < len(self._texts) else NEW_TEXT for code in sorted(named)}
+        severity = [SEVERITIES[i] for i in events["severity"].tolist()]
+        return LiveLines([said_of(message) for message in events["message"]], severity, codes, likely, before, templates)
+
+
+def said_of(message: bytes) -> str | None:
+    """A line as it is kept; None = the end of a session."""
+    text = message.decode(errors="ignore")  # it may have been cut within a character
+    return (f"{text}…" if len(message) == MESSAGE_BYTES else text) or None
 
 
 def _features(manifest: Manifest) -> list[LiveFeature]:

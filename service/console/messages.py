@@ -15,6 +15,7 @@ import msgspec
 
 from service.events import Direction, Severity
 
+Kind = Literal["sensor", "log"]
 Number = float | None
 Column = list[Number]
 
@@ -39,10 +40,13 @@ class LiveShown(msgspec.Struct, frozen=True):
     """None while warming up."""
     bits: list[int]
     """Sums of 1 = anomalous, 2 = an alert is open, 4 = the state is frozen, 8 = an alert begins, 16 = warming up."""
+    said: str | None
+    """The last line of a log stream."""
 
 
 class LiveFleet(msgspec.Struct, frozen=True):
     model: str
+    kind: Kind
     version: str
     replica: str
     """The one that answers."""
@@ -78,11 +82,14 @@ class LiveChanges(msgspec.Struct, frozen=True):
 
     counts: LiveCounts
     rows: list[LiveRow]
+    said: list[str | None] | None
+    """Of a log model, the last line of each row's stream; null = the end of a session."""
 
 
 class LiveStream(msgspec.Struct, frozen=True):
     stream_id: str
     model: str
+    kind: Kind
     version: str
     replica: str
     """The one that answers."""
@@ -111,6 +118,22 @@ class LiveLast(msgspec.Struct, frozen=True):
     contributors: list[LiveContributor]
 
 
+class LiveLines(msgspec.Struct, frozen=True):
+    """Columns of a log stream beside the others: one entry for each event."""
+
+    message: list[str | None]
+    """At most its first MESSAGE_BYTES; null = the end of a session."""
+    severity: list[Severity]
+    code: list[int]
+    """Of its pattern; 0 = none matches."""
+    likely: list[list[tuple[int, float]]]
+    """Codes of the likeliest lines as it stood before this one, best first, and their chances."""
+    before: list[list[int]]
+    """Codes of the session's lines before it, the newest first."""
+    templates: dict[str, str]
+    """Text of the codes that this connection has not been told of yet."""
+
+
 class LiveEvents(msgspec.Struct, frozen=True):
     skipped: int
     """Events between the message before and this one that are not sent: the watcher is too slow."""
@@ -127,6 +150,8 @@ class LiveEvents(msgspec.Struct, frozen=True):
     lower: list[Column]
     upper: list[Column]
     contribution: list[Column]
+    lines: LiveLines | None
+    """Null where a model takes numbers."""
     last: LiveLast
 
 

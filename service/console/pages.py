@@ -149,6 +149,8 @@ class Console:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != CSV:
             raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {CSV}.")
+        if self._detectors[model].manifest.lines is not None:
+            raise BadParameter(f"Model '{model}' takes log lines: a CSV of numbers is nothing to it.", "model")
         query, policy = request.query_params, self._policy_of(model)
         strict, name = query.get("strict", str(policy.strict).lower()), query.get("name", "upload.csv")
         if strict not in ("true", "false"):

@@ -30,6 +30,10 @@ QUIET_SECONDS = 60.0
 """A stream that has not spoken for so long makes room for a new one."""
 ADMISSIONS = 64
 """New streams that may push out others, for each writing."""
+MESSAGE_BYTES = 300
+"""Kept of a log line."""
+LOG_EVENTS = 300
+"""Kept of a log stream, at most: a line takes more room than a reading."""
 MOST_AGE = 3600.0
 """Seconds: of what was longer ago than that no rank is left."""
 ANOMALY, OPEN, HELD, ONSET, COLD = 1, 2, 4, 8, 16
@@ -38,8 +42,12 @@ ANOMALY, OPEN, HELD, ONSET, COLD = 1, 2, 4, 8, 16
 _FIELDS = ("x", "expected", "lower", "upper", "contribution")
 
 
-def event_dtype(features: int) -> np.dtype[Any]:
-    """An event as it is kept: NaN = none."""
+def event_dtype(manifest: Manifest) -> np.dtype[Any]:
+    """An event as it is kept: NaN = none. Of a log model with its line, as UTF-8; b"" = the end of a session."""
+    features, lines = len(manifest.features), manifest.lines
+    own: list[Any] = []
+    if lines is not None:
+        own = [("likely", "<f4", (2 * lines.likely,)), ("before", "<f4", (lines.before,)), ("message", f"S{MESSAGE_BYTES}")]
     return np.dtype(
         [
             ("t", "<f8"),  # seconds since 1970
@@ -51,6 +59,7 @@ def event_dtype(features: int) -> np.dtype[Any]:
             ("severity", "u1"),
             ("direction", "u1"),
             *((name, "<f4", (features,)) for name in _FIELDS),
+            *own,
         ]
     )
 
@@ -93,12 +102,12 @@ class Recent:
 
     def __init__(self, manifest: Manifest, most_bytes: int, depth: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.manifest = manifest
-        self.depth = depth
-        self.dtype = event_dtype(len(manifest.features))
-        self.capacity = max(1, most_bytes // (depth * self.dtype.itemsize))
+        self.depth = depth if manifest.lines is None else min(depth, LOG_EVENTS)
+        self.dtype = event_dtype(manifest)
+        self.capacity = max(1, most_bytes // (self.depth * self.dtype.itemsize))
         self._clock = clock
         # Zeros of the operating system: a ring takes memory once it is written.
-        self._ring = np.zeros((self.capacity, depth), self.dtype)
+        self._ring = np.zeros((self.capacity, self.depth), self.dtype)
         self._written = np.zeros(self.capacity, np.int64)
         self._changed = np.zeros(self.capacity, np.int64)
         self._bits = np.zeros(self.capacity, np.uint8)
@@ -139,6 +148,9 @@ class Recent:
         )
         for name in _FIELDS:
             events[name] = records[name]
+        if batch.messages is not None:
+            events["likely"], events["before"] = records["likely"], records["before"]
+            events["message"] = [(batch.messages[i] or "").encode() for i in scored.tolist()]
         ids = batch.stream_ids
         return Put([ids[i] for i in scored.tolist()], events, self._clock())
 

@@ -23,6 +23,7 @@ import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from service.artifact import Manifest
 from service.console.recent import ANOMALY, ONSET, OPEN, Put, Recent
 from service.errors import StoreUnavailable
 from service.metrics import Metrics
@@ -74,7 +75,8 @@ class Part(msgspec.Struct, frozen=True):
     replica: str
     to: str
     model: str
-    features: tuple[str, ...]
+    takes: str
+    """What its numbers mean, see `_takes`."""
     names: list[str]
     """[S], the streams."""
     which: bytes
@@ -224,7 +226,7 @@ class Shared:
         recent = self._recent.get(part.model)
         if part.replica == self._replica or part.to not in ("", self._replica):
             return
-        if recent is None or part.features != recent.manifest.feature_names:  # a replica with other models: an update is under way
+        if recent is None or part.takes != _takes(recent.manifest):  # a replica with other models: an update is under way
             return
         self._heard[part.replica] = self._clock()
         self.left_out += part.left_out
@@ -331,8 +333,12 @@ class Shared:
     def _part(self, model: str, names: Sequence[str], events: NDArray[np.void], to: str = "") -> Part:
         number: dict[str, int] = {}
         which = np.array([number.setdefault(name, len(number)) for name in names], "<u4")
-        features = self._recent[model].manifest.feature_names
-        return Part(self._replica, to, model, features, list(number), which.tobytes(), events.tobytes())
+        return Part(self._replica, to, model, _takes(self._recent[model].manifest), list(number), which.tobytes(), events.tobytes())
+
+
+def _takes(manifest: Manifest) -> str:
+    """Events are of one meaning where this is the same: names of features, and of a log model the release whose codes they are."""
+    return " ".join([*manifest.feature_names, *([manifest.version] if manifest.lines else [])])
 
 
 def _by_model(keys: set[tuple[str, str]]) -> dict[str, list[str]]:

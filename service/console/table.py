@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from service.console.live import said_of
 from service.console.recent import ANOMALY, COLD, HELD, ONSET, OPEN, Recent
 
 LISTED = 200
@@ -43,7 +44,8 @@ def _model(recent: Recent) -> str:
     if not len(slots):
         return f"{title}<p>No events yet. Send some to <code>v1/events</code>, and they are here.</p>"
     said = f"{counts.streams:,} streams, {counts.anomalous:,} anomalous, {counts.alerting:,} with an open alert."
-    head = "<tr><th>Stream</th><th>Value</th><th>Expected</th><th>Score</th><th>Lately</th><th>State</th></tr>"
+    reading = "<th>Value</th><th>Expected</th>" if recent.manifest.lines is None else '<th colspan="2">Last line</th>'
+    head = f"<tr><th>Stream</th>{reading}<th>Score</th><th>Lately</th><th>State</th></tr>"
     rows = "".join(_row(recent, slot) for slot in slots.tolist())
     more = f" The first {LISTED} are shown." if counts.streams > LISTED else ""
     return f"{title}<p>{said}{more}</p><table><thead>{head}</thead><tbody>{rows}</tbody></table>"
@@ -60,9 +62,16 @@ def _row(recent: Recent, slot: int) -> str:
     score = "-" if math.isnan(last["score"]) else f"{last['score']:.2f}"
     return (
         f'<tr class="{kind}"><th scope="row"><a href="v1/streams/{quote(name)}">{html.escape(name)}</a></th>'
-        f"<td>{_number(last['x'][top])}{named}</td><td>{_number(last['expected'][top])}</td><td>{score}</td>"
+        f"{_reading(recent, last, top, named)}<td>{score}</td>"
         f"<td>{_sparkline(events['score'])}</td><td>{state}, {_ago(float(last['t']))}</td></tr>"
     )
+
+
+def _reading(recent: Recent, last: np.void, top: int, named: str) -> str:
+    """Value and what was expected; of a log stream its last line."""
+    if recent.manifest.lines is not None:
+        return f'<td colspan="2">{html.escape(said_of(last["message"]) or "(end of session)")}</td>'
+    return f"<td>{_number(last['x'][top])}{named}</td><td>{_number(last['expected'][top])}</td>"
 
 
 def _state(bits: int, lately: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> tuple[str, str]:

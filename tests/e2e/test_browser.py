@@ -22,6 +22,7 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from tests.e2e.process import Service
 from tests.needs import program
 from tests.servers import Valkey
+from tests.tiny_log import build_tiny_log
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = [
@@ -256,9 +257,14 @@ def test_an_uploaded_file_is_drawn_with_its_onsets_and_a_bad_one_is_refused_in_w
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_every_view_is_accessible_and_fits_a_phone(service: Service, plant: Plant, browser: Browser, colours: str) -> None:
+    check_views(browser, service, VIEWS, colours)
+
+
+def check_views(browser: Browser, service: Service, views: list[str], colours: str) -> None:
+    """Each view at three widths: nothing wider than the screen, and nothing that axe finds."""
     axe = (ROOT / "console" / "node_modules" / "axe-core" / "axe.min.js").read_text()
     with Visit(browser, service.url, color_scheme=colours, viewport={"width": 390, "height": 844}) as page:
-        for view in VIEWS:
+        for view in views:
             page.goto(f"{service.url}/#/{view}")
             expect(page.locator("main")).not_to_contain_text(re.compile("Loading …|Connecting"))
             for width in (320, 390, 1280):
@@ -348,3 +354,89 @@ def test_the_page_of_one_replica_shows_what_the_others_score(tmp_path: Path, tin
             page.goto(f"{one.url}/#/fleet")
             expect(page.locator(".rows li")).to_have_count(3)
             expect(page.locator(".summary")).not_to_contain_text("replicas")
+
+
+LOG_VIEWS = ["fleet", "stream/web-1", "alerts", "model"]
+
+
+class Web:
+    """Sessions of a web server's log, as the tiny log model knows them; one goes wrong."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def say(self, stream: str, *messages: str) -> None:
+        body = [{"stream_id": stream, "message": message} for message in messages]
+        httpx.post(f"{self._url}/v1/events", json=body, timeout=30).raise_for_status()
+
+    def session(self, stream: str) -> None:
+        self.say(stream, "Accepted connection from 10.0.0.7:4711", *(f"Took {9 + i}.5 ms for /page/{i}?id=77" for i in range(3)))
+        self.say(stream, "Closed connection from 10.0.0.7:4711")
+        httpx.post(f"{self._url}/v1/events", json={"stream_id": stream, "end": True}).raise_for_status()
+
+    def fault(self, stream: str) -> None:
+        self.say(stream, "Accepted connection from 10.0.0.9:80", "Took 9.5 ms for /page/1", "Disk sda is 97 percent full")
+        httpx.post(f"{self._url}/v1/events", json={"stream_id": stream, "end": True}).raise_for_status()
+        self.say(
+            stream, "Accepted connection from 10.0.0.9:80", "Took 9.5 ms for /page/2", "Kernel panic: not syncing, attempted to kill init"
+        )
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory, service: Service) -> Iterator[Service]:
+    """A service of a log model, to which all is quiet on web-2 and not on web-1. `service` only says whether the page is built."""
+    folder = tmp_path_factory.mktemp("web")
+    with Service(folder / "data", model=build_tiny_log(folder), SILENCE="false", CANARY_SECONDS="0") as running:
+        lines = Web(running.url)
+        for name in ("web-1", "web-2"):
+            for _ in range(5):
+                lines.session(name)
+        lines.fault("web-1")
+        yield running
+
+
+def test_a_log_stream_is_shown_as_its_lines_with_what_was_expected_in_place_of_an_odd_one(web: Service, browser: Browser) -> None:
+    with Visit(browser, web.url) as page:
+        page.goto(f"{web.url}/#/fleet")
+        top = page.locator('.rows li[aria-posinset="1"] a')
+        expect(top).to_have_attribute("title", "web-1")
+        expect(top).to_contain_text("Kernel panic: not syncing")
+        top.click()
+        expect(page.locator("h1")).to_have_text("web-1")
+        lines = page.locator(".lines > li")
+        expect(lines).to_have_count(37)
+        expect(lines.first).to_contain_text("new pattern")
+        disk = page.locator(".lines > li", has_text="Disk sda is 97 percent full")
+        expect(disk).to_have_attribute("data-kind", "onset")
+        expect(disk.locator("var")).to_have_text(["sda", "97"])
+        disk.locator("summary").focus()
+        page.keyboard.press("Enter")
+        expect(disk.locator(".shares li").first).to_contain_text("Took <NUM> ms for <*>")
+        expect(disk.locator(".shares li").first).to_contain_text("%")
+        expect(disk.locator(".before li")).to_have_text(["Took <NUM> ms for <*>", "Accepted connection from <IP>"])
+        page.get_by_role("button", name=re.compile("^Anomalous")).click()
+        expect(lines).to_have_count(2)
+        page.get_by_role("button", name=re.compile("^All [0-9]")).click()
+        page.get_by_role("button", name="Pause").click()
+        Web(web.url).say("web-1", "Took 9.5 ms for /paused")
+        time.sleep(0.5)
+        expect(lines).to_have_count(37)
+        page.get_by_role("button", name="Go on").click()
+        expect(lines.first).to_contain_text("/paused")
+        page.goto(f"{web.url}/#/alerts")
+        alert = page.locator(".alert", has_text="web-1")
+        expect(alert.locator(".message")).to_have_text("Disk sda is 97 percent full")
+        expect(alert.locator(".shares")).to_contain_text("Took <NUM> ms for <*>")
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_every_view_of_logs_is_accessible_and_fits_a_phone(web: Service, browser: Browser, colours: str) -> None:
+    check_views(browser, web, LOG_VIEWS, colours)
+
+
+def test_the_plain_table_shows_the_last_line_of_a_log_stream(web: Service) -> None:
+    page = httpx.get(f"{web.url}/table").text
+    assert "Last line" in page
+    assert "(end of session)" in page
+    refused = httpx.post(f"{web.url}/v1/backtest", content=b"time,value\n1,2\n", headers={"content-type": "text/csv"})
+    assert (refused.status_code, refused.json()["field"]) == (422, "model")

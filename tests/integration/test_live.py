@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from service.stores.cluster import ClusterStore
 from service.stores.live import ASKS_KEY, EVENTS_KEY, LiveLog
 from service.stores.redis import Commands, RedisStore
 from tests.servers import ValkeyCluster
+from tests.tiny_log import build_tiny_log
 
 DEPTH = 32
 STREAMS = 5000
@@ -245,3 +247,14 @@ async def test_what_is_told_is_gone_from_the_store_when_nobody_adds_to_it(pair: 
     await pair.turn()
     lives = await pair.store.pipe([("TTL", ASKS_KEY), ("TTL", EVENTS_KEY)])
     assert all(0 < seconds <= 30 for seconds in lives)
+
+
+async def test_lines_of_a_log_that_another_replica_scored_are_seen_with_their_text(redis_store: RedisStore, tmp_path: Path) -> None:
+    async with pair_of(Detector.load(build_tiny_log(tmp_path)), redis_store) as pair:
+        pair.here.shared.watch(pair.here.model, FLEET)
+        await pair.turn()
+        await pair.there.scorer.score([Event(stream_id="web", timestamp=1.0, message="Took 9.5 ms for /a")])
+        await pair.settle()
+        slot = pair.here.recent.slot("web")
+        assert slot is not None
+        assert pair.here.recent.events(slot)["message"].tolist() == [b"Took 9.5 ms for /a"]
