@@ -1,4 +1,4 @@
-"""Events a second through Kafka and NATS JetStream, from message to result, beside the raw client and the engine, each alone.
+"""Events a second through each queue, from message to result, beside the raw client and the engine, each alone.
 
     python -m bench.sources [--source kafka] [--source nats] [--events 60000] [--quick] [--json FILE]
 
@@ -7,9 +7,9 @@
     served   `python -m service serve`: read, parse, score, commit, publish each result, acknowledge
     of both  served ÷ 1 / (1/raw + 1/engine): what would be left if reading and scoring were done one after the other at no further cost
 
-One event a message, four partitions, all there before anybody reads: a backlog. Kafka is librdkafka's mock cluster, in memory and on
-loopback: it measures clients, not Kafka. The store is the embedded one (an fsync for each write), the streams are 1,000 warm ones.
-Rates are of the last nine tenths. Redis Streams: bench.streams.
+One event a message, four partitions (MQTT has one), all there before anybody reads: a backlog. Kafka is librdkafka's mock cluster, in
+memory and on loopback: it measures clients, not Kafka. The store is the embedded one (an fsync for each write), the streams are 1,000 warm
+ones. Rates are of the last nine tenths.
 """
 
 from __future__ import annotations
@@ -17,18 +17,29 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
+import aio_pika
+import httpx
 import msgspec
 import nats
+import redis
 import typer
+from aio_pika import DeliveryMode, ExchangeType
+from aio_pika.abc import AbstractIncomingMessage
 from confluent_kafka import Consumer, Producer, TopicPartition
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
+from bench.bus_wires import Mosquitto, RabbitMQ
 from bench.fleet import default_model
 from bench.report import Goal, Machine, report, table
 from bench.servers import service
@@ -46,8 +57,10 @@ from service.stores.redis import RedisStore
 STREAMS, PARTITIONS, COUNT, IN_FLIGHT = 1000, 4, 500, 4
 PATIENCE_SECONDS = 300.0
 GOAL = 0.7
-GOALS = frozenset({"kafka"})
-"""Sources with a goal; JetStream's client alone is slower than the engine."""
+GOALS = frozenset({"redis_streams", "kafka"})
+"""Sources with a goal; what publishing a result costs a client, which `of both` does not allow for, is small with these."""
+FEWER = {"mqtt": 3, "amqp": 3}
+"""These are slow: a part of the events is enough."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,8 @@ class Queue(Protocol):
     def source(self) -> dict[str, object]:
         """For ONSET_SOURCES."""
 
-    async def results(self) -> int:
-        """How many came out so far."""
+    async def results(self, url: str) -> int:
+        """How many came out so far, of the service at `url`."""
 
     async def stop(self) -> None: ...
 
@@ -106,23 +119,20 @@ class Kafka:
     def _raw(self, events: int) -> float:
         consumer = Consumer(self._config("raw"))
         consumer.subscribe(["events"])
-        done, began, counted = 0, 0.0, 0
-        while done < events:
+        clock = _Clock(events)
+        while clock.left:
             if records := consumer.consume(COUNT, 0.05):
                 consumer.commit(asynchronous=True)
-            done += len(records)
-            if not began and done >= events // 10:
-                began, counted = time.perf_counter(), done
-        rate = (done - counted) / (time.perf_counter() - began)
+            clock.count(len(records))
         consumer.close()
-        return rate
+        return clock.rate
 
     @property
     def source(self) -> dict[str, object]:
         topics = {"topics": ["events"], "output": "results", "dead_letters": "dead-letters"}
         return {"type": "kafka", "brokers": self._brokers.servers, **topics}
 
-    async def results(self) -> int:
+    async def results(self, url: str) -> int:
         ends = [self._reader.get_watermark_offsets(TopicPartition("results", p), 5)[1] for p in range(PARTITIONS)]
         return sum(ends)
 
@@ -150,22 +160,20 @@ class JetStream:
 
     async def raw(self, events: int) -> float:
         subscription = await self._js.pull_subscribe("events.>", durable="raw", stream="EVENTS")
-        done, began, counted = 0, 0.0, 0
-        while done < events:
+        clock = _Clock(events)
+        while clock.left:
             messages = await subscription.fetch(COUNT, timeout=5)
             for message in messages:
                 await message.ack()
-            done += len(messages)
-            if not began and done >= events // 10:
-                began, counted = time.perf_counter(), done
-        return (done - counted) / (time.perf_counter() - began)
+            clock.count(len(messages))
+        return clock.rate
 
     @property
     def source(self) -> dict[str, object]:
         subjects = [f"events.{p}.>" for p in range(PARTITIONS)]
         return {"type": "nats", "servers": [self._server.url], "subjects": subjects, "output": "out.results", "dead_letters": "out.dead"}
 
-    async def results(self) -> int:
+    async def results(self, url: str) -> int:
         return (await self._js.stream_info("OUT")).state.messages
 
     async def stop(self) -> None:
@@ -173,22 +181,231 @@ class JetStream:
         self._server.stop()
 
 
+class RedisStreams:
+    """In the state store itself."""
+
+    KEYS = tuple(f"bench:events:{{{p}}}" for p in range(PARTITIONS))
+
+    def __init__(self, url: str) -> None:
+        self._url, self._client = url, redis.Redis.from_url(url)
+
+    async def fill(self, events: Sequence[Event]) -> None:
+        await asyncio.to_thread(self._fill, events)
+
+    def _fill(self, events: Sequence[Event]) -> None:
+        for some in _parts(events):
+            with self._client.pipeline(transaction=False) as pipeline:
+                for i, event in some:
+                    pipeline.xadd(self.KEYS[i % STREAMS % PARTITIONS], {"event": msgspec.json.encode(event)})
+                pipeline.execute()
+
+    async def raw(self, events: int) -> float:
+        return await asyncio.to_thread(self._raw, events)
+
+    def _raw(self, events: int) -> float:
+        for key in self.KEYS:
+            self._client.xgroup_create(key, "raw", id="0")
+        clock = _Clock(events)
+        while clock.left:
+            answer: Any = self._client.xreadgroup("raw", "me", dict.fromkeys(self.KEYS, ">"), count=COUNT // PARTITIONS)
+            with self._client.pipeline(transaction=False) as pipeline:
+                for key, entries in answer:
+                    pipeline.xack(key, "raw", *(id_ for id_, _ in entries))
+                pipeline.execute()
+            clock.count(sum(len(entries) for _, entries in answer))
+        for key in self.KEYS:
+            self._client.xgroup_destroy(key, "raw")
+        return clock.rate
+
+    @property
+    def source(self) -> dict[str, object]:
+        return {"type": "redis_streams", "key": "bench:events", "partitions": PARTITIONS}
+
+    async def results(self, url: str) -> int:
+        return int(self._client.xlen("onset:results"))
+
+    async def stop(self) -> None:
+        self._client.close()
+
+
+class Mqtt:
+    """One session for the service and one for the raw client, both there before the first message."""
+
+    def __init__(self, folder: Path) -> None:
+        self._broker = Mosquitto(folder)
+        self._broker.start()
+
+    async def open(self) -> None:
+        await self._broker.wait_ready()
+        for session in ("raw", "onset"):
+            heard = threading.Event()
+            client = self._client(session)
+            client.on_subscribe = lambda *_, heard=heard: heard.set()
+            client.subscribe("events/+", qos=1)
+            client.loop_start()
+            await asyncio.to_thread(heard.wait, 10)
+            client.disconnect()
+            client.loop_stop()
+
+    def _client(self, session: str) -> Client:
+        client = Client(CallbackAPIVersion.VERSION2, session, protocol=MQTTProtocolVersion.MQTTv5)
+        about = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        about.SessionExpiryInterval, about.ReceiveMaximum = 3600, 2 * COUNT
+        client.connect("127.0.0.1", self._broker.port, clean_start=False, properties=about)
+        return client
+
+    async def fill(self, events: Sequence[Event]) -> None:
+        client = self._client("filler")
+        client.loop_start()
+        for some in _parts(events):
+            sent = [client.publish(f"events/{i % STREAMS}", msgspec.json.encode(event), qos=1) for i, event in some]
+            await asyncio.to_thread(sent[-1].wait_for_publish, 60)
+        client.disconnect()
+        client.loop_stop()
+
+    async def raw(self, events: int) -> float:
+        return await asyncio.to_thread(self._raw, events)
+
+    def _raw(self, events: int) -> float:
+        client, clock = self._client("raw"), _Clock(events)
+        client.on_message = lambda *_: clock.count(1)
+        while clock.left:
+            client.loop(1)
+        client.disconnect()
+        return clock.rate
+
+    @property
+    def source(self) -> dict[str, object]:
+        topics = {"topics": ["events/+"], "output": "results", "dead_letters": "dead-letters"}
+        return {"type": "mqtt", "url": f"mqtt://127.0.0.1:{self._broker.port}", **topics}
+
+    async def results(self, url: str) -> int:
+        return await _acknowledged(url, "mqtt")
+
+    async def stop(self) -> None:
+        self._broker.stop()
+
+
+class Amqp:
+    """Each event goes to a queue for the service and to one for the raw client."""
+
+    def __init__(self, folder: Path) -> None:
+        self._broker = RabbitMQ(folder)
+        self._broker.start()
+
+    async def open(self) -> None:
+        await self._broker.wait_ready()
+        self._connection = await aio_pika.connect(self._broker.url)
+        self._channel = await self._connection.channel()
+        self._exchange = await self._channel.declare_exchange("events", ExchangeType.TOPIC, durable=True)
+        for p in range(PARTITIONS):
+            for reader in ("raw", "events"):
+                await (await self._channel.declare_queue(f"{reader}.{p}", durable=True)).bind(self._exchange, str(p))
+
+    async def fill(self, events: Sequence[Event]) -> None:
+        for some in _parts(events):
+            messages = [
+                (aio_pika.Message(msgspec.json.encode(event), delivery_mode=DeliveryMode.PERSISTENT), str(i % STREAMS % PARTITIONS))
+                for i, event in some
+            ]
+            await asyncio.gather(*(self._exchange.publish(message, key) for message, key in messages))
+
+    async def raw(self, events: int) -> float:
+        clock = _Clock(events)
+        done = asyncio.Event()
+
+        async def take(message: AbstractIncomingMessage) -> None:
+            clock.count(1)
+            if (message.delivery_tag or 0) % COUNT == 0 or not clock.left:
+                await message.ack(multiple=True)
+            if not clock.left:
+                done.set()
+
+        async with self._connection.channel() as channel:
+            await channel.set_qos(prefetch_count=2 * COUNT, global_=True)
+            for p in range(PARTITIONS):
+                await (await channel.get_queue(f"raw.{p}", ensure=False)).consume(take)
+            await asyncio.wait_for(done.wait(), PATIENCE_SECONDS)
+        return clock.rate
+
+    @property
+    def source(self) -> dict[str, object]:
+        queues = [f"events.{p}" for p in range(PARTITIONS)]
+        return {"type": "amqp", "url": self._broker.url, "queues": queues, "output": "results", "dead_letters": "dead-letters"}
+
+    async def results(self, url: str) -> int:
+        return await _acknowledged(url, "amqp")
+
+    async def stop(self) -> None:
+        await self._connection.close()
+        self._broker.stop()
+
+
+class _Clock:
+    """The rate of the last nine tenths of `events`."""
+
+    def __init__(self, events: int) -> None:
+        self._events, self._done, self._began, self._counted = events, 0, 0.0, 0
+        self.rate = 0.0
+
+    @property
+    def left(self) -> bool:
+        return self._done < self._events
+
+    def count(self, done: int) -> None:
+        self._done += done
+        if not self._began and self._done >= self._events // 10:
+            self._began, self._counted = time.perf_counter(), self._done
+        if not self.left and not self.rate:
+            self.rate = (self._done - self._counted) / (time.perf_counter() - self._began)
+
+
+async def _acknowledged(url: str, source: str) -> int:
+    """By the service's own count: a message is acknowledged when its result is with the broker."""
+    name = f'onset_source_acknowledged_total{{source="{source}"}} '
+    async with httpx.AsyncClient(timeout=10) as client:
+        lines = (await client.get(f"{url}/metrics")).text.splitlines()
+    return round(sum(float(line.removeprefix(name)) for line in lines if line.startswith(name)))
+
+
 def _parts(events: Sequence[Event]) -> list[list[tuple[int, Event]]]:
     numbered = list(enumerate(events))
     return [numbered[i : i + COUNT] for i in range(0, len(numbered), COUNT)]
 
 
-async def kafka(folder: Path) -> Queue:
+async def redis_streams(folder: Path, url: str) -> Queue:
+    return RedisStreams(url)
+
+
+async def kafka(folder: Path, url: str) -> Queue:
     return Kafka(folder)
 
 
-async def jetstream(folder: Path) -> Queue:
+async def jetstream(folder: Path, url: str) -> Queue:
     queue = JetStream(folder)
     await queue.open()
     return queue
 
 
-QUEUES: dict[str, Callable[[Path], Awaitable[Queue]]] = {"kafka": kafka, "nats": jetstream}
+async def mqtt(folder: Path, url: str) -> Queue:
+    queue = Mqtt(folder)
+    await queue.open()
+    return queue
+
+
+async def amqp(folder: Path, url: str) -> Queue:
+    queue = Amqp(folder)
+    await queue.open()
+    return queue
+
+
+QUEUES: dict[str, Callable[[Path, str], Awaitable[Queue]]] = {
+    "redis_streams": redis_streams,
+    "kafka": kafka,
+    "nats": jetstream,
+    "mqtt": mqtt,
+    "amqp": amqp,
+}
 
 
 def main(
@@ -202,7 +419,7 @@ def main(
     rows = []
     for name in source or list(QUEUES):
         with tempfile.TemporaryDirectory(prefix="onset-") as folder:
-            rows.append(asyncio.run(measure(name, Path(folder), 10_000 if quick else events)))
+            rows.append(asyncio.run(measure(name, Path(folder), (10_000 if quick else events) // FEWER.get(name, 1))))
     made = table("Through queues, events/s", ["source"], ["raw client", "engine", "served", "of both"])
     for row in rows:
         made.add_row(row.source, f"{row.raw:,.0f}", f"{row.engine:,.0f}", f"{row.served:,.0f}", f"{row.of_both:.2f}")
@@ -217,7 +434,7 @@ async def measure(name: str, folder: Path, events: int) -> Row:
         stack.push_async_callback(store.stop)
         detector = Detector.load(default_model())
         await fill(url, detector, range(STREAMS))
-        queue = await QUEUES[name](folder)
+        queue = await QUEUES[name](folder, url)
         stack.push_async_callback(queue.stop)
         made, now = _made(detector, 2 * events), time.time()
         await queue.fill([msgspec.structs.replace(event, timestamp=now + i / 1e5) for i, event in enumerate(made[events:])])
@@ -255,17 +472,17 @@ async def _engine(detector: Detector, url: str, events: Sequence[Event]) -> floa
 
 
 async def _served(queue: Queue, url: str, folder: Path, events: int) -> float:
-    with service(folder / "data", redis_url=url, settings={"ONSET_SOURCES": json.dumps([queue.source])}):
-        began, first = await _until(queue, events // 10)
-        ended, last = await _until(queue, events)
+    with service(folder / "data", redis_url=url, settings={"ONSET_SOURCES": json.dumps([queue.source])}) as running:
+        began, first = await _until(queue, f"http://127.0.0.1:{running.port}", events // 10)
+        ended, last = await _until(queue, f"http://127.0.0.1:{running.port}", events)
     return (last - first) / (ended - began)
 
 
-async def _until(queue: Queue, results: int) -> tuple[float, int]:
+async def _until(queue: Queue, url: str, results: int) -> tuple[float, int]:
     """When there were so many results, and how many."""
     deadline = time.perf_counter() + PATIENCE_SECONDS
     while True:
-        count, now = await queue.results(), time.perf_counter()
+        count, now = await queue.results(url), time.perf_counter()
         if count >= results:
             return now, count
         if now > deadline:

@@ -24,7 +24,7 @@ from bench.nursery import Born, Nursery
 from bench.servers import NONE, free_port
 from service.embedded import find_server, server_options
 
-READY_SECONDS = 60.0
+READY_SECONDS = 180.0
 POLL_SECONDS = 0.05
 SHARE_OF_SERVERS = 0.25
 """Of the kills."""
