@@ -56,7 +56,7 @@ REPLICAS, PARTITIONS, PRODUCERS = 2, 4, 4
 PAUSE_SECONDS = 0.03
 """Mean rest of a producer between two sendings, so that the load stays bounded."""
 MOST_EVENTS, MOST_STREAMS = 5, 8
-MOST_UNDER_WAY = 2000
+MOST_UNDER_WAY = 500
 """Events without a result; with so many the producers rest, or a slow machine would be measured and not the service."""
 POLL_SECONDS = 0.05
 STALLED_SECONDS = 90.0

@@ -377,7 +377,7 @@ class _Subject(Partition):
     async def info(self) -> ConsumerInfo:
         if not self._stream:
             raise StoreUnavailable(f"No consumer of '{self.subject}' is bound yet.")
-        info: ConsumerInfo = await self._source.js.consumer_info(self._stream, self.consumer)
+        info: ConsumerInfo = await _whole(self._source.js.consumer_info(self._stream, self.consumer))
         return info
 
     def give_back(self, messages: Sequence[Message]) -> None:
@@ -419,7 +419,7 @@ class _Subject(Partition):
         identity = hashlib.blake2b(f"nats\0{self._stream}\0{stream.created}".encode(), digest_size=4)
         self.identity = int.from_bytes(identity.digest(), "little") or 1
         try:
-            info = await js.consumer_info(self._stream, self.consumer)
+            info = await _whole(js.consumer_info(self._stream, self.consumer))
         except NotFoundError:
             first = max(self.settled + 1, stream.state.last_seq + 1 if self._options.start == "latest" and not self.settled else 1)
             info = await self._make(first)
@@ -516,6 +516,14 @@ class _Subject(Partition):
             with contextlib.suppress(NatsError, OSError):
                 for message in messages:
                     await self._source.client.publish(message.id.decode(), PROGRESS)
+
+
+async def _whole(answer: Awaitable[T]) -> T:
+    """Raises NatsError where the answer is empty: so the server speaks of a consumer that it is just deleting."""
+    try:
+        return await answer
+    except TypeError as error:
+        raise NatsError(f"The answer lacks what it should tell: {error}") from error
 
 
 async def _end(subscription: Subscription) -> None:

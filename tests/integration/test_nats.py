@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from nats.js.api import ConsumerConfig
+from nats.errors import Error as NatsError
+from nats.js.api import ConsumerConfig, ConsumerInfo
 from nats.js.errors import NotFoundError, ServerError
 
 from service.app import Service
 from service.detector import Detector
 from service.settings import Settings
+from service.sources.nats import _whole
 from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import NatsRig, NatsServer, each_once, nats_rig
 
@@ -70,7 +72,7 @@ async def test_a_consumer_that_is_deleted_is_made_again_where_it_was(rig: NatsRi
         await rig.put(*events[:60])
         await until(rig.drained)
         for p in range(3):
-            await rig.js.delete_consumer(f"IN{rig.at}", f"{rig.declared['group']}-{p}")
+            await delete_consumer(rig, p)
         await rig.put(*events[60:])
         await until(rig.drained)
         duplicates = running.metrics.registry.get_sample_value("onset_events_total", {"door": "nats", "outcome": "duplicate"})
@@ -106,3 +108,11 @@ async def test_a_result_that_is_published_again_is_dropped_by_the_server(rig: Na
         duplicates = second.metrics.registry.get_sample_value("onset_events_total", {"door": "nats", "outcome": "duplicate"})
     assert duplicates == 15
     assert await rig.results() == before
+
+
+async def test_an_answer_about_a_consumer_that_is_just_being_deleted_is_none() -> None:
+    async def answered() -> Any:
+        return ConsumerInfo.from_response({"type": "io.nats.jetstream.api.v1.consumer_info_response"})  # as a server sent it
+
+    with pytest.raises(NatsError, match="lacks what it should tell"):
+        await _whole(answered())
