@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as made
 from typing import Generic, TypeVar
 
 import cramjam
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import BadBody, TooLarge
+from service.wire import FIXED64, LENGTH, VARINT, Malformed, cut_off, field, fields, read_varint, varint
 
 STALE = 0x7FF0_0000_0000_0002
 """The bits of the NaN that ends a series; any other NaN is a value."""
@@ -38,7 +40,6 @@ Find = Callable[[bytes], S | None]
 Name = Callable[[bytes, Sequence[Label], str], S]
 """The key of a series whose labels (name, value, as sent) and type ("" = not said) are these → what stands for it."""
 
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _LABELS, _SAMPLES = 1, 2
 _WHOLE, _ZERO = 16, 7
 """Bytes of a sample of our time, with a value and with the value 0, which is left out."""
@@ -52,10 +53,10 @@ _SIX_BYTES = range(1 << 35, 1 << 42)
 class Written(Generic[S]):
     """What one request brought: N samples in order, of some series, and what we only count."""
 
-    series: list[S] = field(default_factory=list)
-    owner: NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))  # [N] into `series`
-    bits: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))  # [N] of the float64 value
-    milliseconds: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [N] since 1970
+    series: list[S] = made(default_factory=list)
+    owner: NDArray[np.intp] = made(default_factory=lambda: np.zeros(0, np.intp))  # [N] into `series`
+    bits: NDArray[np.uint64] = made(default_factory=lambda: np.zeros(0, np.uint64))  # [N] of the float64 value
+    milliseconds: NDArray[np.int64] = made(default_factory=lambda: np.zeros(0, np.int64))  # [N] since 1970
     histograms: int = 0
     exemplars: int = 0
     metadata: int = 0
@@ -103,13 +104,13 @@ def decode_2(content: bytes, find: Find[S], name: Name[S], *, most: int) -> Writ
 def series_of(labels: bytes, value: bytes, time: bytes) -> bytes:
     """A series of 1.0 with one sample: its encoded labels, the 8 bytes of its value, and its time by `times_of`."""
     size = len(labels) + 11 + len(time)
-    return b"".join((b"\x0a", _varint(size), labels, b"\x12", bytes((9 + len(time),)), b"\x09", value, time))
+    return b"".join((b"\x0a", varint(size), labels, b"\x12", bytes((9 + len(time),)), b"\x09", value, time))
 
 
 def times_of(milliseconds: NDArray[np.int64]) -> list[bytes]:
     """Times since 1970, none before it, as samples have them."""
     if len(milliseconds) and (int(milliseconds.min()) not in _SIX_BYTES or int(milliseconds.max()) not in _SIX_BYTES):
-        return [b"\x10" + _varint(number) for number in milliseconds.tolist()]
+        return [b"\x10" + varint(number) for number in milliseconds.tolist()]
     content = (milliseconds[:, None] >> _SHIFTS & 0x7F | np.array([0x80] * 5 + [0])).astype(np.uint8)
     whole = np.concatenate([np.full((len(content), 1), 0x10, np.uint8), content], axis=1).tobytes()
     return [whole[i : i + 7] for i in range(0, len(whole), 7)]
@@ -120,8 +121,8 @@ def encode_labels(labels: Sequence[tuple[str, str]]) -> bytes:
     parts = []
     for pair in sorted(labels):
         texts = [part.encode() for part in pair]
-        label = b"".join(bytes([tag]) + _varint(len(text)) + text for tag, text in zip((0x0A, 0x12), texts, strict=True))
-        parts += [b"\x0a", _varint(len(label)), label]
+        label = b"".join(bytes([tag]) + varint(len(text)) + text for tag, text in zip((0x0A, 0x12), texts, strict=True))
+        parts += [b"\x0a", varint(len(label)), label]
     return b"".join(parts)
 
 
@@ -168,10 +169,10 @@ class _Reader1(_Reader[S]):
                 continue
             length, start = content[at + 1], at + 2
             if length > 127:
-                length, start = _read_varint(content, at + 1)
+                length, start = read_varint(content, at + 1)
             at = start + length
             if at > size:
-                raise _cut_off(start)
+                raise cut_off(start)
             # One sample at the end, as a live sender sends it. A known key is whole labels and nothing else: a sample begins behind it.
             rest = _WHOLE if content[at - 18 : at - 15] == _WHOLE_TAG else _ZERO if content[at - 9 : at - 6] == _ZERO_TAG else length
             found = find(content[start : at - rest - 2]) if rest + 2 <= length else None
@@ -182,8 +183,8 @@ class _Reader1(_Reader[S]):
 
     def _other(self, at: int) -> int:
         """A field of the request that is no plain series; returns where the next one starts."""
-        number, kind, start, end = _field(self.content, at, len(self.content))
-        if number == 1 and kind == _LENGTH:
+        number, kind, start, end = field(self.content, at, len(self.content))
+        if number == 1 and kind == LENGTH:
             self._series(start, end)
         elif number == 3:
             self.written.metadata += 1
@@ -192,11 +193,11 @@ class _Reader1(_Reader[S]):
     def _series(self, start: int, end: int) -> None:
         labels, parts, samples = [], [], []
         tag = start
-        for number, kind, here, there in _fields(self.content, start, end):
-            if number == _LABELS and kind == _LENGTH:
+        for number, kind, here, there in fields(self.content, start, end):
+            if number == _LABELS and kind == LENGTH:
                 labels.append(_label(self.content, here, there))
                 parts.append(self.content[tag:there])
-            elif number == _SAMPLES and kind == _LENGTH:
+            elif number == _SAMPLES and kind == LENGTH:
                 samples.append((here, there))
             elif number == 3:
                 self.written.exemplars += 1
@@ -215,10 +216,10 @@ class _Reader2(_Reader[S]):
 
     def read(self) -> None:
         content, symbols, places = self.content, [], []
-        for number, kind, start, end in _fields(content, 0, len(content)):
-            if kind == _LENGTH and number == 4:
+        for number, kind, start, end in fields(content, 0, len(content)):
+            if kind == LENGTH and number == 4:
                 symbols.append(content[start:end])
-            elif kind == _LENGTH and number == 5:
+            elif kind == LENGTH and number == 5:
                 places.append((start, end))
             if len(symbols) > MAX_SYMBOLS:
                 raise TooLarge(f"More than {MAX_SYMBOLS} symbols in one request: lower max_samples_per_send.")
@@ -244,18 +245,18 @@ class _Reader2(_Reader[S]):
     def _series(self, owner: int, start: int, end: int) -> tuple[bytes, int]:
         """Note the samples of a series; returns its labels_refs as they are, and its type."""
         refs, metric_type = b"", 0
-        for number, kind, here, there in _fields(self.content, start, end):
-            if number == _SAMPLES and kind == _LENGTH:
+        for number, kind, here, there in fields(self.content, start, end):
+            if number == _SAMPLES and kind == LENGTH:
                 self.sample(owner, here, there)
-            elif number == _LABELS and kind in (_LENGTH, _VARINT):  # packed or not, it is the same varints
+            elif number == _LABELS and kind in (LENGTH, VARINT):  # packed or not, it is the same varints
                 refs += self.content[here:there]
             elif number == 3:
                 self.written.histograms += 1
             elif number == 4:
                 self.written.exemplars += 1
-            elif number == 5 and kind == _LENGTH:
+            elif number == 5 and kind == LENGTH:
                 self.written.metadata += 1
-                metric_type = next((self.content[a] for n, k, a, _ in _fields(self.content, here, there) if (n, k) == (1, _VARINT)), 0)
+                metric_type = next((self.content[a] for n, k, a, _ in fields(self.content, here, there) if (n, k) == (1, VARINT)), 0)
         return refs, metric_type
 
 
@@ -265,17 +266,9 @@ def _decoded(reader: _Reader[S]) -> Written[S]:
         _read_samples(reader)
     except IndexError as error:
         raise BadBody(f"The body is not a {reader.message}: it is cut off.") from error
-    except _Malformed as error:
+    except Malformed as error:
         raise BadBody(f"The body is not a {reader.message}: {error}.") from error
     return reader.written
-
-
-class _Malformed(Exception):
-    pass
-
-
-def _cut_off(at: int) -> _Malformed:
-    return _Malformed(f"what begins at byte {at} is cut off")
 
 
 def _read_samples(reader: _Reader[S]) -> None:
@@ -303,21 +296,21 @@ def _read_samples(reader: _Reader[S]) -> None:
 def _sample(content: bytes, start: int, end: int) -> tuple[int, int]:
     """Bits of the value, and ms; what is left out is 0."""
     bits = milliseconds = 0
-    for number, kind, here, there in _fields(content, start, end):
-        if number == 1 and kind == _FIXED64:
+    for number, kind, here, there in fields(content, start, end):
+        if number == 1 and kind == FIXED64:
             bits = int.from_bytes(content[here:there], "little")
-        elif number == 2 and kind == _VARINT:
-            unsigned, _ = _read_varint(content, here)
+        elif number == 2 and kind == VARINT:
+            unsigned, _ = read_varint(content, here)
             milliseconds = unsigned - (1 << 64) if unsigned >> 63 else unsigned
     return bits, milliseconds
 
 
 def _label(content: bytes, start: int, end: int) -> Label:
     name = value = b""
-    for number, kind, here, there in _fields(content, start, end):
-        if number == 1 and kind == _LENGTH:
+    for number, kind, here, there in fields(content, start, end):
+        if number == 1 and kind == LENGTH:
             name = content[here:there]
-        elif number == 2 and kind == _LENGTH:
+        elif number == 2 and kind == LENGTH:
             value = content[here:there]
     return name, value
 
@@ -327,76 +320,23 @@ def _refs(packed: Sequence[bytes], symbols: int) -> Iterator[list[int]]:
     data = np.frombuffer(b"".join(packed), np.uint8)
     last = np.flatnonzero(data < 0x80)
     if len(data) and (len(last) == 0 or last[-1] != len(data) - 1):
-        raise _Malformed("labels_refs is cut off")
+        raise Malformed("labels_refs is cut off")
     first = np.r_[0, last[:-1] + 1].astype(np.intp)[: len(last)]
     length = last - first + 1
     if len(length) and length.max() > 5:
-        raise _Malformed("labels_refs holds a number beyond 32 bits")
+        raise Malformed("labels_refs holds a number beyond 32 bits")
     numbers = (data[first] & 0x7F).astype(np.int64)
     for k in range(1, int(length.max(initial=1))):
         more = length > k
         numbers[more] |= (data[first[more] + k] & 0x7F).astype(np.int64) << (7 * k)
     if len(numbers) and numbers.max() >= symbols:
-        raise _Malformed(f"labels_refs points to symbol {numbers.max()}, of {symbols}")
+        raise Malformed(f"labels_refs points to symbol {numbers.max()}, of {symbols}")
     ends = np.searchsorted(last, np.cumsum([len(part) for part in packed]) - 1, side="right").tolist()
     flat, start = numbers.tolist(), 0
     for part, end in zip(packed, ends, strict=True):
         if part and part[-1] >= 0x80:
-            raise _Malformed("labels_refs is cut off")
+            raise Malformed("labels_refs is cut off")
         if (end - start) % 2:
-            raise _Malformed(f"labels_refs has {end - start} numbers: a name without a value")
+            raise Malformed(f"labels_refs has {end - start} numbers: a name without a value")
         yield flat[start:end]
         start = end
-
-
-def _fields(content: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Fields of a message: number, wire type, and where its content lies."""
-    while at < end:
-        number, kind, start, at = _field(content, at, end)
-        yield number, kind, start, at
-
-
-def _field(content: bytes, at: int, end: int) -> tuple[int, int, int, int]:
-    tag, start = content[at], at + 1
-    if tag > 127:
-        tag, start = _read_varint(content, at)
-    kind = tag & 7
-    if kind == _LENGTH:
-        size = content[start]
-        start += 1
-        if size > 127:
-            size, start = _read_varint(content, start - 1)
-        there = start + size
-    elif kind == _VARINT:
-        _, there = _read_varint(content, start)
-    elif kind in (_FIXED64, _FIXED32):
-        there = start + (8 if kind == _FIXED64 else 4)
-    else:
-        raise _Malformed(f"byte {at} begins a field of the unknown wire type {kind}")
-    if there > end:
-        raise _cut_off(at)
-    if tag < 8:
-        raise _Malformed(f"byte {at} begins a field without a number")
-    return tag >> 3, kind, start, there
-
-
-def _read_varint(content: bytes, at: int) -> tuple[int, int]:
-    """The number, and where it ends."""
-    number = shift = 0
-    while shift < 70:
-        byte = content[at]
-        at += 1
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number & 0xFFFF_FFFF_FFFF_FFFF, at
-        shift += 7
-    raise _Malformed(f"byte {at} is within a number beyond 64 bits")
-
-
-def _varint(number: int) -> bytes:
-    parts = bytearray()
-    while number > 127:
-        parts.append(number & 0x7F | 0x80)
-        number >>= 7
-    parts.append(number)
-    return bytes(parts)

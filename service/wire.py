@@ -1,0 +1,68 @@
+"""Protobuf's wire format, read by hand where a message's usual shape is known; writes what little we answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
+
+
+class Malformed(Exception):
+    """What is no message; says where."""
+
+
+def cut_off(at: int) -> Malformed:
+    return Malformed(f"what begins at byte {at} is cut off")
+
+
+def fields(content: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Fields of a message: number, wire type, and where its content lies."""
+    while at < end:
+        number, kind, start, at = field(content, at, end)
+        yield number, kind, start, at
+
+
+def field(content: bytes, at: int, end: int) -> tuple[int, int, int, int]:
+    tag, start = content[at], at + 1
+    if tag > 127:
+        tag, start = read_varint(content, at)
+    kind = tag & 7
+    if kind == LENGTH:
+        size = content[start]
+        start += 1
+        if size > 127:
+            size, start = read_varint(content, start - 1)
+        there = start + size
+    elif kind == VARINT:
+        _, there = read_varint(content, start)
+    elif kind in (FIXED64, FIXED32):
+        there = start + (8 if kind == FIXED64 else 4)
+    else:
+        raise Malformed(f"byte {at} begins a field of the unknown wire type {kind}")
+    if there > end:
+        raise cut_off(at)
+    if tag < 8:
+        raise Malformed(f"byte {at} begins a field without a number")
+    return tag >> 3, kind, start, there
+
+
+def read_varint(content: bytes, at: int) -> tuple[int, int]:
+    """The number, and where it ends."""
+    number = shift = 0
+    while shift < 70:
+        byte = content[at]
+        at += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number & 0xFFFF_FFFF_FFFF_FFFF, at
+        shift += 7
+    raise Malformed(f"byte {at} is within a number beyond 64 bits")
+
+
+def varint(number: int) -> bytes:
+    parts = bytearray()
+    while number > 127:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
