@@ -336,13 +336,14 @@ class Door:
         app.router.routes.append(Route(path, self._guarded(handle), methods=["POST"], name=name))
 
     @asynccontextmanager
-    async def sent(self, request: Incoming, unpacked: Callable[[bytes], int]) -> AsyncIterator[Sent]:
-        """What such a route scores: a packed body, see Intake.packed; it counts as in flight until the block ends.
+    async def sent(self, request: Incoming, unpacked: Callable[[bytes], int] | None, model: str = "") -> AsyncIterator[Sent]:
+        """What such a route scores, which counts as in flight until the block ends: a packed body, see Intake.packed; None = a plain one.
 
-        Raises as that does, and UnknownModel, BadParameter.
+        `model` is the one that scores where the request names none, "" = the default one. Raises as Intake does, and UnknownModel,
+        BadParameter.
         """
-        scorer, sender = self._scorer(request), _sender(request)
-        content = await self._intake.packed(request, unpacked)
+        scorer, sender = self._scorer(request, model), _sender(request)
+        content = await (self._intake.body(request) if unpacked is None else self._intake.packed(request, unpacked))
         try:
             yield Sent(content, scorer, sender)
         finally:
@@ -434,8 +435,8 @@ class Door:
         finally:
             self._intake.release(request)
 
-    def _scorer(self, request: Incoming) -> Scorer:
-        name = request.query("model") or self._default
+    def _scorer(self, request: Incoming, default: str = "") -> Scorer:
+        name = request.query("model") or default or self._default
         scorer = self._scorers.get(name)
         if scorer is None:
             raise UnknownModel(f"No model '{name[:64]}' is loaded; there is {', '.join(sorted(self._scorers))}.")

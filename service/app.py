@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import openapi, queues, remote_write, series, tasks, tellers, tracing
+from service import loki, openapi, otlp, queues, remote_write, series, shipped, tasks, tellers, tracing
 from service.api import Application, Door
 from service.canary import Canary
 from service.console.pages import Console, ConsoleLimits
@@ -77,7 +77,7 @@ class Service:
         """Why the service could not be opened."""
         self._closing = False
         self.metrics.build.info({"version": VERSION})
-        self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR])
+        self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR, loki.DOOR, otlp.DOOR])
         self._watch_streams()
         self.write_back = self._write_back() if settings.remote_write_url else None
         for name, detector in self.detectors.items():
@@ -274,6 +274,7 @@ def create_app(settings: Settings) -> FastAPI:
         door, service.names, settings.max_batch_events, service.metrics, ended, settings.prometheus_end_seconds
     )
     door.add_post(app, remote_write.PATH, prometheus.post, "remote_write")
+    _add_log_doors(app, door, service)
     openapi.add_docs(app)
     if service.console:
         app.router.routes += service.console.routes()
@@ -282,6 +283,16 @@ def create_app(settings: Settings) -> FastAPI:
     manifests = [detector.manifest for detector in service.detectors.values()]
     app.openapi = lambda: openapi.document(app, manifests, live=service.console is not None)  # type: ignore[method-assign]
     return app
+
+
+def _add_log_doors(app: Application, door: Door, service: Service) -> None:
+    """Raises BadSetting."""
+    settings, metrics = service.settings, service.metrics
+    model = shipped.log_model([detector.manifest for detector in service.detectors.values()], settings.logs_model)
+    as_loki = loki.Loki(shipped.Shipping(door, loki.DOOR, model, metrics), loki.Streams(settings.loki_stream), settings.max_lines)
+    as_otlp = otlp.Otlp(shipped.Shipping(door, otlp.DOOR, model, metrics), otlp.Streams(settings.otlp_stream), settings.max_lines)
+    door.add_post(app, loki.PATH, as_loki.push, "loki_push")
+    door.add_post(app, otlp.PATH, as_otlp.export, "otlp_logs")
 
 
 async def _home() -> Response:

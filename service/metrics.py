@@ -179,7 +179,14 @@ class Metrics:
         "Time from an accepted request to its answer.",
         "Grows: onset_stage_seconds says which part of it.",
         _SECONDS,
-        door=("http", "remote_write"),
+        door=("http", "remote_write", "loki", "otlp"),
+    )
+    blank = _counter(
+        "onset_blank_lines_total",
+        "lines",
+        "Log lines without text that Loki's and OTLP's doors were sent; they are taken and not scored.",
+        "A share of all lines that is usual for their files.",
+        door=("loki", "otlp"),
     )
     unscored = _counter(
         "onset_remote_write_unscored_total",

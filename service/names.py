@@ -146,10 +146,14 @@ def stream_id_of(labels: Labels) -> str:
     ]
     if name and not classic:
         pairs.insert(0, _quoted(name))
-    whole = (name if classic else "") + ("{" + ",".join(pairs) + "}" if pairs else "")
+    return bounded((name if classic else "") + ("{" + ",".join(pairs) + "}" if pairs else ""))
+
+
+def bounded(whole: str) -> str:
+    """A name of at most MAX_NAME_LENGTH characters; see the module's docstring."""
     if len(whole) <= MAX_NAME_LENGTH:
         return whole
-    digest = hashlib.blake2b(whole.encode(), digest_size=HASH_DIGITS // 2).hexdigest()
+    digest = hashlib.blake2b(whole.encode(errors="surrogatepass"), digest_size=HASH_DIGITS // 2).hexdigest()
     return f"{whole[: MAX_NAME_LENGTH - HASH_DIGITS - 1]}~{digest}"
 
 

@@ -14,7 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from service import alerts
+from service import alerts, loki, otlp
 from service.api import MAX_NOTE, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.bodies import Format
@@ -266,6 +266,8 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
             )
         },
         PATH: {"post": _remote_write(model)},
+        loki.PATH: {"post": _loki()},
+        otlp.PATH: {"post": _otlp()},
         **_alert_paths(model),
         "/v1/policy": _policy_operations(),
         "/v1/log-level": _level_operations(),
@@ -435,6 +437,84 @@ def _remote_write(model: dict[str, Any]) -> dict[str, Any]:
     return operation
 
 
+def _loki() -> dict[str, Any]:
+    operation = _operation(
+        "lokiPush",
+        "Score log lines that are pushed as to Loki",
+        [_LOGS_MODEL, _TENANT],
+        {
+            "204": {"description": "Everything was taken: scored, a duplicate, late, or blank."},
+            "400": _problem("The body cannot be read; or some lines can never be taken, and the others are scored."),
+        },
+        ["unsupported-media", "too-large", "bad-parameter", "overloaded", "store-unavailable", "unknown-model"],
+    )
+    entry = {
+        "type": "array",
+        "minItems": 2,
+        "maxItems": 3,
+        "items": {"anyOf": [{"type": "string"}, {"type": "object", "additionalProperties": {"type": "string"}}]},
+        "description": "Nanoseconds since 1970 as text, the line, and perhaps its structured metadata.",
+    }
+    stream = {
+        "type": "object",
+        "required": ["stream", "values"],
+        "properties": {
+            "stream": {"type": "object", "additionalProperties": {"type": "string"}, "description": "Labels."},
+            "values": {"type": "array", "items": entry},
+        },
+    }
+    push = {"type": "object", "required": ["streams"], "properties": {"streams": {"type": "array", "items": stream}}}
+    example = {"streams": [{"stream": {"app": "shop", "host": "web-1"}, "values": [["1764144000000000000", "Took 12.5 ms for /cart"]]}]}
+    message = {**_BINARY, "description": "Snappy (block format) of logproto.PushRequest."}
+    operation["requestBody"] = {
+        "required": True,
+        "content": {loki.JSON: {"schema": push, "example": example}, PROTOBUF: {"schema": message}},
+    }
+    return operation
+
+
+def _otlp() -> dict[str, Any]:
+    status = {"type": "object", "required": ["code", "message"], "properties": {"code": {"type": "integer"}, "message": {"type": "string"}}}
+    partial = {
+        "type": "object",
+        "properties": {"rejectedLogRecords": {"type": "string"}, "errorMessage": {"type": "string"}},
+        "description": "Left out where every record was taken.",
+    }
+    answer = {"type": "object", "properties": {"partialSuccess": partial}}
+    failures = {
+        str(code): {"description": f"{title} A google.rpc.Status.", "content": _either(status)}
+        for code, title in _failures(
+            ["bad-body", "unsupported-media", "too-large", "bad-parameter", "overloaded", "store-unavailable", "unknown-model"]
+        )
+    }
+    operation = _operation(
+        "otlpLogs",
+        "Score log records that are exported by OTLP/HTTP",
+        [_LOGS_MODEL, _TENANT],
+        {"200": {"description": "Taken, in full or in part, in the request's format.", "content": _either(answer)}, **failures},
+        [],
+    )
+    example = {
+        "resourceLogs": [
+            {
+                "resource": {"attributes": [{"key": "service.name", "value": {"stringValue": "shop"}}]},
+                "scopeLogs": [{"logRecords": [{"timeUnixNano": "1764144000000000000", "body": {"stringValue": "Took 12.5 ms for /cart"}}]}],
+            }
+        ]
+    }
+    request = {"type": "object", "properties": {"resourceLogs": {"type": "array", "items": {"type": "object"}}}}
+    message = {**_BINARY, "description": "An opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest."}
+    operation["requestBody"] = {
+        "required": True,
+        "content": {otlp.JSON: {"schema": request, "example": example}, PROTOBUF: {"schema": message}},
+    }
+    return operation
+
+
+def _either(schema: dict[str, Any]) -> dict[str, Any]:
+    return {otlp.JSON: {"schema": schema}, PROTOBUF: {"schema": {**_BINARY, "description": "The same message."}}}
+
+
 _BINARY = {"type": "string", "format": "binary"}
 _ARROW = "An IPC stream; columns stream_id, timestamp, event_id and sequence, and one of numbers for each feature. Needs the extra 'arrow'."
 
@@ -526,6 +606,7 @@ _TENANT = _parameter(
     {"type": "string", "pattern": VISIBLE},
     "Whose turn the request takes, and whose share of the queue; without it, that of the address it comes from.",
 )
+_LOGS_MODEL = _parameter("model", "query", {"type": "string"}, "Which loaded model; if left out, the one of ONSET_LOGS_MODEL.")
 _PAGE = {"streams": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}}, "next_cursor": {"type": ["string", "null"]}}
 _MODELS = {"type": "object", "required": ["models"], "properties": {"models": {"type": "array", "items": {"type": "object"}}}}
 _HEALTH_ANSWERS = {"200": _json(_ref("Health"), "Yes."), "503": _json(_ref("Health"), "No, and why.")}

@@ -115,6 +115,14 @@ class Settings(BaseSettings):
     """How long an open alert outlives its series: a failed scrape marks all series of a target as ended, and most return with the next."""
     prometheus_series: Annotated[int, Field(ge=1)] = 100_000
     """Series whose names are remembered, about 1 kB each; with fewer than are sent, each costs its rules and its name every time."""
+    logs_model: str = ""
+    """Which model takes the log lines that Loki's and OTLP's doors are sent (docs/log-doors.md); empty = the only one that takes lines."""
+    loki_stream: str = ""
+    """What names the stream of a line pushed as to Loki: a template of labels and metadata, {namespace}/{pod}; empty = all labels."""
+    otlp_stream: str = ""
+    """What names the stream of an OTLP record: a template of attributes, {service.name}/{k8s.pod.name}; empty = service and place."""
+    max_lines: Annotated[int, Field(ge=1)] = 100_000
+    """Log lines that one request of these two may bring."""
     public_url: str = ""
     """Where people reach the service, such as https://onset.example.org: links in alerts begin with it."""
     alerts_resend_seconds: Annotated[float, Field(ge=1, le=3600)] = 60
