@@ -1,6 +1,7 @@
 """Messages of queues → events, as declared once for all kinds of queues (sources/options.py): which field is the stream, the time, a value.
 
-    format       what the payload is written in; `cloudevents`: the event's data is the payload, its attributes are `ce.…`
+    format       what the payload is written in; `cloudevents`: the event's data is the payload, its attributes are `ce.…`; `text`: it is
+                 a log line, whatever it holds
     plain        with nothing declared a message is one event or several as POST /v1/events takes them, decoded in one go
     mapped       each item of the payload by itself: references are resolved, and the event is checked like any other
 
@@ -28,12 +29,13 @@ from service.sources.templates import Pattern, Template
 
 Items = Sequence[Event | ItemError]
 
-_FORMATS = {"json": Format.JSON, "ndjson": Format.NDJSON, "msgpack": Format.MSGPACK, "cloudevents": Format.JSON, "number": Format.JSON}
+_FORMATS = {"json": Format.JSON, "ndjson": Format.NDJSON, "msgpack": Format.MSGPACK, "cloudevents": Format.JSON}
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _PREFIXES = (b"ce_", b"ce-", b"cloudEvents_", b"cloudEvents:", b"")
 """Of a CloudEvent's attributes in Kafka, NATS, AMQP (two ways) and MQTT."""
 _CONTENT_TYPES = (b"content-type", b"Content-Type", b"content_type")
-_OWN = ("stream_id", "timestamp", "values", "event_id", "sequence", "message")
+_OWN = ("stream_id", "timestamp", "values", "event_id", "sequence", "message", "end")
+_ENDS = {True: True, "true": True, "1": True, False: False, "false": False, "0": False, "": False, None: False}
 _MISSING: Any = object()
 
 
@@ -59,13 +61,15 @@ class Mapper:
     def __init__(self, payload: Payload, *, max_events: int) -> None:
         self._payload = payload
         self._max_events = min(max_events, MAX_EVENTS)
-        self._format = _FORMATS[payload.format]
+        self._format = _FORMATS.get(payload.format, Format.JSON)
         self._pattern = Pattern(payload.topic) if payload.topic else None
         self._stream_id = self._template("stream_id", payload.stream_id)
         self._event_id = self._template("event_id", payload.event_id)
         self._timestamp = self._optional("timestamp", payload.timestamp)
         self._sequence = self._optional("sequence", payload.sequence)
         self._values = self._values_of(payload.values)
+        self._message = self._template("message", payload.message)
+        self._end = self._reader(payload.end) if payload.end else None
         self._own = {name: self._reader(name) for name in _OWN}
 
     def events(self, message: Message) -> tuple[Items, bool]:
@@ -84,22 +88,43 @@ class Mapper:
             items, bare = self._items(message, levels)
         except BadBody as error:
             raise BadEvent(error.detail.replace("The body", "The payload", 1), "payload", _start(message)) from error
-        return [item if isinstance(item, ItemError) else self._try(item) for item in items], bare
+        events = [event for item in items for event in ([item] if isinstance(item, ItemError) else self._try(item))]
+        return events, bare and len(events) == 1
 
     # ── one event ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _try(self, item: _Item) -> Event | ItemError:
+    def _try(self, item: _Item) -> Items:
+        """An event; of a line with which its session ends, the line and the end."""
         try:
-            return self._event(item)
+            event, ends = self._event(item), self._ends(item)
         except ItemError as error:
-            return error
+            return [error]
+        if not ends:
+            return [event]
+        if event.message is None:
+            return [replace(event, values=event.values or None, end=True)]
+        end_id = None if event.event_id is None else _bounded(f"{event.event_id}/end")
+        return [event, replace(event, message=None, end=True, event_id=end_id, sequence=None)]
+
+    def _ends(self, item: _Item) -> bool:
+        """Raises BadEvent."""
+        found = self._end(item) if self._end else self._own["end"](item)
+        if found is _MISSING:
+            return False
+        ends = _ENDS.get(found) if isinstance(found, str | int | None) else None
+        if ends is None:
+            place = self._payload.end or "end"
+            raise BadEvent(f"{place} is {shown(found)}: neither true nor false.", place, shown(found))
+        return ends
 
     def _event(self, item: _Item) -> Event:
         """Raises BadEvent."""
         fields: dict[str, Any] = {}
         if (stream_id := self._stream(item)) is not _MISSING:
             fields["stream_id"] = stream_id
-        if (values := self._values(item)) is not _MISSING:
+        if (line := self._line(item)) is not _MISSING:
+            fields["message"] = line
+        elif (values := self._values(item)) is not _MISSING:
             fields["values"] = values
         if (time := self._time(item)) is not _MISSING:
             fields["timestamp"] = time
@@ -108,12 +133,19 @@ class Mapper:
         sequence = self._sequence(item) if self._sequence else self._own["sequence"](item)
         if sequence is not _MISSING:
             fields["sequence"] = to_number(sequence) if isinstance(sequence, str) else sequence
-        if (line := self._own["message"](item)) is not _MISSING and not self._payload.values:
-            fields["message"] = line
         try:
             return msgspec.convert(fields, Event)
         except (msgspec.ValidationError, OverflowError, RecursionError):
             return checked(fields)
+
+    def _line(self, item: _Item) -> Any:
+        """A log line; _MISSING = the message has numbers, or neither."""
+        if self._payload.format == "text":
+            return item.payload
+        if self._message:
+            return self._message(item)
+        found = _MISSING if self._payload.values else self._own["message"](item)
+        return _MISSING if found is None else found
 
     def _stream(self, item: _Item) -> Any:
         if self._stream_id:
@@ -254,7 +286,7 @@ class Mapper:
         if message.payload is None:
             fields = {_text(name): _text(value) for name, value in message.headers.items()}
             return [_Item(fields, message, levels, {})], True
-        if self._payload.format == "number":
+        if self._payload.format in ("number", "text"):
             return [_Item(message.payload.decode(errors="replace").strip(), message, levels, {})], True
         contents, bare = decode_plain(message.payload, self._body_format(message.payload), max_events=self._max_events)
         return [content if isinstance(content, ItemError) else _Item(content, message, levels, {}) for content in contents], bare

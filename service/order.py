@@ -6,7 +6,7 @@ through event by event.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,8 @@ class _Stream:
     version: int
     seen: list[int]
     place: tuple[int, int, int]  # source, offset, part
+    stepped: set[int] = field(default_factory=set)
+    """Identities of its events in this batch that go."""
     last: int = STORED
 
 
@@ -152,7 +154,8 @@ def _go_through(made: Plan, rows: Rows, readings: Readings, slots: Positions, re
         place = _place(readings, i)
         answered = key != 0 and key == stream.key
         passed = place[0] != 0 and place[0] == stream.place[0] and place[1:] <= stream.place[1:]
-        duplicate = answered or passed or (key != 0 and key in stream.seen) or (repeated is not None and bool(repeated[i]))
+        known = key != 0 and (key in stream.seen or key in stream.stepped)
+        duplicate = answered or passed or known or (repeated is not None and bool(repeated[i]))
         ordered = sequence >= 0 and stream.sequence >= 0
         made.late[i] = not duplicate and (sequence <= stream.sequence if ordered else time < stream.timestamp)
         made.go[i] = go = not duplicate and not made.late[i]
@@ -163,6 +166,7 @@ def _go_through(made: Plan, rows: Rows, readings: Readings, slots: Positions, re
         if go:
             stream.timestamp, stream.sequence, stream.key, stream.last = time, sequence, key, i
             stream.version += 1
+            stream.stepped.add(key)
             stream.seen[stream.version % SEEN] = key
             stream.place = place if place[0] else stream.place
 

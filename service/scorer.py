@@ -462,7 +462,7 @@ class Scorer:
         stream_ids = list(index)
         with self._stage["load"].time(), tracing.span("load"):
             loaded, copied = await self._load(stream_ids)
-            trails = await self._trails_of_untimed(readings, slots, stream_ids, loaded)
+            trails = await self._trails_of_ageless(readings, slots, stream_ids, loaded)
         refused = (await self._refused(loaded.origins))[slots]
         standing = Standing.of(loaded.rows)
         with self._stage["step"].time(), tracing.span("step"):
@@ -653,14 +653,16 @@ class Scorer:
         groups = np.split(ordered, np.flatnonzero(np.diff(slots[ordered])) + 1) if len(ordered) else []
         return {int(slots[group[0]]): self._codec.encode_trail(outcomes.records[group]) for group in groups}
 
-    async def _trails_of_untimed(self, readings: Readings, slots: Positions, stream_ids: list[str], loaded: Loaded) -> dict[int, Rows]:
-        """Trails that must be known before stepping: of streams whose event has an id but neither time nor sequence.
+    async def _trails_of_ageless(self, readings: Readings, slots: Positions, stream_ids: list[str], loaded: Loaded) -> dict[int, Rows]:
+        """Trails that must be known before stepping: of streams with an event that has an id, and neither a sequence nor an age.
 
-        Such an event sent again cannot be told from a new one by its age.
+        Such an event sent again cannot be told from a new one: it has no time, or that of the stream's last event (many lines of a log
+        have the same).
         """
-        if readings.timed.all():
+        ageless = ~readings.timed | (readings.timestamp == loaded.rows["last"]["timestamp"][slots])
+        ageless &= (readings.key != 0) & (readings.sequence < 0)
+        if not ageless.any():
             return {}
-        ageless = (readings.key != 0) & ~readings.timed & (readings.sequence < 0)
         if readings.place is not None:  # a position tells it
             ageless &= readings.place["source"] == 0
         return await self._load_trails(np.unique(slots[ageless & (loaded.rows["trail_until"][slots] > self._clock())]), stream_ids)

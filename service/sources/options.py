@@ -27,7 +27,7 @@ from service.sources.templates import Pattern, Template
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _TAG = re.compile(r"[a-z0-9_-]{1,64}")
-FormatName = Literal["json", "ndjson", "msgpack", "cloudevents", "number"]
+FormatName = Literal["json", "ndjson", "msgpack", "cloudevents", "number", "text"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
 KAFKA_OWN = frozenset(
     {
@@ -72,6 +72,10 @@ class Payload(Declared):
     """Feature → reference, or one reference to an object of numbers. Default: the payload's values."""
     feature: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)] = "value"
     """What a number by itself is the value of."""
+    message: str = ""
+    """Reference or template of a log line. Default: the payload's message; of `text` all of it."""
+    end: str = ""
+    """Reference: where it is true the session ends, after the message's line if there is one. Default: the payload's end."""
     event_id: str = ""
     """Reference or template. Default: the payload's event_id; of a CloudEvent source and id."""
     sequence: str = ""
@@ -84,9 +88,10 @@ class Payload(Declared):
 
     @property
     def _mapped(self) -> bool:
-        return bool(self.topic or self.stream_id or self.timestamp or self.values or self.event_id or self.sequence)
+        read = self.timestamp or self.values or self.message or self.end or self.event_id or self.sequence
+        return bool(self.topic or self.stream_id or read)
 
-    @field_validator("stream_id", "event_id")
+    @field_validator("stream_id", "event_id", "message")
     @classmethod
     def _is_a_template(cls, text: str) -> str:
         if text:
@@ -103,9 +108,13 @@ class Payload(Declared):
     @model_validator(mode="after")
     def _fits_the_format(self) -> Self:
         if self.format == "number":
-            for name in ("values", "timestamp", "sequence"):
+            for name in ("values", "timestamp", "sequence", "message"):
                 if getattr(self, name):
                     raise ValueError(f"a number by itself has no {name}: leave it out, or choose another format")
+        if self.format == "text" and (self.values or self.message):
+            raise ValueError("a text is the line itself: leave values and message out, or choose another format")
+        if self.values and self.message:
+            raise ValueError("a message has values or is a line: declare one of values and message")
         if self.timestamp_unit != "s" and self.format == "number":
             raise ValueError("a number by itself has no timestamp, so no timestamp_unit")
         return self
