@@ -247,3 +247,55 @@ def test_whatever_comes_is_an_event_or_named_and_never_a_bug() -> None:
             except BadEvent:
                 continue
             assert all(isinstance(item, Event | BadEvent) for item in found)
+
+
+# ── log lines ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_text_is_a_line_of_the_stream_that_topic_or_key_names() -> None:
+    text = {"format": "text", "topic": "logs/{host}/#", "stream_id": "{host}"}
+    assert one(text, message(b"Took 12.5 ms\n  at line 3\n", topic="logs/web-1/app")) == Event("web-1", None, "Took 12.5 ms\n  at line 3")
+    assert one({"format": "text"}, message(b'{"not": "read"}', key="web-1")) == Event("web-1", None, '{"not": "read"}')
+    assert one({"format": "text"}, message(b"caf\xe9", key="a")).message == "caf\ufffd"
+    at = one({"format": "text", "timestamp": "headers.time", "timestamp_unit": "ms"}, message(b"x", key="a", time="1700000000500"))
+    assert at.timestamp == 1700000000.5
+
+
+def test_a_line_is_made_from_the_fields_that_are_declared() -> None:
+    sent = message({"log": {"level": "WARN", "msg": "Disk sda is 93 percent full"}, "host": "web-1", "values": {"n": 1}})
+    assert one({"stream_id": "host", "message": "log.msg"}, sent) == Event("web-1", None, "Disk sda is 93 percent full")
+    assert one({"stream_id": "host", "message": "{log.level} {log.msg}"}, sent).message == "WARN Disk sda is 93 percent full"
+    assert one({"stream_id": "host"}, message({"host": "a", "message": "own"})) == Event("a", None, "own")
+    assert one({"stream_id": "host"}, message({"host": "a", "message": None, "values": {"v": 1}})) == Event("a", {"v": 1})
+    assert wrong({"stream_id": "host", "message": "log.text"}, sent) == ("log.text", "")
+    assert wrong({"stream_id": "host", "message": "log"}, sent)[0] == "log"
+
+
+def test_fields_of_a_queue_are_a_line_where_one_is_declared() -> None:
+    assert one({"message": "line", "stream_id": "host"}, message(None, line="Took 3 ms", host="a")) == Event("a", None, "Took 3 ms")
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"), [(True, True), ("true", True), (1, True), (False, False), ("", False), (None, False), ("0", False)]
+)
+def test_a_session_ends_after_the_line_where_the_message_says_so(said: Any, ends: bool) -> None:
+    declared = {"stream_id": "request", "message": "msg", "event_id": "id", "sequence": "n", "end": "last"}
+    found = events(declared, message({"request": "r1", "msg": "bye", "id": "7", "n": 3, "last": said}))
+    line = Event("r1", None, "bye", None, "7", 3)
+    assert found == ([line, Event("r1", event_id="7/end", end=True)] if ends else [line])
+
+
+def test_an_end_may_come_by_itself_and_is_false_where_nothing_is_said() -> None:
+    assert one({"stream_id": "r", "timestamp": "t"}, message({"r": "r1", "end": True, "t": 5})) == Event("r1", None, None, 5, end=True)
+    assert one({"stream_id": "r", "message": "m", "end": "last"}, message({"r": "r1", "m": "x"})) == Event("r1", None, "x")
+    assert one({"stream_id": "stream_id"}, message(None, stream_id="r1", end="true")) == Event("r1", end=True)
+    assert wrong({"stream_id": "r", "message": "m", "end": "last"}, message({"r": "r1", "m": "x", "last": "maybe"})) == ("last", '"maybe"')
+    assert wrong({"stream_id": "r", "message": "m", "end": "last"}, message({"r": "r1", "m": "x", "last": [1]}))[0] == "last"
+
+
+def test_a_line_with_the_end_of_its_session_is_two_events_of_one_message() -> None:
+    mapper = Mapper(Payload(stream_id="r", message="m", end="last"), max_events=10)
+    assert mapper.events(message({"r": "a", "m": "x"}))[1]
+    found, bare = mapper.events(dataclasses.replace(message({"r": "a", "m": "x", "last": True}), event_id="amqp-1"))
+    assert [event.event_id for event in found if isinstance(event, Event)] == ["amqp-1/0", "amqp-1/1"]
+    assert not bare

@@ -93,7 +93,7 @@ async def test_a_request_sent_again_is_scored_once(exporter: Shipper) -> None:
 async def test_records_that_can_never_be_taken_are_rejected_and_the_others_scored(exporter: Shipper) -> None:
     await send(exporter, export(record(LINES[0], NS), resource=SHOP))
     long, future = record("x" * (MAX_MESSAGE_LENGTH + 1), NS + 1), record("x", NS + 10**14)
-    answer = await send(exporter, export(record("old", NS - 1), long, future, record(LINES[1], NS + 1), resource=SHOP))
+    answer = await send(exporter, export(record("old", NS - 10**6), long, future, record(LINES[1], NS + 10**6), resource=SHOP))
     told = answer.partial_success
     assert told.rejected_log_records == 3
     for part in (
@@ -103,7 +103,7 @@ async def test_records_that_can_never_be_taken_are_rejected_and_the_others_score
     ):
         assert part in told.error_message
     assert (exporter.count("scored"), exporter.count("rejected"), exporter.count("late")) == (2, 2, 1)
-    reply = await exporter.post(otlp.PATH, content=as_json(export(record("older", NS - 2), resource=SHOP)), headers=JSON)
+    reply = await exporter.post(otlp.PATH, content=as_json(export(record("older", NS - 10**6), resource=SHOP)), headers=JSON)
     assert reply.json()["partialSuccess"]["rejectedLogRecords"] == "1"
 
 

@@ -147,8 +147,8 @@ class Source(Declared):
     @field_validator("payload")
     @classmethod
     def _names_its_stream(cls, payload: Payload) -> Payload:
-        if payload.format == "number" and not payload.stream_id and not cls.keyed:
-            raise ValueError("a number by itself does not name its stream: declare stream_id, such as {topic}")
+        if payload.format in ("number", "text") and not payload.stream_id and not cls.keyed:
+            raise ValueError(f"a {payload.format} by itself does not name its stream: declare stream_id, such as {{topic}}")
         return payload
 
 

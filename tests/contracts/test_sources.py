@@ -37,6 +37,7 @@ from tests.buses import amqp_rig, mqtt_rig
 from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import KafkaRig, Rig, each_once, nats_rig, redis_rig
 from tests.servers import Valkey
+from tests.tiny_log import build_tiny_log
 
 OUTSIDE = ("kafka", "nats", "mqtt", "amqp")
 """Queues that are not the state store's own."""
@@ -335,3 +336,40 @@ async def test_a_broker_that_is_gone_for_a_moment_costs_nothing(rig: Rig, replic
     results = [result for result in await rig.results() if not result.late]  # AMQP: again from a broker that lost acknowledgements
     assert in_order(each_once(results)) == await uninterrupted(tiny_detector, events)
     assert await rig.dead() == []
+
+
+LOG_LINES = ("Accepted connection from 10.0.0.7", "Took 12.5 ms for /cart", "Closed connection from 10.0.0.7")
+
+
+async def test_log_lines_are_mapped_from_fields_and_sessions_end_where_a_field_says_so(rig: Rig, tmp_path: Path) -> None:
+    sessions = [[{"request": f"r{n}", "log": {"msg": line}, "n": i, "last": i == 2} for i, line in enumerate(LOG_LINES)] for n in range(20)]
+    messages = [sent for turn in zip(*sessions, strict=True) for sent in turn]
+    payload = {"stream_id": "web/{request}", "message": "log.msg", "sequence": "n", "end": "last"}
+    async with AsyncExitStack() as stack:
+        replicas = Replicas(rig, build_tiny_log(tmp_path), stack)
+        await rig.put(*messages[:25], partition=0)
+        await rig.put(b"no line", partition=0)
+        service = await replicas.start(payload=payload, fuse=1)
+        await rig.put(*messages[25:], partition=0)
+        await until(rig.drained)
+        await until(lambda: metric(service.metrics, "acknowledged_total") == 61)
+    results = each_once(await rig.results())
+    assert len(results) == 80
+    for n in range(20):
+        told = [result for result in results if result.stream_id == f"web/r{n}"]
+        assert [result.line and result.line.message for result in told] == [*LOG_LINES, None]
+        assert [result.line and result.line.template for result in told][3] == "(end of session)"
+        assert [result.state_version for result in told] == [1, 2, 3, 4]
+    [letter] = await rig.dead()
+    assert letter["onset_field"] == "payload"
+
+
+async def test_raw_text_is_a_line(rig: Rig, tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        replicas = Replicas(rig, build_tiny_log(tmp_path), stack)
+        await rig.put(*[line.encode() for line in LOG_LINES], b"Took 7 ms for /a?x={}\n  and what follows", partition=1)
+        await replicas.start(payload={"format": "text", "stream_id": "{headers.sent}"})
+        await until(rig.drained)
+    results = each_once(await rig.results())
+    assert [result.line and result.line.new for result in results] == [False] * 4
+    assert {result.stream_id for result in results} == {"by us"}
