@@ -146,9 +146,8 @@ class Service:
             stack.push_async_callback(self._drain)
             await self._open(store, stack)
             stack.push_async_callback(tasks.end, asyncio.create_task(self.control.run(), name="policy"))
-            if self.settings.silence:
-                for scorer in self.scorers.values():
-                    sweeper = scorer.sweeper(self.settings.state_ttl_seconds)
+            for scorer in self.scorers.values():
+                if sweeper := scorer.sweeper(self.settings.state_ttl_seconds):
                     stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
             for canary in self._canaries(store):
                 stack.push_async_callback(tasks.end, asyncio.create_task(canary.run(), name="canary"))

@@ -341,6 +341,13 @@ class Metrics:
         "Grows steadily: senders come and go, or their cadence is none.",
         model=RUNNING,
     )
+    ended = _counter(
+        "onset_sessions_ended_total",
+        "sessions",
+        "Sessions of a log model that this replica ended because no line came for as long as the model says.",
+        "Stops while lines come: their sessions end by an event of their own, or onset_streams_live grows and the store fails.",
+        model=RUNNING,
+    )
     warming = _gauge(
         "onset_streams_warming",
         "streams",

@@ -32,7 +32,7 @@ import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from service import alerts, cadence, silence, tracing
+from service import alerts, cadence, sessions, silence, tracing
 from service.alerts import Stand, Standing, Transition
 from service.batcher import Batcher
 from service.copies import Copies
@@ -46,7 +46,8 @@ from service.policy import Policy
 from service.reorder import Reorder
 from service.results import Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advancing
-from service.silence import Sweeper, waits
+from service.sessions import SessionSweeper
+from service.silence import Sweep, Sweeper, waits
 from service.state import ALERT_OPEN, EXPIRED, SILENT, Loaded, Origin, Rows, event_key
 from service.stores import FENCED, LOST, WRITTEN, StateStore, Write
 
@@ -299,9 +300,33 @@ class Scorer:
         values = await self._store.load(self.detector.name, stream_ids) if stream_ids else []
         return [result for result in self._summaries(stream_ids, values) if result.silent_since is not None]
 
-    def sweeper(self, state_ttl: float) -> Sweeper:
-        """What looks for its silent streams."""
-        return Sweeper(self.detector.name, self._codec, lambda: self.policy, self._store, self._metrics, state_ttl, clock=self._clock)
+    def sweeper(self, state_ttl: float) -> Sweep | None:
+        """What looks for its silent streams, or ends its silent sessions; None = it is not to."""
+        name, seconds = self.detector.name, self._session_seconds
+        if seconds is not None:
+            return SessionSweeper(name, self._codec, seconds, self._end_sessions, self._store, self._metrics, self._clock)
+        if not self.policy.silence:
+            return None
+        return Sweeper(name, self._codec, lambda: self.policy, self._store, self._metrics, state_ttl, clock=self._clock)
+
+    async def _end_sessions(self, stream_ids: Sequence[str], loaded: Loaded) -> None:
+        """Step the end of the session of each of these streams, as sessions.End says."""
+        lines = self.detector.manifest.lines
+        if lines is None or self._held:  # without the policy nothing is judged
+            return
+        N, policy, messages = len(stream_ids), self.policy, [None] * len(stream_ids)
+        x = np.full((N, self.detector.features), np.nan, np.float32)
+        x[:, 0] = lines.end
+        times, nothing = loaded.rows["last"]["timestamp"].copy(), np.zeros(N, np.bool_)
+        readings = Readings(stream_ids, x, times, ~nothing, np.full(N, -1), np.zeros(N, np.uint64), messages=messages)
+        slots, standing = np.arange(N), Standing.of(loaded.rows)
+        outcomes = await self._step(policy, loaded.rows, readings, slots, nothing, {})
+        answers = self._replies.judged(outcomes)
+        became = await self._commit(list(stream_ids), loaded, nothing, answers, slots, policy, {}, standing, messages)
+        won = np.flatnonzero(became == WRITTEN)
+        if len(won):
+            self._metrics.ended.labels(self.detector.name).inc(len(won))
+            self._tell(readings.take(won), self._replies.judged(Outcomes(outcomes.records[won], outcomes.kinds[won])))
 
     async def pace(self, limit: int) -> tuple[int, NDArray[np.float64]]:
         """How many live streams there are whose cadence is known, and the events a second of at most about `limit` of them."""
@@ -429,15 +454,19 @@ class Scorer:
         readings = Readings.of(submissions, self.detector.features)
         self._metrics.batch.observe(len(readings))
         answers = await self._run(readings, policy)
-        self._anomalies.inc(answers.anomalies)
-        self._onsets.inc(answers.onsets)
-        self._expected.inc(answers.expected)
-        self._feed.tell(self.detector.name, readings.stream_ids, answers, readings.messages)
+        self._tell(readings, answers)
         parts, start = [], 0
         for submission in submissions:
             parts.append(answers.part(start, start + len(submission)))
             start += len(submission)
         return parts
+
+    def _tell(self, readings: Readings, answers: Answers) -> None:
+        """Those that count and watch what is scored."""
+        self._anomalies.inc(answers.anomalies)
+        self._onsets.inc(answers.onsets)
+        self._expected.inc(answers.expected)
+        self._feed.tell(self.detector.name, readings.stream_ids, answers, readings.messages)
 
     async def _run(self, readings: Readings, policy: Policy) -> Answers:
         answers, again = await self._attempt(readings, policy)
@@ -555,7 +584,7 @@ class Scorer:
         rows = loaded.rows if len(changed) == len(stream_ids) else loaded.rows[changed]
         # A stream that another replica wrote last is likely to be written by it again: a copy would be stale.
         stays = copied[changed] | (loaded.origins[changed] != Origin.STORED) | self._codec.ours(rows)
-        watches = waits(rows, policy.alpha, self._clock(), self._ended(rows)) if policy.silence else [None] * len(rows)
+        watches = self._waits(rows, policy)
         values = self._codec.encode(rows)
         trails = self._new_trails(trailed, slots, outcomes)
         logs = self._moved(standing, stream_ids, scored, slots, answers, messages)
@@ -608,10 +637,19 @@ class Scorer:
                 here.results.append(results[i])
         return settled
 
-    def _ended(self, rows: Rows) -> NDArray[np.bool_] | None:
-        """[B] whether a stream's last event was the end of its session; None = the model knows no sessions."""
+    @property
+    def _session_seconds(self) -> float | None:
+        """Silence after which a session is over; None = the model knows no such sessions."""
         lines = self.detector.manifest.lines
-        return None if lines is None else rows["last"]["x"][:, 0] == lines.end
+        return None if lines is None else lines.session_seconds
+
+    def _waits(self, rows: Rows, policy: Policy) -> Sequence[float | None]:
+        """As silence.waits; for a model of sessions as sessions.waits."""
+        lines, now = self.detector.manifest.lines, self._clock()
+        ended = None if lines is None else rows["last"]["x"][:, 0] == lines.end
+        if lines is not None and ended is not None and lines.session_seconds is not None:
+            return sessions.waits(rows, lines.session_seconds, now, ended)
+        return waits(rows, policy.alpha, now, ended) if policy.silence else [None] * len(rows)
 
     def _moved(
         self,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,6 +80,11 @@ def waits(rows: Rows, alpha: float, now: float, ended: NDArray[np.bool_] | None 
     if ended is not None:
         patience[ended] = np.inf
     live = np.isfinite(patience) & (np.abs(now - rows["last"]["timestamp"]) <= np.maximum(patience, LIVE_SECONDS))
+    return watched(rows, live, patience, now)
+
+
+def watched(rows: Rows, live: NDArray[np.bool_], patience: NDArray[np.float64], now: float) -> list[float | None]:
+    """Wait `patience` [B] seconds for those of the streams that are `live` [B]; changes and returns what `waits` does."""
     rows["deadline"] = np.where(live, now + np.where(live, patience, 0), 0)
     begins = live & ((rows["watch_until"] <= now) | (rows["watch_until"] > rows["deadline"]))
     ends = ~live & (rows["watch_until"] > 0)
@@ -125,24 +131,17 @@ def told_at_end(model: str, stream_id: str, row: Rows, *, of: int = ALERT_OPEN |
     return list(map(alerts.encoded, resolved))
 
 
-class Sweeper:
-    """Raises the silences of one model's streams, by the policy in force. `clock` gives seconds since 1970."""
+class Sweep(ABC):
+    """Looks at the streams of one model that are due, every SWEEP_SECONDS. `clock` gives seconds since 1970."""
 
-    def __init__(
-        self,
-        model: str,
-        codec: StateCodec,
-        policy: Callable[[], Policy],
-        store: StateStore,
-        metrics: Metrics,
-        state_ttl: float,
-        raise_: Raise = to_log,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._model, self._codec, self._policy, self._store, self._metrics = model, codec, policy, store, metrics
-        self._state_ttl, self._raise, self._clock = state_ttl, raise_, clock
+    def __init__(self, model: str, codec: StateCodec, store: StateStore, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._model, self._codec, self._store, self._metrics, self._clock = model, codec, store, metrics, clock
         self._listening_since: float | None = None
         self._count_at = 0.0
+
+    @abstractmethod
+    async def _look(self, stream_ids: list[str], now: float, since: float) -> bool:
+        """Look at these streams, `since` when we have been listening without a break; whether any was dealt with."""
 
     async def run(self) -> None:
         """Sweep until cancelled."""
@@ -174,8 +173,25 @@ class Sweeper:
             waited, _ = await self._store.waited(self._model, 0)
             self._metrics.live.labels(self._model).set(waited)
 
+
+class Sweeper(Sweep):
+    """Raises the silences of one model's streams, by the policy in force."""
+
+    def __init__(
+        self,
+        model: str,
+        codec: StateCodec,
+        policy: Callable[[], Policy],
+        store: StateStore,
+        metrics: Metrics,
+        state_ttl: float,
+        raise_: Raise = to_log,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(model, codec, store, metrics, clock)
+        self._policy, self._state_ttl, self._raise = policy, state_ttl, raise_
+
     async def _look(self, stream_ids: list[str], now: float, since: float) -> bool:
-        """Look at these streams; whether any was dealt with."""
         loaded = self._codec.decode(await self._store.load(self._model, stream_ids))
         rows = loaded.rows
         patience = cadence.patience(rows, self._policy().alpha)
