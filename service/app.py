@@ -147,7 +147,8 @@ class Service:
             await self._open(store, stack)
             stack.push_async_callback(tasks.end, asyncio.create_task(self.control.run(), name="policy"))
             for scorer in self.scorers.values():
-                if sweeper := scorer.sweeper(self.settings.state_ttl_seconds):
+                silent = scorer.sweeper(self.settings.state_ttl_seconds) if self.settings.silence else None
+                if sweeper := scorer.session_sweeper() or silent:
                     stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
             for canary in self._canaries(store):
                 stack.push_async_callback(tasks.end, asyncio.create_task(canary.run(), name="canary"))

@@ -448,20 +448,19 @@ def _loki() -> dict[str, Any]:
         },
         ["unsupported-media", "too-large", "bad-parameter", "overloaded", "store-unavailable", "unknown-model"],
     )
+    texts = {"type": "object", "additionalProperties": {"type": "string"}}
     entry = {
         "type": "array",
         "minItems": 2,
         "maxItems": 3,
-        "items": {"anyOf": [{"type": "string"}, {"type": "object", "additionalProperties": {"type": "string"}}]},
-        "description": "Nanoseconds since 1970 as text, the line, and perhaps its structured metadata.",
+        "prefixItems": [_NANOSECONDS, {"type": "string", "description": "The line."}, {**texts, "description": "Structured metadata."}],
     }
+    name = {"type": "string", "pattern": "^[a-zA-Z_][a-zA-Z0-9_]*$"}
+    labels = {"type": "object", "minProperties": 1, "propertyNames": name, "additionalProperties": {"type": "string", "minLength": 1}}
     stream = {
         "type": "object",
         "required": ["stream", "values"],
-        "properties": {
-            "stream": {"type": "object", "additionalProperties": {"type": "string"}, "description": "Labels."},
-            "values": {"type": "array", "items": entry},
-        },
+        "properties": {"stream": {**labels, "description": "Labels."}, "values": {"type": "array", "items": entry}},
     }
     push = {"type": "object", "required": ["streams"], "properties": {"streams": {"type": "array", "items": stream}}}
     example = {"streams": [{"stream": {"app": "shop", "host": "web-1"}, "values": [["1764144000000000000", "Took 12.5 ms for /cart"]]}]}
@@ -502,13 +501,29 @@ def _otlp() -> dict[str, Any]:
             }
         ]
     }
-    request = {"type": "object", "properties": {"resourceLogs": {"type": "array", "items": {"type": "object"}}}}
+    value = {
+        "type": "object",
+        "description": "An AnyValue: it has one of these, or arrayValue, kvlistValue, bytesValue.",
+        "properties": {"stringValue": {"type": "string"}, "boolValue": {"type": "boolean"}, "doubleValue": {"type": "number"}},
+    }
+    attributes = _list_of({"type": "object", "properties": {"key": {"type": "string"}, "value": value}})
+    owner = {"type": "object", "properties": {"attributes": attributes}}
+    texts = {name: {"type": "string"} for name in ("severityText", "traceId", "spanId", "eventName")}
+    times = dict.fromkeys(("timeUnixNano", "observedTimeUnixNano"), _NANOSECONDS)
+    record = {"type": "object", "properties": {**times, **texts, "body": value, "attributes": attributes}}
+    scope = {"type": "object", "properties": {"scope": owner, "logRecords": _list_of(record)}}
+    resource = {"type": "object", "properties": {"resource": owner, "scopeLogs": _list_of(scope)}}
+    request = {"type": "object", "properties": {"resourceLogs": _list_of(resource)}}
     message = {**_BINARY, "description": "An opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest."}
     operation["requestBody"] = {
         "required": True,
         "content": {otlp.JSON: {"schema": request, "example": example}, PROTOBUF: {"schema": message}},
     }
     return operation
+
+
+def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": schema}
 
 
 def _either(schema: dict[str, Any]) -> dict[str, Any]:
@@ -606,6 +621,7 @@ _TENANT = _parameter(
     {"type": "string", "pattern": VISIBLE},
     "Whose turn the request takes, and whose share of the queue; without it, that of the address it comes from.",
 )
+_NANOSECONDS = {"type": "string", "pattern": "^[0-9]{1,19}$", "description": "Nanoseconds since 1970."}
 _LOGS_MODEL = _parameter("model", "query", {"type": "string"}, "Which loaded model; if left out, the one of ONSET_LOGS_MODEL.")
 _PAGE = {"streams": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}}, "next_cursor": {"type": ["string", "null"]}}
 _MODELS = {"type": "object", "required": ["models"], "properties": {"models": {"type": "array", "items": {"type": "object"}}}}

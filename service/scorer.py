@@ -47,7 +47,7 @@ from service.reorder import Reorder
 from service.results import Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advancing
 from service.sessions import SessionSweeper
-from service.silence import Sweep, Sweeper, waits
+from service.silence import Sweeper, waits
 from service.state import ALERT_OPEN, EXPIRED, SILENT, Loaded, Origin, Rows, event_key
 from service.stores import FENCED, LOST, WRITTEN, StateStore, Write
 
@@ -300,14 +300,17 @@ class Scorer:
         values = await self._store.load(self.detector.name, stream_ids) if stream_ids else []
         return [result for result in self._summaries(stream_ids, values) if result.silent_since is not None]
 
-    def sweeper(self, state_ttl: float) -> Sweep | None:
-        """What looks for its silent streams, or ends its silent sessions; None = it is not to."""
-        name, seconds = self.detector.name, self._session_seconds
-        if seconds is not None:
-            return SessionSweeper(name, self._codec, seconds, self._end_sessions, self._store, self._metrics, self._clock)
-        if not self.policy.silence:
+    def sweeper(self, state_ttl: float) -> Sweeper:
+        """What looks for its silent streams."""
+        return Sweeper(self.detector.name, self._codec, lambda: self.policy, self._store, self._metrics, state_ttl, clock=self._clock)
+
+    def session_sweeper(self) -> SessionSweeper | None:
+        """What ends its silent sessions, in place of a sweeper; None = the model knows no such sessions."""
+        lines = self.detector.manifest.lines
+        if lines is None or lines.session_seconds is None:
             return None
-        return Sweeper(name, self._codec, lambda: self.policy, self._store, self._metrics, state_ttl, clock=self._clock)
+        name, seconds = self.detector.name, lines.session_seconds
+        return SessionSweeper(name, self._codec, seconds, self._end_sessions, self._store, self._metrics, self._clock)
 
     async def _end_sessions(self, stream_ids: Sequence[str], loaded: Loaded) -> None:
         """Step the end of the session of each of these streams, as sessions.End says."""
@@ -636,12 +639,6 @@ class Scorer:
             if i in results:
                 here.results.append(results[i])
         return settled
-
-    @property
-    def _session_seconds(self) -> float | None:
-        """Silence after which a session is over; None = the model knows no such sessions."""
-        lines = self.detector.manifest.lines
-        return None if lines is None else lines.session_seconds
 
     def _waits(self, rows: Rows, policy: Policy) -> Sequence[float | None]:
         """As silence.waits; for a model of sessions as sessions.waits."""

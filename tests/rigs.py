@@ -95,7 +95,9 @@ class RedisRig(Shared):
     async def put(self, *payloads: Any, partition: int | None = None) -> None:
         async with self._client.pipeline(transaction=False) as pipeline:
             for payload in payloads:
-                pipeline.xadd(self._keys[partition_of(payload) if partition is None else partition], {"event": content_of(payload), "sent": "by us"})
+                pipeline.xadd(
+                    self._keys[partition_of(payload) if partition is None else partition], {"event": content_of(payload), "sent": "by us"}
+                )
             await pipeline.execute()
 
     async def results(self) -> list[Result]:

@@ -54,7 +54,9 @@ def records(*lines: str, start: int = NS) -> list[Any]:
 async def send(client: Shipper, request: ExportLogsServiceRequest, *, path: str = otlp.PATH) -> ExportLogsServiceResponse:
     reply = await client.post(path, content=request.SerializeToString(), headers=PROTOBUF)
     assert (reply.status_code, reply.headers["content-type"]) == (200, "application/x-protobuf"), reply.content
-    return ExportLogsServiceResponse.FromString(reply.content)
+    answer = ExportLogsServiceResponse()
+    answer.ParseFromString(reply.content)
+    return answer
 
 
 def status_of(reply: httpx.Response) -> tuple[int, str]:

@@ -15,7 +15,8 @@ from service.feed import Batch, Feed
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
-from service.silence import RETURN_SECONDS, Sweep
+from service.sessions import SessionSweeper
+from service.silence import RETURN_SECONDS
 from service.stores import StateStore
 from service.stores.memory import MemoryStore
 from service.stores.redis import RedisStore
@@ -40,7 +41,7 @@ class World:
         self.told: list[tuple[str, float, str | None]] = []
         self.metrics: list[Metrics] = []
         self.replicas: list[Scorer] = []
-        self.sweepers: list[Sweep] = []
+        self.sweepers: list[SessionSweeper] = []
         for _ in range(2):
             self.start()
 
@@ -51,7 +52,7 @@ class World:
         feed.watch(self._watch)
         replica = Scorer(self.detector, self.policy, self.store, metrics, Limits(), lambda: self.now, feed=feed)
         replica.start()
-        sweeper = replica.sweeper(TTL)
+        sweeper = replica.session_sweeper()
         assert sweeper is not None
         self.metrics.append(metrics)
         self.replicas.append(replica)
@@ -114,7 +115,7 @@ async def test_a_session_that_falls_silent_ends_once_by_a_scored_event_of_its_la
         world.now += 20
     last = await world.last()
     assert (last.state_version, last.timestamp, last.is_anomaly) == (line.state_version + 1, line.timestamp, False)
-    assert last.line is not None
+    assert last.line
     assert last.line.template == "(end of session)"
     assert last.p_value is not None
     assert last.p_value > 0.8
@@ -178,7 +179,7 @@ async def test_a_line_after_the_end_begins_the_next_session_also_one_from_before
     assert isinstance(said.timestamp, float)
     [late] = await world.replicas[1].score([Event("s", None, ACCEPTED, said.timestamp + 0.5)])
     assert isinstance(late, Result)
-    assert late.line is not None
+    assert late.line
     assert (late.late, late.line.before, late.state_version) == (False, [], 4)
     assert next(part for part in [*late.contributors, None] if part is None or part.feature == "gap") is None, (
         "a session's first line has no gap"
@@ -249,7 +250,7 @@ async def test_a_short_session_ends_no_sooner_than_senders_need_to_come_back_aft
 async def test_a_model_of_long_lived_streams_has_no_sessions_that_end(tmp_path: Path, redis_store: RedisStore) -> None:
     detector = Detector.load(build_tiny_log(tmp_path))
     scorer = Scorer(detector, Policy(silence=False), redis_store, Metrics(), Limits())
-    assert scorer.sweeper(TTL) is None
+    assert scorer.session_sweeper() is None
     scorer.start()
     await scorer.score([Event("s", None, ACCEPTED, 1.8e9)])
     assert await redis_store.due("tiny-log", 1e11, 10) == []

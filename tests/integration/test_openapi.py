@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from service.app import create_app
 from service.policy import per_event
 from service.prompb import pack
 from service.settings import Settings
+from tests.pushes import export, push_protobuf, record
+from tests.tiny_log import build_tiny_log
 
 ROUTES = {
     ("POST", "/v1/events"),
@@ -47,6 +50,8 @@ ROUTES = {
     ("GET", "/health/ready"),
     ("GET", "/metrics"),
 }
+LOG_DOORS = {("POST", "/loki/api/v1/push"), ("POST", "/v1/logs")}
+"""They need a model that takes lines."""
 LIVE = {("GET", "/v1/live"), ("GET", "/v1/live/{stream_id}")}
 """Their answers do not end: they are fuzzed up to the first event."""
 
@@ -54,7 +59,13 @@ LIVE = {("GET", "/v1/live"), ("GET", "/v1/live/{stream_id}")}
 @pytest.fixture(scope="module")
 def served(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of the whole app over real HTTP, with its embedded store, in a thread."""
-    app = create_app(Settings(model=tiny_model_path, data_dir=tmp_path_factory.mktemp("data"), port=0))
+    with serving(tiny_model_path, tmp_path_factory.mktemp("data")) as url:
+        yield url
+
+
+@contextmanager
+def serving(model: Path, data_dir: Path, **settings: Any) -> Iterator[str]:
+    app = create_app(Settings(model=model, data_dir=data_dir, port=0, **settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, loop="asyncio", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -68,8 +79,13 @@ def served(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @schemathesis.serializer("application/x-protobuf")
-def a_write_request(context: Any, value: Any) -> bytes:
+def a_request_in_protobuf(context: Any, value: Any) -> bytes:
     """No schema describes protobuf: a readable body, whatever was drawn."""
+    path = context.case.operation.path
+    if path == "/loki/api/v1/push":
+        return pack(push_protobuf({'{app="shop"}': [(1_790_000_000_000_000_000, "Took 3 ms for /")]}))
+    if path == "/v1/logs":
+        return bytes(export(record("Took 3 ms for /", 1_790_000_000_000_000_000), resource={"service.name": "shop"}).SerializeToString())
     return pack(body_1([Sent({"__name__": "up"}, [(1_790_000_000_000, 1.0)])]))
 
 
@@ -84,6 +100,23 @@ def test_every_operation_answers_as_documented(schema: Any, method: str, path: s
     @given(case=schema[path][method].as_strategy())
     def check(case: Any) -> None:
         assume(_means_a_rate(case.body))
+        case.call_and_validate(timeout=10)
+
+    check()
+
+
+@pytest.fixture(scope="module")
+def schema_of_lines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Of the same app with a model of log lines; no schema says which times are ahead of now."""
+    with serving(build_tiny_log(tmp_path_factory.mktemp("log")), tmp_path_factory.mktemp("data"), max_future_seconds=1e11) as url:
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(LOG_DOORS))
+def test_every_door_for_log_lines_answers_as_documented(schema_of_lines: Any, method: str, path: str) -> None:
+    @settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(case=schema_of_lines[path][method].as_strategy())
+    def check(case: Any) -> None:
         case.call_and_validate(timeout=10)
 
     check()
@@ -171,7 +204,7 @@ def test_the_examples_of_a_policy_are_taken_and_undone(served: str) -> None:
 
 def test_every_route_is_documented(served: str) -> None:
     paths = httpx.get(f"{served}/openapi.json").json()["paths"]
-    assert {(method.upper(), path) for path, item in paths.items() for method in item} == ROUTES | LIVE
+    assert {(method.upper(), path) for path, item in paths.items() for method in item} == ROUTES | LOG_DOORS | LIVE
 
 
 def test_the_page_at_docs_needs_nothing_from_elsewhere(served: str) -> None:
