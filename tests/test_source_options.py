@@ -217,3 +217,9 @@ def test_a_pattern_names_levels_of_a_topic(pattern: str, topic: str, levels: dic
 def test_a_pattern_that_means_nothing_is_refused(bad: str) -> None:
     with pytest.raises(ValueError, match="has"):
         Pattern(bad)
+
+
+def test_the_examples_for_log_lines_are_sources_that_start(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[1] / "docs" / "queues.md"
+    (tmp_path / "sources.yaml").write_text(docs.read_text().partition("### Log lines")[2].partition("```yaml\n")[2].partition("```")[0])
+    assert [source.type for source in options.read(str(tmp_path / "sources.yaml"))] == ["kafka", "nats", "mqtt"]
