@@ -113,6 +113,7 @@ def test_every_line_is_scored_once_and_in_order_though_service_and_shipper_are_k
 
 @pytest.mark.skipif(not BGL.exists(), reason=f"{BGL.name} of loghub is not beside this checkout")
 def test_a_file_of_a_real_machine_is_scored_line_by_line(tmp_path: Path, empty_server: str) -> None:
+    whole = BGL.read_text().count("\n")  # its last line has no end, so the shipper waits for the rest of it
     config = documented().replace('"log.time", "log.rest"', '"log.mark", "log.epoch", "log.date", "log.node", "log.time", "log.rest"')
     config = config.replace("%Y-%m-%dT%H:%M:%S.%f%z", "%Y-%m-%d-%H.%M.%S.%f")
     (tmp_path / "service").mkdir()
@@ -121,7 +122,7 @@ def test_a_file_of_a_real_machine_is_scored_line_by_line(tmp_path: Path, empty_s
         SyslogNg(tmp_path / "syslog-ng", config, BGL, service.url) as shipper,
     ):
         world = World(tmp_path, service, shipper, BGL)
-        world.until(lambda: world.whole() == len(BGL.read_text().splitlines()))
+        world.until(lambda: world.whole() == whole)
         counted = httpx.get(f"{service.url}/metrics").text
-    assert 'onset_events_total{door="loki",outcome="scored"} 2000.0' in counted
+    assert f'onset_events_total{{door="loki",outcome="scored"}} {whole}.0' in counted
     assert 'onset_events_total{door="loki",outcome="late"} 0.0' in counted
