@@ -87,8 +87,8 @@ class Mask(_Frozen):
     name: str = Field(min_length=1, max_length=64)
     pattern: str = Field(min_length=1, max_length=1000)
     """In RE2's syntax; `^` and `$` are the ends of the word, `\\d` and `\\w` are ASCII."""
-    replacement: str = Field(pattern=r"^[^\s]{1,64}$")
-    """As it stands; NUMBER where the replaced text is a number that belongs to the line's parameters."""
+    replacement: str = Field(max_length=64, pattern=r"^[^\s<>]*<[^\s<>]+>[^\s<>]*$")
+    """As it stands, such as <USER> or _<ID>; NUMBER where the replaced text is a number that belongs to the line's parameters."""
 
     @field_validator("pattern")
     @classmethod

@@ -52,16 +52,24 @@ DEFAULT_MASKS = (
 )
 """What training masks unless it is told otherwise. A number is plain where a word begins; digits within a word are an identity."""
 
-WORDS, WORD_LENGTH = 65_536, 64
+WORDS, WORD_LENGTH = 65_536, 128
 """Words that are kept masked, twice over, and the longest that is."""
+SHAPES = 16_384
+"""Words with all digits alike that are kept masked, twice over."""
+NUMBERED = 4_096
+"""Words that hold numbers and more, kept with them, twice over."""
 KNOWN, KNOWN_LENGTH = 8_192, 1_000
 """Masked lines that are kept with their code, twice over, and the longest that is."""
 MOST_NUMBERS = len(NUMBERS)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
+_UNCAPTURED = re2.Options()
+_UNCAPTURED.never_capture = True
+_SHAPE = str.maketrans("123456789", "000000000")
+
 Made = TypeVar("Made")
-Pick = tuple[int, int]
-"""A number of a line: its word, and which of the word's numbers it is; -1 = the word is the number."""
+Pick = tuple[int, slice | None, int]
+"""A number of a line: its word, and where it is in the word; None = it is not alone there, but the n-th of several masked parts."""
 
 
 class Matched(NamedTuple):
@@ -72,6 +80,7 @@ class Matched(NamedTuple):
 
 
 _UNKNOWN = Matched(NEW, ())
+_PADDING = [[math.nan] * missing for missing in range(MOST_NUMBERS, -1, -1)]
 
 
 class Matcher:
@@ -82,19 +91,19 @@ class Matcher:
         self._index = _index(lines.templates)
         self._templates = [template.split() for template in lines.templates]
         self._known = _Memory(self._matched, KNOWN, KNOWN_LENGTH)
+        self._numbers = _Memory(self._numbers_of, NUMBERED, WORD_LENGTH)
 
     def codes(self, messages: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """[N] codes, NEW where no template matches, and [N, 4] the first numbers of each line, NaN = none."""
         codes: list[int] = []
-        numbers = np.full((len(messages), MOST_NUMBERS), np.nan, np.float32)
-        known, split, masked_of = self._known, self._splitter.words, self._splitter.masked_word
-        for i, message in enumerate(messages):
+        numbers: list[list[float]] = []
+        known, split, masked_of, number = self._known, self._splitter.words, self._splitter.masked_word, self._number
+        for message in messages:
             words = split(message)
             code, picks = known["\n".join([masked_of[word] for word in words])]
             codes.append(code)
-            if picks:
-                numbers[i, : len(picks)] = [self._number(words[word], which) for word, which in picks]
-        return np.array(codes, np.float32), numbers
+            numbers.append([number(words[word], where, nth) for word, where, nth in picks] + _PADDING[len(picks)] if picks else _PADDING[0])
+        return np.array(codes, np.float32), np.array(numbers, np.float32).reshape(len(codes), MOST_NUMBERS)
 
     def code_of(self, masked: str) -> int:
         """Of a line that is masked already, its tokens separated by blanks."""
@@ -114,26 +123,41 @@ class Matcher:
         picks: list[Pick] = []
         tokens = iter(template)
         for i, word in enumerate(masked.split("\n")):
-            which = 0
+            nth, where = 0, _only(word)
             for token, known in zip(word.split(), tokens, strict=False):
-                picks += [(i, -1 if word == NUMBER else which + k) for k in range(known.count(NUMBER))]
-                which += token.count(NUMBER)
+                picks += [(i, where, nth + k) for k in range(known.count(NUMBER))]
+                nth += token.count(NUMBER)
         return tuple(picks[:MOST_NUMBERS])
 
-    def _number(self, word: str, which: int) -> float:
-        found = [word] if which < 0 else self._splitter.numbers(word)
-        try:
-            number = float(found[which])
-        except (ValueError, IndexError):  # a mask of the trainer's calls it a number; a line may hold "<NUM>" as it stands
-            return math.nan
-        return number if abs(number) <= FLOAT32_MAX else math.nan
+    def _number(self, word: str, where: slice | None, nth: int) -> float:
+        if where is not None:
+            return _float32(word[where])
+        numbers = self._numbers[word]
+        return numbers[nth] if nth < len(numbers) else math.nan  # a line may hold "<NUM>" as it stands
+
+    def _numbers_of(self, word: str) -> list[float]:
+        return list(map(_float32, self._splitter.numbers(word)))
+
+
+def _only(masked: str) -> slice | None:
+    """Where the number is in a word of which nothing else was masked."""
+    before, number, after = masked.partition(NUMBER)
+    return slice(len(before), -len(after) or None) if number and "<" not in before + after else None
+
+
+def _float32(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:  # a mask of the trainer's calls it a number, or it is "<NUM>" as it stands
+        return math.nan
+    return number if abs(number) <= FLOAT32_MAX else math.nan
 
 
 class Splitter:
     """Lines → masked words. Mining (training/lines.py) sees lines as matching does."""
 
     def __init__(self, header: str, masks: Sequence[Mask], delimiters: str) -> None:
-        self._header = re2.compile(header) if header else None
+        self._header = re2.compile(header, _UNCAPTURED) if header else None
         self._mask = _Masking(masks)
         self._delimiters = str.maketrans(dict.fromkeys(delimiters, " "))
         self.masked_word = _Memory(self._masked, WORDS, WORD_LENGTH)
@@ -163,38 +187,62 @@ class Splitter:
 class _Masking:
     """All masks as one expression of alternatives, a group for each.
 
-    A word in which no mask of others is found is one for the default ones alone.
+    A word in which no mask of others is found is one for the default ones alone. To these all digits are alike, but for the 0 of 0x, so
+    that words of one shape are masked alike: most words that were never seen have a shape that was.
     """
 
     def __init__(self, masks: Sequence[Mask]) -> None:
         ours = frozenset(mask.pattern for mask in DEFAULT_MASKS)
         others = [mask for mask in masks if mask.pattern not in ours]
         self._others = re2.compile(_either(others)) if others else None
-        self._ours = _Expression(re.compile, [mask for mask in masks if mask.pattern in ours])
-        self._all = _Expression(re2.compile, masks)
+        self._ours = _Ours([mask for mask in masks if mask.pattern in ours])
+        self._all = _Everyones(masks)
+        self._shapes = _Memory(self._ours.masked, SHAPES, WORD_LENGTH)
 
     def masked(self, word: str) -> str:
-        return self._for(word).masked(word)
+        if self._others is not None and self._others.search(word) is not None:
+            return self._all.masked(word)
+        if "x" in word or "X" in word:
+            return self._ours.masked(word)
+        return self._shapes[word.translate(_SHAPE)]
 
     def numbers(self, word: str) -> list[str]:
-        return self._for(word).numbers(word)
+        """What was replaced by NUMBER, in order."""
+        for_others = self._others is not None and self._others.search(word) is not None
+        return self._all.numbers(word) if for_others else self._ours.numbers(word)
 
-    def _for(self, word: str) -> _Expression:
-        return self._ours if self._others is None or self._others.search(word) is None else self._all
 
+class _Ours:
+    """Of the default masks, in Python's engine; they have no groups of their own."""
 
-class _Expression:
-    def __init__(self, compile_: Callable[[str], Any], masks: Sequence[Mask]) -> None:
-        self._expression = compile_(("(?a)" if compile_ is re.compile else "") + _either(masks)) if masks else None
-        groups = np.cumsum([1, *(re2.compile(mask.pattern).groups + 1 for mask in masks)])[:-1].tolist()
-        self._replacements = [(group, mask.replacement) for group, mask in zip(groups, masks, strict=True)]
+    def __init__(self, masks: Sequence[Mask]) -> None:
+        self._expression = re.compile(_either(masks), re.ASCII) if masks else None
+        self._replacements = ["", *(mask.replacement for mask in masks)]
 
     def masked(self, word: str) -> str:
-        return word if self._expression is None else str(self._expression.sub(self._replacement, word))
+        return word if self._expression is None else self._expression.sub(self._replacement, word)
 
     def numbers(self, word: str) -> list[str]:
         found = self._expression.finditer(word) if self._expression is not None else ()
         return [one.group() for one in found if self._replacement(one) == NUMBER]
+
+    def _replacement(self, found: re.Match[str]) -> str:
+        return self._replacements[found.lastindex or 0]
+
+
+class _Everyones:
+    """Of any masks, in RE2."""
+
+    def __init__(self, masks: Sequence[Mask]) -> None:
+        self._expression = re2.compile(_either(masks))
+        groups = np.cumsum([1, *(re2.compile(mask.pattern).groups + 1 for mask in masks)])[:-1].tolist()
+        self._replacements = [(group, mask.replacement) for group, mask in zip(groups, masks, strict=True)]
+
+    def masked(self, word: str) -> str:
+        return str(self._expression.sub(self._replacement, word))
+
+    def numbers(self, word: str) -> list[str]:
+        return [one.group() for one in self._expression.finditer(word) if self._replacement(one) == NUMBER]
 
     def _replacement(self, found: Any) -> str:
         return next(replacement for group, replacement in self._replacements if found.start(group) >= 0)

@@ -66,6 +66,19 @@ def test_the_default_masks_mean_the_same_to_both_engines(text: str) -> None:
         ]
 
 
+@given(st.text(st.sampled_from("0123456789abefxXEz.:-_+/,=TZ"), min_size=1, max_size=40))
+def test_words_of_one_shape_are_masked_as_each_by_itself(word: str) -> None:
+    splitter = Splitter("", DEFAULT_MASKS, "")
+    other = word.translate(str.maketrans("123456789", "987654321"))
+    splitter.masked_word[other]  # its shape is known by now
+    expected = re.sub("|".join(f"({mask.pattern})" for mask in DEFAULT_MASKS), _replaced, word, flags=re.ASCII)
+    assert splitter.masked_word[word] == expected
+
+
+def _replaced(found: re.Match[str]) -> str:
+    return DEFAULT_MASKS[(found.lastindex or 0) - 1].replacement
+
+
 def test_the_default_masks_take_linear_time() -> None:
     splitter = Splitter("", DEFAULT_MASKS, "")
     for part in ("1", "a1", "1:", "1.", "0a", "1-", "ab:", "-1", "1e", "_1"):
@@ -86,6 +99,8 @@ def test_a_line_that_matches_no_template_is_a_new_pattern_and_gives_no_numbers()
 def test_numbers_are_those_that_the_template_knows_in_order() -> None:
     found = matcher("a <NUM> of size=<NUM>, <*> (<NUM>/<NUM>) <NUM>")
     assert numbers(found, "a 1 of size=2.5, x (3/4) 5") == [1, 2.5, 3, 4]
+    assert numbers(matcher("<IP>:t=<NUM> [<NUM>]"), "10.0.0.7:t=9 [8]") == [9, 8]
+    assert numbers(matcher("[<NUM>]", "at-<NUM>-<ID>"), "[8]") == [8]
     assert numbers(found, "a 1 of size=2.5, 77 (3/4) 5") == [1, 2.5, 3, 4]
 
 
