@@ -282,7 +282,7 @@ class StreamPage {
     const [held, odd, fresh] = lines.counts;
     return [
       ["Anomalous lines", count(odd), `of ${count(held)} held here`, odd > 0],
-      ["Of new patterns", count(fresh), fresh ? "matched by no pattern of the model" : "", false],
+      ["Of new patterns", count(fresh), fresh ? "unknown to the model" : "", false],
     ];
   }
 
@@ -389,7 +389,7 @@ class StreamPage {
   }
 
   private showPicker(about: StreamMessage): void {
-    this.picker.hidden = about.features.length <= about.chosen.length && about.features.length < 2;
+    this.picker.hidden = about.kind === "log" || about.features.length <= about.chosen.length && about.features.length < 2;
     fill(this.picker, h("option", { value: "" }, "Features that carry the most"), ...about.features.map((feature) => h("option", { value: feature.name, selected: about.chosen.length === 1 && about.features.length > 1 && about.features[about.chosen[0]!]?.name === feature.name }, feature.name)));
   }
 
