@@ -48,6 +48,14 @@ HISTORY = 150
 """Events of each stream before anything is measured: beyond the warm-up."""
 BODY = 5000
 DISTURBED = 7
+KINDS = (
+    ("pump", "temperature", 74.0),
+    ("fan", "pressure", 1480.0),
+    ("valve", "flow", 2.3),
+    ("motor", "vibration", 6.4),
+    ("boiler", "current", 18.0),
+)
+"""Of streams: machine, quantity, usual value."""
 LONG_MS = 50.0
 SETTLE_SECONDS = 3.0
 FRAMES = """([seconds, watched, scrolled]) => new Promise(done => {
@@ -115,7 +123,8 @@ class Smoothness:
 
 
 def name_of(stream: int) -> str:
-    return f"line-{stream % 7}/pump-{stream:03}/temperature"
+    machine, quantity, _ = KINDS[stream % len(KINDS)]
+    return f"plant-{1 + stream % 3}/{machine}-{stream:03}/{quantity}"
 
 
 class Sender:
@@ -151,8 +160,8 @@ class Sender:
             self._ended.wait(max(0.0, due - time.monotonic()))
 
     def _event(self, i: int, at: float) -> dict[str, Any]:
-        push = 30.0 if i % 100 == DISTURBED and at % 20 < 5 and self._thread.is_alive() else 0.0
-        value = 50 + 3 * math.sin(at / 3 + i) + self._random.gauss(0, 0.3) + push
+        push = 0.5 if i % 100 == DISTURBED and at % 20 < 5 and self._thread.is_alive() else 0.0
+        value = KINDS[i % len(KINDS)][2] * (1 + 0.06 * math.sin(at / 3 + i) + self._random.gauss(0, 0.006) + push)
         return {"stream_id": self._names[i], "timestamp": at, "values": {"value": value}}
 
     def _post(self, events: list[dict[str, Any]]) -> None:
