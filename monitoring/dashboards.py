@@ -1,4 +1,4 @@
-"""The four dashboards, as code."""
+"""The five dashboards, as code."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from grafana_foundation_sdk.models import dashboard as models
 
 from monitoring import panels
 from monitoring.panels import BAD, GOOD, NONE_IS_GOOD, SCORE, WARN, WORST, Query, bars, compare, gauges, heat, line, linked, number, rows
+from monitoring.rules import MANY_NEW
 from service.metrics import P_VALUES
 
 # Of all replicas of one installation; those of one model.
 _ALL = 'job=~"$job"'
 _MODEL = f'{_ALL},model=~"$model"'
 _STREAM = f'{_MODEL},stream="$stream"'
+_LOGS = f"and on (job, model) (sum by (job, model) (onset_lines_total{{{_MODEL}}}) > 0)"
+"""Of log models alone."""
 _LIMIT = ((None, GOOD), (1.0, WORST))
 _READY = ((None, WORST), (1.0, GOOD))
 
 
 def all_dashboards() -> dict[str, str]:
     """Name → JSON of every dashboard."""
-    made = {"overview": overview(), "stream": stream(), "service": service(), "calibration": calibration()}
+    made = {"overview": overview(), "stream": stream(), "service": service(), "calibration": calibration(), "logs": logs()}
     return {name: _encoded(board) for name, board in made.items()}
 
 
@@ -706,6 +709,82 @@ def calibration() -> dashboard.Dashboard:
         sections,
         model=True,
     )
+
+
+def logs() -> dashboard.Dashboard:
+    """What do the logs say that is new or unusual?"""
+    new = f'rate(onset_lines_total{{{_MODEL},match="new"}}[$__rate_interval])'
+    every = f"rate(onset_lines_total{{{_MODEL}}}[$__rate_interval])"
+    steps = ((None, GOOD), (MANY_NEW / 5, WARN), (MANY_NEW, BAD))
+    sections = [
+        (
+            "Now",
+            [
+                number("Lines a second", "Log lines that are scored, of all replicas.", Query(f"sum({every})"), "cps", width=6),
+                number(
+                    "Share of new patterns",
+                    "Lines that no pattern of the model matches. They are not told apart from each other: train again with them.",
+                    Query(f"sum({new}) / clamp_min(sum({every}), 1e-9)"),
+                    "percentunit",
+                    steps,
+                    width=6,
+                ),
+                number(
+                    "Anomalous log streams",
+                    "Log streams whose last line, within five minutes, was anomalous.",
+                    Query(f"sum(onset_streams_anomalous{{{_MODEL}}} {_LOGS})"),
+                    "short",
+                    ((None, GOOD), (1.0, WARN), (10.0, BAD)),
+                    width=6,
+                ),
+                number(
+                    "Alerts of logs today",
+                    "Alerts that a line opened within 24 hours.",
+                    Query(f"sum(increase(onset_onsets_total{{{_MODEL}}}[1d]) {_LOGS})"),
+                    "short",
+                    width=6,
+                ),
+            ],
+        ),
+        (
+            "Lines",
+            [
+                line(
+                    "Lines by model",
+                    "A sudden fall: a shipper that stopped. A sudden rise: something that repeats itself.",
+                    [Query(f"sum by (model) ({every} {_LOGS})", "{{model}}")],
+                    "cps",
+                ),
+                line(
+                    "New patterns by model",
+                    "The share of lines that no pattern matches. It rises with a release of the software that logs, or with a fault that "
+                    "says what was never said; the page of the service marks such lines.",
+                    [Query(f"sum by (model) ({new} {_LOGS}) / clamp_min(sum by (model) ({every}), 1e-9)", "{{model}}")],
+                    "percentunit",
+                    steps,
+                ),
+                bars(
+                    "Alerts of logs over time",
+                    "Alerts that a line opened in each interval.",
+                    [Query(f"sum by (model) (increase(onset_onsets_total{{{_MODEL}}}[$__interval]) {_LOGS})", "{{model}}")],
+                    "short",
+                ),
+                bars(
+                    "Anomalous log streams by severity",
+                    "How many log streams are anomalous over time.",
+                    [Query(f"sum by (severity) (onset_streams_anomalous{{{_MODEL}}} {_LOGS})", "{{severity}}")],
+                    "short",
+                ),
+                heat(
+                    "Scores of all lines",
+                    "How many lines a second have which anomaly score; above 1 they are rarer than asked for.",
+                    Query(f"sum by (le) (rate(onset_anomaly_score_bucket{{{_MODEL}}}[$__rate_interval]) {_LOGS})", "{{le}}"),
+                    "none",
+                ),
+            ],
+        ),
+    ]
+    return _board("onset-logs", "Onset logs", "What do the logs say that is new or unusual?", sections, model=True)
 
 
 def _board(uid: str, title: str, description: str, sections: list[tuple[str, list[Any]]], *, model: bool = False) -> dashboard.Dashboard:

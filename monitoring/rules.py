@@ -69,6 +69,10 @@ def _grows(series: str, labels: Mapping[str, str]) -> list[Case]:
 _REPLICA = {"job": "onset", "instance": "a:8080"}
 _A = 'job="onset",instance="a:8080"'
 
+MANY_NEW = 0.05
+"""Share of lines of new patterns from which on a log model is out of date."""
+_LINES = 'onset_lines_total{job="onset",instance="a:8080",model="m",match="%s"}'
+
 RULES: tuple[Rule, ...] = (
     # ── onset-health: can events be scored, and are the scores true? ──────────────────────────────────────────────────────────────────
     Rule(
@@ -545,6 +549,33 @@ RULES: tuple[Rule, ...] = (
             Case({'onset_write_back_events_total{job="onset",outcome="overflow"}': "60x40"}),
         ),
         above=0,
+    ),
+    Rule(
+        "OnsetManyNewPatterns",
+        "onset-issues",
+        'sum by (job, model) (rate(onset_lines_total{match="new"}[15m])) / '
+        "clamp_min(sum by (job, model) (rate(onset_lines_total[15m])), 1e-9)",
+        "30m",
+        "warning",
+        "{{ $value | humanizePercentage }} of the lines that {{ $labels.model }} scores are of patterns that it does not know.",
+        "For half an hour more than a twentieth of the log lines matched no pattern of {{ $labels.model }}.",
+        "Such a line is scored as a new pattern, one like the other: what goes wrong among them is seen late or not at all, and where they "
+        "are usual by now they alarm for nothing. Mostly the software that logs was updated, or other logs are sent to this model.",
+        (
+            "The service's page: lines marked *new pattern* in the log streams, which ones and of which streams.",
+            "The *Onset logs* dashboard: since when the share rises, and for which model.",
+            "Did the format of the lines change (another header, another language), so that nothing matches any more?",
+        ),
+        (
+            "Train again with the new lines: `python -m training fit --logs FILE...`, and serve the new model.",
+            "If these lines are not meant for this model, send them elsewhere (`?model=…`).",
+        ),
+        (
+            Case({_LINES % "template": "0+80x70", _LINES % "new": "0+20x70"}, {"job": "onset", "model": "m"}),
+            Case({_LINES % "template": "0+99x70", _LINES % "new": "0+1x70"}),
+        ),
+        above=MANY_NEW,
+        range="20m",
     ),
     # ── onset-anomalies: what the streams do ──────────────────────────────────────────────────────────────────────────────────────────
     Rule(

@@ -287,6 +287,14 @@ class Metrics:
         "Grows with the judged events and alpha; compare onset_onsets_total with it.",
         model=RUNNING,
     )
+    lines = _counter(
+        "onset_lines_total",
+        "lines",
+        "Log lines scored, by whether a pattern of the model matched them (template) or none did (new); ends of sessions are none.",
+        "A growing share of new: the software that logs has changed, or says what it never said: look at the lines, and train again.",
+        model=RUNNING,
+        match=("template", "new"),
+    )
     p_value = _distribution(
         "onset_p_value",
         "probability",

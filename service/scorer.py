@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from service import alerts, cadence, sessions, silence, tracing
 from service.alerts import Stand, Standing, Transition
+from service.artifact import NEW
 from service.batcher import Batcher
 from service.copies import Copies
 from service.detector import Detector
@@ -453,6 +454,16 @@ class Scorer:
                 parts += await self._judge([piece.parsed for piece in together], together[0].policy)
         return parts
 
+    def _count_lines(self, answers: Answers) -> None:
+        lines = self.detector.manifest.lines
+        if lines is None:
+            return
+        outcomes = answers.batch.outcomes
+        codes = outcomes.records["x"][outcomes.kinds == Kind.SCORED, 0]
+        new, ends = int((codes == NEW).sum()), int((codes == lines.end).sum())
+        for match, count in (("new", new), ("template", len(codes) - new - ends)):
+            self._metrics.lines.labels(self.detector.name, match).inc(count)
+
     async def _judge(self, submissions: list[Parsed], policy: Policy) -> list[Answers]:
         readings = Readings.of(submissions, self.detector.features)
         self._metrics.batch.observe(len(readings))
@@ -469,6 +480,7 @@ class Scorer:
         self._anomalies.inc(answers.anomalies)
         self._onsets.inc(answers.onsets)
         self._expected.inc(answers.expected)
+        self._count_lines(answers)
         self._feed.tell(self.detector.name, readings.stream_ids, answers, readings.messages)
 
     async def _run(self, readings: Readings, policy: Policy) -> Answers:

@@ -283,3 +283,20 @@ def test_columns_of_numbers_are_refused_row_by_row(log_detector: Detector) -> No
     readings, errors = to_readings(events, log_detector.manifest, now=0.0, matcher=log_detector.matcher)
     assert len(readings) == 1
     assert isinstance(errors[0], BadEvent)
+
+
+async def test_lines_are_counted_by_whether_a_pattern_matched_them_and_ends_are_none(client: httpx.AsyncClient) -> None:
+    async def counted() -> dict[str, float]:
+        text = (await client.get("/metrics")).text
+        return {
+            match: float(line.rpartition(" ")[2])
+            for match in ("template", "new")
+            for line in text.splitlines()
+            if line.startswith("onset_lines_total{") and f'match="{match}"' in line
+        }
+
+    before = await counted()
+    lines = [{"stream_id": "counted", "message": message} for message in (ACCEPTED, TOOK, "Unheard of")]
+    await client.post("/v1/events", json=[*lines, {"stream_id": "counted", "end": True}])
+    after = await counted()
+    assert {match: after[match] - before[match] for match in after} == {"template": 2, "new": 1}

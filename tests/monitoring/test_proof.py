@@ -6,6 +6,7 @@ import csv
 import http.server
 import json
 import math
+import shutil
 import subprocess
 import threading
 import time
@@ -24,11 +25,14 @@ import yaml
 from monitoring.generate import ROOT
 from monitoring.queries import Found, ask, queries, table, variables
 from monitoring.rules import RULES
+from service.artifact import find_artifacts
 from tests.e2e.process import Service
 from tests.needs import program
 from tests.servers import Valkey, free_port
+from tests.tiny_log import build_tiny_log
 
 NAB = ROOT / "../shared/data/nab/data/realAWSCloudwatch"
+SHIPPED = ROOT / "service/models"
 STREAMS, KNOWN, LIVE = 6, 600, 800
 """Streams, readings of each before Prometheus looks (enough to know what is normal), and after that at most."""
 FAULTY = "web/0"
@@ -121,6 +125,14 @@ def receiver(received: Received) -> Iterator[str]:
         thread.join()
 
 
+def models(folder: Path) -> Path:
+    """The shipped detector, and one of log lines."""
+    folder.mkdir()
+    shutil.copy(find_artifacts(SHIPPED)[0], folder)
+    build_tiny_log(folder)
+    return folder
+
+
 @contextmanager
 def traffic(url: str, store: str, faulty: threading.Event) -> Iterator[None]:
     """Readings of all streams, five a second each, over HTTP and a queue; of the first one far off while `faulty`."""
@@ -139,6 +151,8 @@ def traffic(url: str, store: str, faulty: threading.Event) -> Iterator[None]:
         def send() -> None:
             for i in range(KNOWN, KNOWN + LIVE):
                 client.post("/v1/events", json=sent(i, time.time(), 60.0 if faulty.is_set() else 0.0)).raise_for_status()
+                lines = [{"stream_id": "web", "message": message} for message in (f"Took {i} ms for /a", f"Unheard of {i}")]
+                client.post("/v1/events?model=tiny-log", json=lines).raise_for_status()
                 queue.xadd("onset:events", {"event": json.dumps({"stream_id": "queued", "values": {"value": float(i % 7)}})})
                 if stop.wait(0.2):
                     return
@@ -198,6 +212,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         Valkey(folder / "store") as store,
         Service(
             folder / "service/data",
+            model=models(folder / "models"),
+            DEFAULT_MODEL="default",
             REDIS_URL=store.url,
             STREAM_METRICS="100",
             CANARY_SECONDS="3",
