@@ -188,6 +188,7 @@ class Service:
             settings.copies_bytes,
             settings.reorder_seconds,
             settings.reorder_events,
+            min(settings.session_ttl_seconds, settings.state_ttl_seconds),
         )
         policy = Policy(
             alpha=settings.asked_alpha, strict=settings.strict, silence=settings.silence, accept_after=settings.accept_after or math.inf

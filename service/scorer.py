@@ -88,6 +88,8 @@ class Limits:
     copies_bytes: int = 64 * 1024 * 1024
     reorder_seconds: float = 0.0
     reorder_events: int = 64
+    session_ttl_seconds: int = 3600
+    """0 = the state TTL."""
 
 
 class _Piece:
@@ -599,15 +601,22 @@ class Scorer:
         rows = loaded.rows if len(changed) == len(stream_ids) else loaded.rows[changed]
         # A stream that another replica wrote last is likely to be written by it again: a copy would be stale.
         stays = copied[changed] | (loaded.origins[changed] != Origin.STORED) | self._codec.ours(rows)
-        watches = self._waits(rows, policy)
+        watches, ttls = self._waits(rows, policy), self._ttls(rows)
         values = self._codec.encode(rows)
         trails = self._new_trails(trailed, slots, outcomes)
         logs = self._moved(standing, stream_ids, scored, slots, answers, messages)
         writes = [
             Write(
-                stream_ids[slot], loaded.tokens[slot], value, trails.get(slot, b""), watch, *settled.get(slot, _NOTHING), logs.get(slot, ())
+                stream_ids[slot],
+                loaded.tokens[slot],
+                value,
+                trails.get(slot, b""),
+                watch,
+                *settled.get(slot, _NOTHING),
+                logs.get(slot, ()),
+                ttl,
             )
-            for slot, value, watch in zip(changed.tolist(), values, watches, strict=True)
+            for slot, value, watch, ttl in zip(changed.tolist(), values, watches, ttls, strict=True)
         ]
         writes += [Write(stream_ids[slot], b"", b"", b"", None, *settled[slot]) for slot in told]
         self._copies.drop([stream_ids[slot] for slot in changed[~stays].tolist()])
@@ -659,6 +668,14 @@ class Scorer:
         if lines is not None and ended is not None and lines.session_seconds is not None:
             return sessions.waits(rows, lines.session_seconds, now, ended)
         return waits(rows, policy.alpha, now, ended) if policy.silence else [None] * len(rows)
+
+    def _ttls(self, rows: Rows) -> list[int]:
+        """As Write.ttl: a session that is over is not remembered for as long as a stream that may speak again at any time."""
+        lines = self.detector.manifest.lines
+        if lines is None or lines.session_seconds is None:
+            return [0] * len(rows)
+        ended: list[bool] = (rows["last"]["x"][:, 0] == lines.end).tolist()
+        return [self._limits.session_ttl_seconds if over else 0 for over in ended]
 
     def _moved(
         self,

@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     """Streams (of each model) with series of their own at /metrics: 3 a stream and 5 a feature; 0 = none (docs/metrics.md)."""
     state_ttl_seconds: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
     """A stream silent for this long is forgotten."""
+    session_ttl_seconds: Annotated[int, Field(ge=1)] = 3600
+    """A stream whose session is over (docs/log-doors.md) is forgotten after this, if no new one begins: what a session a stream leaves."""
     result_ttl_seconds: Annotated[int, Field(ge=1)] = 600
     """How long the results of a bulk can be fetched again by sending it again."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024

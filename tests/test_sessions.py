@@ -215,6 +215,19 @@ async def test_after_a_start_every_session_has_its_time_anew_and_then_ends(world
         assert world.ends == ended
 
 
+async def test_a_stream_whose_session_is_over_is_forgotten_sooner_than_others(log_detector: Detector) -> None:
+    clock = [1.8e9]
+    world = World(log_detector, MemoryStore(state_ttl=10 * TTL, result_ttl=600, clock=lambda: clock[0]))
+    await world.sweep()
+    for stream, lines in (("over", (ACCEPTED, TOOK, CLOSED, None)), ("open", (ACCEPTED,)), ("again", (CLOSED, None, ACCEPTED))):
+        await world.say(*lines, stream=stream)
+    clock[0] += Limits().session_ttl_seconds + 1
+    page, _ = await world.replicas[0].streams("", 10)
+    assert {result.stream_id for result in page} == {"open", "again"}
+    for replica in world.replicas:
+        await replica.drain(1)
+
+
 async def test_nobody_waits_for_a_session_that_is_forgotten(world: World) -> None:
     await world.say(ACCEPTED)
     await world.replicas[0].forget("s")

@@ -69,6 +69,8 @@ class Write(msgspec.Struct, frozen=True, gc=False):
     """Entries of a queue that are done with this write, each under its lease; b"" = under the lease only."""
     log: Sequence[bytes] = ()
     """For the alert log, in order; only with a value."""
+    ttl: int = 0
+    """Seconds after which the value is forgotten; 0 = the state TTL."""
 
 
 @dataclass(frozen=True)

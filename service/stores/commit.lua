@@ -1,4 +1,4 @@
-#!lua name=onset_v5
+#!lua name=onset_v6
 -- The commit of a batch: for each stream, write its new value if the stored one still carries the expected token, append its results
 -- to the output stream, and acknowledge the entries of the input stream that they are of.
 --
@@ -9,8 +9,8 @@
 --       8 number of trails, 9 of watches, 10 of log entries, 11 length of the output stream (about), 12 results, 13 acks, then a blob for
 --       each trail key, each watch key and each log key, then for each lease its token, the consumer group, and 1 where acknowledged
 --       entries stay in the stream (else 0)
---       frames: for each stream 24 bytes, little-endian: length of the token u4, token padded to 16 bytes, length of the value u4
---               (0 = the value stays as it is, whatever it is)
+--       frames: for each stream 28 bytes, little-endian: length of the token u4, token padded to 16 bytes, length of the value u4
+--               (0 = the value stays as it is, whatever it is), a TTL of its own in s u4 (0 = the state TTL)
 --       values: the new values, one after the other
 --       results: for each one position of the stream from 1 u4, its length u4, the result
 --       acks: for each one position of the stream u4, position of the lease from 1 u4, length of the id u1, the entry's id; an empty
@@ -83,11 +83,11 @@ end
 local function write(keys, args, streams, outcome)
   local frames, values, start = args[6], args[7], 1
   for i = 1, streams do
-    local size, token, bytes = struct.unpack('<I4c16I4', frames, 24 * i - 23)
+    local size, token, bytes, ttl = struct.unpack('<I4c16I4I4', frames, 28 * i - 27)
     if outcome[i] == nil and bytes == 0 then
       outcome[i] = 1
     elseif outcome[i] == nil and redis.call('GETRANGE', keys[i], 8, 23) == string.sub(token, 1, size) then
-      redis.call('SET', keys[i], string.sub(values, start, start + bytes - 1), 'EX', args[1])
+      redis.call('SET', keys[i], string.sub(values, start, start + bytes - 1), 'EX', ttl > 0 and ttl or args[1])
       outcome[i] = 1
     elseif outcome[i] == nil then
       outcome[i] = 0
@@ -146,4 +146,4 @@ local function commit(keys, args)
   return outcome
 end
 
-redis.register_function('onset_commit_v5', commit)
+redis.register_function('onset_commit_v6', commit)

@@ -133,7 +133,7 @@ class MemoryStore:
             return LOST
         now = self._clock()
         if write.value:
-            self._states[key] = (now + self._state_ttl, bytes(write.value))
+            self._states[key] = (now + (write.ttl or self._state_ttl), bytes(write.value))
         if write.watch is not None:
             self._watch(key, write.watch)
         if write.trail:

@@ -41,7 +41,7 @@ from service.events import Lease
 from service.stores import LOG_LENGTH, OUTPUT, SILENT, TRAIL_COMMITS, Output, Page, Write
 
 SHARDS = 256
-FUNCTION = "onset_commit_v5"
+FUNCTION = "onset_commit_v6"
 """With the other functions and their library renamed whenever its arguments change: replicas of two versions may share a server."""
 LIBRARY = "\n".join(Path(__file__).with_name(name).read_text() for name in ("commit.lua", "book.lua"))
 COMMIT_STREAMS, COMMIT_BYTES = 512, 4 * 1024 * 1024
@@ -70,7 +70,7 @@ T = TypeVar("T")
 
 _GLOB = re.compile(rb"[*?\[\]\\^]")
 _WATCH, _LOG = struct.Struct("<Id"), struct.Struct("<I")
-_FRAME, _RESULT, _ACK = struct.Struct("<I16sI"), struct.Struct("<II"), struct.Struct("<IIB")  # in a commit, see commit.lua
+_FRAME, _RESULT, _ACK = struct.Struct("<I16sII"), struct.Struct("<II"), struct.Struct("<IIB")  # in a commit, see commit.lua
 
 
 @lru_cache(maxsize=KEYS_CACHED)
@@ -204,7 +204,7 @@ class Commands(ABC):
         keys += [watch_key(model, shard_of(write.stream_id)) for _, write in watches]
         logged = [(i, write.stream_id, entry) for i, write in enumerate(part, 1) for entry in write.log]
         keys += [log_key(shard_of(stream_id)) for _, stream_id, _ in logged]
-        frames = b"".join(_FRAME.pack(len(write.expected), write.expected, len(write.value)) for write in part)
+        frames = b"".join(_FRAME.pack(len(write.expected), write.expected, len(write.value), write.ttl) for write in part)
         values = b"".join([write.value for write in part])
         blobs = [i.to_bytes(4, "little") + write.trail for i, write in trails]
         blobs += [_WATCH.pack(i, write.watch) + write.stream_id.encode() for i, write in watches]

@@ -228,6 +228,16 @@ async def test_trails_keep_the_last_commits_in_order(store: StateStore) -> None:
     assert await store.load_trails(MODEL, ["a", "none"]) == [kept, []]
 
 
+async def test_a_value_may_have_a_time_to_live_of_its_own_which_the_next_write_takes_back(backend: Backend) -> None:
+    store = await backend.open(state_ttl=60, result_ttl=60)
+    values = {name: value() for name in ("short", "usual", "again")}
+    await store.commit("m", [Write(name, b"", content, ttl=0 if name == "usual" else 1) for name, content in values.items()])
+    later = value()
+    assert list(await store.commit("m", [Write("again", values["again"][TOKEN], later)])) == [WRITTEN]
+    await backend.elapse(1.2)
+    assert await store.load("m", ["short", "usual", "again"]) == [None, values["usual"], later]
+
+
 async def test_states_and_trails_are_gone_after_their_time(backend: Backend) -> None:
     store = await backend.open(2, 1)
     await store.commit(MODEL, [Write("a", b"", value(), b"trail")])
