@@ -8,8 +8,8 @@ A frame takes from one requestAnimationFrame to the next; a long task is what ho
 frame in which the list or the chart has changed. *Busy* is the processor time of the page's thread (Chromium's own TaskDuration in thread
 ticks): unlike frames it hardly moves when something else takes the processors.
 
-`--pictures` also takes the views at three sizes, light and dark; docs/images/console.png is its fleet-1280-light.png. Needs the built page
-(`make console`), Debian's chromium, and playwright (extra `dev`).
+`--pictures` also takes the views at three sizes, light and dark. Needs the built page (`make console`), Debian's chromium, and playwright
+(extra `dev`).
 """
 
 from __future__ import annotations
