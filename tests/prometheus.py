@@ -68,6 +68,14 @@ class Prometheus:
         assert answer["status"] == "success", answer
         return [(series["metric"], float(series["value"][1])) for series in answer["data"]["result"]]
 
+    def shown(self, promql: str) -> str:
+        """The query and its answer, as docs/prometheus.md has them."""
+        answers = []
+        for labels, value in self.query(promql):
+            name, about = labels.pop("__name__", ""), ", ".join(f'{label}="{labels[label]}"' for label in sorted(labels))
+            answers.append(f"  {name}{{{about}}}  {value:.4g}")
+        return "\n".join([promql, *answers])
+
     def until(self, true: Callable[[], Any], seconds: float = START_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while not true():

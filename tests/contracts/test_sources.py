@@ -33,6 +33,7 @@ from service.sources.nats import Nats
 from service.sources.options import AnySource, Payload
 from service.sources.partitions import AHEAD
 from service.stores.memory import MemoryStore
+from tests.brokers import Mosquitto
 from tests.buses import amqp_rig, mqtt_rig
 from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import KafkaRig, Rig, each_once, nats_rig, redis_rig
@@ -353,8 +354,12 @@ async def test_log_lines_are_mapped_from_fields_and_sessions_end_where_a_field_s
         await rig.put(*messages[25:], partition=0)
         await until(rig.drained)
         await until(lambda: metric(service.metrics, "acknowledged_total") == 61)
+
+        async def out() -> bool:
+            return len(each_once(await rig.results())) == 80 and len(await rig.dead()) == 1
+
+        await until(out)
     results = each_once(await rig.results())
-    assert len(results) == 80
     for n in range(20):
         told = [result for result in results if result.stream_id == f"web/r{n}"]
         assert [result.line and result.line.message for result in told] == [*LOG_LINES, None]
@@ -373,3 +378,18 @@ async def test_raw_text_is_a_line(rig: Rig, tmp_path: Path) -> None:
     results = each_once(await rig.results())
     assert [result.line and result.line.new for result in results] == [False] * 4
     assert {result.stream_id for result in results} == {"by us"}
+
+
+async def test_several_sources_feed_one_service_at_once(
+    lasting: Valkey, mosquitto: Mosquitto, tiny_model_path: Path, tiny_detector: Detector
+) -> None:
+    events = recorded(20, 6)
+    by_queue, by_bus = ([event for event in events if (event["stream_id"] < "s3") is early] for early in (True, False))
+    async with redis_rig(lasting) as queue, mqtt_rig(mosquitto, lasting.url) as bus:
+        sources = TypeAdapter(list[dict[str, Any]]).dump_json([queue.declared, bus.declared]).decode()
+        async with Service(Settings(sources=sources, redis_url=lasting.url, model=tiny_model_path, drain_seconds=5)).running():
+            await asyncio.gather(queue.put(*by_queue), bus.put(*by_bus))
+            await until(queue.drained)
+            await until(bus.drained)
+        assert in_order(await queue.results()) == await uninterrupted(tiny_detector, by_queue)
+        assert in_order(each_once(await bus.results())) == await uninterrupted(tiny_detector, by_bus)

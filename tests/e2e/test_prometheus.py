@@ -79,6 +79,12 @@ def running(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> 
         yield oven, prometheus, service
 
 
+SHOWN = (
+    '{__name__=~"oven_celsius|yhat|yhat_lower|yhat_upper", machine="press-1"}',
+    'max_over_time(anomaly_score{for="oven_celsius"}[5s])',
+    'max_over_time(onset_anomaly{for="oven_celsius"}[1m])',
+    'max_over_time(oven_celsius[5s]) > on (machine) min_over_time(yhat_upper{for="oven_celsius"}[5s])',
+)
 NAME = 'oven_celsius{job="machine",machine="press-1",plant="north"}'
 
 
@@ -94,6 +100,8 @@ def test_a_disturbance_is_found_by_promql_in_the_score_beside_its_series(running
     beyond = 'oven_celsius > on (machine) yhat_upper{for="oven_celsius"}'
     prometheus.until(lambda: prometheus.query(beyond))
     assert prometheus.query('max_over_time(onset_anomaly{for="oven_celsius"}[1m]) == 1')
+    for promql in SHOWN:
+        print(prometheus.shown(promql), end="\n\n")
 
 
 def test_a_counter_comes_back_as_its_rate(running: tuple[Oven, Prometheus, Service]) -> None:

@@ -110,6 +110,7 @@ async def test_the_broker_keeps_what_is_beyond_two_batches(rig: AmqpRig, tiny_mo
     scorer._held = True
     await rig.put(*recorded(600, 1))
     await q.until(lambda: metric(service, "source_lag", "amqp") == 600)
+    assert await service.ready() is None
     assert await rig.depth("in.0") + await rig.depth("in.1") + await rig.depth("in.2") >= 500
     scorer._held = False
     await q.until(partial(done, service, 600))
