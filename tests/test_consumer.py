@@ -225,7 +225,9 @@ async def test_a_stop_hands_back_what_could_not_be_finished(tiny_detector: Detec
     consumer = Consumer(line, held, Metrics(), MAPPER, fuse=0.9)
     await consumer.start()
     line.put(event(1))
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(30):
+        while not line.waiting.empty():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
     await consumer.stop(0.1)
     assert len(line.abandoned) == 1
     assert (line.settled, line.closed) == ([], True)

@@ -244,9 +244,13 @@ async def test_the_fuse_pauses_a_partition_instead_of_emptying_it_into_the_dead_
     await until(lambda: metric(service.metrics, "paused") == 1)
     assert await service.ready() is None
     await until(lambda: outcome(service.metrics, "scored") == others)
+
+    async def settled() -> bool:
+        return metric(service.metrics, "acknowledged_total") == others + len(await rig.dead())
+
+    await until(settled)
     dead = len(await rig.dead())
     assert dead < FUSE_ENTRIES, "those that were too few to judge by"
-    await until(lambda: metric(service.metrics, "acknowledged_total") == others + dead)
     await until(lambda: lags(rig, service.metrics, 150 - dead))
 
 

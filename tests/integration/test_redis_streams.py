@@ -156,7 +156,7 @@ async def test_two_declared_sources_are_read_each_by_its_own_mapping(replicas: R
     assert set(found) == {"7/t1", "plain"}
     assert [letter["onset_field"] for letter in await q.dead()] == ["sensor"]
     await q.until(lambda: metric(service, "source_acknowledged_total", source="mapped") == 2)
-    assert metric(service, "source_acknowledged_total") == 1
+    await q.until(lambda: metric(service, "source_acknowledged_total") == 1)
 
 
 async def test_an_id_that_no_position_can_hold_is_a_dead_letter(replicas: Replicas, q: Queue) -> None:
@@ -202,16 +202,16 @@ async def test_replicas_share_the_partitions_and_one_that_stops_hands_its_over_a
         first = await Replicas(empty_server, tiny_model_path, first_stack).start(**settings)
         await q.until(lambda: metric(first, "source_partitions") == 5)
         second = await Replicas(empty_server, tiny_model_path, stack).start(**settings)
-        await q.until(lambda: {metric(first, "source_partitions"), metric(second, "source_partitions")} == {2, 3}, 10)
+        await q.until(lambda: {metric(first, "source_partitions"), metric(second, "source_partitions")} == {2, 3})
         for i in range(0, len(events), 50):
             for event in events[i : i + 50]:
                 await q.add(event, key=keys[int(event["stream_id"][1:]) % 5])
             if i == 300:
                 await first_stack.aclose()
-        await q.until(lambda: metric(second, "source_partitions") == 5, 10)
+        await q.until(lambda: metric(second, "source_partitions") == 5)
         await q.empty(*keys)
         assert metric(first, "source_acknowledged_total") > 0
-        assert metric(first, "source_acknowledged_total") + metric(second, "source_acknowledged_total") >= len(events)
+        await q.until(lambda: sum(metric(each, "source_acknowledged_total") for each in (first, second)) >= len(events))
     assert in_order(await q.results()) == await uninterrupted(tiny_detector, events)
 
 
@@ -294,8 +294,8 @@ async def test_an_owner_that_was_taken_for_dead_gets_its_entries_back_with_a_new
     await q.client.set(lease, "another#1", px=700)  # a stall, seen from outside
     await q.add(*({"stream_id": "a", "values": {"value": i}} for i in range(5)))
     await q.empty()
-    assert (await q.client.get(lease)) not in (mine, b"another#1", None)
-    assert metric(service, "source_fenced_total") == 1
+    assert metric(service, "source_fenced_total") >= 1
+    assert (await q.client.get(lease)) not in (mine, b"another#1")
     assert [result.state_version for result in await q.results()] == [1, 2, 3, 4, 5]
 
 
