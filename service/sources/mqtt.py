@@ -448,9 +448,9 @@ class _Link:
             return
         self._reading = on
         if on:
-            self._loop.add_reader(sock.fileno(), self._readable)
+            self._watch(self._loop.add_reader, sock.fileno(), self._readable)
         else:
-            self._loop.remove_reader(sock.fileno())
+            self._unwatch(self._loop.remove_reader, sock.fileno())
 
     def subscribe(self, topics: Sequence[str]) -> None:
         """Where the broker refuses one, the connection counts as lost. Its answer comes behind all that it sends again."""
@@ -534,15 +534,25 @@ class _Link:
             self.on_subscribed()
 
     def _on_write(self, client: Client, data: Any, sock: Any) -> None:
-        self._loop.add_writer(sock.fileno(), self._client.loop_write)
+        self._watch(self._loop.add_writer, sock.fileno(), self._client.loop_write)
 
     def _on_written(self, client: Client, data: Any, sock: Any) -> None:
-        self._loop.remove_writer(sock.fileno())
+        self._unwatch(self._loop.remove_writer, sock.fileno())
 
     def _on_close(self, client: Client, data: Any, sock: Any) -> None:
-        self._loop.remove_reader(sock.fileno())
-        self._loop.remove_writer(sock.fileno())
+        self._unwatch(self._loop.remove_reader, sock.fileno())
+        self._unwatch(self._loop.remove_writer, sock.fileno())
         self._reading = False
+
+    def _watch(self, add: Callable[..., None], fd: int, call: Callable[[], Any]) -> None:
+        try:
+            add(fd, call)
+        except RuntimeError as error:  # uvloop has closed its handle of a socket that failed, before anybody has read that it did
+            self.lose(str(error))
+
+    def _unwatch(self, remove: Callable[[int], bool], fd: int) -> None:
+        with contextlib.suppress(RuntimeError):  # likewise
+            remove(fd)
 
     def _readable(self) -> None:
         try:

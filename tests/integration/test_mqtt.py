@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 from paho.mqtt.client import MQTTMessage
 
-from service.sources.mqtt import _digest, _Session
+from service.sources import options
+from service.sources.mqtt import _digest, _Link, _Session
+from service.sources.options import MqttSource
 from tests.brokers import Mosquitto
 from tests.buses import MqttRig, Plant, Replicas, metric, mqtt_rig, outcomes
 from tests.queues import Queue, queue
@@ -141,6 +144,20 @@ async def test_over_tls_and_with_a_password_and_without_it_refused_by_name(
                 said += capsys.readouterr().out
         assert broker.PASSWORD not in said
         assert broker.url not in said
+
+
+async def test_a_socket_whose_handle_the_event_loop_has_closed_is_a_lost_connection(rig: MqttRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any) -> None:
+        raise RuntimeError("unable to perform operation on <UVPoll closed=True>; the handler is closed")  # as uvloop says it
+
+    [declared] = options.read(json.dumps([rig.declared]))
+    assert isinstance(declared, MqttSource)
+    link = _Link(declared, f"{rig.name}-other")
+    await link.open()
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_writer", closed)
+    link.subscribe([f"{rig.name}/other"])
+    assert "the handler is closed" in link.lost.result()
+    await link.close()
 
 
 class Wire:
