@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from service.errors import ArtifactError, OnsetError
+from service.errors import ArtifactError, OnsetError, TableError
 from service.tables import ReadOptions
 from training.autoencoder import Sizes, Variant
 from training.cache import CACHE, convert, open_cache
@@ -24,7 +24,10 @@ from training.distributed import Device, Precision, join
 from training.fit import WAVEFORM_PLAN, Plan
 from training.lines import Mining, masks_of, preview
 from training.log_files import LogFormat
-from training.pipeline import Job, default_job, fleet_job, produce
+from training.logfit import LOG_SIZES, LogPlan
+from training.logpipeline import LogJob, keys_of, known_lines, sessions_of
+from training.logpipeline import produce as produce_log
+from training.pipeline import Job, default_job, fleet_job, produce, slug
 from training.verify import verify_file
 
 app = typer.Typer(
@@ -63,14 +66,21 @@ Version = Annotated[str, typer.Option(help="Version of the published file.")]
 
 @app.command(epilog=EXAMPLE)
 def fit(
+    out: Out,
     data: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             help="CSV (, ; or tab), Parquet or npz file, or a folder of them: one stream each, all with the same features. Repeatable."
         ),
-    ],
-    out: Out,
-    name: Annotated[str | None, typer.Option(help="Name of the detector: lower case, digits, - and _. Default: from --data.")] = None,
+    ] = None,
+    logs: Annotated[
+        list[Path] | None, typer.Option(help="Instead of --data: log file (.gz too), or a folder of them, for a log model. Repeatable.")
+    ] = None,
+    sessions: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of --data: file with a session a line, `id,key key key` (the id may be left out). Repeatable."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the detector: lower case, digits, - and _. Default: from the files.")] = None,
     version: Version = "1",
     timestamp: Annotated[str | None, typer.Option(help="Column with the time (RFC 3339, ISO or epoch seconds). Default: by name.")] = None,
     exclude: Annotated[
@@ -86,17 +96,17 @@ def fit(
     keep_network: Annotated[
         bool, typer.Option("--keep-network", help="Publish the network even where injected faults are found as well without it.")
     ] = False,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the encoder.")] = 48,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Hidden units of the encoder. Default: 48, of logs 32.")] = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the encoder.")] = 1,
     code: Annotated[int, typer.Option(min=1, help="Width of the bottleneck.")] = 12,
-    decoder_hidden: Annotated[int, typer.Option(min=1, help="Hidden units of the decoder.")] = 48,
+    decoder_hidden: Annotated[int | None, typer.Option(min=1, help="Hidden units of the decoder. Default: 48, of logs 32.")] = None,
     waveform: Annotated[
         bool,
         typer.Option(
             "--waveform", help="One column that is a waveform (ECG, vibration, current), judged by the shape of its last 96 values."
         ),
     ] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps at most. Default: 400, of a waveform 900.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps at most. Default: 400, of a waveform 900, of logs 300.")] = None,
     validation: Annotated[float, typer.Option(min=0.02, max=0.5, help="Share of each stream's last rows kept for early stopping.")] = 0.15,
     lanes: Annotated[int, typer.Option(min=1, help="Pieces of streams in each step, split over the processes of torchrun.")] = 32,
     seed: Seed = 0,
@@ -106,16 +116,48 @@ def fit(
         Precision, typer.Option(help="Of its products while it learns; weights stay float32. `auto`: bfloat16 on a GPU that has it.")
     ] = "auto",
     resume: Resume = False,
+    stream_regex: StreamRegex = "",
+    time_format: TimeFormat = "",
+    timestamp_regex: TimestampRegex = "",
+    mask: Masks = None,
+    delimiters: Delimiters = "",
+    similarity: Similarity = 0.5,
+    session_seconds: Annotated[
+        float | None,
+        typer.Option(min=1e-3, help="Of logs: silence after which a session of a stream is over. Default: streams go on for ever."),
+    ] = None,
+    patterns: Annotated[
+        Path | None, typer.Option(help="Of logs: export of GET /v1/patterns, whose lines are to be known although --logs has none.")
+    ] = None,
 ) -> None:
-    """Train one detector for a whole fleet of streams with the same features.
+    """Train one detector for a whole fleet of streams with the same features, or for the lines of logs.
 
-    The files are read piece by piece and kept as float32 in OUT/cache, so data may be larger than memory. All processes of torchrun must
-    see the same OUT.
+    The files of --data are read piece by piece and kept as float32 in OUT/cache, so data may be larger than memory. All processes of
+    torchrun must see the same OUT. `python -m training lines` shows the templates that --logs would mine.
     """
+    given = [paths for paths in (data, logs, sessions) if paths]
+    if len(given) != 1:
+        _refuse(TableError("Give one of --data (readings), --logs (log files) and --sessions (files of key sequences)."))
+    if logs or sessions:
+
+        def log_job() -> LogJob:
+            if sessions:
+                read, templates = keys_of(sessions, session_seconds)
+            else:
+                mining = Mining(masks=masks_of(mask or ()), delimiters=delimiters, similarity=similarity)
+                format_ = LogFormat(timestamp_regex, time_format, stream_regex)
+                read, templates = sessions_of(given[0], format_, mining, session_seconds, known_lines(patterns) if patterns else [])
+            chosen = Sizes(hidden or LOG_SIZES.hidden, layers, code, decoder_hidden or LOG_SIZES.decoder_hidden, cell)
+            log_plan, files = LogPlan(steps=steps or LogPlan.steps, seed=seed), ", ".join(path.name for path in given[0])
+            return LogJob(name or slug(given[0][0]), version, read, templates, chosen, log_plan, _command(), files)
+
+        _run_logs(log_job, out, threads)
+        return
+    data = given[0]
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude or ()), array=array)
     plan = WAVEFORM_PLAN if waveform else Plan(steps=400)
     plan = replace(plan, steps=steps or plan.steps, lanes=lanes, seed=seed)
-    sizes = Sizes(hidden, layers, code, decoder_hidden, cell, waveform)
+    sizes = Sizes(hidden or 48, layers, code, decoder_hidden or 48, cell, waveform)
 
     def job(said: Console) -> Job:
         convert(data, options, out / CACHE, said.print)
@@ -201,6 +243,13 @@ def _run(
     except KeyboardInterrupt:
         said.print(f"Stopped. The same command with --resume continues from {out / 'checkpoint.pt'}.", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def _run_logs(job: Callable[[], LogJob], out: Path, threads: int) -> None:
+    try:
+        produce_log(job(), out, threads=threads, console=console)
+    except (OnsetError, ValueError) as error:
+        _refuse(error)
 
 
 def _refuse(error: Exception) -> NoReturn:

@@ -69,6 +69,10 @@ class Outputs:
     log_scale: Tensor  # [T, B, F]
     state: Parts  # after the last
 
+    @property
+    def answers(self) -> Tensor:
+        return self.location
+
 
 @dataclass(frozen=True)
 class Outlook:
@@ -95,7 +99,7 @@ class Autoencoder(nn.Module):
         self.inputs, self.features, self.sizes = inputs, features, sizes
         self.encoder = encoder_of(inputs, sizes)
         self.bottleneck = nn.Linear(self.encoder.output_size, sizes.code)
-        self.decoder = _decoder(sizes)
+        self.decoder = decoder_of(sizes)
         self.heads = Forecast(sizes.decoder_hidden, features)
 
     @property
@@ -104,24 +108,24 @@ class Autoencoder(nn.Module):
         return tuple(Slot(f"{prefix}_{name}", size, Keeps.ROWS) for prefix, network in networks for name, size in network.sizes.items())
 
     def fresh(self, rows: int) -> Parts:
-        return _prefixed(self.encoder.fresh(rows), self.decoder.fresh(rows))
+        return prefixed(self.encoder.fresh(rows), self.decoder.fresh(rows))
 
     def step(self, inputs: Tensor, parts: Parts) -> tuple[Tensor, Parts]:
         """One event [B, I] → location of the next one [B, F], and the state's parts after it."""
-        hidden, encoder = self.encoder.step(inputs, _of("encoder", parts))
+        hidden, encoder = self.encoder.step(inputs, parts_of("encoder", parts))
         code = torch.tanh(self.bottleneck(hidden))
-        decoded, decoder = self.decoder.step(code, _of("decoder", parts))
-        return self.heads.location(decoded), _prefixed(encoder, decoder)
+        decoded, decoder = self.decoder.step(code, parts_of("decoder", parts))
+        return self.heads.location(decoded), prefixed(encoder, decoder)
 
     def sequence(self, inputs: Tensor, parts: Parts, code_noise: Tensor | None = None) -> Outputs:
         """T events [T, B, I], the state carried in and out. `code_noise` [T, B, code] is added to the code (training only)."""
-        hidden, encoder = self.encoder.sequence(inputs, _of("encoder", parts))
+        hidden, encoder = self.encoder.sequence(inputs, parts_of("encoder", parts))
         code = torch.tanh(self.bottleneck(hidden))
         if code_noise is not None:
             code = code + code_noise
-        decoded, decoder = self.decoder.sequence(code, _of("decoder", parts))
+        decoded, decoder = self.decoder.sequence(code, parts_of("decoder", parts))
         lags = self.heads.lags(decoded).unflatten(-1, (self.features, len(LAGS)))
-        return Outputs(lags, self.heads.location(decoded), self.heads.log_scale(decoded), _prefixed(encoder, decoder))
+        return Outputs(lags, self.heads.location(decoded), self.heads.log_scale(decoded), prefixed(encoder, decoder))
 
 
 class WaveformAutoencoder(nn.Module):
@@ -145,12 +149,12 @@ class WaveformAutoencoder(nn.Module):
         return tuple(Slot(f"encoder_{name}", size, Keeps.ROWS) for name, size in self.encoder.sizes.items())
 
     def fresh(self, rows: int) -> Parts:
-        return _prefixed(self.encoder.fresh(rows), {})
+        return prefixed(self.encoder.fresh(rows), {})
 
     def look(self, inputs: Tensor, parts: Parts) -> tuple[Outlook, Parts]:
         """One event [B, 2] → what its code says, and the state's parts after it."""
-        hidden, encoder = self.encoder.step(inputs, _of("encoder", parts))
-        return self._outlook(inputs, torch.tanh(self.bottleneck(hidden))), _prefixed(encoder, {})
+        hidden, encoder = self.encoder.step(inputs, parts_of("encoder", parts))
+        return self._outlook(inputs, torch.tanh(self.bottleneck(hidden))), prefixed(encoder, {})
 
     def step(self, inputs: Tensor, parts: Parts) -> tuple[Tensor, Parts]:
         """One event [B, 2] → location of the next one [B, 1], and the state's parts after it."""
@@ -159,12 +163,12 @@ class WaveformAutoencoder(nn.Module):
 
     def sequence(self, inputs: Tensor, parts: Parts, code_noise: Tensor | None = None) -> WaveformOutputs:
         """T events [T, B, 2], the state carried in and out. `code_noise` [T, B, code] is added to the code (training only)."""
-        hidden, encoder = self.encoder.sequence(inputs, _of("encoder", parts))
+        hidden, encoder = self.encoder.sequence(inputs, parts_of("encoder", parts))
         code = torch.tanh(self.bottleneck(hidden))
         if code_noise is not None:
             code = code + code_noise
         said = self._outlook(inputs, code)
-        return WaveformOutputs(said.window.unsqueeze(2), said.location[..., :1], said.log_scale[..., :1], _prefixed(encoder, {}), said)
+        return WaveformOutputs(said.window.unsqueeze(2), said.location[..., :1], said.log_scale[..., :1], prefixed(encoder, {}), said)
 
     def _outlook(self, inputs: Tensor, code: Tensor) -> Outlook:
         location, log_scale = self.forecasts(code).split(len(HORIZONS), dim=-1)
@@ -203,16 +207,16 @@ def encoder_of(inputs: int, sizes: Sizes) -> Network:
     return Stack.of(CELLS[cell], inputs, sizes.hidden, sizes.layers)
 
 
-def _decoder(sizes: Sizes) -> Network:
+def decoder_of(sizes: Sizes) -> Network:
     """Of the encoder's cell; of the standard cell where the encoder runs over a ring."""
     if sizes.cell == "memoryless":
         return Memoryless(sizes.code, sizes.decoder_hidden)
     return Stack.of(CELLS.get(sizes.cell, StandardCell), sizes.code, sizes.decoder_hidden)
 
 
-def _of(prefix: str, parts: Parts) -> Parts:
+def parts_of(prefix: str, parts: Parts) -> Parts:
     return {name.removeprefix(f"{prefix}_"): part for name, part in parts.items() if name.startswith(f"{prefix}_")}
 
 
-def _prefixed(encoder: Parts, decoder: Parts) -> Parts:
+def prefixed(encoder: Parts, decoder: Parts) -> Parts:
     return {f"encoder_{name}": part for name, part in encoder.items()} | {f"decoder_{name}": part for name, part in decoder.items()}

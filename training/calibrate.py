@@ -30,6 +30,24 @@ YOUNG = 150
 
 
 @dataclass(frozen=True)
+class Rules:
+    """How strengths become tails. The defaults are for sensors, whose novelty fades and whose tails are smooth."""
+
+    ageing: bool = True
+    settled: float = YOUNG  # age from which on onsets count
+    alike: bool = False  # streams are too short to be told apart: what is seen of one says nothing of its next events
+    draft: Calibration | None = None  # scales, band and floor, where they are not to be learned
+    finest: int | None = None  # rank from which on a tail is extrapolated; None = 10, or 1 of 400
+    steepest: float = np.inf  # decades per unit of a signal beyond what was seen
+    steepest_sum: float = np.inf
+
+
+SENSORS = Rules()
+ALIKE = 400.0
+"""Shape and weight of priors that a stream's own onsets hardly move."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """What the detector saw in the streams, before any tail."""
 
@@ -37,6 +55,8 @@ class Observed:
     ratio: Float32  # [T, B, F] |residual| ÷ spread, NaN = missing
     valid: Bool  # [T, B] the event has a value
     age: Float32  # [T, B] events learned before this one
+    ended: Bool | None = None  # [T, B] a session ends with this event, and emissions with it
+    margin: float = 0.0  # see `Calibration`
 
 
 @torch.no_grad()
@@ -61,7 +81,7 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
     return Observed(strengths, ratios, valid, ages)
 
 
-def calibrate(observed: Observed, burn: int, streams: int | None = None) -> Calibration:
+def calibrate(observed: Observed, burn: int, streams: int | None = None, rules: Rules = SENSORS) -> Calibration:
     """All constants, from the lanes in `observed`, which are of `streams` different streams (default: each its own).
 
     Few streams tell how rare an onset is in them, not how much the next one will differ: what describes a population (age constant,
@@ -69,20 +89,26 @@ def calibrate(observed: Observed, burn: int, streams: int | None = None) -> Cali
     """
     streams = observed.valid.shape[1] if streams is None else streams
     K = observed.strengths.shape[2]
-    quantile, mean = zip(*(_scale(observed.strengths[:, :, k][_live(observed, burn)]) for k in range(K)), strict=True)
-    none = Onsets(Curve((0.0, 1.0), (0.0, 1.0), 1.0), tau=0.0, shape=10.0, weight=10.0)
-    draft = Calibration(quantile, mean, (none,) * K, none.tail, none, _band(observed))
-    watched = _Watched(observed, burn, min(1.0, streams / ENOUGH_STREAMS))
+    draft = rules.draft or _draft(observed, burn)
+    watched = _Watched(observed, burn, min(1.0, streams / ENOUGH_STREAMS), rules)
     evidence = evidence_of(observed, draft, burn)
-    draft = replace(draft, signals=tuple(watched.onsets(evidence[:, :, k]) for k in range(K)))
+    draft = replace(draft, signals=tuple(watched.onsets(evidence[:, :, k], rules.steepest) for k in range(K)))
     heights = heights_of(evidence, observed, draft, burn)
-    onsets = watched.onsets(heights)
+    onsets = watched.onsets(heights, rules.steepest_sum)
     total = evidence.sum(axis=2)
     exposure = watched.exposure(onsets.tau)
-    events = _aged_tail(total[(total > 0) & _live(observed, burn)], exposure.sum(), knots=24)
-    emitted = int((onsets_of(heights, observed.valid) > 0).sum())
+    events = _aged_tail(total[(total > 0) & _live(observed, burn)], exposure.sum(), rules, rules.steepest)
+    emitted = int((onsets_of(heights, observed) > 0).sum())
     support = Support(streams, int(_live(observed, burn).sum()), emitted, streams >= ENOUGH_STREAMS)
     return replace(draft, onsets=onsets, events=events, support=support)
+
+
+def _draft(observed: Observed, burn: int) -> Calibration:
+    """Scales and band, and nothing yet of tails."""
+    K = observed.strengths.shape[2]
+    quantile, mean = zip(*(_scale(observed.strengths[:, :, k][_live(observed, burn)]) for k in range(K)), strict=True)
+    none = Onsets(Curve((0.0, 1.0), (0.0, 1.0), 1.0), tau=0.0, shape=10.0, weight=10.0)
+    return Calibration(quantile, mean, (none,) * K, none.tail, none, _band(observed))
 
 
 @dataclass(frozen=True)
@@ -92,17 +118,20 @@ class _Watched:
     observed: Observed
     burn: int
     trust: float
+    rules: Rules
 
     def exposure(self, tau: float) -> Float64:
         """[T, B] in events of an infinitely old stream."""
         return np.where(_live(self.observed, self.burn), 1 + tau / (self.observed.age + 1), 0.0)
 
-    def onsets(self, heights: Float64) -> Onsets:
+    def onsets(self, heights: Float64, steepest: float) -> Onsets:
         """What the onsets of heights [T, B] have in common, and how streams differ in them."""
-        heights, settled = onsets_of(heights, self.observed.valid), self.observed.age >= YOUNG
-        tau = self._drawn("tau", max(_age_profile(heights, self.observed), 1.0))
+        heights, settled = onsets_of(heights, self.observed), self.observed.age >= self.rules.settled
+        tau = self._drawn("tau", max(_age_profile(heights, self.observed), 1.0)) if self.rules.ageing else 0.0
         exposure = self.exposure(tau)
-        tail = _aged_tail(heights[(heights > 0) & settled], exposure[settled].sum(), knots=24)
+        tail = _aged_tail(heights[(heights > 0) & settled], exposure[settled].sum(), self.rules, steepest)
+        if self.rules.alike:
+            return Onsets(tail, tau, ALIKE, ALIKE)
         shape, weight = _heterogeneity(heights, exposure, tail)
         return Onsets(tail, tau, self._drawn("shape", shape), self._drawn("weight", weight))
 
@@ -132,7 +161,7 @@ def heights_of(evidence: Float64, observed: Observed, calibration: Calibration, 
 
 def own_decades(heights: Float64, observed: Observed, onsets: Onsets, burn: int) -> Float64:
     """-log10 of the rate of onsets as large as heights [T, B] in each stream, as known before each event."""
-    emitted = onsets_of(heights, observed.valid) > 0
+    emitted = onsets_of(heights, observed) > 0
     live = _live(observed, burn)
     places = (on_curve(onsets.tail, heights) - onsets.first_level)[:, None] / LEVEL_STEP + 1 - np.arange(LEVELS)[:, None]  # [T, L, B]
     reached = (places >= 1) & emitted[:, None]
@@ -161,15 +190,17 @@ def on_curve(curve: Curve, value: Float64) -> Float64:
     return np.asarray(np.where(value > x[-1], y[-1] + curve.slope * (value - x[-1]), np.interp(value, x, y)))
 
 
-def onsets_of(heights: Float64, valid: Bool) -> Float64:
+def onsets_of(heights: Float64, observed: Observed) -> Float64:
     """Heights [T, B] where they exceed the last emission of the past HOLD events, else 0."""
     emitted = np.zeros_like(heights)
     last, age = np.zeros(heights.shape[1]), np.zeros(heights.shape[1])
     for i, height in enumerate(heights):
         age += 1
-        onset = (height > np.where(age <= HOLD, last, 0.0)) & valid[i]
+        onset = (height > np.where(age <= HOLD, last + observed.margin, 0.0)) & observed.valid[i]
         emitted[i] = np.where(onset, height, 0.0)
         last, age = np.where(onset, height, last), np.where(onset, 0.0, age)
+        if observed.ended is not None:
+            last, age = np.where(observed.ended[i], 0.0, last), np.where(observed.ended[i], 0.0, age)
     return emitted
 
 
@@ -201,26 +232,31 @@ def _band(observed: Observed) -> Curve:
     return Curve(tuple(map(float, ratios)), tuple(map(float, decades)), min(slope, 10.0))
 
 
-def _aged_tail(values: Float64, exposure: float, knots: int) -> Curve:
-    """The same against an exposure in events of an infinitely old stream."""
-    return _tail_curve(values, float(exposure), knots, smallest_rank=max(10, len(values) // 400))
-
-
-def _tail_curve(positive: Float64, total: float, knots: int, smallest_rank: int) -> Curve:
-    ordered = np.sort(positive)[::-1].astype(np.float64)
-    if len(ordered) < 10:  # too little was ever seen: one decade per unit, from the rate of what was
-        start = float(np.log10(max(total, 10.0) / max(len(ordered), 1)))
-        greatest = float(ordered[0]) if len(ordered) else 0.0
-        return Curve((0.0, greatest + 1.0), (start, start + 1.0), 1.0)
+def _aged_tail(values: Float64, exposure: float, rules: Rules, steepest: float, knots: int = 24) -> Curve:
+    """Tail of the positive `values` against an exposure in events of an infinitely old stream."""
+    if len(values) < 10:
+        return _sparse_tail(values, exposure, steepest)
+    smallest_rank = max(10, len(values) // 400) if rules.finest is None else rules.finest
+    ordered, total = np.sort(values)[::-1].astype(np.float64), float(exposure)
     ranks = np.unique(np.round(np.geomspace(min(smallest_rank, len(ordered) // 3), len(ordered), knots)).astype(int))
-    x, y = ordered[ranks - 1][::-1], -np.log10(ranks / total)[::-1]
-    x, y = _spaced(x, y)
-    top = ordered[: max(10, min(len(ordered) // 2, max(30, len(ordered) // 50)))]
-    excess = max(float((top - top[-1]).mean()), 1e-3)
+    x, y = _spaced(ordered[ranks - 1][::-1], -np.log10(ranks / total)[::-1])
+    most = len(ordered) // 50 if rules.finest is None else rules.finest
+    top = ordered[: max(10, min(len(ordered) // 2, max(30, most)))]
+    slope = min(1 / (max(float((top - top[-1]).mean()), 1e-3) * np.log(10)), steepest)
     decades = np.maximum(y, 0.0)
     if len(x) == 1:
-        x, decades = np.array([x[0], x[0] + 1.0]), np.array([decades[0], decades[0] + 1 / (excess * np.log(10))])
-    return Curve(tuple(map(float, x)), tuple(map(float, decades)), float(1 / (excess * np.log(10))))
+        x, decades = np.array([x[0], x[0] + 1.0]), np.array([decades[0], decades[0] + slope])
+    return Curve(tuple(map(float, x)), tuple(map(float, decades)), float(slope))
+
+
+def _sparse_tail(values: Float64, exposure: float, steepest: float) -> Curve:
+    """Of fewer than 10: from the rate of what was, one decade per unit; where it may not be as steep, from the rate to once in all."""
+    greatest = float(values.max()) if len(values) else 0.0
+    start = float(np.log10(max(exposure, 10.0) / max(len(values), 1)))
+    if np.isinf(steepest):
+        return Curve((0.0, greatest + 1.0), (start, start + 1.0), 1.0)
+    slope = min(steepest, 0.2)
+    return Curve((0.0, greatest + 1.0), (start, float(np.log10(max(exposure, 10.0))) + slope), slope)
 
 
 def _spaced(x: Float64, y: Float64) -> tuple[Float64, Float64]:

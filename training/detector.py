@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,20 +51,72 @@ def flat_calibration(signals: int) -> Calibration:
     return Calibration(ones, ones, (onsets,) * signals, line, onsets, line)
 
 
+class Recurrent(Protocol):
+    """The network of a step, for what looks at it from outside: an event by itself is answered as within a sequence."""
+
+    sizes: Sizes
+    inputs: int
+
+    def fresh(self, rows: int) -> Parts: ...
+
+    def step(self, inputs: Tensor, parts: Parts) -> tuple[Tensor, Parts]:
+        """One event [B, I] → answers [B, ...], and the state's parts after it."""
+        ...
+
+    def sequence(self, inputs: Tensor, parts: Parts) -> Sequenced:
+        """T events [T, B, I]."""
+        ...
+
+
+class Sequenced(Protocol):
+    @property
+    def answers(self) -> Tensor: ...  # [T, B, ...]
+
+    @property
+    def state(self) -> Parts: ...
+
+
 class StepModule(nn.Module, ABC):
-    """What can be exported as an artifact's step function."""
+    """What can be exported as a step function."""
 
     features: int
+    outputs: tuple[str, ...] = OUTPUTS
 
     @property
     @abstractmethod
     def state_size(self) -> int: ...
 
 
-class DetectorStep(StepModule):
+class ArtifactStep(StepModule):
+    """What can be published as an artifact: it has a layout of its state, a network, signals and their calibration."""
+
+    layout: Layout
+    calibration: Calibration
+    warmup: int
+    """Events of a fresh stream without a score."""
+
+    @property
+    def state_size(self) -> int:
+        return self.layout.size
+
+    @property
+    @abstractmethod
+    def network(self) -> Recurrent: ...
+
+    @property
+    @abstractmethod
+    def signal_names(self) -> tuple[str, ...]: ...
+
+    def magnitude(self, slot: str) -> float:
+        """The size of what a slot is the difference from, 0 where it is none: its rounding is relative to that."""
+        return 0.0
+
+
+class DetectorStep(ArtifactStep):
     """One event for each of B streams. `forward` has the signature of the artifact's step function."""
 
     scored: Tensor
+    warmup = WARMUP
 
     def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 6, scored: Sequence[bool] | None = None) -> None:
         """`scored` of F: False for context, which the network sees and nothing judges. By default all are scored."""
@@ -93,8 +145,18 @@ class DetectorStep(StepModule):
         self.layout = Layout([*counters, *(slot for part in slots for slot in part)])
 
     @property
-    def state_size(self) -> int:
-        return self.layout.size
+    def network(self) -> Recurrent:
+        return self.autoencoder
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        return self.signals.names
+
+    def magnitude(self, slot: str) -> float:
+        """A precision near the pooled one is a small difference of large numbers."""
+        if slot == "precision" and isinstance(self.signals, ResidualSignals):
+            return float(self.signals.usual_precision.abs().max())
+        return 0.0
 
     def fresh_state(self, rows: int) -> Tensor:
         return torch.zeros(rows, self.state_size)

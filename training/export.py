@@ -1,6 +1,6 @@
 """PyTorch → one sealed ONNX file that describes itself. Nothing is published that `training.verify` refuses.
 
-DetectorStep ──torch.onnx.export──► bytes ──verify──► self-test vectors ──► metadata ──► seal ──► NAME-VERSION.onnx
+ArtifactStep ──torch.onnx.export──► bytes ──verify──► self-test vectors ──► metadata ──► seal ──► NAME-VERSION.onnx
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from service.artifact import (
     UNSEALED,
     Cell,
     Feature,
+    Lines,
     Manifest,
     SelfTest,
     Slice,
@@ -34,8 +35,8 @@ from service.artifact import (
     seal,
 )
 from service.detector import Detector, StepOutput, session_of
-from training.detector import OUTPUTS, WARMUP, DetectorStep, StepModule, example_inputs
-from training.verify import Runner, probe_inputs, verify_manifest, verify_step
+from training.detector import ArtifactStep, StepModule, example_inputs
+from training.verify import Runner, inputs_of, verify_manifest, verify_step
 
 OPSET = 18
 INPUTS = ("state", "x", "t", "learn", "alpha")
@@ -54,7 +55,7 @@ def to_onnx(step: StepModule) -> bytes:
             dynamo=True,
             opset_version=OPSET,
             input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
+            output_names=list(step.outputs),
             dynamic_shapes=tuple({0: rows} for _ in INPUTS),
             verbose=False,
         )
@@ -90,7 +91,7 @@ def _anonymous(model: Any) -> None:
 
 
 def manifest_of(
-    step: DetectorStep,
+    step: ArtifactStep,
     *,
     name: str,
     version: str,
@@ -98,18 +99,20 @@ def manifest_of(
     training: Training,
     description: str = "",
     quality: dict[str, Any] | None = None,
+    lines: Lines | None = None,
 ) -> Manifest:
-    """Raises pydantic's ValidationError when name, version or features are not what an artifact may carry."""
-    sizes = step.autoencoder.sizes
+    """`lines` of a log detector. Raises pydantic's ValidationError when name, version or features are not what an artifact may carry."""
+    sizes = step.network.sizes
     return Manifest(
         name=name,
         version=version,
-        kind="sensor",
+        kind="sensor" if lines is None else "log",
+        lines=lines,
         description=description,
         features=features,
         state_size=step.state_size,
         layout=[Slice(name=slot.name, size=slot.size) for slot in step.layout.slots],
-        warmup=WARMUP,
+        warmup=step.warmup,
         cell=Cell(variant=sizes.cell, layers=sizes.layers, hidden=sizes.hidden, code=sizes.code, decoder_hidden=sizes.decoder_hidden),
         training=training,
         calibration={**step.calibration.as_dict(), "signals": _signals(step)},
@@ -117,12 +120,12 @@ def manifest_of(
     )
 
 
-def _signals(step: DetectorStep) -> dict[str, Any]:
+def _signals(step: ArtifactStep) -> dict[str, Any]:
     """Each signal's name with its pooled tail."""
-    return dict(zip(step.signals.names, step.calibration.as_dict()["signals"], strict=True))
+    return dict(zip(step.signal_names, step.calibration.as_dict()["signals"], strict=True))
 
 
-def publish(step: DetectorStep, graph: bytes, manifest: Manifest, folder: Path) -> Path:
+def publish(step: ArtifactStep, graph: bytes, manifest: Manifest, folder: Path) -> Path:
     """Verify, describe, seal and write NAME-VERSION.onnx. Raises ArtifactError that says why a model is refused; then nothing is left."""
     run = Runner(session_of(graph))
     verify_step(step, run)
@@ -141,9 +144,9 @@ def publish(step: DetectorStep, graph: bytes, manifest: Manifest, folder: Path) 
     return path
 
 
-def selftest(run: Runner, step: DetectorStep) -> SelfTest:
+def selftest(run: Runner, step: ArtifactStep) -> SelfTest:
     """Inputs with gaps, outliers and frozen rows, and what the graph answers to them; the last steps are beyond the warm-up."""
-    x, t, learn, alpha = probe_inputs(SELFTEST_STEPS, SELFTEST_ROWS, step.features)
+    x, t, learn, alpha = inputs_of(step, SELFTEST_STEPS, SELFTEST_ROWS)
     state = np.zeros((SELFTEST_ROWS, step.state_size), np.float32)
     answers: list[StepOutput] = []
     for i in range(SELFTEST_STEPS):

@@ -105,7 +105,7 @@ def fleet_job(
     longest = sorted(range(len(streams)), key=lambda i: -len(streams[i]))[:MAX_CALIBRATION_LANES]
     evaluation = [cut(streams[i], max(0, fleet.splits[i] - 4000), fleet.splits[i] + MAX_EVALUATION_ROWS) for i in longest]
     return Job(
-        name=name or _slug(paths[0]),
+        name=name or slug(paths[0]),
         version=version,
         description=f"One detector for {len(streams)} stream(s) of {len(features)} feature(s).",
         features=features,
@@ -317,7 +317,7 @@ def _lanes(streams: Sequence[Stream]) -> list[Stream]:
     return [cut(stream, i * len(stream) // (starts + 1), len(stream)) for stream in streams for i in range(starts)]
 
 
-def _slug(path: Path) -> str:
+def slug(path: Path) -> str:
     slug = re.sub(r"[^a-z0-9_-]+", "-", path.stem.lower()).strip("-_")
     return slug[:64] or "detector"
 

@@ -87,6 +87,7 @@ class Calibration:
     band: Curve  # tail of |residual| ÷ spread
     floor: float = 3.2  # decades of a signal that do not count towards an onset of the sum
     prior_events: float = 1000.0  # events the pooled scale weighs
+    margin: float = 0.0  # by how much an onset exceeds the last emission: where the same strength comes again, rounding must not
     support: Support | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -223,7 +224,8 @@ class Tail(nn.Module):
         places, beyond, event, heights, total, factor = self._sums(summed)
 
         onset_age = parts["onset_age"] + 1
-        onset = heights > parts["onset_height"] * (onset_age <= HOLD).to(live.dtype)
+        last = parts["onset_height"] + self.calibration.margin if self.calibration.margin else parts["onset_height"]
+        onset = heights > last * (onset_age <= HOLD).to(live.dtype)
         counted = onset.to(live.dtype)
         terms = [places.clamp(0.0, 1.0) * chain, beyond.clamp(min=0.0), event, log_growth, parts["audit"]]
         exponents = torch.addmm(self.exponents_start, self.exponents, torch.cat(terms)) * torch.cat([torch.sign(total), counted[K:]])

@@ -40,7 +40,7 @@ def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observe
             onset_p[i] = answer.onset_p[0].numpy()
             emitted[i] = np.where(parts["onset_age"][SUM].numpy() == 0, parts["onset_height"][SUM].numpy(), 0.0)
     heights = heights_of(evidence_of(observed, calibration, tail.burn), observed, calibration, tail.burn)
-    heights = onsets_of(heights, observed.valid)
+    heights = onsets_of(heights, observed)
     assert (heights > 0).sum() > 10
     np.testing.assert_allclose(emitted, heights, atol=0.03)
     assert ((onset_p < 1) <= (heights > 0)).all()

@@ -1,0 +1,389 @@
+"""Trains a log detector: tables by counting, the network by gradient, the tail on sessions that the judging network never saw.
+
+    sessions ─► folds, each judged by a detector of the other folds ─► nats of every line ─► calibration ─┐
+             └► a detector of all sessions ───────────────────────────────────────────────────────────────┴─► LogStep
+
+Templates that a fold's detector never saw are new patterns to it: so the rate of new patterns is measured, too.
+Shapes: T events (lines, then the session's end), B lanes, K classes, J signals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.autoencoder import Sizes
+from training.calibrate import Observed, Rules, calibrate
+from training.counting import BINS, count, counts_of, with_end
+from training.data import Float32, Float64
+from training.logs import GAP_LIMIT, LAGS, MARGIN, MOST_NATS, NEW_NATS, Counts, Decoded, LogStep, Ranges, flat_calibration
+from training.sessions import Session, Sessions
+from training.tail import Calibration, Curve
+
+LOG_SIZES = Sizes(hidden=32, layers=1, code=12, decoder_hidden=32)
+ENOUGH_NUMBERS = 20
+"""Numbers of a template from which on its next ones are judged."""
+MAX_LANE, MAX_CELLS = 4096, 4_000_000
+"""Events of a calibration lane, and events in all lanes with what pads them."""
+COUNT_FOLDS = 20
+ENOUGH_SESSIONS = 3
+"""Sessions of a stream from which on streams are told apart, not only sessions."""
+CODE_NOISE, CORRUPTED = 0.05, 0.02
+
+
+@dataclass(frozen=True)
+class LogPlan:
+    """How long, how wide, how fast."""
+
+    steps: int = 300
+    lines: int = 1500  # in each step
+    longest: int = 256  # lines of a session that gradients flow through
+    folds: int = 4
+    learning_rate: float = 8e-3
+    seed: int = 0
+
+
+DEFAULT = LogPlan()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pieces of sessions side by side. What pads them is not `present`."""
+
+    codes: Tensor  # [T, B] int64
+    present: Tensor  # [T, B] bool
+    rows: Tensor  # [T, B] int64 of the 2-gram table: the class before
+    first: Tensor  # [T, B] bool: a session begins with this line
+    gap: Tensor  # [T, B] seconds, NaN = none
+    numbers: Tensor  # [T, B, 4]
+    bins_before: Tensor  # [T, B, K]
+    bins_after: Tensor  # [T, B, K]
+    judged: Tensor  # [T, B] bool: what came before is known, or nothing did
+
+
+@dataclass(frozen=True)
+class Held:
+    """Sessions as a detector judged them that was not trained on them."""
+
+    sessions: list[Session]
+    nats: list[Float32]  # [T, J] each
+    gap_ratio: list[Float32]  # [T] each, NaN = none
+    streams: int
+
+    @property
+    def mean_nats(self) -> float:
+        """Of a line."""
+        return float(np.concatenate([nats[:, 0] for nats in self.nats]).mean())
+
+
+OnStep = Callable[[float], None]
+
+
+def _silent(loss: float) -> None:
+    """Nobody watches the loss."""
+
+
+def fit(
+    data: Sessions, sizes: Sizes = LOG_SIZES, plan: LogPlan = DEFAULT, numbers: int = 0, on_step: OnStep = _silent
+) -> tuple[LogStep, Held]:
+    """A calibrated detector of `numbers` numbers a line, and the sessions it was calibrated on.
+
+    `on_step` is called with the loss of each of (folds + 1) · steps steps.
+    """
+    pieces = _pieces(data.sessions)
+    held = hold_out(pieces, data, sizes, plan, numbers, on_step)
+    step = _trained(pieces, data.codes, sizes, plan, numbers, on_step)
+    step.calibrate(calibration_of(step, held))
+    return step, held
+
+
+def _pieces(sessions: Sequence[Session]) -> list[Session]:
+    """Few streams that never end are cut, so that there is something to leave out."""
+    longest = max(64, sum(map(len, sessions)) // 40)
+    pieces = []
+    for session in sessions:
+        starts = range(0, len(session), longest) if not session.ended else (0,)
+        pieces += [session.cut(start, start + longest if not session.ended else len(session)) for start in starts]
+    return pieces
+
+
+def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan, numbers: int, on_step: OnStep = _silent) -> Held:
+    """Blocks of consecutive sessions, each judged by a detector of the others."""
+    folds = np.array_split(np.arange(len(pieces)), min(plan.folds, len(pieces)))
+    sessions: list[Session] = []
+    nats: list[Float32] = []
+    ratios: list[Float32] = []
+    for number, fold in enumerate(folds):
+        others = [piece for i, piece in enumerate(pieces) if not fold[0] <= i <= fold[-1]] or pieces
+        known = np.zeros(data.codes, bool)
+        known[np.concatenate([piece.codes for piece in others])] = True
+        step = _trained(others, data.codes, sizes, replace(plan, seed=plan.seed + 1 + number), numbers, on_step)
+        judged = [pieces[i].knowing(known) for i in fold]
+        sessions += judged
+        for of_session, ratio in observe_sessions(step, judged):
+            nats.append(of_session)
+            ratios.append(ratio)
+    held = Held(sessions, nats, ratios, data.streams)
+    return _counted_again(held, data.codes) if "counts" in step.signals else held
+
+
+@torch.no_grad()
+def _counted_again(held: Held, codes: int) -> Held:
+    """The counts' nats by COUNT_FOLDS folds instead of few: counting is cheap, and new combinations are rarer the more were seen."""
+    nats = list(held.nats)
+    for fold in np.array_split(np.arange(len(held.sessions)), min(COUNT_FOLDS, len(held.sessions))):
+        others = [session for i, session in enumerate(held.sessions) if not fold[0] <= i <= fold[-1]] or held.sessions
+        counting = count(others, codes)
+        counts = Counts(counting)
+        for i in fold:
+            session = held.sessions[i]
+            bins = BINS[counts_of(session, counting.classes, counting.width)]
+            after = torch.from_numpy(np.concatenate([bins[1:], bins[-1:]] if session.ended else [bins[1:]])).float()
+            ended = torch.zeros(len(after), 1)
+            ended[-1] = float(session.ended)
+            nats[i] = nats[i].copy()
+            nats[i][:, 2] = counts.distance(after, ended).squeeze(1).numpy()
+    return replace(held, nats=nats)
+
+
+def _trained(sessions: Sequence[Session], codes: int, sizes: Sizes, plan: LogPlan, numbers: int, on_step: OnStep) -> LogStep:
+    torch.manual_seed(plan.seed)
+    step = LogStep(count(sessions, codes), ranges_of(sessions, codes, numbers), sizes)
+    _begin_gaps(step, sessions)
+    train(step, sessions, plan, on_step)
+    return step.eval()
+
+
+def ranges_of(sessions: Sequence[Session], codes: int, numbers: int) -> Ranges:
+    """Medians of each template's numbers, and scales such that three of them hold 95 of 100."""
+    gaps = np.concatenate([session.gaps for session in sessions]).astype(np.float64)
+    gaps = gaps[np.isfinite(gaps)]
+    unit = float(np.quantile(gaps[gaps > 0], 0.1)) if (gaps > 0).any() else 1.0
+    spread = max(float(np.log1p(np.maximum(gaps, 0) / unit).std()), 0.1) if len(gaps) else 1.0
+    all_codes = np.concatenate([session.codes for session in sessions])
+    values = np.arcsinh(np.concatenate([session.numbers for session in sessions])[:, :numbers].astype(np.float64))
+    location, scale = np.zeros((codes, numbers)), np.full((codes, numbers), np.inf)
+    order = np.argsort(all_codes, kind="stable")
+    for code, rows in zip(*_groups(all_codes[order], order), strict=True):
+        for n in range(numbers):
+            of_code = values[rows, n][np.isfinite(values[rows, n])]
+            if len(of_code) >= ENOUGH_NUMBERS:
+                location[code, n] = np.median(of_code)
+                scale[code, n] = max(float(np.quantile(np.abs(of_code - location[code, n]), 0.95)) / 3, 0.02)
+    return Ranges(unit, spread, torch.from_numpy(location).float(), torch.from_numpy(scale).float())
+
+
+def _groups(ordered: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
+    codes, starts = np.unique(ordered, return_index=True)
+    return codes.tolist(), np.split(rows, starts[1:])[: len(codes)]
+
+
+@torch.no_grad()
+def _begin_gaps(step: LogStep, sessions: Sequence[Session]) -> None:
+    """The gap's head begins at each template's median."""
+    codes, gaps = np.concatenate([session.codes for session in sessions]), np.concatenate([session.gaps for session in sessions])
+    measured = np.log1p(np.maximum(gaps, 0) / step.ranges.gap_unit)
+    codes, measured = codes[np.isfinite(measured)], measured[np.isfinite(measured)]
+    order = np.argsort(codes, kind="stable")
+    for code, rows in zip(*_groups(codes[order], order), strict=True):
+        middle = float(np.median(measured[rows]))
+        off = float(np.abs(measured[rows] - middle).mean())
+        step.lines.gap_of.weight[code] = torch.tensor([middle, math.log(max(off, 0.05))])
+
+
+def batch_of(step: LogStep, pieces: Sequence[tuple[Session, int, int]]) -> Batch:
+    """Events start to stop of each session; its end, where it has one, is the event behind its lines."""
+    classes, K = step.counts.classes.numpy(), step.counts.width
+    T, B = max(stop - start for _, start, stop in pieces), len(pieces)
+    codes, rows = np.zeros((T, B), np.int64), np.full((T, B), K)
+    present, first, judged = (np.zeros((T, B), bool) for _ in range(3))
+    gap, numbers = np.full((T, B), np.nan, np.float32), np.full((T, B, 4), np.nan, np.float32)
+    before, after = (np.zeros((T, B, K), np.float32) for _ in range(2))
+    for b, (session, start, stop) in enumerate(pieces):
+        events, n = with_end(session, step.codes)[start:stop], stop - start
+        codes[:n, b], present[:n, b], judged[:n, b] = events, True, True
+        rows[1:n, b] = classes[events[:-1]]
+        first[0, b] = session.first and start == 0
+        if start > 0:
+            rows[0, b] = classes[session.codes[start - 1]]
+        judged[0, b] = first[0, b]
+        lines = min(n, len(session) - start)
+        gap[:lines, b], numbers[:lines, b] = session.gaps[start:stop], session.numbers[start:stop]
+        if step.counts.counted:
+            bins = BINS[counts_of(session.cut(0, stop), classes, K)][start:]
+            before[:n, b] = bins[:n]
+            after[:n, b] = np.concatenate([bins[1:], bins[-1:]])[:n]
+    gap[0, first[0]] = np.nan
+    parts = (codes, present, rows, first, gap, numbers, before, after, judged)
+    return Batch(*(torch.from_numpy(part) for part in parts))
+
+
+def _length(session: Session) -> int:
+    return len(session) + session.ended
+
+
+def train(step: LogStep, sessions: Sequence[Session], plan: LogPlan, on_step: OnStep = _silent) -> None:
+    """Adam, one cycle, on pieces of about the same length. Inputs are corrupted, targets are clean."""
+    network, rng = step.lines, np.random.default_rng(plan.seed)
+    noise = torch.Generator().manual_seed(plan.seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=plan.learning_rate, weight_decay=1e-3)
+    pieces = [(s, i, min(i + plan.longest, _length(s))) for s in sessions for i in range(0, _length(s), plan.longest)]
+    pieces.sort(key=lambda piece: piece[2] - piece[1])
+    for number in range(plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(plan, number)
+        batch = batch_of(step, _drawn(pieces, plan, rng))
+        loss = _loss(step, batch, rng, noise)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        on_step(float(loss.detach()))
+
+
+def _drawn(pieces: list[tuple[Session, int, int]], plan: LogPlan, rng: np.random.Generator) -> list[tuple[Session, int, int]]:
+    """About plan.lines lines in pieces that are neighbours by length, around a random one."""
+    middle = int(rng.integers(len(pieces)))
+    lanes = max(1, min(plan.lines // max(1, pieces[middle][2] - pieces[middle][1]), 128, len(pieces)))
+    start = max(0, min(middle - lanes // 2, len(pieces) - lanes))
+    return pieces[start : start + lanes]
+
+
+def _learning_rate(plan: LogPlan, number: int) -> float:
+    rise = min(1.0, (number + 1) / max(1.0, 0.1 * plan.steps))
+    return plan.learning_rate * max(1e-3, rise * 0.5 * (1 + math.cos(math.pi * number / plan.steps)))
+
+
+def _answers(step: LogStep, batch: Batch, codes: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Decoded]:
+    """The decoder's answers before each event [T, B, H], and after it. `codes` are what the network is given."""
+    gap = torch.log1p(batch.gap.clamp(0.0, 1e12) / step.ranges.gap_unit) / step.ranges.gap_spread
+    inputs = step.lines.read(codes, gap, batch.first)
+    decoded = step.lines.sequence(inputs, step.lines.fresh(codes.shape[1]), noise)
+    return torch.cat([torch.zeros_like(decoded.answers[:1]), decoded.answers[:-1]]), decoded
+
+
+def _loss(step: LogStep, batch: Batch, rng: np.random.Generator, noise: torch.Generator) -> Tensor:
+    """Cross-entropy of the next line + 0.1 of the last ones again + 0.3 × Laplace likelihood of the gap."""
+    T, B = batch.codes.shape
+    wrong = torch.from_numpy(rng.random((T, B)) < CORRUPTED)
+    codes = torch.where(wrong, torch.from_numpy(rng.integers(0, step.codes - 1, (T, B))), batch.codes)
+    code_noise = CODE_NOISE * torch.randn(T, B, step.sizes.code, generator=noise)
+    before, decoded = _answers(step, batch, codes, code_noise)
+    logits = step.counts.log_chances[batch.rows] + step.lines.logits(before, batch.bins_before if step.counts.counted else None)
+    loss = _mean(functional.cross_entropy(logits.flatten(0, 1), batch.codes.flatten(), reduction="none").view(T, B), batch.judged)
+    again = step.lines.again(decoded.answers)
+    for j, lag in enumerate(LAGS):
+        if lag < T:
+            error = functional.cross_entropy(again[lag:, :, j].flatten(0, 1), batch.codes[: T - lag].flatten(), reduction="none")
+            loss = loss + 0.1 / len(LAGS) * _mean(error.view(T - lag, B), batch.present[lag:])
+    location, scale, measured, known = _gaps(step, batch, before)
+    return loss + 0.3 * _mean((measured - location).abs() / scale + torch.log(scale), known)
+
+
+def _gaps(step: LogStep, batch: Batch, before: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Location, scale and measure of the gaps, and which are known, [T, B] each."""
+    location, scale = (part.squeeze(-1) for part in step.lines.gaps(before, batch.codes))
+    measured = torch.log1p(batch.gap.clamp(0.0, 1e12) / step.ranges.gap_unit)
+    known = torch.isfinite(measured) & batch.judged
+    return location.clamp(0.0, GAP_LIMIT), scale, torch.where(known, measured, 0.0), known
+
+
+def _mean(error: Tensor, counted: Tensor) -> Tensor:
+    return (error * counted).sum() / counted.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def observe_sessions(step: LogStep, sessions: Sequence[Session]) -> list[tuple[Float32, Float32]]:
+    """Nats [T, J] of each session's events as the graph computes them, and the gap's ratio [T] (NaN = none)."""
+    answers: list[tuple[Float32, Float32]] = [(np.zeros((0, 0), np.float32),) * 2] * len(sessions)
+    order = sorted(range(len(sessions)), key=lambda i: len(sessions[i]))
+    at = 0
+    while at < len(order):
+        lanes = max(1, min(len(order) - at, 4096 // (_length(sessions[order[min(at + 64, len(order) - 1)]]) + 1)))
+        chosen = order[at : at + lanes]
+        nats, ratio = _observed(step, batch_of(step, [(sessions[i], 0, _length(sessions[i])) for i in chosen]))
+        for b, i in enumerate(chosen):
+            answers[i] = nats[: _length(sessions[i]), b], ratio[: _length(sessions[i]), b]
+        at += lanes
+    return answers
+
+
+def _observed(step: LogStep, batch: Batch) -> tuple[Float32, Float32]:
+    before, _ = _answers(step, batch, batch.codes)
+    logits = step.counts.log_chances[batch.rows] + step.lines.logits(before, batch.bins_before if step.counts.counted else None)
+    chances = torch.softmax(logits, dim=-1).gather(-1, batch.codes.unsqueeze(-1)).squeeze(-1)
+    judged = batch.judged.float()
+    signals = [step.counts.surprise(chances, batch.codes) * judged, (batch.codes == 0).float() * NEW_NATS]
+    if step.counts.counted:
+        ended = (batch.codes == step.codes - 1).float()
+        signals.append(torch.cat([step.counts.distance(b, e.unsqueeze(1)).t() for b, e in zip(batch.bins_after, ended, strict=True)]))
+    location, scale, measured, known = _gaps(step, batch, before)
+    ratio = (measured - location).abs() / scale
+    signals.append(torch.where(known, ratio, 0.0))
+    if step.ranges.numbers:
+        signals.append(_numbers(step, batch))
+    return torch.stack(signals, dim=-1).numpy(), torch.where(known, ratio, torch.nan).numpy()
+
+
+def _numbers(step: LogStep, batch: Batch) -> Tensor:
+    location, scale = step.number_location[batch.codes], step.number_scale[batch.codes]
+    numbers = batch.numbers[..., : step.ranges.numbers]
+    judged = torch.isfinite(numbers) & torch.isfinite(scale)
+    return torch.where(judged, (torch.asinh(numbers) - location).abs() / torch.where(judged, scale, 1.0), 0.0).amax(dim=-1)
+
+
+def calibration_of(step: LogStep, held: Held) -> Calibration:
+    """The tail's constants, from sessions held out."""
+    observed, _ = side_by_side(held, len(step.signals))
+    events = int(observed.valid.sum())
+    draft = replace(flat_calibration(len(step.signals)), floor=float(np.clip(np.log10(events) - 1.5, 0.5, 3.2)), band=_gap_band(held))
+    alike = len(held.sessions) < ENOUGH_SESSIONS * held.streams and step.counts.counted
+    rules = Rules(ageing=False, settled=0.0, alike=alike, draft=draft, finest=5, steepest=1 / math.log(10), steepest_sum=1.0)
+    return calibrate(observed, 0, held.streams, rules)
+
+
+Place = tuple[int, int, int]
+"""Which session, in which lane, from which of its events on."""
+
+
+def side_by_side(held: Held, signals: int) -> tuple[Observed, list[Place]]:
+    """A lane for each stream, its sessions one after the other; what is too long is cut into several. And where each session is."""
+    streams: dict[str, list[int]] = {}
+    for i, session in enumerate(held.sessions):
+        streams.setdefault(session.stream, []).append(i)
+    longest = int(max(64, min(MAX_LANE, MAX_CELLS // len(streams))))
+    lanes: list[tuple[Float32, NDArray[np.bool_]]] = []
+    places: list[Place] = []
+    for which in streams.values():
+        starts = np.cumsum([0, *(len(held.nats[i]) for i in which)])
+        places += [(i, len(lanes) + int(start) // longest, int(start) % longest) for i, start in zip(which, starts[:-1], strict=True)]
+        nats, ends = np.concatenate([held.nats[i] for i in which]), np.zeros(starts[-1], bool)
+        ends[starts[1:][[held.sessions[i].ended for i in which]] - 1] = True
+        lanes += [(nats[i : i + longest], ends[i : i + longest]) for i in range(0, len(nats), longest)]
+    T, B = max(len(nats) for nats, _ in lanes), len(lanes)
+    strengths, valid, ended = np.zeros((T, B, signals), np.float32), np.zeros((T, B), bool), np.zeros((T, B), bool)
+    for b, (nats, ends) in enumerate(lanes):
+        strengths[: len(nats), b] = np.exp(np.clip(nats, 0.0, MOST_NATS)) - 1.0
+        valid[: len(nats), b], ended[: len(nats), b] = True, ends
+    age = (np.cumsum(valid, axis=0) - valid).astype(np.float32)
+    return Observed(strengths, np.zeros((T, B, 1), np.float32), valid, age, ended, MARGIN), places
+
+
+def _gap_band(held: Held) -> Curve:
+    """Decades of |gap - expected| ÷ scale, in measures."""
+    ratio: Float64 = np.concatenate(held.gap_ratio).astype(np.float64)
+    ratio = ratio[np.isfinite(ratio)]
+    decades = np.array([0.3, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
+    decades = decades[decades <= np.log10(max(len(ratio), 1) / 10)] if len(ratio) else decades[:0]
+    if len(decades) < 2:
+        return Curve((1.0, 3.0), (0.5, 2.0), 0.5)
+    ratios = np.maximum.accumulate(np.quantile(ratio, 1 - 10.0**-decades))
+    slope = float((decades[-1] - decades[-2]) / max(ratios[-1] - ratios[-2], 1e-3))
+    return Curve(tuple(map(float, ratios)), tuple(map(float, decades)), min(slope, 0.43))

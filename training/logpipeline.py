@@ -1,0 +1,336 @@
+"""A log detector from files to published artifact, told in order.
+
+log files ─► templates (training.lines) ─► codes ─► sessions ─┐
+files of key sequences ───────────────────────────────────────┴─► fit ─► export ─► publish (verifies, refuses) ─► report
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from service.artifact import GAP, NUMBERS, TEMPLATE, Feature, Lines
+from service.errors import TableError
+from service.lines import Matcher
+from training import report
+from training.autoencoder import Sizes
+from training.calibrate import Observed
+from training.data import Float32, Float64
+from training.export import manifest_of, publish, to_onnx, training_record
+from training.fit import Progress
+from training.lines import Mining, mine
+from training.log_files import Counted, Entry, LogFormat, files_of, read
+from training.logfit import ENOUGH_NUMBERS, Held, LogPlan, Place, fit, side_by_side
+from training.logs import LogStep
+from training.sessions import MOST_NUMBERS, Ints, Session, Sessions, read_sessions
+
+HELD_OUT = "false_onsets_on_lines_held_out"
+ASKED = (1e-2, 1e-3, 1e-4)
+SHOWN_LINES, SHOWN_LENGTH, SHOWN_BEFORE = 20, 300, 3
+CODED_AT_ONCE = 10_000
+MAX_LINES = 5_000_000
+"""Lines of a training run: they are kept in memory as codes, with the first SHOWN_LENGTH characters of each."""
+
+
+@dataclass(frozen=True)
+class LogJob:
+    """What is to be made, from what."""
+
+    name: str
+    version: str
+    data: Sessions
+    lines: Lines
+    sizes: Sizes
+    plan: LogPlan
+    command: str
+    files: str
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a line has, where any of them come often enough to be judged."""
+        often = sum((np.isfinite(session.numbers).sum(axis=0) for session in self.data.sessions), np.zeros(MOST_NUMBERS, np.int64))
+        return int(np.flatnonzero(often >= ENOUGH_NUMBERS).max(initial=-1)) + 1
+
+
+def keys_of(paths: Sequence[Path], session_seconds: float | None) -> tuple[Sessions, Lines]:
+    """Files of key sequences: a key is its own template, and a line that is sent to the service is a key."""
+    data = read_sessions(paths)
+    return data, Lines(templates=data.templates, session_seconds=session_seconds)
+
+
+def sessions_of(
+    paths: Sequence[Path],
+    format_: LogFormat,
+    mining: Mining,
+    session_seconds: float | None,
+    known: Sequence[str] = (),
+    said: Counted | None = None,
+) -> tuple[Sessions, Lines]:
+    """Log files: templates are mined from all lines and from `known` ones. Raises TableError."""
+    lines = mine(_texts(paths, format_, known), replace(mining, header=format_.header), session_seconds)
+    streams = _coded(paths, format_, lines, said)
+    newest = max((float(np.nanmax(coded.times)) for coded in streams.values() if np.isfinite(coded.times).any()), default=np.nan)
+    sessions = [session for name, coded in streams.items() for session in _sessions(name, coded, session_seconds, newest)]
+    if not sessions:
+        raise TableError(f"{', '.join(map(str, paths))}: no line of a stream in there; see `python -m training lines`.")
+    digest = hashlib.sha256()
+    for path in files_of(paths):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return Sessions(sessions, lines.templates, digest.hexdigest()), lines
+
+
+def known_lines(path: Path) -> list[str]:
+    """The examples of an export of new patterns (GET /v1/patterns). Raises TableError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["patterns"] if isinstance(content, dict) else content
+        return [str(one["example"]) for one in found]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TableError(f"{path} is no export of GET /v1/patterns: {error!r}.") from error
+
+
+def _texts(paths: Sequence[Path], format_: LogFormat, known: Sequence[str]) -> Iterator[str]:
+    yield from (entry.text for entry in read(paths, format_))
+    yield from known
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The lines of one stream, in order of time."""
+
+    codes: Ints  # [T]
+    times: Float64  # [T]
+    numbers: Float32  # [T, 4]
+    texts: list[str]
+
+
+def _coded(paths: Sequence[Path], format_: LogFormat, lines: Lines, said: Counted | None) -> dict[str, Coded]:
+    """By stream."""
+    matcher = Matcher(lines)
+    streams: dict[str, list[tuple[float, float, Float32, str]]] = {}
+    count = 0
+    for entries in _in_pieces(read(paths, format_, said)):
+        count += len(entries)
+        if count > MAX_LINES:
+            raise TableError(f"More than {MAX_LINES:,} lines: train on a part of them, such as the last weeks.")
+        codes, numbers = matcher.codes([entry.text for entry in entries])
+        for entry, code, number in zip(entries, codes, numbers, strict=True):
+            streams.setdefault(entry.stream, []).append((float(code), entry.seconds, number, entry.text[:SHOWN_LENGTH]))
+    ordered = {}
+    for name, rows in streams.items():
+        if all(np.isfinite(row[1]) for row in rows):
+            rows.sort(key=lambda row: row[1])
+        codes_, times, numbers_, texts = zip(*rows, strict=True)
+        ordered[name] = Coded(np.array(codes_, np.int64), np.array(times, np.float64), np.stack(numbers_), list(texts))
+    return ordered
+
+
+def _in_pieces(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    piece: list[Entry] = []
+    for entry in entries:
+        piece.append(entry)
+        if len(piece) == CODED_AT_ONCE:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
+
+
+def _sessions(name: str, coded: Coded, silence: float | None, newest: float) -> list[Session]:
+    """One that never ends, or as many as there are silences; the last one has ended where the files go on that long."""
+    codes, times = coded.codes, coded.times
+    gaps = np.diff(times, prepend=np.nan).astype(np.float32)
+    whole = Session(name, codes, gaps, coded.numbers, ended=False, lines=tuple(coded.texts))
+    if silence is None:
+        return [whole]
+    starts = np.flatnonzero(np.r_[True, gaps[1:] > silence])
+    sessions = []
+    for start, stop in pairwise([*starts.tolist(), len(codes)]):
+        piece = replace(whole.cut(start, stop), first=True, ended=stop < len(codes) or bool(newest - times[-1] > silence))
+        piece.gaps[0] = np.nan
+        sessions.append(piece)
+    return sessions
+
+
+def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None = None) -> Path:
+    """Make the model of `job` and its report in `out`; returns the published file. Raises ArtifactError when it is refused."""
+    if job.sizes.cell == "none":
+        raise TableError("A log model has a network: `none` is for readings. `memoryless` is what an LSTM has to beat here.")
+    torch.set_num_threads(threads)
+    console = console or Console(quiet=True)
+    out.mkdir(parents=True, exist_ok=True)
+    seconds, losses, began = {}, list[float](), time.monotonic()
+    with console.status("Training") as status:
+        steps = (job.plan.folds + 1) * job.plan.steps
+
+        def on_step(loss: float) -> None:
+            losses.append(loss)
+            if len(losses) % 10 == 0:
+                status.update(f"Training, step {len(losses):,} of {steps:,}, loss {loss:.3f}")
+
+        step, held = fit(job.data, job.sizes, job.plan, job.numbers, on_step)
+    seconds["training"] = time.monotonic() - began
+    with console.status("Exporting and verifying"):
+        observed, places = side_by_side(held, len(step.signals))
+        onset_p = onsets_of(step, observed)
+        odd = most_surprising(held, places, onset_p, job.lines)
+        quality = _quality(step, job, onset_p, observed)
+        record = training_record(
+            command=job.command,
+            seed=job.plan.seed,
+            data=job.files,
+            data_sha256=job.data.sha256,
+            streams=job.data.streams,
+            rows=job.data.lines,
+        )
+        manifest = manifest_of(
+            step,
+            name=job.name,
+            version=job.version,
+            features=[Feature(name=name) for name in (TEMPLATE, GAP, *NUMBERS)[: step.features]],
+            training=record,
+            description=f"Log lines of {job.data.streams:,} stream(s) by {len(job.lines.templates):,} templates.",
+            quality=quality,
+            lines=job.lines,
+        )
+        model = publish(step, to_onnx(step), manifest, out)
+    seconds["in all"] = time.monotonic() - began
+    last = losses[-job.plan.steps :]
+    reached = Progress(training=list(enumerate(last, start=1)))
+    _draw(out / "report.png", last, onset_p[observed.valid])
+    next_steps = [f"python -m service serve --model {out}"]
+    report.write(out, manifest, reached, model, seconds, next_steps)
+    (out / "report.html").write_text(_page(job, manifest.name, quality, odd), encoding="utf-8")
+    _tell(console, job, step, model, quality, odd, seconds["in all"])
+    return model
+
+
+@torch.no_grad()
+def onsets_of(step: LogStep, observed: Observed) -> Float64:
+    """What the calibrated tail makes of sessions held out: p of each onset [T, B], 1 where none begins."""
+    T, B, _ = observed.strengths.shape
+    parts = {slot.name: torch.zeros(slot.size, B) for slot in step.tail.slots}
+    answers, asked = np.ones((T, B)), torch.full((B,), 1e-3)
+    for i in range(T):
+        valid = torch.from_numpy(observed.valid[i])[None]
+        answer, after = step.tail(torch.from_numpy(observed.strengths[i]).t(), valid, torch.from_numpy(observed.age[i])[None], asked, parts)
+        if observed.ended is not None:
+            going_on = 1.0 - torch.from_numpy(observed.ended[i])[None].float()
+            after |= {name: after[name] * going_on for name in ("onset_height", "onset_age")}
+        parts = {name: torch.where(valid, part, parts[name]) for name, part in after.items()}
+        answers[i] = np.nan_to_num(answer.onset_p[0].numpy(), nan=1.0)
+    return answers
+
+
+def _quality(step: LogStep, job: LogJob, onset_p: Float64, observed: Observed) -> dict[str, Any]:
+    events = int(observed.valid.sum())
+    found = {}
+    for asked in ASKED:
+        onsets = int((onset_p[observed.valid] < asked).sum())
+        found[f"{asked:g}"] = {"asked": asked, "events": events, "onsets": onsets, "ratio": round(onsets / events / asked, 3)}
+    quality: dict[str, Any] = {HELD_OUT: found, "signals": {"names": list(step.signals)}}
+    if events < 10_000:
+        quality["warning"] = f"Calibrated on {events:,} events held out: chances below {10 / events:.1g} are a guess."
+    return quality
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A line of a session held out that was among the most surprising ones."""
+
+    onset_p: float
+    stream: str
+    line: str
+    before: list[str]
+
+
+def most_surprising(held: Held, places: Sequence[Place], onset_p: Float64, lines: Lines) -> list[Odd]:
+    """The SHOWN_LINES with the smallest p, one of a session at most, as they were written, or else their templates."""
+    texts = ["(new pattern)", *lines.templates, "(end of session)"]
+    found = []
+    for i, lane, start in places:
+        p = onset_p[start : start + len(held.nats[i]), lane]
+        found.append((float(p.min()), i, int(p.argmin())))
+    odd = []
+    for value, i, place in sorted(found)[:SHOWN_LINES]:
+        session = held.sessions[i]
+        said = [*(session.lines or [texts[code] for code in session.codes]), texts[-1]]
+        if value < 1:
+            odd.append(Odd(value, session.stream, said[place], said[max(0, place - SHOWN_BEFORE) : place]))
+    return odd
+
+
+def _draw(path: Path, losses: Sequence[float], onset_p: Float64) -> None:
+    """The loss of the published network, and how often onsets as rare come in sessions held out against how often they should."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(range(1, len(losses) + 1), losses, color=report.GLOW, linewidth=1.2)
+    left.set_title("Loss by training step", loc="left", fontsize=10)
+    ordered = np.sort(onset_p[onset_p < 1])
+    if len(ordered):
+        right.loglog(ordered, np.arange(1, len(ordered) + 1) / len(onset_p), color=report.INK, linewidth=1.2, label="measured")
+        right.loglog([ordered[0], ordered[-1]], [ordered[0], ordered[-1]], color=report.ALARM, linestyle=":", label="asked")
+        right.legend(frameon=False, fontsize=8)
+    right.set_title("Share of lines held out that begin an anomaly, by p", loc="left", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _page(job: LogJob, name: str, quality: dict[str, Any], odd: Sequence[Odd]) -> str:
+    """report.html: the most surprising lines held out, and the templates."""
+    counts = np.bincount(np.concatenate([session.codes for session in job.data.sessions]), minlength=job.data.codes)
+    surprising = [(f"{one.onset_p:.2g}", one.stream, one.line, "\n".join(one.before)) for one in odd]
+    templates = [(str(code), f"{counts[code]:,}", text) for code, text in enumerate(job.lines.templates, start=1)]
+    measured = [(asked, f"{row['events']:,}", f"{row['onsets']:,}", str(row["ratio"])) for asked, row in quality[HELD_OUT].items()]
+    style = (
+        "body{font:14px system-ui;margin:2em;color:#1f2933}td,th{text-align:left;padding:.2em .8em;vertical-align:top;white-space:pre-wrap}"
+    )
+    return "\n".join(
+        [
+            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(name)}</title><style>{style}</style>",
+            f"<h1>{html.escape(name)} {html.escape(job.version)}</h1>",
+            f"<p>{_size(job)}; <code>{html.escape(job.command)}</code></p>",
+            "<img src='report.png' alt='loss, and onsets measured against asked' style='max-width:100%'>",
+            _rows("Onsets in sessions held out", ("asked", "lines", "onsets", "measured / asked"), measured),
+            _rows("The most surprising lines held out", ("p", "stream", "line", "lines before"), surprising),
+            _rows("Templates", ("code", "lines", "template"), templates),
+            "</html>",
+        ]
+    )
+
+
+def _size(job: LogJob) -> str:
+    return f"{job.data.lines:,} lines of {job.data.streams:,} streams in {len(job.data.sessions):,} sessions"
+
+
+def _rows(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<h2>{html.escape(title)}</h2><table><tr>{cells}</tr>{lines}</table>"
+
+
+def _tell(console: Console, job: LogJob, step: LogStep, model: Path, quality: dict[str, Any], odd: Sequence[Odd], seconds: float) -> None:
+    measured = quality[HELD_OUT]["0.001"]
+    console.print(
+        f"\nPublished [bold]{model}[/bold]: {model.stat().st_size:,} bytes, {4 * step.state_size:,} bytes a stream, {seconds:.0f} s in all."
+    )
+    console.print(f"{_size(job)}, {len(job.lines.templates):,} templates.")
+    if "warning" in quality:
+        console.print(f"[yellow]{quality['warning']}[/]")
+    console.print(
+        f"Onsets on {measured['events']:,} lines held out at α = 0.001: {measured['onsets']}, {measured['ratio']} times what was asked. "
+        f"Report: {model.parent / 'report.md'}"
+    )
+    for one in odd[:3]:
+        console.print(f"  p {one.onset_p:.1g}  {one.stream}: {one.line}"[:200], markup=False, highlight=False)
