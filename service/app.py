@@ -290,8 +290,9 @@ def _add_log_doors(app: Application, door: Door, service: Service) -> None:
     """Raises BadSetting."""
     settings, metrics = service.settings, service.metrics
     model = shipped.log_model([detector.manifest for detector in service.detectors.values()], settings.logs_model)
-    as_loki = loki.Loki(shipped.Shipping(door, loki.DOOR, model, metrics), loki.Streams(settings.loki_stream), settings.max_lines)
-    as_otlp = otlp.Otlp(shipped.Shipping(door, otlp.DOOR, model, metrics), otlp.Streams(settings.otlp_stream), settings.max_lines)
+    to_loki, to_otlp = (shipped.Shipping(door, name, model, metrics, settings.max_queue_events) for name in (loki.DOOR, otlp.DOOR))
+    as_loki = loki.Loki(to_loki, loki.Streams(settings.loki_stream), settings.max_lines)
+    as_otlp = otlp.Otlp(to_otlp, otlp.Streams(settings.otlp_stream), settings.max_lines)
     door.add_post(app, loki.PATH, as_loki.push, "loki_push")
     door.add_post(app, otlp.PATH, as_otlp.export, "otlp_logs")
 

@@ -36,7 +36,7 @@ from service.rounds import Kind
 from service.sources.templates import Template
 
 PART_LINES = 4096
-"""Lines scored at once: a long request lets others in between, and fits into its sender's share of the queue."""
+"""Lines scored at once, at most: a long request lets others in between."""
 RETRY_SECONDS = 1
 
 _REASONS: Mapping[type[ItemError], str] = {
@@ -144,8 +144,11 @@ class Tally:
 class Shipping:
     """Scores what one door brings, and counts it under the door's name."""
 
-    def __init__(self, door: Door, name: str, model: LogModel, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
-        """`clock` gives seconds since 1970."""
+    def __init__(
+        self, door: Door, name: str, model: LogModel, metrics: Metrics, max_queue: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`max_queue` is what may wait in the scorer's queue; `clock` gives seconds since 1970."""
+        self._part = min(PART_LINES, max(1, max_queue // 4))  # a sender may have half of what the others leave free
         self.door, self.model = door, model
         self._name, self._metrics, self._clock = name, metrics, clock
         self._latency = metrics.latency.labels(name)
@@ -157,8 +160,8 @@ class Shipping:
                 f"Model '{sent.scorer.detector.name}' takes numbers, not log lines: add ?model=NAME of one that does.", "model"
             )
         deliveries = self._deliveries(shipped, tally)
-        for start in range(0, len(deliveries), PART_LINES):
-            part = deliveries[start : start + PART_LINES]
+        for start in range(0, len(deliveries), self._part):
+            part = deliveries[start : start + self._part]
             try:
                 kinds, _ = await sent.scorer.consume(part, sent.sender)
             except Overloaded:

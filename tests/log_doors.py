@@ -100,7 +100,7 @@ async def shipper(
     limit = DoorLimits(max_body_bytes=MAX_BODY, max_batch_events=100, max_inflight_bytes=3_000_000)
     door = Door(scorers, detectors[0].name, limit, metrics, Healthy(), control)
     model = shipped.log_model([detector.manifest for detector in detectors], models)
-    add(app, shipped.Shipping(door, name, model, metrics, clock=lambda: NOW), door)
+    add(app, shipped.Shipping(door, name, model, metrics, queue, clock=lambda: NOW), door)
     async with Shipper(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         client.store, client.metrics, client.name = store, metrics, name
         client.scorer = next((scorer for scorer in scorers.values() if scorer.detector.manifest.kind == "log"), scorers[detectors[0].name])

@@ -192,18 +192,24 @@ async def test_while_the_store_does_not_answer_the_shipper_is_to_send_again_and_
 
 
 async def test_a_full_queue_is_a_429_and_the_push_sent_again_is_taken(log_detector: Detector) -> None:
-    async with shipper(at_loki(), loki.DOOR, log_detector, queue=50) as client:
+    async with shipper(at_loki(), loki.DOOR, log_detector, queue=40) as client:
         client.store.gate.clear()
-        first = asyncio.create_task(push(client, {'{a="b"}': some(LINES[0])}))
-        await asyncio.sleep(0.05)
-        second = asyncio.create_task(push(client, {'{a="b"}': [(NS + 1 + i, LINES[0]) for i in range(20)]}))
-        await asyncio.sleep(0.05)
-        reply = await push(client, {'{a="b"}': [(NS + 100 + i, LINES[0]) for i in range(40)]})
+        pushes = []
+        for i in range(3):  # one is under way, two wait
+            pushes.append(asyncio.create_task(push(client, {'{a="b"}': some(*LINES * 2, start=NS + i * 10**10)})))
+            await asyncio.sleep(0.05)
+        reply = await push(client, {'{a="b"}': some(*LINES * 5, start=NS + 10**12)})
         assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
         client.store.gate.set()
-        assert {(await first).status_code, (await second).status_code} == {204}
-        assert (await push(client, {'{a="b"}': [(NS + 100 + i, LINES[0]) for i in range(20)]})).status_code == 204
-        assert client.count("scored") == 41
+        assert {reply.status_code for reply in await asyncio.gather(*pushes)} == {204}
+        assert (await push(client, {'{a="b"}': some(*LINES * 5, start=NS + 10**12)})).status_code == 204
+        assert client.count("scored") == 44
+
+
+async def test_a_push_larger_than_the_queue_is_scored_in_parts(log_detector: Detector) -> None:
+    async with shipper(at_loki(), loki.DOOR, log_detector, queue=40) as client:
+        assert (await push(client, {STREAM: some(*LINES * 100)})).status_code == 204
+        assert (await client.last(STREAM)).state_version == 400
 
 
 async def test_what_is_no_push_is_refused_and_nothing_is_scored(promtail: Shipper) -> None:

@@ -189,6 +189,16 @@ async def test_a_line_after_the_end_begins_the_next_session_also_one_from_before
     assert world.ends == ["s", "s"]
 
 
+async def test_lines_that_are_sent_again_after_the_end_begin_no_session(world: World) -> None:
+    events = [Event("s", None, TOOK if i else ACCEPTED, world.now + min(i, 1), f"e{i}") for i in range(30)]  # most of one instant
+    await world.replicas[0].score(events)
+    world.now += SECONDS + 1
+    await world.sweep()
+    for replica in world.replicas:
+        assert all(isinstance(answer, Result) and answer.duplicate for answer in await replica.score(events))
+    assert (world.ends, (await world.last()).state_version) == (["s"], 31)
+
+
 async def test_a_session_that_has_ended_by_its_own_event_does_not_end_again(world: World) -> None:
     await world.say(ACCEPTED, TOOK, CLOSED, None)
     world.now += 10 * SECONDS
