@@ -8,6 +8,7 @@
     GET    /v1/alerts                      alerts, page by page
     GET    /v1/alerts/{id}                 one of them
     POST   /v1/alerts/{id}/acknowledge     someone looks after it         DELETE  nobody does any more
+    GET    /v1/patterns                    lines that a log model had no template for (patterns.py)
     GET    /v1/models                      manifests of the loaded detectors
     GET    /v1/policy                      the asked false-alarm rate, and what it means      PUT  change it      DELETE  undo that
     GET    /v1/log-level                   of this replica's log                 PUT  change it      DELETE  undo that
@@ -334,6 +335,15 @@ class Door:
             return await handler(_incoming(request))
 
         app.router.routes.append(Route(path, self._guarded(handle), methods=["POST"], name=name))
+
+    def add_get(self, app: FastAPI, path: str, handler: Callable[[str, int], Awaitable[msgspec.Struct]], name: str) -> None:
+        """The same of a page that is asked for by `model` ("" = not named) and `limit`."""
+
+        async def handle(request: Request) -> Response:
+            asked = _incoming(request)
+            return _json(await handler(asked.query("model") or "", _number(asked, "limit", 100, 1, MAX_PAGE)))
+
+        app.router.routes.append(Route(path, self._guarded(handle), methods=["GET"], name=name))
 
     @asynccontextmanager
     async def sent(self, request: Incoming, unpacked: Callable[[bytes], int] | None, model: str = "") -> AsyncIterator[Sent]:

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import loki, openapi, otlp, queues, remote_write, series, shipped, tasks, tellers, tracing
+from service import loki, openapi, otlp, patterns, queues, remote_write, series, shipped, tasks, tellers, tracing
 from service.api import Application, Door
 from service.canary import Canary
 from service.console.pages import Console, ConsoleLimits
@@ -78,6 +78,7 @@ class Service:
         self._closing = False
         self.metrics.build.info({"version": VERSION})
         self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR, loki.DOOR, otlp.DOOR])
+        self.patterns = patterns.Patterns(self.detectors, self.metrics)
         self._watch_streams()
         self.write_back = self._write_back() if settings.remote_write_url else None
         for name, detector in self.detectors.items():
@@ -86,6 +87,7 @@ class Service:
 
     def _watch_streams(self) -> None:
         """What /metrics tells of the streams, together and, where asked for, one by one."""
+        self.feed.watch(self.patterns.see)
         most, shown = self.settings.stream_metrics, []
         for name, detector in self.detectors.items():
             self.feed.watch(Fleet(name, detector.manifest.warmup, self.metrics).gathered.see)
@@ -140,6 +142,8 @@ class Service:
             self.store = store
             self.control.connect(store)
             self.book.connect(store)
+            self.patterns.connect(store)
+            stack.push_async_callback(self.patterns.stop)
             if self.write_back:
                 stack.push_async_callback(self.write_back.stop, asyncio.create_task(self.write_back.run()), self.settings.drain_seconds)
             self._start_scorers(store)
@@ -155,6 +159,7 @@ class Service:
             if self.console and self.settings.redis_url:  # an embedded store is of one replica
                 self.console.log.connect(store)
                 stack.push_async_callback(tasks.end, asyncio.create_task(self.console.shared.run(), name="live"))
+            stack.push_async_callback(tasks.end, asyncio.create_task(self.patterns.run(), name="patterns"))
             desk = Desk(self.book, self.scorers, self.metrics, _keeping(self.settings), self.sinks)
             stack.push_async_callback(tasks.end, asyncio.create_task(desk.run(), name="alerts"))
             most = self.settings.max_batch_events
@@ -295,6 +300,7 @@ def _add_log_doors(app: Application, door: Door, service: Service) -> None:
     as_otlp = otlp.Otlp(to_otlp, otlp.Streams(settings.otlp_stream), settings.max_lines)
     door.add_post(app, loki.PATH, as_loki.push, "loki_push")
     door.add_post(app, otlp.PATH, as_otlp.export, "otlp_logs")
+    door.add_get(app, patterns.PATH, service.patterns.page, "patterns")
 
 
 async def _home() -> Response:

@@ -291,7 +291,7 @@ class Metrics:
         "onset_lines_total",
         "lines",
         "Log lines scored, by whether a pattern of the model matched them (template) or none did (new); ends of sessions are none.",
-        "A growing share of new: the software that logs has changed, or says what it never said: look at the lines, and train again.",
+        "A growing share of new: the software that logs has changed: look at GET /v1/patterns, and train again with them.",
         model=RUNNING,
         match=("template", "new"),
     )
@@ -354,6 +354,13 @@ class Metrics:
         "sessions",
         "Sessions of a log model that this replica ended because no line came for as long as the model says.",
         "Stops while lines come: their sessions end by an event of their own, or onset_streams_live grows and the store fails.",
+        model=RUNNING,
+    )
+    patterns_dropped = _counter(
+        "onset_patterns_dropped_total",
+        "lines",
+        "Lines of new patterns that are not among those of GET /v1/patterns: too many at once, or the store was away for long.",
+        "Grows: what varies in the lines is not masked, so that each is a pattern of its own.",
         model=RUNNING,
     )
     warming = _gauge(

@@ -14,7 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from service import alerts, loki, otlp
+from service import alerts, loki, otlp, patterns
 from service.api import MAX_NOTE, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.bodies import Format
@@ -47,7 +47,8 @@ def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict
     if app.openapi_schema is None:
         spec = get_openapi(title="Onset", version=app.version, description=_DESCRIPTION, routes=app.routes)
         _, components = msgspec.json.schema_components(
-            [Event, Result, Problem, PolicyReply, LevelReply, alerts.AlertPage, *(_LIVE_DATA if live else ())], ref_template=_COMPONENT
+            [Event, Result, Problem, PolicyReply, LevelReply, alerts.AlertPage, patterns.PatternPage, *(_LIVE_DATA if live else ())],
+            ref_template=_COMPONENT,
         )
         event = _event(components.pop("Event"), manifests)
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
@@ -269,6 +270,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
         loki.PATH: {"post": _loki()},
         otlp.PATH: {"post": _otlp()},
         **_alert_paths(model),
+        patterns.PATH: {"get": _patterns(model)},
         "/v1/policy": _policy_operations(),
         "/v1/log-level": _level_operations(),
         "/v1/models": {"get": _operation("listModels", "Manifests of the loaded models", [], {"200": _json(_MODELS, "The models.")}, [])},
@@ -316,6 +318,17 @@ def _live(path: str) -> dict[str, Any]:
         "description": f"Server-sent events, each with one JSON object as its data: {named}; `bye` ({{}}) at the end.",
     }
     return {"200": {"description": "An answer that does not end.", "content": {"text/event-stream": {"schema": text, "x-events": events}}}}
+
+
+def _patterns(model: dict[str, Any]) -> dict[str, Any]:
+    limit = _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}, "At most.")
+    return _operation(
+        "listPatterns",
+        "Lines that a log model had no template for, by pattern, the most frequent first",
+        [limit, model | {"description": "A model that reads log lines; the only one if left out."}],
+        {"200": _json(_ref("PatternPage"), "New patterns since the model's file is in use, at most 1,000.")},
+        ["bad-parameter", "store-unavailable"],
+    )
 
 
 def _alert_paths(model: dict[str, Any]) -> dict[str, Any]:

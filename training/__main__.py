@@ -22,7 +22,7 @@ from training.autoencoder import Sizes, Variant
 from training.cache import CACHE, convert, open_cache
 from training.distributed import Device, Precision, join
 from training.fit import WAVEFORM_PLAN, Plan
-from training.lines import Mining, masks_of, preview
+from training.lines import Mining, exported, masks_of, preview
 from training.log_files import LogFormat
 from training.logfit import LOG_SIZES, LogPlan
 from training.logpipeline import LogJob, keys_of, known_lines, sessions_of
@@ -58,6 +58,9 @@ TimestampRegex = Annotated[
 Masks = Annotated[
     list[str] | None,
     typer.Option("--mask", help="REPLACEMENT=REGEX (RE2), such as '<USER>=user-\\w+'. Before the default masks. Repeatable."),
+]
+PatternFiles = Annotated[
+    list[Path] | None, typer.Option("--patterns", help="Reply of GET /v1/patterns: its lines get templates, too. Repeatable.")
 ]
 Delimiters = Annotated[str, typer.Option(help="Characters that separate words, besides blanks.")]
 Similarity = Annotated[float, typer.Option(min=0.05, max=1.0, help="Share of words that two lines of a template have in common at least.")]
@@ -179,6 +182,7 @@ def lines(
     mask: Masks = None,
     delimiters: Delimiters = "",
     similarity: Similarity = 0.5,
+    patterns: PatternFiles = None,
     most: Annotated[int, typer.Option(min=1, help="Templates shown, the most frequent ones.")] = 100,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all templates with count and example to this file.")] = None,
 ) -> None:
@@ -194,6 +198,7 @@ def lines(
             console,
             most,
             json_file,
+            exported(patterns or ()),
         )
     except OnsetError as error:
         _refuse(error)

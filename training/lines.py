@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import msgspec
 from drain3.drain import Drain
 from pydantic import ValidationError
 from rich import box
@@ -27,6 +28,7 @@ from service.artifact import MAX_TEMPLATES, NEW, WILDCARD, Lines, Mask
 from service.backtest import plain_width
 from service.errors import TableError
 from service.lines import DEFAULT_MASKS, Matcher, Splitter
+from service.patterns import PatternPage
 from training.log_files import Counted, LogFormat, read
 
 MAX_DISTINCT = 2_000_000
@@ -122,14 +124,35 @@ def masks_of(written: Sequence[str]) -> tuple[Mask, ...]:
     return (*masks, *DEFAULT_MASKS)
 
 
-def preview(paths: Sequence[Path], format_: LogFormat, mining: Mining, console: Console, most: int, json_file: Path | None) -> None:
-    """Mine the files and print what was found. Raises TableError."""
+def exported(files: Sequence[Path]) -> list[str]:
+    """Lines that a model in service had no template for, from replies of its GET /v1/patterns. Raises TableError."""
+    found: list[str] = []
+    for file in files:
+        try:
+            page = msgspec.json.decode(file.read_bytes(), type=PatternPage)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise TableError(f"{file} is no reply of GET /v1/patterns: {error}.") from error
+        found += [one.example for one in page.patterns]
+    return found
+
+
+def preview(
+    paths: Sequence[Path],
+    format_: LogFormat,
+    mining: Mining,
+    console: Console,
+    most: int,
+    json_file: Path | None,
+    seen: Sequence[str] = (),
+) -> None:
+    """Mine the files, and the lines `seen` elsewhere, and print what was found. Raises TableError."""
     counted, streams = Counted(), Counter[str]()
 
     def messages() -> Iterator[str]:
         for entry in read(paths, format_, counted):
             streams[entry.stream] += 1
             yield entry.text
+        yield from seen
 
     mined = mine(messages(), replace(mining, header=format_.header))
     found = [one for one in patterns(mined, (entry.text for entry in read(paths, format_))) if one.count or one.code]

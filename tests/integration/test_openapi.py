@@ -50,7 +50,7 @@ ROUTES = {
     ("GET", "/health/ready"),
     ("GET", "/metrics"),
 }
-LOG_DOORS = {("POST", "/loki/api/v1/push"), ("POST", "/v1/logs")}
+LOG_DOORS = {("POST", "/loki/api/v1/push"), ("POST", "/v1/logs"), ("GET", "/v1/patterns")}
 """They need a model that takes lines."""
 LIVE = {("GET", "/v1/live"), ("GET", "/v1/live/{stream_id}")}
 """Their answers do not end: they are fuzzed up to the first event."""
