@@ -327,7 +327,7 @@ def _patterns(model: dict[str, Any]) -> dict[str, Any]:
         "Lines that a log model had no template for, by pattern, the most frequent first",
         [limit, model | {"description": "A model that reads log lines; the only one if left out."}],
         {"200": _json(_ref("PatternPage"), "New patterns since the model's file is in use, at most 1,000.")},
-        ["bad-parameter", "store-unavailable"],
+        ["bad-parameter", "unknown-model", "store-unavailable"],
     )
 
 

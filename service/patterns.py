@@ -25,7 +25,7 @@ import structlog
 
 from service.artifact import NEW
 from service.detector import Detector
-from service.errors import BadParameter, StoreUnavailable
+from service.errors import StoreUnavailable, UnknownModel
 from service.feed import Batch
 from service.lines import Splitter
 from service.metrics import Metrics
@@ -147,12 +147,12 @@ class Patterns:
                 raise
 
     async def page(self, model: str, limit: int) -> PatternPage:
-        """The `limit` most frequent ones; model "" = the only one that reads lines. Raises BadParameter, StoreUnavailable."""
+        """The `limit` most frequent ones; model "" = the only one that reads lines. Raises UnknownModel, StoreUnavailable."""
         if not model and len(self._keys) == 1:
             model = next(iter(self._keys))
         if model not in self._keys:
             known = ", ".join(sorted(self._keys)) or "none"
-            raise BadParameter(f"model {model[:64]!r} is none that reads log lines; there is {known}.", "model")
+            raise UnknownModel(f"Model {model[:64]!r} is none that reads log lines; there is {known}.")
         key = self._keys[model]
         counts, first, last = await self._asked(
             [("HGETALL", key + b"counts"), ("HGETALL", key + b"first"), ("ZRANGE", key + b"last", 0, -1, "WITHSCORES")]
