@@ -1,12 +1,13 @@
 /** The shell: bar, addresses behind #, keys. Each view is mounted into <main> and says how it is left. */
 
 import "uplot/dist/uPlot.min.css";
-import { Refused, ask, streamPath, type Link } from "./api";
+import { Refused, ask, streamPath, type Link, type Model } from "./api";
 import { alertsView, type AlertsPage } from "./alerts";
 import { backtestView } from "./backtest";
 import { ICONS, fill, h, icon, text } from "./dom";
 import { fleetView } from "./fleet";
 import { modelView } from "./model";
+import { patternsView } from "./patterns";
 import { streamView } from "./stream";
 import { dark, onTheme, toggle } from "./theme";
 
@@ -26,6 +27,7 @@ export interface Shell {
 const TABS = [
   ["fleet", "Fleet", "g f"],
   ["alerts", "Alerts", "g a"],
+  ["patterns", "Patterns", "g p"],
   ["backtest", "Backtest", "g b"],
   ["model", "Model", "g m"],
 ] as const;
@@ -38,7 +40,7 @@ const KEYS: [string, string][] = [
   ["Space", "Pause and go on, in a stream"],
   ["0", "Whole history, in a stream"],
   ["a", "Acknowledge the selected alert"],
-  ["g f", "Fleet (g a: alerts, g b: backtest, g m: model)"],
+  ["g f", "Fleet (g a: alerts, g p: patterns, g b: backtest, g m: model)"],
   ["t", "Dark or light"],
   ["?", "These keys"],
 ];
@@ -48,7 +50,7 @@ const status = h("div", { class: "status", role: "status", hidden: true }, h("sp
 const badge = h("span", { class: "badge" });
 const themeButton = h("button", { class: "button bare", type: "button", onclick: toggle });
 const help = keysDialog();
-const tabs = TABS.map(([view, name]) => h("a", { href: `#/${view}`, "data-view": view }, name, view === "alerts" && badge));
+const tabs = TABS.map(([view, name]) => h("a", { href: `#/${view}`, "data-view": view, hidden: view === "patterns" }, name, view === "alerts" && badge));
 let current: View | null = null;
 let gone = false;
 
@@ -107,6 +109,7 @@ function route(): void {
   const views: Record<string, () => View> = {
     stream: () => streamView(main, shell, id),
     alerts: () => alertsView(main, shell),
+    patterns: () => patternsView(main, shell),
     backtest: () => backtestView(main),
     model: () => modelView(main, rest[0] ? decodeURIComponent(rest[0]) : null),
   };
@@ -179,6 +182,16 @@ async function countAlerts(): Promise<void> {
   }
 }
 
+/** New patterns are of log models alone. */
+async function showPatterns(): Promise<void> {
+  try {
+    const { models } = await ask<{ models: Model[] }>("v1/models");
+    tabs.find((tab) => tab.dataset["view"] === "patterns")!.hidden = !models.some((model) => model.kind === "log");
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error; // said where there is something to see
+  }
+}
+
 onTheme(showTheme);
 showTheme();
 window.addEventListener("hashchange", route);
@@ -186,6 +199,7 @@ linked();
 route();
 const counting = setInterval(() => void countAlerts(), 5_000);
 void countAlerts();
+void showPatterns();
 
 /** Alerts link to `/?stream=ID`: what comes before # is kept by mail and chat programs. */
 function linked(): void {

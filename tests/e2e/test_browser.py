@@ -356,7 +356,7 @@ def test_the_page_of_one_replica_shows_what_the_others_score(tmp_path: Path, tin
             expect(page.locator(".summary")).not_to_contain_text("replicas")
 
 
-LOG_VIEWS = ["fleet", "stream/web-1", "alerts", "model"]
+LOG_VIEWS = ["fleet", "stream/web-1", "alerts", "patterns", "model"]
 
 
 class Web:
@@ -427,6 +427,19 @@ def test_a_log_stream_is_shown_as_its_lines_with_what_was_expected_in_place_of_a
         alert = page.locator(".alert", has_text="web-1")
         expect(alert.locator(".message")).to_have_text("Disk sda is 97 percent full")
         expect(alert.locator(".shares")).to_contain_text("Took <NUM> ms for <*>")
+
+
+def test_new_patterns_are_listed_with_how_often_and_an_example(web: Service, browser: Browser) -> None:
+    with Visit(browser, web.url) as page:
+        page.goto(f"{web.url}/#/fleet")
+        page.get_by_role("link", name="Patterns").click()
+        expect(page.locator("tbody tr")).to_have_count(1)
+        expect(page.locator("tbody .pattern")).to_contain_text("Kernel panic: not syncing")
+        Web(web.url).say("web-2", "Unheard of 17 times", "Unheard of 18 times")
+        row = page.locator("tbody tr", has_text="Unheard of")
+        expect(row.locator("td").nth(1)).to_have_text("2")
+        expect(row.locator("var")).to_have_text("<NUM>")
+        expect(row).to_contain_text("Unheard of 17 times")
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
