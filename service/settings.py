@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     """Which model scores them; empty = the default one."""
     console: bool = True
     """Whether the page at / and what it shows live are served (docs/console.md)."""
-    console_bytes: Annotated[int, Field(ge=1024 * 1024)] = 128 * 1024 * 1024
+    console_bytes: Annotated[int, Field(ge=1024 * 1024)] = 160 * 1024 * 1024
     """Memory for the recent events that the page shows, at most; a stream takes it once it speaks (31 kB with the shipped detector)."""
     console_events: Annotated[int, Field(ge=10, le=100_000)] = 600
     """Recent events kept of a stream."""
