@@ -758,7 +758,7 @@ def logs() -> dashboard.Dashboard:
                 line(
                     "New patterns by model",
                     "The share of lines that no pattern matches. It rises with a release of the software that logs, or with a fault that "
-                    "says what was never said; the page of the service marks such lines.",
+                    "says what was never said; the page of the service lists them.",
                     [Query(f"sum by (model) ({new} {_LOGS}) / clamp_min(sum by (model) ({every}), 1e-9)", "{{model}}")],
                     "percentunit",
                     steps,

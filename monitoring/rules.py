@@ -562,7 +562,7 @@ RULES: tuple[Rule, ...] = (
         "Such a line is scored as a new pattern, one like the other: what goes wrong among them is seen late or not at all, and where they "
         "are usual by now they alarm for nothing. Mostly the software that logs was updated, or other logs are sent to this model.",
         (
-            "The service's page: lines marked *new pattern* in the log streams, which ones and of which streams.",
+            "*Patterns* on the service's page, or `GET /v1/patterns?model=…`: which ones, how many lines of each, since when, an example.",
             "The *Onset logs* dashboard: since when the share rises, and for which model.",
             "Did the format of the lines change (another header, another language), so that nothing matches any more?",
         ),

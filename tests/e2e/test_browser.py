@@ -435,7 +435,7 @@ def test_new_patterns_are_listed_with_how_often_and_an_example(web: Service, bro
         page.get_by_role("link", name="Patterns").click()
         expect(page.locator("tbody tr")).to_have_count(1)
         expect(page.locator("tbody .pattern")).to_contain_text("Kernel panic: not syncing")
-        Web(web.url).say("web-2", "Unheard of 17 times", "Unheard of 18 times")
+        Web(web.url).say("web-3", "Unheard of 17 times", "Unheard of 18 times")
         row = page.locator("tbody tr", has_text="Unheard of")
         expect(row.locator("td").nth(1)).to_have_text("2")
         expect(row.locator("var")).to_have_text("<NUM>")
