@@ -25,7 +25,7 @@ from training.fit import WAVEFORM_PLAN, Plan
 from training.lines import Mining, exported, masks_of, preview
 from training.log_files import LogFormat
 from training.logfit import LOG_SIZES, LogPlan
-from training.logpipeline import LogJob, keys_of, known_lines, sessions_of
+from training.logpipeline import LogJob, keys_of, sessions_of
 from training.logpipeline import produce as produce_log
 from training.pipeline import Job, default_job, fleet_job, produce, slug
 from training.verify import verify_file
@@ -129,9 +129,7 @@ def fit(
         float | None,
         typer.Option(min=1e-3, help="Of logs: silence after which a session of a stream is over. Default: streams go on for ever."),
     ] = None,
-    patterns: Annotated[
-        Path | None, typer.Option(help="Of logs: export of GET /v1/patterns, whose lines are to be known although --logs has none.")
-    ] = None,
+    patterns: PatternFiles = None,
 ) -> None:
     """Train one detector for a whole fleet of streams with the same features, or for the lines of logs.
 
@@ -149,7 +147,7 @@ def fit(
             else:
                 mining = Mining(masks=masks_of(mask or ()), delimiters=delimiters, similarity=similarity)
                 format_ = LogFormat(timestamp_regex, time_format, stream_regex)
-                read, templates = sessions_of(given[0], format_, mining, session_seconds, known_lines(patterns) if patterns else [])
+                read, templates = sessions_of(given[0], format_, mining, session_seconds, exported(patterns or ()))
             chosen = Sizes(hidden or LOG_SIZES.hidden, layers, code, decoder_hidden or LOG_SIZES.decoder_hidden, cell)
             log_plan, files = LogPlan(steps=steps or LogPlan.steps, seed=seed), ", ".join(path.name for path in given[0])
             return LogJob(name or slug(given[0][0]), version, read, templates, chosen, log_plan, _command(), files)

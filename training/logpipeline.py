@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -89,16 +88,6 @@ def sessions_of(
     for path in files_of(paths):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return Sessions(sessions, lines.templates, digest.hexdigest()), lines
-
-
-def known_lines(path: Path) -> list[str]:
-    """The examples of an export of new patterns (GET /v1/patterns). Raises TableError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content["patterns"] if isinstance(content, dict) else content
-        return [str(one["example"]) for one in found]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TableError(f"{path} is no export of GET /v1/patterns: {error!r}.") from error
 
 
 def _texts(paths: Sequence[Path], format_: LogFormat, known: Sequence[str]) -> Iterator[str]:

@@ -1,0 +1,90 @@
+"""Log files become sessions, and sessions a published model with its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tests.training.logs import QUICK, TINY
+from training.__main__ import app
+from training.lines import Mining
+from training.log_files import LogFormat
+from training.logpipeline import LogJob, keys_of, produce, sessions_of
+from training.verify import verify_file
+
+FORMAT = LogFormat(time="%Y-%m-%d %H:%M:%S", stream="req-[0-9]+")
+
+
+def line(second: int, request: int, text: str) -> str:
+    return f"2026-01-01 00:{second // 60:02d}:{second % 60:02d} [req-{request}] {text}"
+
+
+def log(folder: Path) -> Path:
+    """Two requests at once; the first comes back after five minutes; a third one is still going on at the end."""
+    lines = [
+        line(0, 1, "open"),
+        line(1, 2, "open"),
+        line(2, 1, "took 17 ms"),
+        line(3, 2, "took 20 ms"),
+        line(3, 1, "close"),
+        line(300, 1, "open"),
+        line(301, 1, "took 30 ms"),
+        line(560, 3, "open"),
+    ]
+    path = folder / "app.log"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_lines_become_sessions_of_their_streams_that_end_by_silence(tmp_path: Path) -> None:
+    data, lines = sessions_of([log(tmp_path)], FORMAT, Mining(), 60.0)
+    of_stream = [(one.stream, len(one), one.ended) for one in data.sessions]
+    assert of_stream == [("req-1", 3, True), ("req-1", 2, True), ("req-2", 2, True), ("req-3", 1, False)]
+    first = data.sessions[0]
+    assert np.isnan(first.gaps[0])
+    assert first.gaps[1:].tolist() == [2, 1]
+    assert 17 in first.numbers[1]
+    assert [text.rpartition(" ")[2] for text in first.lines] == ["open", "ms", "close"]
+    assert data.sessions[1].first
+    assert np.isnan(data.sessions[1].gaps[0])
+    assert lines.session_seconds == 60
+
+
+def test_without_a_silence_streams_never_end(tmp_path: Path) -> None:
+    data, _ = sessions_of([log(tmp_path)], FORMAT, Mining(), None)
+    assert [(one.stream, len(one), one.ended) for one in data.sessions] == [("req-1", 5, False), ("req-2", 2, False), ("req-3", 1, False)]
+
+
+def test_lines_of_an_export_of_new_patterns_are_known_although_no_log_has_them(tmp_path: Path) -> None:
+    data, lines = sessions_of([log(tmp_path)], FORMAT, Mining(), 60.0, ["disk is full"])
+    assert "disk is full" in lines.templates
+    assert data.templates == lines.templates
+
+
+def test_key_sequences_are_published_with_a_report(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    rng = np.random.default_rng(0)
+    keys.write_text("\n".join("a b " + "c " * int(rng.integers(1, 3)) + "d" for _ in range(120)) + "\na b\n")
+    data, lines = keys_of([keys], None)
+    job = LogJob("keys", "1", data, lines, TINY, QUICK, "python -m training fit", "keys.txt")
+    model = produce(job, tmp_path / "out")
+    manifest = verify_file(model)
+    assert manifest.lines == lines
+    assert manifest.quality["false_onsets_on_lines_held_out"]["0.001"]["events"] == data.lines + 121
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written >= {"keys-1.onnx", "report.md", "report.html", "report.png", "report.json"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "(end of session)" in page  # of the one that stopped too early
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [([], "Give one of --data"), (["--logs", "x", "--sessions", "y"], "Give one of --data"), (["--sessions", "no-such"], "cannot be read")],
+)
+def test_what_cannot_be_trained_on_is_refused_with_the_reason(tmp_path: Path, options: list[str], said: str) -> None:
+    answer = CliRunner().invoke(app, ["fit", "--out", str(tmp_path), *options])
+    assert answer.exit_code == 1
+    assert said in answer.output
