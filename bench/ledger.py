@@ -4,7 +4,8 @@ The uninterrupted run is a Scorer on a memory store in this process, fed with ea
 stream's *life* is what it has learned since its last fresh start; the ledger keeps who was stepped in it:
 
     a step        not answered before: it must be the next version of the life, and equal the uninterrupted run in every field
-    a duplicate   answered before: `duplicate` with exactly that answer, or without a result, or late; never stepped again in this life
+    a duplicate   answered before: `duplicate` with exactly that answer, or without a result, or late; never stepped again in this life.
+                  Not answered before it has its result, but where the stream was damaged since it was first asked for
     a fresh start version 1 of a stream that had a life: only where the harness damaged it since, at most once for each damage. Damage that
                   leaves nothing to go on with (deleted, a token that changed) must lead to one, any other may be healed by a good copy
 
@@ -162,7 +163,7 @@ class Ledger:
             if book.broken:
                 continue
             try:
-                fresh = self._judged(book, sent, answer)
+                fresh = self._judged(book, sent, answer, asked_at)
                 if fresh is None:
                     continue
                 self._settle(book, asked_at)
@@ -186,12 +187,13 @@ class Ledger:
         if wrong:
             self.violation(stream_id, "stored value", f"differs from the uninterrupted run in {wrong}")
 
-    def _judged(self, book: Book, sent: Sent, answer: Answer) -> bool | None:
+    def _judged(self, book: Book, sent: Sent, answer: Answer, asked_at: float) -> bool | None:
         """Enter one answer into its book: None = no step, else whether the step began a life. Raises _WrongError."""
         known = book.answers.get(sent.index, ())
         if isinstance(answer, Late) or not answer.expected:
             self.counts["late" if isinstance(answer, Late) or answer.late else "duplicate_without_result"] += 1
-            if not known:
+            # What is deleted between two looks of the service at the stream takes the result of a lost reply with it.
+            if not known and not any(damage.applied_at > asked_at for damage in book.damages):
                 raise _WrongError(f"it was never answered, and now without a result: {answer}")
             return None
         digest = _digest(answer)

@@ -46,6 +46,8 @@ from service.sources import POSITIONS, Batch, Letter, Message, Settlement
 LIBRARY = Path(__file__).with_name("streams.lua")
 VERSION = "v1"
 """Of the functions in the library, renamed together whenever their arguments change."""
+_UNANSWERED = (RedisError, OSError, RuntimeError)
+"""As of the store, see stores/redis.py."""
 TIMEOUT_SECONDS = 4.0
 """Longer than any call blocks."""
 BLOCK_MS = 2000
@@ -317,7 +319,7 @@ class RedisStreams:
         except ResponseError as error:
             if "Function not found" not in str(error):
                 raise _unavailable(error) from error
-        except (RedisError, OSError) as error:
+        except _UNANSWERED as error:
             raise _unavailable(error) from error
         await self.ask(lambda: self._client.function_load(LIBRARY.read_text(), replace=True))
         return await self.ask(ask)
@@ -325,7 +327,7 @@ class RedisStreams:
     async def ask(self, ask: Callable[[], Awaitable[T]]) -> T:
         try:
             return await ask()
-        except (RedisError, OSError) as error:
+        except _UNANSWERED as error:
             raise _unavailable(error) from error
 
 

@@ -28,7 +28,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from redis.crc import key_slot
-from redis.exceptions import AskError, MovedError, RedisError, TryAgainError
+from redis.exceptions import AskError, MovedError, TryAgainError
 
 from service.errors import StoreUnavailable
 from service.stores import OUTPUT, Page, Write
@@ -39,6 +39,7 @@ from service.stores.redis import (
     SHARDS,
     TIMEOUT_SECONDS,
     TOO_OLD,
+    UNANSWERED,
     Command,
     Commands,
     asked,
@@ -254,7 +255,7 @@ class ClusterStore(Commands):
         node = self._nodes.get(address) or self._nodes.setdefault(address, _Node(_beside(next(iter(self._seeds.values())), address)))
         try:
             return await node.ask(commands)
-        except (RedisError, OSError) as error:
+        except UNANSWERED as error:
             self._stale = True
             raise _unavailable(error, address) from error
 
@@ -306,10 +307,10 @@ class _Node:
         """Whether it did not answer the last time."""
 
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
-        """A reply or a ResponseError for each, in one round trip on one connection. Raises RedisError and OSError."""
+        """A reply or a ResponseError for each, in one round trip on one connection. Raises UNANSWERED."""
         try:
             replies = await asked(self.pool, commands)
-        except (RedisError, OSError) as error:
+        except UNANSWERED as error:
             self.failed = True
             if leads_nowhere(error):
                 await connect_anew(self.pool)

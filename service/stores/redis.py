@@ -46,6 +46,8 @@ FUNCTION = "onset_commit_v6"
 LIBRARY = "\n".join(Path(__file__).with_name(name).read_text() for name in ("commit.lua", "book.lua"))
 COMMIT_STREAMS, COMMIT_BYTES = 512, 4 * 1024 * 1024
 """One call of the function stays below both, so that the server answers others in between."""
+UNANSWERED = (RedisError, OSError, RuntimeError)
+"""What a server that does not answer raises. RuntimeError: uvloop's, where a socket has failed and nobody has read of it yet."""
 TIMEOUT_SECONDS = 2.0
 MAX_CONNECTIONS = 16
 """Further calls wait for one of these, TIMEOUT_SECONDS at most."""
@@ -278,7 +280,7 @@ class RedisStore(Commands):
         except ResponseError as error:
             if not unknown_function(error):
                 raise await self._unavailable(error) from error
-        except (RedisError, OSError) as error:
+        except UNANSWERED as error:
             raise await self._unavailable(error) from error
         await self._load_function()
         return await self._ask(ask)
@@ -288,7 +290,7 @@ class RedisStore(Commands):
             return bool((await self._client.info("cluster")).get("cluster_enabled"))
         except NoPermissionError:  # then the first call that is of several slots says it
             return False
-        except (RedisError, OSError) as error:
+        except UNANSWERED as error:
             raise await self._unavailable(error) from error
 
     async def _load_function(self) -> None:
@@ -298,7 +300,7 @@ class RedisStore(Commands):
             if too_old(error):
                 raise StoreUnavailable(TOO_OLD) from error
             raise await self._unavailable(error) from error
-        except (RedisError, OSError) as error:
+        except UNANSWERED as error:
             raise await self._unavailable(error) from error
 
     async def pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
@@ -319,7 +321,7 @@ class RedisStore(Commands):
     async def _ask(self, ask: Callable[[], Awaitable[T]]) -> T:
         try:
             return await ask()
-        except (RedisError, OSError) as error:
+        except UNANSWERED as error:
             raise await self._unavailable(error) from error
 
     async def _unavailable(self, error: Exception) -> StoreUnavailable:
@@ -345,7 +347,7 @@ def connections(url: str) -> redis.BlockingConnectionPool:
 
 
 async def asked(pool: redis.BlockingConnectionPool, commands: Sequence[Command]) -> list[Any]:
-    """A reply or a ResponseError for each, in one round trip on one connection. Raises RedisError and OSError.
+    """A reply or a ResponseError for each, in one round trip on one connection. Raises UNANSWERED.
 
     redis-py's pipeline has a timer for each reply: with 512 commands every second it took a tenth of the service's processor time.
     """
@@ -372,7 +374,7 @@ async def _reply(connection: Any) -> Any:
 async def connect_anew(pool: redis.BlockingConnectionPool) -> None:
     """Close the idle connections now and the others when they are given back."""
     await pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
-    with contextlib.suppress(RedisError, OSError):
+    with contextlib.suppress(*UNANSWERED):
         await pool.disconnect(inuse_connections=False)
 
 

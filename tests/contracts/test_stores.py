@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import redis.asyncio as redis
+from redis.asyncio.connection import AbstractConnection
 
 from service.errors import StoreUnavailable
 from service.events import Lease
@@ -759,3 +760,16 @@ async def test_no_server_is_told_at_once() -> None:
             await call
     assert time.monotonic() - started < 3
     await store.close()
+
+
+async def test_a_socket_whose_handle_the_event_loop_has_closed_is_a_store_that_does_not_answer(
+    redis_store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def closed(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to perform operation on <UnixTransport closed=True>; the handler is closed")  # as uvloop says it
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AbstractConnection, "send_packed_command", closed)
+        with pytest.raises(StoreUnavailable, match="handler is closed"):
+            await redis_store.load(MODEL, ["a"])
+    assert await redis_store.load(MODEL, ["a"]) == [None]
