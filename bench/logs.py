@@ -3,9 +3,9 @@
     python -m bench.logs [--sets hdfs,openstack] [--seeds 3] [--steps 300] [--part 1] [--data ../shared/data] [--json FILE]
 
 A session is reported when one of its events, its end included, begins an anomaly. The asked rate of a set is one false alarm in 1,000
-sessions, or in as many as it was trained on where these are fewer; ours is given it divided by the mean length of a training session.
-No label and no test session takes part. HDFS's real test set has 553,366 normal and 16,838 abnormal sessions: its F1 is re-weighted to
-these. Intervals are of 95 %, by bootstrap over the test sessions. `--part n` takes every n-th abnormal session.
+sessions, then in 2,000, or in as many as it was trained on where these are fewer; ours is given it divided by the mean length of a training
+session. No label and no test session takes part. HDFS's real test set has 553,366 normal and 16,838 abnormal sessions: its F1 is
+re-weighted to these. Intervals are of 95 %, by bootstrap over the test sessions. `--part n` takes every n-th abnormal session.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +36,8 @@ from training.sessions import Session, Sessions, keyed, read_sessions
 from training.verify import Runner
 
 GOAL, FLOOR = 98.8, 95.1
+RATES = (1e-3, 5e-4)
+"""False alarms of a session that are asked for; the first one is what the goals are about."""
 REAL = {"hdfs": (553_366, 16_838)}
 """Normal and abnormal sessions of the real test set, where the files hold a part of it."""
 TRAIN = {"hdfs": "train_normal.txt"}
@@ -58,11 +60,14 @@ class Case:
     normal: list[Session]
     abnormal: list[Session]
     steps: int
+    rate: float = 1e-3
+    fitted: dict[tuple[str, int], tuple[LogStep, Runner]] = field(default_factory=dict)
+    """By cell and seed: a detector is the same whatever is asked of it."""
 
     @property
     def asked(self) -> float:
         """False alarms of a session."""
-        return max(1e-3, 1 / len(self.train.sessions))
+        return max(self.rate, 1 / len(self.train.sessions))
 
     @property
     def alpha(self) -> float:
@@ -75,6 +80,7 @@ class Row:
     """One method on one set. Shares are 0 to 1."""
 
     set: str
+    asked: float
     method: str
     seed: int
     tpr: float
@@ -117,6 +123,7 @@ def row(case: Case, method: str, seed: int, found: tuple[Found, Found]) -> Row:
     ends = np.array([len(session) for session in case.abnormal])[hits]
     return Row(
         set=case.name,
+        asked=case.asked,
         method=method,
         seed=seed,
         tpr=float(hits.mean()),
@@ -276,8 +283,11 @@ def without_lstm(case: Case, seed: int) -> tuple[Found, Found]:
 
 
 def _fitted(case: Case, plan: LogPlan, cell: str) -> tuple[Found, Found]:
-    step, _ = fit(case.train, replace(LOG_SIZES, cell=cell), plan)  # type: ignore[arg-type]
-    runner = Runner(session_of(to_onnx(step.eval())))
+    key = (cell, plan.seed)
+    if key not in case.fitted:
+        step, _ = fit(case.train, replace(LOG_SIZES, cell=cell), plan)  # type: ignore[arg-type]
+        case.fitted[key] = step.eval(), Runner(session_of(to_onnx(step)))
+    step, runner = case.fitted[key]
     return reported(step, runner, case.normal, case.alpha), reported(step, runner, case.abnormal, case.alpha)
 
 
@@ -343,25 +353,26 @@ def run(
     chosen = [name for name in METHODS if not methods or name in methods.split(";")]
     for name in sets.split(","):
         case = load(name, data, steps, part if name == "hdfs" else 1)
+        cases = [replace(case, rate=rate) for rate in RATES if rate * len(case.train.sessions) >= 1] or [case]
         for method in chosen:
             for seed in range(first_seed, first_seed + (seeds if method == "ours" else 1)):
                 began = time.monotonic()
-                rows.append(row(case, method, seed, METHODS[method](case, seed)))
+                rows += [row(one, method, seed, METHODS[method](one, seed)) for one in cases]
                 seconds[method] += round(time.monotonic() - began)
     tables = [_table(name, [one for one in rows if one.set == name]) for name in sets.split(",")]
-    hdfs = [one.f1 for one in rows if one.set == "hdfs" and one.method == "ours"]
+    hdfs = [one.f1 for one in rows if one.set == "hdfs" and one.method == "ours" and one.asked == RATES[0]]
     goals = [Goal("F1 on HDFS, mean of the seeds", float(np.mean(hdfs)), bound) for bound in (GOAL, FLOOR)] if hdfs else []
     report(tables, goals, machine, {"rows": [asdict(one) for one in rows], "seconds": dict(seconds)}, json_file)
 
 
 def _table(name: str, rows: Sequence[Row]) -> Table:
     numbers = ("TPR", "FPR", "F1", "95 %", "events", "p90", "before the end")
-    made = table(f"{name}: sessions reported", ("method", "seed"), numbers)
-    for one in rows:
+    made = table(f"{name}: sessions reported", ("asked", "method", "seed"), numbers)
+    for one in sorted(rows, key=lambda one: -one.asked):
         events = [f"{value:.0f}" if value is not None else "–" for value in (one.events, one.events_p90)]
         interval = f"{one.f1_low:.1f}–{one.f1_high:.1f}"
         cells = (f"{one.tpr:.4f}", f"{one.fpr:.5f}", f"{one.f1:.2f}", interval, *events, f"{one.before_end:.0%}")
-        made.add_row(one.method, str(one.seed) if one.method in SEEDED else "", *cells)
+        made.add_row(f"1/{1 / one.asked:,.0f}", one.method, str(one.seed) if one.method in SEEDED else "", *cells)
     return made
 
 

@@ -108,7 +108,7 @@ class ArtifactStep(StepModule):
     def signal_names(self) -> tuple[str, ...]: ...
 
     def magnitude(self, slot: str) -> float:
-        """The size of what a slot is the difference from, 0 where it is none: its rounding is relative to that."""
+        """The size of what a slot, or an output, is the difference from, 0 where it is none: its rounding is relative to that."""
         return 0.0
 
 

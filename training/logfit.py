@@ -23,7 +23,7 @@ from training.autoencoder import Sizes
 from training.calibrate import Observed, Rules, calibrate
 from training.counting import BINS, count, counts_of, with_end
 from training.data import Float32, Float64
-from training.logs import GAP_LIMIT, LAGS, MARGIN, MOST_NATS, NEW_NATS, Counts, Decoded, LogStep, Ranges, flat_calibration
+from training.logs import GAP_LIMIT, LAGS, LEAST_SCALE, MARGIN, MOST_NATS, NEW_NATS, Counts, Decoded, LogStep, Ranges, flat_calibration
 from training.sessions import Session, Sessions
 from training.tail import Calibration, Curve
 
@@ -176,7 +176,7 @@ def ranges_of(sessions: Sequence[Session], codes: int, numbers: int) -> Ranges:
             of_code = values[rows, n][np.isfinite(values[rows, n])]
             if len(of_code) >= ENOUGH_NUMBERS:
                 location[code, n] = np.median(of_code)
-                scale[code, n] = max(float(np.quantile(np.abs(of_code - location[code, n]), 0.95)) / 3, 0.02)
+                scale[code, n] = max(float(np.quantile(np.abs(of_code - location[code, n]), 0.95)) / 3, LEAST_SCALE)
     return Ranges(unit, spread, torch.from_numpy(location).float(), torch.from_numpy(scale).float())
 
 

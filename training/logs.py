@@ -42,6 +42,8 @@ MARGIN = 0.01
 NEW_NATS = 0.1
 """Evidence of a new pattern: all are the same, and how rare they are is for the tail to say."""
 GAP_LIMIT = 25.0
+LEAST_LOG_SCALE, LEAST_SCALE = -2.5, 0.05
+"""Narrowest scales of gaps (as logarithm) and of numbers, in measures: 8 and 5 of 100. Narrower ones would magnify float32's rounding."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class LineNetwork(nn.Module):
     def gaps(self, answer: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Location and scale [.., 1] of u, the gap's measure, of a line of these codes [..] after that past."""
         location, log_scale = torch.split(self.gap(answer) + self.gap_of(codes), 1, dim=-1)
-        return location, torch.exp(log_scale.clamp(-4.0, 3.0))
+        return location, torch.exp(log_scale.clamp(LEAST_LOG_SCALE, 3.0))
 
     def again(self, answers: Tensor) -> Tensor:
         """Logits [.., lags, C] of the lines LAGS back, the newest first."""
@@ -249,6 +251,10 @@ class LogStep(ArtifactStep):
     @property
     def signal_names(self) -> tuple[str, ...]:
         return self.signals
+
+    def magnitude(self, slot: str) -> float:
+        """Chances and shares are of distances from what was expected, in scales: small differences of measures up to GAP_LIMIT."""
+        return 10.0 if slot in ("p_value", "onset_p", "contribution") else 0.0
 
     def forward(self, state: Tensor, x: Tensor, t: Tensor, learn: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
         """The step function: see the service's contract for shapes and meaning of inputs and outputs. The gap is in x, `t` is not used."""

@@ -101,7 +101,7 @@ def verify_same_answers(step: ArtifactStep, run: StepFunction) -> None:
         got = run(*inputs)
         reach = np.fmax(np.abs(got.lower), np.abs(got.upper))  # an end of the band near 0 is a difference of larger numbers
         for name, want in zip(step.outputs[1:], expected[1:], strict=True):
-            _compare(name, i, getattr(got, name), want, reach if name in ("lower", "upper") else None)
+            _compare(name, i, getattr(got, name), want, reach if name in ("lower", "upper") else None, step.magnitude(name))
         after, wanted = (step.layout.split(torch.from_numpy(part)) for part in (got.state, expected[0]))
         for slot in step.layout.slots:
             part, want = after[slot.name].numpy(), wanted[slot.name].numpy()
@@ -109,13 +109,13 @@ def verify_same_answers(step: ArtifactStep, run: StepFunction) -> None:
         state = got.state
 
 
-def _compare(name: str, step: int, got: Float32, want: Float32, size: Float32 | None = None) -> None:
-    """`size` is what a difference is relative to; by default what is wanted."""
+def _compare(name: str, step: int, got: Float32, want: Float32, size: Float32 | None = None, magnitude: float = 0.0) -> None:
+    """`size` is what a difference is relative to, by default what is wanted; `magnitude` is added to it."""
     if name in ("p_value", "onset_p"):
         got, want = np.log10(got), np.log10(want)
     if not np.array_equal(np.isfinite(got), np.isfinite(want)):
         raise ArtifactError(f"Refused: {name} of step {step} is a number in one of PyTorch and ONNX Runtime and none in the other.")
-    difference = np.abs(np.nan_to_num(got) - np.nan_to_num(want)) / (1 + np.abs(np.nan_to_num(want if size is None else size)))
+    difference = np.abs(np.nan_to_num(got) - np.nan_to_num(want)) / (1 + magnitude + np.abs(np.nan_to_num(want if size is None else size)))
     if difference.max() > TOLERANCE:
         raise ArtifactError(
             f"Refused: {name} of step {step} differs by {difference.max():.1e} between PyTorch and ONNX Runtime "
