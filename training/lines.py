@@ -4,8 +4,8 @@
             ─► words that tell: a wildcard that takes only a few words gets a template for each of them
 
 Drain (He et al., ICWS 2017; the package drain3-improved) merges lines that share most of their words, also where the one that differs is
-what matters: "VM <*> (Lifecycle Event)" for Started, Stopped and Paused. The second step takes these apart again, and the wider template
-stays behind them, for a word that no line had. `python -m bench.lines` compares both with the hand-made templates of loghub.
+what matters: "VM <*> (Lifecycle Event)" for Started, Stopped and Paused. The second step takes these apart again; a word that no line had
+makes a new pattern. `python -m bench.lines` compares both with the hand-made templates of loghub.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def mine(messages: Iterable[str], mining: Mining = Mining(), session_seconds: fl
             raise TableError(f"More than {MAX_DISTINCT} masked lines differ: mask what varies (--mask), see `python -m training lines`.")
     if not counts:
         raise TableError("There is no line to mine templates from.")
-    templates = _told_apart(_clusters(counts, mining), counts)
+    templates: list[str] = []
+    wider = _clusters(counts, mining)
+    while len(wider) > len(templates):  # what one word tells apart may have further words that tell
+        templates, wider = wider, _told_apart(wider, counts)
     if len(templates) > MAX_TEMPLATES:
         raise TableError(f"{len(templates)} templates; there may be {MAX_TEMPLATES}: mask what varies (--mask) or lower --similarity.")
     made = Lines(
@@ -93,7 +96,8 @@ def mine(messages: Iterable[str], mining: Mining = Mining(), session_seconds: fl
     matcher, often = Matcher(made), Counter[int]()
     for line, count in counts.items():
         often[matcher.code_of(line)] += count
-    ordered = sorted(range(len(templates)), key=lambda i: -often[i + 1])
+    used = [i for i in range(len(templates)) if often[i + 1]]  # a word that no line had is a new pattern
+    ordered = sorted(used, key=lambda i: -often[i + 1])
     return made.model_copy(update={"templates": [templates[i] for i in ordered]})
 
 
