@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
 from service.artifact import GAP, NUMBERS, TEMPLATE, Feature, Lines
@@ -271,6 +272,7 @@ def _draw(path: Path, losses: Sequence[float], onset_p: Float64) -> None:
     if len(ordered):
         right.loglog(ordered, np.arange(1, len(ordered) + 1) / len(onset_p), color=report.INK, linewidth=1.2, label="measured")
         right.loglog([ordered[0], ordered[-1]], [ordered[0], ordered[-1]], color=report.ALARM, linestyle=":", label="asked")
+        right.xaxis.set_minor_formatter(NullFormatter())  # over less than a decade they would lie over each other
         right.legend(frameon=False, fontsize=8)
     right.set_title("Share of lines held out that begin an anomaly, by p", loc="left", fontsize=10)
     figure.savefig(path, dpi=110)
