@@ -87,7 +87,7 @@ class Matcher:
     """Lines → codes, by the templates of one model. Not for two threads at once."""
 
     def __init__(self, lines: Lines) -> None:
-        self._splitter = Splitter(lines.header, lines.masks, lines.delimiters)
+        self.splitter = Splitter(lines.header, lines.masks, lines.delimiters)
         self._index = _index(lines.templates)
         self._templates = [template.split() for template in lines.templates]
         self._known = _Memory(self._matched, KNOWN, KNOWN_LENGTH)
@@ -97,7 +97,7 @@ class Matcher:
         """[N] codes, NEW where no template matches, and [N, 4] the first numbers of each line, NaN = none."""
         codes: list[int] = []
         numbers: list[list[float]] = []
-        known, split, masked_of, number = self._known, self._splitter.words, self._splitter.masked_word, self._number
+        known, split, masked_of, number = self._known, self.splitter.words, self.splitter.masked_word, self._number
         for message in messages:
             words = split(message)
             code, picks = known["\n".join([masked_of[word] for word in words])]
@@ -136,7 +136,7 @@ class Matcher:
         return numbers[nth] if nth < len(numbers) else math.nan  # a line may hold "<NUM>" as it stands
 
     def _numbers_of(self, word: str) -> list[float]:
-        return list(map(_float32, self._splitter.numbers(word)))
+        return list(map(_float32, self.splitter.numbers(word)))
 
 
 def _only(masked: str) -> slice | None:

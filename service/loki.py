@@ -76,7 +76,7 @@ class Loki:
                 await self._shipping.score(sent, self._named(decoded, tally), tally)
         except TooSlow as error:  # as a 408 it would be dropped
             raise StoreUnavailable(error.detail) from error
-        self._shipping.count(tally, time.perf_counter() - started)
+        self._shipping.answered(time.perf_counter() - started)
         return _answer(tally, lines)
 
     def _named(self, decoded: Sequence[Pushed], tally: Tally) -> Shipped:

@@ -22,6 +22,8 @@ from service.wire import LENGTH, VARINT, Malformed, fields, read_varint
 
 MESSAGE = "logproto.PushRequest"
 
+REMEMBERED_LENGTH = 2048
+"""Of a stream's labels: longer ones are read each time, so that memory stays bounded."""
 _BILLION = 1_000_000_000
 _PAIR = re.compile(r'\s*([a-zA-Z_][a-zA-Z0-9_.:]*|"(?:[^"\\]|\\.)*")\s*=\s*("(?:[^"\\]|\\.)*"|`[^`]*`)\s*(?:,|$)', re.DOTALL)
 _ESCAPE = re.compile(rb"\\(?:([abfnrtv\\\"'])|x([0-9a-fA-F]{2})|([0-7]{3})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
@@ -107,9 +109,10 @@ def _value(value: Any, stream: int) -> Entry:
             pass
         case _:
             raise BadBody(f'streams.{stream}.values holds {str(value)[:64]}, not ["nanoseconds since 1970", "line", {{"name": "value"}}].')
-    if isinstance(time, str) and not (time.isascii() and time.isdigit() and len(time) < 20):
-        raise BadBody(f"streams.{stream}.values has the time {time[:64]!r}, which is no nanoseconds since 1970.")
-    return Entry(int(time), line, metadata)
+    digits = str(time)
+    if isinstance(time, bool) or not (digits.isascii() and digits.isdigit() and len(digits) < 20):
+        raise BadBody(f"streams.{stream}.values has the time {digits[:64]!r}, which is no nanoseconds since 1970.")
+    return Entry(int(digits), line, metadata)
 
 
 def _stream(content: bytes, start: int, end: int, left: int, most: int) -> Pushed:
@@ -154,9 +157,12 @@ def _pair(content: bytes, start: int, end: int) -> dict[str, str]:
     return {found.get(1, ""): found.get(2, "")}
 
 
-@lru_cache(maxsize=4096)
 def labels_of(text: str) -> Sequence[Label]:
     """The labels of `{app="a", host="b"}`. Raises BadEvent."""
+    return _remembered(text) if len(text) <= REMEMBERED_LENGTH else _labels(text)
+
+
+def _labels(text: str) -> Sequence[Label]:
     inside = text.strip()
     if not (inside.startswith("{") and inside.endswith("}")):
         raise _no_labels(text)
@@ -168,6 +174,9 @@ def labels_of(text: str) -> Sequence[Label]:
         labels.append((_unquoted(pair[1]), _unquoted(pair[2])))
         at = pair.end()
     return tuple(labels)
+
+
+_remembered = lru_cache(maxsize=4096)(_labels)
 
 
 def _no_labels(text: str) -> BadEvent:

@@ -108,6 +108,8 @@ class Mapper:
 
     def _ends(self, item: _Item) -> bool:
         """Raises BadEvent."""
+        if not self._end and self._payload.values:  # a field that happens to be called so
+            return False
         found = self._end(item) if self._end else self._own["end"](item)
         if found is _MISSING:
             return False

@@ -85,7 +85,7 @@ class Otlp:
             return _status(problem_of(StoreUnavailable(error.detail)), media)
         except OnsetError as error:
             return _status(problem_of(error), media)
-        self._shipping.count(tally, time.perf_counter() - started)
+        self._shipping.answered(time.perf_counter() - started)
         return _answer(tally, len(records), media)
 
     def _named(self, records: Sequence[Record], tally: Tally) -> Shipped:

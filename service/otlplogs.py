@@ -335,7 +335,7 @@ def _int(content: Any, depth: int) -> Value:
 def _double(content: Any, depth: int) -> Value:
     try:
         return float(content)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _no_value(content) from error
 
 

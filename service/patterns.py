@@ -93,9 +93,9 @@ class Patterns:
         self._splitters: dict[str, Splitter] = {}
         self._pending: dict[str, dict[str, _Counted]] = {}
         for name, detector in detectors.items():
-            if (lines := detector.manifest.lines) is not None:
+            if (matcher := detector.matcher) is not None:
                 self._keys[name] = f"onset:{{patterns}}:{name}@{detector.sha256[:16]}:".encode()
-                self._splitters[name] = Splitter(lines.header, lines.masks, lines.delimiters)
+                self._splitters[name] = matcher.splitter  # it has masked these words a moment before
                 self._pending[name] = {}
 
     def connect(self, store: Commands) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.events import Direction
-from service.state import ACCEPTED, ALERT_OPEN, EXPIRED, FROZEN, LASTING, LEARNER, LEVEL, LEVEL_SHIFT, SILENT, Rows
+from service.state import ACCEPTED, ALERT_OPEN, ENDING, EXPIRED, FROZEN, LASTING, LEARNER, LEVEL, LEVEL_SHIFT, SILENT, Rows
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 UP, DOWN, BOTH, NO_DIRECTION = range(4)
@@ -175,7 +175,7 @@ class Policy:
             return False
         if flags & LEARNER:
             row["vector"] = row["learner"]
-        row["learner"], row["flags"], row["started_at"] = 0, ACCEPTED | flags & SILENT, np.nan
+        row["learner"], row["flags"], row["started_at"] = 0, ACCEPTED | flags & (SILENT | ENDING), np.nan
         row["quiet"] = row["lasting"] = row["peak"] = 0
         return True
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from service.api import Door, Sent
 from service.artifact import Manifest
@@ -23,9 +24,7 @@ from service.errors import (
     BadSetting,
     FutureEvent,
     ItemError,
-    NotCommitted,
     Overloaded,
-    StateConflict,
     TooManyStreams,
 )
 from service.events import MAX_MESSAGE_LENGTH, Delivery, Event
@@ -44,7 +43,6 @@ _REASONS: Mapping[type[ItemError], str] = {
     FutureEvent: "ahead of this clock",
     TooManyStreams: "of a new stream beyond ONSET_MAX_STREAMS",
 }
-_NOT_WRITTEN = "not written, other replicas were faster"
 
 
 @dataclass(frozen=True)
@@ -160,29 +158,31 @@ class Shipping:
                 f"Model '{sent.scorer.detector.name}' takes numbers, not log lines: add ?model=NAME of one that does.", "model"
             )
         deliveries = self._deliveries(shipped, tally)
-        for start in range(0, len(deliveries), self._part):
-            part = deliveries[start : start + self._part]
-            try:
+        try:
+            while part := list(islice(deliveries, self._part)):
                 kinds, _ = await sent.scorer.consume(part, sent.sender)
-            except Overloaded:
-                self._metrics.refused.labels("queue").inc()
-                raise
-            for delivery, kind in zip(part, kinds, strict=True):
-                _tell(tally, delivery.event, kind)
+                for delivery, kind in zip(part, kinds, strict=True):
+                    _tell(tally, delivery.event, kind)
+        except Overloaded:
+            self._metrics.refused.labels("queue").inc()
+            raise
+        finally:  # also of a request of which a part was scored
+            self._count(tally)
 
-    def count(self, tally: Tally, seconds: float) -> None:
-        """A request is answered after so long."""
+    def answered(self, seconds: float) -> None:
+        """A request is, after so long."""
+        self._latency.observe(seconds)
+
+    def _count(self, tally: Tally) -> None:
         for outcome, count in (+tally.outcomes).items():
             self._metrics.events.labels(self._name, outcome).inc(count)
         if tally.blank:
             self._metrics.blank.labels(self._name).inc(tally.blank)
-        self._latency.observe(seconds)
 
-    def _deliveries(self, shipped: Shipped, tally: Tally) -> list[Delivery]:
+    def _deliveries(self, shipped: Shipped, tally: Tally) -> Iterator[Delivery]:
         """Lines that can be events, each stream's in the order of their times."""
         now, equals = self._clock(), Counter[tuple[str, int, str]]()
         moments = [now * 1e9 if moment is None else moment for moment in shipped.nanoseconds]
-        deliveries = []
         for i in sorted(range(len(shipped)), key=moments.__getitem__):
             stream_id, moment, line = shipped.stream_ids[i], shipped.nanoseconds[i], shipped.lines[i]
             if not line or line.isspace():
@@ -196,8 +196,7 @@ class Shipping:
                 equals[key := (stream_id, moment, line)] += 1
                 event_id = _identity(moment, line, equals[key])
             event = Event(stream_id, None, line, None if moment is None else moment / 1e9, event_id)
-            deliveries.append(Delivery(event, 0, 0, now))
-        return deliveries
+            yield Delivery(event, 0, 0, now)
 
 
 def _identity(nanoseconds: int, line: str, nth: int) -> str:
@@ -206,7 +205,7 @@ def _identity(nanoseconds: int, line: str, nth: int) -> str:
 
 
 def _tell(tally: Tally, event: Event, kind: Kind | ItemError) -> None:
-    if isinstance(kind, StateConflict | NotCommitted) or kind is Kind.CONFLICT:
+    if kind is Kind.CONFLICT:
         tally.again += 1
         tally.outcomes["failed"] += 1
     elif isinstance(kind, ItemError):

@@ -147,7 +147,7 @@ def test_memories_are_bounded_and_forgetting_changes_nothing(monkeypatch: pytest
     again = [matcher("a <*> <NUM>", "b <NUM>").codes([message]) for message in said[:200]]
     assert once[:200].tolist() == [code[0] for code, _ in again]
     assert np.array_equal(values[:200], np.concatenate([value for _, value in again]), equal_nan=True)
-    assert len(found._splitter.masked_word) <= 50
+    assert len(found.splitter.masked_word) <= 50
     assert len(found._known) <= 10
 
 

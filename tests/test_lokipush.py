@@ -80,6 +80,8 @@ def test_labels_that_cannot_be_read_are_the_fault_of_their_stream_alone(text: st
             "streams.1.values has the time 'soon'",
         ),
         (b'{"streams": [{"stream": {}, "values": [["12345678901234567890", "a"]]}]}', "no nanoseconds since 1970"),
+        (b'{"streams": [{"stream": {}, "values": [[1%s, "a"]]}]}' % (b"0" * 400), "no nanoseconds since 1970"),
+        (b'{"streams": [{"stream": {}, "values": [[true, "a"]]}]}', "no nanoseconds since 1970"),
         (b"\xff\xff", "push request"),
     ],
 )

@@ -293,6 +293,13 @@ def test_an_end_may_come_by_itself_and_is_false_where_nothing_is_said() -> None:
     assert wrong({"stream_id": "r", "message": "m", "end": "last"}, message({"r": "r1", "m": "x", "last": [1]}))[0] == "last"
 
 
+def test_readings_may_have_a_field_called_end() -> None:
+    assert one({"stream_id": "h", "values": {"v": "v"}, "timestamp": "end"}, message({"h": "a", "v": 1.5, "end": 60})) == Event(
+        "a", {"v": 1.5}, None, 60
+    )
+    assert one({"stream_id": "h", "values": {"e": "end"}}, message({"h": "a", "end": 2})) == Event("a", {"e": 2})
+
+
 def test_a_line_with_the_end_of_its_session_is_two_events_of_one_message() -> None:
     mapper = Mapper(Payload(stream_id="r", message="m", end="last"), max_events=10)
     assert mapper.events(message({"r": "a", "m": "x"}))[1]

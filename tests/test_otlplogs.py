@@ -85,6 +85,7 @@ def test_severities_have_the_names_of_the_specification() -> None:
         (b'{"resourceLogs": [{"scopeLogs": [{"logRecords": [{"body": {"arrayValue": {"values": [1]}}}]}]}]}', "1.*where a value is"),
         (b'{"resourceLogs": [{"scopeLogs": [{"logRecords": [{"body": {"kvlistValue": {"values": [{"key": 1}]}}}]}]}]}', "where a value is"),
         (b'{"resourceLogs": [{"scopeLogs": [{"logRecords": [{"body": {"doubleValue": "x"}}]}]}]}', "where a value is"),
+        (b'{"resourceLogs": [{"scopeLogs": [{"logRecords": [{"body": {"doubleValue": 1%s}}]}]}]}' % (b"0" * 400), "where a value is"),
         (b'{"resourceLogs": [{"scopeLogs": [{"logRecords": [{"body": {"intValue": 1.5}}]}]}]}', "intValue is '1.5'"),
     ],
 )

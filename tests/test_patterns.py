@@ -19,6 +19,7 @@ from service.metrics import Metrics
 from service.patterns import Patterns
 from service.settings import Settings
 from service.stores.redis import RedisStore
+from tests.servers import ValkeyCluster
 from tests.tiny_log import build_tiny_log
 from training.lines import Mining, exported, mine
 
@@ -31,8 +32,8 @@ def log_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def serving(path: Path, url: str) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
-    app = create_app(Settings(model=path, redis_url=url, canary_seconds=0))
+async def serving(path: Path, url: str, *, cluster: bool = False) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
+    app = create_app(Settings(model=path, redis_url=url, redis_cluster=cluster, canary_seconds=0))
     service: Service = app.state.service
     async with service.running(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield client, service
@@ -98,6 +99,13 @@ async def test_patterns_are_bounded_and_the_oldest_are_forgotten(
     assert max(len(one.pattern) for one in page.patterns) == patterns.PATTERN_LENGTH
     with pytest.raises(UnknownModel, match="there is tiny-log"):
         await found.page("other", 10)
+
+
+async def test_they_are_kept_in_a_cluster_too(log_path: Path, empty_cluster: ValkeyCluster) -> None:
+    async with serving(log_path, empty_cluster.url, cluster=True) as (client, service):
+        await send(client, "Segfault at 0xdead in 7", "Oops")
+        await service.patterns.flush()
+        assert {one["pattern"] for one in (await client.get("/v1/patterns")).json()["patterns"]} == {"Segfault at <HEX> in <NUM>", "Oops"}
 
 
 async def test_what_cannot_be_written_waits_for_the_store(log_path: Path, redis_store: RedisStore) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.policy import BOTH, DIRECTIONS, DOWN, NO_DIRECTION, UP, Policy, judge
-from service.state import ACCEPTED, ALERT_OPEN, FROZEN, LASTING, LEARNER, Rows, StateCodec
+from service.state import ACCEPTED, ALERT_OPEN, ENDING, FROZEN, LASTING, LEARNER, Rows, StateCodec
 
 CODEC = StateCodec(features=2, state_size=1, model=1)
 
@@ -146,6 +146,14 @@ def test_an_accepted_alert_is_closed_and_none_opens_until_the_stream_is_ordinary
     assert not any(open_ for open_, _ in play(policy, rows, [-1e-5, 1e-4, -1e-6, 0.5, 0.5, 0.5]))
     assert flags(rows, ACCEPTED) == [False]
     assert play(policy, rows, [-1e-5])[-1][0]
+
+
+def test_a_stream_that_has_ended_is_not_waited_for_because_its_alert_is_accepted() -> None:
+    policy, rows = Policy(), old_stream()
+    play(policy, rows, [-1e-5])
+    rows["flags"] |= ENDING
+    assert policy.accept(rows)
+    assert flags(rows, ALERT_OPEN, ACCEPTED, ENDING) == [False, True, True]
 
 
 def test_a_lasting_anomaly_is_accepted_by_its_age_if_so_configured() -> None:

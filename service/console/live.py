@@ -219,7 +219,7 @@ class _Fleet:
         now = time.monotonic()
         message = b""
         if now - self._members_at >= MEMBERS_SECONDS or recent.pushes != self._pushes:
-            first, self._members_at = self._members_at < 0, now
+            first, self._members_at, self._pushes = self._members_at < 0, now, recent.pushes
             slots = recent.top(self._query.limit, self._query.holds, self._query.bits)
             named = {slot: (recent.name(slot), recent.mixed(slot)) for slot in slots.tolist()}
             if first or named != self._known:
@@ -229,7 +229,7 @@ class _Fleet:
     def _members(self, slots: NDArray[np.intp], named: dict[int, tuple[str, int]]) -> bytes:
         recent = self._recent
         new = [slot for slot, known in named.items() if self._known.get(slot) != known]
-        self._slots, self._known, self._pushes = slots, named, recent.pushes
+        self._slots, self._known = slots, named
         self._seen = {slot: self._seen.get(slot, 0) if slot not in new else 0 for slot in named}
         manifest, shown = recent.manifest, [self._shown(slot, named[slot][0]) for slot in new]
         fleet = LiveFleet(manifest.name, manifest.kind, manifest.version, self._replica, _features(manifest), slots.tolist(), shown)

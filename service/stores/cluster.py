@@ -62,7 +62,7 @@ from service.stores.redis import (
 
 SLOTS = [key_slot(watch_key("", shard)) for shard in range(SHARDS)]
 """Of each shard."""
-OURS = frozenset([*SLOTS, key_slot(POLICY_KEY), key_slot(b"{alerts}"), key_slot(b"{live}")])
+OURS = frozenset([*SLOTS, *(key_slot(key) for key in (POLICY_KEY, b"{alerts}", b"{live}", b"{patterns}"))])
 AT_ONCE = 2
 """Rounds of a call before it pauses between them."""
 PAUSE_SECONDS = 0.02
