@@ -17,6 +17,7 @@ from tests.brokers import Mosquitto, RabbitMQ
 from tests.rigs import NatsServer, nats_server
 from tests.servers import Valkey, ValkeyCluster
 from tests.tiny import build_tiny
+from tests.tiny_log import build_tiny_log
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,17 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_detector(tiny_model_path: Path) -> Detector:
     return Detector.load(tiny_model_path)
+
+
+@pytest.fixture(scope="session")
+def log_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed artifact that takes log lines, built without torch."""
+    return build_tiny_log(tmp_path_factory.mktemp("tiny-log"))
+
+
+@pytest.fixture(scope="session")
+def log_detector(log_path: Path) -> Detector:
+    return Detector.load(log_path)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,15 +14,13 @@ from service import shipped
 from service.api import Door
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
-from service.errors import StoreUnavailable
 from service.events import Result
 from service.feed import Batch, Feed
 from service.intake import DoorLimits
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
-from service.stores import Write
-from service.stores.memory import MemoryStore
+from tests.doors import Healthy, Store
 
 NOW = 1_790_000_000
 MAX_STREAMS, MAX_LINES, MAX_BODY = 50, 6000, 1_000_000
@@ -31,32 +28,6 @@ LINES = ("Accepted connection from 10.0.0.7", "Took 12.5 ms for /cart", "Closed 
 
 Add = Callable[[FastAPI, shipped.Shipping, Door], None]
 """Adds the route under test."""
-
-
-class Store(MemoryStore):
-    """Stops answering after some commits, and its commits wait while the gate is closed."""
-
-    commits = math.inf
-
-    def __init__(self) -> None:
-        super().__init__(state_ttl=60, result_ttl=60)
-        self.gate = asyncio.Event()
-        self.gate.set()
-
-    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
-        await self.gate.wait()
-        if self.commits <= 0:
-            raise StoreUnavailable("The state store does not answer.")
-        self.commits -= 1
-        return await super().commit(model, writes)
-
-
-class Healthy:
-    async def live(self) -> str | None:
-        return None
-
-    async def ready(self) -> str | None:
-        return None
 
 
 class Shipper(httpx.AsyncClient):

@@ -25,6 +25,7 @@ from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.stores import Write
 from service.stores.memory import MemoryStore
+from tests.doors import Healthy
 
 JSON = {"content-type": "application/json"}
 NDJSON = {"content-type": "application/x-ndjson"}
@@ -51,14 +52,6 @@ class Gated(MemoryStore):
     async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
         await self.gate.wait()
         return await super().commit(model, writes)
-
-
-class Healthy:
-    async def live(self) -> str | None:
-        return None
-
-    async def ready(self) -> str | None:
-        return None
 
 
 class Client(httpx.AsyncClient):

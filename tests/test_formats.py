@@ -32,7 +32,8 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.stores.memory import MemoryStore
-from tests.test_api import Healthy, assert_problem
+from tests.doors import Healthy
+from tests.test_api import assert_problem
 from tests.tiny import build_tiny
 
 NOW = 1.7e9

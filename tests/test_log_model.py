@@ -33,16 +33,6 @@ NOW = 1_795_420_800.0
 SESSION = [ACCEPTED, TOOK, "Took 7 ms for /b", CLOSED]
 
 
-@pytest.fixture(scope="session")
-def log_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_log(tmp_path_factory.mktemp("log"))
-
-
-@pytest.fixture(scope="session")
-def log_detector(log_path: Path) -> Detector:
-    return Detector.load(log_path)
-
-
 @asynccontextmanager
 async def serving(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(Settings(canary_seconds=0, **settings))  # type: ignore[arg-type]

@@ -22,16 +22,10 @@ from service.shipped import Shipping
 from tests.log_doors import LINES, MAX_LINES, NOW, Shipper, shipper
 from tests.pushes import export, record
 from tests.test_otlplogs import as_json
-from tests.tiny_log import build_tiny_log
 
 NS = NOW * 10**9
 PROTOBUF, JSON = {"content-type": "application/x-protobuf"}, {"content-type": "application/json"}
 SHOP = {"service.name": "shop", "k8s.pod.name": "shop-7d9f", "host.name": "node-1"}
-
-
-@pytest.fixture(scope="module")
-def log_detector(tmp_path_factory: pytest.TempPathFactory) -> Detector:
-    return Detector.load(build_tiny_log(tmp_path_factory.mktemp("tiny-log")))
 
 
 def at_otlp(template: str = "") -> Any:

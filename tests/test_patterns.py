@@ -20,15 +20,9 @@ from service.patterns import Patterns
 from service.settings import Settings
 from service.stores.redis import RedisStore
 from tests.servers import ValkeyCluster
-from tests.tiny_log import build_tiny_log
 from training.lines import Mining, exported, mine
 
 NOW = 1_795_420_800.0
-
-
-@pytest.fixture(scope="session")
-def log_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_log(tmp_path_factory.mktemp("log"))
 
 
 @asynccontextmanager
@@ -116,9 +110,10 @@ async def test_what_cannot_be_written_waits_for_the_store(log_path: Path, redis_
     found._count("tiny-log", "Oops 2", NOW + 1)
     found.connect(redis_store)
     task = asyncio.create_task(found.run())
-    await asyncio.sleep(patterns.FLUSH_SECONDS + 1)
+    async with asyncio.timeout(30):
+        while not (page := await found.page("", 10)).patterns:  # noqa: ASYNC110 - the store tells nobody
+            await asyncio.sleep(0.05)
     task.cancel()
-    page = await found.page("", 10)
     assert [(one.pattern, one.count) for one in page.patterns] == [("Oops <NUM>", 2)]
 
 

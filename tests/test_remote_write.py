@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import struct
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from service.alerts import decoded
 from service.api import Door
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
-from service.errors import StoreUnavailable
 from service.events import Event, Result
 from service.intake import DoorLimits
 from service.metrics import Metrics
@@ -28,8 +27,7 @@ from service.prompb import STALE, pack
 from service.relabel import read_rules
 from service.remote_write import PATH, RemoteWrite
 from service.scorer import Limits, Scorer
-from service.stores import Write
-from service.stores.memory import MemoryStore
+from tests.doors import Healthy, Store
 from tests.tiny import build_tiny
 
 NOW = 1_790_000_000_000
@@ -38,32 +36,6 @@ V1 = {"content-type": "application/x-protobuf", "content-encoding": "snappy", "x
 V2 = V1 | {"content-type": "application/x-protobuf;proto=io.prometheus.write.v2.Request", "x-prometheus-remote-write-version": "2.0.0"}
 SAMPLES_WRITTEN = "x-prometheus-remote-write-samples-written"
 MAX_STREAMS = 50
-
-
-class Store(MemoryStore):
-    """A store that stops answering after some commits, and whose commits wait while the gate is closed."""
-
-    commits = math.inf
-
-    def __init__(self) -> None:
-        super().__init__(state_ttl=60, result_ttl=60)
-        self.gate = asyncio.Event()
-        self.gate.set()
-
-    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
-        await self.gate.wait()
-        if self.commits <= 0:
-            raise StoreUnavailable("The state store does not answer.")
-        self.commits -= 1
-        return await super().commit(model, writes)
-
-
-class Healthy:
-    async def live(self) -> str | None:
-        return None
-
-    async def ready(self) -> str | None:
-        return None
 
 
 class Sender(httpx.AsyncClient):

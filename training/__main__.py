@@ -23,7 +23,7 @@ from training.cache import CACHE, convert, open_cache
 from training.distributed import Device, Precision, join
 from training.fit import WAVEFORM_PLAN, Plan
 from training.lines import Mining, exported, masks_of, preview
-from training.log_files import LogFormat
+from training.log_files import Counted, LogFormat
 from training.logfit import LOG_SIZES, LogPlan
 from training.logpipeline import LogJob, keys_of, sessions_of
 from training.logpipeline import produce as produce_log
@@ -140,6 +140,8 @@ def fit(
     if len(given) != 1:
         _refuse(TableError("Give one of --data (readings), --logs (log files) and --sessions (files of key sequences)."))
     if logs or sessions:
+        if resume or waveform:
+            _refuse(TableError("--resume and --waveform are for readings (--data)."))
 
         def log_job() -> LogJob:
             if sessions:
@@ -147,7 +149,9 @@ def fit(
             else:
                 mining = Mining(masks=masks_of(mask or ()), delimiters=delimiters, similarity=similarity)
                 format_ = LogFormat(timestamp_regex, time_format, stream_regex)
-                read, templates = sessions_of(given[0], format_, mining, session_seconds, exported(patterns or ()))
+                counted = Counted()
+                read, templates = sessions_of(given[0], format_, mining, session_seconds, exported(patterns or ()), counted)
+                console.print(counted.left_out)
             chosen = Sizes(hidden or LOG_SIZES.hidden, layers, code, decoder_hidden or LOG_SIZES.decoder_hidden, cell)
             log_plan, files = LogPlan(steps=steps or LogPlan.steps, seed=seed), ", ".join(path.name for path in given[0])
             return LogJob(name or slug(given[0][0]), version, read, templates, chosen, log_plan, _command(), files)

@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service.artifact import NEW
+from training.data import Float64
 from training.sessions import Ints, Session
 
-Float64 = NDArray[np.float64]
 CLASSES, PROTOTYPES = 64, 256
 MOST = 1024
 """Counts are counted up to here."""

@@ -173,8 +173,7 @@ def preview(
     once = sum(one.count == 1 for one in found)
     console.print(
         f"{counted.entries:,} entries of {counted.lines:,} lines in {len(streams):,} streams; {once:,} templates came once. "
-        f"Left out: {counted.without_stream:,} that name no stream, {counted.headless:,} lines before the first entry; "
-        f"{counted.without_time:,} have no time."
+        f"{counted.left_out}"
     )
     if json_file:
         json_file.write_text(json.dumps([asdict(one) for one in found], indent=2), encoding="utf-8")

@@ -32,7 +32,10 @@ _FIELDS = {
 """What each field of a time format looks like."""
 _LONG = {"T": "%H:%M:%S", "F": "%Y-%m-%d", "e": "%d"}
 """Fields that only C's strptime knows."""
-_HALF_A_YEAR = 180 * 86_400.0
+_FINER = re.compile(r"([.,]\d{6})\d+")
+"""Nanoseconds; strptime knows microseconds at most."""
+_DAY = 86_400.0
+_HALF_A_YEAR = 180 * _DAY
 
 
 class Entry(NamedTuple):
@@ -92,6 +95,13 @@ class Counted:
     without_time: int = 0
     headless: int = 0
     """Lines before the first entry of a file."""
+
+    @property
+    def left_out(self) -> str:
+        return (
+            f"Left out: {self.without_stream:,} that name no stream, {self.headless:,} lines before the first entry; "
+            f"{self.without_time:,} have no time."
+        )
 
 
 def files_of(paths: Sequence[Path]) -> list[Path]:
@@ -163,8 +173,10 @@ class _Times:
         self._file = file
         self._epoch = format_.time == "%s"
         self._yearless = bool(format_.time) and not self._epoch and not re.search("%[YyF]", format_.time)
-        # A year that is not written is the file's own; a log that crosses its end goes on in the next one.
-        self._year = datetime.fromtimestamp(file.stat().st_mtime, UTC).year
+        # A year that is not written is the file's own, or the one before where its first line would be of the time after it was written;
+        # a log that crosses its end goes on in the next one.
+        self._written = file.stat().st_mtime
+        self._year = datetime.fromtimestamp(self._written, UTC).year
         self._last = math.nan
 
     def of(self, said: str) -> float:
@@ -184,8 +196,12 @@ class _Times:
         if not self._format:
             number = said.replace(".", "", 1).isdigit()
             return parse_timestamp(float(said) if number else said.replace(",", "."))
+        said = _FINER.sub(r"\1", said)
         moment = datetime.strptime(f"{self._year} {said}", f"%Y {self._format}") if self._yearless else self._full(said)
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        if self._yearless and math.isnan(self._last) and seconds > self._written + _DAY:
+            self._year -= 1
+            return self._parsed(said)
         if self._yearless and seconds < self._last - _HALF_A_YEAR:
             self._year += 1
             return self._parsed(said)

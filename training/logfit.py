@@ -77,11 +77,6 @@ class Held:
     gap_ratio: list[Float32]  # [T] each, NaN = none
     streams: int
 
-    @property
-    def mean_nats(self) -> float:
-        """Of a line."""
-        return float(np.concatenate([nats[:, 0] for nats in self.nats]).mean())
-
 
 OnStep = Callable[[float], None]
 
@@ -121,7 +116,7 @@ def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan,
     nats: list[Float32] = []
     ratios: list[Float32] = []
     for number, fold in enumerate(folds):
-        others = [piece for i, piece in enumerate(pieces) if not fold[0] <= i <= fold[-1]] or pieces
+        others = _others(pieces, fold)
         known = np.zeros(data.codes, bool)
         known[np.concatenate([piece.codes for piece in others])] = True
         step = _trained(others, data.codes, sizes, replace(plan, seed=plan.seed + 1 + number), numbers, on_step)
@@ -134,12 +129,19 @@ def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan,
     return _counted_again(held, data.codes) if "counts" in step.signals else held
 
 
+def _others(pieces: list[Session], fold: NDArray[np.int64]) -> list[Session]:
+    """Those outside of the fold; all, where that leaves none, or no whole session though there are some."""
+    others = [piece for i, piece in enumerate(pieces) if not fold[0] <= i <= fold[-1]]
+    whole = [any(piece.first and piece.ended for piece in some) for some in (others, pieces)]
+    return others if others and whole[0] == whole[1] else pieces
+
+
 @torch.no_grad()
 def _counted_again(held: Held, codes: int) -> Held:
     """The counts' nats by COUNT_FOLDS folds instead of few: counting is cheap, and new combinations are rarer the more were seen."""
     nats = list(held.nats)
     for fold in np.array_split(np.arange(len(held.sessions)), min(COUNT_FOLDS, len(held.sessions))):
-        others = [session for i, session in enumerate(held.sessions) if not fold[0] <= i <= fold[-1]] or held.sessions
+        others = _others(held.sessions, fold)
         counting = count(others, codes)
         counts = Counts(counting)
         for i in fold:

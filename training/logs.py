@@ -229,7 +229,7 @@ class LogStep(ArtifactStep):
         self.signals = ("line", "new pattern", *counts, "gap", *numbers)
         self.register_buffer("number_location", ranges.location, persistent=False)
         self.register_buffer("number_scale", ranges.scale, persistent=False)
-        self.register_buffer("tie", 1e-6 * torch.arange(self.codes, dtype=torch.float32), persistent=False)
+        self.register_buffer("tie", (1e-6 * torch.arange(self.codes, dtype=torch.float32)).clamp(max=LEAST_LIKELY / 2), persistent=False)
         self.calibrate(flat_calibration(len(self.signals)))
 
     number_location: Tensor
@@ -270,7 +270,7 @@ class LogStep(ArtifactStep):
         after = {name: torch.where(line.present, part * going_on, parts[name]) for name, part in self._read(line, parts).items()}
         after |= {**tail_after, "age": parts["age"] + 1}
         state_out = self.layout.join(parts, after, present & (learn > 0.5).unsqueeze(0))
-        lower, upper = self._band(judged, answer.factor.t(), line)
+        lower, upper = self._band(judged, answer.factor.t())
         before = torch.where(parts["before"] > 0, parts["before"] - 1, torch.nan)
         p_value, onset_p = answer.p_value.squeeze(0), answer.onset_p.squeeze(0)
         return state_out, p_value, onset_p, judged.expected, lower, upper, self._shares(judged, line), self._likely(judged), before
@@ -332,7 +332,7 @@ class LogStep(ArtifactStep):
         gap = (torch.exp(measures[:, :1].clamp(0.0, GAP_LIMIT)) - 1.0) * self.ranges.gap_unit
         return torch.cat([gap, torch.sinh(measures[:, 1:].clamp(-60.0, 60.0))], dim=1)
 
-    def _band(self, judged: Judged, factor: Tensor, line: Line) -> tuple[Tensor, Tensor]:
+    def _band(self, judged: Judged, factor: Tensor) -> tuple[Tensor, Tensor]:
         """[B, F] each, NaN where nothing is expected."""
         margin = factor * judged.scale
         known = torch.isfinite(judged.expected)

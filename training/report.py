@@ -164,6 +164,9 @@ def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], n
     network = f"{cell.variant}, {cell.layers} × {cell.hidden} → code {cell.code} → {cell.decoder_hidden}"
     if cell.variant == "none":
         network = "none"
+    shown = ("loss, a stream with its band, scores", "The validation streams, their onsets and the calibration")
+    if manifest.kind == "log":
+        shown = ("loss, onsets measured against asked", "The most surprising lines held out, and the templates")
     best = f"Best validation loss {progress.best_loss:.4f}; " if progress.validation else ""
     lines = [
         f"# {manifest.name} {manifest.version}",
@@ -175,9 +178,9 @@ def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], n
         f"- Network: {network}; file {content['bytes']:,} bytes, {content['state_bytes']:,} bytes a stream",
         f"- {best}took {', '.join(f'{n} {s} s' for n, s in content['seconds'].items())}",
         "",
-        "![loss, a stream with its band, scores](report.png)",
+        f"![{shown[0]}](report.png)",
         "",
-        "The validation streams, their onsets and the calibration: [report.html](report.html)",
+        f"{shown[1]}: [report.html](report.html)",
         "",
     ]
     for name, table in manifest.quality.items():

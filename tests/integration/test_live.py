@@ -214,14 +214,16 @@ async def test_a_replica_that_has_gone_is_no_longer_counted_and_holds_nothing_up
 
 
 async def test_of_more_than_a_replica_may_tell_the_anomalous_and_the_last_come_first(pair: Pair) -> None:
+    await pair.there.score(*(("s999", float(t - 40), 10.0 + 0.1 * (t % 3)) for t in range(40)))
     pair.here.shared.watch(pair.here.model, FLEET)
     await pair.turn()
-    names = [f"s{i}" for i in range(1000)]
-    await pair.there.score(*((name, float(t), 10.0 + 0.1 * (t % 3)) for name in names for t in range(10)))
+    names, odd = [f"s{i}" for i in range(1000)], ("s999", 5.0)
+    await pair.there.score(*((name, float(t), 99.0 if (name, t) == odd else 10.0 + 0.1 * (t % 3)) for name in names for t in range(10)))
     await pair.settle()
     left_out = pair.here.shared.left_out
     assert left_out > 1000
     assert all(pair.here.times(name)[-1] == 9.0 for name in names)
+    assert odd[1] in pair.here.times(odd[0])
     assert pair.here.recent.dtype.itemsize * (10_000 - left_out) < TELL_BYTES
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.training.logs import QUICK, TINY
+from service.artifact import Lines
+from tests.training.logs import QUICK, TEMPLATES, TINY, normal, session
 from training.__main__ import app
 from training.lines import Mining
-from training.log_files import LogFormat
-from training.logpipeline import LogJob, keys_of, produce, sessions_of
+from training.log_files import Counted, LogFormat
+from training.logfit import Held, fit
+from training.logpipeline import LogJob, keys_of, most_surprising, produce, sessions_of
+from training.sessions import Sessions
 from training.verify import verify_file
 
 FORMAT = LogFormat(time="%Y-%m-%d %H:%M:%S", stream="req-[0-9]+")
@@ -64,6 +68,31 @@ def test_lines_of_an_export_of_new_patterns_are_known_although_no_log_has_them(t
     assert data.templates == lines.templates
 
 
+def test_a_log_of_few_sessions_is_trained_on_wherever_its_ended_ones_lie(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for ended in ([True, False], [True, True, True, False]):
+        some = [session(normal(rng) * 12, rng, f"s{i}", ends) for i, ends in enumerate(ended)]
+        step, held = fit(Sessions(some, TEMPLATES, "0" * 64), TINY, replace(QUICK, steps=2), 1)
+        assert {nats.shape[1] for nats in held.nats} == {len(step.signals)}
+
+
+def test_the_most_surprising_line_is_found_in_a_stream_longer_than_a_lane() -> None:
+    rng = np.random.default_rng(0)
+    pieces = [session([1] * 50, rng, "host", ended=False) for _ in range(4)]
+    held = Held(pieces, [np.zeros((50, 3), np.float32)] * 4, [np.zeros(50, np.float32)] * 4, 1)
+    onset_p = np.ones((80, 3))  # 200 lines in lanes of 80
+    onset_p[10, 1] = 1e-9  # line 90: of the second piece, which begins in the first lane and ends in the second
+    [odd] = most_surprising(held, [(0, 0, 0), (1, 0, 50), (2, 1, 20), (3, 1, 70)], onset_p, Lines(templates=TEMPLATES))
+    assert (odd.onset_p, odd.stream) == (1e-9, "host")
+
+
+def test_what_fits_no_stream_is_counted(tmp_path: Path) -> None:
+    counted = Counted()
+    sessions_of([log(tmp_path)], replace(FORMAT, stream="req-[12]"), Mining(), 60.0, (), counted)
+    assert counted.without_stream == 1
+    assert "Left out: 1 that name no stream" in counted.left_out
+
+
 def test_key_sequences_are_published_with_a_report(tmp_path: Path) -> None:
     keys = tmp_path / "keys.txt"
     rng = np.random.default_rng(0)
@@ -73,7 +102,7 @@ def test_key_sequences_are_published_with_a_report(tmp_path: Path) -> None:
     model = produce(job, tmp_path / "out")
     manifest = verify_file(model)
     assert manifest.lines == lines
-    assert manifest.quality["false_onsets_on_lines_held_out"]["0.001"]["events"] == data.lines + 121
+    assert manifest.quality["onsets_on_the_lines_calibrated_on"]["0.001"]["events"] == data.lines + 121
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written >= {"keys-1.onnx", "report.md", "report.html", "report.png", "report.json"}
     page = (tmp_path / "out" / "report.html").read_text()

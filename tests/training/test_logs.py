@@ -122,7 +122,7 @@ def test_other_variants_of_the_network_export_and_answer_a_sequence_line_by_line
         state = got.state
 
 
-def test_a_stream_that_never_ends_is_not_counted_and_its_end_is_no_surprise_of_counts(host: LogStep) -> None:
+def test_a_stream_that_never_ends_is_not_counted_and_a_new_pattern_in_it_is_found(host: LogStep) -> None:
     assert host.signals == ("line", "new pattern", "gap")
     assert "tally" not in {slot.name for slot in host.layout.slots}
     assert lowest(host, [OPEN, READ, READ, 0, WRITE, WRITE, CLOSE]) < 1e-3
@@ -233,7 +233,8 @@ def test_a_line_too_many_is_found_when_it_comes_and_not_only_at_the_end(step: Lo
 
 def test_one_that_keeps_being_odd_for_the_same_reason_begins_to_be_odd_once(step: LogStep) -> None:
     answers, _ = run(step, events_of(session([OPEN, READ, READ, WRITE, WRITE, WRITE, CLOSE], np.random.default_rng(0)), 3))
-    assert (answers["onset_p"] < 1e-3).sum() <= 2
+    assert (answers["p_value"][5:] < 1e-3).all()
+    assert (answers["onset_p"] < 1e-3).sum() == 1
 
 
 def test_gaps_and_numbers_have_what_was_expected_and_far_off_ones_are_the_reason(step: LogStep) -> None:
@@ -260,7 +261,7 @@ def test_onsets_in_unseen_sessions_come_about_as_often_as_asked(step: LogStep) -
     for one in sessions(60, seed=9).sessions:
         answers, _ = run(step, events_of(one, 3), alpha=0.01)
         events, onsets = events + len(answers["onset_p"]), onsets + int((answers["onset_p"] < 0.01).sum())
-    assert onsets <= 3 * 0.01 * events
+    assert 0.01 * events / 4 <= onsets <= 3 * 0.01 * events
 
 
 def test_the_state_is_small_even_with_many_templates_and_four_numbers() -> None:
