@@ -301,7 +301,7 @@ async def turns(setup: Setup, url: str) -> Turns:
     for some in setup.batches(STREAMS):
         rows = np.resize(kinds, len(some))
         here, there = ([bytes(value) for value in codec.encode(rows)] for _ in range(2))
-        trail = codec.encode_trail(np.repeat(rows[:1]["last"], setup.each)) if setup.each > 1 else b""
+        [trail] = codec.encode_trails(np.repeat(rows[:1]["last"], setup.each), [setup.each]) if setup.each > 1 else [b""]
         nothing = [b""] * len(some)
         for calls, before, after in ((made.first, nothing, here), (made.there, here, there), (made.back, there, here)):
             recorder.calls = []

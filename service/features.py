@@ -40,9 +40,13 @@ def parse(
     known = frozenset(names)
     errors: dict[int, BadEvent] = {}
     parsed = Parsed([], [], [], [], [], [], messages=None if matcher is None else [])
+    # One search over all names: most often there is nothing to be found.
+    named = all(event.stream_id for event in events)
+    doubtful = not named or _unprintable("".join([f"{event.stream_id}{event.event_id or ''}" for event in events])) is not None
     for i, event in enumerate(events):
         try:
-            _check_identity(event)
+            if doubtful:
+                _check_identity(event)
             row = _row(event, names, known, manifest) if matcher is None else _checked_line(event, manifest)
             seconds = now if event.timestamp is None else parse_timestamp(event.timestamp, now + max_future)
         except BadEvent as error:

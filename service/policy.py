@@ -48,6 +48,7 @@ CALM = 0.01
 """p-value from which an event is ordinary for a frozen state."""
 ESCALATION = 0.1
 
+_OPEN, _FROZEN, _LEARNER, _ACCEPTED, _EXPIRED, _LASTING = map(np.uint32, (ALERT_OPEN, FROZEN, LEARNER, ACCEPTED, EXPIRED, LASTING))
 ALERT_FIELDS = ("flags", "quiet", "lasting", "peak", "started_at")
 
 Float64 = NDArray[np.float64]
@@ -139,32 +140,32 @@ class Policy:
         onset_p: NDArray[np.float32],
         onset_alpha: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """The same for `rows[slots]`, whatever they are."""
-        before = {name: rows[name][slots] for name in ALERT_FIELDS}
-        was_open, frozen, accepted = (before["flags"] & flag != 0 for flag in (ALERT_OPEN, FROZEN, ACCEPTED))
+        """The same for `rows[slots]`, whatever they are: mostly a few, so it is the number of calls that counts."""
+        flags, quiet, lasting, peak, started = (rows[name][slots] for name in ALERT_FIELDS)
+        was_open, frozen, accepted = flags & ALERT_OPEN != 0, flags & FROZEN != 0, flags & ACCEPTED != 0
         alpha = np.float32(self.alpha)
-        known = accepted | (was_open & (onset_p >= before["peak"] * np.float32(ESCALATION)))
+        known = accepted | (was_open & (onset_p >= peak * np.float32(ESCALATION)))
         onset_p = np.where(known, np.float32(1), onset_p)  # NaN is not known
         opened = onset_p < onset_alpha
-        stirred = opened | (p_value < np.where(frozen | accepted, np.float32(max(self.alpha, CALM)), alpha))
-        quiet = np.where(stirred, 0, _one_more(before["quiet"], p_value))
+        rare = p_value < alpha
+        stirred = opened | np.where(frozen | accepted, p_value < np.float32(max(self.alpha, CALM)), rare)
+        quiet = np.where(stirred, 0, _one_more(quiet, p_value))
         over = quiet >= self.recovery
-        started = before["started_at"]
-        started = np.where((opened | (p_value < alpha)) & np.isnan(started), timestamp, started)
+        started = np.where((opened | rare) & np.isnan(started), timestamp, started)
 
         open_ = (was_open | opened) & ~over
         expired = open_ & (timestamp - started >= self.accept_after)
         open_ &= ~expired
-        lasting = np.where(was_open & open_, np.minimum(before["lasting"], 2**32 - 2) + 1, 0)
+        lasting = np.where(was_open & open_, np.minimum(lasting, 2**32 - 2) + 1, 0)
         freezes = open_ & np.where(was_open, frozen, rows["version"][slots] >= self.settled)
-        learner = freezes & (~was_open | (before["flags"] & LEARNER != 0)) & (lasting < self.passing)
+        learner = freezes & (~was_open | (flags & LEARNER != 0)) & (lasting < self.passing)
         rows["quiet"][slots], rows["lasting"][slots] = quiet, lasting
-        rows["peak"][slots] = np.where(open_, np.fmin(np.where(was_open, before["peak"], np.float32(1)), onset_p), 0)
+        rows["peak"][slots] = np.where(open_, np.fmin(np.where(was_open, peak, np.float32(1)), onset_p), 0)
         rows["started_at"][slots] = np.where(over | expired, np.nan, started)
-        flags = ((ALERT_OPEN, open_), (FROZEN, freezes), (LEARNER, learner), (ACCEPTED, (accepted & ~over) | expired), (EXPIRED, expired))
-        bits = sum(np.where(on, np.uint32(flag), np.uint32(0)) for flag, on in (*flags, (LASTING, freezes & stirred)))
+        bits = open_ * _OPEN | freezes * _FROZEN | learner * _LEARNER | (accepted & ~over | expired) * _ACCEPTED
+        bits |= expired * _EXPIRED | (freezes & stirred) * _LASTING
         if open_.any():
-            bits = bits | _level(open_, before["flags"], _highest(_score(p_value, alpha), _score(onset_p, onset_alpha)))
+            bits |= _level(open_, flags, _highest(_score(p_value, alpha), _score(onset_p, onset_alpha)))
         rows["flags"][slots] = bits
         return onset_p
 
@@ -211,7 +212,7 @@ def _one_more(quiet: NDArray[np.uint32], p_value: NDArray[np.float32]) -> NDArra
 
 
 def _highest(anomaly_score: Float64, alert_score: Float64) -> Float64:
-    highest: Float64 = np.fmax(np.nan_to_num(anomaly_score), np.nan_to_num(alert_score))
+    highest: Float64 = np.fmax(np.fmax(anomaly_score, alert_score), 0.0)  # NaN is no evidence
     return highest
 
 

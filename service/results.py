@@ -29,7 +29,6 @@ NEW_TEXT, END_TEXT = "(new pattern)", "(end of session)"
 
 # Plain numbers, made once: a reply is made for every event, and on Python 3.11 each member of an Enum is a function call.
 _WITH_RECORD, _OLD, _LATE = (int(Kind.SCORED), int(Kind.DUPLICATE)), (int(Kind.DUPLICATE), int(Kind.REPEATED)), int(Kind.LATE)
-_FIRST = [0]
 
 
 @dataclass(frozen=True)
@@ -290,7 +289,10 @@ class Replies:
 
     def _contributors(self, x: tuple[float | None, ...], expected: Numbers, contribution: tuple[float, ...], top: int) -> list[Contributor]:
         names = self._names
-        order = _FIRST[:top] if self._single else sorted(range(len(x)), key=contribution.__getitem__, reverse=True)[:top]
+        if self._single:  # of most streams, and nothing to be sorted
+            number = x[0]
+            return [Contributor(names[0], contribution[0], number, expected[names[0]])] if top and number is not None else []
+        order = sorted(range(len(x)), key=contribution.__getitem__, reverse=True)[:top]
         return [Contributor(names[j], contribution[j], x[j], expected[names[j]]) for j in order if x[j] is not None]
 
 

@@ -221,8 +221,8 @@ class _Batch:
             vector,
             np.concatenate([x, x[learners]]),
             np.concatenate([t, t[learners]]),
-            np.r_[learn, np.ones(len(learners), np.float32)],
-            np.r_[alpha, alpha[learners]],
+            np.concatenate([learn, np.ones(len(learners), np.float32)]),
+            np.concatenate([alpha, alpha[learners]]),
         )
         return StepOutput(*(getattr(both, name)[:k] for name in StepOutput.__dataclass_fields__)), both.state[k:]
 
@@ -231,11 +231,13 @@ class _Batch:
     ) -> None:
         """Set right, in place, the next states of streams whose alert opened, goes on or closed with this event."""
         after = rows["flags"]
+        begun = np.flatnonzero(after & ~before & FROZEN)
+        if len(learners) == len(begun) == 0:
+            return
         over = after[learners] & FROZEN == 0
         state[learners[over]] = learned[over]
-        begun = np.flatnonzero(after & ~before & FROZEN)
         if len(begun):  # what this event teaches is the learner's alone
-            learners, learned = np.r_[learners, begun], np.r_[learned, state[begun]]
+            learners, learned = np.concatenate([learners, begun]), np.concatenate([learned, state[begun]])
             nothing = np.zeros(len(begun), np.float32)
             state[begun] = self._detector.step(self._vector[begun], x[begun], t[begun], nothing, self._alpha[begun]).state
         rows["learner"][learners] = np.where((after[learners] & LEARNER != 0)[:, None], learned, 0)

@@ -714,8 +714,8 @@ class Scorer:
     def _new_trails(self, trailed: Positions, slots: Positions, outcomes: Outcomes) -> dict[int, bytes]:
         """Slot → blob of the results at `trailed`."""
         ordered = trailed[np.argsort(slots[trailed], kind="stable")]
-        groups = np.split(ordered, np.flatnonzero(np.diff(slots[ordered])) + 1) if len(ordered) else []
-        return {int(slots[group[0]]): self._codec.encode_trail(outcomes.records[group]) for group in groups}
+        changed, sizes = np.unique(slots[ordered], return_counts=True)
+        return dict(zip(changed.tolist(), self._codec.encode_trails(outcomes.records[ordered], sizes.tolist()), strict=True))
 
     async def _trails_of_ageless(self, readings: Readings, slots: Positions, stream_ids: list[str], loaded: Loaded) -> dict[int, Rows]:
         """Trails that must be known before stepping: of streams with an event that has an id, and neither a sequence nor an age.

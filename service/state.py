@@ -213,10 +213,12 @@ class StateCodec:
         ours: NDArray[np.bool_] = rows["nonce"] >> np.uint64(32) == self._tag
         return ours
 
-    def encode_trail(self, records: Rows) -> bytes:
-        """Results of one commit → a trail's blob: model u8, crc u4, records."""
-        content = self._model.to_bytes(8, "little") + records.tobytes()
-        return zlib.crc32(content).to_bytes(4, "little") + content
+    def encode_trails(self, records: Rows, sizes: Sequence[int]) -> list[bytes]:
+        """Results of one commit, those of a stream side by side, so many of each → its trail's blob: crc u4, model u8, records."""
+        model, content = self._model.to_bytes(8, "little"), records.tobytes()
+        crc, ends = zlib.crc32(model), np.cumsum(sizes) * self.record.itemsize
+        own = [content[end - size * self.record.itemsize : end] for end, size in zip(ends.tolist(), sizes, strict=True)]
+        return [b"".join((zlib.crc32(records_, crc).to_bytes(4, "little"), model, records_)) for records_ in own]
 
     def decode_trail(self, blob: bytes) -> Rows:
         """A trail's blob → records [N]; none when it is damaged or another model's."""

@@ -107,7 +107,7 @@ def test_a_truncated_value_is_corrupt_and_its_neighbours_are_not(codec: StateCod
 
 def test_a_trail_is_read_back_and_a_damaged_one_is_empty(codec: StateCodec) -> None:
     records = some_rows(codec, 4)["last"]
-    blob = codec.encode_trail(records)
+    [blob] = codec.encode_trails(records, [len(records)])
     assert codec.decode_trail(blob).tobytes() == records.tobytes()
     for damaged in (blob[:-1], b"", b"abc", blob[:20] + b"\xff" + blob[21:]):
         assert len(codec.decode_trail(damaged)) == 0
