@@ -110,23 +110,25 @@ class Batcher(Generic[Item, Answer]):
         handle: Callable[[list[Item]], Awaitable[Sequence[Answer]]],
         *,
         max_batch: int,
+        max_streams: int,
         max_queue: int,
         depth: int = 1,
         gather: int = 1,
     ) -> None:
         """`max_batch` and `max_queue` are in events, `depth` in batches handled at once.
 
-        Beside another short batch one is begun only where `gather` events wait: each batch has its fixed cost, and few events are
-        answered sooner by sharing the next one.
+        Items share a batch up to `max_batch` events and `max_streams` streams. Beside another short batch one is begun only where
+        `gather` streams wait: each batch and each of its rounds has a fixed cost, and few streams are answered sooner by sharing
+        the next one.
         """
         self._handle = handle
-        self._max_batch = max_batch
+        self._max_batch, self._max_streams = max_batch, max_streams
         self._max_queue = max_queue
         self._depth = depth
         self._gather = gather
         self._senders: OrderedDict[str, _Sender[Item, Answer]] = OrderedDict()
         """In the order of their next turn; only those that wait for something."""
-        self._queued = 0
+        self._queued = self._queued_streams = 0
         self._running: dict[asyncio.Task[None], _Batch[Item, Answer]] = {}
         self._busy: set[str] = set()
         self._wake = asyncio.Event()
@@ -173,6 +175,7 @@ class Batcher(Generic[Item, Answer]):
             mine.waiting.append(_Waiting(item, futures[i], futures[i + 1 :]))
         mine.queued += events
         self._queued += events
+        self._queued_streams += sum(len(item.streams) for item in items)
         if items:
             self._senders[sender] = mine
             self._idle.clear()
@@ -205,11 +208,11 @@ class Batcher(Generic[Item, Answer]):
             for sender in self._senders.values():
                 self._fail(sender.waiting, Overloaded("The service stopped before this was scored.", retry_after=2))
             self._senders.clear()
-            self._queued = 0
+            self._queued = self._queued_streams = 0
 
     def _start_batches(self) -> None:
         while len(self._running) < self._depth:
-            if self._queued < self._gather and not all(batch.long for batch in self._running.values()):
+            if self._queued_streams < self._gather and not all(batch.long for batch in self._running.values()):
                 break
             batch = self._take()
             if not batch.members:
@@ -253,6 +256,7 @@ class Batcher(Generic[Item, Answer]):
                 del sender.waiting[place]
                 sender.queued -= waiting.item.events
                 self._queued -= waiting.item.events
+                self._queued_streams -= len(waiting.item.streams)
                 if not gone:
                     return waiting
             else:
@@ -264,7 +268,9 @@ class Batcher(Generic[Item, Answer]):
         if not (self._busy.isdisjoint(item.streams) and passed.isdisjoint(item.streams)):
             return False
         if batch.members:
-            return batch.events + item.events <= self._max_batch and batch.with_(item) <= LONG_ROUNDS
+            if batch.events + item.events > self._max_batch or len(batch.streams) + len(item.streams) > self._max_streams:
+                return False
+            return batch.with_(item) <= LONG_ROUNDS
         return item.rounds <= LONG_ROUNDS or not any(other.long for other in self._running.values())
 
     async def _answer(self, batch: _Batch[Item, Answer]) -> None:

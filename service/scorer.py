@@ -56,10 +56,12 @@ ATTEMPTS = 3
 """Besides the one that a stale copy may cost."""
 ACCEPT_ATTEMPTS = 20
 MAX_BATCH = 1024
-"""Events per batch: one inference of the largest bucket when every stream is there once."""
+"""Events of one request that are scored together, and streams of one batch: one inference of the largest bucket steps each once."""
+BATCH_EVENTS = 4 * MAX_BATCH
+"""Of several requests in one batch: where streams have several events each, the rounds of all are stepped together."""
 DEPTH = 3
 """Batches under way at once: one loads, one is stepped, one is committed."""
-GATHER_EVENTS = 256
+GATHER_STREAMS = 256
 AT_ONCE_EVENTS = 64
 """Up to so many events of distinct streams are stepped within the event loop: that takes less than a millisecond, and handing them to
 another thread and back would cost as much again as stepping a few."""
@@ -147,7 +149,12 @@ class Scorer:
         self._replies = Replies(detector.manifest, policy)
         self._copies = Copies(self._codec, limits.copies_bytes)
         self._batcher: Batcher[_Piece, Answers] = Batcher(
-            self._handle, max_batch=MAX_BATCH, max_queue=limits.max_queue_events, depth=DEPTH, gather=GATHER_EVENTS
+            self._handle,
+            max_batch=BATCH_EVENTS,
+            max_streams=MAX_BATCH,
+            max_queue=limits.max_queue_events,
+            depth=DEPTH,
+            gather=GATHER_STREAMS,
         )
         self._reorder: Reorder[Answers | Exception] | None = None
         metrics.held.labels(detector.name).set(0)

@@ -40,11 +40,12 @@ async def batcher(
     handle: Callable[[list[Job]], Awaitable[Sequence[int]]],
     *,
     max_batch: int = 100,
+    max_streams: int = 10_000,
     max_queue: int = 1000,
     depth: int = 1,
     gather: int = 1,
 ) -> AsyncIterator[Ints]:
-    running: Ints = Batcher(handle, max_batch=max_batch, max_queue=max_queue, depth=depth, gather=gather)
+    running: Ints = Batcher(handle, max_batch=max_batch, max_streams=max_streams, max_queue=max_queue, depth=depth, gather=gather)
     running.start()
     yield running
     await running.drain(1)
@@ -88,6 +89,24 @@ async def test_a_batch_holds_no_more_than_its_limit_and_keeps_the_order() -> Non
     async with batcher(gate, max_batch=4) as running:
         assert await running.submit(jobs(*range(10))) == [2 * i for i in range(10)]
     assert gate.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+async def test_items_of_several_events_a_stream_share_a_batch_up_to_its_streams() -> None:
+    gate = Gate()
+    gate.open.set()
+    items = [Job(i, frozenset({f"a{i}", f"b{i}"}), events=20, rounds=10) for i in range(5)]
+    async with batcher(gate, max_batch=1000, max_streams=4) as running:
+        assert await running.submit(items) == [0, 2, 4, 6, 8]
+    assert gate.batches == [[0, 1], [2, 3], [4]]
+
+
+async def test_an_item_of_more_streams_than_a_batch_may_have_gets_its_own() -> None:
+    gate = Gate()
+    gate.open.set()
+    wide = Job(1, frozenset(map(str, range(10))), events=10)
+    async with batcher(gate, max_streams=4) as running:
+        assert await running.submit([*jobs(100), wide, *jobs(200)]) == [200, 2, 400]
+    assert gate.batches == [[100, 200], [1]]
 
 
 async def test_a_full_queue_refuses_at_once_and_takes_all_of_a_submission_or_nothing() -> None:
@@ -197,7 +216,7 @@ async def test_what_is_not_finished_by_the_deadline_is_told_so() -> None:
 
 
 async def test_without_its_loop_nothing_is_accepted() -> None:
-    idle: Ints = Batcher(Gate(), max_batch=1, max_queue=1)
+    idle: Ints = Batcher(Gate(), max_batch=1, max_streams=1, max_queue=1)
     assert not idle.healthy
     with pytest.raises(Overloaded):
         await idle.submit(jobs(1))
@@ -218,7 +237,7 @@ async def test_batches_that_share_no_stream_are_handled_at_once_and_those_that_d
     assert gate.batches == [[1], [3], [2]]
 
 
-async def test_few_events_wait_for_the_next_batch_together_unless_only_long_ones_run() -> None:
+async def test_few_streams_wait_for_the_next_batch_together_unless_only_long_ones_run() -> None:
     gate = Gate()
     async with batcher(gate, depth=3, gather=3, max_queue=10_000, max_batch=10_000) as running:
         long = asyncio.create_task(running.submit(of("hot", 1, events=500, rounds=500)))
