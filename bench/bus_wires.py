@@ -136,15 +136,17 @@ class AmqpWire:
                 await self._asked(channel.default_exchange.publish(message, self._queues[place], timeout=ANSWER_SECONDS))
 
     async def results(self) -> list[Result]:
+        """Those that were had before the broker was gone count: it may have the acknowledgement. Without it they come again."""
         found: list[Result] = []
-        async with self._channel() as channel:
-            queue = await self._asked(channel.get_queue(self._OUT, ensure=False))
-            last = None
-            while len(found) < READ and (message := await self._asked(queue.get(fail=False, timeout=ANSWER_SECONDS))) is not None:
-                found.append(_with_its_own_identity(msgspec.json.decode(message.body, type=Result)))
-                last = message
-            if last is not None:  # a broker that is killed before it has this gives them again
-                await self._asked(last.ack(multiple=True))
+        with contextlib.suppress(NotSentError):
+            async with self._channel() as channel:
+                queue = await self._asked(channel.get_queue(self._OUT, ensure=False))
+                last = None
+                while len(found) < READ and (message := await self._asked(queue.get(fail=False, timeout=ANSWER_SECONDS))) is not None:
+                    found.append(_with_its_own_identity(msgspec.json.decode(message.body, type=Result)))
+                    last = message
+                if last is not None:
+                    await self._asked(last.ack(multiple=True))
         return found
 
     async def waiting(self) -> int:

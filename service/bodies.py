@@ -69,6 +69,16 @@ def decode(content: bytes, form: Format, *, max_events: int) -> tuple[Items, boo
         return [checked(_parse(content))], True
 
 
+def decode_one(content: bytes, form: Format) -> Event | None:
+    """The bare event that most messages of queues are, without any detour; None = it is something else, which `decode` tells."""
+    if form is Format.NDJSON:
+        return None
+    try:
+        return _packed_event.decode(content) if form is Format.MSGPACK else _event.decode(content)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return None
+
+
 def decode_plain(content: bytes, form: Format, *, max_events: int) -> tuple[list[Any], bool]:
     """The items of a body as plain values, whatever they are, and whether it is one bare item. A line that is no JSON is a BadEvent.
 

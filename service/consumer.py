@@ -38,7 +38,9 @@ FUSE_SECONDS = 30.0
 LAG_SECONDS = 2.0
 BUG_ATTEMPTS = 3
 """Then the events are scored one by one, and the one that fails is a dead letter."""
-_OUTCOMES = {Kind.SCORED: "scored", Kind.DUPLICATE: "duplicate", Kind.REPEATED: "duplicate", Kind.LATE: "late"}
+_OUTCOMES = {int(Kind.SCORED): "scored", int(Kind.DUPLICATE): "duplicate", int(Kind.REPEATED): "duplicate", int(Kind.LATE): "late"}
+_CONFLICT = int(Kind.CONFLICT)
+"""Plain numbers, as in results.py."""
 
 log = structlog.get_logger(__name__)
 
@@ -184,23 +186,25 @@ class Consumer:
             await asyncio.wait_for(self._stopping.wait(), self._fuse_seconds)
 
     def _parse(self, batch: Batch) -> _Work:
-        work = _Work()
+        work, events = _Work(), self._mapper.events
+        deliveries, origins, letters = work.deliveries, work.origins, work.settlement.letters
+        source, lease = batch.source, batch.lease
         for message in batch.messages:
             try:
-                items, bare = self._mapper.events(message)
+                items, bare = events(message)
             except OnsetError as error:
                 named = error if isinstance(error, ItemError) else BadEvent(error.detail, "payload")
-                work.settlement.letters.append(Letter(message, named))
+                letters.append(Letter(message, named))
                 continue
-            entry = message.id if bare and batch.lease is not None else b""
+            entry = message.id if bare and lease is not None else b""
             for i, item in enumerate(items):
                 index = None if bare else i
                 if isinstance(item, ItemError):
-                    work.settlement.letters.append(Letter(message, item, index))
+                    letters.append(Letter(message, item, index))
                     continue
-                position = message.position * MAX_EVENTS + i if batch.source else 0
-                work.deliveries.append(Delivery(item, batch.source, position, message.arrived, batch.lease, entry))
-                work.origins.append((message, index))
+                position = message.position * MAX_EVENTS + i if source else 0
+                deliveries.append(Delivery(item, source, position, message.arrived, lease, entry))
+                origins.append((message, index))
         return work
 
     async def _score(self, batch: Batch, work: _Work, places: Sequence[int]) -> None:
@@ -239,19 +243,21 @@ class Consumer:
     def _note(self, work: _Work, places: Sequence[int], outcomes: Sequence[Kind | ItemError]) -> list[int]:
         """Keep what became of these; those that are to be scored again. Raises Fenced."""
         again: list[int] = []
-        fenced = 0
+        became = [0] * len(Kind)
         for i, outcome in zip(places, outcomes, strict=True):
-            message, index = work.origins[i]
             if isinstance(outcome, ItemError):
-                work.settlement.letters.append(Letter(message, outcome, index))
-            elif outcome is Kind.CONFLICT:
+                work.settlement.letters.append(Letter(work.origins[i][0], outcome, work.origins[i][1]))
+                continue
+            became[outcome] += 1
+            if outcome == _CONFLICT:
                 again.append(i)
-            elif outcome is Kind.FENCED:
-                fenced += 1
-            elif work.deliveries[i].entry:
-                work.settlement.committed.add(message.id)
-        self._count(Counter(_OUTCOMES[outcome] for outcome in outcomes if isinstance(outcome, Kind) and outcome in _OUTCOMES))
-        if fenced:
+            elif outcome < _CONFLICT and work.deliveries[i].entry:
+                work.settlement.committed.add(work.origins[i][0].id)
+        counts: Counter[str] = Counter()
+        for kind, name in _OUTCOMES.items():
+            counts[name] += became[kind]
+        self._count(counts)
+        if fenced := became[Kind.FENCED]:
             raise Fenced(f"The partition was lost before {fenced} of its events were committed.")
         return again
 

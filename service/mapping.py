@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from service.bodies import Format, checked, decode, decode_plain, from_fields, to_number
+from service.bodies import Format, checked, decode, decode_one, decode_plain, from_fields, to_number
 from service.errors import BadBody, BadEvent, ItemError, OnsetError
 from service.events import MAX_NAME_LENGTH, Event, shown
 from service.sources import MAX_EVENTS, POSITIONS, Message
@@ -59,7 +59,7 @@ class Mapper:
     """Reads events from the messages of one source. `max_events` is of one message."""
 
     def __init__(self, payload: Payload, *, max_events: int) -> None:
-        self._payload = payload
+        self._payload, self._read = payload, self._plain if payload.plain else self._mapped
         self._max_events = min(max_events, MAX_EVENTS)
         self._format = _FORMATS.get(payload.format, Format.JSON)
         self._pattern = Pattern(payload.topic) if payload.topic else None
@@ -76,7 +76,7 @@ class Mapper:
         """The events of a message, or what is wrong with each; and whether it is one bare event. Raises OnsetError: nothing can be used."""
         if message.position >= POSITIONS:
             raise BadEvent(f"The entry's id {message.id.decode()} is beyond what a stream's state can hold.", "id", message.id.decode())
-        items, bare = self._plain(message) if self._payload.plain else self._mapped(message)
+        items, bare = self._read(message)
         if message.event_id is not None:
             items = [_named(item, message.event_id if bare else f"{message.event_id}/{i}") for i, item in enumerate(items)]
         return items, bare
@@ -257,15 +257,15 @@ class Mapper:
     def _plain(self, message: Message) -> tuple[Items, bool]:
         if message.payload is None:
             return [from_fields(message.headers)], True
+        if (event := decode_one(message.payload, self._format)) is not None:
+            return [_of_key(event, message.key)], True
         try:
             items, bare = decode(message.payload, self._body_format(message.payload), max_events=self._max_events)
         except ItemError:
             raise
         except OnsetError as error:
             raise BadEvent(error.detail, "payload", _start(message)) from error
-        if message.key is not None:
-            items = [replace(item, stream_id=message.key) if isinstance(item, Event) and item.stream_id is None else item for item in items]
-        return items, bare
+        return [_of_key(item, message.key) for item in items], bare
 
     def _body_format(self, content: bytes) -> Format:
         if self._format is Format.JSON and b"\n{" in content and content.lstrip()[:1] == b"{":
@@ -319,6 +319,13 @@ class Mapper:
         except (TypeError, ValueError, binascii.Error):
             return BadEvent("data_base64 is not base64.", "data_base64", shown(content["data_base64"]))
         return _Item(data, message, levels, attributes)
+
+
+def _of_key(item: Event | ItemError, key: str | None) -> Event | ItemError:
+    """With the stream that the message's key names, where it names none itself."""
+    if key is not None and isinstance(item, Event) and item.stream_id is None:
+        return replace(item, stream_id=key)
+    return item
 
 
 def _named(item: Event | ItemError, event_id: str) -> Event | ItemError:

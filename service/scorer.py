@@ -69,7 +69,7 @@ COUNT_SECONDS = 1.0
 """How long a count of the store's streams is good for."""
 
 _KINDS = list(Kind)
-_DONE, _TOLD = int(Kind.LATE), (int(Kind.SCORED), int(Kind.LATE))
+_DONE, _TOLD, _REFUSED = int(Kind.LATE), (int(Kind.SCORED), int(Kind.LATE)), int(Kind.REFUSED)
 """Kinds up to which a queue's event is done with, and those that have a result of their own."""
 
 _PUBLISHED = (*_TOLD, int(Kind.DUPLICATE))
@@ -263,11 +263,13 @@ class Scorer:
         # Past the reorder buffer: positions are only exact where a partition is scored in its own order.
         done = await self._batcher.submit(self._pieces(changed(parsed, timestamp=arrivals, key=keys, deliveries=kept)), sender)
         answers = [self._answered(answer) for answer in done]
-        of_parsed = iter([_KINDS[kind] for answer in answers for kind in answer.kinds])
-        became = [errors[i] if i in errors else next(of_parsed) for i in range(len(deliveries))]
-        kinds: list[Kind | ItemError] = [
-            self._failure(events[i].stream_id or "", kind) if kind is Kind.REFUSED else kind for i, kind in enumerate(became)
-        ]
+        of_parsed = [kind for answer in answers for kind in answer.kinds]
+        kinds: list[Kind | ItemError] = [_KINDS[kind] for kind in of_parsed]
+        if _REFUSED in of_parsed:
+            kinds = [self._failure(parsed.stream_ids[i], Kind.REFUSED) if kind == _REFUSED else kind for i, kind in enumerate(kinds)]
+        if errors:
+            rest = iter(kinds)
+            kinds = [errors[i] if i in errors else next(rest) for i in range(len(deliveries))]
         return kinds, self._published(kept, answers) if replies else []
 
     def _parse(self, events: Sequence[Event]) -> tuple[Parsed, dict[int, BadEvent]]:
@@ -882,9 +884,11 @@ def _identity(delivery: Delivery, *, replies: bool) -> int:
 
 def _result_id(reply: Result, delivery: Delivery) -> str:
     """Of a late event's result too, whose stream has a result of that version already."""
+    named = f"{reply.model}/{reply.stream_id}/{reply.state_version}"
+    if not reply.late:
+        return named
     place = f"{delivery.source}-{delivery.position}" if delivery.source else str(reply.timestamp)
-    about = f"/late/{reply.event_id or place}" if reply.late else ""
-    return f"{reply.model}/{reply.stream_id}/{reply.state_version}{about}"
+    return f"{named}/late/{reply.event_id or place}"
 
 
 def _goes_on(parts: Iterator[None]) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from service.errors import BadEvent, ItemError, TooLarge
 from service.events import Event
@@ -57,6 +57,12 @@ def test_with_nothing_declared_a_message_is_what_rest_takes() -> None:
     assert wrong({}, message(b"nonsense"))[0] == "payload"
 
 
+def test_an_event_may_be_written_over_several_lines() -> None:
+    event = b'{"stream_id": "a", "values":\n{"value": 1.5}\n}\n'
+    assert Mapper(Payload(), max_events=10).events(message(event)) == ([Event("a", {"value": 1.5})], True)
+    assert events({}, message(b'{"stream_id": "a", "values": {"value": 1.5}}\n' * 2)) == [Event("a", {"value": 1.5})] * 2
+
+
 def test_the_key_names_the_stream_where_the_payload_does_not() -> None:
     assert one({}, message({"values": {"value": 1}}, key="pump")).stream_id == "pump"
     assert one({}, message({"stream_id": "own", "values": {"value": 1}}, key="pump")).stream_id == "own"
@@ -66,7 +72,7 @@ def test_the_key_names_the_stream_where_the_payload_does_not() -> None:
 
 def test_a_message_with_an_id_names_its_events_where_they_have_none() -> None:
     def of(payload: Any, **declared: Any) -> list[Any]:
-        sent = dataclasses.replace(message(payload), event_id="m-1")
+        sent = replace(message(payload), event_id="m-1")
         return [event.event_id for event in events(declared, sent) if isinstance(event, Event)]
 
     item = {"stream_id": "a", "values": {"value": 1}}
@@ -303,6 +309,6 @@ def test_readings_may_have_a_field_called_end() -> None:
 def test_a_line_with_the_end_of_its_session_is_two_events_of_one_message() -> None:
     mapper = Mapper(Payload(stream_id="r", message="m", end="last"), max_events=10)
     assert mapper.events(message({"r": "a", "m": "x"}))[1]
-    found, bare = mapper.events(dataclasses.replace(message({"r": "a", "m": "x", "last": True}), event_id="amqp-1"))
+    found, bare = mapper.events(replace(message({"r": "a", "m": "x", "last": True}), event_id="amqp-1"))
     assert [event.event_id for event in found if isinstance(event, Event)] == ["amqp-1/0", "amqp-1/1"]
     assert not bare

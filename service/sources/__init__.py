@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from service.errors import ItemError
 from service.events import Lease, Published
 
@@ -28,8 +30,7 @@ POSITIONS = 2**79
 """Of the entries of a partition."""
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(msgspec.Struct, frozen=True, gc=False):
     """One entry of a queue, as sent."""
 
     id: bytes
@@ -40,7 +41,7 @@ class Message:
     """When it came to the queue, seconds since 1970."""
     payload: bytes | None
     """One event or several; None = the headers are the fields of one event, flat."""
-    headers: Mapping[bytes, bytes] = field(default_factory=dict)
+    headers: Mapping[bytes, bytes] = msgspec.field(default_factory=dict)
     """By name; what a queue calls headers, properties or fields."""
     key: str | None = None
     """Names the stream where neither the payload nor the mapping does: Kafka's message key."""

@@ -7,7 +7,7 @@
      ├ assigned: committed offset and incarnation ─► partition is ours
      ├ revoked:  no new batch, wait for the one under way, commit, let go (cooperative: the other partitions go on)
      └ lost:     what is under way is Fenced
-    sender (a thread)     idempotent producer, acks=all: results and dead letters are at the brokers before an offset moves
+    sender (event loop)   idempotent producer, acks=all: results and dead letters are at the brokers before an offset moves
 
 A replica that was taken for dead and goes on can do no harm: whoever has the partition next steps the same events against the same
 states, where compare-and-set lets one of them write and the position makes the other's a duplicate; its offsets are refused by the group.
@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import structlog
@@ -42,6 +41,7 @@ from confluent_kafka import (
 )
 from confluent_kafka import Message as Record
 
+from service import tasks
 from service.errors import BadSetting, StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
@@ -56,6 +56,8 @@ COMMIT_SECONDS = 0.2
 ANSWER_SECONDS = 5.0
 """Of a request to the brokers."""
 DELIVERY_SECONDS = 10.0
+REPORT_SECONDS = 0.001
+"""Between two looks for reports while some are awaited."""
 BACKOFF_SECONDS = 1.0
 _PRODUCER_ONLY = ("linger.ms", "compression.type", "compression.codec", "batch.size", "message.max.bytes", "queue.buffering.")
 _CONSUMER_ONLY = (
@@ -79,7 +81,7 @@ class Outgoing(NamedTuple):
     topic: str
     value: bytes | None
     key: bytes | None
-    headers: list[tuple[str, bytes]]
+    headers: list[tuple[str, str | bytes | None]]
 
 
 class _Partition(Partition):
@@ -198,16 +200,14 @@ class Kafka:
 
     def message(self, record: Record) -> Message:
         """As the consumer takes it."""
-        offset = record.offset() or 0
+        offset, key, headers = record.offset() or 0, record.key(), record.headers()
         kind, ms = record.timestamp()
-        key = record.key()
-        headers = cast("list[tuple[str, bytes | None]] | None", record.headers())
         return Message(
             b"%d" % offset,
             offset,
             ms / 1000 if kind != TIMESTAMP_NOT_AVAILABLE else self._clock(),
             _bytes(record.value()),
-            {name.encode(): _bytes(value) for name, value in headers} if headers else {},
+            {name.encode(): _bytes(value) for name, value in _pairs(headers)} if headers else {},
             None if key is None else _bytes(key).decode(errors="surrogateescape"),
             record.topic() or "",
         )
@@ -393,85 +393,103 @@ class _Reader:
             done.result(HANDOVER_SECONDS + ANSWER_SECONDS)
 
 
-@dataclass
-class _Delivery:
-    """Records on their way, counted down by the sender's thread."""
-
-    left: int
-    done: asyncio.Future[None]
-    error: KafkaError | None = None
-
-
 class _Sender:
-    """The producer, and the thread that learns what became of its records."""
+    """The producer, served by the event loop, which so learns what became of its records.
+
+    Not by a thread: librdkafka's client takes and gives up the interpreter for each record's report, and a thread would wait for it up
+    to 5 ms each time as long as the loop is at work.
+    """
 
     def __init__(self, config: dict[str, Any], loop: asyncio.AbstractEventLoop, bug: Callable[[Exception], None]) -> None:
         """Raises what librdkafka says of its options."""
         self._config = config | {"error_cb": self._on_error}
         self._loop, self._bug = loop, bug
         self._producer = Producer(self._config)
-        self._broken = False
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kafka-sender", daemon=True)
+        self._broken: list[Producer] = []
+        """By their own account of no use any more; until all is told of what they had."""
+        self._under_way = 0
+        """Calls of `send`."""
+        self._sending = asyncio.Event()
+        self._server: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        self._server = asyncio.create_task(self._serve(), name="kafka-sender")
 
     async def end(self) -> None:
-        self._stopping.set()
-        await asyncio.to_thread(self._thread.join)
+        if self._server is not None:
+            await tasks.end(self._server)
+        await asyncio.to_thread(self._producer.flush, ANSWER_SECONDS)
 
     async def send(self, records: Sequence[Outgoing]) -> None:
         """All of them are at the brokers when it returns. Raises StoreUnavailable: some may be."""
-        delivery = _Delivery(len(records), self._loop.create_future())
-        told = self._told(delivery)
-        for record in records:
-            await self._produce(record, told)
-        await delivery.done
-        if delivery.error is not None:
-            raise StoreUnavailable(f"Kafka did not take all records ({delivery.error.str()}).")
+        done: asyncio.Future[KafkaError | None] = self._loop.create_future()
+        told = self._told(len(records), done)
+        self._under_way += 1
+        self._sending.set()
+        try:
+            for record in records:
+                while not self._produced(record, told):  # noqa: ASYNC110 - as many are on their way as may be
+                    await asyncio.sleep(POLL_SECONDS)
+            error = await done
+        finally:
+            self._under_way -= 1
+        if error is not None:
+            raise StoreUnavailable(f"Kafka did not take all records ({error.str()}).")
 
-    async def _produce(self, record: Outgoing, told: Callable[[KafkaError | None, Record], None]) -> None:
-        while True:
-            try:
-                self._producer.produce(record.topic, record.value, record.key, on_delivery=told, headers=list(record.headers))
-                return
-            except BufferError:  # as many are on their way as may be
-                await asyncio.sleep(POLL_SECONDS)
-            except KafkaException as error:
-                if error.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE or record.value is None:
-                    raise _unavailable(error) from error
-                log.error("record_too_large", topic=record.topic, bytes=len(record.value))
-                record = record._replace(value=None, headers=[*record.headers, ("onset_omitted_bytes", b"%d" % len(record.value))])
+    def _produced(self, record: Outgoing, told: Callable[[KafkaError | None, Record], None]) -> bool:
+        """Whether there was room for it. Raises StoreUnavailable."""
+        topic, value, key, headers = record
+        try:
+            self._producer.produce(topic, value, key, on_delivery=told, headers=headers)
+        except BufferError:
+            return False
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE or value is None:
+                raise _unavailable(error) from error
+            log.error("record_too_large", topic=topic, bytes=len(value))
+            return self._produced(Outgoing(topic, None, key, [*headers, ("onset_omitted_bytes", b"%d" % len(value))]), told)
+        return True
 
-    def _told(self, delivery: _Delivery) -> Callable[[KafkaError | None, Record], None]:
+    def _told(self, left: int, done: asyncio.Future[KafkaError | None]) -> Callable[[KafkaError | None, Record], None]:
+        """To be told of `left` records; then `done` has the last error."""
+        last: KafkaError | None = None
+
         def told(error: KafkaError | None, record: Record) -> None:
-            delivery.error = error or delivery.error
-            delivery.left -= 1
-            if delivery.left == 0:
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(_finish, delivery.done)
+            nonlocal left, last
+            left -= 1
+            last = error or last
+            if left == 0 and not done.done():
+                done.set_result(last)
 
         return told
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal():
             log.error("kafka_producer_failed", error=error.str())
-            self._broken = True
+            self._broken.append(self._producer)
 
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            self._producer.poll(2 * POLL_SECONDS)
-            if self._broken:  # by its own account of no use any more: what was under way is sent again, by a new one
-                self._producer.purge()
-                self._producer.flush(1)
-                self._producer, self._broken = Producer(self._config), False
-        self._producer.flush(ANSWER_SECONDS)
+    async def _serve(self) -> None:
+        while True:
+            try:
+                self._poll()
+            except Exception as error:  # a bug must not end this for good; it is counted and logged
+                self._bug(error)
+            if self._under_way:
+                await asyncio.sleep(REPORT_SECONDS)
+                continue
+            self._sending.clear()
+            with contextlib.suppress(TimeoutError):  # what the client has to say of itself
+                await asyncio.wait_for(self._sending.wait(), BACKOFF_SECONDS)
 
-
-def _finish(done: asyncio.Future[None]) -> None:
-    if not done.done():
-        done.set_result(None)
+    def _poll(self) -> None:
+        """Hear what the client has to tell. What a broken one had under way is sent again, by a new one."""
+        self._producer.poll(0)
+        if self._producer in self._broken:
+            self._producer.purge()
+            self._producer = Producer(self._config)
+        for broken in self._broken:
+            broken.poll(0)
+        self._broken = [broken for broken in self._broken if len(broken)]
 
 
 def _consuming(given: dict[str, Any], options: KafkaSource) -> dict[str, Any]:
@@ -490,7 +508,7 @@ def _producing(given: dict[str, Any]) -> dict[str, Any]:
     return {
         "enable.idempotence": True,
         "acks": "all",
-        "linger.ms": 5,
+        "linger.ms": 1,
         "delivery.timeout.ms": round(1000 * DELIVERY_SECONDS),
         "message.max.bytes": 10_000_000,
         **{name: value for name, value in given.items() if name.startswith(_PRODUCER_ONLY)},
@@ -506,9 +524,14 @@ def _letter(topic: str, batch: Batch, letter: Letter) -> Outgoing:
     about = {"reason": error.detail, "field": error.field, "value": error.value, "topic": message.topic}
     about |= {"partition": batch.partition.rpartition("-")[2], "offset": str(message.position)}
     about |= {} if letter.index is None else {"index": str(letter.index)}
-    headers = [(name.decode(), value) for name, value in message.headers.items()]
+    headers: list[tuple[str, str | bytes | None]] = [(name.decode(), value) for name, value in message.headers.items()]
     headers += [(f"onset_{name}", value.encode(errors="replace")) for name, value in about.items()]
     return Outgoing(topic, message.payload, None if message.key is None else message.key.encode(errors="surrogateescape"), headers)
+
+
+def _pairs(headers: Any) -> list[tuple[str, bytes | None]]:
+    """As the consumer gives them, whatever its annotations say."""
+    return cast("list[tuple[str, bytes | None]]", headers)
 
 
 def _bytes(value: bytes | str | None) -> bytes:

@@ -181,7 +181,7 @@ class KafkaSource(Source):
     dead_letters: NonEmpty = "onset-dead-letters"
     start: Literal["earliest", "latest"] = "earliest"
     """Where a group begins that has no offset yet."""
-    batch: Annotated[int, Field(ge=1, le=10_000)] = 500
+    batch: Annotated[int, Field(ge=1, le=10_000)] = 1000
     """Messages of a partition under way at once; AHEAD times as many wait at most."""
     options: dict[str, str | int | float | bool] = {}
     """Further settings of librdkafka: security.protocol, sasl.username, compression.type, session.timeout.ms, ..."""
