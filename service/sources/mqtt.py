@@ -38,7 +38,7 @@ import structlog
 from paho.mqtt.client import MQTT_ERR_SUCCESS, Client, ConnectFlags, DisconnectFlags, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from paho.mqtt.properties import Properties, VariableByteIntegers
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
@@ -371,6 +371,27 @@ class _Outgoing:
     """User properties."""
 
 
+class Written(Properties):
+    """Properties of a PUBLISH, ready to be sent: to make its own takes the client longer than scoring an event takes."""
+
+    _written: bytes
+
+    def __init__(self, content_type: str, names: Mapping[str, str]) -> None:
+        """Without what the client's own have: it asks for nothing but `pack`."""
+        written = b"\x03" + _utf8(content_type) if content_type else b""
+        written += b"".join([b"\x26" + _utf8(name) + _utf8(value) for name, value in names.items()])
+        size: bytes = VariableByteIntegers.encode(len(written))  # type: ignore[no-untyped-call]
+        object.__setattr__(self, "_written", size + written)
+
+    def pack(self) -> bytes:
+        return self._written
+
+
+def _utf8(text: str) -> bytes:
+    content = text.encode()
+    return len(content).to_bytes(2, "big") + content
+
+
 class _Link:
     """One connection, driven by the event loop; what is lost is not opened again."""
 
@@ -462,15 +483,12 @@ class _Link:
         """Returns when the broker has taken all of them. Raises StoreUnavailable."""
         sent = []
         for message in messages:
-            about = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-            if message.content_type:
-                about.ContentType = message.content_type
-            about.UserProperty = list((message.names or {}).items())
+            about = Written(message.content_type, message.names or {})
             info = self._client.publish(message.topic, message.content, qos=1, properties=about)
             if info.rc != MQTT_ERR_SUCCESS:
                 raise StoreUnavailable(f"The connection is lost ({info.rc.name}).")
             sent.append((message.topic, self._answers.setdefault(info.mid, self._loop.create_future())))
-        for topic, answer in sent:
+        for topic, answer in reversed(sent):  # after the last answer the others are there
             code = await self._answered(answer, "PUBLISH")
             if code.is_failure:
                 raise StoreUnavailable(f"{_address(self._declared.url)} refuses a message to '{topic}': {code}.")
@@ -572,7 +590,8 @@ class _Link:
 
     async def _answered(self, answer: asyncio.Future[Any], to: str) -> Any:
         """Raises StoreUnavailable."""
-        await asyncio.wait([answer, self.lost], timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            await asyncio.wait([answer, self.lost], timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
         reason = self.lost.result() if self.lost.done() else f"no answer to {to} within {ANSWER_SECONDS:g} seconds"

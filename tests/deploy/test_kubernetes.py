@@ -1,6 +1,5 @@
 """The manifests, read as files; and, where kubectl is, as kustomize builds them."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tests.deploy.files import (
     tool,
     version,
 )
+from tests.needs import program
 
 FOLDERS = [path.parent for path in sorted(K8S.rglob("kustomization.yaml"))]
 MANIFESTS = [path for path in sorted(K8S.rglob("*.yaml")) if path.name not in ("kustomization.yaml", "sources.yaml")]
@@ -42,9 +42,8 @@ def kustomization(folder: Path) -> Document:
 
 
 def build(folder: Path) -> list[Document]:
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl, which holds kustomize, is not on this machine")
-    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False, timeout=60)
+    kubectl = program("kubectl", "kubectl")  # which holds kustomize
+    done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     return list(yaml.safe_load_all(done.stdout))
 

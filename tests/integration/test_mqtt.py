@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from paho.mqtt.client import MQTTMessage
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from service.sources import options
-from service.sources.mqtt import _digest, _Link, _Session
+from service.sources.mqtt import Written, _digest, _Link, _Session
 from service.sources.options import MqttSource
 from tests.brokers import Mosquitto
 from tests.buses import MqttRig, Plant, Replicas, metric, mqtt_rig, outcomes
@@ -176,6 +178,14 @@ def arrival(mid: int, content: bytes, *, dup: bool = False) -> MQTTMessage:
     message = MQTTMessage(mid, b"t")
     message.payload, message.qos, message.dup = content, 1, dup
     return message
+
+
+def test_properties_are_written_as_the_client_would() -> None:
+    names = {"id": "default/å/1", "onset_reason": "x" * 300, "empty": ""}
+    own = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    own.ContentType, own.UserProperty = "application/json", list(names.items())
+    assert Written("application/json", names).pack() == own.pack()  # type: ignore[no-untyped-call]
+    assert Written("", {}).pack() == Properties(PacketTypes.PUBLISH).pack()  # type: ignore[no-untyped-call]
 
 
 def test_what_comes_again_has_the_position_it_had_and_the_same_packet_id_without_the_flag_tells_nothing() -> None:
