@@ -157,7 +157,7 @@ class Splitter:
     """Lines → masked words. Mining (training/lines.py) sees lines as matching does."""
 
     def __init__(self, header: str, masks: Sequence[Mask], delimiters: str) -> None:
-        self._header = re2.compile(header, _UNCAPTURED) if header else None
+        self._header = re2.compile(header.encode(), _UNCAPTURED) if header else None
         self._mask = _Masking(masks)
         self._delimiters = str.maketrans(dict.fromkeys(delimiters, " "))
         self.masked_word = _Memory(self._masked, WORDS, WORD_LENGTH)
@@ -167,8 +167,11 @@ class Splitter:
         """Of the message's first line that is not blank, without its header."""
         if "\n" in message:
             message = message.lstrip().partition("\n")[0]
-        if self._header is not None and (header := self._header.match(message)):
-            message = message[header.end() :]
+        if self._header is not None:
+            # RE2 matches UTF-8. Given a str, its wrapper counts the characters of every span, which takes longer than all else.
+            encoded = message.encode()
+            if header := self._header.match(encoded):
+                message = encoded[header.end() :].decode()
         return message.split()
 
     def tokens(self, message: str) -> list[str]:

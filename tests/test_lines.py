@@ -118,6 +118,15 @@ def test_only_the_first_line_of_a_message_is_matched_and_its_header_is_cut_off()
     assert codes(found, trace, "java.io.IOException: broken", "2026-11-26 boot") == [1, 1, 2]
 
 
+HEADERS = (r"\S+ (\d{10}) \S+ ", r"\d{4}-\d\d-\d\d[T ](\S+)?\s*", r"(?i)[é-ü]+: ", r".*?\] ", r"(?:<\d+>)?\w{3} +\d+ ", r"")
+
+
+@given(st.sampled_from(HEADERS), st.text(st.sampled_from("019 é-ü:T<>]aZ\u2028\u00a0\U0001f600\t"), max_size=40))
+def test_a_header_is_cut_off_where_its_expression_ends_whatever_the_line_holds(header: str, message: str) -> None:
+    found = re2.match(header, message)
+    assert Splitter(header, (), "").words(message) == (message[found.end() :] if found else message).split()
+
+
 def test_delimiters_separate_tokens_after_masking() -> None:
     found = matcher("state <*> at <IP> n <NUM>", delimiters="=;")
     assert codes(found, "state=up at 10.0.0.7:80;n=4", "state = up at 10.0.0.7:80; n=4") == [1, 1]
