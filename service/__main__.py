@@ -23,6 +23,13 @@ app = typer.Typer(
 )
 
 
+TimeFormat = Annotated[str, typer.Option(help="Of log files: the time that an entry begins with, as in strptime; %s = seconds since 1970.")]
+TimestampRegex = Annotated[
+    str, typer.Option(help="Of log files: what an entry begins with, up to its message (RE2). Default: what the model cuts off.")
+]
+StreamRegex = Annotated[str, typer.Option(help="Of log files: names the stream of an entry (RE2). Default: a file is a stream.")]
+
+
 @app.command()
 def serve(
     model: Annotated[Path | None, typer.Option(help="A model file, or a folder of them. Default: the detector that ships.")] = None,
@@ -75,7 +82,7 @@ def demo(
 
 @app.command()
 def replay(
-    files: Annotated[list[Path], typer.Argument(help="CSV, Parquet or npz files, or folders of them; each file is one stream.")],
+    files: Annotated[list[Path], typer.Argument(help="CSV, Parquet or npz files, or folders of them; each is one stream. Or log files.")],
     url: Annotated[str, typer.Option(help="Where the service listens.")] = "http://127.0.0.1:8080",
     speed: Annotated[str, typer.Option(help="Recorded seconds a second, such as 100x; max = as fast as it answers.")] = "1x",
     stream: Annotated[str | None, typer.Option(help="All files are parts of this one stream. Default: a stream for each file.")] = None,
@@ -86,15 +93,25 @@ def replay(
     out: Annotated[Path | None, typer.Option(help="Write the replies to this CSV.")] = None,
     timestamp: Annotated[str | None, typer.Option(help="Name of the timestamp column. Default: found by name.")] = None,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to go on trying while the service does not answer.")] = 120.0,
+    time_format: TimeFormat = "",
+    timestamp_regex: TimestampRegex = "",
+    stream_regex: StreamRegex = "",
 ) -> None:
-    """Post recorded data as live events; safe to interrupt and to repeat."""
+    """Post recorded data as live events; safe to interrupt and to repeat. Files are log files where the served model is of logs."""
     from service.errors import OnsetError  # noqa: PLC0415
+    from service.log_files import LogFormat  # noqa: PLC0415
     from service.replay import Options, parse_speed, run, timestamps_of  # noqa: PLC0415
     from service.tables import ReadOptions  # noqa: PLC0415
 
     try:
         options = Options(url, model, parse_speed(speed), timestamps_of(timestamps), stream, batch, top, patience)
-        run(files, options, ReadOptions(timestamp=timestamp, unsorted=True), out)
+        run(
+            files,
+            options,
+            ReadOptions(timestamp=timestamp, unsorted=True),
+            out,
+            format_=LogFormat(timestamp_regex, time_format, stream_regex),
+        )
     except OnsetError as error:
         _refuse(error.detail)
     except KeyboardInterrupt:
@@ -103,8 +120,8 @@ def replay(
 
 @app.command()
 def backtest(
-    inputs: Annotated[list[Path], typer.Argument(help="CSV, Parquet or npz files, or folders of them; each file is one stream.")],
-    out: Annotated[Path, typer.Option(help="Folder for the scores: one CSV per input, of the same relative path.")],
+    inputs: Annotated[list[Path], typer.Argument(help="CSV, Parquet or npz files, or folders of them; each is one stream. Or log files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the scores: one CSV per input, of the same relative path; of log files lines.csv.")],
     model: Annotated[Path | None, typer.Option(help="A model file, or a folder that holds one. Default: the detector that ships.")] = None,
     alpha: Annotated[float, typer.Option(min=1e-9, max=0.499, help="False onsets per event of a normal stream.")] = 1e-3,
     strict: Annotated[bool, typer.Option("--strict", help="No learning allowance for new streams.")] = False,
@@ -112,15 +129,29 @@ def backtest(
     exclude: Annotated[list[str] | None, typer.Option(help="A column to leave out; may be given again.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Also draw the inputs, their onsets and the calibration into this HTML page.")] = None,
+    time_format: TimeFormat = "",
+    timestamp_regex: TimestampRegex = "",
+    stream_regex: StreamRegex = "",
 ) -> None:
-    """Score whole files as the service would have, without a server."""
-    from service.backtest import command  # noqa: PLC0415
+    """Score whole files as the service would have, without a server. Files are log files where the model is of logs."""
+    from service import log_backtest  # noqa: PLC0415
+    from service.backtest import command, load_one  # noqa: PLC0415
     from service.errors import OnsetError  # noqa: PLC0415
+    from service.log_files import LogFormat  # noqa: PLC0415
     from service.policy import Policy  # noqa: PLC0415
     from service.settings import SHIPPED_MODELS  # noqa: PLC0415
 
     try:
-        done = command(inputs, model or SHIPPED_MODELS, out, Policy(alpha=alpha, strict=strict), timestamp, exclude or [], json_file)
+        detector, policy = load_one(model or SHIPPED_MODELS), Policy(alpha=alpha, strict=strict)
+        of_logs = LogFormat(timestamp_regex, time_format, stream_regex)
+        if detector.manifest.lines is not None:
+            if report or timestamp or exclude:
+                _refuse("--report, --timestamp and --exclude are for readings; of log lines the scores are in OUT/lines.csv.")
+            log_backtest.command(inputs, detector, out, policy, of_logs, json_file)
+            return
+        if of_logs != LogFormat():
+            _refuse(f"--time-format, --timestamp-regex and --stream-regex are for log files; '{detector.manifest.name}' takes readings.")
+        done = command(inputs, detector, out, policy, timestamp, exclude or [], json_file)
         if report:
             from service.report import Subject, write  # noqa: PLC0415
 

@@ -83,6 +83,7 @@ class Scored:
     contribution: NDArray[np.float32]  # [n, F] shares of the features in the score
     judged: NDArray[np.bool_]  # [n] False = the detector gave no p-value
     kinds: NDArray[np.uint8]  # [n] of Kind
+    likely: NDArray[np.float32]  # [n, 2L] of lines, as in StepOutput; L = 0 for readings
 
 
 @dataclass
@@ -166,6 +167,7 @@ def finite(outcomes: Outcomes, part: slice) -> Scored:
         records["contribution"],
         ~np.isnan(p_value),
         kinds,
+        records["likely"],
     )
 
 
@@ -307,22 +309,32 @@ class Done:
 
 
 def command(
-    inputs: Sequence[Path], model: Path, out: Path, policy: Policy, timestamp: str | None, exclude: Sequence[str], json_file: Path | None
+    inputs: Sequence[Path],
+    detector: Detector,
+    out: Path,
+    policy: Policy,
+    timestamp: str | None,
+    exclude: Sequence[str],
+    json_file: Path | None,
 ) -> Done:
-    """What `python -m service backtest` does; returns what its report is made from. Raises ArtifactError, TableError."""
+    """What `python -m service backtest` does with readings; returns what its report is made from. Raises TableError."""
     console = plain_width(Console())
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude), unsorted=True)
-    detector = _one(model)
     policy = replace(policy, tau=detector.manifest.age_constant)
     report = run(inputs, detector, policy, out, options)
-    console.print(_summary(report))
-    console.print(f"{report.rows:,} rows in {report.seconds:.1f} s, {report.rows / report.seconds:,.0f} rows/s, written to {out}")
+    tell(console, report, out, json_file)
     late = sum(tally.late for tally in report.tallies)
     if late:
         console.print(f"{late:,} rows are late (older than a row before them): never stepped, score 0.")
+    return Done(report, find_sources(inputs), detector, policy, options)
+
+
+def tell(console: Console, report: Report, out: Path, json_file: Path | None) -> None:
+    """The summary, and where the scores are."""
+    console.print(_summary(report))
+    console.print(f"{report.rows:,} rows in {report.seconds:.1f} s, {report.rows / report.seconds:,.0f} rows/s, written to {out}")
     if json_file:
         json_file.write_text(json.dumps(report.as_json(), indent=2), encoding="utf-8")
-    return Done(report, find_sources(inputs), detector, policy, options)
 
 
 def plain_width(console: Console, columns: int = 120) -> Console:
@@ -330,7 +342,7 @@ def plain_width(console: Console, columns: int = 120) -> Console:
     return console if console.is_terminal else Console(file=console.file, width=columns)
 
 
-def _one(model: Path) -> Detector:
+def load_one(model: Path) -> Detector:
     """The one detector that `model` names. Raises ArtifactError when a folder holds several."""
     files = find_artifacts(model)
     if len(files) > 1:

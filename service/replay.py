@@ -19,7 +19,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast, get_args
@@ -33,6 +33,7 @@ from rich.progress import Progress
 from rich.table import Table as Grid
 
 from service.errors import OnsetError
+from service.log_files import LogFormat, by_stream
 from service.tables import ReadOptions, Source, Table, find_sources, read_for
 
 RETRY_STATUS = frozenset({429, 502, 503, 504})
@@ -74,12 +75,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Recording:
-    """One file as a stream: N rows of the model's F features."""
+    """One file as a stream: N rows of the model's F features; or one stream of log files: N lines."""
 
     stream: str
     source: str  # path as given: part of each event's identity
     seconds: NDArray[np.float64]  # [N] since 1970
     values: NDArray[np.float64]  # [N, F], NaN = missing
+    lines: Sequence[str | None] | None = None  # [N] in place of values; None = the end of a session
 
 
 def record(sources: Sequence[Source], tables: Sequence[tuple[Table, NDArray[np.float64]]], stream: str | None) -> list[Recording]:
@@ -90,6 +92,16 @@ def record(sources: Sequence[Source], tables: Sequence[tuple[Table, NDArray[np.f
         raise ReplayFailed(f"Two files would be stream '{twice[0]}': replay them one after the other, or name the stream with --stream.")
     pairs = zip(names, sources, tables, strict=True)
     return [Recording(name, source.path.as_posix(), table.timestamps, values) for name, source, (table, values) in pairs]
+
+
+def record_lines(files: Sequence[Path], model: Served, format_: LogFormat, stream: str | None) -> list[Recording]:
+    """Log files; what is cut off before the message is the model's to say, where the format does not. Raises TableError."""
+    format_ = replace(format_, timestamp=format_.timestamp or model.header)
+    found = by_stream(files, format_, model.session_seconds)
+    if stream is not None and len(found) > 1:
+        raise ReplayFailed(f"{len(found)} streams cannot be one: leave --stream out, or leave --stream-regex out for one file.")
+    nothing = np.zeros((0, 0))
+    return [Recording(stream or one.stream, f"{one.source}:{one.stream}", one.seconds, nothing, one.texts) for one in found]
 
 
 def in_order(recordings: Sequence[Recording], *, together: bool) -> Iterator[tuple[float, Recording, int]]:
@@ -143,15 +155,31 @@ class Encoder:
         return [self._line(one, row, now) for one, row in portion]
 
     def _line(self, one: Recording, row: int, now: float | None) -> bytes:
-        numbers = one.values[row].tolist()
-        values = {name: None if number != number else number for name, number in zip(self._features, numbers, strict=True)}  # noqa: PLR0124
         timestamp = float(one.seconds[row]) if now is None else now
         # An identity is at most 256 characters; the end of a long path tells more than its start.
         identity = f"{self._run}{one.source[-200:]}:{row}"
-        return json.dumps({"stream_id": one.stream, "event_id": identity, "timestamp": timestamp, "values": values}).encode()
+        return json.dumps({"stream_id": one.stream, "event_id": identity, "timestamp": timestamp} | self._said(one, row)).encode()
+
+    def _said(self, one: Recording, row: int) -> dict[str, Any]:
+        if one.lines is not None:
+            text = one.lines[row]
+            return {"end": True} if text is None else {"message": text}
+        numbers = one.values[row].tolist()
+        return {"values": {name: None if number != number else number for name, number in zip(self._features, numbers, strict=True)}}  # noqa: PLR0124
 
 
 # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model that scores."""
+
+    name: str
+    features: list[str]
+    log: bool
+    header: str = ""
+    session_seconds: float | None = None
 
 
 class Door:
@@ -164,8 +192,8 @@ class Door:
         self.latencies: list[float] = []
         self.retries = 0
 
-    def features(self) -> tuple[str, list[str]]:
-        """Name and features of the model that will score. Raises ReplayFailed when it is not served."""
+    def model(self) -> Served:
+        """The one that will score. Raises ReplayFailed when it is not served."""
         response = self._send(lambda: self._client.get("/v1/models"))
         models = response.json()["models"]
         wanted = self._options.model
@@ -173,7 +201,10 @@ class Door:
         if chosen is None:
             names = ", ".join(f"'{model['name']}'" for model in models)
             raise ReplayFailed(f"{self._options.url} serves {names}, not '{wanted or 'a default'}': choose one with --model.")
-        return str(chosen["name"]), [feature["name"] for feature in chosen["features"]]
+        features, lines = [feature["name"] for feature in chosen["features"]], chosen.get("lines")
+        if lines is None:
+            return Served(chosen["name"], features, log=False)
+        return Served(chosen["name"], features, log=True, header=lines["header"], session_seconds=lines["session_seconds"])
 
     def score(self, lines: Sequence[bytes]) -> list[dict[str, Any]]:
         """One reply for each event line, in order; an event that is refused for good has a problem as its reply."""
@@ -308,21 +339,32 @@ def is_onset(reply: dict[str, Any]) -> bool:
     return bool((reply.get("alert_score") or 0.0) > reply.get("threshold", 1.0))
 
 
+LINE_COLUMNS = ("template", "likeliest", "chance", "line")
+
+
+def _of_line(reply: dict[str, Any]) -> tuple[object, ...]:
+    """LINE_COLUMNS of a reply; an old duplicate tells nothing, and where nothing is known nothing is likely."""
+    line = reply.get("line") or {}
+    likeliest, chance = next(iter((reply.get("expected") or {}).items()), ("", ""))
+    template = "(new pattern)" if line.get("new") else line.get("template")
+    return template, likeliest, chance, (line.get("message") or "").lstrip().partition("\n")[0]
+
+
 class Output:
     """Replies as a CSV, in the order they came; empty where there is no score."""
 
     COLUMNS = ("stream_id", "event_id", "timestamp", "anomaly_score", "alert_score", "p_value", "is_anomaly", "duplicate", "late")
 
-    def __init__(self, path: Path, features: Sequence[str], files: ExitStack) -> None:
-        self._features = features
+    def __init__(self, path: Path, model: Served, files: ExitStack) -> None:
+        self._features, self._log = model.features, model.log
         self._writer = csv.writer(files.enter_context(path.open("w", newline="", encoding="utf-8")), lineterminator="\n")
-        self._writer.writerow([*self.COLUMNS, *(f"{name}_expected" for name in features)])
+        self._writer.writerow([*self.COLUMNS, *(LINE_COLUMNS if model.log else (f"{name}_expected" for name in model.features))])
 
     def write(self, reply: dict[str, Any]) -> None:
         if problem_status(reply):
             return
         cells = [str(cell).lower() if isinstance(cell, bool) else cell for cell in (reply[name] for name in self.COLUMNS)]
-        self._writer.writerow([*cells, *(reply["expected"].get(name) for name in self._features)])
+        self._writer.writerow([*cells, *(_of_line(reply) if self._log else (reply["expected"].get(name) for name in self._features))])
 
 
 # ── command ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -348,9 +390,14 @@ def timestamps_of(text: str) -> Timestamps:
 
 
 def run(
-    files: Sequence[Path], options: Options, read: ReadOptions, out: Path | None = None, console: Console | None = None
+    files: Sequence[Path],
+    options: Options,
+    read: ReadOptions,
+    out: Path | None = None,
+    console: Console | None = None,
+    format_: LogFormat = LogFormat(),  # noqa: B008 - frozen
 ) -> dict[str, StreamReport]:
-    """Replay `files` and print what happens; what became of each stream. Raises ReplayFailed, TableError."""
+    """Replay `files` and print what happens; what became of each stream. `format_` is of log files. Raises ReplayFailed, TableError."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=120)  # a pipe has no width
@@ -358,16 +405,19 @@ def run(
         client = stack.enter_context(httpx.Client(base_url=options.url, timeout=REQUEST_SECONDS))
         progress = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))
         door = Door(client, options, lambda message: progress.console.print(message, style="yellow", highlight=False))
-        model, features = door.features()
-        sources = find_sources(files)
-        tables = [read_for(source, features, read, progress.console.print) for source in sources]
-        recordings = record(sources, tables, options.stream)
-        output = Output(out, features, stack) if out else None
+        model = door.model()
+        if model.log:
+            recordings = record_lines(files, model, format_, options.stream)
+        else:
+            sources = find_sources(files)
+            tables = [read_for(source, model.features, read, progress.console.print) for source in sources]
+            recordings = record(sources, tables, options.stream)
+        output = Output(out, model, stack) if out else None
         total = sum(len(one.seconds) for one in recordings)
         console.print(
-            f"{total:,} events of {len({one.stream for one in recordings})} streams to '{model}' at {options.url}", highlight=False
+            f"{total:,} events of {len({one.stream for one in recordings})} streams to '{model.name}' at {options.url}", highlight=False
         )
-        reports = _play(recordings, features, options, door, output, Screen(progress, total, options.top))
+        reports = _play(recordings, model, options, door, output, Screen(progress, total, options.top))
     console.print(_summary(reports))
     console.print(_blame(reports, options.top))
     _closing(reports, door, console)
@@ -376,15 +426,15 @@ def run(
 
 def _play(
     recordings: Sequence[Recording],
-    features: Sequence[str],
+    model: Served,
     options: Options,
     door: Door,
     output: Output | None,
     screen: Screen,
 ) -> dict[str, StreamReport]:
-    encoder = Encoder(features, options.timestamps)
+    encoder = Encoder(model.features, options.timestamps)
     reports = {one.stream: StreamReport() for one in recordings}
-    events = in_order(recordings, together=options.stream is None)
+    events = in_order(recordings, together=options.stream is None and not model.log)
     for portion in Pace(options.speed, options.batch).portions(events):
         replies = door.score(encoder.lines(portion))
         for (one, _), reply in zip(portion, replies, strict=True):
@@ -417,7 +467,8 @@ class Screen:
     def _onset(self, reply: dict[str, Any]) -> str:
         parts = ", ".join(f"{part['feature']} {100 * part['contribution']:.0f} %" for part in reply["contributors"][: self._top])
         score = f"alert {reply['alert_score']:.2f}  p {reply['p_value']:.1g}"
-        return f"{_moment(reply['timestamp'])}  ▲ {reply['stream_id']}  {score}  {parts}"
+        said = f"  {_of_line(reply)[-1] or reply['line']['template']}" if reply.get("line") else ""
+        return f"{_moment(reply['timestamp'])}  ▲ {reply['stream_id']}  {score}  {parts}{said}"
 
     def _refused(self, reply: dict[str, Any]) -> None:
         self._refusals += 1

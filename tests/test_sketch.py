@@ -76,7 +76,9 @@ def test_onsets_beyond_the_limit_are_counted_and_not_listed(tiny_detector: Detec
     drawn = Sketch.empty(series("a", 500), ("value",), [0], 500)
     n, nan = 500, np.full((500, 1), np.nan, np.float32)
     flags = np.ones(n, np.bool_)
-    every = Scored(np.full(n, 2.0), np.full(n, 2.0), np.full(n, 1e-6, np.float32), flags, nan, nan, nan, nan, flags, np.zeros(n, np.uint8))
+    every = Scored(
+        np.full(n, 2.0), np.full(n, 2.0), np.full(n, 1e-6, np.float32), flags, nan, nan, nan, nan, flags, np.zeros(n, np.uint8), nan[:, :0]
+    )
     drawn.add(0, every)
     assert (len(drawn.onsets), drawn.tally.alerts) == (ONSETS, 500)
     assert drawn.tally.rarer == [500 if level > 1e-6 else 0 for level in TAIL]

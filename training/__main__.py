@@ -17,13 +17,13 @@ import typer
 from rich.console import Console
 
 from service.errors import ArtifactError, OnsetError, TableError
+from service.log_files import Counted, LogFormat
 from service.tables import ReadOptions
 from training.autoencoder import Sizes, Variant
 from training.cache import CACHE, convert, open_cache
 from training.distributed import Device, Precision, join
 from training.fit import WAVEFORM_PLAN, Plan
 from training.lines import Mining, exported, masks_of, preview
-from training.log_files import Counted, LogFormat
 from training.logfit import LOG_SIZES, LogPlan
 from training.logpipeline import LogJob, keys_of, sessions_of
 from training.logpipeline import produce as produce_log
@@ -154,7 +154,7 @@ def fit(
                 console.print(counted.left_out)
             chosen = Sizes(hidden or LOG_SIZES.hidden, layers, code, decoder_hidden or LOG_SIZES.decoder_hidden, cell)
             log_plan, files = LogPlan(steps=steps or LogPlan.steps, seed=seed), ", ".join(path.name for path in given[0])
-            return LogJob(name or slug(given[0][0]), version, read, templates, chosen, log_plan, _command(), files)
+            return LogJob(name or slug(given[0][0]), version, read, templates, chosen, log_plan, _command(), files, keep_network)
 
         _run_logs(log_job, out, threads)
         return

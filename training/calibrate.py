@@ -153,10 +153,11 @@ def evidence_of(observed: Observed, calibration: Calibration, burn: int) -> Floa
 
 
 def heights_of(evidence: Float64, observed: Observed, calibration: Calibration, burn: int) -> Float64:
-    """Σ over the signals of their decades above the floor [T, B], as `training.tail.Tail` computes them."""
+    """Weighed Σ over the signals of their decades above the floor [T, B], as `training.tail.Tail` computes them."""
     signals = enumerate(calibration.signals)
     own = [own_decades(evidence[:, :, k], observed, onsets, burn) - calibration.floor for k, onsets in signals]
-    return np.asarray(np.where(evidence > 0, np.maximum(np.stack(own, axis=2), 0.0), 0.0).sum(axis=2))
+    above = np.where(evidence > 0, np.maximum(np.stack(own, axis=2), 0.0), 0.0)
+    return np.asarray((above * (calibration.weights or 1.0)).sum(axis=2))
 
 
 def own_decades(heights: Float64, observed: Observed, onsets: Onsets, burn: int) -> Float64:

@@ -28,8 +28,8 @@ from service.artifact import MAX_TEMPLATES, NEW, WILDCARD, Lines, Mask
 from service.backtest import plain_width
 from service.errors import TableError
 from service.lines import DEFAULT_MASKS, Matcher, Splitter
+from service.log_files import Counted, LogFormat, read
 from service.patterns import PatternPage
-from training.log_files import Counted, LogFormat, read
 
 MAX_DISTINCT = 2_000_000
 """Masked lines that differ. More would mean that something variable is not masked."""

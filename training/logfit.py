@@ -3,7 +3,9 @@
     sessions ─► folds, each judged by a detector of the other folds ─► nats of every line ─► calibration ─┐
              └► a detector of all sessions ───────────────────────────────────────────────────────────────┴─► LogStep
 
-Templates that a fold's detector never saw are new patterns to it: so the rate of new patterns is measured, too.
+Templates that a fold's detector never saw are new patterns to it: so the rate of new patterns is measured, too. Folds with injected
+faults say whether the network's chances of lines find more than the 2-gram table beneath them does (where not, the table judges
+alone), what a line's surprise weighs beside the counts, and at which false-alarm rate most is found for it.
 Shapes: T events (lines, then the session's end), B lanes, K classes, J signals.
 """
 
@@ -11,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +26,10 @@ from training.autoencoder import Sizes
 from training.calibrate import Observed, Rules, calibrate
 from training.counting import BINS, count, counts_of, with_end
 from training.data import Float32, Float64
+from training.line_faults import FAULTS, with_fault
 from training.logs import GAP_LIMIT, LAGS, LEAST_SCALE, MARGIN, MOST_NATS, NEW_NATS, Counts, Decoded, LogStep, Ranges, flat_calibration
 from training.sessions import Session, Sessions
-from training.tail import Calibration, Curve
+from training.tail import Calibration, Curve, Tail
 
 LOG_SIZES = Sizes(hidden=32, layers=1, code=12, decoder_hidden=32)
 ENOUGH_NUMBERS = 20
@@ -36,6 +40,14 @@ COUNT_FOLDS = 20
 ENOUGH_SESSIONS = 3
 """Sessions of a stream from which on streams are told apart, not only sessions."""
 CODE_NOISE, CORRUPTED = 0.05, 0.02
+FAULTY = 200
+"""Sessions of a fold, at most, that each fault is injected into."""
+LINE_WEIGHTS = (1.0, 0.5, 0.25)
+"""Of the decades by which a line is rarer than the floor, beside those of the counts."""
+RATES, FEWEST = 12, 2
+"""Rates of onsets at which faults are looked for: so many, from one in 100 lines to that of so many onsets in all lines held out."""
+FAULTY_SHARE = 0.01
+"""Sessions with a fault among all sessions, as they are assumed where a rate is recommended."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,70 @@ class Held:
     sessions: list[Session]
     nats: list[Float32]  # [T, J] each
     gap_ratio: list[Float32]  # [T] each, NaN = none
-    streams: int
+    plain: list[Float32]  # [T] each: nats of the line by the 2-gram table alone
+    fold: list[int]  # of each; judged by a detector of the others
+    faulty: dict[str, Held] = field(default_factory=dict)
+    """The same sessions, or some of them, with a fault of each kind."""
+
+    @property
+    def streams(self) -> int:
+        return len({session.stream for session in self.sessions})
+
+    def part(self, which: Sequence[int]) -> Held:
+        columns = ([column[i] for i in which] for column in (self.sessions, self.nats, self.gap_ratio, self.plain, self.fold))
+        return Held(*columns)  # type: ignore[arg-type]
+
+    def folds(self) -> list[tuple[Held, Held]]:
+        """Each fold, and all others. None where there is but one."""
+        numbers = sorted(set(self.fold)) if len(set(self.fold)) > 1 else []
+        split = [([i for i, own in enumerate(self.fold) if own == k], [i for i, own in enumerate(self.fold) if own != k]) for k in numbers]
+        return [(self.part(own), self.part(others)) for own, others in split]
+
+    def without_network(self) -> Held:
+        """As the 2-gram table would have judged the lines."""
+        nats = [np.column_stack([plain, of_session[:, 1:]]) for plain, of_session in zip(self.plain, self.nats, strict=True)]
+        return replace(self, nats=nats, faulty={kind: held.without_network() for kind, held in self.faulty.items()})
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a calibrated tail makes of sessions with injected faults: fault → the smallest p of the onsets of each session [N]."""
+
+    smallest: dict[str, Float64]
+
+    def shares(self, asked: float) -> dict[str, float]:
+        """Of the sessions with each fault those in which an anomaly begins, at this rate."""
+        return {kind: float((smallest < asked).mean()) for kind, smallest in self.smallest.items()}
+
+    def share(self, asked: float) -> float:
+        """The mean over all kinds of faults."""
+        return float(np.mean(list(self.shares(asked).values()))) if self.smallest else 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How lines are judged, and what is found so."""
+
+    held: Held
+    calibration: Calibration
+    found: Found
+    worth: float
+    """Mean share of the faults found, over all rates."""
+
+
+class Fitted(NamedTuple):
+    """A calibrated detector, and what it was calibrated on."""
+
+    step: LogStep
+    held: Held
+    found: Found
+    """Of injected faults, by the network over the 2-gram table."""
+    found_without: Found
+    """By the table alone."""
+    pays: bool
+    """Whether the network finds more: else it was silenced, and `held` is as the table judged."""
+    alpha: float | None
+    """Onsets a line to be asked for: the F1 of finding the faults is best, were FAULTY_SHARE of the sessions faulty. None = no sessions."""
 
 
 OnStep = Callable[[float], None]
@@ -86,17 +161,90 @@ def _silent(loss: float) -> None:
 
 
 def fit(
-    data: Sessions, sizes: Sizes = LOG_SIZES, plan: LogPlan = DEFAULT, numbers: int = 0, on_step: OnStep = _silent
-) -> tuple[LogStep, Held]:
-    """A calibrated detector of `numbers` numbers a line, and the sessions it was calibrated on.
+    data: Sessions,
+    sizes: Sizes = LOG_SIZES,
+    plan: LogPlan = DEFAULT,
+    numbers: int = 0,
+    on_step: OnStep = _silent,
+    keep_network: bool = False,
+) -> Fitted:
+    """A calibrated detector of `numbers` numbers a line. `keep_network`: also where it finds no more.
 
     `on_step` is called with the loss of each of (folds + 1) · steps steps.
     """
     pieces = _pieces(data.sessions)
     held = hold_out(pieces, data, sizes, plan, numbers, on_step)
     step = _trained(pieces, data.codes, sizes, plan, numbers, on_step)
-    step.calibrate(calibration_of(step, held))
-    return step, held
+    network, table = choice_of(step, held), choice_of(step, held.without_network())
+    pays = network.worth > table.worth
+    chosen = network if pays or keep_network else table
+    if chosen is table:
+        step.lines.silence()
+    step.calibrate(chosen.calibration)
+    return Fitted(step, chosen.held, network.found, table.found, pays, recommended(chosen))
+
+
+def choice_of(step: LogStep, held: Held) -> Choice:
+    """Of sessions that are counted: what weight of the lines, beside the counts, finds most of the injected faults at all rates."""
+    choices = [_choice(step, held, weight) for weight in (LINE_WEIGHTS if step.counts.counted and held.faulty else LINE_WEIGHTS[:1])]
+    return max(choices, key=lambda choice: choice.worth)
+
+
+def _choice(step: LogStep, held: Held, weight: float) -> Choice:
+    calibration = calibration_of(step, held, weight)
+    found = found_of(step, calibration, held)
+    return Choice(held, calibration, found, float(np.mean([found.share(rate) for rate in rates_of(held)])))
+
+
+def rates_of(held: Held) -> Float64:
+    """[RATES] of onsets, that the lines held out can tell apart."""
+    lines = sum(map(len, held.nats))
+    return np.geomspace(1e-2, min(1e-2, FEWEST / max(lines, 1)), RATES)
+
+
+def found_of(step: LogStep, calibration: Calibration, held: Held) -> Found:
+    """What of the injected faults is found."""
+    tail, smallest = step.tail_of(calibration), {}
+    for kind, faulty in held.faulty.items():
+        observed, places = side_by_side(faulty, len(step.signals))
+        smallest[kind] = smallest_of(onsets_of(tail, observed), faulty, places)
+    return Found(smallest)
+
+
+def recommended(choice: Choice) -> float | None:
+    """See `Fitted.alpha`."""
+    sessions = [len(nats) for nats, session in zip(choice.held.nats, choice.held.sessions, strict=True) if session.ended]
+    if not sessions or not choice.found.smallest:
+        return None
+    false = rates_of(choice.held) * np.mean(sessions) / FAULTY_SHARE  # alarms for each faulty session
+    found = np.array([choice.found.share(rate) for rate in rates_of(choice.held)])
+    return float(rates_of(choice.held)[np.argmax(2 * found / (found + 1 + false))])
+
+
+@torch.no_grad()
+def onsets_of(tail: Tail, observed: Observed) -> Float64:
+    """What a calibrated tail makes of it: p of each onset [T, B], 1 where none begins."""
+    T, B, _ = observed.strengths.shape
+    parts = {slot.name: torch.zeros(slot.size, B) for slot in tail.slots}
+    answers, asked = np.ones((T, B)), torch.full((B,), 1e-3)
+    for i in range(T):
+        valid = torch.from_numpy(observed.valid[i])[None]
+        answer, after = tail(torch.from_numpy(observed.strengths[i]).t(), valid, torch.from_numpy(observed.age[i])[None], asked, parts)
+        if observed.ended is not None:
+            going_on = 1.0 - torch.from_numpy(observed.ended[i])[None].float()
+            after |= {name: after[name] * going_on for name in ("onset_height", "onset_age")}
+        parts = {name: torch.where(valid, part, parts[name]) for name, part in after.items()}
+        answers[i] = np.nan_to_num(answer.onset_p[0].numpy(), nan=1.0)
+    return answers
+
+
+def smallest_of(onset_p: Float64, held: Held, places: Sequence[Place]) -> Float64:
+    """[N] the smallest p of each session."""
+    behind = onset_p.T.ravel()  # a stream longer than a lane goes on in the next one
+    smallest = np.ones(len(held.sessions))
+    for i, lane, start in places:
+        smallest[i] = behind[lane * len(onset_p) + start :][: len(held.nats[i])].min(initial=1.0)
+    return smallest
 
 
 def _pieces(sessions: Sequence[Session]) -> list[Session]:
@@ -110,23 +258,28 @@ def _pieces(sessions: Sequence[Session]) -> list[Session]:
 
 
 def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan, numbers: int, on_step: OnStep = _silent) -> Held:
-    """Blocks of consecutive sessions, each judged by a detector of the others."""
+    """Blocks of consecutive sessions, each judged by a detector of the others; and some of them with faults."""
     folds = np.array_split(np.arange(len(pieces)), min(plan.folds, len(pieces)))
-    sessions: list[Session] = []
-    nats: list[Float32] = []
-    ratios: list[Float32] = []
+    rng = np.random.default_rng([plan.seed, len(pieces)])
+    judged, faulty = list[Held](), {kind: list[Held]() for kind in FAULTS}
     for number, fold in enumerate(folds):
         others = _others(pieces, fold)
         known = np.zeros(data.codes, bool)
         known[np.concatenate([piece.codes for piece in others])] = True
         step = _trained(others, data.codes, sizes, replace(plan, seed=plan.seed + 1 + number), numbers, on_step)
-        judged = [pieces[i].knowing(known) for i in fold]
-        sessions += judged
-        for of_session, ratio in observe_sessions(step, judged):
-            nats.append(of_session)
-            ratios.append(ratio)
-    held = Held(sessions, nats, ratios, data.streams)
-    return _counted_again(held, data.codes) if "counts" in step.signals else held
+        judged.append(observe_sessions(step, [pieces[i].knowing(known) for i in fold], number))
+        some = rng.choice(fold, min(FAULTY, len(fold)), replace=False)
+        for kind, of_kind in faulty.items():
+            changed = [with_fault(kind, rng, replace(pieces[i], stream=str(i)), len(data.templates)) for i in some]
+            of_kind.append(observe_sessions(step, [session.knowing(known) for session in changed if session], number))
+    held = _together(judged)
+    counted = _counted_again(held, data.codes) if "counts" in step.signals else held
+    return replace(counted, faulty={kind: whole for kind, parts in faulty.items() if (whole := _together(parts)).sessions})
+
+
+def _together(parts: Sequence[Held]) -> Held:
+    names = ("sessions", "nats", "gap_ratio", "plain", "fold")
+    return Held(*([one for part in parts for one in getattr(part, name)] for name in names))  # type: ignore[arg-type]
 
 
 def _others(pieces: list[Session], fold: NDArray[np.int64]) -> list[Session]:
@@ -302,27 +455,30 @@ def _mean(error: Tensor, counted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def observe_sessions(step: LogStep, sessions: Sequence[Session]) -> list[tuple[Float32, Float32]]:
-    """Nats [T, J] of each session's events as the graph computes them, and the gap's ratio [T] (NaN = none)."""
-    answers: list[tuple[Float32, Float32]] = [(np.zeros((0, 0), np.float32),) * 2] * len(sessions)
+def observe_sessions(step: LogStep, sessions: Sequence[Session], fold: int = 0) -> Held:
+    """Each session's events as the graph computes them."""
+    nothing = np.zeros(0, np.float32)
+    nats, ratios, plain = ([nothing] * len(sessions) for _ in range(3))
     order = sorted(range(len(sessions)), key=lambda i: len(sessions[i]))
     at = 0
     while at < len(order):
         lanes = max(1, min(len(order) - at, 4096 // (_length(sessions[order[min(at + 64, len(order) - 1)]]) + 1)))
         chosen = order[at : at + lanes]
-        nats, ratio = _observed(step, batch_of(step, [(sessions[i], 0, _length(sessions[i])) for i in chosen]))
+        observed = _observed(step, batch_of(step, [(sessions[i], 0, _length(sessions[i])) for i in chosen]))
         for b, i in enumerate(chosen):
-            answers[i] = nats[: _length(sessions[i]), b], ratio[: _length(sessions[i]), b]
+            nats[i], ratios[i], plain[i] = (part[: _length(sessions[i]), b] for part in observed)
         at += lanes
-    return answers
+    return Held(list(sessions), nats, ratios, plain, [fold] * len(sessions))
 
 
-def _observed(step: LogStep, batch: Batch) -> tuple[Float32, Float32]:
+def _observed(step: LogStep, batch: Batch) -> tuple[Float32, Float32, Float32]:
+    """Nats [T, B, J], the gap's ratio [T, B], and nats of the line by the 2-gram table alone [T, B]."""
     before, _ = _answers(step, batch, batch.codes)
-    logits = step.counts.log_chances[batch.rows] + step.lines.logits(before, batch.bins_before if step.counts.counted else None)
-    chances = torch.softmax(logits, dim=-1).gather(-1, batch.codes.unsqueeze(-1)).squeeze(-1)
+    table = step.counts.log_chances[batch.rows]
+    logits = table + step.lines.logits(before, batch.bins_before if step.counts.counted else None)
     judged = batch.judged.float()
-    signals = [step.counts.surprise(chances, batch.codes) * judged, (batch.codes == 0).float() * NEW_NATS]
+    surprise, plain = (step.counts.surprise(_chances(one, batch.codes), batch.codes) * judged for one in (logits, table))
+    signals = [surprise, (batch.codes == 0).float() * NEW_NATS]
     if step.counts.counted:
         ended = (batch.codes == step.codes - 1).float()
         signals.append(torch.cat([step.counts.distance(b, e.unsqueeze(1)).t() for b, e in zip(batch.bins_after, ended, strict=True)]))
@@ -331,7 +487,11 @@ def _observed(step: LogStep, batch: Batch) -> tuple[Float32, Float32]:
     signals.append(torch.where(known, ratio, 0.0))
     if step.ranges.numbers:
         signals.append(_numbers(step, batch))
-    return torch.stack(signals, dim=-1).numpy(), torch.where(known, ratio, torch.nan).numpy()
+    return torch.stack(signals, dim=-1).numpy(), torch.where(known, ratio, torch.nan).numpy(), plain.numpy()
+
+
+def _chances(logits: Tensor, codes: Tensor) -> Tensor:
+    return torch.softmax(logits, dim=-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
 
 
 def _numbers(step: LogStep, batch: Batch) -> Tensor:
@@ -341,11 +501,13 @@ def _numbers(step: LogStep, batch: Batch) -> Tensor:
     return torch.where(judged, (torch.asinh(numbers) - location).abs() / torch.where(judged, scale, 1.0), 0.0).amax(dim=-1)
 
 
-def calibration_of(step: LogStep, held: Held) -> Calibration:
+def calibration_of(step: LogStep, held: Held, line_weight: float = 1.0) -> Calibration:
     """The tail's constants, from sessions held out."""
     observed, _ = side_by_side(held, len(step.signals))
     events = int(observed.valid.sum())
-    draft = replace(flat_calibration(len(step.signals)), floor=float(np.clip(np.log10(events) - 1.5, 0.5, 3.2)), band=_gap_band(held))
+    weights = (line_weight, *[1.0] * (len(step.signals) - 1))
+    floor = float(np.clip(np.log10(events) - 1.5, 0.5, 3.2))
+    draft = replace(flat_calibration(len(step.signals)), floor=floor, band=_gap_band(held), weights=weights)
     alike = len(held.sessions) < ENOUGH_SESSIONS * held.streams and step.counts.counted
     rules = Rules(ageing=False, settled=0.0, alike=alike, draft=draft, finest=5, steepest=1 / math.log(10), steepest_sum=1.0)
     return calibrate(observed, 0, held.streams, rules)

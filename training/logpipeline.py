@@ -24,21 +24,21 @@ from rich.console import Console
 from service.artifact import GAP, NUMBERS, TEMPLATE, Feature, Lines
 from service.errors import TableError
 from service.lines import Matcher
+from service.log_files import Counted, Entry, LogFormat, files_of, read
 from training import report
 from training.autoencoder import Sizes
-from training.calibrate import Observed
 from training.data import Float32, Float64
 from training.export import manifest_of, publish, to_onnx, training_record
 from training.fit import Progress
 from training.lines import Mining, mine
-from training.log_files import Counted, Entry, LogFormat, files_of, read
-from training.logfit import ENOUGH_NUMBERS, Held, LogPlan, Place, fit, side_by_side
+from training.logfit import ENOUGH_NUMBERS, Fitted, Held, LogPlan, Place, calibration_of, fit, onsets_of, side_by_side, smallest_of
 from training.logs import LogStep
 from training.sessions import MOST_NUMBERS, Ints, Session, Sessions, read_sessions
 
-CALIBRATED_ON = "onsets_on_the_lines_calibrated_on"
-"""The network saw none of these sessions, but the tail was fitted on them: no validation of it."""
 ASKED = (1e-2, 1e-3, 1e-4)
+HELD_OUT = "onsets_on_lines_held_out"
+"""Neither the network nor the tail saw the sessions: both are of the other folds."""
+FAULTS_FOUND = "injected_faults_found"
 SHOWN_LINES, SHOWN_LENGTH, SHOWN_BEFORE = 20, 300, 3
 CODED_AT_ONCE = 10_000
 MAX_LINES = 5_000_000
@@ -57,6 +57,8 @@ class LogJob:
     plan: LogPlan
     command: str
     files: str
+    keep_network: bool = False
+    """Also where injected faults are found as well without it."""
 
     @property
     def numbers(self) -> int:
@@ -171,13 +173,15 @@ def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None
             if len(losses) % 10 == 0:
                 status.update(f"Training, step {len(losses):,} of {steps:,}, loss {loss:.3f}")
 
-        step, held = fit(job.data, job.sizes, job.plan, job.numbers, on_step)
+        fitted = fit(job.data, job.sizes, job.plan, job.numbers, on_step, job.keep_network)
+    step, held = fitted.step, fitted.held
     seconds["training"] = time.monotonic() - began
     with console.status("Exporting and verifying"):
         observed, places = side_by_side(held, len(step.signals))
-        onset_p = onsets_of(step, observed)
+        onset_p = onsets_of(step.tail, observed)
         odd = most_surprising(held, places, onset_p, job.lines)
-        quality = _quality(step, job, onset_p, observed)
+        validated = onsets_held_out(fitted)
+        quality = _quality(fitted, job.keep_network, validated)
         record = training_record(
             command=job.command,
             seed=job.plan.seed,
@@ -200,7 +204,7 @@ def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None
     seconds["in all"] = time.monotonic() - began
     last = losses[-job.plan.steps :]
     reached = Progress(training=list(enumerate(last, start=1)))
-    _draw(out / "report.png", last, onset_p[observed.valid])
+    _draw(out / "report.png", last, validated.onset_p)
     next_steps = [f"python -m service serve --model {out}"]
     report.write(out, manifest, reached, model, seconds, next_steps)
     (out / "report.html").write_text(_page(job, manifest.name, quality, odd), encoding="utf-8")
@@ -208,33 +212,57 @@ def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None
     return model
 
 
-@torch.no_grad()
-def onsets_of(step: LogStep, observed: Observed) -> Float64:
-    """What the calibrated tail makes of sessions held out: p of each onset [T, B], 1 where none begins."""
-    T, B, _ = observed.strengths.shape
-    parts = {slot.name: torch.zeros(slot.size, B) for slot in step.tail.slots}
-    answers, asked = np.ones((T, B)), torch.full((B,), 1e-3)
-    for i in range(T):
-        valid = torch.from_numpy(observed.valid[i])[None]
-        answer, after = step.tail(torch.from_numpy(observed.strengths[i]).t(), valid, torch.from_numpy(observed.age[i])[None], asked, parts)
-        if observed.ended is not None:
-            going_on = 1.0 - torch.from_numpy(observed.ended[i])[None].float()
-            after |= {name: after[name] * going_on for name in ("onset_height", "onset_age")}
-        parts = {name: torch.where(valid, part, parts[name]) for name, part in after.items()}
-        answers[i] = np.nan_to_num(answer.onset_p[0].numpy(), nan=1.0)
-    return answers
+@dataclass(frozen=True)
+class HeldOut:
+    """What begins an anomaly in sessions that neither the judging network nor its tail saw."""
+
+    onset_p: Float64  # [lines], ends among them
+    smallest: Float64  # [sessions]
 
 
-def _quality(step: LogStep, job: LogJob, onset_p: Float64, observed: Observed) -> dict[str, Any]:
-    events = int(observed.valid.sum())
-    found = {}
-    for asked in ASKED:
-        onsets = int((onset_p[observed.valid] < asked).sum())
-        found[f"{asked:g}"] = {"asked": asked, "events": events, "onsets": onsets, "ratio": round(onsets / events / asked, 3)}
-    quality: dict[str, Any] = {CALIBRATED_ON: found, "signals": {"names": list(step.signals)}}
-    if events < 10_000:
-        quality["warning"] = f"Calibrated on {events:,} events held out: chances below {10 / events:.1g} are a guess."
+def onsets_held_out(fitted: Fitted) -> HeldOut:
+    """Each fold by a tail of the other ones; nothing where there is but one fold."""
+    step, weights = fitted.step, fitted.step.calibration.weights or (1.0,)
+    lines, sessions = [np.ones(0)], [np.ones(0)]
+    for own, others in fitted.held.folds():
+        observed, places = side_by_side(own, len(step.signals))
+        onset_p = onsets_of(step.tail_of(calibration_of(step, others, weights[0])), observed)
+        lines.append(onset_p[observed.valid])
+        sessions.append(smallest_of(onset_p, own, places))
+    return HeldOut(np.concatenate(lines), np.concatenate(sessions))
+
+
+def _quality(fitted: Fitted, kept: bool, found: HeldOut) -> dict[str, Any]:
+    lines, measured = len(found.onset_p), {}
+    for asked in _asked(fitted) if lines else ():
+        onsets = int((found.onset_p < asked).sum())
+        ratio = round(onsets / lines / asked, 3)
+        reported = int((found.smallest < asked).sum())
+        measured[f"{asked:.2g}"] = {"asked": asked, "lines": lines, "onsets": onsets, "ratio": ratio, "sessions reported": reported}
+    weights = dict(zip(fitted.step.signals, fitted.step.calibration.weights or (), strict=False))
+    quality: dict[str, Any] = {HELD_OUT: measured, "signals": {"names": list(fitted.step.signals), "weights": weights}}
+    if fitted.found.smallest:
+        quality[FAULTS_FOUND] = _faults(fitted)
+        quality["published"] = f"{'with' if fitted.pays or kept else 'without'} the network's chances of lines"
+    if fitted.alpha is not None:
+        quality["recommended_alpha"] = round(fitted.alpha, 8)
+    if lines < 10_000:
+        quality["warning"] = f"Calibrated on {lines:,} events held out: chances below {10 / max(lines, 1):.1g} are a guess."
     return quality
+
+
+def _asked(fitted: Fitted) -> list[float]:
+    return sorted({*ASKED, *([fitted.alpha] if fitted.alpha is not None else [])}, reverse=True)
+
+
+def _faults(fitted: Fitted) -> dict[str, dict[str, float]]:
+    """Fault → with or without the network, at which rate → share found."""
+    table: dict[str, dict[str, float]] = {kind: {} for kind in fitted.found.smallest}
+    for name, found in (("network", fitted.found), ("without", fitted.found_without)):
+        for asked in _asked(fitted):
+            for kind, share in found.shares(asked).items():
+                table[kind][f"{name}, {asked:.2g}"] = round(share, 3)
+    return table
 
 
 @dataclass(frozen=True)
@@ -251,7 +279,7 @@ def most_surprising(held: Held, places: Sequence[Place], onset_p: Float64, lines
     """The SHOWN_LINES with the smallest p, one of a session at most, as they were written, or else their templates."""
     texts = ["(new pattern)", *lines.templates, "(end of session)"]
     found = []
-    behind = onset_p.T.ravel()  # a stream longer than a lane goes on in the next one
+    behind = onset_p.T.ravel()
     for i, lane, start in places:
         p = behind[lane * len(onset_p) + start :][: len(held.nats[i])]
         found.append((float(p.min()), i, int(p.argmin())))
@@ -285,7 +313,10 @@ def _page(job: LogJob, name: str, quality: dict[str, Any], odd: Sequence[Odd]) -
     counts = np.bincount(np.concatenate([session.codes for session in job.data.sessions]), minlength=job.data.codes)
     surprising = [(f"{one.onset_p:.2g}", one.stream, one.line, "\n".join(one.before)) for one in odd]
     templates = [(str(code), f"{counts[code]:,}", text) for code, text in enumerate(job.lines.templates, start=1)]
-    measured = [(asked, f"{row['events']:,}", f"{row['onsets']:,}", str(row["ratio"])) for asked, row in quality[CALIBRATED_ON].items()]
+    columns = ("lines", "onsets", "ratio", "sessions reported")
+    measured = [(asked, *(f"{row[column]:,}" for column in columns)) for asked, row in quality[HELD_OUT].items()]
+    faults = [(kind, *map(str, row.values())) for kind, row in quality.get(FAULTS_FOUND, {}).items()]
+    rates = tuple(next(iter(quality.get(FAULTS_FOUND, {"": {}}).values())))
     style = (
         "body{font:14px system-ui;margin:2em;color:#1f2933}td,th{text-align:left;padding:.2em .8em;vertical-align:top;white-space:pre-wrap}"
     )
@@ -295,7 +326,8 @@ def _page(job: LogJob, name: str, quality: dict[str, Any], odd: Sequence[Odd]) -
             f"<h1>{html.escape(name)} {html.escape(job.version)}</h1>",
             f"<p>{_size(job)}; <code>{html.escape(job.command)}</code></p>",
             "<img src='report.png' alt='loss, and onsets measured against asked' style='max-width:100%'>",
-            _rows("Onsets in the sessions that the tail was fitted on", ("asked", "lines", "onsets", "measured / asked"), measured),
+            _rows("Onsets in sessions held out", ("asked", "lines", "onsets", "measured / asked", "sessions reported"), measured),
+            _rows("Injected faults found, by the rate that is asked for", ("fault", *rates), faults),
             _rows("The most surprising lines held out", ("p", "stream", "line", "lines before"), surprising),
             _rows("Templates", ("code", "lines", "template"), templates),
             "</html>",
@@ -314,17 +346,21 @@ def _rows(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def _tell(console: Console, job: LogJob, step: LogStep, model: Path, quality: dict[str, Any], odd: Sequence[Odd], seconds: float) -> None:
-    measured = quality[CALIBRATED_ON]["0.001"]
     console.print(
         f"\nPublished [bold]{model}[/bold]: {model.stat().st_size:,} bytes, {4 * step.state_size:,} bytes a stream, {seconds:.0f} s in all."
     )
     console.print(f"{_size(job)}, {len(job.lines.templates):,} templates.")
     if "warning" in quality:
         console.print(f"[yellow]{quality['warning']}[/]")
-    console.print(
-        f"Onsets at α = 0.001 on the {measured['events']:,} lines that the tail was fitted on: {measured['onsets']}, "
-        f"{measured['ratio']} times what was asked. "
-        f"Report: {model.parent / 'report.md'}"
-    )
+    if measured := quality[HELD_OUT].get("0.001"):
+        console.print(
+            f"Onsets at α = 0.001 on {measured['lines']:,} lines that neither network nor tail saw: {measured['onsets']}, "
+            f"{measured['ratio']} times what was asked."
+        )
+    if FAULTS_FOUND in quality:
+        console.print(f"Injected faults: see the report. Published {quality['published']}.")
+    if "recommended_alpha" in quality:
+        console.print(f"Recommended: ONSET_ALPHA={quality['recommended_alpha']:.2g}, at which most of them are found for the false alarms.")
+    console.print(f"Report: {model.parent / 'report.md'}")
     for one in odd[:3]:
         console.print(f"  p {one.onset_p:.1g}  {one.stream}: {one.line}"[:200], markup=False, highlight=False)

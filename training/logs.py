@@ -129,6 +129,12 @@ class LineNetwork(nn.Module):
         reached = (bins.unsqueeze(-1) >= self.levels).to(answer.dtype).flatten(-2)
         return self.line(torch.cat([answer, torch.tanh(self.counter(reached))], dim=-1))  # type: ignore[no-any-return]
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Leave the chances of lines to the 2-gram table."""
+        self.line.weight.zero_()
+        self.line.bias.zero_()
+
     def gaps(self, answer: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Location and scale [.., 1] of u, the gap's measure, of a line of these codes [..] after that past."""
         location, log_scale = torch.split(self.gap(answer) + self.gap_of(codes), 1, dim=-1)
@@ -238,11 +244,14 @@ class LogStep(ArtifactStep):
 
     def calibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
-        self.tail = Tail(len(self.signals), 0, calibration)
+        self.tail = self.tail_of(calibration)
         own = [Slot("before", BEFORE, Keeps.ROWS), Slot("place", 1, Keeps.ROWS)]
         if self.counts.counted:
             own.append(Slot("tally", self.counts.width, Keeps.ROWS))
         self.layout = Layout([*self.lines.slots, *own, Slot("age", 1, Keeps.STREAM), *self.tail.slots])
+
+    def tail_of(self, calibration: Calibration) -> Tail:
+        return Tail(len(self.signals), 0, calibration)
 
     @property
     def network(self) -> LineNetwork:

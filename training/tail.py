@@ -3,7 +3,7 @@
     strength ─► evidence     e_k = max(log1p(strength_k / c_k) - LEAST, 0)     c_k the stream's own scale, shrunk to the pooled one
              ─► event p      pooled tail of Σ e_k, corrected for the stream's age
              ─► decades      d_k = -log10 of this stream's own rate of onsets of e_k as large
-             ─► onset        T = Σ max(d_k - floor, 0) above the last emission of the past 125 events
+             ─► onset        T = Σ w_k·max(d_k - floor, 0) above the last emission of the past 125 events
              ─► onset p      this stream's rate of onsets T as large, at its age;
                         then the audit: up to a decade more sensitive where onsets rarer than α are rarer than α
 
@@ -88,6 +88,7 @@ class Calibration:
     floor: float = 3.2  # decades of a signal that do not count towards an onset of the sum
     prior_events: float = 1000.0  # events the pooled scale weighs
     margin: float = 0.0  # by how much an onset exceeds the last emission: where the same strength comes again, rounding must not
+    weights: Sequence[float] | None = None  # [K] of the signals' decades above the floor; None = 1 each
     support: Support | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -159,9 +160,10 @@ class Tail(nn.Module):
         """[K·L places times logarithms of the chains, K decades beyond] → K decades above the floor."""
         K, L = self.signals, LEVELS
         per_signal = torch.eye(K).repeat_interleave(L, dim=1)
-        self._keep("above", torch.cat([per_signal / -LOG10, torch.eye(K)], dim=1))
+        weights = torch.tensor(self.calibration.weights or [1.0] * K).unsqueeze(1)
+        self._keep("above", torch.cat([per_signal / -LOG10, torch.eye(K)], dim=1) * weights)
         first = torch.tensor([signal.first_level for signal in self.calibration.signals])
-        self._keep("above_start", (first - self.calibration.floor).unsqueeze(1))
+        self._keep("above_start", (first - self.calibration.floor).unsqueeze(1) * weights)
 
     def _curves_of_sums(self) -> None:
         """[K decades above the floor, K evidences, their sum, factor] → see `_sums`."""

@@ -9,6 +9,7 @@ import math
 import random
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from service import backtest
+from service import backtest, log_backtest
 from service.detector import Detector
+from service.log_files import LogFormat
 from service.policy import Policy
 from service.replay import Options, run
 from service.settings import SHIPPED_MODELS
 from service.tables import ReadOptions
 from tests.e2e.process import Service
 from tests.tiny import build_tiny
+from tests.tiny_log import build_tiny_log
 
 UNSORTED = ReadOptions(unsorted=True)
 SCORES = ("anomaly_score", "alert_score", "p_value")
@@ -178,3 +181,35 @@ def test_features_that_the_model_does_not_know_end_a_replay_with_what_to_do(serv
     (tmp_path / "x.csv").write_text("timestamp,speed,torque\n1,2,3\n")
     with pytest.raises(TableError, match="'speed', 'torque', the model the features 'flow', 'pressure'"):
         run([tmp_path / "x.csv"], Options(service.url), UNSORTED, console=Console(file=io.StringIO()))
+
+
+def test_a_log_file_is_served_as_it_is_backtested_ends_of_sessions_included(tmp_path: Path) -> None:
+    header, stream = r"(\d{4}-\d\d-\d\d \S+) \[\S+\] ", r"\[(req-\d+)\]"
+    model = build_tiny_log(tmp_path, header=header, session_seconds=60.0)
+    log, rng = tmp_path / "app.log", np.random.default_rng(0)
+    said = ["Accepted connection from 10.0.0.7:4711", "Took 12.5 ms for /a", "Closed connection from 10.0.0.7:4711", "Disk is on fire"]
+    seconds = 1.6e9 + np.cumsum(rng.choice([0.0, 1.0, 30.0], 400))
+    with log.open("w") as file:
+        for at in seconds.tolist():
+            moment = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"{moment} [req-{rng.integers(9)}] {said[rng.choice(4, p=[0.3, 0.5, 0.18, 0.02])]}\n")
+    format_ = LogFormat(time="%Y-%m-%d %H:%M:%S", stream=stream)
+    log_backtest.run([log], Detector.load(model), Policy(), tmp_path / "out", format_)
+    with Service(tmp_path / "service", model=model) as service:
+        options = Options(service.url, speed=math.inf, batch=64)
+        for again in (False, True):
+            reports = run([log], options, UNSORTED, tmp_path / f"{again}.csv", Console(file=io.StringIO()), format_)
+            assert not any(report.refused for report in reports.values())
+            assert all(report.duplicates + report.late == again * report.events for report in reports.values())
+    wanted = by_stream_of(tmp_path / "out" / "lines.csv")
+    assert by_stream_of(tmp_path / "False.csv") == wanted
+    assert sum(row[3] == "(end of session)" for rows in wanted.values() for row in rows) > 20
+
+
+def by_stream_of(path: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Stream → scores, template, likeliest line, its chance and the line of each row."""
+    streams: dict[str, list[tuple[Any, ...]]] = {}
+    for row in rows_of(path):
+        said = (row["template"], row["likeliest"], float(row["chance"] or "nan"), row["line"])
+        streams.setdefault(row["stream_id"], []).append((*served(row), *said))
+    return streams

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from service.artifact import NEW
 from service.errors import TableError
 from service.lines import DEFAULT_MASKS, Matcher, Splitter
+from service.log_files import Counted, Entry, LogFormat, read
 from training.__main__ import app
 from training.lines import MAX_TOKENS, Mining, grouping_accuracy, masks_of, mine, patterns
-from training.log_files import Counted, Entry, LogFormat, read
 
 LOG = """2026-11-26 08:00:00,250 [req-1] Started GET /a for 10.0.0.7
 2026-11-26 08:00:01,000 [req-2] java.io.IOException: broken

@@ -10,12 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from service.artifact import Lines
+from service.log_files import Counted, LogFormat
 from tests.training.logs import QUICK, TEMPLATES, TINY, normal, session
 from training.__main__ import app
+from training.line_faults import FAULTS
 from training.lines import Mining
-from training.log_files import Counted, LogFormat
 from training.logfit import Held, fit
-from training.logpipeline import LogJob, keys_of, most_surprising, produce, sessions_of
+from training.logpipeline import LogJob, keys_of, most_surprising, onsets_held_out, produce, sessions_of
 from training.sessions import Sessions
 from training.verify import verify_file
 
@@ -72,18 +73,36 @@ def test_a_log_of_few_sessions_is_trained_on_wherever_its_ended_ones_lie(tmp_pat
     rng = np.random.default_rng(0)
     for ended in ([True, False], [True, True, True, False]):
         some = [session(normal(rng) * 12, rng, f"s{i}", ends) for i, ends in enumerate(ended)]
-        step, held = fit(Sessions(some, TEMPLATES, "0" * 64), TINY, replace(QUICK, steps=2), 1)
+        step, held, *_ = fit(Sessions(some, TEMPLATES, "0" * 64), TINY, replace(QUICK, steps=2), 1)
         assert {nats.shape[1] for nats in held.nats} == {len(step.signals)}
 
 
 def test_the_most_surprising_line_is_found_in_a_stream_longer_than_a_lane() -> None:
     rng = np.random.default_rng(0)
     pieces = [session([1] * 50, rng, "host", ended=False) for _ in range(4)]
-    held = Held(pieces, [np.zeros((50, 3), np.float32)] * 4, [np.zeros(50, np.float32)] * 4, 1)
+    nothing = [np.zeros(50, np.float32)] * 4
+    held = Held(pieces, [np.zeros((50, 3), np.float32)] * 4, nothing, nothing, [0] * 4)
     onset_p = np.ones((80, 3))  # 200 lines in lanes of 80
     onset_p[10, 1] = 1e-9  # line 90: of the second piece, which begins in the first lane and ends in the second
     [odd] = most_surprising(held, [(0, 0, 0), (1, 0, 50), (2, 1, 20), (3, 1, 70)], onset_p, Lines(templates=TEMPLATES))
     assert (odd.onset_p, odd.stream) == (1e-9, "host")
+
+
+def test_each_fold_is_judged_by_a_tail_that_did_not_see_it() -> None:
+    rng = np.random.default_rng(0)
+    some = [session(normal(rng), rng, f"s{i}") for i in range(60)]
+    fitted = fit(Sessions(some, TEMPLATES, "0" * 64), TINY, replace(QUICK, steps=2), 1)
+    found = onsets_held_out(fitted)
+    assert len(found.smallest) == 60
+    assert len(found.onset_p) == sum(map(len, some)) + 60
+    held = fitted.held
+    odd = [nats.copy() for nats in held.nats]
+    for nats, fold in zip(odd, held.fold, strict=True):
+        nats[:, 0] += 20.0 * (fold == 0)  # as odd as nothing that the other fold has, and as usual where its own tail knows them
+    changed = onsets_held_out(fitted._replace(held=replace(held, nats=odd)))
+    assert (changed.smallest[:30] < 1e-2).all()
+    single = onsets_held_out(fitted._replace(held=replace(held, fold=[0] * 60)))
+    assert len(single.smallest) == len(single.onset_p) == 0
 
 
 def test_what_fits_no_stream_is_counted(tmp_path: Path) -> None:
@@ -102,7 +121,10 @@ def test_key_sequences_are_published_with_a_report(tmp_path: Path) -> None:
     model = produce(job, tmp_path / "out")
     manifest = verify_file(model)
     assert manifest.lines == lines
-    assert manifest.quality["onsets_on_the_lines_calibrated_on"]["0.001"]["events"] == data.lines + 121
+    assert manifest.quality["onsets_on_lines_held_out"]["0.001"]["lines"] == data.lines + 121
+    assert set(manifest.quality["injected_faults_found"]) == set(FAULTS)
+    assert manifest.quality["published"].endswith("the network's chances of lines")
+    assert f"network, {manifest.quality['recommended_alpha']:.2g}" in manifest.quality["injected_faults_found"]["missing"]
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written >= {"keys-1.onnx", "report.md", "report.html", "report.png", "report.json"}
     page = (tmp_path / "out" / "report.html").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from training.autoencoder import Sizes, Variant
 from training.counting import BINS, count, counts_of
 from training.data import Float32
 from training.export import manifest_of, publish, to_onnx, training_record
-from training.logfit import Held, fit, observe_sessions, ranges_of
+from training.line_faults import FAULTS
+from training.logfit import LINE_WEIGHTS, Fitted, calibration_of, fit, found_of, observe_sessions, ranges_of, rates_of
 from training.logs import BEFORE, LEAST_LIKELY, LIKELY, LogStep
 from training.sessions import Session, Sessions, read_sessions
 from training.verify import Runner, line_inputs, verify_file, verify_sequence
@@ -33,18 +35,18 @@ def data() -> Sessions:
 
 
 @pytest.fixture(scope="module")
-def fitted(data: Sessions) -> tuple[LogStep, Held]:
+def fitted(data: Sessions) -> Fitted:
     return fit(data, TINY, QUICK, numbers=1)
 
 
 @pytest.fixture(scope="module")
-def step(fitted: tuple[LogStep, Held]) -> LogStep:
-    return fitted[0].eval()
+def step(fitted: Fitted) -> LogStep:
+    return fitted.step.eval()
 
 
 @pytest.fixture(scope="module")
 def host() -> LogStep:
-    return fit(one_host(), TINY, QUICK)[0].eval()
+    return fit(one_host(), TINY, QUICK).step.eval()
 
 
 def untrained(data: Sessions, sizes: Sizes = TINY, numbers: int = 1) -> LogStep:
@@ -132,7 +134,7 @@ def test_a_stream_that_never_ends_is_not_counted_and_a_new_pattern_in_it_is_foun
 def test_the_nats_of_the_calibration_are_those_of_the_step(data: Sessions, cell: Variant) -> None:
     step = shaken(untrained(data, Sizes(hidden=8, layers=1, code=3, decoder_hidden=5, cell=cell)))
     some = [*data.sessions[:5], session([OPEN, 0, READ, CACHE, CACHE, OPEN, WRITE], RNG), session([READ] * 12, RNG, ended=False)]
-    for one, (nats, _) in zip(some, observe_sessions(step, some), strict=True):
+    for one, nats in zip(some, observe_sessions(step, some).nats, strict=True):
         parts = step.layout.split(torch.zeros(1, step.state_size))
         for i, row in enumerate(events_of(one, step.features)):
             line = step.line_of(torch.from_numpy(row)[None])
@@ -314,3 +316,41 @@ def test_a_file_that_holds_no_key_sequences_is_refused_with_the_reason(tmp_path:
     (tmp_path / "keys.txt").write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(TableError, match=said):
         read_sessions([tmp_path / "keys.txt"])
+
+
+def test_a_silenced_network_leaves_the_chances_to_the_2_gram_table(data: Sessions) -> None:
+    step = shaken(untrained(data))
+    line = step.line_of(torch.tensor([[float(OPEN), torch.nan, torch.nan]]))
+    parts = step.layout.split(torch.zeros(1, step.state_size))
+    table = step.counts.log_chances[-1:]
+    with torch.no_grad():
+        assert not torch.allclose(torch.log(step.judge(line, parts).chances), table, atol=0.1)
+        step.lines.silence()
+        torch.testing.assert_close(torch.log(step.judge(line, parts).chances), table, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_finds_no_more_injected_faults_than_the_table_is_silenced_unless_it_is_to_be_kept(data: Sessions) -> None:
+    no_steps = replace(QUICK, steps=0)  # its head begins at zero, which is the table
+    fitted = fit(data, TINY, no_steps, numbers=1)
+    assert not fitted.pays
+    assert fitted.found.shares(1e-2) == fitted.found_without.shares(1e-2)
+    for nats, plain in zip(fitted.held.nats, fitted.held.plain, strict=True):
+        np.testing.assert_array_equal(nats[:, 0], plain)
+
+
+def test_what_is_chosen_finds_the_most_injected_faults_and_an_alpha_is_recommended_at_which_it_does(fitted: Fitted) -> None:
+    step, held = fitted.step, fitted.held
+    assert set(fitted.found.smallest) == set(FAULTS)
+    chosen = (fitted.found if fitted.pays else fitted.found_without).share
+    rates = rates_of(held)
+    worth = np.mean([chosen(rate) for rate in rates])
+    for weight in LINE_WEIGHTS:
+        other = found_of(step, calibration_of(step, held, weight), held)
+        assert np.mean([other.share(rate) for rate in rates]) <= worth + 1e-9
+    assert fitted.alpha is not None
+    assert fitted.alpha in rates
+    assert chosen(fitted.alpha) > 0.5
+
+
+def test_streams_that_never_end_have_no_recommended_alpha() -> None:
+    assert fit(one_host(600), TINY, replace(QUICK, steps=1)).alpha is None

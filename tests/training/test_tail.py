@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from training.calibrate import PRIOR, Observed, calibrate, evidence_of, heights_of, on_curve, onsets_of
+from training.data import Float64
 from training.detector import DetectorStep
 from training.signals import MemorySignals
-from training.tail import LEVELS, LOG10, Band
+from training.tail import LEVELS, LOG10, Band, Calibration, Tail
 
 ALPHA = torch.tensor([1e-3])  # asked of every stream: expand(B)
 K = len(MemorySignals.names)
@@ -197,3 +200,26 @@ def test_a_stream_that_stood_still_at_first_gets_a_band_once_it_moves() -> None:
     for seen, residual in enumerate(residuals):
         spread, parts = band(torch.tensor([[residual]]), torch.tensor([[float(seen)]]), parts)
     assert 0.5 < float(spread) < 1.5
+
+
+def test_a_signal_of_half_the_weight_counts_half_of_its_decades_above_the_floor(univariate: DetectorStep) -> None:
+    calibration, burn = univariate.tail.calibration, univariate.tail.burn
+    rng = np.random.default_rng(0)
+    strengths = np.exp(rng.normal(2.0, 3.0, (1, 40, K))).astype(np.float32)
+    observed = Observed(strengths, strengths, np.ones((1, 40), bool), np.full((1, 40), 500.0, np.float32))
+    alone = []
+    for k in range(K):
+        only = replace(calibration, weights=[float(k == other) for other in range(K)])
+        alone.append(_heights(only, observed, burn))
+    weights = [0.5, *[1.0] * (K - 1)]
+    weighed = replace(calibration, weights=weights)
+    assert any(height.max() > 0 for height in alone)
+    np.testing.assert_allclose(_heights(weighed, observed, burn), np.tensordot(weights, alone, 1), rtol=1e-6)
+    tail, judge = Tail(K, burn, weighed), torch.ones(1, 40, dtype=torch.bool)
+    parts = {slot.name: torch.zeros(slot.size, 40) for slot in tail.slots}
+    _, after = tail(torch.from_numpy(strengths[0]).t(), judge, torch.full((1, 40), 500.0), ALPHA.expand(40), parts)
+    np.testing.assert_allclose(after["onset_height"][K].numpy(), _heights(weighed, observed, burn)[0], rtol=1e-3, atol=2e-3)
+
+
+def _heights(calibration: Calibration, observed: Observed, burn: int) -> Float64:
+    return heights_of(evidence_of(observed, calibration, burn), observed, calibration, burn)

@@ -1,9 +1,9 @@
-"""Plain log files → lines in order: which stream, when, what. The text is what a shipper would send of the same files.
+"""Plain log files → lines in order: which stream, when, what. Training, backtest and replay read them; the text is what a shipper sends.
 
     format.timestamp   what an entry begins with; a line that does not begin with it goes on with the entry before (a stack trace)
     format.stream      found anywhere in an entry: which stream it is of; without one a file is a stream
 
-Files may be gzip'ed; a folder means all files in it. Nothing is held in memory but the entry at hand.
+Files may be gzip'ed; a folder means all files in it. Nothing is held in memory but the entry at hand, or what `by_stream` is asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import re2
+from numpy.typing import NDArray
 
 from service.errors import BadEvent, TableError
 from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH
@@ -34,6 +36,8 @@ _LONG = {"T": "%H:%M:%S", "F": "%Y-%m-%d", "e": "%d"}
 """Fields that only C's strptime knows."""
 _FINER = re.compile(r"([.,]\d{6})\d+")
 """Nanoseconds; strptime knows microseconds at most."""
+MAX_LINES = 2_000_000
+"""Lines held in memory at once by `by_stream`."""
 _DAY = 86_400.0
 _HALF_A_YEAR = 180 * _DAY
 
@@ -130,6 +134,51 @@ def read(paths: Sequence[Path], format_: LogFormat, counted: Counted | None = No
             counted.entries += 1
             counted.without_time += math.isnan(seconds)
             yield Entry(stream, seconds, text[:MAX_MESSAGE_LENGTH])
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """The lines of one stream in order of time, N events. None in place of a text: the session before it ended by silence."""
+
+    stream: str
+    seconds: NDArray[np.float64]  # [N]; an end has the time of its session's last line, as it has in the service
+    texts: list[str | None]
+    source: str
+    """The first file that it is said in."""
+
+
+def by_stream(paths: Sequence[Path], format_: LogFormat, silence: float | None, counted: Counted | None = None) -> list[Spoken]:
+    """All lines, and an end behind each that was followed by more than `silence` seconds without one in its stream or in all files.
+
+    Raises TableError, also for a line without a time, and for more than MAX_LINES.
+    """
+    streams: dict[str, list[tuple[float, str]]] = {}
+    source: dict[str, str] = {}
+    count = 0
+    for file in files_of(paths):
+        for stream, seconds, text in read([file], format_, counted):
+            if math.isnan(seconds):
+                raise TableError(f"{file} does not say when {text[:64]!r} was: give --time-format, or --timestamp-regex with the time.")
+            if (count := count + 1) > MAX_LINES:
+                raise TableError(f"More than {MAX_LINES:,} lines: take them in parts.")
+            streams.setdefault(stream, []).append((seconds, text))
+            source.setdefault(stream, file.as_posix())
+    if not streams:
+        raise TableError(f"{', '.join(map(str, paths))}: no line of a stream in there.")
+    newest = max(seconds for rows in streams.values() for seconds, _ in rows)
+    return [_spoken(stream, rows, silence, newest, source[stream]) for stream, rows in streams.items()]
+
+
+def _spoken(stream: str, rows: list[tuple[float, str]], silence: float | None, newest: float, source: str) -> Spoken:
+    rows.sort(key=lambda row: row[0])
+    seconds, texts = list[float](), list[str | None]()
+    for (at, text), (following, _) in zip(rows, [*rows[1:], (newest, "")], strict=True):
+        seconds.append(at)
+        texts.append(text)
+        if silence is not None and following - at > silence:
+            seconds.append(at)
+            texts.append(None)
+    return Spoken(stream, np.array(seconds), texts, source)
 
 
 def _entries(file: Path, format_: LogFormat, counted: Counted) -> Iterator[tuple[str, str]]:
