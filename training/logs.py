@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from training.autoencoder import Sizes, decoder_of, encoder_of, parts_of, prefix
 from training.counting import BINS, MOST, Counting
 from training.detector import OUTPUTS, ArtifactStep
 from training.layout import Keeps, Layout, Parts, Slot, row_sum
+from training.sessions import Ints
 from training.tail import Calibration, Curve, Onsets, Tail
 
 EMBEDDED, COUNTED = 12, 32
@@ -156,8 +158,14 @@ class Counts(nn.Module):
             self.register_buffer(name, torch.from_numpy(table), persistent=False)
         log_chances = counting.transitions[:, counting.classes] + counting.within
         self._keep("log_chances", torch.from_numpy(log_chances))  # [K + 1, C]
-        self._keep("prototypes", torch.from_numpy(counting.prototypes))
-        self._keep("weights", torch.from_numpy(counting.weights).unsqueeze(1))
+        pairs, place = np.unique(_with_class(counting.prototypes), axis=0, return_inverse=True)
+        weights = np.zeros((len(pairs), len(counting.prototypes)))
+        weights[place.reshape(-1), np.repeat(np.arange(len(counting.prototypes)), self.width)] = np.tile(
+            counting.weights, len(counting.prototypes)
+        )
+        self.register_buffer("own_class", torch.from_numpy(pairs[:, 0]), persistent=False)
+        self._keep("own_bin", torch.from_numpy(pairs[:, 1]))
+        self._keep("weights", torch.from_numpy(weights))
         self._keep("worth", torch.from_numpy(counting.worth))
         self.base = counting.base
 
@@ -167,8 +175,9 @@ class Counts(nn.Module):
     classes: Tensor
     bins: Tensor
     log_chances: Tensor
-    prototypes: Tensor
-    weights: Tensor
+    own_class: Tensor  # [P] of each bin that a prototype has in a class
+    own_bin: Tensor  # [P]
+    weights: Tensor  # [P, M] nats, where the prototype has that bin
     worth: Tensor
 
     def surprise(self, chances: Tensor, codes: Tensor) -> Tensor:
@@ -181,11 +190,16 @@ class Counts(nn.Module):
 
     def distance(self, bins: Tensor, ended: Tensor) -> Tensor:
         """Nats [B, 1] of bins [B, K]; `ended` [B, 1] is 1 at the end of the session, else 0."""
-        difference = bins.unsqueeze(1) - self.prototypes  # [B, M, K]
-        above = (difference > 0).to(bins.dtype) @ self.weights
-        below = (difference < 0).to(bins.dtype) @ self.weights
-        least = (above + below * ended.unsqueeze(2)).amin(dim=1)
+        difference = torch.index_select(bins, 1, self.own_class) - self.own_bin  # [B, P], each compared once, not once a prototype
+        above, below = ((difference > 0).to(bins.dtype), (difference < 0).to(bins.dtype) * ended)
+        least = ((above + below) @ self.weights).amin(dim=1, keepdim=True)
         return (least + self.base) * (least > 0).to(bins.dtype)
+
+
+def _with_class(prototypes: Ints) -> Ints:
+    """Bins [M, K] → pairs of class and bin [M·K, 2]."""
+    M, K = prototypes.shape
+    return np.stack([np.tile(np.arange(K), M), prototypes.reshape(-1)], axis=1)
 
 
 @dataclass(frozen=True)
