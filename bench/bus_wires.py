@@ -102,7 +102,7 @@ class RabbitMQ(Victim):
 class AmqpWire:
     """A queue for each partition, one of the results, one of the dead letters."""
 
-    exactly = False
+    exactly, forgets = False, True
     _OUT, _DEAD = "results", "dead-letters"
 
     def __init__(self, folder: Path, partitions: int) -> None:
@@ -229,7 +229,7 @@ class Mosquitto(Victim):
 class MqttWire:
     """One session, all streams in it."""
 
-    exactly = False
+    exactly = forgets = False
 
     def __init__(self, folder: Path) -> None:
         self._broker = Mosquitto(folder)

@@ -7,7 +7,8 @@ second (mosquitto gets a SIGTERM: killed, it may lose what it had confirmed; of 
 keeps everything in memory, the brokers are taken from the network and put back). Beside that one consumer more comes, reads for a while and
 leaves by SIGTERM, again and again. Most kills wait until a result has come out since the last one: a group that is killed faster than its
 members are found missing does nothing at all. Producers send each stream's events in order until the broker has confirmed them, so some
-twice, and old ones again, shuffled.
+twice, and old ones again, shuffled. Events have an id, a time, a sequence, or several of them. Through RabbitMQ none has an id alone: that
+is known among its stream's last eight (docs/queues.md), and a kill of the broker may bring older ones again.
 Every result is held against an uninterrupted run of the same events:
 
     order     of each stream the versions 1, 2, 3, … come out in that order
@@ -331,7 +332,7 @@ async def _running(plan: Plan, folder: Path) -> AsyncIterator[Scene]:
             stack.callback(replica.stop)
         for replica in replicas:
             await replica.wait_ready()
-        kinds = list(Kind)
+        kinds = [Kind.FULL if kind is Kind.BARE and wire.forgets else kind for kind in Kind]
         sources = [Source(f"{kinds[i % 4].name.lower()}-{i}", kinds[i % 4], kept=True, seed=plan.seed) for i in range(plan.streams)]
         history: dict[str, list[Event]] = {source.stream_id: [] for source in sources}
         producers = [Producer(wire, sources[i::PRODUCERS], counts, random.Random(rng.random())) for i in range(PRODUCERS)]

@@ -40,6 +40,8 @@ class Wire(Protocol):
 
     exactly: bool
     """Whether results are published exactly once; otherwise at least once."""
+    forgets: bool
+    """Whether a kill of the broker may bring a message again long after it was sent: then no events are sent that have an id alone."""
 
     @property
     def victims(self) -> Sequence[Victim]:
@@ -70,7 +72,7 @@ class Wire(Protocol):
 class RedisStreamsWire:
     """Partitions in the state store itself."""
 
-    exactly = True
+    exactly, forgets = True, False
     victims: Sequence[Victim] = ()
 
     def __init__(self, store: Store, partitions: int) -> None:
@@ -147,7 +149,7 @@ class Brokers(Victim):
 class KafkaWire:
     """A topic, one for the results, one for the dead letters."""
 
-    exactly = False
+    exactly = forgets = False
     _IN, _OUT, _DEAD = "events", "results", "dead-letters"
 
     def __init__(self, folder: Path, partitions: int) -> None:
@@ -260,7 +262,7 @@ class NatsServer(Victim):
 class NatsWire:
     """A JetStream stream of the events, one of what comes out."""
 
-    exactly = False
+    exactly = forgets = False
 
     def __init__(self, folder: Path, partitions: int) -> None:
         self._server = NatsServer(folder)
