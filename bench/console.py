@@ -6,7 +6,8 @@ A service with the shipped detector, a sender that posts one event of each strea
 processor) on the fleet view; then while it is scrolled; then on one stream. Floor: an empty page of the same browser under the same load.
 A frame takes from one requestAnimationFrame to the next; a long task is what holds the page's thread for more than 50 ms; an update is a
 frame in which the list or the chart has changed. *Busy* is the processor time of the page's thread (Chromium's own TaskDuration in thread
-ticks): unlike frames it hardly moves when something else takes the processors.
+ticks): unlike frames it hardly moves when something else takes the processors. Of it *script* is our code, the rest the browser's style,
+layout and paint. *Browser* is what its other threads take beside: rasters, compositor, display; a GPU takes most of that off the processor.
 
 `--pictures` also takes the views at three sizes, light and dark. Needs the built page (`make console`), Debian's chromium, and playwright
 (extra `dev`).
@@ -85,6 +86,18 @@ FRAMES = """([seconds, watched, scrolled]) => new Promise(done => {
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Processor seconds: of the page's thread, of its code in it, of the whole browser."""
+
+    page: float
+    script: float
+    browser: float
+
+    def __sub__(self, before: Spent) -> Spent:
+        return Spent(self.page - before.page, self.script - before.script, self.browser - before.browser)
+
+
+@dataclass(frozen=True)
 class Smoothness:
     """Of one view."""
 
@@ -99,11 +112,14 @@ class Smoothness:
     updates_per_second: float
     busy_share: float
     """Of one processor, by the page's thread."""
+    script_share: float
+    """Of one processor, by the page's own code: a part of `busy_share`."""
+    browser_share: float
+    """Of one processor, by all other threads of the browser."""
     busy_ms_an_update: float
 
     @classmethod
-    def of(cls, view: str, measured: dict[str, Any], busy: float) -> Smoothness:
-        """`busy` = processor seconds of the page's thread meanwhile."""
+    def of(cls, view: str, measured: dict[str, Any], spent: Spent) -> Smoothness:
         frames, tasks = np.array(measured["frames"][1:]), measured["long"]
         seconds = float(frames.sum()) / 1000
         p50, p99 = np.percentile(frames, (50, 99))
@@ -117,8 +133,10 @@ class Smoothness:
             len(tasks),
             round(max(tasks, default=0.0), 1),
             round(measured["updates"] / seconds, 1),
-            round(busy / seconds, 3),
-            round(1000 * busy / measured["updates"], 1) if measured["updates"] else 0.0,
+            round(spent.page / seconds, 3),
+            round(spent.script / seconds, 3),
+            round((spent.browser - spent.page) / seconds, 3),
+            round(1000 * spent.page / measured["updates"], 1) if measured["updates"] else 0.0,
         )
 
 
@@ -199,15 +217,18 @@ def watched(chromium: str, url: str, seconds: float, pictures: Path | None) -> l
         page = browser.new_page(viewport=cast("Any", SIZE))
         inside = page.context.new_cdp_session(page)
         inside.send("Performance.enable", {"timeDomain": "threadTicks"})
+        whole = browser.new_browser_cdp_session()
 
-        def busy() -> float:
-            return float(next(one["value"] for one in inside.send("Performance.getMetrics")["metrics"] if one["name"] == "TaskDuration"))
+        def spent() -> Spent:
+            told = {one["name"]: one["value"] for one in inside.send("Performance.getMetrics")["metrics"]}
+            processes = whole.send("SystemInfo.getProcessInfo")["processInfo"]
+            return Spent(told["TaskDuration"], told["ScriptDuration"], sum(one["cpuTime"] for one in processes))
 
         def measured(view: str, watched: str = "", scrolled: str = "") -> Smoothness:
             time.sleep(SETTLE_SECONDS)
-            before = busy()
+            before = spent()
             found = page.evaluate(FRAMES, [seconds, watched, scrolled])
-            return Smoothness.of(view, found, busy() - before)
+            return Smoothness.of(view, found, spent() - before)
 
         page.goto("about:blank")
         views = [measured("empty page")]
@@ -230,7 +251,7 @@ def take_pictures(browser: Browser, url: str, folder: Path) -> None:
             page = browser.new_page(
                 viewport={"width": width, "height": height}, color_scheme=cast("Any", colours), reduced_motion="reduce"
             )  # no row is caught on its way to another place
-            for view, path, drawn in (("fleet", "fleet", ".rows li canvas"), ("stream", f"stream/{name_of(DISTURBED)}", ".chart canvas")):
+            for view, path, drawn in (("fleet", "fleet", ".rows canvas"), ("stream", f"stream/{name_of(DISTURBED)}", ".chart canvas")):
                 page.goto(f"{url}/#/{path}")
                 page.wait_for_selector(drawn)
                 page.wait_for_timeout(1000 * SETTLE_SECONDS)
@@ -248,6 +269,8 @@ def _table(title: str, views: list[Smoothness]) -> Table:
         "longest task ms",
         "updates/s",
         "busy",
+        "script",
+        "browser",
         "ms an update",
     )
     made = table(title, ["view"], numbers)

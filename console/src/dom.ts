@@ -31,9 +31,12 @@ export function fill(parent: Element, ...children: Child[]): void {
   append(parent, children);
 }
 
-/** Sets the text only where it differs: the browser lays out what was touched. */
+/** Sets the text only where it differs, in the node that is there: the browser lays out what was touched and collects what was dropped. */
 export function text(element: Element, content: string): void {
-  if (element.textContent !== content) element.textContent = content;
+  const node = element.firstChild;
+  if (node instanceof Text && node === element.lastChild) {
+    if (node.data !== content) node.data = content;
+  } else if (element.textContent !== content) element.textContent = content;
 }
 
 export function icon(path: string, label?: string): SVGSVGElement {

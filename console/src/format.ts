@@ -10,13 +10,16 @@ export const count = (n: number): string => INTEGER.format(n);
 export function number(value: number | null | undefined, unit?: string | null): string {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
-  const shown = size !== 0 && (size >= 1e7 || size < 1e-4) ? value.toExponential(3) : INTEGER_OR(value, size);
+  const shown = size !== 0 && (size >= 1e7 || size < 1e-4) ? value.toExponential(3) : decimal(value, size);
   return unit ? `${shown} ${unit}` : shown;
 }
 
-function INTEGER_OR(value: number, size: number): string {
-  const decimals = size >= 1000 ? 0 : size >= 100 ? 1 : size >= 1 ? 2 : 4;
-  return value.toLocaleString("en", { maximumFractionDigits: decimals, minimumFractionDigits: size >= 1 && size < 1000 ? decimals : 0 });
+/** Made once: making one takes longer than using it a hundred times. The second of each pair keeps its zeros. */
+const DECIMALS = [0, 1, 2, 3, 4].map((digits) => [new Intl.NumberFormat("en", { maximumFractionDigits: digits }), new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits })] as const);
+
+function decimal(value: number, size: number): string {
+  const digits = size >= 1000 ? 0 : size >= 100 ? 1 : size >= 1 ? 2 : 4;
+  return DECIMALS[digits]![size >= 1 && size < 1000 ? 1 : 0].format(value);
 }
 
 export const score = (value: number | null | undefined): string => (value === null || value === undefined || !Number.isFinite(value) ? "–" : value.toFixed(2));

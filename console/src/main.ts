@@ -117,8 +117,10 @@ function route(): void {
   document.title = `${current.title} · Onset`;
   for (const tab of tabs) {
     const on = tab.dataset["view"] === view || (tab.dataset["view"] === "fleet" && (view === "stream" || !views[view]));
-    if (on) tab.setAttribute("aria-current", "page");
-    else tab.removeAttribute("aria-current");
+    if (on) {
+      tab.setAttribute("aria-current", "page");
+      tab.scrollIntoView({ block: "nearest", inline: "nearest" }); // a phone does not show all of them
+    } else tab.removeAttribute("aria-current");
   }
 }
 

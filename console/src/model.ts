@@ -169,7 +169,7 @@ function trained(model: Model): HTMLElement {
       ["Seed", String(training.seed)],
       ["Commit", training.commit],
       ["Torch", training.torch_version],
-      ["Made", new Date(training.created).toLocaleString()],
+      ["Made", new Date(training.created).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })],
     ]),
   );
 }

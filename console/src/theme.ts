@@ -40,8 +40,12 @@ export interface Colours {
   font: string;
 }
 
+/** The same as pixels, without their alpha: blue, green, red from the highest byte down. */
+export type Pixels = Record<"ink" | "line" | "blue" | "alarmEdge", number>;
+
 let cached: Colours | null = null;
-onTheme(() => (cached = null));
+let packed: Pixels | null = null;
+onTheme(() => (cached = packed = null));
 
 export function colours(): Colours {
   if (cached) return cached;
@@ -61,6 +65,20 @@ export function colours(): Colours {
     font: `11px ${get("--font")}`,
   };
   return cached;
+}
+
+export function pixels(): Pixels {
+  const { ink, line, blue, alarmEdge } = colours();
+  return (packed ??= { ink: pixelOf(ink), line: pixelOf(line), blue: pixelOf(blue), alarmEdge: pixelOf(alarmEdge) });
+}
+
+/** Whatever way it is written: the browser says what it is. */
+function pixelOf(colour: string): number {
+  const pen = new OffscreenCanvas(1, 1).getContext("2d")!;
+  pen.fillStyle = colour;
+  pen.fillRect(0, 0, 1, 1);
+  const [red = 0, green = 0, blue = 0] = pen.getImageData(0, 0, 1, 1).data;
+  return (blue << 16) | (green << 8) | red;
 }
 
 system.addEventListener("change", apply);

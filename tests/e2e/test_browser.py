@@ -53,6 +53,30 @@ BAND = """canvas => {
 }"""
 """The share of a canvas that has the colour of the band."""
 
+PICTURED = """place => {
+  const plot = document.querySelector(`.rows li[aria-posinset="${place}"] .plot`).getBoundingClientRect();
+  let found = 0;
+  for (const canvas of document.querySelectorAll('.rows canvas')) {
+    const box = canvas.getBoundingClientRect();
+    if (box.top > plot.top || box.bottom < plot.bottom) continue;
+    const scale = canvas.width / box.width;
+    const pixels = canvas.getContext('2d').getImageData(0, (plot.top - box.top) * scale, canvas.width, plot.height * scale).data;
+    for (let i = 3; i < pixels.length; i += 4) found += pixels[i] > 0;
+  }
+  return found > 300;
+}"""
+"""Whether a picture is where a row has room for it."""
+IN_ORDER = "[...document.querySelectorAll('.rows li')].every((row, i, all) => !i || +row.ariaPosInSet === +all[i - 1].ariaPosInSet + 1)"
+"""Whether the rows come in the document as they do on the screen."""
+
+
+def until(page: Page, expression: str, argument: object = None) -> None:
+    """Wait until it is true; the page's policy forbids Playwright's own way of waiting for an expression."""
+    deadline = time.monotonic() + 20
+    while not page.evaluate(expression, argument):
+        assert time.monotonic() < deadline, (expression, argument)
+        page.wait_for_timeout(50)
+
 
 class Plant:
     """Eight streams at ten readings a second, one of which can be disturbed."""
@@ -226,6 +250,33 @@ def test_streams_are_found_and_opened_without_a_mouse(service: Service, plant: P
         page.keyboard.press("/")
         page.keyboard.type("nowhere")
         expect(page.locator(".empty")).to_contain_text("No stream fits")
+
+
+def test_of_many_streams_those_in_view_are_in_the_document_in_order_each_with_its_picture(
+    tmp_path: Path, tiny_model_path: Path, browser: Browser
+) -> None:
+    many = 120
+    with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false") as service, Visit(browser, service.url) as page:
+        events = [{"stream_id": f"pump-{i:03}", "values": {"value": 10.0 + i * j % 7}} for j in range(40) for i in range(many)]
+        httpx.post(f"{service.url}/v1/events", json=events, timeout=30).raise_for_status()
+        page.goto(service.url)
+        for place in (1, 60, many):
+            page.evaluate("place => document.querySelector('.rows').scrollTop = 52 * (place - 4)", place)
+            row = page.locator(f'.rows li[aria-posinset="{place}"]')
+            expect(row.locator(".name")).to_have_text(f"pump-{place - 1:03}")
+            expect(row).to_have_attribute("aria-setsize", str(many))
+            expect(row.locator(".score")).not_to_be_empty()
+            until(page, PICTURED, place)
+            until(page, IN_ORDER)
+            assert page.locator(".rows li").count() < many / 3
+        page.locator(f'.rows li[aria-posinset="{many - 1}"] a').focus()
+        page.keyboard.press("Tab")
+        expect(row.locator("a")).to_be_focused()
+        page.evaluate("document.querySelector('.rows').scrollTop = 0")
+        expect(page.locator('.rows li[aria-posinset="1"]')).to_be_visible()
+        expect(row.locator("a")).to_be_focused()  # out of view, and still where the keyboard is
+        page.keyboard.press("k")
+        expect(page.locator(f'.rows li[aria-posinset="{many - 1}"] a')).to_be_focused()
 
 
 def test_an_uploaded_file_is_drawn_with_its_onsets_and_a_bad_one_is_refused_in_words(
