@@ -64,7 +64,7 @@ class Case:
     steps: int
     rate: float = 1e-3
     fitted: dict[tuple[str, int], tuple[LogStep, Runner, float]] = field(default_factory=dict)
-    """By cell and seed: a detector is the same whatever is asked of it. And the false alarms of a session that its training recommends."""
+    """By cell and seed: the same whatever is asked. And the false alarms of a session that its training recommends, 0 = none."""
 
     @property
     def asked(self) -> float:
@@ -370,8 +370,8 @@ def run(
                 began = time.monotonic()
                 asked = cases if method in ASKED else cases[:1]
                 rows += [row(one, method, seed, METHODS[method](one, seed)) for one in asked]
-                if method == "ours":
-                    best = replace(case, rate=case.fitted["standard", seed][2])
+                if method == "ours" and (rate := case.fitted["standard", seed][2]):
+                    best = replace(case, rate=rate)
                     rows.append(replace(row(best, method, seed, ours(best, seed)), recommended=True))
                 seconds[method] += round(time.monotonic() - began)
     tables = [_table(name, [one for one in rows if one.set == name]) for name in sets.split(",") if name not in RAW_SETS]

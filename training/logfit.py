@@ -44,6 +44,8 @@ FAULTY = 200
 """Sessions of a fold, at most, that each fault is injected into."""
 LINE_WEIGHTS = (1.0, 0.5, 0.25)
 """Of the decades by which a line is rarer than the floor, beside those of the counts."""
+WEIGHED_FROM = 300
+"""Sessions held out from which on weights are learned and a rate is recommended: of fewer, both would rest on one or two odd ones."""
 RATES, FEWEST = 12, 2
 """Rates of onsets at which faults are looked for: so many, from one in 100 lines to that of so many onsets in all lines held out."""
 FAULTY_SHARE = 0.01
@@ -95,6 +97,11 @@ class Held:
     @property
     def streams(self) -> int:
         return len({session.stream for session in self.sessions})
+
+    @property
+    def ended(self) -> int:
+        """Sessions that have ended."""
+        return sum(session.ended for session in self.sessions)
 
     def part(self, which: Sequence[int]) -> Held:
         columns = ([column[i] for i in which] for column in (self.sessions, self.nats, self.gap_ratio, self.plain, self.fold))
@@ -150,7 +157,7 @@ class Fitted(NamedTuple):
     pays: bool
     """Whether the network finds more: else it was silenced, and `held` is as the table judged."""
     alpha: float | None
-    """Onsets a line to be asked for: the F1 of finding the faults is best, were FAULTY_SHARE of the sessions faulty. None = no sessions."""
+    """Onsets a line to be asked for: the F1 of finding the faults is best, were FAULTY_SHARE of the sessions faulty. None = too few."""
 
 
 OnStep = Callable[[float], None]
@@ -186,7 +193,8 @@ def fit(
 
 def choice_of(step: LogStep, held: Held) -> Choice:
     """Of sessions that are counted: what weight of the lines, beside the counts, finds most of the injected faults at all rates."""
-    choices = [_choice(step, held, weight) for weight in (LINE_WEIGHTS if step.counts.counted and held.faulty else LINE_WEIGHTS[:1])]
+    weighed = step.counts.counted and held.ended >= WEIGHED_FROM
+    choices = [_choice(step, held, weight) for weight in (LINE_WEIGHTS if weighed else LINE_WEIGHTS[:1])]
     return max(choices, key=lambda choice: choice.worth)
 
 
@@ -213,9 +221,9 @@ def found_of(step: LogStep, calibration: Calibration, held: Held) -> Found:
 
 def recommended(choice: Choice) -> float | None:
     """See `Fitted.alpha`."""
-    sessions = [len(nats) for nats, session in zip(choice.held.nats, choice.held.sessions, strict=True) if session.ended]
-    if not sessions or not choice.found.smallest:
+    if choice.held.ended < WEIGHED_FROM or not choice.found.smallest:
         return None
+    sessions = [len(nats) for nats, session in zip(choice.held.nats, choice.held.sessions, strict=True) if session.ended]
     false = rates_of(choice.held) * np.mean(sessions) / FAULTY_SHARE  # alarms for each faulty session
     found = np.array([choice.found.share(rate) for rate in rates_of(choice.held)])
     return float(rates_of(choice.held)[np.argmax(2 * found / (found + 1 + false))])

@@ -352,5 +352,8 @@ def test_what_is_chosen_finds_the_most_injected_faults_and_an_alpha_is_recommend
     assert chosen(fitted.alpha) > 0.5
 
 
-def test_streams_that_never_end_have_no_recommended_alpha() -> None:
-    assert fit(one_host(600), TINY, replace(QUICK, steps=1)).alpha is None
+def test_of_few_sessions_and_of_streams_that_never_end_no_alpha_is_recommended_and_no_weight_learned() -> None:
+    for data in (one_host(600), sessions(100)):
+        fitted = fit(data, TINY, replace(QUICK, steps=1))
+        assert fitted.alpha is None
+        assert set(fitted.step.calibration.weights or ()) == {1.0}
