@@ -204,9 +204,9 @@ class BacktestPage {
       ["Anomalous rows", count(result.anomalous), `${number((100 * result.anomalous) / Math.max(1, result.rows))} %`],
       ["Rows", count(result.rows), result.late ? `${count(result.late)} late, not scored` : `${count(result.warming_up)} without a score`],
       ["Asked rate α", String(result.alpha), `${chance(result.alpha)} events${result.strict ? ", strict" : ""}`],
-      ["Model", `${result.model} ${result.version}`, `${number(result.seconds)} s`],
+      ["Model", result.model, `${result.version}, took ${number(result.seconds)} s`],
     ];
-    return h("dl", { class: "figures" }, ...boxes.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", { class: "more" }, more))));
+    return h("dl", { class: "figures still" }, ...boxes.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", { class: "more" }, more))));
   }
 
   private onsets(result: Result): HTMLElement {
