@@ -16,7 +16,7 @@ from urllib.parse import quote
 from tests.needs import program
 from tests.servers import free_port
 
-START_SECONDS = 60
+START_SECONDS = 180
 
 
 class _Broker:

@@ -29,7 +29,7 @@ from service.settings import Settings
 from tests.brokers import Mosquitto, RabbitMQ
 from tests.rigs import PARTITIONS, content_of, partition_of
 
-WAIT_SECONDS = 30
+WAIT_SECONDS = 60
 OURS = "rig/"
 """How an identity begins that a message has only because it has to have one."""
 

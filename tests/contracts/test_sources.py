@@ -114,7 +114,7 @@ def lags(rig: Rig, metrics: Metrics, count: int) -> bool:
     return lag == count if rig.has_lag else math.isnan(lag)
 
 
-async def until(true: Callable[[], Any], seconds: float = 30) -> None:
+async def until(true: Callable[[], Any], seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while True:
             answer = true()
