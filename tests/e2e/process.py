@@ -28,6 +28,7 @@ class Service:
         self._arguments = ["--port", str(self.port), "--data-dir", str(data_dir), *(["--model", str(model)] if model else [])]
         self._environment = environment
         self._wait = wait
+        self.source: Path | None = None  # where another copy of the package lies
         self._process: subprocess.Popen[bytes] | None = None
         self.log = data_dir.parent / "service.log"
 
@@ -58,6 +59,7 @@ class Service:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "service", "serve", *self._arguments],
                 env=os.environ | {f"ONSET_{name}": value for name, value in self._environment.items()},
+                cwd=self.source,
                 stdout=log,
                 stderr=log,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import httpx
 import pytest
 
 from tests.e2e.process import Service
+
+PACKAGE = Path(__file__).parents[2] / "service"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,19 @@ def test_the_plain_table_shows_each_stream_with_its_state_and_no_name_as_markup(
     assert "▲ alert open" in page
     assert "<polyline" in page
     assert httpx.get(f"{service.url}/table.css").headers["content-type"].startswith("text/css")
+
+
+def test_without_the_built_page_its_address_has_the_plain_table_and_says_how_to_get_the_page(tmp_path: Path, tiny_model_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "service", ignore=shutil.ignore_patterns("dist", "__pycache__"))
+    plain = Service(tmp_path / "data", model=tiny_model_path)
+    plain.source = tmp_path
+    with plain:
+        post(plain, *(("pump-7", 1.0 + 0.01 * (i % 3)) for i in range(40)))
+        page = httpx.get(f"{plain.url}/").raise_for_status().text
+    assert "pump-7" in page
+    assert "<polyline" in page
+    assert "make console" in page
+    assert "<script" not in page
 
 
 def test_events_of_the_fleet_are_sent_as_they_are_scored(service: Service) -> None:
