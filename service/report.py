@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from service.backtest import TAIL, Series, Tally, total
 from service.detector import Detector
 from service.policy import Policy
-from service.sketch import Onset, Sketch, allowed, axis, sketch
+from service.sketch import EARLIEST_TIME, Onset, Sketch, allowed, axis, sketch
 
 SHOWN = 40
 """Inputs drawn: those with the most alerts."""
@@ -188,7 +188,7 @@ def _drawing(one: Sketch) -> str:
         parts += [_panel(frame, one.names[j]), _wrong(frame, columns["anomalous"])]
         parts.append(f'<path class="band" d="{frame.area(lower, upper)}"/><path class="expected" d="{frame.path(expected)}"/>')
         parts.append(f'<path class="value" d="{frame.path(value)}"/>')
-        parts += [_mark(frame, at, i == 0, f"{onset.timestamp}: alert score {onset.alert_score:.2f}") for at, onset in marks]
+        parts += [_mark(frame, at, i == 0, f"{_when(one, onset)}: alert score {onset.alert_score:.2f}") for at, onset in marks]
     top = GAP + len(one.features) * (VALUE_HEIGHT + GAP)
     score = columns["score"]
     frame = _Frame(x, 0.0, max(1.5, 1.1 * float(np.nanmax(score, initial=0.0))), top, SCORE_HEIGHT)
@@ -274,14 +274,21 @@ def _onsets(one: Sketch) -> str:
     if not one.onsets:
         return ""
     rows = "".join(
-        f"<tr><td>{html.escape(onset.timestamp)}</td><td>{onset.row + 1:,}</td><td>{onset.alert_score:.2f}</td><td>{onset.p_value:.2g}</td>"
-        f'<td class="text">{_carried(onset)}</td></tr>'
+        f"<tr><td>{html.escape(_when(one, onset))}</td><td>{onset.row + 1:,}</td><td>{onset.alert_score:.2f}</td>"
+        f'<td>{onset.p_value:.2g}</td><td class="text">{_carried(onset)}</td></tr>'
         for onset in one.onsets[:ONSETS_LISTED]
     )
     more = one.tally.alerts - ONSETS_LISTED
     said = f"<p>{more:,} more onsets are not listed.</p>" if more > 0 else ""
     head = '<tr><th>Onset</th><th>Row</th><th>Alert score</th><th>p-value</th><th class="text">Carried by</th></tr>'
     return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>{said}"
+
+
+def _when(one: Sketch, onset: Onset) -> str:
+    """As the file has it, so that it is found there; but seconds since 1970 as people read them."""
+    seconds = float(one.series.seconds[onset.row])
+    counted = onset.timestamp.replace(".", "", 1).isdigit() and seconds >= EARLIEST_TIME
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}" if counted else onset.timestamp
 
 
 def _carried(onset: Onset) -> str:

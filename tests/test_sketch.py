@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -136,3 +137,14 @@ def test_a_report_is_one_page_that_loads_nothing_and_runs_nothing(tiny_detector:
     assert "expected 10" in text
     assert "nan" not in re.sub(r"[A-Za-z]*nan[A-Za-z]+", "", text.lower())
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_onsets_are_told_by_date_where_a_file_counts_seconds_since_1970(tiny_detector: Detector, tmp_path: Path) -> None:
+    one = series("spiky.csv", 400, spike=333, seed=2)
+    one = replace(one, timestamps=[str(at) for at in one.seconds.tolist()])
+    tally = Tally(one.name)
+    score([one], tiny_detector, POLICY, lambda i, first, scored: tally.add(first, scored))
+    write(tmp_path / "out.html", Subject("Backtest", "Of a test.", tiny_detector, POLICY), [tally], lambda i: one)
+    text = (tmp_path / "out.html").read_text()
+    assert "<td>2023-11-15 03:46:20</td>" in text
+    assert "1700019980" not in text
