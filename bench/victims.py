@@ -94,7 +94,7 @@ class Victim(ABC):
         deadline = time.monotonic() + READY_SECONDS
         while not await self.ready():
             if time.monotonic() > deadline:
-                raise SystemExit(f"{self.name} is not ready; its log ends with:\n{self.log.read_text(errors='replace')[-3000:]}")
+                raise RuntimeError(f"{self.name} is not ready; its log ends with:\n{self.log.read_text(errors='replace')[-3000:]}")
             await asyncio.sleep(POLL_SECONDS)
 
 

@@ -330,7 +330,7 @@ class NatsWire:
     async def _asked(self, answer: Awaitable[T]) -> T:
         try:
             return await answer
-        except (NatsError, OSError, TimeoutError) as error:
+        except (NatsError, OSError, TimeoutError, AttributeError, TypeError) as error:  # or the answer lacks what it should tell
             raise NotSentError from error
 
 

@@ -269,7 +269,10 @@ class NatsRig(Shared):
         return [headers for _, headers in await self._read(f"out{self.at}.dead")]
 
     async def drained(self) -> bool:
-        infos = await self.js.consumers_info(f"IN{self.at}")
+        try:
+            infos = await self.js.consumers_info(f"IN{self.at}")
+        except AttributeError:  # the server lists nothing in place of a consumer that is being made, which the client takes for one
+            return False
         return len(infos) == PARTITIONS and not any((info.num_pending or 0) + (info.num_ack_pending or 0) for info in infos)
 
     async def restart(self) -> None:

@@ -428,7 +428,7 @@ class _Link:
         try:
             await asyncio.shield(connecting)
         except asyncio.CancelledError:
-            connecting.add_done_callback(lambda _: self._hang_up())
+            connecting.add_done_callback(self._given_up)
             raise
         except (OSError, ValueError) as error:
             raise StoreUnavailable(f"{_address(self._declared.url)} does not answer ({type(error).__name__}: {error}).") from error
@@ -438,6 +438,12 @@ class _Link:
         except BaseException:
             await self.close()
             raise
+
+    def _given_up(self, connecting: asyncio.Future[None]) -> None:
+        """A connection that nobody waits for any more has come about, or has not."""
+        if not connecting.cancelled():
+            connecting.exception()  # taken note of: asyncio would log it as forgotten
+        self._hang_up()
 
     def _connect(self) -> None:
         """Blocks; in a thread. Sends the CONNECT, its answer comes with the first reading."""
