@@ -276,8 +276,8 @@ class LogStep(ArtifactStep):
         return self.signals
 
     def magnitude(self, slot: str) -> float:
-        """Chances and shares are of distances from what was expected, in scales: small differences of measures up to GAP_LIMIT."""
-        return 10.0 if slot in ("p_value", "onset_p", "contribution") else 0.0
+        """Chances, shares and heights are of distances from what was expected, in scales: small differences of measures up to GAP_LIMIT."""
+        return 10.0 if slot in ("p_value", "onset_p", "contribution", "onset_height") else 0.0
 
     def forward(self, state: Tensor, x: Tensor, t: Tensor, learn: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
         """The step function: see the service's contract for shapes and meaning of inputs and outputs. The gap is in x, `t` is not used."""

@@ -124,6 +124,12 @@ def test_other_variants_of_the_network_export_and_answer_a_sequence_line_by_line
         state = got.state
 
 
+def test_what_is_made_of_a_lines_surprise_is_verified_by_one_measure(step: LogStep) -> None:
+    """An onset's height is the logarithm of what its chance is made of: a fit was refused for the one, where the other had passed."""
+    assert step.magnitude("onset_height") == step.magnitude("onset_p") == step.magnitude("p_value") > 0
+    assert step.magnitude("age") == 0
+
+
 def test_a_stream_that_never_ends_is_not_counted_and_a_new_pattern_in_it_is_found(host: LogStep) -> None:
     assert host.signals == ("line", "new pattern", "gap")
     assert "tally" not in {slot.name for slot in host.layout.slots}
