@@ -28,6 +28,9 @@ from numpy.typing import NDArray
 
 from service.artifact import NEW, NUMBER, NUMBERS, WILDCARD, Lines, Mask
 
+# Hexadecimal with a letter among the first eight: RE2 cannot look ahead, so it says where.
+_EIGHT_DIGITS = "|".join([f"[0-9]{{{i}}}[a-fA-F][0-9a-fA-F]{{{7 - i},}}" for i in range(8)])
+
 DEFAULT_MASKS = (
     Mask(name="uuid", pattern=r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b", replacement="<UUID>"),
     Mask(name="mac", pattern=r"\b[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}\b", replacement="<MAC>"),
@@ -44,7 +47,7 @@ DEFAULT_MASKS = (
         replacement="<IP>",
     ),
     Mask(name="hex", pattern=r"\b0[xX][0-9a-fA-F]+\b", replacement="<HEX>"),
-    Mask(name="hash", pattern=r"\b(?:[0-9]+[a-fA-F]|[a-fA-F]+[0-9])[0-9a-fA-F]{4,}\b", replacement="<HEX>"),
+    Mask(name="hash", pattern=rf"\b(?:(?:[0-9]+[a-fA-F]|[a-fA-F]+[0-9])[0-9a-fA-F]{{4,}}|{_EIGHT_DIGITS})\b", replacement="<HEX>"),
     Mask(name="id", pattern=r"_-?\d+", replacement="_<ID>"),
     Mask(name="signed", pattern=r"^[-+]\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", replacement=NUMBER),
     Mask(name="number", pattern=r"\b\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", replacement=NUMBER),
