@@ -248,9 +248,7 @@ def take_pictures(browser: Browser, url: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for colours in ("light", "dark"):
         for width, height in PICTURES:
-            page = browser.new_page(
-                viewport={"width": width, "height": height}, color_scheme=cast("Any", colours), reduced_motion="reduce"
-            )  # no row is caught on its way to another place
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=cast("Any", colours))
             for view, path, drawn in (("fleet", "fleet", ".rows canvas"), ("stream", f"stream/{name_of(DISTURBED)}", ".chart canvas")):
                 page.goto(f"{url}/#/{path}")
                 page.wait_for_selector(drawn)

@@ -4,12 +4,11 @@ import { BITS, Live, address, ask, streamPath, type ChangesMessage, type Counts,
 import { ICONS, append, fill, h, icon, text } from "./dom";
 import { count } from "./format";
 import type { Shell, View } from "./main";
-import { Rows, type Stream } from "./rows";
+import { Rows, WORDS_MS, type Stream } from "./rows";
 import { Trace } from "./spark";
 
 const SORT_SECONDS = 1;
 const HALF_LIFE = 15;
-const WORDS_MS = 240;
 const SHOWN = 300;
 
 const FILTERS = [
@@ -148,7 +147,6 @@ class Fleet {
       const last = one.t.length - 1;
       const known = this.streams.get(one.key);
       const stream: Stream = {
-        key: one.key,
         id: one.id,
         trace,
         t: one.t[last] ?? 0,
@@ -160,9 +158,8 @@ class Fleet {
         at: performance.now() / 1000,
         feature: 0,
         said: one.said,
-        severity: "none",
         onset,
-        drawn: false,
+        version: 0,
       };
       this.streams.set(one.key, stream);
       if (known?.id === stream.id) this.rows.replace(known, stream);
@@ -178,13 +175,13 @@ class Fleet {
   private changes(message: ChangesMessage): void {
     this.counts = message.counts;
     const now = performance.now() / 1000;
-    for (const [i, [key, t, value, expected, points, bits, rank, feature, severity]] of message.rows.entries()) {
+    for (const [i, [key, t, value, expected, points, bits, rank, feature]] of message.rows.entries()) {
       const stream = this.streams.get(key);
       if (!stream) continue;
       stream.said = message.said?.[i] ?? null;
       if (t !== stream.t) stream.trace.push(this.features.length === 1 ? value : null, points, bits);
       if (bits & BITS.onset) stream.onset = t;
-      Object.assign(stream, { t, value, expected, score: points, bits, rank, feature, severity, at: now, drawn: false });
+      Object.assign(stream, { t, value, expected, score: points, bits, rank, feature, at: now, version: stream.version + 1 });
     }
     this.rows.schedule();
   }

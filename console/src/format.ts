@@ -14,13 +14,11 @@ export function number(value: number | null | undefined, unit?: string | null): 
   return unit ? `${shown} ${unit}` : shown;
 }
 
-/** Made once: making one takes longer than using it a hundred times. The second of each pair keeps its zeros. */
-const DECIMALS = [0, 1, 2, 3, 4].map((digits) => [new Intl.NumberFormat("en", { maximumFractionDigits: digits }), new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits })] as const);
+/** Made once: making one takes longer than using it a hundred times. */
+const digits = (least: number, most: number): Intl.NumberFormat => new Intl.NumberFormat("en", { minimumFractionDigits: least, maximumFractionDigits: most });
+const [WHOLE, TENTHS, HUNDREDTHS, SMALL] = [digits(0, 0), digits(1, 1), digits(2, 2), digits(0, 4)];
 
-function decimal(value: number, size: number): string {
-  const digits = size >= 1000 ? 0 : size >= 100 ? 1 : size >= 1 ? 2 : 4;
-  return DECIMALS[digits]![size >= 1 && size < 1000 ? 1 : 0].format(value);
-}
+const decimal = (value: number, size: number): string => (size >= 1000 ? WHOLE : size >= 100 ? TENTHS : size >= 1 ? HUNDREDTHS : SMALL).format(value);
 
 export const score = (value: number | null | undefined): string => (value === null || value === undefined || !Number.isFinite(value) ? "–" : value.toFixed(2));
 

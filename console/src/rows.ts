@@ -1,7 +1,7 @@
 /**
  * The list of streams. Only the rows in view exist, and they are used again for what comes into view: a frame writes what has changed in them
- * and reads nothing of the layout. Pictures follow each message, words a few times a second: nobody reads faster. What a frame has no room for
- * comes with the next one, so that neither many messages nor fast scrolling make long ones.
+ * and reads nothing of the layout. Pictures follow each message, words a few times a second: nobody reads faster. What comes into view is filled
+ * at once; of what is written or drawn again a frame takes so much, and the rest comes a little later, so that many messages make no long ones.
  */
 
 import { BITS, type Feature, type Kind } from "./api";
@@ -11,14 +11,13 @@ import { Sheets, type Frame, type Trace } from "./spark";
 import { onTheme } from "./theme";
 
 const OVERSCAN = 3;
-const WORDS_MS = 240;
+export const WORDS_MS = 240;
 const WORDS_A_FRAME = 6; // rows whose words are written again
 const PICTURES_WHILE_MOVING = 6; // rows drawn again in a frame that scrolls
 const LEFT_MS = 100;
 const SETTLED_MS = 120;
 
 export interface Stream {
-  key: number;
   id: string;
   trace: Trace;
   t: number;
@@ -30,9 +29,8 @@ export interface Stream {
   at: number; // performance.now() of the rank, in seconds
   feature: number;
   said: string | null; // the last line of a log stream
-  severity: string;
   onset: number; // time of the last onset seen, 0 = none
-  drawn: boolean; // as it is now
+  version: number; // grows with each change of what is drawn
 }
 
 /** One element of the list, and what it shows. */
@@ -108,12 +106,14 @@ export class Rows {
   redraw(): void {
     this.tall = 0;
     this.seen = this.element.clientHeight;
+    this.top = this.element.scrollTop;
     this.sheets.lie(null);
     this.schedule();
   }
 
   clear(): void {
     this.order = [];
+    this.element.scrollTop = this.top = 0; // other streams begin at the top
     for (const row of this.rows.values()) this.release(row);
     this.tidy();
   }
@@ -202,6 +202,7 @@ export class Rows {
   }
 
   private release(row: Row): void {
+    row.link.blur(); // else another stream's row would have the focus of this one
     this.rows.delete(row.stream);
     row.place = -1;
     this.spare.push(row);
@@ -241,7 +242,7 @@ export class Rows {
     if (row.size !== size) row.item.setAttribute("aria-setsize", String((row.size = size)));
   }
 
-  /** The document's order as the screen's, so that Tab goes down the list; without touching what has the focus. */
+  /** The document's order as the screen's, so that Tab goes down the list; without losing the focus. */
   private arrange(): void {
     const rows = [...this.rows.values()].sort((a, b) => a.place - b.place);
     const focused = rows.find((row) => row.link === document.activeElement);
@@ -279,11 +280,9 @@ export class Rows {
 
   private reading(row: Row, stream: Stream): void {
     const { features } = this;
-    if (this.kind === "log") {
-      text(row.reading, stream.said ?? "(end of session)");
-      row.reading.title = stream.said ?? "";
-      return;
-    }
+    const log = this.kind === "log";
+    row.reading.title = (log && stream.said) || "";
+    if (log) return text(row.reading, stream.said ?? "(end of session)");
     const feature = features[stream.feature];
     const value = number(stream.value, feature?.unit);
     text(row.reading, features.length === 1 ? value : `${feature?.name ?? ""} ${value}`);

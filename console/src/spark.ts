@@ -37,7 +37,7 @@ export class Trace {
 /** What has a place in a list and a picture there. */
 export interface Pictured {
   trace: Trace;
-  drawn: boolean; // as it is now
+  version: number; // grows with each change of it
 }
 
 /** Where the pictures lie, in CSS pixels: in a row that is `tall`. */
@@ -52,7 +52,7 @@ export interface Frame {
 interface Sheet {
   canvas: HTMLCanvasElement;
   pen: CanvasRenderingContext2D;
-  shown: (Pictured | null | undefined)[]; // undefined = nothing was drawn there
+  shown: ({ one: Pictured; version: number } | undefined)[]; // undefined = nothing was drawn there
 }
 
 /** The pictures of a list, those of ROWS places on each canvas: each canvas is a layer that the browser puts together with the others in every frame. */
@@ -66,16 +66,16 @@ export class Sheets {
   constructor(private readonly parent: HTMLElement) {}
 
   get ready(): boolean {
-    return this.frame !== null;
+    return this.frame !== null && this.ratio === sharpness();
   }
 
-  /** Everything is drawn again, there; null: as soon as it is known where. */
+  /** Everything is drawn again, there; null: as soon as it is known where, and until then what is there stays. */
   lie(frame: Frame | null): void {
-    for (const number of this.sheets.keys()) this.release(number);
-    for (const { canvas } of this.spare.splice(0)) canvas.remove();
     this.frame = frame;
     if (!frame) return;
-    this.ratio = Math.min(2, devicePixelRatio || 1);
+    for (const number of this.sheets.keys()) this.release(number);
+    for (const { canvas } of this.spare.splice(0)) canvas.remove();
+    this.ratio = sharpness();
     this.image = new ImageData(this.device(frame.width), this.device(frame.height));
   }
 
@@ -85,10 +85,11 @@ export class Sheets {
     for (const number of this.sheets.keys()) if (number < begin || number >= end) this.release(number);
     let left = false;
     for (let place = first; place < last; place++) {
-      const one = order[place] ?? null;
+      const one = order[place]!;
       const sheet = this.sheets.get(Math.floor(place / ROWS)) ?? this.sheet(Math.floor(place / ROWS));
-      const other = sheet.shown[place % ROWS] !== one;
-      if (!other && (!one || one.drawn)) continue;
+      const shown = sheet.shown[place % ROWS];
+      const other = shown?.one !== one;
+      if (!other && shown?.version === one.version) continue;
       if (other || room-- > 0) this.paint(sheet, place % ROWS, one, ofScore);
       else left = true;
     }
@@ -127,17 +128,19 @@ export class Sheets {
     this.spare.push(sheet);
   }
 
-  private paint(sheet: Sheet, row: number, one: Pictured | null, ofScore: boolean): void {
+  private paint(sheet: Sheet, row: number, one: Pictured, ofScore: boolean): void {
     const { top, tall } = this.frame!;
     const { image } = this;
     const pixel = new Uint32Array(image.data.buffer);
     pixel.fill(0);
-    if (one) picture(pixel, image.width, image.height, one.trace, this.ratio, ofScore);
+    picture(pixel, image.width, image.height, one.trace, this.ratio, ofScore);
     sheet.pen.putImageData(image, 0, Math.round((row * tall + top) * this.ratio));
-    sheet.shown[row] = one;
-    if (one) one.drawn = true;
+    sheet.shown[row] = { one, version: one.version };
   }
 }
+
+/** Pixels of the device for one of CSS: it changes also where nothing is resized, with a window that is moved to another screen. */
+const sharpness = (): number => Math.min(2, devicePixelRatio || 1);
 
 /** Each pixel has alpha, blue, green, red from its highest byte down. */
 function picture(pixel: Uint32Array, width: number, height: number, trace: Trace, ratio: number, ofScore: boolean): void {
