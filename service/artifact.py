@@ -35,6 +35,8 @@ SELFTEST_STEPS, SELFTEST_ROWS = 32, 8
 
 NEW = 0
 """Code of a line that no template matches; templates are 1 to V, and V + 1 is the end of a session."""
+NEW_TEXT, END_TEXT = "(new pattern)", "(end of session)"
+"""How a code without a template is written."""
 TEMPLATE, GAP = "template", "gap"
 NUMBERS = ("number_1", "number_2", "number_3", "number_4")
 """The features of a log model, in this order; of the numbers as many as it takes."""
@@ -135,6 +137,11 @@ class Lines(_Frozen):
     def end(self) -> int:
         """Code of the end of a session."""
         return len(self.templates) + 1
+
+    @property
+    def texts(self) -> list[str]:
+        """What is written for each code, from NEW to the end of a session."""
+        return [NEW_TEXT, *self.templates, END_TEXT]
 
 
 class Training(_Frozen):
@@ -288,8 +295,14 @@ def _expression(pattern: str) -> str:
     try:
         re2.compile(pattern, _QUIET)
     except re2.error as error:
-        raise ValueError(f"{pattern!r} is no expression of RE2: {error}") from error
+        raise ValueError(f"{pattern!r} is no expression of RE2: {re2_said(error)}") from error
     return pattern
+
+
+def re2_said(error: re2.error) -> str:
+    """What is wrong with an expression; the library says it in bytes."""
+    said = error.args[0] if error.args else ""
+    return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
 
 
 def _with_digest(content: bytes, digest: str) -> bytes:

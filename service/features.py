@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from service.artifact import Manifest
+from service.artifact import Lines, Manifest
 from service.errors import BadEvent, FutureEvent
 from service.events import UNPRINTABLE, Columns, Event, Parsed, Readings, shown
 from service.lines import Matcher
@@ -179,12 +179,17 @@ def _matched(parsed: Parsed, manifest: Manifest, matcher: Matcher) -> Parsed:
     lines, messages = manifest.lines, parsed.messages or []
     if lines is None:
         raise ValueError(f"A matcher for model '{manifest.name}', which takes no lines: this is a bug.")
-    x = np.full((len(messages), len(manifest.features)), np.nan)
+    return replace(parsed, values=coded(messages, len(manifest.features), lines, matcher).tolist())
+
+
+def coded(messages: Sequence[str | None], F: int, lines: Lines, matcher: Matcher) -> NDArray[np.float64]:
+    """[N, F] features of N lines, None = the end of a session: code, gap (NaN), numbers (NaN = none)."""
+    x = np.full((len(messages), F), np.nan)
     said = [i for i, message in enumerate(messages) if message is not None]
     x[:, 0] = lines.end
     x[said, 0], numbers = matcher.codes([message for message in messages if message is not None])
-    x[said, 2:] = numbers[:, : x.shape[1] - 2]
-    return replace(parsed, values=x.tolist())
+    x[said, 2:] = numbers[:, : F - 2]
+    return x
 
 
 def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: Manifest) -> list[float | None]:

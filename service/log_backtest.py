@@ -24,6 +24,7 @@ from service.artifact import Lines
 from service.backtest import Limits, Report, Scored, Series, Tally, plain_width, score, tell
 from service.detector import Detector
 from service.errors import ArtifactError
+from service.features import coded
 from service.log_files import Counted, LogFormat, Spoken, by_stream
 from service.policy import THRESHOLD, Policy
 
@@ -62,7 +63,8 @@ def run(
         raise ArtifactError(f"Model '{detector.manifest.name}' takes readings, not log lines: give one that was trained on logs.")
     began = time.perf_counter()
     spoken = by_stream(paths, replace(format_, timestamp=format_.timestamp or lines.header), lines.session_seconds, counted)
-    series = [_series(one, detector, lines) for one in spoken]
+    F = len(detector.manifest.features)
+    series = [Series(one.stream, (), one.seconds, coded(one.texts, F, lines, matcher).astype(np.float32)) for one in spoken]
     tallies = [Tally(one.stream) for one in spoken]
     pieces: list[list[Scored]] = [[] for _ in spoken]
     longest = sorted(range(len(series)), key=lambda i: len(series[i]), reverse=True)
@@ -76,16 +78,6 @@ def run(
         score([series[i] for i in group], detector, policy, sink, limits)
     alerts = _write(out, spoken, series, pieces, lines)
     return Report(detector.manifest.filename, policy.alpha, time.perf_counter() - began, tallies), alerts
-
-
-def _series(spoken: Spoken, detector: Detector, lines: Lines) -> Series:
-    x = np.full((len(spoken.texts), len(detector.manifest.features)), np.nan, np.float32)
-    x[:, 0] = lines.end
-    said = [i for i, text in enumerate(spoken.texts) if text is not None]
-    if detector.matcher is not None:
-        x[said, 0], numbers = detector.matcher.codes([text for text in spoken.texts if text is not None])
-        x[said, 2:] = numbers[:, : x.shape[1] - 2]
-    return Series(spoken.stream, (), spoken.seconds, x)
 
 
 def _write(out: Path, spoken: Sequence[Spoken], series: Sequence[Series], pieces: Sequence[Sequence[Scored]], lines: Lines) -> list[Row]:
@@ -106,7 +98,7 @@ def _write(out: Path, spoken: Sequence[Spoken], series: Sequence[Series], pieces
 
 def _rows(spoken: Spoken, codes: NDArray[np.float32], pieces: Sequence[Scored], lines: Lines) -> Iterator[Row]:
     """Of one stream; floats are written by repr, which reads back to the same bits."""
-    texts = ["(new pattern)", *lines.templates, "(end of session)"]
+    texts = lines.texts
     at = 0
     for piece in pieces:
         columns = (piece.anomaly_score.tolist(), piece.alert_score.tolist(), piece.p_value.tolist(), piece.is_anomaly.tolist())

@@ -21,6 +21,7 @@ import numpy as np
 import re2
 from numpy.typing import NDArray
 
+from service.artifact import re2_said
 from service.errors import BadEvent, TableError
 from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH
 from service.features import parse_timestamp
@@ -121,19 +122,34 @@ def files_of(paths: Sequence[Path]) -> list[Path]:
 
 
 def read(paths: Sequence[Path], format_: LogFormat, counted: Counted | None = None) -> Iterator[Entry]:
-    """The entries of all files, one file after the other. Raises TableError for a file that cannot be read."""
+    """The entries of all files, one file after the other. Raises TableError for a file that cannot be read, and where there is no entry."""
     counted = counted if counted is not None else Counted()
     for file in files_of(paths):
-        times = _Times(format_, file)
-        for said, text in _entries(file, format_, counted):
-            stream = format_.stream_of(text, file.name)
-            if stream is None:
-                counted.without_stream += 1
-                continue
-            seconds = times.of(said)
-            counted.entries += 1
-            counted.without_time += math.isnan(seconds)
-            yield Entry(stream, seconds, text[:MAX_MESSAGE_LENGTH])
+        yield from _of_file(file, format_, counted)
+    if not counted.entries:
+        raise _nothing(paths, counted)
+
+
+def _of_file(file: Path, format_: LogFormat, counted: Counted) -> Iterator[Entry]:
+    times = _Times(format_, file)
+    for said, text in _entries(file, format_, counted):
+        stream = format_.stream_of(text, file.name)
+        if stream is None:
+            counted.without_stream += 1
+            continue
+        seconds = times.of(said)
+        counted.entries += 1
+        counted.without_time += math.isnan(seconds)
+        yield Entry(stream, seconds, text[:MAX_MESSAGE_LENGTH])
+
+
+def _nothing(paths: Sequence[Path], counted: Counted) -> TableError:
+    why = "They are empty."
+    if counted.without_stream:
+        why = f"In none of {counted.without_stream:,} entries --stream-regex finds a stream."
+    elif counted.headless:
+        why = f"None of {counted.headless:,} lines begins as --timestamp-regex or --time-format says."
+    return TableError(f"{', '.join(map(str, paths))}: no line of a stream in there. {why}")
 
 
 @dataclass(frozen=True)
@@ -152,11 +168,12 @@ def by_stream(paths: Sequence[Path], format_: LogFormat, silence: float | None, 
 
     Raises TableError, also for a line without a time, and for more than MAX_LINES.
     """
+    counted = counted if counted is not None else Counted()
     streams: dict[str, list[tuple[float, str]]] = {}
     source: dict[str, str] = {}
     count = 0
     for file in files_of(paths):
-        for stream, seconds, text in read([file], format_, counted):
+        for stream, seconds, text in _of_file(file, format_, counted):
             if math.isnan(seconds):
                 raise TableError(f"{file} does not say when {text[:64]!r} was: give --time-format, or --timestamp-regex with the time.")
             if (count := count + 1) > MAX_LINES:
@@ -164,7 +181,7 @@ def by_stream(paths: Sequence[Path], format_: LogFormat, silence: float | None, 
             streams.setdefault(stream, []).append((seconds, text))
             source.setdefault(stream, file.as_posix())
     if not streams:
-        raise TableError(f"{', '.join(map(str, paths))}: no line of a stream in there.")
+        raise _nothing(paths, counted)
     newest = max(seconds for rows in streams.values() for seconds, _ in rows)
     return [_spoken(stream, rows, silence, newest, source[stream]) for stream, rows in streams.items()]
 
@@ -281,4 +298,4 @@ def _compiled(pattern: str) -> Any:
     try:
         return re2.compile(pattern, options)
     except re2.error as error:
-        raise TableError(f"{pattern!r} is no expression of RE2: {error}.") from error
+        raise TableError(f"{pattern!r} is no expression of RE2: {re2_said(error)}.") from error

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as Grid
 
+from service.artifact import NEW_TEXT
 from service.errors import OnsetError
 from service.log_files import LogFormat, by_stream
 from service.tables import ReadOptions, Source, Table, find_sources, read_for
@@ -346,7 +347,7 @@ def _of_line(reply: dict[str, Any]) -> tuple[object, ...]:
     """LINE_COLUMNS of a reply; an old duplicate tells nothing, and where nothing is known nothing is likely."""
     line = reply.get("line") or {}
     likeliest, chance = next(iter((reply.get("expected") or {}).items()), ("", ""))
-    template = "(new pattern)" if line.get("new") else line.get("template")
+    template = NEW_TEXT if line.get("new") else line.get("template")
     return template, likeliest, chance, (line.get("message") or "").lstrip().partition("\n")[0]
 
 

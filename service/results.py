@@ -13,7 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from service.artifact import NEW, Lines, Manifest
+from service.artifact import NEW, NEW_TEXT, Lines, Manifest
 from service.errors import ItemError
 from service.events import SEVERITIES, Contributor, Event, Line, Result, Status
 from service.policy import DIRECTIONS, NO_DIRECTION, THRESHOLD, Policy, Verdicts, judge
@@ -23,9 +23,6 @@ from service.state import FROZEN, Rows
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 Numbers = dict[str, float | None]
-
-NEW_TEXT, END_TEXT = "(new pattern)", "(end of session)"
-"""How `expected` and `before` name what has no template."""
 
 # Plain numbers, made once: a reply is made for every event, and on Python 3.11 each member of an Enum is a function call.
 _WITH_RECORD, _OLD, _LATE = (int(Kind.SCORED), int(Kind.DUPLICATE)), (int(Kind.DUPLICATE), int(Kind.REPEATED)), int(Kind.LATE)
@@ -96,7 +93,7 @@ class Patterns:
     """The texts of one log model's codes."""
 
     def __init__(self, lines: Lines) -> None:
-        self._texts = [NEW_TEXT, *lines.templates, END_TEXT]
+        self._texts = lines.texts
         self._likely = lines.likely
 
     def told(self, records: Rows) -> list[Told]:

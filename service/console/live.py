@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from service import tasks
-from service.artifact import Lines, Manifest
+from service.artifact import END_TEXT, NEW_TEXT, Lines, Manifest
 from service.console.messages import (
     LiveChanges,
     LiveContributor,
@@ -45,7 +45,6 @@ from service.events import SEVERITIES
 from service.feed import Batch
 from service.metrics import Metrics
 from service.policy import DIRECTIONS
-from service.results import END_TEXT, NEW_TEXT
 
 RATE = 10
 """Messages a second to one watcher at most."""

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from service.artifact import NEW
 from service.errors import TableError
 from service.lines import DEFAULT_MASKS, Matcher, Splitter
-from service.log_files import Counted, Entry, LogFormat, read
+from service.log_files import Counted, Entry, LogFormat, by_stream, read
 from training.__main__ import app
 from training.lines import MAX_TOKENS, Mining, grouping_accuracy, masks_of, mine, patterns
 
@@ -87,7 +87,7 @@ def test_a_year_that_is_not_written_is_the_files_and_goes_on_over_its_end(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"timestamp": "("}, "no expression of RE2"),
+        ({"timestamp": "("}, r"'\(' is no expression of RE2: missing \)"),
         ({"stream": "(?=a)"}, "no expression of RE2"),
         ({"time": "%Q"}, "%Q of the time format"),
     ],
@@ -95,6 +95,22 @@ def test_a_year_that_is_not_written_is_the_files_and_goes_on_over_its_end(tmp_pa
 def test_a_format_that_cannot_be_used_is_refused(arguments: dict[str, str], says: str) -> None:
     with pytest.raises(TableError, match=says):
         LogFormat(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "format_", "says"),
+    [
+        ("12:00 a\n12:01 b\n", LogFormat(time="%Y-%m-%d"), "None of 2 lines begins as --timestamp-regex or --time-format says"),
+        ("a\nb\n", LogFormat(stream="(req-[0-9]+)"), "In none of 2 entries --stream-regex finds a stream"),
+        ("\n", LogFormat(), "They are empty"),
+    ],
+)
+def test_files_without_a_single_entry_are_refused_with_the_reason(tmp_path: Path, content: str, format_: LogFormat, says: str) -> None:
+    path = written(tmp_path / "a", content)
+    with pytest.raises(TableError, match=says):
+        list(read([path], format_))
+    with pytest.raises(TableError, match=says):
+        by_stream([path], format_, None)
 
 
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
