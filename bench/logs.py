@@ -282,7 +282,7 @@ def ours(case: Case, seed: int) -> tuple[Found, Found]:
 
 
 def without_lstm(case: Case, seed: int) -> tuple[Found, Found]:
-    """A perceptron of the last line in the LSTMs' places; 2-gram table, counts and tail are the same."""
+    """A perceptron of the last line in the LSTMs' places where that pays, else the 2-gram table alone; weights are learned for each."""
     return _fitted(case, replace(LogPlan(seed=seed), steps=case.steps), "memoryless")
 
 

@@ -2,8 +2,8 @@
 
     missing · doubled · inserted (a line of another template) · replaced · moved · cut short (sessions that end)
 
-One fault a session, at a random place: the smallest that there are. Nothing is known of the real ones. Counting sees all but the moved
-lines, which only a model of the order finds.
+One fault a session, at a random place: but for the cut the smallest that there are. Nothing is known of the real ones. Counting sees
+all but the moved lines, which only a model of the order finds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from training.data import Float32
 from training.sessions import Ints, Session
 
 SHORTEST, LONGEST = 3, 1000
-"""Lines of a session that is given faults; one that has not ended is cut to the longest."""
+"""Lines of a session that is given faults; a longer one is cut, and then has not ended."""
 NONE = -1
 """In an order of lines: one that the session does not have."""
 
@@ -63,11 +63,11 @@ FAULTS: dict[str, Order] = {
 
 
 def with_fault(kind: str, rng: np.random.Generator, session: Session, templates: int) -> Session | None:
-    """The session with this fault, a stream of its own; None where it would be none. A line that does not belong has no number."""
-    if not session.ended:
+    """The session with this fault; None where it would be none. A line that does not belong has no number."""
+    if len(session) > LONGEST:
         session = session.cut(0, LONGEST)
     T = len(session)
-    if not SHORTEST <= T <= LONGEST or (kind == "cut short" and not session.ended):
+    if T < SHORTEST or (kind == "cut short" and not session.ended):
         return None
     order = FAULTS[kind](rng, T)
     own = order != NONE
@@ -75,8 +75,7 @@ def with_fault(kind: str, rng: np.random.Generator, session: Session, templates:
     if np.array_equal(codes, session.codes):
         return None
     numbers = np.where(own[:, None], session.numbers[order], np.float32(np.nan))
-    lines = tuple(session.lines[i] if i != NONE else "" for i in order) if session.lines else ()
-    return Session(f"{session.stream} {kind}", codes, _gaps(session, order), numbers, session.ended, session.first, lines)
+    return Session(session.stream, codes, _gaps(session, order), numbers, session.ended, session.first)
 
 
 def _gaps(session: Session, order: Ints) -> Float32:
@@ -85,7 +84,8 @@ def _gaps(session: Session, order: Ints) -> Float32:
     if not np.isfinite(session.gaps[1:]).all():
         return gaps
     times = np.cumsum(np.nan_to_num(session.gaps.astype(np.float64)))
-    onward = (order[1:] > order[:-1]) & (order[:-1] != NONE)
+    step = order[1:] - order[:-1]
+    onward = (step > 0) & (step <= 2) & (order[:-1] != NONE)  # 2 is behind a line that is missing
     gaps[1:] = np.where(onward, times[order[1:]] - times[order[:-1]], np.nan)
     gaps[0] = session.gaps[0] if order[0] == 0 else np.nan
     return gaps

@@ -12,7 +12,7 @@ Shapes: T events (lines, then the session's end), B lanes, K classes, J signals.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -64,6 +64,8 @@ class LogPlan:
     seed: int = 0
 
 
+SEEN = -1
+"""In place of a fold's number: what was judged had been learned from."""
 DEFAULT = LogPlan()
 
 
@@ -90,7 +92,7 @@ class Held:
     nats: list[Float32]  # [T, J] each
     gap_ratio: list[Float32]  # [T] each, NaN = none
     plain: list[Float32]  # [T] each: nats of the line by the 2-gram table alone
-    fold: list[int]  # of each; judged by a detector of the others
+    fold: list[int]  # of each; judged by a detector of the others, or SEEN: there were none to learn from without it
     faulty: dict[str, Held] = field(default_factory=dict)
     """The same sessions, or some of them, with a fault of each kind."""
 
@@ -109,7 +111,7 @@ class Held:
 
     def folds(self) -> list[tuple[Held, Held]]:
         """Each fold, and all others. None where there is but one."""
-        numbers = sorted(set(self.fold)) if len(set(self.fold)) > 1 else []
+        numbers = sorted(set(self.fold) - {SEEN}) if len(set(self.fold)) > 1 else []
         split = [([i for i, own in enumerate(self.fold) if own == k], [i for i, own in enumerate(self.fold) if own != k]) for k in numbers]
         return [(self.part(own), self.part(others)) for own, others in split]
 
@@ -154,8 +156,8 @@ class Fitted(NamedTuple):
     """Of injected faults, by the network over the 2-gram table."""
     found_without: Found
     """By the table alone."""
-    pays: bool
-    """Whether the network finds more: else it was silenced, and `held` is as the table judged."""
+    with_network: bool
+    """Else it was silenced, since it finds no more, and `held` is as the table judged."""
     alpha: float | None
     """Onsets a line to be asked for: the F1 of finding the faults is best, were FAULTY_SHARE of the sessions faulty. None = too few."""
 
@@ -177,18 +179,18 @@ def fit(
 ) -> Fitted:
     """A calibrated detector of `numbers` numbers a line. `keep_network`: also where it finds no more.
 
-    `on_step` is called with the loss of each of (folds + 1) · steps steps.
+    It is kept, too, where no fault can be injected: nothing speaks against it. `on_step` is called with the loss of each of
+    (folds + 1) · steps steps.
     """
     pieces = _pieces(data.sessions)
     held = hold_out(pieces, data, sizes, plan, numbers, on_step)
     step = _trained(pieces, data.codes, sizes, plan, numbers, on_step)
     network, table = choice_of(step, held), choice_of(step, held.without_network())
-    pays = network.worth > table.worth
-    chosen = network if pays or keep_network else table
+    chosen = network if network.worth > table.worth or keep_network or not held.faulty else table
     if chosen is table:
         step.lines.silence()
     step.calibrate(chosen.calibration)
-    return Fitted(step, chosen.held, network.found, table.found, pays, recommended(chosen))
+    return Fitted(step, chosen.held, network.found, table.found, chosen is network, recommended(chosen))
 
 
 def choice_of(step: LogStep, held: Held) -> Choice:
@@ -215,7 +217,7 @@ def found_of(step: LogStep, calibration: Calibration, held: Held) -> Found:
     tail, smallest = step.tail_of(calibration), {}
     for kind, faulty in held.faulty.items():
         observed, places = side_by_side(faulty, len(step.signals))
-        smallest[kind] = smallest_of(onsets_of(tail, observed), faulty, places)
+        smallest[kind] = smallest_of(onset_p_of(tail, observed), faulty, places)
     return Found(smallest)
 
 
@@ -223,14 +225,15 @@ def recommended(choice: Choice) -> float | None:
     """See `Fitted.alpha`."""
     if choice.held.ended < WEIGHED_FROM or not choice.found.smallest:
         return None
-    sessions = [len(nats) for nats, session in zip(choice.held.nats, choice.held.sessions, strict=True) if session.ended]
-    false = rates_of(choice.held) * np.mean(sessions) / FAULTY_SHARE  # alarms for each faulty session
-    found = np.array([choice.found.share(rate) for rate in rates_of(choice.held)])
-    return float(rates_of(choice.held)[np.argmax(2 * found / (found + 1 + false))])
+    rates = rates_of(choice.held)
+    lengths = [len(nats) for nats, session in zip(choice.held.nats, choice.held.sessions, strict=True) if session.ended]
+    false = rates * np.mean(lengths) / FAULTY_SHARE  # alarms for each faulty session
+    found = np.array([choice.found.share(rate) for rate in rates])
+    return float(f"{rates[np.argmax(2 * found / (found + 1 + false))]:.2g}")  # as it is told: more digits say nothing
 
 
 @torch.no_grad()
-def onsets_of(tail: Tail, observed: Observed) -> Float64:
+def onset_p_of(tail: Tail, observed: Observed) -> Float64:
     """What a calibrated tail makes of it: p of each onset [T, B], 1 where none begins."""
     T, B, _ = observed.strengths.shape
     parts = {slot.name: torch.zeros(slot.size, B) for slot in tail.slots}
@@ -246,12 +249,18 @@ def onsets_of(tail: Tail, observed: Observed) -> Float64:
     return answers
 
 
+def by_session(onset_p: Float64, held: Held, places: Sequence[Place]) -> Iterator[tuple[int, Float64]]:
+    """Of each session its number and its lines' p."""
+    behind = onset_p.T.ravel()  # a stream longer than a lane goes on in the next one
+    for i, lane, start in places:
+        yield i, behind[lane * len(onset_p) + start :][: len(held.nats[i])]
+
+
 def smallest_of(onset_p: Float64, held: Held, places: Sequence[Place]) -> Float64:
     """[N] the smallest p of each session."""
-    behind = onset_p.T.ravel()  # a stream longer than a lane goes on in the next one
     smallest = np.ones(len(held.sessions))
-    for i, lane, start in places:
-        smallest[i] = behind[lane * len(onset_p) + start :][: len(held.nats[i])].min(initial=1.0)
+    for i, p in by_session(onset_p, held, places):
+        smallest[i] = p.min(initial=1.0)
     return smallest
 
 
@@ -272,14 +281,15 @@ def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan,
     judged, faulty = list[Held](), {kind: list[Held]() for kind in FAULTS}
     for number, fold in enumerate(folds):
         others = _others(pieces, fold)
+        own = SEEN if others is pieces else number
         known = np.zeros(data.codes, bool)
         known[np.concatenate([piece.codes for piece in others])] = True
         step = _trained(others, data.codes, sizes, replace(plan, seed=plan.seed + 1 + number), numbers, on_step)
-        judged.append(observe_sessions(step, [pieces[i].knowing(known) for i in fold], number))
+        judged.append(observe_sessions(step, [pieces[i].knowing(known) for i in fold], own))
         some = rng.choice(fold, min(FAULTY, len(fold)), replace=False)
         for kind, of_kind in faulty.items():
             changed = [with_fault(kind, rng, replace(pieces[i], stream=str(i)), len(data.templates)) for i in some]
-            of_kind.append(observe_sessions(step, [session.knowing(known) for session in changed if session], number))
+            of_kind.append(observe_sessions(step, [session.knowing(known) for session in changed if session], own))
     held = _together(judged)
     counted = _counted_again(held, data.codes) if "counts" in step.signals else held
     return replace(counted, faulty={kind: whole for kind, parts in faulty.items() if (whole := _together(parts)).sessions})

@@ -31,7 +31,19 @@ from training.data import Float32, Float64
 from training.export import manifest_of, publish, to_onnx, training_record
 from training.fit import Progress
 from training.lines import Mining, mine
-from training.logfit import ENOUGH_NUMBERS, Fitted, Held, LogPlan, Place, calibration_of, fit, onsets_of, side_by_side, smallest_of
+from training.logfit import (
+    ENOUGH_NUMBERS,
+    Fitted,
+    Held,
+    LogPlan,
+    Place,
+    by_session,
+    calibration_of,
+    fit,
+    onset_p_of,
+    side_by_side,
+    smallest_of,
+)
 from training.logs import LogStep
 from training.sessions import MOST_NUMBERS, Ints, Session, Sessions, read_sessions
 
@@ -178,10 +190,10 @@ def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None
     seconds["training"] = time.monotonic() - began
     with console.status("Exporting and verifying"):
         observed, places = side_by_side(held, len(step.signals))
-        onset_p = onsets_of(step.tail, observed)
+        onset_p = onset_p_of(step.tail, observed)
         odd = most_surprising(held, places, onset_p, job.lines)
         validated = onsets_held_out(fitted)
-        quality = _quality(fitted, job.keep_network, validated)
+        quality = _quality(fitted, validated)
         record = training_record(
             command=job.command,
             seed=job.plan.seed,
@@ -226,13 +238,13 @@ def onsets_held_out(fitted: Fitted) -> HeldOut:
     lines, sessions = [np.ones(0)], [np.ones(0)]
     for own, others in fitted.held.folds():
         observed, places = side_by_side(own, len(step.signals))
-        onset_p = onsets_of(step.tail_of(calibration_of(step, others, weights[0])), observed)
+        onset_p = onset_p_of(step.tail_of(calibration_of(step, others, weights[0])), observed)
         lines.append(onset_p[observed.valid])
         sessions.append(smallest_of(onset_p, own, places))
     return HeldOut(np.concatenate(lines), np.concatenate(sessions))
 
 
-def _quality(fitted: Fitted, kept: bool, found: HeldOut) -> dict[str, Any]:
+def _quality(fitted: Fitted, found: HeldOut) -> dict[str, Any]:
     lines, measured = len(found.onset_p), {}
     for asked in _asked(fitted) if lines else ():
         onsets = int((found.onset_p < asked).sum())
@@ -243,11 +255,11 @@ def _quality(fitted: Fitted, kept: bool, found: HeldOut) -> dict[str, Any]:
     quality: dict[str, Any] = {HELD_OUT: measured, "signals": {"names": list(fitted.step.signals), "weights": weights}}
     if fitted.found.smallest:
         quality[FAULTS_FOUND] = _faults(fitted)
-        quality["published"] = f"{'with' if fitted.pays or kept else 'without'} the network's chances of lines"
+    quality["published"] = f"{'with' if fitted.with_network else 'without'} the network's chances of lines"
     if fitted.alpha is not None:
-        quality["recommended_alpha"] = round(fitted.alpha, 8)
-    if lines < 10_000:
-        quality["warning"] = f"Calibrated on {lines:,} events held out: chances below {10 / max(lines, 1):.1g} are a guess."
+        quality["recommended_alpha"] = fitted.alpha
+    if (events := sum(map(len, fitted.held.nats))) < 10_000:
+        quality["warning"] = f"Calibrated on {events:,} events held out: chances below {10 / events:.1g} are a guess."
     return quality
 
 
@@ -277,12 +289,8 @@ class Odd:
 
 def most_surprising(held: Held, places: Sequence[Place], onset_p: Float64, lines: Lines) -> list[Odd]:
     """The SHOWN_LINES with the smallest p, one of a session at most, as they were written, or else their templates."""
-    texts = ["(new pattern)", *lines.templates, "(end of session)"]
-    found = []
-    behind = onset_p.T.ravel()
-    for i, lane, start in places:
-        p = behind[lane * len(onset_p) + start :][: len(held.nats[i])]
-        found.append((float(p.min()), i, int(p.argmin())))
+    texts = lines.texts
+    found = [(float(p.min()), i, int(p.argmin())) for i, p in by_session(onset_p, held, places)]
     odd = []
     for value, i, place in sorted(found)[:SHOWN_LINES]:
         session = held.sessions[i]
@@ -358,7 +366,8 @@ def _tell(console: Console, job: LogJob, step: LogStep, model: Path, quality: di
             f"{measured['ratio']} times what was asked."
         )
     if FAULTS_FOUND in quality:
-        console.print(f"Injected faults: see the report. Published {quality['published']}.")
+        console.print("Injected faults: see the report.")
+    console.print(f"Published {quality['published']}.")
     if "recommended_alpha" in quality:
         console.print(f"Recommended: ONSET_ALPHA={quality['recommended_alpha']:.2g}, at which most of them are found for the false alarms.")
     console.print(f"Report: {model.parent / 'report.md'}")

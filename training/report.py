@@ -189,7 +189,7 @@ def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], n
 
 
 def _table(table: Any) -> list[str]:
-    if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
+    if not table or not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         return [f"`{json.dumps(table)}`"]
     columns = list(next(iter(table.values())))
     head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]

@@ -53,7 +53,9 @@ def test_a_session_that_never_ends_is_not_cut_short_but_to_what_is_looked_at() -
     long = session([1, 2] * LONGEST, rng, ended=False)
     [(_, after)] = faulty("doubled", [long])
     assert len(after) == LONGEST + 1
-    assert faulty("doubled", [replace(long, ended=True)]) == []
+    [(_, after)] = faulty("doubled", [replace(long, ended=True)])
+    assert len(after) == LONGEST + 1
+    assert not after.ended
 
 
 def test_behind_a_missing_line_the_gap_is_that_of_both() -> None:
@@ -61,6 +63,12 @@ def test_behind_a_missing_line_the_gap_is_that_of_both() -> None:
         [lost] = [i for i in range(len(before)) if np.array_equal(np.delete(before.codes, i), after.codes)][:1]
         if before.codes.tolist().count(before.codes[lost]) == 1 and 0 < lost < len(before) - 1:
             assert after.gaps[lost] == pytest.approx(before.gaps[lost] + before.gaps[lost + 1], rel=1e-4)
+
+
+def test_no_gap_is_made_up_around_a_line_that_was_moved() -> None:
+    for before, after in faulty("moved", some()):
+        longest = max(before.gaps[1:-1] + before.gaps[2:])  # behind the place that it left
+        assert np.nanmax(after.gaps[1:]) <= longest * (1 + 1e-4)
 
 
 def test_a_line_out_of_place_has_no_gap_and_one_that_does_not_belong_no_number() -> None:

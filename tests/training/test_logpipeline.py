@@ -132,6 +132,18 @@ def test_key_sequences_are_published_with_a_report(tmp_path: Path) -> None:
     assert "(end of session)" in page  # of the one that stopped too early
 
 
+def test_sessions_too_few_to_be_validated_and_too_short_for_faults_are_published_with_their_network(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("a b\n")
+    data, lines = keys_of([keys], None)
+    produce(LogJob("keys", "1", data, lines, TINY, replace(QUICK, steps=1), "", "keys.txt"), tmp_path / "out")
+    manifest = verify_file(tmp_path / "out" / "keys-1.onnx")
+    assert manifest.quality["onsets_on_lines_held_out"] == {}
+    assert manifest.quality["published"].startswith("with the network")
+    assert manifest.quality["warning"].startswith("Calibrated on 3 events held out")
+    assert (tmp_path / "out" / "report.md").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [([], "Give one of --data"), (["--logs", "x", "--sessions", "y"], "Give one of --data"), (["--sessions", "no-such"], "cannot be read")],
