@@ -10,7 +10,7 @@ their lanes of it, so that they end, up to the rounding of sums, with the weight
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.autoencoder import HORIZONS, LAGS, WINDOW, Outlook, Outputs, WaveformOutputs
-from training.data import Float32, Source
+from training.data import Block, Float32, Source
 from training.detector import DetectorStep
 from training.distributed import ALONE, World
 from training.layout import Parts
 
 CODE_NOISE = 0.05
+AHEAD_BLOCKS, AHEAD_VALUES = 8, 1 << 13
+"""Blocks that are prepared side by side, and lanes times features in them at most: row by row, it is the operators that cost."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,21 @@ class Prepared:
     def to(self, device: torch.device) -> Prepared:
         return Prepared(self.inputs.to(device), self.z.to(device), self.present.to(device))
 
+    def part(self, rows: slice, lanes: slice = slice(None)) -> Prepared:
+        """A copy, laid out as if it were the whole."""
+        return Prepared(*(whole[rows, lanes].contiguous() for whole in (self.inputs, self.z, self.present)))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A block of lanes, and the generator that everything else about the block is drawn from."""
+
+    block: Block
+    rng: np.random.Generator
+    shaken: Shaken | None
+    own: slice  # of the lanes, those of this process
+    lead: int  # first rows, which the normaliser alone sees
+
 
 @dataclass
 class Lanes:
@@ -102,6 +119,25 @@ def prepare(step: DetectorStep, x: Tensor, t: Tensor, lanes: Lanes) -> Prepared:
         zs.append(event.z.t())
         presents.append(event.present.t())
     return Prepared(torch.stack(inputs), torch.stack(zs), torch.stack(presents))
+
+
+def prepare_all(step: DetectorStep, drawn: Sequence[Drawn]) -> list[Prepared]:
+    """Each block's own lanes behind its lead, from fresh normalisers: what they are is independent of the other blocks."""
+    rows = max(len(one.block.x) for one in drawn)
+    x = _side_by_side([one.block.x[:, one.own] for one in drawn], rows)
+    t = _side_by_side([one.block.t[:, one.own] for one in drawn], rows)
+    together = prepare(step, x, t, Lanes.fresh(step, x.shape[1]))
+    ends = np.cumsum([one.own.stop - one.own.start for one in drawn])
+    starts = [0, *ends[:-1]]
+    return [
+        together.part(slice(one.lead, len(one.block.x)), slice(start, end)) for one, start, end in zip(drawn, starts, ends, strict=True)
+    ]
+
+
+def _side_by_side(parts: Sequence[Float32], rows: int) -> Tensor:
+    """Parts [T, B, N] of at most `rows` rows → [rows, ΣB, N]; rows behind a part's end are NaN."""
+    whole = [np.concatenate([part, np.full((rows - len(part), *part.shape[1:]), np.nan, np.float32)]) for part in parts]
+    return torch.from_numpy(np.concatenate(whole, axis=1))
 
 
 def corrupted(prepared: Prepared, features: int, rng: np.random.Generator, lanes: int, own: slice) -> Tensor:
@@ -249,7 +285,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=plan.learning_rate)
         self.progress = Progress()
         self.best = _copy(self.network)
-        self._validation = source.validation()
+        self._validation: tuple[Prepared, int, Parts] | None = None
+        self._ahead: dict[int, tuple[Drawn, Prepared]] = {}
 
     @property
     def blocks(self) -> int:
@@ -273,58 +310,72 @@ class Trainer:
         return self.progress
 
     def _block(self, index: int) -> float:
+        if index not in self._ahead:
+            self._ahead = self._prepared_with(index)
+        drawn, whole = self._ahead.pop(index)
+        own, width = drawn.own, drawn.block.x.shape[1]
+        noise = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + index)
+        state, losses = self.network.fresh(own.stop - own.start), []
+        for number, start in enumerate(range(0, len(whole.z) - len(LAGS), self.plan.chunk)):
+            prepared = whole.part(slice(start, start + self.plan.chunk))
+            if drawn.shaken is None:
+                inputs = corrupted(prepared, self.step.features, drawn.rng, width, own)
+            else:
+                prepared = drawn.shaken.apply(prepared)
+                inputs = noisy(prepared, drawn.rng, width, own)
+            code_noise = CODE_NOISE * torch.randn(len(prepared.z), width, self.network.sizes.code, generator=noise)[:, own]
+            self._set_rate(index * self.plan.chunks + number)
+            loss, state = self._learn(prepared, inputs, code_noise, state, drawn.block.counts_from if number == 0 else 0)
+            losses.append(loss)
+        return float(np.mean(losses))
+
+    def _draw(self, index: int) -> Drawn:
         rng = np.random.default_rng([self.plan.seed, index])
         block = self.source.block(rng, self.plan.lanes, self.plan.lead + self.plan.chunk * self.plan.chunks)
-        noise = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + index)
         width = block.x.shape[1]
         own = self.world.share(width)
-        lanes, losses = Lanes.fresh(self.step, own.stop - own.start), []
         shaken = Shaken.drawn(rng, width, own) if self.network.sizes.waveform else None
-        lead = min(self.plan.lead, len(block.x) // 4)
-        if lead:
-            prepare(self.step, torch.from_numpy(block.x[:lead, own]), torch.from_numpy(block.t[:lead, own]), lanes)
-        for number, start in enumerate(range(lead, len(block.x) - len(LAGS), self.plan.chunk)):
-            x, t = (torch.from_numpy(part[start : start + self.plan.chunk, own]) for part in (block.x, block.t))
-            prepared = prepare(self.step, x, t, lanes)
-            if shaken is None:
-                inputs = corrupted(prepared, self.step.features, rng, width, own)
-            else:
-                prepared = shaken.apply(prepared)
-                inputs = noisy(prepared, rng, width, own)
-            code_noise = CODE_NOISE * torch.randn(len(x), width, self.network.sizes.code, generator=noise)[:, own]
-            self._set_rate(index * self.plan.chunks + number)
-            losses.append(self._learn(prepared, inputs, code_noise, lanes, block.counts_from if number == 0 else 0))
-        return float(np.mean(losses))
+        return Drawn(block, rng, shaken, own, min(self.plan.lead, len(block.x) // 4))
+
+    def _prepared_with(self, index: int) -> dict[int, tuple[Drawn, Prepared]]:
+        """Block `index` and those behind it that are prepared with it: nothing of that depends on the weights."""
+        count = min(AHEAD_BLOCKS, max(1, AHEAD_VALUES // (self.plan.lanes * self.step.features)))
+        first = index - index % count  # the same neighbours after a restart
+        drawn = [self._draw(i) for i in range(first, min(first + count, self.blocks))]
+        pairs = zip(drawn, prepare_all(self.step, drawn), strict=True)
+        return {i: pair for i, pair in enumerate(pairs, start=first) if i >= index}
 
     def _set_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.plan, step)
 
-    def _learn(self, prepared: Prepared, inputs: Tensor, code_noise: Tensor, lanes: Lanes, counts_from: int) -> float:
-        """One step of the optimizer; returns the loss over the lanes of all processes."""
+    def _learn(self, prepared: Prepared, inputs: Tensor, code_noise: Tensor, state: Parts, counts_from: int) -> tuple[float, Parts]:
+        """One step of the optimizer; returns the loss over the lanes of all processes, and the state that the next chunk begins with."""
         device = self.world.device
         prepared = prepared.to(device)
         counts = self.world.total(counted(prepared))
         with self.world.autocast():
-            outputs = _float32(self.network.sequence(inputs.to(device), lanes.network, code_noise.to(device)))
+            outputs = _float32(self.network.sequence(inputs.to(device), state, code_noise.to(device)))
         loss = loss_of(outputs, prepared, counts_from, counts)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         loss = self.world.total_gradients(self.network.parameters(), loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        lanes.network = {name: part.detach() for name, part in outputs.state.items()}
-        return float(loss.detach())
+        return float(loss.detach()), {name: part.detach() for name, part in outputs.state.items()}
 
     @torch.no_grad()
     def validate(self) -> float:
         """Loss of the clean validation lanes, in float32 as the model will be served."""
-        block = self._validation
-        own = self.world.share(block.x.shape[1])
-        lanes = Lanes.fresh(self.step, own.stop - own.start)
-        prepared = prepare(self.step, torch.from_numpy(block.x[:, own]), torch.from_numpy(block.t[:, own]), lanes).to(self.world.device)
-        outputs = self.network.sequence(prepared.inputs, lanes.network)
-        return float(self.world.total(loss_of(outputs, prepared, block.counts_from, self.world.total(counted(prepared)))))
+        if self._validation is None:
+            block = self.source.validation()
+            own = self.world.share(block.x.shape[1])
+            lanes = Lanes.fresh(self.step, own.stop - own.start)
+            prepared = prepare(self.step, torch.from_numpy(block.x[:, own]), torch.from_numpy(block.t[:, own]), lanes)
+            self._validation = prepared.to(self.world.device), block.counts_from, lanes.network
+        prepared, counts_from, fresh = self._validation
+        outputs = self.network.sequence(prepared.inputs, fresh)
+        return float(self.world.total(loss_of(outputs, prepared, counts_from, self.world.total(counted(prepared)))))
 
     def _look(self) -> None:
         loss = self.validate()

@@ -16,9 +16,9 @@ from service.detector import Detector
 from service.tables import ReadOptions, read_tables
 from tests.training.conftest import TINY, random_step
 from training.__main__ import app
-from training.data import Fleet, clock, streams_of
+from training.data import Block, Fleet, clock, streams_of
 from training.evaluate import run_streams
-from training.fit import Plan, Progress, Trainer, learning_rate
+from training.fit import Drawn, Lanes, Plan, Progress, Trainer, learning_rate, prepare, prepare_all
 from training.synthetic import ANOMALIES, Synthetic, generate, streams
 
 SMALL = Synthetic(0, validation_lanes=8, validation_length=100)
@@ -92,6 +92,23 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path) -> None:
     assert continued.progress == whole.progress
     for name, value in whole.network.state_dict().items():
         assert torch.equal(value, continued.network.state_dict()[name]), name
+
+
+def test_a_block_is_prepared_beside_others_as_it_is_alone() -> None:
+    step, rng = random_step(3), np.random.default_rng(0)
+
+    def drawn(rows: int, lanes: int, lead: int) -> Drawn:
+        x = np.cumsum(rng.normal(size=(rows, lanes, 3)), axis=0).astype(np.float32)
+        x[rng.random(x.shape) < 0.05] = np.nan
+        t = np.stack([clock(1.7e9 + np.cumsum(rng.uniform(50, 70, rows))) for _ in range(lanes)], axis=1)
+        return Drawn(Block(x, t), rng, None, slice(1, lanes), lead)
+
+    blocks = [drawn(90, 9, 0), drawn(60, 5, 12), drawn(90, 2, 7)]
+    for one, beside in zip(blocks, prepare_all(step, blocks), strict=True):
+        x, t = (torch.from_numpy(part[:, one.own].copy()) for part in (one.block.x, one.block.t))
+        alone = prepare(step, x, t, Lanes.fresh(step, x.shape[1]))
+        for name in ("inputs", "z", "present"):
+            assert torch.equal(getattr(beside, name), getattr(alone, name)[one.lead :]), name
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
