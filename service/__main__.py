@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -10,9 +11,12 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from service.embedded import EmbeddedStore
 
 app = typer.Typer(
     name="service",
@@ -47,7 +51,6 @@ def serve(
     from pydantic import ValidationError  # noqa: PLC0415
 
     from service import logs  # noqa: PLC0415
-    from service.app import create_app  # noqa: PLC0415
     from service.errors import OnsetError  # noqa: PLC0415
     from service.settings import Settings, unknown  # noqa: PLC0415
 
@@ -56,7 +59,10 @@ def serve(
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
         logs.configure(settings.log_level, settings.log_json, hash_streams=settings.log_hash_streams)
-        asgi = create_app(settings)
+        embedded = None if settings.redis_url else _launched(settings.data_dir)
+        from service.app import create_app  # noqa: PLC0415 - takes a second, in which the store reads its data
+
+        asgi = create_app(settings, embedded)
         listening = _listen(settings.host, settings.port)
     except ValidationError as error:
         first = error.errors()[0]
@@ -190,6 +196,15 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         _refuse(f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port (0 = any free one) or --host.")
     return listening
+
+
+def _launched(data_dir: Path) -> EmbeddedStore:
+    from service.embedded import EmbeddedStore  # noqa: PLC0415
+
+    embedded = EmbeddedStore(data_dir)
+    embedded.launch()
+    atexit.register(embedded.abandon)
+    return embedded
 
 
 def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:

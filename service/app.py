@@ -57,9 +57,13 @@ log = structlog.get_logger(__name__)
 class Service:
     """All parts of one process. Use as an async context; its door answers while it is open."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Load and verify the models and rules. Raises ArtifactError, BadSetting; opens nothing yet."""
+    def __init__(self, settings: Settings, embedded: EmbeddedStore | None = None) -> None:
+        """Load and verify the models and rules. Raises ArtifactError, BadSetting; opens nothing yet.
+
+        `embedded` is the store that the settings ask for, where it was launched before.
+        """
         self.settings = settings
+        self._embedded = embedded
         self.sources = queues.declared(settings)
         self.metrics = Metrics()
         self.feed = Feed(self.metrics)
@@ -134,7 +138,8 @@ class Service:
             _check_cluster(self.settings)
             url = self.settings.redis_url
             if not url:
-                embedded = EmbeddedStore(self.settings.data_dir, on_restart=self.metrics.store_restarts.inc)
+                embedded = self._embedded or EmbeddedStore(self.settings.data_dir)
+                embedded.on_restart = self.metrics.store_restarts.inc
                 url = await embedded.start()
                 stack.push_async_callback(embedded.stop)
             store = _store(self.settings, url)
@@ -247,9 +252,9 @@ class Service:
         return None
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The whole service as an ASGI app. Raises ArtifactError when a model is refused."""
-    service = Service(settings)
+def create_app(settings: Settings, embedded: EmbeddedStore | None = None) -> FastAPI:
+    """The whole service as an ASGI app; `embedded` as Service takes it. Raises ArtifactError when a model is refused."""
+    service = Service(settings, embedded)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -20,10 +20,10 @@ import msgspec
 import numpy as np
 import structlog
 
+from service.asking import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA, per_event
 from service.errors import BadParameter, StoreUnavailable
 from service.events import shown
 from service.metrics import Metrics
-from service.policy import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA, per_event
 from service.scorer import Scorer
 from service.stores import StateStore
 

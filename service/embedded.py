@@ -1,6 +1,7 @@
 """The store that needs no installation: a valkey-server of our own, on a unix socket, with its data in a folder.
 
-    start   lock the folder ─► end what a killed service left ─► spawn ─► answers PING ─► supervise
+    launch  lock the folder ─► end what a killed service left ─► spawn
+    start   launch, if that was not done before ─► answers PING ─► supervise
     dies    log, count, spawn again after a back-off; meanwhile requests fail with StoreUnavailable
     stop    SIGTERM (flushes the append-only file) ─► wait ─► unlock
 
@@ -20,17 +21,14 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
 import psutil
-import redis.asyncio as redis
 import structlog
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, RedisError
 
 from service import tasks
 from service.errors import StoreUnavailable
@@ -59,17 +57,18 @@ if os.getppid() == int(sys.argv[1]):
 
 
 class EmbeddedStore:
-    """Owns one valkey-server and one data folder. `on_restart` is called whenever the server had to be started again.
+    """Owns one valkey-server and one data folder. `on_restart` is called whenever the server had to be started again; it may be set later.
 
     The server ends with the thread that runs this event loop (Linux), so that loop must be one that lasts as long as the service.
     """
 
     def __init__(self, data_dir: Path, on_restart: Callable[[], None] = lambda: None) -> None:
         self._folder = data_dir.absolute()
-        self._on_restart = on_restart
+        self.on_restart = on_restart
         self._socket = self._folder / "store.sock"
         self._short: Path | None = None
         self._lock: IO[str] | None = None
+        self._binary = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -84,20 +83,40 @@ class EmbeddedStore:
             raise RuntimeError("The embedded store was not started: this is a bug.")
         return self._process.pid
 
+    def launch(self) -> None:
+        """Let the server begin to read its data, which takes as long as importing the service. Raises as `start` does.
+
+        It ends with this process (Linux), or with `abandon`.
+        """
+        self._take_folder()
+        try:
+            self._binary = find_server()
+            self._end_orphans()
+            self._spawn()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """End what was launched, whether it was started or not; blocks until it is gone."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(STOP_SECONDS)
+        self._unlock()
+
     async def start(self) -> str:
         """The URL of the running server. Raises StoreUnavailable that says what to do when there is none.
 
         The server may still be loading its data: then it refuses requests, and the store says so, until it has.
         """
-        self._take_folder()
+        if self._lock is None:
+            self.launch()
         try:
-            binary = find_server()
-            await self._end_orphans()
-            await self._spawn(binary)
+            await self._answering()
         except BaseException:
             await self.stop()
             raise
-        self._supervisor = asyncio.create_task(self._supervise(binary), name="embedded-store")
+        self._supervisor = asyncio.create_task(self._supervise(), name="embedded-store")
         return self.url
 
     async def stop(self) -> None:
@@ -107,6 +126,11 @@ class EmbeddedStore:
         if self._supervisor is not None:
             await tasks.end(self._supervisor)
         await self._end_server()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is None:
+            return
         self._socket.unlink(missing_ok=True)
         if self._short is not None:
             shutil.rmtree(self._short, ignore_errors=True)
@@ -123,7 +147,7 @@ class EmbeddedStore:
         except OSError as error:
             raise StoreUnavailable(f"The data folder {self._folder} cannot be used: {error.strerror}. Set ONSET_DATA_DIR.") from error
 
-    async def _end_orphans(self) -> None:
+    def _end_orphans(self) -> None:
         """A server that outlived its killed service owns the files, even when it hangs: it must be gone before ours starts."""
         for end in (psutil.Process.terminate, psutil.Process.kill):
             orphans = _servers(self._folder)
@@ -132,21 +156,26 @@ class EmbeddedStore:
             for orphan in orphans:
                 with contextlib.suppress(psutil.Error):
                     end(orphan)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ORPHAN_SECONDS):
-                    while _servers(self._folder):  # noqa: ASYNC110 - no child of ours, nothing to wait on
-                        await asyncio.sleep(0.02)
-                    return
+            until = time.monotonic() + ORPHAN_SECONDS
+            while _servers(self._folder):  # no child of ours, nothing to wait on
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.02)
+            else:
+                return
         pids = ", ".join(str(orphan.pid) for orphan in _servers(self._folder))
         raise StoreUnavailable(f"The data folder {self._folder} is still held by valkey-server (process {pids}), which cannot be ended.")
 
-    async def _spawn(self, binary: str) -> None:
+    def _spawn(self) -> None:
         self._socket.unlink(missing_ok=True)
-        command = [binary, *(part for name, value in server_options(self._folder, self._socket).items() for part in (f"--{name}", value))]
+        command = [
+            self._binary,
+            *(part for name, value in server_options(self._folder, self._socket).items() for part in (f"--{name}", value)),
+        ]
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         with (self._folder / "store.log").open("ab") as output:  # what it says before it opens its log itself
-            self._process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
+            self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -155,9 +184,12 @@ class EmbeddedStore:
                 umask=0o077,
                 process_group=0,  # Ctrl-C reaches the service's whole group, and the store must outlive the drain
             )
+
+    async def _answering(self) -> None:
+        """Returns when the server listens (it may still be loading its data). Raises StoreUnavailable."""
         try:
             async with asyncio.timeout(START_SECONDS):
-                await self._answers(self._process)
+                await self._answers()
         except TimeoutError as error:
             await self._end_server()
             raise StoreUnavailable(
@@ -174,7 +206,7 @@ class EmbeddedStore:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
 
-    async def _supervise(self, binary: str) -> None:
+    async def _supervise(self) -> None:
         clock = asyncio.get_running_loop().time
         backoff = FIRST_BACKOFF
         while True:
@@ -186,12 +218,13 @@ class EmbeddedStore:
             while not running:
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, MAX_BACKOFF)
-                running = await self._restarted(binary, again_in=backoff)
+                running = await self._restarted(again_in=backoff)
 
-    async def _restarted(self, binary: str, again_in: float) -> bool:
-        self._on_restart()
+    async def _restarted(self, again_in: float) -> bool:
+        self.on_restart()
         try:
-            await self._spawn(binary)
+            self._spawn()
+            await self._answering()
         except (StoreUnavailable, OSError) as error:
             log.error("embedded_store_not_restarted", error=str(error), again_in=again_in)
             return False
@@ -204,8 +237,16 @@ class EmbeddedStore:
             await asyncio.sleep(0.05)
         return status or 0
 
-    async def _answers(self, process: subprocess.Popen[bytes]) -> None:
-        """Returns when the server listens (it may still be loading its data). Raises StoreUnavailable when it ends instead."""
+    async def _answers(self) -> None:
+        # Not needed to launch the server, and their import takes as long as that.
+        import redis.asyncio as redis  # noqa: PLC0415
+        from redis.asyncio.retry import Retry  # noqa: PLC0415
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.exceptions import BusyLoadingError, RedisError  # noqa: PLC0415
+
+        process = self._process
+        if process is None:
+            raise RuntimeError("The embedded store was not launched: this is a bug.")
         retry = Retry(NoBackoff(), 0)
         client = redis.Redis.from_url(self.url, socket_connect_timeout=1, socket_timeout=1, retry=retry)
         async with contextlib.aclosing(client):

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from service import alerts, loki, otlp, patterns
 from service.api import MAX_NOTE, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
+from service.asking import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.bodies import Format
 from service.console.live import STATES
 from service.console.messages import LIVE_EVENTS
@@ -26,7 +27,6 @@ from service.errors import OnsetError
 from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, SEVERITIES, Event, Result
 from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
 from service.logs import LEVELS, MAX_SECONDS, LevelReply
-from service.policy import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.problems import MEDIA_TYPE, TABLE, Problem
 from service.remote_write import MEDIA_TYPE as PROTOBUF
 from service.remote_write import MESSAGE_1, MESSAGE_2, PATH

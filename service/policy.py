@@ -22,13 +22,13 @@ An onset within an open alert counts only if ESCALATION times rarer than all bef
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.asking import LARGEST_ALPHA
 from service.events import Direction
 from service.state import ACCEPTED, ALERT_OPEN, ENDING, EXPIRED, FROZEN, LASTING, LEARNER, LEVEL, LEVEL_SHIFT, SILENT, Rows
 
@@ -38,10 +38,6 @@ SEVERITY_STEPS = (1.0, 1.5, 2.0)
 """Scores above which an anomaly is minor, major and critical (SEVERITIES): p < α, α^1.5, α²."""
 ALLOWANCE = 0.5
 """The exponent 1 - w of g(n) that a new stream may spend; τ comes from the model's calibration."""
-SMALLEST_ALPHA, LARGEST_ALPHA = 1e-9, 0.5
-"""What may be asked for: the first included, the second not."""
-ALPHA_RANGE = f"from {SMALLEST_ALPHA:g} to below {LARGEST_ALPHA:g}"
-PERIODS = {"hour": 3600, "day": 86_400, "week": 604_800, "month": 2_592_000}
 THRESHOLD = 1.0
 """On every score of ours 1 means: as rare as the asked false-alarm rate."""
 CALM = 0.01
@@ -181,17 +177,6 @@ class Policy:
         return True
 
 
-def per_event(false_alarms: str, cadence: float) -> float:
-    """False onsets per event that '1 per week' and stream means, with an event every `cadence` s. Raises ValueError, a sentence."""
-    if not re.fullmatch(rf"[0-9]+(\.[0-9]+)? per ({'|'.join(PERIODS)})", false_alarms):
-        raise ValueError("it reads like '1 per week' (hour, day, week, month)")
-    number, _, period = false_alarms.split()
-    alpha = float(number) * cadence / PERIODS[period]
-    if not SMALLEST_ALPHA <= alpha < LARGEST_ALPHA:
-        raise ValueError(f"with an event every {cadence:g} s it means {alpha:g} false alarms per event, which may be {ALPHA_RANGE}")
-    return alpha
-
-
 def judge(records: Rows) -> Verdicts:
     """Verdicts for N records, each against the α it was scored with."""
     anomaly_score = _score(records["p_value"], records["alpha"])
@@ -199,12 +184,17 @@ def judge(records: Rows) -> Verdicts:
     highest = _highest(anomaly_score, alert_score)
     lasting = records["flags"] & LASTING != 0
     is_anomaly = (highest > THRESHOLD) | lasting
-    severity = _severity(np.where(lasting, np.fmax(highest, np.nextafter(THRESHOLD, 2)), highest))
-    # An open alert is judged against CALM, which lasting events stay below.
-    height = np.where(lasting, np.fmax(highest, _score(records["p_value"], np.fmax(records["alpha"], np.float32(CALM)))), highest)
-    grade = np.where(is_anomaly, 1 - 1 / np.fmax(height, 1.0), 0.0)
-    direction = np.where(is_anomaly, _direction(records), NO_DIRECTION)
-    return Verdicts(anomaly_score, alert_score, is_anomaly, grade, severity, direction)
+    grade, direction = np.zeros(len(records)), np.full(len(records), NO_DIRECTION)
+    at = np.flatnonzero(is_anomaly)
+    if len(at):
+        height = highest[at]
+        # An open alert is judged against CALM, which lasting events stay below.
+        calm = _score(records["p_value"][at], np.fmax(records["alpha"][at], np.float32(CALM)))
+        height = np.where(lasting[at], np.fmax(height, calm), height)
+        grade[at] = 1 - 1 / np.fmax(height, 1.0)
+        direction[at] = _direction(records[at])
+        highest[lasting] = np.fmax(highest[lasting], np.nextafter(THRESHOLD, 2))
+    return Verdicts(anomaly_score, alert_score, is_anomaly, grade, _severity(highest), direction)
 
 
 def _one_more(quiet: NDArray[np.uint32], p_value: NDArray[np.float32]) -> NDArray[np.uint32]:

@@ -6,15 +6,13 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.detector import Provider
+from service.asking import LARGEST_ALPHA, SMALLEST_ALPHA, per_event
 from service.logs import LogLevel
-from service.names import WRITTEN
-from service.policy import LARGEST_ALPHA, SMALLEST_ALPHA, per_event
 
 SHIPPED_MODELS = Path(__file__).parent / "models"
 
@@ -167,7 +165,7 @@ class Settings(BaseSettings):
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""
     inference_threads: Annotated[int, Field(ge=1)] = 1
-    provider: Provider = "cpu"
+    provider: Literal["cpu", "cuda"] = "cpu"
     """Where a step runs: cpu, or cuda (an NVIDIA GPU; needs the extra `gpu`). What cannot be had stops the service."""
     drain_seconds: Annotated[float, Field(ge=0)] = 10
     """How long a stopping service finishes what it has accepted."""
@@ -192,6 +190,8 @@ class Settings(BaseSettings):
     @field_validator("remote_write_metrics")
     @classmethod
     def _are_written(cls, value: str) -> str:
+        from service.names import WRITTEN  # noqa: PLC0415 - imports half the service, which waits until the store has been started
+
         unknown = [name for name in value.split(",") if name not in WRITTEN]
         if unknown:
             raise ValueError(f"it has {unknown[0]!r}; there are {', '.join(WRITTEN)}")

@@ -22,6 +22,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.asking import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA
 from service.backtest import TAIL
 from service.console import table
 from service.console.live import STATES, Events, FleetQuery, Live
@@ -33,7 +34,7 @@ from service.errors import ArtifactError, BadParameter, OnsetError, TooLarge, To
 from service.events import MAX_NAME_LENGTH
 from service.feed import Feed
 from service.metrics import Metrics
-from service.policy import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA, Policy
+from service.policy import Policy
 from service.problems import problem_of, respond
 from service.stores.live import LiveLog
 

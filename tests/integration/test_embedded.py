@@ -292,3 +292,30 @@ async def test_a_killed_service_takes_its_store_along_and_the_next_one_finds_eve
     assert await store.load("m", IDS) == VALUES
     await store.close()
     await embedded.stop()
+
+
+async def test_a_launched_server_is_the_one_that_is_started_later(tmp_path: Path) -> None:
+    embedded = EmbeddedStore(tmp_path / "data")
+    embedded.launch()
+    pid = embedded.pid
+    try:
+        await embedded.start()
+        assert embedded.pid == pid
+        store = await opened(embedded)
+        assert all(await store.commit("m", WRITES))
+        await store.close()
+    finally:
+        await embedded.stop()
+    embedded.abandon()  # nothing is left to be ended
+    assert not psutil.pid_exists(pid)
+
+
+async def test_a_launched_server_that_is_abandoned_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
+    embedded = EmbeddedStore(tmp_path / "data")
+    embedded.launch()
+    pid = embedded.pid
+    embedded.abandon()
+    assert not psutil.pid_exists(pid)
+    again = EmbeddedStore(tmp_path / "data")
+    await again.start()
+    await again.stop()

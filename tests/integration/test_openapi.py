@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 
 from bench.prompb import Sent, body_1
 from service.app import create_app
-from service.policy import per_event
+from service.asking import per_event
 from service.prompb import pack
 from service.settings import Settings
 from tests.pushes import export, push_protobuf, record
