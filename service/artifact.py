@@ -17,6 +17,7 @@ import hashlib
 import io
 import re
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,7 +202,7 @@ class Manifest(_Frozen):
             start += part.size
         return None
 
-    @property
+    @cached_property
     def feature_names(self) -> tuple[str, ...]:
         return tuple(feature.name for feature in self.features)
 

@@ -4,10 +4,12 @@
                                   │ full                             up to `depth` batches at once
                                   └──► Overloaded, at once
 
-While batches are handled the next one gathers, so batches grow with the load and nobody waits for company. Two items that touch the
-same stream are never handled at once, and never in another order than they were submitted in by one sender; an item that must wait for
-such a one is passed over. A long item (many events of one stream, hence many steps one after the other) gets a batch of its own, one
-at a time, so that it holds up nobody.
+While batches are handled the next one gathers, so batches grow with the load. A batch of few costs nearly what one of many does, so few
+items begin one only where the processor has nothing else to do, once those that were just answered have had a moment to join.
+
+Two items that touch the same stream are never handled at once, and never in another order than they were submitted in by one sender; an
+item that must wait for such a one is passed over. A long item (many events of one stream, hence many steps one after the other) gets a
+batch of its own, one at a time, so that it holds up nobody.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, Protocol, TypeVar, cast
 
 import structlog
@@ -30,6 +33,10 @@ LOOK_AHEAD = 64
 """How many items of one sender are passed over at most for one that is free."""
 LONG_ROUNDS = 64
 """Steps one after the other that a batch takes at most; an item that takes more by itself is long."""
+SHORT_BATCHES = 2
+"""Of few streams at once: one is computed while the other waits, for the store."""
+LINGER_SECONDS = 0.0003
+"""How long after the last one nobody else is expected to join."""
 STUCK_SECONDS = 60.0
 """A batch that takes longer than this means the loop is not alive."""
 
@@ -51,6 +58,7 @@ class Work(Protocol):
         """Steps that must be taken one after the other: events of its busiest stream."""
 
 
+Waits = Callable[[], None]
 Item = TypeVar("Item", bound=Work)
 Answer = TypeVar("Answer")
 
@@ -81,6 +89,8 @@ class _Batch(Generic[Item, Answer]):
     streams: set[str] = field(default_factory=set)
     events: int = 0
     rounds: int = 0
+    waits: bool = False
+    """It needs the processor no more, as far as is known."""
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -99,7 +109,8 @@ class _Batch(Generic[Item, Answer]):
 
 
 class Batcher(Generic[Item, Answer]):
-    """One owner of all queues. `handle` gets some items and returns one answer for each, in order.
+    """One owner of all queues. `handle` gets some items and returns one answer for each, in order; it calls what it is given with them
+    once all that is left to do is wait for others.
 
     An error of `handle` fails the items of that batch and no others. A client that left (its task was cancelled) is dropped before
     its item is handled; once handled, its answer is thrown away and its batch-mates do not notice.
@@ -107,7 +118,7 @@ class Batcher(Generic[Item, Answer]):
 
     def __init__(
         self,
-        handle: Callable[[list[Item]], Awaitable[Sequence[Answer]]],
+        handle: Callable[[list[Item], Waits], Awaitable[Sequence[Answer]]],
         *,
         max_batch: int,
         max_streams: int,
@@ -117,9 +128,9 @@ class Batcher(Generic[Item, Answer]):
     ) -> None:
         """`max_batch` and `max_queue` are in events, `depth` in batches handled at once.
 
-        Items share a batch up to `max_batch` events and `max_streams` streams. Beside another short batch one is begun only where
-        `gather` streams wait: each batch and each of its rounds has a fixed cost, and few streams are answered sooner by sharing
-        the next one.
+        Items share a batch up to `max_batch` events and `max_streams` streams. Fewer than `gather` streams are few: each batch and
+        each of its rounds has a fixed cost, and few streams are answered sooner by sharing the next one than by one of their own
+        beside another short batch that is computed.
         """
         self._handle = handle
         self._max_batch, self._max_streams = max_batch, max_streams
@@ -129,6 +140,8 @@ class Batcher(Generic[Item, Answer]):
         self._senders: OrderedDict[str, _Sender[Item, Answer]] = OrderedDict()
         """In the order of their next turn; only those that wait for something."""
         self._queued = self._queued_streams = 0
+        self._expected = 0
+        """Events that are queued as soon as all who were answered last send as many again."""
         self._running: dict[asyncio.Task[None], _Batch[Item, Answer]] = {}
         self._busy: set[str] = set()
         self._wake = asyncio.Event()
@@ -201,6 +214,8 @@ class Batcher(Generic[Item, Answer]):
             while True:
                 await self._wake.wait()
                 self._wake.clear()
+                if self._may_begin:
+                    await self._company()
                 self._start_batches()
         finally:
             for task in list(self._running):
@@ -210,10 +225,34 @@ class Batcher(Generic[Item, Answer]):
             self._senders.clear()
             self._queued = self._queued_streams = 0
 
-    def _start_batches(self) -> None:
-        while len(self._running) < self._depth:
-            if self._queued_streams < self._gather and not all(batch.long for batch in self._running.values()):
+    @property
+    def _few(self) -> bool:
+        return self._queued_streams < self._gather
+
+    @property
+    def _may_begin(self) -> bool:
+        """Whether a batch may be begun beside those that run."""
+        if len(self._running) == self._depth:
+            return False
+        short = [batch for batch in self._running.values() if not batch.long]
+        return not self._few or (len(short) < SHORT_BATCHES and all(batch.waits for batch in short))
+
+    async def _company(self) -> None:
+        """Let those that were just answered join again, as long as they keep coming."""
+        queued, patience = -1, 0.0
+        if not self._queued:
+            return
+        while self._few and self._queued < self._expected:
+            now = time.monotonic()
+            if self._queued != queued:
+                queued, patience = self._queued, now + LINGER_SECONDS
+            elif now > patience:
                 break
+            await asyncio.sleep(0)
+        self._expected = 0
+
+    def _start_batches(self) -> None:
+        while self._may_begin:
             batch = self._take()
             if not batch.members:
                 break
@@ -225,7 +264,9 @@ class Batcher(Generic[Item, Answer]):
             self._idle.set()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._busy -= self._running.pop(task).streams  # batches that run at once share no stream
+        batch = self._running.pop(task)
+        self._busy -= batch.streams  # batches that run at once share no stream
+        self._expected = self._queued + batch.events
         self._wake.set()
 
     def _take(self) -> _Batch[Item, Answer]:
@@ -276,7 +317,7 @@ class Batcher(Generic[Item, Answer]):
     async def _answer(self, batch: _Batch[Item, Answer]) -> None:
         members = batch.members
         try:
-            answers = await self._handle([waiting.item for waiting in members])
+            answers = await self._handle([waiting.item for waiting in members], partial(self._waits, batch))
         except OnsetError as error:
             self._fail(members, error)
         except Exception as error:  # the loop outlives any bug in a batch; the batch's clients are told
@@ -289,6 +330,10 @@ class Batcher(Generic[Item, Answer]):
             for waiting, answer in zip(members, answers, strict=True):
                 if not waiting.future.done():
                     waiting.future.set_result(answer)
+
+    def _waits(self, batch: _Batch[Item, Answer]) -> None:
+        batch.waits = True
+        self._wake.set()
 
     @staticmethod
     def _fail(batch: Iterable[_Waiting[Item, Answer]], error: Exception) -> None:

@@ -48,12 +48,16 @@ class Turns:
 def plan(rows: Rows, readings: Readings, slots: Positions, repeated: Bool | None) -> Plan:
     """For the states `rows` [B] and N readings, of which i belongs to `rows[slots[i]]`; `repeated` [N] are known to be old ones."""
     N, last = len(readings), rows["last"]
-    order = np.argsort(slots, kind="stable")
+    once = len(rows) == N and bool((slots[1:] > slots[:-1]).all())  # each stream, in order: the usual batch of single events
+    order = np.arange(N) if once else np.argsort(slots, kind="stable")
     at = slots[order]  # from here on events are ordered by stream, then by arrival
     first = np.ones(N, np.bool_)
-    np.not_equal(at[1:], at[:-1], out=first[1:])
-    starts = np.flatnonzero(first)
-    rank = np.arange(N) - np.repeat(starts, np.diff(starts, append=N))
+    if once:
+        starts, rank = slots, np.zeros(N, np.intp)
+    else:
+        np.not_equal(at[1:], at[:-1], out=first[1:])
+        starts = np.flatnonzero(first)
+        rank = np.arange(N) - np.repeat(starts, np.diff(starts, append=N))
     timestamp, sequence = readings.timestamp[order], readings.sequence[order]
     previous = _before(timestamp, first, last["timestamp"][at[starts]])
     known = last["sequence"][at]

@@ -110,6 +110,8 @@ def advancing(
 
 def answer_within(outcomes: Outcomes, key: NDArray[np.uint64], slots: Positions) -> None:
     """Give events that repeat another one of the same batch that one's result."""
+    if not outcomes.kinds.any():  # all SCORED
+        return
     open_ = np.flatnonzero(np.isin(outcomes.kinds, (Kind.REPEATED, Kind.LATE)) & (key != 0))
     if len(open_) == 0:
         return

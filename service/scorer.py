@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from service import alerts, cadence, sessions, silence, tracing
 from service.alerts import Stand, Standing, Transition
 from service.artifact import NEW
-from service.batcher import Batcher
+from service.batcher import Batcher, Waits
 from service.copies import Copies
 from service.detector import Detector
 from service.errors import BadEvent, ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
@@ -429,8 +429,9 @@ class Scorer:
             done: Sequence[Answers | Exception] = await self._reorder.score(parsed)
             stretches = [slice(i, i + 1) for i in range(len(parsed))]
         else:
-            stretches = [slice(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
-            done = await self._batcher.submit(self._pieces(parsed), sender)
+            pieces = self._pieces(parsed)
+            stretches = [slice(i * MAX_BATCH, (i + 1) * MAX_BATCH) for i in range(len(pieces))]
+            done = await self._batcher.submit(pieces, sender)
         failed = [answer for answer in done if isinstance(answer, Exception)]
         for error in failed:
             if len(failed) == len(done) or not isinstance(error, OnsetError):
@@ -453,7 +454,7 @@ class Scorer:
         parts = [parsed] if 0 < len(parsed) <= MAX_BATCH else [parsed.part(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
         return [_Piece(part, policy) for part in parts]
 
-    async def _handle(self, pieces: list[_Piece]) -> list[Answers]:
+    async def _handle(self, pieces: list[_Piece], waits: Waits) -> list[Answers]:
         """One batch: pieces of several clients, scored together; in two runs where the policy changed while they waited."""
         self._stage["queue"].observe(time.perf_counter() - min(piece.came for piece in pieces))
         parts: list[Answers] = []
@@ -462,7 +463,7 @@ class Scorer:
                 log.debug("batch", model=self.detector.name, requests=[tracing.shown(piece.origin.request) for piece in pieces])
             for _, run in itertools.groupby(pieces, key=lambda piece: id(piece.policy)):
                 together = list(run)
-                parts += await self._judge([piece.parsed for piece in together], together[0].policy)
+                parts += await self._judge([piece.parsed for piece in together], together[0].policy, waits)
         return parts
 
     def _count_lines(self, answers: Answers) -> None:
@@ -475,10 +476,10 @@ class Scorer:
         for match, count in (("new", new), ("template", len(codes) - new - ends)):
             self._metrics.lines.labels(self.detector.name, match).inc(count)
 
-    async def _judge(self, submissions: list[Parsed], policy: Policy) -> list[Answers]:
+    async def _judge(self, submissions: list[Parsed], policy: Policy, waits: Waits) -> list[Answers]:
         readings = Readings.of(submissions, self.detector.features)
         self._metrics.batch.observe(len(readings))
-        answers = await self._run(readings, policy)
+        answers = await self._run(readings, policy, waits)
         self._tell(readings, answers)
         parts, start = [], 0
         for submission in submissions:
@@ -494,14 +495,14 @@ class Scorer:
         self._count_lines(answers)
         self._feed.tell(self.detector.name, readings.stream_ids, answers, readings.messages)
 
-    async def _run(self, readings: Readings, policy: Policy) -> Answers:
-        answers, again = await self._attempt(readings, policy)
+    async def _run(self, readings: Readings, policy: Policy, waits: Waits) -> Answers:
+        answers, again = await self._attempt(readings, policy, waits)
         pending: Positions = np.flatnonzero(again)
         if len(pending) == 0:
             return answers
         outcomes = answers.batch.outcomes
         for _ in range(ATTEMPTS):
-            answers, again = await self._attempt(readings.take(pending), policy)
+            answers, again = await self._attempt(readings.take(pending), policy, waits)
             attempt = answers.batch.outcomes
             outcomes.records[pending], outcomes.kinds[pending] = attempt.records, attempt.kinds
             pending = pending[again]
@@ -510,7 +511,7 @@ class Scorer:
         outcomes.kinds[pending] = Kind.CONFLICT
         return self._replies.judged(outcomes)
 
-    async def _attempt(self, readings: Readings, policy: Policy) -> tuple[Answers, NDArray[np.bool_]]:
+    async def _attempt(self, readings: Readings, policy: Policy, waits: Waits) -> tuple[Answers, NDArray[np.bool_]]:
         """Load, step, judge and commit once. Also says for each reading whether it must be tried again."""
         index: dict[str, int] = {}
         slots = np.array([index.setdefault(stream_id, len(index)) for stream_id in readings.stream_ids], np.intp)
@@ -526,6 +527,7 @@ class Scorer:
         answers = self._replies.judged(outcomes)
         with self._stage["commit"].time(), tracing.span("commit"):
             settled = self._settled(readings, slots, answers)
+            waits()  # heard of once the next line has sent its call
             became = await self._commit(stream_ids, loaded, copied, answers, slots, policy, settled, standing, readings.messages)
         if (became == WRITTEN).all():
             return answers, np.zeros(len(readings), np.bool_)
@@ -722,6 +724,8 @@ class Scorer:
 
     def _new_trails(self, trailed: Positions, slots: Positions, outcomes: Outcomes) -> dict[int, bytes]:
         """Slot → blob of the results at `trailed`."""
+        if len(trailed) == 0:
+            return {}
         ordered = trailed[np.argsort(slots[trailed], kind="stable")]
         changed, sizes = np.unique(slots[ordered], return_counts=True)
         return dict(zip(changed.tolist(), self._codec.encode_trails(outcomes.records[ordered], sizes.tolist()), strict=True))

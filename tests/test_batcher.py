@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from service.batcher import Batcher
+from service.batcher import Batcher, Waits
 from service.errors import Overloaded, StoreUnavailable
 
 
@@ -37,7 +37,7 @@ Ints = Batcher[Job, int]
 
 @asynccontextmanager
 async def batcher(
-    handle: Callable[[list[Job]], Awaitable[Sequence[int]]],
+    handle: Callable[[list[Job], Waits], Awaitable[Sequence[int]]],
     *,
     max_batch: int = 100,
     max_streams: int = 10_000,
@@ -57,9 +57,11 @@ class Gate:
     def __init__(self) -> None:
         self.open = asyncio.Event()
         self.batches: list[list[int]] = []
+        self.waits: list[Waits] = []
 
-    async def __call__(self, items: list[Job]) -> list[int]:
+    async def __call__(self, items: list[Job], waits: Waits) -> list[int]:
         self.batches.append([item.number for item in items])
+        self.waits.append(waits)
         await self.open.wait()
         return [2 * item.number for item in items]
 
@@ -161,7 +163,7 @@ async def test_a_client_that_leaves_while_its_batch_runs_does_not_hurt_its_batch
 
 
 async def test_an_error_fails_its_batch_and_the_loop_goes_on() -> None:
-    async def handle(items: list[Job]) -> list[int]:
+    async def handle(items: list[Job], waits: Waits) -> list[int]:
         if items[0].number == 13:
             raise ZeroDivisionError("a bug")
         return [item.number for item in items]
@@ -176,7 +178,7 @@ async def test_an_error_fails_its_batch_and_the_loop_goes_on() -> None:
 async def test_what_follows_a_failed_item_of_the_same_call_is_not_handled() -> None:
     handled: list[int] = []
 
-    async def handle(items: list[Job]) -> list[int]:
+    async def handle(items: list[Job], waits: Waits) -> list[int]:
         numbers = [item.number for item in items]
         handled.extend(numbers)
         if 2 in numbers:
@@ -253,6 +255,41 @@ async def test_few_streams_wait_for_the_next_batch_together_unless_only_long_one
         assert gate.batches == [[1], [2], [3, 4, 5]]
         gate.open.set()
         await asyncio.gather(long, *tasks)
+
+
+async def test_few_streams_are_computed_while_one_other_batch_only_waits() -> None:
+    gate = Gate()
+    async with batcher(gate, depth=3, gather=100) as running:
+        tasks = []
+        for i in range(3):
+            tasks.append(asyncio.create_task(running.submit(jobs(i))))
+            await asyncio.sleep(0.01)
+        assert gate.batches == [[0]]
+        gate.waits[0]()
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[0], [1, 2]]
+        gate.waits[1]()
+        tasks.append(asyncio.create_task(running.submit(jobs(3))))
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[0], [1, 2]], "a third one would have few streams and wait behind both"
+        gate.open.set()
+        assert await asyncio.gather(*tasks) == [[0], [2], [4], [6]]
+
+
+async def test_those_that_were_just_answered_share_the_next_batch_while_they_keep_coming() -> None:
+    gate = Gate()
+    gate.open.set()
+
+    async def client(number: int, turns: int) -> None:
+        for _ in range(3):
+            assert await running.submit(jobs(number)) == [2 * number]
+            for _ in range(turns):  # of the event loop, until its next event is there
+                await asyncio.sleep(0)
+
+    async with batcher(gate, gather=100) as running:
+        await asyncio.gather(*(client(i, turns=i) for i in range(10)))
+        assert [sorted(batch) for batch in gate.batches] == [list(range(10))] * 3
+        assert await running.submit(jobs(99)) == [198], "one that comes alone is not left waiting for the ten"
 
 
 async def test_no_more_batches_are_handled_at_once_than_the_depth() -> None:
