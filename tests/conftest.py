@@ -19,6 +19,31 @@ from tests.servers import Valkey, ValkeyCluster
 from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
 
+LONGEST = (
+    "e2e/test_chaos_queues.py",
+    "training/test_fit.py",
+    "contracts/test_sources.py",
+    "training/test_logs.py",
+    "training/test_distributed.py",
+    "e2e/test_chaos.py",
+    "e2e/test_alert_sinks.py",
+    "training/test_cells.py",
+    "integration/test_openapi.py",
+    "test_protocol_model.py",
+    "e2e/test_browser.py",
+    "test_bench_quality.py",
+    "training/test_waveform.py",
+    "e2e/test_cluster.py",
+    "monitoring/test_proof.py",
+    "training/test_logpipeline.py",
+)
+"""Files of more than half a minute, those that wait between those that compute: whichever began last would end long after the others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
 
 @pytest.fixture(autouse=True)
 def _log_level_is_put_back() -> Iterator[None]:
