@@ -415,9 +415,19 @@ async def _left(wire: Wire) -> int:
         return 1
 
 
+async def _dead(wire: Wire) -> int:
+    """Dead letters; asked for again while the broker does not say. Raises StalledError."""
+    deadline = time.monotonic() + STALLED_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(NotSentError):
+            return await wire.dead()
+        await asyncio.sleep(POLL_SECONDS)
+    raise StalledError(f"the broker did not say for {STALLED_SECONDS:g} s how many dead letters there are")
+
+
 async def _check(scene: Scene, report: Report) -> None:
     """Dead letters, and the stored states against the uninterrupted run's."""
-    if dead := await scene.wire.dead():
+    if dead := await _dead(scene.wire):
         scene.reader.wrong("lost", "-", "-", f"{dead} entries became dead letters")
     for stream_id in scene.reader.whole:
         stored = cast("bytes | None", await scene.store.client.get(state_key(scene.model, stream_id)))

@@ -230,6 +230,8 @@ class Killer:
     ) -> None:
         """`servers` are the store, and a broker where there is one. `done` rises with what the replicas do: most kills wait for that."""
         self._servers, self._replicas, self._rng, self._rate, self._done = servers, replicas, rng, rate, done
+        self._first: list[Victim] = [*servers, *replicas[:1]]
+        """Killed before any other, from the last on, so that also a short soak has had one of each kind."""
         self.kills: Counter[str] = Counter()
 
     async def run(self, kills: int) -> None:
@@ -248,6 +250,10 @@ class Killer:
 
     async def _victim(self) -> Victim:
         """Mostly one that is at work, so that kills meet events and not each other."""
+        if self._first:
+            while not await self._first[-1].expendable():  # noqa: ASYNC110
+                await asyncio.sleep(POLL_SECONDS)
+            return self._first.pop()
         wanted: Victim = self._rng.choice(self._servers if self._rng.random() < SHARE_OF_SERVERS else self._replicas)
         if self._rng.random() < SHARE_OF_ANY:
             return wanted
