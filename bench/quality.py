@@ -1,11 +1,12 @@
 """Does the LSTM pay? Ours with and without it, and what it has to beat, on all labelled sets: same rows, causal, one pass.
 
-    python -m bench.quality [--sets smd,nab] [--seeds 5] [--steps 400] [--quick] [--raw] [--data ../shared/data] [--json FILE]
+    python -m bench.quality [--sets smd,nab] [--seeds 5] [--steps 400] [--quick] [--raw] [--kept] [--data ../shared/data] [--json FILE]
 
     jobs = set × detector × seed ─► answers of every stream ─► Row, kept in --out ─► a table for each set, a summary
 
 Labels only measure. Each job's result is one file in --out, named after everything it depends on (settings, this code, for ours also
-training/ and service/): an interrupted run continues, and only what changed is run again.
+training/ and service/): an interrupted run continues, and only what changed is run again. Seed by seed: what an interruption leaves is
+whole seeds, and `--kept` shows them.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help=f"{QUICK_CASES} streams a set, {QUICK_ROWS} rows each, {QUICK_STEPS} steps: does it run?")
     ] = False,
+    kept: Annotated[bool, typer.Option("--kept", help="Run nothing: tables of the results that are in --out.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of models and results; what is there is not run again.")] = Path("out/quality"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
@@ -104,8 +106,8 @@ def main(
         raise typer.BadParameter(f"no set is named {unknown[0]!r}; there are {', '.join(SETS)}.")
     setting = Setting(min(steps, QUICK_STEPS) if quick else steps, raw)
     chosen = [_few(load(name, data)) if quick else load(name, data) for name in sets.split(",")]
-    wanted = [work for one in chosen for work in jobs(one, setting, seeds, quick) if _matches(work.detector, detectors)]
-    rows, failures = _run(wanted, out)
+    works = [work for one in chosen for work in jobs(one, setting, seeds, quick) if _matches(work.detector, detectors)]
+    rows, failures = (_kept(works, out), []) if kept else _run(sorted(works, key=lambda work: work.seed), out)
     screen = console()
     for one in chosen:
         screen.print(set_table(one.name, [asdict(row) for row in rows if row.set == one.name], data / one.name))
@@ -120,6 +122,10 @@ def main(
 
 def _matches(detector: str, words: str) -> bool:
     return not words or any(word in detector for word in words.split(","))
+
+
+def _kept(works: Sequence[Work], out: Path) -> list[Row]:
+    return [row for work in works if (row := _read(work, out)) is not None]
 
 
 def _run(works: Sequence[Work], out: Path) -> tuple[list[Row], list[str]]:
@@ -188,15 +194,26 @@ def _shortened(case: Case) -> Case:
     return replace(case, x=case.x[:rows], seconds=case.seconds[:rows], anomalous=case.anomalous[:rows], named=named)
 
 
+def _file(work: Work, out: Path) -> Path:
+    return out / "results" / f"{work.key}.json"
+
+
+def _read(work: Work, out: Path) -> Row | None:
+    file = _file(work, out)
+    if not file.exists():
+        return None
+    content = json.loads(file.read_text())
+    return Row(**content | {"series": {name: tuple(pair) for name, pair in content["series"].items()}})
+
+
 def result(work: Work, out: Path) -> Row:
     """From its file in `out`, or run now and kept there."""
-    file = out / "results" / f"{work.key}.json"
-    if file.exists():
-        content = json.loads(file.read_text())
-        return Row(**content | {"series": {name: tuple(pair) for name, pair in content["series"].items()}})
+    if (done := _read(work, out)) is not None:
+        return done
     began = time.monotonic()
     answers = work.answers(out / "models")
     row = measure(work.data, work.detector, work.seed, answers, time.monotonic() - began)
+    file = _file(work, out)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps(asdict(row)))

@@ -206,12 +206,26 @@ def test_a_run_prints_its_tables_and_what_is_done_is_not_run_again(tmp_path: Pat
     results = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/results").iterdir()}
     lost = next(path for path in results if "detector" in path.name)
     lost.unlink()
+    kept = CliRunner().invoke(app, [*arguments, "--kept"])
+    assert kept.exit_code == 0, kept.output
+    assert {row["detector"] for row in json.loads(figures.read_text())["rows"]} == {"VAR + PCA", "random"}
+    assert not lost.exists()
     assert CliRunner().invoke(app, arguments).exit_code == 0
     again = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/results").iterdir()}
     assert again.keys() == results.keys()
     assert {path for path in again if again[path] != results[path]} == {lost}
     assert len(models) == 1
     assert models == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/models").rglob("*.onnx")}
+
+
+def test_seed_by_seed_so_that_an_interruption_leaves_whole_seeds(tmp_path: Path) -> None:
+    write_asd(tmp_path / "data")
+    app, figures = Typer(), tmp_path / "figures.json"
+    app.command()(quality.main)
+    arguments = ["--data", str(tmp_path / "data"), "--sets", "asd", "--detectors", "random,always", "--seeds", "3"]
+    assert CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out"), "--json", str(figures)]).exit_code == 0
+    rows = json.loads(figures.read_text())["rows"]
+    assert [(row["detector"], row["seed"]) for row in rows] == [("random", 0), ("always 1", 0), ("random", 1), ("random", 2)]
 
 
 def test_a_fit_that_fails_is_said_and_costs_no_other_result(tmp_path: Path) -> None:
