@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +139,16 @@ def test_where_a_model_runs_is_a_metric(tiny_model_path: Path) -> None:
     (line,) = [text for text in generate_latest(service.metrics.registry).decode().splitlines() if text.startswith("onset_model_info{")]
     assert 'model="tiny"' in line
     assert 'provider="CPUExecutionProvider"' in line
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="open files are read from /proc")
+@pytest.mark.parametrize("module", ["service.detector", "training.verify"])
+def test_onnx_runtime_keeps_no_telemetry(module: str, tmp_path: Path) -> None:
+    """Its wheels begin with it while they are imported: a database, which stays open, in the user's cache."""
+    code = f"import os, {module}; print(*(os.path.realpath(f'/proc/self/fd/{{fd}}') for fd in os.listdir('/proc/self/fd')))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, "HOME": str(tmp_path)}, capture_output=True, text=True, check=True
+    ).stdout
+    assert "onnxruntime" not in told
+    assert not list(tmp_path.rglob("*onnxruntime*"))

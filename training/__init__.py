@@ -1,0 +1,1 @@
+import service  # noqa: F401 - before anything imports ONNX Runtime, whose telemetry it turns off
