@@ -37,7 +37,7 @@ LONGEST = (
     "monitoring/test_proof.py",
     "training/test_logpipeline.py",
 )
-"""Files of more than half a minute, those that wait between those that compute: whichever began last would end long after the others."""
+"""The longest files, those that wait between those that compute: whichever began last would end long after the others."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
