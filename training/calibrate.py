@@ -197,7 +197,7 @@ def onsets_of(heights: Float64, observed: Observed) -> Float64:
     last, age = np.zeros(heights.shape[1]), np.zeros(heights.shape[1])
     for i, height in enumerate(heights):
         age += 1
-        onset = (height > np.where(age <= HOLD, last + observed.margin, 0.0)) & observed.valid[i]
+        onset = (height > np.where(age <= HOLD, last, 0.0) + observed.margin) & observed.valid[i]
         emitted[i] = np.where(onset, height, 0.0)
         last, age = np.where(onset, height, last), np.where(onset, 0.0, age)
         if observed.ended is not None:

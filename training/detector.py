@@ -177,7 +177,7 @@ class DetectorStep(ArtifactStep):
         expected = torch.where(event.known, judged.forecast + event.reference, torch.nan)
         margin = answer.factor * judged.spread
         answers = (expected, expected - margin, expected + margin, self._shares(judged))
-        return state_out, answer.p_value.squeeze(0), answer.onset_p.squeeze(0), *(part.t() for part in answers)
+        return state_out, answer.p_value, answer.onset_p, *(part.t() for part in answers)
 
     def judges(self, event: Normalised) -> Tensor:
         """[1, B] bool: there is a value to be scored."""

@@ -243,9 +243,9 @@ def onset_p_of(tail: Tail, observed: Observed) -> Float64:
         answer, after = tail(torch.from_numpy(observed.strengths[i]).t(), valid, torch.from_numpy(observed.age[i])[None], asked, parts)
         if observed.ended is not None:
             going_on = 1.0 - torch.from_numpy(observed.ended[i])[None].float()
-            after |= {name: after[name] * going_on for name in ("onset_height", "onset_age")}
+            after |= {name: after[name] * going_on for name in ("onset_height", "onset_hold")}
         parts = {name: torch.where(valid, part, parts[name]) for name, part in after.items()}
-        answers[i] = np.nan_to_num(answer.onset_p[0].numpy(), nan=1.0)
+        answers[i] = np.nan_to_num(answer.onset_p.numpy(), nan=1.0)
     return answers
 
 

@@ -288,14 +288,14 @@ class LogStep(ArtifactStep):
         present = line.present.t()
         answer, tail_after = self.tail(strengths.t(), present, parts["age"], alpha, parts)
         going_on = 1.0 - line.ended
-        for emitted in ("onset_height", "onset_age"):
+        for emitted in ("onset_height", "onset_hold"):
             tail_after[emitted] = tail_after[emitted] * going_on.t()
         after = {name: torch.where(line.present, part * going_on, parts[name]) for name, part in self._read(line, parts).items()}
         after |= {**tail_after, "age": parts["age"] + 1}
         state_out = self.layout.join(parts, after, present & (learn > 0.5).unsqueeze(0))
         lower, upper = self._band(judged, answer.factor.t())
         before = torch.where(parts["before"] > 0, parts["before"] - 1, torch.nan)
-        p_value, onset_p = answer.p_value.squeeze(0), answer.onset_p.squeeze(0)
+        p_value, onset_p = answer.p_value, answer.onset_p
         return state_out, p_value, onset_p, judged.expected, lower, upper, self._shares(judged, line), self._likely(judged), before
 
     def line_of(self, x: Tensor) -> Line:

@@ -62,7 +62,7 @@ class Stack(Network):
     def step(self, inputs: Tensor, state: Parts) -> tuple[Tensor, Parts]:
         before, after, value = self._layers_of(state), [], inputs
         for cell, layer_state in zip(self.cells, before, strict=True):
-            after.append(cell.advance(cell.project(value), layer_state))  # type: ignore[operator]
+            after.append(cell.step(value, layer_state))  # type: ignore[operator]
             value = after[-1].hidden_state
         return value, _joined(after)
 

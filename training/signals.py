@@ -72,13 +72,13 @@ class MemorySignals(nn.Module):
         residual   actual - forecast
         activity   log of how much the value moves (mean |change|, 1/10) over how much it usually does (1/2000): a sensor that froze
 
-    Each signal remembers up to M intervals [low, high] with visits and the life left to them, and its range. Novelty of a value =
-    distance to the nearest interval ÷ range. An interval lives `forget`·visits events after its last visit; then the range shrinks
-    to the hull of the rest. A value extends the nearest interval if that stays within `widest` of the range (or no slot is free),
+    Each signal remembers up to M intervals [low, high] with the life left to them, and its range. Novelty of a value = distance to
+    the nearest interval ÷ range. Each visit gives an interval `forget` more events to live; after them the range shrinks to the hull
+    of the rest. A value extends the nearest interval if that stays within `widest` of the range (or no slot is free),
     else it opens its own. The range grows at most by its own width per event.
 
     Stored so that both ends are one tensor and every comparison has the same sign: low with -high [2, M, K, B], the range likewise;
-    `debt` = -life, which grows by 1 an event (0: dead, as in a fresh stream); `visits` = -forget·visits.
+    `debt` = -life, which grows by 1 with every event that is no visit (0: dead, as in a fresh stream).
     """
 
     names = ("value", "level", "residual", "activity")
@@ -102,7 +102,7 @@ class MemorySignals(nn.Module):
     @property
     def slots(self) -> tuple[Slot, ...]:
         K, M = len(self.names), self.intervals
-        memory = (("ends", 2 * M * K), ("visits", M * K), ("debt", M * K))
+        memory = (("ends", 2 * M * K), ("debt", M * K))
         return (
             *(Slot(name, 1) for name in ("level", "motion", "previous")),
             *(Slot(name, size, Keeps.ITSELF) for name, size in memory),
@@ -134,8 +134,7 @@ class MemorySignals(nn.Module):
         Where not `learns`, all parts but `range` are as they were.
         """
         K, M = len(self.names), self.intervals
-        ends = parts["ends"].reshape(2, M, K, -1)
-        visits, debt = (parts[name].reshape(1, M, K, -1) for name in ("visits", "debt"))
+        ends, debt = parts["ends"].reshape(2, M, K, -1), parts["debt"].reshape(1, M, K, -1)
         value = self.sides * values  # [2, 1, K, B]
         dead = (debt + 1).clamp(0.0, 1.0) * self.far  # [1, M, K, B]; debt is a whole number
         alive = ends + dead
@@ -146,9 +145,10 @@ class MemorySignals(nn.Module):
         gap = torch.maximum(beyond_low, beyond_high)
         distance = gap.amin(1, keepdim=True).clamp(min=0.0)
         span = torch.where(gap <= distance, torch.minimum(beyond_low, beyond_high), 0.0).amin(1, keepdim=True)  # of the nearest, negative
-        novelty = (distance / narrow).clamp(min=-1e3) * -live.to(values.dtype)
+        growth = torch.where(live, narrow, -torch.inf)  # the most a range grows by, negative; without end while nothing is judged
+        novelty = -(distance / growth).clamp(min=-1e3)
 
-        hull = torch.minimum(hull, torch.maximum(value, hull + torch.where(live, narrow, -FAR)))
+        hull = torch.minimum(hull, torch.maximum(value, hull + growth))
         free = dead.amax(1, keepdim=True)
         excess = self.widest * hull.sum(0, keepdim=True).clamp(max=-TINY) - span
         extends = torch.minimum(torch.minimum(distance, free), excess) <= 0
@@ -156,10 +156,8 @@ class MemorySignals(nn.Module):
         visited = visited & learns
         # A dead slot's ends are FAR away, so growing to the value is also how a new interval opens.
         ends = torch.where(visited, torch.minimum(alive, value), ends)
-        grown = visits * extends.to(values.dtype) - self.forget
-        debt = torch.where(visited, grown, debt + learns.to(values.dtype))
-        visits = torch.where(visited, grown, visits)
-        after = {"ends": ends, "visits": visits, "debt": debt, "range": hull}
+        debt = torch.where(visited, debt * extends.to(values.dtype) - self.forget, debt + learns.to(values.dtype))
+        after = {"ends": ends, "debt": debt, "range": hull}
         return novelty.reshape(K, -1), {name: part.reshape(parts[name].shape[0], -1) for name, part in after.items()}
 
 

@@ -119,8 +119,8 @@ class Tail(nn.Module):
         self.chains = (*c.signals, c.onsets)
         quantile, mean = torch.tensor(c.quantile).unsqueeze(1), torch.tensor(c.mean).unsqueeze(1)
         self._keep("most", 3 * quantile)
-        self._keep("pooled_sums", c.prior_events * quantile)
         self._keep("tau", torch.tensor([[chain.tau] for chain in self.chains]))
+        self._keep("ones", torch.ones(len(self.chains), 1))
         self._curves_of_signals()
         self._decades_of_signals()
         self._curves_of_sums()
@@ -183,72 +183,97 @@ class Tail(nn.Module):
         self._keep("decades_start", offset)
 
     def _counting(self, scale: Tensor) -> None:
-        """`counts` after an event = fading · counts + counting @ [levels reached, exposures, clipped strengths]."""
+        """What is counted, one column of `recall` and one row of `counting` each:
+
+            passed     [C·L] onsets that reached a level of a chain
+            first      [C] the same of each first level, remembered as long as the chains: the tries of the second
+            exposure   [2] events, and Σ 1/(age + 1) of them: of these are made the onsets that each chain was expected to have
+            sums       [K] of the strengths
+
+        `counts` after an event = fading · counts + counting @ [levels reached, one more event, 1/(age + 1), clipped strengths].
+        Passes, tries and sums with what is known before a stream begins = recall @ counts + prior.
+        """
         K, C, L = self.signals, len(self.chains), LEVELS
-        rho, rate, chain = 10**-LEVEL_STEP, 1 - 1 / self.memory_rate, 1 - 1 / self.memory_chain
-        counting = torch.zeros(2 * C * L + K, C * L + C + K)
-        counting[: C * L, : C * L] = torch.eye(C * L)
+        first, exposed, sums = C * L, C * (L + 1), C * (L + 1) + 2
+        counting, recall = torch.zeros(sums + K, C * L + 2 + K), torch.zeros(2 * C * L + K, sums + K)
+        counting[:first, : C * L] = recall[: C * L, :first] = torch.eye(C * L)
+        counting[exposed:sums, C * L : C * L + 2] = torch.eye(2)
+        counting[sums:, C * L + 2 :] = torch.diag(scale[:, 0])
+        recall[2 * C * L :, sums:] = torch.eye(K)
         for c, onsets in enumerate(self.chains):
+            counting[first + c, c * L] = 1.0
             tried = C * L + c * L
-            counting[tried, C * L + c] = 10**-onsets.first_level
-            counting[tried + 1 : tried + L, c * L : c * L + L - 1] = torch.eye(L - 1)
-        counting[2 * C * L :, C * L + C :] = torch.diag(scale[:, 0])
+            recall[tried, exposed:sums] = 10**-onsets.first_level * torch.tensor([1.0, onsets.tau])
+            recall[tried + 1, first + c] = 1.0
+            recall[tried + 2 : tried + L, c * L + 1 : c * L + L - 1] = torch.eye(L - 2)
+        rho, rate, chain = 10**-LEVEL_STEP, 1 - 1 / self.memory_rate, 1 - 1 / self.memory_chain
+        fading = ([rate] + [chain] * (L - 1)) * C + [chain] * C + [rate] * 2 + [1.0] * K
+        passed = [weight for c in self.chains for weight in [c.shape] + [c.weight * rho] * (L - 1)]
+        tried_prior = [weight for c in self.chains for weight in [c.shape] + [c.weight] * (L - 1)]
         self._keep("counting", counting)
-        self._keep("fading", torch.tensor(([rate] + [chain] * (L - 1)) * (2 * C) + [1.0] * K).unsqueeze(1))
-        self._keep("passed_prior", torch.tensor([w for c in self.chains for w in [c.shape] + [c.weight * rho] * (L - 1)]).unsqueeze(1))
-        self._keep("tried_prior", torch.tensor([w for c in self.chains for w in [c.shape] + [c.weight] * (L - 1)]).unsqueeze(1))
+        self._keep("recall", recall)
+        self._keep("fading", torch.tensor(fading).unsqueeze(1))
+        pooled = self.calibration.prior_events * torch.tensor(self.calibration.quantile)
+        self._keep("prior", torch.cat([torch.tensor(passed + tried_prior), pooled]).unsqueeze(1))
         self._keep("of_levels", torch.eye(C).repeat_interleave(L, dim=0))
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """Of the K signals and the sum: the last emission and its age; `counts`: onsets and passes of the levels above the first,
-        exposures in expected onsets and tries; then the sums of the strengths.
-        """
+        """Of the K signals and the sum: the last emission, and for how many events it is held; for `counts` see `_counting`."""
         C = self.signals + 1
-        counts = Slot("counts", 2 * C * LEVELS + self.signals, Keeps.STREAM)
-        return (Slot("onset_height", C), Slot("onset_age", C), counts, Slot("audit", 1, Keeps.STREAM))
+        counts = Slot("counts", C * (LEVELS + 1) + 2 + self.signals, Keeps.STREAM)
+        return (Slot("onset_height", C), Slot("onset_hold", C), counts, Slot("audit", 1, Keeps.STREAM))
 
     def forward(self, strengths: Tensor, judge: Tensor, age: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tail.Answer, Parts]:
-        """Strengths [K, B], 0 where the event has no value; age [1, B] events learned before; alpha [B] asked.
+        """Strengths [K, B], 0 where the event has no value and before `burn`; age [1, B] events learned before; alpha [B] asked.
 
         Where not `judge` [1, B] bool, the probabilities are NaN.
         """
         K, C, L = self.signals, self.signals + 1, LEVELS
         live = (age >= self.burn).to(strengths.dtype)
-        passed, tried, sums = torch.split(parts["counts"], [C * L, C * L, K])
+        passed, tried, sums = torch.split(torch.addmm(self.prior, self.recall, parts["counts"]), [C * L, C * L, K])
         ratio = strengths * (age + (self.calibration.prior_events - self.burn)).clamp(min=self.calibration.prior_events)
-        growth = torch.reciprocal(age + 1) * self.tau + 1
-        chains = (passed + self.passed_prior) / (tried + self.tried_prior)
+        newness = torch.reciprocal(age + 1)
+        growth = torch.addmm(self.ones, self.tau, newness)
         asked = alpha.clamp(1e-12, 1.0).unsqueeze(0)
-        logs = torch.log(torch.cat([ratio / (sums + self.pooled_sums) + 1, asked, growth, chains]))
+        logs = torch.log(torch.cat([ratio / sums + 1, asked, growth, passed / tried]))
         evidence, log_growth, own_chains, chain = torch.split(logs, [K + 1, C, K * L, L])
         own_places, summed = self._above_floor(evidence, own_chains)
         places, beyond, event, heights, total, factor = self._sums(summed)
 
-        onset_age = parts["onset_age"] + 1
-        last = parts["onset_height"] + self.calibration.margin if self.calibration.margin else parts["onset_height"]
-        onset = heights > last * (onset_age <= HOLD).to(live.dtype)
+        last = parts["onset_height"] * parts["onset_hold"].clamp(max=1.0)
+        onset, height = self._onset(heights, last)
         counted = onset.to(live.dtype)
-        terms = [places.clamp(0.0, 1.0) * chain, beyond.clamp(min=0.0), event, log_growth, parts["audit"]]
+        climbed = places.clamp(0.0, 1.0)
+        terms = [climbed * chain, beyond.clamp(min=0.0), event, log_growth, parts["audit"]]
         exponents = torch.addmm(self.exponents_start, self.exponents, torch.cat(terms)) * torch.cat([torch.sign(total), counted[K:]])
-        p_value, onset_p = torch.split(torch.where(judge, torch.exp(exponents.clamp(SMALLEST, 0.0)), torch.nan), 1)
+        p_value, onset_p = torch.where(judge, torch.exp(exponents.clamp(SMALLEST, 0.0)), torch.nan)
         surprise = (onset_p < alpha).to(live.dtype) - alpha
-        reached = (torch.cat([own_places, places]) >= 1).to(live.dtype) * (self.of_levels @ counted)
-        news = torch.cat([reached, growth, torch.minimum(strengths, self.most)]) * live
+        reached = torch.floor(torch.cat([own_places, climbed])) * (self.of_levels @ counted)
+        news = torch.cat([reached, live, newness * live, torch.minimum(strengths, self.most)])
         after = {
-            "onset_height": torch.where(onset, heights, parts["onset_height"]),
-            "onset_age": onset_age * (1 - counted),
+            "onset_height": height,
+            "onset_hold": torch.maximum(parts["onset_hold"] - 1, HOLD * counted),
             "audit": (parts["audit"] + self.audit_step * live * surprise).clamp(-self.audit_limit, 0.0),
             "counts": torch.addmm(parts["counts"] * self.fading, self.counting, news),
         }
         return self.Answer(p_value, onset_p, factor), after
 
+    def _onset(self, heights: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Which heights [C, B] are onsets above the last emissions, 0 where none is held any more; and the last ones after this event."""
+        margin = self.calibration.margin
+        if margin == 0:
+            return heights > last, torch.maximum(heights, last)
+        onset = heights > last + margin
+        return onset, torch.where(onset, heights, last)
+
     def _above_floor(self, logs: Tensor, chains: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithms [K + 1, B] → places on the signals' levels [K·L, B]; their decades above the floor, evidence, its sum, factor."""
+        """Logarithms [K + 1, B] → places on the signals' levels, 0 to 1 [K·L, B]; decades above the floor, evidence, its sum, factor."""
         K, L = self.signals, LEVELS
         hinged = torch.relu(torch.addmm(self.signal_knots, self.signal_pick, logs))
         places, beyond, evidence, rest = torch.split(torch.addmm(self.own_start, self.own, hinged), [K * L, K, K, 2])
-        terms = torch.cat([places.clamp(0.0, 1.0) * chains, beyond.clamp(min=0.0)])
+        places = places.clamp(0.0, 1.0)
+        terms = torch.cat([places * chains, beyond.clamp(min=0.0)])
         above = torch.relu(torch.addmm(self.above_start, self.above, terms)) * torch.sign(evidence)
         return places, torch.cat([above, evidence, rest])
 
@@ -259,15 +284,15 @@ class Tail(nn.Module):
         return torch.split(torch.addmm(self.decades_start, self.decades, hinged), sizes)
 
     class Answer(NamedTuple):
-        """All [1, B]."""
+        """What is known of an event."""
 
-        p_value: Tensor
-        onset_p: Tensor
-        factor: Tensor  # half width of the band ÷ spread
+        p_value: Tensor  # [B]
+        onset_p: Tensor  # [B]
+        factor: Tensor  # [1, B] half width of the band ÷ spread
 
     most: Tensor
-    pooled_sums: Tensor
     tau: Tensor
+    ones: Tensor
     signal_pick: Tensor
     signal_knots: Tensor
     own: Tensor
@@ -279,9 +304,9 @@ class Tail(nn.Module):
     decades: Tensor
     decades_start: Tensor
     counting: Tensor
+    recall: Tensor
     fading: Tensor
-    passed_prior: Tensor
-    tried_prior: Tensor
+    prior: Tensor
     of_levels: Tensor
     exponents: Tensor
     exponents_start: Tensor

@@ -30,15 +30,12 @@ def steps(step: DetectorStep, x: NDArray[Any], learn: float = 1.0) -> tuple[list
 
 def reference_memory(values: Float64, burn: int, slots: int, widest: float, forget: float) -> Float64:
     """Interval memory of one signal, with loops: novelty of each value before it is learned."""
-    low, high, visits, last = np.zeros(slots), np.zeros(slots), np.zeros(slots), np.zeros(slots)
+    low, high, life = np.zeros(slots), np.zeros(slots), np.zeros(slots)
     low[0] = high[0] = minimum = maximum = values[0]
-    visits[0] = 1  # an interval without visits is a free slot
+    life[0] = forget  # an interval without life is a free slot
     novelty = np.zeros(len(values))
     for i, value in enumerate(values[1:], 1):
-        for k in range(slots):
-            if visits[k] > 0 and i - last[k] > forget * visits[k]:
-                visits[k] = 0
-        used = np.flatnonzero(visits > 0)
+        used = np.flatnonzero(life > 0)
         minimum, maximum = max(minimum, low[used].min()), min(maximum, high[used].max())
         width = max(maximum - minimum, 1e-18)
         gaps = np.maximum(np.maximum(value - high[used], low[used] - value), 0)
@@ -48,15 +45,15 @@ def reference_memory(values: Float64, burn: int, slots: int, widest: float, forg
         maximum = max(maximum, value if i < burn else min(value, maximum + width))
         minimum = min(minimum, value if i < burn else max(value, minimum - width))
         span = max(high[nearest], value) - min(low[nearest], value)
-        free = np.flatnonzero(visits == 0)
+        free = np.flatnonzero(life <= 0)
+        life -= 1
         if gaps.min() == 0 or span <= widest * max(maximum - minimum, 1e-18) or len(free) == 0:
             k = nearest
-            low[k], high[k], visits[k] = min(low[k], value), max(high[k], value), visits[k] + 1
+            low[k], high[k], life[k] = min(low[k], value), max(high[k], value), life[k] + 1 + forget
         else:
             k = free[0]
             low[k] = high[k] = value
-            visits[k] = 1
-        last[k] = i
+            life[k] = forget
     return novelty
 
 
@@ -138,7 +135,7 @@ def test_frozen_learning_keeps_a_fault_from_becoming_normal(features: int) -> No
             state, *_ = step(state, torch.full((2, features), 40.0), t, torch.zeros(2), torch.full((2,), 1e-3))
     before, after = step.layout.split(normal), step.layout.split(state)
     running = {"events", "level", "motion", "previous", "residual_level", "distance", "previous_z", "forecast", "cadence"}
-    running |= {"onset_height", "onset_age"}
+    running |= {"onset_height", "onset_hold"}
     learned = [name for name in before if name not in running and not name.startswith(("encoder", "decoder"))]
     assert len(learned) > 8
     for name in learned:
@@ -154,7 +151,7 @@ def test_readings_far_from_zero_keep_their_digits() -> None:
     old, new = step.layout.split(near), step.layout.split(far)
     for name in ("mean", "variance", "level"):
         assert torch.equal(old[name], new[name])
-    for name in ("ends", "visits", "debt", "range"):  # of the signals value and level
+    for name in ("ends", "debt", "range"):  # of the signals value and level
         assert torch.equal(old[name].reshape(-1, 4)[:, :2], new[name].reshape(-1, 4)[:, :2])
 
 

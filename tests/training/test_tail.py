@@ -12,22 +12,19 @@ from training.calibrate import PRIOR, Observed, calibrate, evidence_of, heights_
 from training.data import Float64
 from training.detector import DetectorStep
 from training.signals import MemorySignals
-from training.tail import LEVELS, LOG10, Band, Calibration, Tail
+from training.tail import HOLD, LEVELS, LOG10, Band, Calibration, Tail
 
 ALPHA = torch.tensor([1e-3])  # asked of every stream: expand(B)
 K = len(MemorySignals.names)
 CHAINS = K + 1
 SUM = K  # the chain of the sum comes after the signals'
-STRENGTHS = slice(2 * CHAINS * LEVELS, None)  # rows of `counts`
+EXPOSED = CHAINS * (LEVELS + 1)  # row of `counts` with the events of an old stream
+STRENGTHS = slice(EXPOSED + 2, None)
 
 
 def onsets(chain: int) -> int:
     """Row of `counts` with the onsets of a chain."""
     return chain * LEVELS
-
-
-def exposure(chain: int) -> int:
-    return (CHAINS + chain) * LEVELS
 
 
 def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observed, univariate: DetectorStep) -> None:
@@ -40,8 +37,8 @@ def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observe
             valid = torch.from_numpy(observed.valid[i])[None]
             age = torch.from_numpy(observed.age[i])[None]
             answer, parts = tail(torch.from_numpy(observed.strengths[i]).t(), valid, age, ALPHA.expand(B), parts)
-            onset_p[i] = answer.onset_p[0].numpy()
-            emitted[i] = np.where(parts["onset_age"][SUM].numpy() == 0, parts["onset_height"][SUM].numpy(), 0.0)
+            onset_p[i] = answer.onset_p.numpy()
+            emitted[i] = np.where(parts["onset_hold"][SUM].numpy() == HOLD, parts["onset_height"][SUM].numpy(), 0.0)
     heights = heights_of(evidence_of(observed, calibration, tail.burn), observed, calibration, tail.burn)
     heights = onsets_of(heights, observed)
     assert (heights > 0).sum() > 10
@@ -67,7 +64,7 @@ def test_onsets_come_about_as_often_as_asked_in_the_streams_they_were_calibrated
             judge = torch.from_numpy(valid)[None]
             answer, parts = tail(torch.from_numpy(strengths).t(), judge, torch.from_numpy(age)[None], ALPHA.expand(len(age)), parts)
             settled = valid & (age >= 600)
-            found, events = found + int((answer.onset_p[0].numpy()[settled] < asked).sum()), events + int(settled.sum())
+            found, events = found + int((answer.onset_p.numpy()[settled] < asked).sum()), events + int(settled.sum())
     assert 0.2 < found / events / asked < 4
 
 
@@ -77,7 +74,7 @@ def test_a_larger_strength_never_has_a_larger_p_value(univariate: DetectorStep) 
     rows = strength.shape[1]
     parts = {slot.name: torch.zeros(slot.size, rows) for slot in tail.slots}
     answer, _ = tail(strength, torch.ones(1, rows, dtype=torch.bool), torch.full((1, rows), 500.0), ALPHA.expand(rows), parts)
-    p_value, onset_p = answer.p_value[0], answer.onset_p[0]
+    p_value, onset_p = answer.p_value, answer.onset_p
     assert p_value[0] == onset_p[0] == 1
     assert (torch.diff(p_value) <= 1e-7).all()
     assert (torch.diff(onset_p) <= 1e-7).all()
@@ -90,7 +87,7 @@ def test_a_young_stream_is_judged_more_mildly(univariate: DetectorStep) -> None:
     strength, ones = torch.full((K, 2), 5.0), torch.ones(1, 2, dtype=torch.bool)
     parts = {slot.name: torch.zeros(slot.size, 2) for slot in tail.slots}
     answer, _ = tail(strength, ones, torch.tensor([[150.0, 20000.0]]), ALPHA.expand(2), parts)
-    p_value, onset_p = answer.p_value[0], answer.onset_p[0]
+    p_value, onset_p = answer.p_value, answer.onset_p
     assert p_value[0] > p_value[1]
     assert onset_p[0] > onset_p[1]
 
@@ -113,10 +110,10 @@ def test_a_stream_with_many_onsets_gets_milder_p_values(univariate: DetectorStep
     tail = univariate.tail
     ones, age = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 5000.0)
     parts = {slot.name: torch.zeros(slot.size, 2) for slot in tail.slots}
-    parts["counts"][exposure(SUM)] += 3000.0 * 10 ** -tail.chains[SUM].first_level
+    parts["counts"][EXPOSED] += 3000.0
     parts["counts"][onsets(SUM), 1] += 60.0
     answer, _ = tail(torch.full((K, 2), 3.0), ones, age, ALPHA.expand(2), parts)
-    assert answer.onset_p[0, 1] > 3 * answer.onset_p[0, 0]
+    assert answer.onset_p[1] > 3 * answer.onset_p[0]
     assert abs(LOG10 - np.log(10)) < 1e-12
 
 
@@ -127,17 +124,16 @@ def test_what_could_be_rounding_is_an_onset_of_nothing(univariate: DetectorStep)
     tiny = 1e-4 * torch.tensor(tail.calibration.quantile).unsqueeze(1)
     answer, after = tail(tiny, ones, age, ALPHA.expand(1), parts)
     assert answer.p_value == answer.onset_p == 1
-    assert (after["onset_age"] == 1).all()
+    assert (after["onset_hold"] == 0).all()
     _, after = tail(1e4 * tiny, ones, age, ALPHA.expand(1), parts)
-    assert (after["onset_age"][:K] == 0).all()
+    assert (after["onset_hold"][:K] == HOLD).all()
 
 
 def test_a_signal_that_is_often_new_in_a_stream_counts_for_less_there_and_the_others_as_before(univariate: DetectorStep) -> None:
     tail = univariate.tail
     ones, age = torch.ones(1, 3, dtype=torch.bool), torch.full((1, 3), 5000.0)
     parts = {slot.name: torch.zeros(slot.size, 3) for slot in tail.slots}
-    for chain in range(K):
-        parts["counts"][exposure(chain)] += 3000.0 * 10 ** -tail.chains[chain].first_level
+    parts["counts"][EXPOSED] += 3000.0
     parts["counts"][onsets(0), 1:] += 200.0  # the value of the second and the third stream
     strengths = torch.zeros(K, 3)
     strengths[0, :2] = strengths[1, 2] = 3.0  # the third's level is new this time
@@ -158,9 +154,9 @@ def test_the_audit_follows_the_realised_rate_up_to_a_decade(univariate: Detector
     for _ in range(60):
         # Every event of the second stream is an onset rarer than alpha; the first is never surprised.
         parts["counts"][STRENGTHS] = 0
-        answer, parts = tail(strengths, ones, age, ALPHA.expand(2), {**parts, "onset_age": torch.full((CHAINS, 2), 1000.0)})
+        answer, parts = tail(strengths, ones, age, ALPHA.expand(2), {**parts, "onset_hold": torch.zeros(CHAINS, 2)})
         audits.append(parts["audit"][0].tolist())
-    assert answer.onset_p[0, 1] < 1
+    assert answer.onset_p[1] < 1
     assert audits[-1][0] == pytest.approx(-60 * tail.audit_step * 1e-3, rel=1e-3)
     assert audits[-1][1] == 0  # an alert gives back what quiet has earned and no more: it never makes the next one harder
     parts["audit"] = torch.full((1, 2), -tail.audit_limit)
