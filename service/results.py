@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import repeat
 from typing import Any, get_args
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
@@ -24,8 +24,31 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 Numbers = dict[str, float | None]
 
-# Plain numbers, made once: a reply is made for every event, and on Python 3.11 each member of an Enum is a function call.
-_WITH_RECORD, _OLD, _LATE = (int(Kind.SCORED), int(Kind.DUPLICATE)), (int(Kind.DUPLICATE), int(Kind.REPEATED)), int(Kind.LATE)
+# Plain numbers, made once: on Python 3.11 each member of an Enum is a function call.
+_SCORED, _DUPLICATE, _REPEATED, _LATE = map(int, (Kind.SCORED, Kind.DUPLICATE, Kind.REPEATED, Kind.LATE))
+TOP = 10
+"""Contributors told where a request does not say how many."""
+
+Values = list[Any]
+"""A field of N results."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What replies say of the detector that made them."""
+
+    name: str
+    version: str
+    warmup: int
+    names: tuple[str, ...]
+    """Of the F features."""
+    patterns: Patterns | None
+    """Of a log model."""
+
+    @property
+    def ranged(self) -> tuple[str, ...]:
+        """The features that have a range: all but a line's code."""
+        return self.names if self.patterns is None else self.names[1:]
 
 
 @dataclass(frozen=True)
@@ -35,47 +58,107 @@ class Batch:
     outcomes: Outcomes
     verdicts: Verdicts
     confidence: NDArray[np.float64]
-    names: tuple[str, ...]
-    """Of the F features."""
-    patterns: Patterns | None = None
-    """Of a log model."""
+    model: Model
 
     @cached_property
-    def rows(self) -> list[tuple[Any, ...]]:
-        """Everything a reply needs as plain values, one row an event: made once for all replies."""
-        records, verdicts = self.outcomes.records, self.verdicts
-        columns = (
-            self.outcomes.kinds.tolist(),
-            *(_nullable(column) for column in (verdicts.anomaly_score, records["p_value"], verdicts.alert_score)),
+    def timestamp(self) -> Values:
+        timestamps: Values = self.outcomes.records["timestamp"].tolist()
+        return timestamps
+
+    @cached_property
+    def heads(self) -> list[tuple[Any, ...]]:
+        """Fields of Result between `timestamp` and `contributors`, one row an event: made once for all replies."""
+        records, verdicts, model, N = self.outcomes.records, self.verdicts, self.model, len(self.outcomes.kinds)
+        told = self.told
+        fields = (
+            _nullable(verdicts.anomaly_score),
+            _nullable(records["p_value"]),
+            _nullable(verdicts.alert_score),
             verdicts.is_anomaly.tolist(),
-            verdicts.grade.tolist(),
-            verdicts.severity.tolist(),
-            verdicts.direction.tolist(),
+            _nullable(np.where(np.isnan(records["p_value"]), np.nan, verdicts.grade)),
+            [SEVERITIES[level] for level in verdicts.severity.tolist()],
             self.confidence.tolist(),
-            records["version"].tolist(),
-            records["timestamp"].tolist(),
-            _nullable(records["started_at"]),
-            (records["flags"] & FROZEN != 0).tolist(),
-            map(_shortest, records["alpha"].tolist()),
-            _tuples(records["x"]),
-            self._named(records["expected"], self.names),
-            *(self._named(records[name], self._ranged) for name in ("lower", "upper")),
-            _tuples(records["contribution"]),
-            repeat(None) if self.patterns is None else self.patterns.told(records),
+            [THRESHOLD] * N,
+            [_shortest(alpha) for alpha in records["alpha"].tolist()],
+            [DIRECTIONS[direction] for direction in verdicts.direction.tolist()],
+            _named(records["expected"], model.names) if told is None else [one.expected for one in told],
+            *(_named(records[name], model.ranged) for name in ("lower", "upper")),
         )
-        return list(zip(*columns, strict=False))  # the last may be endless
+        self._hide(fields, (None, None, None, False, None, "none", ..., ..., ..., "none", {}, {}, {}))
+        return list(zip(*fields, strict=True))
 
-    @property
-    def _ranged(self) -> tuple[str, ...]:
-        """The features that have a range: all but a line's code."""
-        return self.names if self.patterns is None else self.names[1:]
+    @cached_property
+    def tails(self) -> list[tuple[Any, ...]]:
+        """Fields of Result after `contributors` and up to `late`."""
+        records, model, kinds = self.outcomes.records, self.model, self.outcomes.kinds
+        N, missing = len(kinds), np.maximum(0, model.warmup - records["version"].astype(np.int64))
+        fields = (
+            _nullable(records["started_at"]),
+            self._imputed(),
+            [STATUSES[status] for status in status_of(missing, records["flags"]).tolist()],
+            missing.tolist(),
+            [model.name] * N,
+            [model.version] * N,
+            records["version"].tolist(),
+            ((kinds == _DUPLICATE) | (kinds == _REPEATED)).tolist(),
+            (kinds == _LATE).tolist(),
+        )
+        self._hide(fields, (None, [], *[...] * 7))
+        return list(zip(*fields, strict=True))
 
-    def _named(self, column: NDArray[np.floating], names: tuple[str, ...]) -> list[Numbers]:
-        """[N, F] → feature → number for each event, of the last features if there are fewer names."""
-        if len(names) == 1:
+    @cached_property
+    def told(self) -> list[Told] | None:
+        """Of lines."""
+        return None if self.model.patterns is None else self.model.patterns.told(self.outcomes.records)
+
+    @cached_property
+    def has(self) -> NDArray[np.bool_]:
+        """[N] whether an event has a result."""
+        kinds = self.outcomes.kinds
+        has: NDArray[np.bool_] = (kinds == _SCORED) | (kinds == _DUPLICATE)
+        return has
+
+    @cached_property
+    def usual(self) -> list[list[Contributor]]:
+        """Of all events, TOP contributors."""
+        return self.contributors(slice(None), TOP)
+
+    def contributors(self, at: slice | list[int], top: int) -> list[list[Contributor]]:
+        """Of the events there, the `top` features that contribute most and are not missing."""
+        records, names = self.outcomes.records, self.model.names
+        some, x, expected = _tuples(records["contribution"][at]), _tuples(records["x"][at]), _tuples(records["expected"][at])
+        if not top:
+            found: list[list[Contributor]] = [[] for _ in some]
+        elif len(names) == 1:  # of most streams, and nothing to be sorted
             [name] = names
-            return [{name: number} for number in _nullable(column[:, -1])]
-        return [dict(zip(names, numbers, strict=True)) for numbers in _nullable(column[:, -len(names) :])]
+            found = [
+                [] if number is None else [Contributor(name, part, number, likely)]
+                for (part,), (number,), (likely,) in zip(some, x, expected, strict=True)
+            ]
+        else:
+            order = np.argsort(-records["contribution"][at], axis=1, kind="stable")[:, :top].tolist()
+            found = [
+                [Contributor(names[j], parts[j], numbers[j], likely[j]) for j in places if numbers[j] is not None]
+                for places, parts, numbers, likely in zip(order, some, x, expected, strict=True)
+            ]
+        has = self.has[at]
+        return found if has.all() else [one if there else [] for one, there in zip(found, has.tolist(), strict=True)]
+
+    def _imputed(self) -> list[list[str]]:
+        """Names of the missing values."""
+        missing = np.isnan(self.outcomes.records["x"])
+        found: list[list[str]] = [[] for _ in range(len(missing))]
+        if self.model.patterns is None:  # numbers that a line does not have are none that are missing
+            for i in np.flatnonzero(missing.any(axis=1)).tolist():
+                found[i] = [name for name, gone in zip(self.model.names, missing[i].tolist(), strict=True) if gone]
+        return found
+
+    def _hide(self, fields: Sequence[Values], instead: Sequence[Any]) -> None:
+        """Put `instead` in the place of what events without a result do not tell, in place; ... = it is told."""
+        for i in np.flatnonzero(~self.has).tolist():
+            for values, nothing in zip(fields, instead, strict=True):
+                if nothing is not ...:
+                    values[i] = nothing
 
 
 @dataclass(frozen=True)
@@ -123,10 +206,6 @@ class Answers:
     onsets: int
     expected: float
     """Onsets that the asked rate allows among the judged events."""
-
-    @property
-    def rows(self) -> list[tuple[Any, ...]]:
-        return self.batch.rows[self.start : self.stop]
 
     def part(self, start: int, stop: int) -> Answers:
         return Answers(self.batch, self.start + start, self.start + stop, self.kinds[start:stop], 0, 0, 0.0)
@@ -177,11 +256,8 @@ class Replies:
 
     def __init__(self, manifest: Manifest, policy: Policy) -> None:
         self._policy = policy
-        self._model, self._model_version = manifest.name, manifest.version
-        self._warmup = manifest.warmup
-        self._names = manifest.feature_names
-        self._single = len(self._names) == 1
-        self._patterns = None if manifest.lines is None else Patterns(manifest.lines)
+        patterns = None if manifest.lines is None else Patterns(manifest.lines)
+        self._model = Model(manifest.name, manifest.version, manifest.warmup, manifest.feature_names, patterns)
 
     def judged(self, outcomes: Outcomes) -> Answers:
         """Verdicts over a batch."""
@@ -189,7 +265,7 @@ class Replies:
         verdicts = judge(records)
         scored = kinds == Kind.SCORED
         return Answers(
-            Batch(outcomes, verdicts, self._policy.confidence(records["version"]), self._names, self._patterns),
+            Batch(outcomes, verdicts, self._policy.confidence(records["version"]), self._model),
             0,
             len(kinds),
             kinds.tolist(),
@@ -200,14 +276,11 @@ class Replies:
 
     def results(self, events: Sequence[Event], answers: Answers, *, top_contributors: int) -> list[Result]:
         """One result for each of N events, in order. A duplicate echoes the event it answers and carries the stored result."""
-        result = self._result if self._patterns is None else self._line_result
-        return [result(event, row, top_contributors) for event, row in zip(events, answers.rows, strict=True)]
+        return _results(events, answers.batch, slice(answers.start, answers.stop), top_contributors)
 
     def picked(self, events: Sequence[Event], answers: Answers, places: Sequence[int]) -> list[Result]:
         """Results of the events at these places of `answers`."""
-        rows = answers.rows
-        result = self._result if self._patterns is None else self._line_result
-        return [result(event, rows[i], 10) for event, i in zip(events, places, strict=True)]
+        return _results(events, answers.batch, [answers.start + i for i in places], 10)
 
     def scores(self, answers: Sequence[Answers]) -> Scores:
         """The results of several answers, one after the other, as columns."""
@@ -216,7 +289,7 @@ class Replies:
         records = np.concatenate([outcomes.records[here] for outcomes, here in parts])
         verdicts, version = judge(records), records["version"]
         has = (kinds == Kind.SCORED) | (kinds == Kind.DUPLICATE)
-        missing = np.maximum(0, self._warmup - version.astype(np.int64))
+        missing = np.maximum(0, self._model.warmup - version.astype(np.int64))
         alphas, which = np.unique(records["alpha"], return_inverse=True)
         return Scores(
             kinds=kinds,
@@ -237,60 +310,48 @@ class Replies:
             upper=records["upper"],
             contribution=records["contribution"],
             anomaly_started_at=np.where(has, records["started_at"], np.nan),
-            status=np.where(missing > 0, 0, np.where(records["flags"] & FROZEN != 0, 2, 1)).astype(np.int8),
+            status=status_of(missing, records["flags"]),
             samples_until_ready=missing,
             state_version=version,
         )
 
-    def _result(self, event: Event, row: tuple[Any, ...], top: int) -> Result:
-        kind, score, p_value, alert, is_anomaly, grade, severity, direction, confidence, version, timestamp, started_at = row[:12]
-        frozen, alpha, x, expected, lower, upper, contribution, _ = row[12:]
-        scored = kind in _WITH_RECORD
-        missing = max(0, self._warmup - version)
-        return Result(  # by position: with its 27 names this call would take five times as long
-            event.stream_id or "",
-            event.event_id,
-            event.timestamp if event.timestamp is not None else timestamp,
-            score if scored else None,
-            p_value if scored else None,
-            alert if scored else None,
-            is_anomaly and scored,
-            grade if scored and p_value is not None else None,  # anomaly_grade
-            SEVERITIES[severity] if scored else "none",
-            confidence,
-            THRESHOLD,
-            alpha,
-            DIRECTIONS[direction] if scored else "none",
-            expected if scored else {},
-            lower if scored else {},
-            upper if scored else {},
-            self._contributors(x, expected, contribution, top) if scored else [],
-            started_at if scored else None,
-            [name for name, number in zip(self._names, x, strict=True) if number is None] if scored and None in x else [],  # imputed
-            "warming_up" if missing else "frozen" if frozen else "ready",
-            missing,
-            self._model,
-            self._model_version,
-            version,
-            kind in _OLD,  # duplicate
-            kind == _LATE,
-        )
 
-    def _line_result(self, event: Event, row: tuple[Any, ...], top: int) -> Result:
-        """The same of a log model: patterns in place of numbers; a number that a line does not have is none that is missing."""
-        result, told = self._result(event, row, top), row[-1]
-        if row[0] not in _WITH_RECORD:
-            return result
-        line = Line(event.message, told.template, told.code == NEW, told.before)
-        return replace(result, expected=told.expected, imputed=[], line=line)
+def _results(events: Sequence[Event], batch: Batch, at: slice | list[int], top: int) -> list[Result]:
+    """Results of the events there. By position: with its 28 names a call would take five times as long."""
+    contributors = _of(batch.usual, at) if top == TOP else batch.contributors(at, top)
+    rows = zip(events, _of(batch.timestamp, at), _of(batch.heads, at), contributors, _of(batch.tails, at), strict=True)
+    results = [
+        Result(event.stream_id or "", event.event_id, taken if event.timestamp is None else event.timestamp, *(*head, parts, *tail))
+        for event, taken, head, parts, tail in rows
+    ]
+    if batch.told is None:
+        return results
+    lines = _lines(events, _of(batch.told, at), batch.has[at].tolist())
+    return [replace(result, line=line) for result, line in zip(results, lines, strict=True)]
 
-    def _contributors(self, x: tuple[float | None, ...], expected: Numbers, contribution: tuple[float, ...], top: int) -> list[Contributor]:
-        names = self._names
-        if self._single:  # of most streams, and nothing to be sorted
-            number = x[0]
-            return [Contributor(names[0], contribution[0], number, expected[names[0]])] if top and number is not None else []
-        order = sorted(range(len(x)), key=contribution.__getitem__, reverse=True)[:top]
-        return [Contributor(names[j], contribution[j], x[j], expected[names[j]]) for j in order if x[j] is not None]
+
+def _lines(events: Sequence[Event], told: Sequence[Told], has: Sequence[bool]) -> list[Line | msgspec.UnsetType]:
+    return [
+        Line(event.message, one.template, one.code == NEW, one.before) if there else msgspec.UNSET
+        for event, one, there in zip(events, told, has, strict=True)
+    ]
+
+
+def _of(values: list[Any], at: slice | list[int]) -> list[Any]:
+    return values[at] if isinstance(at, slice) else [values[i] for i in at]
+
+
+def _named(column: NDArray[np.floating], names: tuple[str, ...]) -> list[Numbers]:
+    """[N, F] → feature → number for each event, of the last features if there are fewer names."""
+    if len(names) == 1:
+        [name] = names
+        return [{name: number} for number in _nullable(column[:, -1])]
+    return [dict(zip(names, numbers, strict=True)) for numbers in _nullable(column[:, -len(names) :])]
+
+
+def status_of(missing: NDArray[np.int64], flags: NDArray[np.uint32]) -> NDArray[np.int8]:
+    """[N] of STATUSES; `missing` are the events until a stream has warmed up."""
+    return np.where(missing > 0, 0, np.where(flags & FROZEN != 0, 2, 1)).astype(np.int8)
 
 
 @lru_cache(maxsize=64)

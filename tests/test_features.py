@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.errors import BadEvent
-from service.events import Event
-from service.features import parse, parse_timestamp, to_readings
+from service.events import Event, Parsed
+from service.features import TOGETHER, parse, parse_timestamp, to_readings
 from tests.tiny import tiny_manifest
 
 MANIFEST = tiny_manifest(("temperature", "flow"))
@@ -85,3 +87,53 @@ def test_a_bad_event_is_refused_by_field_and_reason(event: Event, field: str, sa
 )
 def test_times_are_rfc_3339_and_utc_without_a_zone(text: str, seconds: float) -> None:
     assert parse_timestamp(text) == seconds
+
+
+@st.composite
+def usual_and_odd_events(draw: st.DrawFn) -> list[Event]:
+    """Plain ones, and at most two among them that must be looked at one by one."""
+    plain = st.builds(
+        Event,
+        stream_id=st.sampled_from(["a", "b", "é"]),
+        values=st.fixed_dictionaries({"flow": st.floats(-1e6, 1e6), "temperature": st.integers(-100, 100)}),
+        timestamp=st.one_of(st.none(), st.floats(0, NOW)),
+        event_id=st.one_of(st.none(), st.text("xyz", min_size=1, max_size=3)),
+        sequence=st.one_of(st.none(), st.integers(0, 9)),
+    )
+    both: dict[str, float | None] = {"flow": 1.0, "temperature": 2.0}
+    odd = st.sampled_from(
+        [
+            Event(stream_id="a", values=both | {"flow": None}),
+            Event(stream_id="a", values={"flow": 1.0}),
+            Event(stream_id="a", values={"flow": 1.0, "speed": 2.0}),
+            Event(stream_id="a", values=both | {"speed": 3.0}),
+            Event(stream_id="a", values=both | {"flow": float("nan")}),
+            Event(stream_id="a", values=both | {"flow": 1e39}),
+            Event(stream_id="a", values={}),
+            Event(stream_id="a"),
+            Event(stream_id="a", message="GET /"),
+            Event(stream_id="a", values=both, end=True),
+            Event(stream_id="a", values=both, timestamp="2023-11-14T00:00:00Z"),
+            Event(stream_id="a", values=both, timestamp="5"),
+            Event(stream_id="a", values=both, timestamp=float("nan")),
+            Event(stream_id="a", values=both, timestamp=NOW + 61),
+            Event(values=both),
+            Event(stream_id="a\n", values=both),
+            Event(stream_id="a", values=both, event_id="\x00"),
+        ]
+    )
+    events = draw(st.lists(plain, min_size=TOGETHER, max_size=TOGETHER + 4))
+    for event in draw(st.lists(odd, max_size=2)):
+        events.insert(draw(st.integers(0, len(events))), event)
+    return events
+
+
+@given(usual_and_odd_events())
+def test_many_events_at_once_are_read_as_each_of_them_alone(events: list[Event]) -> None:
+    parsed, errors = parse(events, MANIFEST, now=NOW, max_future=60)
+    alone = [parse([event], MANIFEST, now=NOW, max_future=60) for event in events]
+    assert {i: error.detail for i, error in errors.items()} == {i: wrong[0].detail for i, (_, wrong) in enumerate(alone) if wrong}
+    whole = Parsed.joined(part for part, _ in alone)
+    for name in ("stream_ids", "timestamp", "timed", "sequence", "key"):
+        assert getattr(parsed, name) == getattr(whole, name), name
+    assert np.array_equal(np.array(parsed.values, np.float64), np.array(whole.values, np.float64), equal_nan=True)
