@@ -48,10 +48,11 @@ class Copies:
         if learning.any():
             self.drop([stream_ids[i] for i in np.flatnonzero(learning).tolist()])
             stream_ids, rows = [stream_ids[i] for i in np.flatnonzero(~learning).tolist()], rows[~learning]
-        for stream_id in stream_ids:
-            if stream_id not in self._places:
-                self._make_room(stream_id)
         places = self.find(stream_ids)
+        if (places < 0).any():
+            for i in np.flatnonzero(places < 0).tolist():
+                self._make_room(stream_ids[i])
+            places = self.find(stream_ids)
         here = places >= 0  # a batch larger than the ring pushes its own first streams out
         self._ring[places[here]] = bytes_of(rows)[here, : self._bytes]
 

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain, compress, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from service.events import SEVERITIES
 from service.feed import Batch
 from service.metrics import Metrics
-from service.rounds import Kind
+from service.policy import Verdicts
+from service.rounds import Kind, Outcomes
 
 RECENT_SECONDS = 300.0
 """A stream that sends nothing for this long is no longer counted."""
@@ -30,12 +31,24 @@ _WARMING = 0  # beside positions in SEVERITIES, of which the first is no anomaly
 _ORDINARY = -1
 
 
+class Seen(NamedTuple):
+    """What is kept of a batch: without the parts of its replies, whose memory the next batch takes while it is still in the caches."""
+
+    outcomes: Outcomes
+    verdicts: Verdicts
+    stream_ids: Sequence[str]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Seen:
+        return cls(batch.answers.batch.outcomes, batch.answers.batch.verdicts, batch.stream_ids)
+
+
 class Judged:
     """The N scored events of some batches, in order. Columns are put together when they are asked for."""
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._outcomes = [batch.answers.batch.outcomes for batch in batches]
-        self._verdicts = [batch.answers.batch.verdicts for batch in batches]
+    def __init__(self, batches: Sequence[Seen]) -> None:
+        self._outcomes = [batch.outcomes for batch in batches]
+        self._verdicts = [batch.verdicts for batch in batches]
         scored = np.concatenate([outcomes.kinds for outcomes in self._outcomes]) == Kind.SCORED
         self._scored: slice | NDArray[np.bool_] = slice(None) if scored.all() else scored
         names = chain.from_iterable(batch.stream_ids for batch in batches)
@@ -55,13 +68,13 @@ class Gathered:
 
     def __init__(self, model: str, take: Callable[[Judged], None]) -> None:
         self._model, self._take = model, take
-        self._batches: list[Batch] = []
+        self._batches: list[Seen] = []
         self._events = 0
 
     def see(self, batch: Batch) -> None:
         """For the feed."""
         if batch.model == self._model:
-            self._batches.append(batch)
+            self._batches.append(Seen.of(batch))
             self._events += len(batch.stream_ids)
             if self._events >= GATHER_EVENTS or len(self._batches) >= GATHER_BATCHES:
                 self.flush()

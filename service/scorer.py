@@ -69,8 +69,8 @@ COUNT_SECONDS = 1.0
 """How long a count of the store's streams is good for."""
 
 _KINDS = list(Kind)
-_DONE, _TOLD, _REFUSED = int(Kind.LATE), (int(Kind.SCORED), int(Kind.LATE)), int(Kind.REFUSED)
-"""Kinds up to which a queue's event is done with, and those that have a result of their own."""
+_DONE, _TOLD, _REFUSED, _FAILED = int(Kind.LATE), (int(Kind.SCORED), int(Kind.LATE)), int(Kind.REFUSED), int(Kind.CONFLICT)
+"""Kinds up to which a queue's event is done with, those that have a result of their own, and the first of those that are failures."""
 
 _PUBLISHED = (*_TOLD, int(Kind.DUPLICATE))
 _encoder = msgspec.json.Encoder()
@@ -785,9 +785,10 @@ class Scorer:
         return refused
 
     def _replied(self, events: list[Event], answers: Answers | OnsetError, top: int) -> list[Result | ItemError]:
-        failures = self._failures([event.stream_id or "" for event in events], answers)
         if isinstance(answers, OnsetError):
-            return list(failures.values())
+            return list(self._failures([event.stream_id or "" for event in events], answers).values())
+        failed = max(answers.kinds, default=0) >= _FAILED
+        failures = self._failures([event.stream_id or "" for event in events], answers) if failed else {}
         replies: list[Result | ItemError] = list(self._replies.results(events, answers, top_contributors=top))
         for i, error in failures.items():
             replies[i] = error

@@ -27,7 +27,7 @@ import numpy as np
 import structlog
 
 from service.feed import Batch
-from service.fleet import Judged
+from service.fleet import Judged, Seen
 from service.metrics import Metrics
 from service.names import FOR, MODEL, NAME, STREAM, WRITTEN, Names
 from service.prompb import STALE, encode_labels, pack, series_of, times_of
@@ -183,7 +183,7 @@ class WriteBack:
 
     def _scores(self, batch: Batch) -> Iterator[list[bytes]]:
         """The series of each event, encoded; none of one that was not scored, or cannot be taken."""
-        judged = Judged([batch])
+        judged = Judged([Seen.of(batch)])
         yield from [[]] * (len(batch.stream_ids) - len(judged.stream_ids))
         milliseconds = np.rint(judged.record("timestamp") * 1000).astype(np.int64)
         columns = [(name, *self._column(judged, name)) for name in self._numbers]
