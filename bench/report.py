@@ -28,17 +28,31 @@ class Machine:
     load_1min: float
     load_5min: float
     began: str
+    clock: float
+    stolen: float
+    """Processor seconds that the host gave to others, since it started."""
 
     @classmethod
     def now(cls) -> Machine:
         one, five, _ = os.getloadavg()
         system = f"{platform.system()} {platform.machine()}"
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return cls(psutil.cpu_count() or 1, system, platform.python_version(), round(one, 2), round(five, 2), began)
+        clock = time.monotonic()
+        return cls(psutil.cpu_count() or 1, system, platform.python_version(), round(one, 2), round(five, 2), began, clock, _stolen())
+
+    @property
+    def stolen_share(self) -> float:
+        """Of the processors' time since the run began: figures of a run beyond some percent say little."""
+        return (_stolen() - self.stolen) / max(1e-3, (time.monotonic() - self.clock) * self.processors)
 
     def __str__(self) -> str:
         loads = f"load {self.load_1min} and {self.load_5min} at the start"
         return f"{self.processors} processors, Python {self.python}, {self.system}, {loads}"
+
+
+def _stolen() -> float:
+    """Of a virtual machine on Linux; elsewhere it is not known and 0."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 @dataclass(frozen=True)
@@ -95,10 +109,11 @@ def report(tables: Sequence[Table], goals: Sequence[Goal], machine: Machine, fig
     screen = console()
     for one in tables:
         screen.print(one)
-    screen.print(f"Machine: {machine}.", highlight=False)
+    stolen = machine.stolen_share
+    screen.print(f"Machine: {machine}; {100 * stolen:.1f} % of its time taken by the host during the run.", highlight=False)
     for goal in goals:
         bound = f"goal {'at least' if goal.at_least else 'at most'} {goal.bound:,g}"
         screen.print(f"{'met   ' if goal.met else 'MISSED'}  {goal.what}: {goal.reached:,.4g} ({bound})", highlight=False, markup=False)
     if json_file:
-        content = {"machine": asdict(machine), "goals": [goal.as_dict() for goal in goals], **figures}
+        content = {"machine": asdict(machine) | {"stolen_share": round(stolen, 4)}, "goals": [goal.as_dict() for goal in goals], **figures}
         json_file.write_text(json.dumps(content, indent=2))
