@@ -40,6 +40,9 @@ class Machine:
         clock = time.monotonic()
         return cls(psutil.cpu_count() or 1, system, platform.python_version(), round(one, 2), round(five, 2), began, clock, _stolen())
 
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name not in ("clock", "stolen")}
+
     @property
     def stolen_share(self) -> float:
         """Of the processors' time since the run began: figures of a run beyond some percent say little."""
@@ -115,5 +118,9 @@ def report(tables: Sequence[Table], goals: Sequence[Goal], machine: Machine, fig
         bound = f"goal {'at least' if goal.at_least else 'at most'} {goal.bound:,g}"
         screen.print(f"{'met   ' if goal.met else 'MISSED'}  {goal.what}: {goal.reached:,.4g} ({bound})", highlight=False, markup=False)
     if json_file:
-        content = {"machine": asdict(machine) | {"stolen_share": round(stolen, 4)}, "goals": [goal.as_dict() for goal in goals], **figures}
+        content = {
+            "machine": machine.as_dict() | {"stolen_share": round(stolen, 4)},
+            "goals": [goal.as_dict() for goal in goals],
+            **figures,
+        }
         json_file.write_text(json.dumps(content, indent=2))

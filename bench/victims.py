@@ -251,7 +251,7 @@ class Killer:
     async def _victim(self) -> Victim:
         """Mostly one that is at work, so that kills meet events and not each other."""
         if self._first:
-            while not await self._first[-1].expendable():  # noqa: ASYNC110
+            while not await self._first[-1].expendable():  # noqa: ASYNC110 - it is asked over the network, nothing tells
                 await asyncio.sleep(POLL_SECONDS)
             return self._first.pop()
         wanted: Victim = self._rng.choice(self._servers if self._rng.random() < SHARE_OF_SERVERS else self._replicas)

@@ -202,8 +202,8 @@ def _launched(data_dir: Path) -> EmbeddedStore:
     from service.embedded import EmbeddedStore  # noqa: PLC0415
 
     embedded = EmbeddedStore(data_dir)
-    embedded.launch()
     atexit.register(embedded.abandon)
+    embedded.launch()
     return embedded
 
 

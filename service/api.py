@@ -65,7 +65,7 @@ from service.intake import DoorLimits, Incoming, Intake
 from service.logs import Level
 from service.metrics import Metrics
 from service.problems import TABLE, late_problem, plain, problem_of, respond
-from service.results import Scored
+from service.results import TOP, Scored
 from service.rounds import Kind
 from service.scorer import Scorer
 from service.stores import CURSOR_DIGITS
@@ -365,7 +365,7 @@ class Door:
         if stream_id is not None and not 0 < len(stream_id) <= MAX_NAME_LENGTH:
             raise BadParameter(f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id")
         scorer = self._scorer(request)
-        top = _number(request, "top_contributors", 10, 0, MAX_TOP)
+        top = _number(request, "top_contributors", TOP, 0, MAX_TOP)
         form = _format(request)
         reply = _accepted(request, form)
         if form is Format.ARROW or reply is Format.ARROW:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -35,8 +36,8 @@ LONG_ROUNDS = 64
 """Steps one after the other that a batch takes at most; an item that takes more by itself is long."""
 SHORT_BATCHES = 2
 """Of few streams at once: one is computed while the other waits, for the store."""
-LINGER_SECONDS = 0.0003
-"""How long after the last one nobody else is expected to join."""
+LINGER_SECONDS, RETURN_SECONDS = 0.0003, 0.005
+"""How long after the last one nobody else is expected to join, and how long after its answer a client is expected at all."""
 STUCK_SECONDS = 60.0
 """A batch that takes longer than this means the loop is not alive."""
 
@@ -140,8 +141,8 @@ class Batcher(Generic[Item, Answer]):
         self._senders: OrderedDict[str, _Sender[Item, Answer]] = OrderedDict()
         """In the order of their next turn; only those that wait for something."""
         self._queued = self._queued_streams = 0
-        self._expected = 0
-        """Events that are queued as soon as all who were answered last send as many again."""
+        self._expected, self._answered_at = 0, -math.inf
+        """Events that are queued once all who were answered lately have sent as many again, and when the last were."""
         self._running: dict[asyncio.Task[None], _Batch[Item, Answer]] = {}
         self._busy: set[str] = set()
         self._wake = asyncio.Event()
@@ -238,18 +239,14 @@ class Batcher(Generic[Item, Answer]):
         return not self._few or (len(short) < SHORT_BATCHES and all(batch.waits for batch in short))
 
     async def _company(self) -> None:
-        """Let those that were just answered join again, as long as they keep coming."""
-        queued, patience = -1, 0.0
-        if not self._queued:
-            return
-        while self._few and self._queued < self._expected:
-            now = time.monotonic()
+        """Let those that were just answered join again, as long as they keep coming, and others with them."""
+        queued, patience = 0, 0.0
+        while self._few and 0 < self._queued < self._expected and (now := time.monotonic()) < self._answered_at + RETURN_SECONDS:
             if self._queued != queued:
                 queued, patience = self._queued, now + LINGER_SECONDS
             elif now > patience:
                 break
             await asyncio.sleep(0)
-        self._expected = 0
 
     def _start_batches(self) -> None:
         while self._may_begin:
@@ -257,6 +254,7 @@ class Batcher(Generic[Item, Answer]):
             if not batch.members:
                 break
             self._busy |= batch.streams
+            self._expected -= batch.events
             task = asyncio.create_task(self._answer(batch), name="batch")
             self._running[task] = batch
             task.add_done_callback(self._ended)
@@ -264,9 +262,7 @@ class Batcher(Generic[Item, Answer]):
             self._idle.set()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        batch = self._running.pop(task)
-        self._busy -= batch.streams  # batches that run at once share no stream
-        self._expected = self._queued + batch.events
+        self._busy -= self._running.pop(task).streams  # batches that run at once share no stream
         self._wake.set()
 
     def _take(self) -> _Batch[Item, Answer]:
@@ -327,9 +323,16 @@ class Batcher(Generic[Item, Answer]):
             self._fail(members, Overloaded("The service stopped before this was scored.", retry_after=2))
             raise
         else:
+            self._expect(batch.events)
             for waiting, answer in zip(members, answers, strict=True):
                 if not waiting.future.done():
                     waiting.future.set_result(answer)
+
+    def _expect(self, events: int) -> None:
+        """So many are about to be answered."""
+        now = time.monotonic()
+        lately = self._expected if now < self._answered_at + RETURN_SECONDS else 0
+        self._expected, self._answered_at = max(lately, self._queued) + events, now
 
     def _waits(self, batch: _Batch[Item, Answer]) -> None:
         batch.waits = True

@@ -53,7 +53,7 @@ class Copies:
             for i in np.flatnonzero(places < 0).tolist():
                 self._make_room(stream_ids[i])
             places = self.find(stream_ids)
-        here = places >= 0  # a batch larger than the ring pushes its own first streams out
+        here = places >= 0  # making room may have pushed out some of this batch, too
         self._ring[places[here]] = bytes_of(rows)[here, : self._bytes]
 
     def drop(self, stream_ids: Sequence[str]) -> None:

@@ -59,7 +59,8 @@ if os.getppid() == int(sys.argv[1]):
 class EmbeddedStore:
     """Owns one valkey-server and one data folder. `on_restart` is called whenever the server had to be started again; it may be set later.
 
-    The server ends with the thread that runs this event loop (Linux), so that loop must be one that lasts as long as the service.
+    The server ends with the thread that launched it or, where it had to be started again, with that of the event loop (Linux): both must
+    last as long as the service.
     """
 
     def __init__(self, data_dir: Path, on_restart: Callable[[], None] = lambda: None) -> None:
@@ -98,16 +99,21 @@ class EmbeddedStore:
             raise
 
     def abandon(self) -> None:
-        """End what was launched, whether it was started or not; blocks until it is gone."""
+        """End what was launched, whether it was started or not; blocks until it is gone. Does nothing where nothing was launched."""
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(STOP_SECONDS)
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
         self._unlock()
 
     async def start(self) -> str:
         """The URL of the running server. Raises StoreUnavailable that says what to do when there is none.
 
-        The server may still be loading its data: then it refuses requests, and the store says so, until it has.
+        The server may still be loading its data: then it refuses requests, and the store says so, until it has. Where nothing was launched
+        before, this blocks the event loop for as long as a server of a killed service takes to end.
         """
         if self._lock is None:
             self.launch()

@@ -34,13 +34,14 @@ _ORDINARY = -1
 class Seen(NamedTuple):
     """What is kept of a batch: without the parts of its replies, whose memory the next batch takes while it is still in the caches."""
 
+    model: str
+    stream_ids: Sequence[str]
     outcomes: Outcomes
     verdicts: Verdicts
-    stream_ids: Sequence[str]
 
     @classmethod
     def of(cls, batch: Batch) -> Seen:
-        return cls(batch.answers.batch.outcomes, batch.answers.batch.verdicts, batch.stream_ids)
+        return cls(batch.model, batch.stream_ids, batch.answers.batch.outcomes, batch.answers.batch.verdicts)
 
 
 class Judged:

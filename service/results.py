@@ -280,7 +280,7 @@ class Replies:
 
     def picked(self, events: Sequence[Event], answers: Answers, places: Sequence[int]) -> list[Result]:
         """Results of the events at these places of `answers`."""
-        return _results(events, answers.batch, [answers.start + i for i in places], 10)
+        return _results(events, answers.batch, [answers.start + i for i in places], TOP)
 
     def scores(self, answers: Sequence[Answers]) -> Scores:
         """The results of several answers, one after the other, as columns."""
@@ -318,7 +318,9 @@ class Replies:
 
 def _results(events: Sequence[Event], batch: Batch, at: slice | list[int], top: int) -> list[Result]:
     """Results of the events there. By position: with its 28 names a call would take five times as long."""
-    contributors = _of(batch.usual, at) if top == TOP else batch.contributors(at, top)
+    # Of all events only where replies to all of them are made, or were: a batch may have thousands, and one whose alert moves.
+    usual = top == TOP and (isinstance(at, slice) or "usual" in vars(batch))
+    contributors = _of(batch.usual, at) if usual else batch.contributors(at, top)
     rows = zip(events, _of(batch.timestamp, at), _of(batch.heads, at), contributors, _of(batch.tails, at), strict=True)
     results = [
         Result(event.stream_id or "", event.event_id, taken if event.timestamp is None else event.timestamp, *(*head, parts, *tail))

@@ -45,7 +45,7 @@ from service.feed import Feed
 from service.metrics import Metrics
 from service.policy import Policy
 from service.reorder import Reorder
-from service.results import Answers, Replies, Scored
+from service.results import TOP, Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advancing
 from service.sessions import SessionSweeper
 from service.silence import Sweeper, waits
@@ -195,7 +195,7 @@ class Scorer:
         await self._batcher.drain(max(0.0, until - time.monotonic()))
         self._worker.shutdown(wait=True)
 
-    async def score(self, items: Sequence[Event | ItemError], *, top_contributors: int = 10, sender: str = "") -> list[Result | ItemError]:
+    async def score(self, items: Sequence[Event | ItemError], *, top_contributors: int = TOP, sender: str = "") -> list[Result | ItemError]:
         """One answer for each item, in order. An ItemError among the items keeps its place; a failed event becomes one.
 
         Senders take turns: none waits for all that another one has queued.
@@ -820,7 +820,7 @@ class Scorer:
         records["flags"], records["started_at"] = rows["flags"], rows["started_at"]
         outcomes = Outcomes(records, np.full(len(rows), Kind.SCORED, np.uint8))
         events = [Event(stream_id=stream_id) for stream_id in stream_ids]
-        results = self._replies.results(events, self._replies.judged(outcomes), top_contributors=10)
+        results = self._replies.results(events, self._replies.judged(outcomes), top_contributors=TOP)
         for i in np.flatnonzero(rows["flags"] & SILENT).tolist():
             severity = results[i].severity if results[i].severity != "none" else "minor"
             results[i] = replace(results[i], silent_since=float(rows["silent_since"][i]), is_anomaly=True, severity=severity)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from service.batcher import Batcher, Waits
+from service.batcher import RETURN_SECONDS, Batcher, Waits
 from service.errors import Overloaded, StoreUnavailable
 
 
@@ -276,7 +276,9 @@ async def test_few_streams_are_computed_while_one_other_batch_only_waits() -> No
         assert await asyncio.gather(*tasks) == [[0], [2], [4], [6]]
 
 
-async def test_those_that_were_just_answered_share_the_next_batch_while_they_keep_coming() -> None:
+async def test_those_that_were_just_answered_share_the_next_batch_while_they_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LINGER_SECONDS", "RETURN_SECONDS"):
+        monkeypatch.setattr(f"service.batcher.{name}", 60.0)  # this machine may be slow
     gate = Gate()
     gate.open.set()
 
@@ -289,7 +291,19 @@ async def test_those_that_were_just_answered_share_the_next_batch_while_they_kee
     async with batcher(gate, gather=100) as running:
         await asyncio.gather(*(client(i, turns=i) for i in range(10)))
         assert [sorted(batch) for batch in gate.batches] == [list(range(10))] * 3
-        assert await running.submit(jobs(99)) == [198], "one that comes alone is not left waiting for the ten"
+
+
+async def test_nobody_waits_for_those_who_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.batcher.LINGER_SECONDS", 60.0)  # as if others kept coming for ever
+    gate = Gate()
+    gate.open.set()
+    async with batcher(gate, gather=100) as running:
+        await asyncio.gather(*(running.submit(jobs(i)) for i in range(10)))
+        async with asyncio.timeout(5):
+            assert await running.submit(jobs(10)) == [20]
+            await asyncio.sleep(2 * RETURN_SECONDS)
+            assert await running.submit(jobs(11)) == [22]
+    assert gate.batches == [list(range(10)), [10], [11]]
 
 
 async def test_no_more_batches_are_handled_at_once_than_the_depth() -> None:

@@ -111,7 +111,7 @@ class WriteBack:
         """`features` of each model."""
         self._target, self._names, self._features, self._clock = target, names, features, clock
         self._events, self._retries, self._bugs = metrics.written_back, metrics.write_back_retries, metrics.bugs
-        self._queue: deque[Batch | _Ended] = deque()
+        self._queue: deque[Seen | _Ended] = deque()
         self._waiting = 0
         self._wake = asyncio.Event()
         self._closing = False
@@ -122,7 +122,7 @@ class WriteBack:
 
     def see(self, batch: Batch) -> None:
         """For the feed."""
-        self._put(batch)
+        self._put(Seen.of(batch))
 
     def ended(self, model: str, ends: Mapping[str, float]) -> None:
         """What was written of these streams ends, too."""
@@ -150,7 +150,7 @@ class WriteBack:
         await asyncio.wait([running])
         self._events.labels("lost").inc(self._waiting)
 
-    def _put(self, item: Batch | _Ended) -> None:
+    def _put(self, item: Seen | _Ended) -> None:
         self._queue.append(item)
         self._waiting += _events_of(item)
         while self._waiting > self._target.max_events and len(self._queue) > 1:
@@ -172,7 +172,7 @@ class WriteBack:
                     request = _Request([])
         yield request
 
-    def _encoded(self, item: Batch | _Ended) -> list[list[bytes]]:
+    def _encoded(self, item: Seen | _Ended) -> list[list[bytes]]:
         """The series of each of its events."""
         try:
             return list(self._ends(item) if isinstance(item, _Ended) else self._scores(item))
@@ -181,9 +181,9 @@ class WriteBack:
             log.error("unexpected_error", exc_info=error)
             return [[]] * _events_of(item)
 
-    def _scores(self, batch: Batch) -> Iterator[list[bytes]]:
+    def _scores(self, batch: Seen) -> Iterator[list[bytes]]:
         """The series of each event, encoded; none of one that was not scored, or cannot be taken."""
-        judged = Judged([Seen.of(batch)])
+        judged = Judged([batch])
         yield from [[]] * (len(batch.stream_ids) - len(judged.stream_ids))
         milliseconds = np.rint(judged.record("timestamp") * 1000).astype(np.int64)
         columns = [(name, *self._column(judged, name)) for name in self._numbers]
@@ -301,7 +301,7 @@ def _named(place: _Place, name: str) -> bytes:
     return place[0] + _NAMES[name] + place[1]
 
 
-def _events_of(item: Batch | _Ended) -> int:
+def _events_of(item: Seen | _Ended) -> int:
     return len(item.ends) if isinstance(item, _Ended) else len(item.stream_ids)
 
 
