@@ -319,3 +319,15 @@ async def test_a_launched_server_that_is_abandoned_leaves_the_folder_to_the_next
     again = EmbeddedStore(tmp_path / "data")
     await again.start()
     await again.stop()
+
+
+def test_a_launched_server_that_hangs_is_killed_when_it_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.embedded.STOP_SECONDS", 0.2)
+    embedded = EmbeddedStore(tmp_path / "data")
+    embedded.launch()
+    psutil.Process(embedded.pid).suspend()
+    embedded.abandon()
+    assert not psutil.pid_exists(embedded.pid)
+    again = EmbeddedStore(tmp_path / "data")
+    again.launch()
+    again.abandon()
