@@ -57,6 +57,7 @@ test: setup console ## all tests, against a real store, a real model and real HT
 
 coverage: setup console ## the same with branch coverage, which is much slower; fails below what pyproject.toml asks for
 	$(PYTEST) --cov --cov-report=term
+	$(BIN)/python -m pytest $(ALONE)
 
 check: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff format --check .

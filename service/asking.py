@@ -1,9 +1,14 @@
-"""The false-alarm rate that may be asked for, as a number or in words. Imports next to nothing: settings are read before all else."""
+"""What may be asked for: the false-alarm rate, as a number or in words, and where steps run. Imports next to nothing: settings are read
+before all else.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
+Provider = Literal["cpu", "cuda"]
+"""Where a step runs."""
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-9, 0.5
 """What may be asked for: the first included, the second not."""
 ALPHA_RANGE = f"from {SMALLEST_ALPHA:g} to below {LARGEST_ALPHA:g}"

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -28,13 +27,12 @@ from service.artifact import (
     parse_manifest,
     verify_seal,
 )
+from service.asking import Provider
 from service.errors import ArtifactError, BadSetting
 from service.lines import Matcher
 from service.state import StateCodec
 
 Float32 = NDArray[np.float32]
-Provider = Literal["cpu", "cuda"]
-"""Where a step runs."""
 
 MAX_ROWS = 1024
 """Largest inference batch; more rows are stepped in slices."""

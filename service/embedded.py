@@ -100,13 +100,7 @@ class EmbeddedStore:
 
     def abandon(self) -> None:
         """End what was launched, whether it was started or not; blocks until it is gone. Does nothing where nothing was launched."""
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        self._end_server()
         self._unlock()
 
     async def start(self) -> str:
@@ -131,7 +125,7 @@ class EmbeddedStore:
             return
         if self._supervisor is not None:
             await tasks.end(self._supervisor)
-        await self._end_server()
+        await asyncio.to_thread(self._end_server)
         self._unlock()
 
     def _unlock(self) -> None:
@@ -197,20 +191,20 @@ class EmbeddedStore:
             async with asyncio.timeout(START_SECONDS):
                 await self._answers()
         except TimeoutError as error:
-            await self._end_server()
+            await asyncio.to_thread(self._end_server)
             raise StoreUnavailable(
                 f"valkey-server did not answer within {START_SECONDS:.0f} s; see {self._folder / 'store.log'}."
             ) from error
 
-    async def _end_server(self) -> None:
+    def _end_server(self) -> None:
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()
         try:
-            await asyncio.to_thread(self._process.wait, STOP_SECONDS)
+            self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+            self._process.wait()
 
     async def _supervise(self) -> None:
         clock = asyncio.get_running_loop().time

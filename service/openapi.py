@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from service import alerts, loki, otlp, patterns
-from service.api import MAX_NOTE, TENANT_HEADER, VISIBLE
+from service.api import MAX_NOTE, MAX_TOP, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.asking import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.bodies import Format
@@ -30,6 +30,7 @@ from service.logs import LEVELS, MAX_SECONDS, LevelReply
 from service.problems import MEDIA_TYPE, TABLE, Problem
 from service.remote_write import MEDIA_TYPE as PROTOBUF
 from service.remote_write import MESSAGE_1, MESSAGE_2, PATH
+from service.results import TOP
 from service.stores import CURSOR_DIGITS
 
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
@@ -569,7 +570,7 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, 
     }
     slugs = [slug for _, slug, _, _ in TABLE.values() if slug != "unknown-stream"]
     top = _parameter(
-        "top_contributors", "query", {"type": "integer", "minimum": 0, "maximum": 300, "default": 10}, "Features to explain by."
+        "top_contributors", "query", {"type": "integer", "minimum": 0, "maximum": MAX_TOP, "default": TOP}, "Features to explain by."
     )
     key = _parameter(
         "Idempotency-Key",

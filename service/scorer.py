@@ -785,10 +785,9 @@ class Scorer:
         return refused
 
     def _replied(self, events: list[Event], answers: Answers | OnsetError, top: int) -> list[Result | ItemError]:
+        failures = self._failures([event.stream_id or "" for event in events], answers)
         if isinstance(answers, OnsetError):
-            return list(self._failures([event.stream_id or "" for event in events], answers).values())
-        failed = max(answers.kinds, default=0) >= _FAILED
-        failures = self._failures([event.stream_id or "" for event in events], answers) if failed else {}
+            return list(failures.values())
         replies: list[Result | ItemError] = list(self._replies.results(events, answers, top_contributors=top))
         for i, error in failures.items():
             replies[i] = error
@@ -799,7 +798,9 @@ class Scorer:
         if isinstance(answers, OnsetError):
             error = NotCommitted(f"{answers.detail} Earlier events of this request are scored; send this one again.")
             return dict.fromkeys(range(len(stream_ids)), error)
-        return {i: self._failure(stream_ids[i], Kind(kind)) for i, kind in enumerate(answers.kinds) if kind >= Kind.CONFLICT}
+        if max(answers.kinds, default=0) < _FAILED:  # nearly always
+            return {}
+        return {i: self._failure(stream_ids[i], Kind(kind)) for i, kind in enumerate(answers.kinds) if kind >= _FAILED}
 
     def _failure(self, stream_id: str, kind: Kind) -> ItemError:
         if kind == Kind.CONFLICT:

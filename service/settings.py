@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.asking import LARGEST_ALPHA, SMALLEST_ALPHA, per_event
+from service.asking import LARGEST_ALPHA, SMALLEST_ALPHA, Provider, per_event
 from service.logs import LogLevel
 
 SHIPPED_MODELS = Path(__file__).parent / "models"
@@ -165,7 +165,7 @@ class Settings(BaseSettings):
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""
     inference_threads: Annotated[int, Field(ge=1)] = 1
-    provider: Literal["cpu", "cuda"] = "cpu"
+    provider: Provider = "cpu"
     """Where a step runs: cpu, or cuda (an NVIDIA GPU; needs the extra `gpu`). What cannot be had stops the service."""
     drain_seconds: Annotated[float, Field(ge=0)] = 10
     """How long a stopping service finishes what it has accepted."""

@@ -120,6 +120,11 @@ class ClusterStore(Commands):
         await self._know()
         await asyncio.gather(*(self._load_function(address) for address in self._primaries()))
 
+    async def _watched(self, model: str, ranges: Sequence[tuple[float, float]], limit: int) -> list[str]:
+        keys = [watch_key(model, shard) for shard in range(SHARDS)]
+        commands = [("ZRANGEBYSCORE", key, least, most, "LIMIT", 0, limit) for key in keys for least, most in ranges]
+        return [member.decode() for members in await self.pipe(commands) for member in members]
+
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         shards = _by_shard(stream_ids)
         requests = [
