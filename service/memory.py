@@ -15,13 +15,15 @@ YOUNG_OBJECTS = 50_000
 def settle() -> None:
     """Call once, when everything that stays has been loaded.
 
-    The collector then leaves alone what is here now, and looks at new objects by the fifty thousand: a batch makes tens of thousands
-    that hold no cycles and are gone with it. And glibc, where it is the C library, keeps what a batch frees: given back to the system,
-    each page would be zeroed and mapped again for the next one (1.1 faults an event, a tenth of an event's processor time).
+    The collector works from here on, also where it was switched off while loading. It leaves alone what is here now, and looks at new
+    objects by the fifty thousand: a batch makes tens of thousands that hold no cycles and are gone with it. And glibc, where it is the C
+    library, keeps what a batch frees: given back to the system, each page would be zeroed and mapped again for the next one (1.1 faults
+    an event, a tenth of an event's processor time).
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, 20, 100)
+    gc.enable()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
