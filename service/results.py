@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,21 +127,15 @@ class Batch:
     def contributors(self, at: slice | list[int], top: int) -> list[list[Contributor]]:
         """Of the events there, the `top` features that contribute most and are not missing."""
         records, names = self.outcomes.records, self.model.names
-        some, x, expected = _tuples(records["contribution"][at]), _tuples(records["x"][at]), _tuples(records["expected"][at])
+        columns = [records[name][at] for name in ("contribution", "x", "expected")]
         if not top:
-            found: list[list[Contributor]] = [[] for _ in some]
+            found: list[list[Contributor]] = [[] for _ in columns[0]]
         elif len(names) == 1:  # of most streams, and nothing to be sorted
             [name] = names
-            found = [
-                [] if number is None else [Contributor(name, part, number, likely)]
-                for (part,), (number,), (likely,) in zip(some, x, expected, strict=True)
-            ]
+            rows = zip(*(_nullable(column[:, 0]) for column in columns), strict=True)
+            found = [[] if number is None else [Contributor(name, part, number, likely)] for part, number, likely in rows]
         else:
-            order = np.argsort(-records["contribution"][at], axis=1, kind="stable")[:, :top].tolist()
-            found = [
-                [Contributor(names[j], parts[j], numbers[j], likely[j]) for j in places if numbers[j] is not None]
-                for places, parts, numbers, likely in zip(order, some, x, expected, strict=True)
-            ]
+            found = _largest(names, top, *columns)
         has = self.has[at]
         return found if has.all() else [one if there else [] for one, there in zip(found, has.tolist(), strict=True)]
 
@@ -348,7 +343,19 @@ def _named(column: NDArray[np.floating], names: tuple[str, ...]) -> list[Numbers
     if len(names) == 1:
         [name] = names
         return [{name: number} for number in _nullable(column[:, -1])]
-    return [dict(zip(names, numbers, strict=True)) for numbers in _nullable(column[:, -len(names) :])]
+    # A comprehension, and a zip that compares lengths, would take twice as long.
+    return list(map(dict, map(zip, itertools.repeat(names), _nullable(column[:, -len(names) :]))))
+
+
+def _largest(
+    names: tuple[str, ...], top: int, share: NDArray[np.floating], x: NDArray[np.floating], expected: NDArray[np.floating]
+) -> list[list[Contributor]]:
+    """Of each of N events, shares, values and expected ones [N, F]: the `top` features of the largest share that are not missing."""
+    order = np.argsort(-share, axis=1, kind="stable")[:, :top]
+    chosen = [_nullable(np.take_along_axis(column, order, axis=1).ravel()) for column in (share, x, expected)]
+    flat = list(map(Contributor, map(names.__getitem__, order.ravel().tolist()), *chosen))
+    found = [flat[i : i + order.shape[1]] for i in range(0, len(flat), order.shape[1])]
+    return [[one for one in some if one.actual is not None] for some in found] if np.isnan(x).any() else found
 
 
 def status_of(missing: NDArray[np.int64], flags: NDArray[np.uint32]) -> NDArray[np.int8]:
@@ -370,8 +377,3 @@ def _nullable(column: NDArray[np.floating]) -> list[Any]:
     if column.ndim == 1:
         return [None if math.isnan(v) else v for v in values]
     return [[None if math.isnan(v) else v for v in row] for row in values]
-
-
-def _tuples(column: NDArray[np.floating]) -> list[tuple[Any, ...]]:
-    """[N, F] → the numbers of each event."""
-    return list(zip(_nullable(column[:, 0]), strict=True)) if column.shape[1] == 1 else list(map(tuple, _nullable(column)))
