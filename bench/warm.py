@@ -22,14 +22,26 @@ from service.stores import Write
 from service.stores.redis import RedisStore
 
 GAP = 300.0
-KINDS = 500
+KINDS = 100
 """Streams that are really stepped; the others are copies of them."""
-EVENTS_BEYOND_WARMUP = 20
+EVENTS_BEYOND_WARMUP = 2000
+"""Half an hour at one a second. Young streams, with the learning allowance, have onsets in more than one event of a hundred, and a stream
+with an open alert takes two steps an event: what is measured of them is the cost of alerts."""
 TTL_SECONDS = 30 * 24 * 3600
 
 
 def warm_rows(detector: Detector, kinds: int = KINDS) -> Rows:
-    """States of `kinds` streams beyond their warm-up, the last event GAP seconds ago."""
+    """States of `kinds` streams well beyond their warm-up, the last event GAP seconds ago. Made once for each detector."""
+    made = _made.get((detector.sha256, kinds))
+    if made is None:
+        made = _made[detector.sha256, kinds] = _stepped(detector, kinds)
+    return made.copy()
+
+
+_made: dict[tuple[str, int], Rows] = {}
+
+
+def _stepped(detector: Detector, kinds: int) -> Rows:
     codec = StateCodec(detector.features, detector.state_size, detector.fingerprint)
     rows = codec.fresh(kinds)
     events = detector.manifest.warmup + EVENTS_BEYOND_WARMUP

@@ -22,8 +22,9 @@ from bench.fleet import default_model
 from bench.load import Tally, drive, offer, post
 from bench.report import Goal, Latency, Machine, report, table
 from bench.traffic import BODY_EVENTS, bodies, requests, sent, singles
-from bench.warm import fill, warm_rows
+from bench.warm import fill, policy_of, warm_rows
 from service.detector import Detector
+from service.policy import Policy
 from service.state import Origin, StateCodec
 from service.stores.redis import RedisStore
 from tests.servers import Valkey
@@ -227,8 +228,8 @@ def test_without_a_gpu_its_benchmark_says_so_in_one_sentence(capsys: pytest.Capt
     assert capsys.readouterr().out.startswith("bench.gpu did not run: ONSET_PROVIDER is 'cuda'")
 
 
-def test_warm_rows_are_beyond_the_warm_up_and_calm() -> None:
+def test_warm_rows_are_beyond_the_learning_allowance_and_calm() -> None:
     detector = Detector.load(default_model())
     rows = warm_rows(detector, 50)
-    assert (rows["version"] > detector.manifest.warmup).all()
-    assert (rows["flags"] != 0).mean() < 0.2, "at a thousandth an event some alerts are open at any time"
+    assert (policy_of(detector).onset_alpha(rows["version"]) < 1.5 * Policy.alpha).all()
+    assert (rows["flags"] != 0).mean() < 0.1, "at a thousandth an event some alerts are open at any time"
