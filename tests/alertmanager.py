@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from tests import local
 from tests.needs import program
 from tests.servers import free_port
 
@@ -66,11 +67,11 @@ class Alertmanager:
 
     def alerts(self) -> list[dict[str, Any]]:
         """Those that fire."""
-        found: list[dict[str, Any]] = httpx.get(f"{self.url}/api/v2/alerts", timeout=30).raise_for_status().json()
+        found: list[dict[str, Any]] = local.get(f"{self.url}/api/v2/alerts", timeout=30).raise_for_status().json()
         return found
 
     def _ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/-/ready", timeout=5).status_code == 200
+            return local.get(f"{self.url}/-/ready", timeout=5).status_code == 200
         except httpx.TransportError:
             return False

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from tests import local
 from tests.needs import program
 from tests.servers import free_port
 
@@ -64,7 +65,7 @@ class Prometheus:
 
     def query(self, promql: str) -> list[tuple[dict[str, str], float]]:
         """The labels and the value of each series of an instant query."""
-        answer: dict[str, Any] = httpx.get(f"{self.url}/api/v1/query", params={"query": promql}, timeout=10).json()
+        answer: dict[str, Any] = local.get(f"{self.url}/api/v1/query", params={"query": promql}, timeout=10).json()
         assert answer["status"] == "success", answer
         return [(series["metric"], float(series["value"][1])) for series in answer["data"]["result"]]
 
@@ -86,7 +87,7 @@ class Prometheus:
 
     def _is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/-/ready", timeout=2).status_code == 200
+            return local.get(f"{self.url}/-/ready", timeout=2).status_code == 200
         except httpx.TransportError:
             return False
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import structlog
 
 from service import logs, tracing
 from service.errors import BadParameter
+from tests import local
 from tests.e2e.process import Service
 
 EVENT = {"stream_id": "pump-7", "values": {"value": 1.0}}
@@ -109,17 +109,17 @@ def test_the_level_of_a_running_service_is_changed_and_its_batches_are_told_with
         return [line for line in lines(service.log.read_text()) if line["event"] == "batch"]
 
     with Service(tmp_path / "data", model=tiny_model_path, LOG_LEVEL="info") as service:
-        httpx.post(f"{service.url}/v1/events", json=EVENT).raise_for_status()
+        local.post(f"{service.url}/v1/events", json=EVENT).raise_for_status()
         assert batches() == []
-        assert httpx.get(f"{service.url}/v1/log-level").json() == {"level": "info", "environment": "info", "until": None}
-        changed = httpx.put(f"{service.url}/v1/log-level", json={"level": "debug", "seconds": 60}).raise_for_status().json()
+        assert local.get(f"{service.url}/v1/log-level").json() == {"level": "info", "environment": "info", "until": None}
+        changed = local.put(f"{service.url}/v1/log-level", json={"level": "debug", "seconds": 60}).raise_for_status().json()
         assert changed["level"] == "debug"
         assert 50 < changed["until"] - time.time() < 61
-        httpx.post(f"{service.url}/v1/events", json=EVENT, headers={"x-request-id": "mine"}).raise_for_status()
+        local.post(f"{service.url}/v1/events", json=EVENT, headers={"x-request-id": "mine"}).raise_for_status()
         [line] = batches()
         assert (line["requests"], line["model"]) == (["mine"], "tiny")
         assert line["batch"]
-        assert httpx.put(f"{service.url}/v1/log-level", json={"level": "loud"}).status_code == 422
-        assert httpx.delete(f"{service.url}/v1/log-level").json()["level"] == "info"
-        httpx.post(f"{service.url}/v1/events", json=EVENT).raise_for_status()
+        assert local.put(f"{service.url}/v1/log-level", json={"level": "loud"}).status_code == 422
+        assert local.delete(f"{service.url}/v1/log-level").json()["level"] == "info"
+        local.post(f"{service.url}/v1/events", json=EVENT).raise_for_status()
         assert len(batches()) == 1

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
+from tests import local
 from tests.e2e.process import Service
 from tests.tiny import build_tiny
 
@@ -25,7 +25,7 @@ def exit_code(service: Service) -> int | None:
 
 def test_a_stopped_service_drains_and_ends_with_0_and_its_store_with_it(tmp_path: Path) -> None:
     with Service(tmp_path / "data", model=build_tiny(tmp_path)) as service:
-        reply = httpx.post(f"{service.url}/v1/events", json={"stream_id": "a", "values": {"value": 1.0}})
+        reply = local.post(f"{service.url}/v1/events", json={"stream_id": "a", "values": {"value": 1.0}})
         assert reply.status_code == 200
         (store,) = service.children("valkey-server")
         os.kill(service.pid, signal.SIGTERM)
@@ -43,7 +43,7 @@ def test_a_request_that_is_being_sent_when_the_service_is_stopped_is_still_answe
                     wait_until_nobody_new_is_let_in(service)
                 yield b'{"stream_id": "s%d", "values": {"value": 1.0}}\n' % number
 
-        reply = httpx.post(f"{service.url}/v1/events", content=lines(), headers={"content-type": "application/x-ndjson"}, timeout=20)
+        reply = local.post(f"{service.url}/v1/events", content=lines(), headers={"content-type": "application/x-ndjson"}, timeout=20)
         assert reply.status_code == 200
         assert [json.loads(line)["stream_id"] for line in reply.text.splitlines()] == [f"s{number}" for number in range(100)]
         assert exit_code(service) == 0

@@ -12,6 +12,7 @@ from types import TracebackType
 import httpx
 import psutil
 
+from tests import local
 from tests.servers import free_port
 
 START_SECONDS = 60
@@ -79,7 +80,7 @@ class Service:
     def readiness(self) -> int:
         """Status of the readiness probe; 0 = no answer."""
         try:
-            return httpx.get(f"{self.url}/health/ready", timeout=2).status_code
+            return local.get(f"{self.url}/health/ready", timeout=2).status_code
         except httpx.TransportError:
             return 0
 

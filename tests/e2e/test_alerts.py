@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from tests import local
 from tests.e2e.process import Service
 
 _rng = random.Random(3)
@@ -34,14 +33,14 @@ class Sensor:
             {"stream_id": self._stream_id, "values": {"value": value}, "timestamp": self._at + i, "sequence": self._sequence + i}
             for i, value in enumerate(values)
         ]
-        answer = httpx.post(f"{self._service.url}/v1/events", json=events, timeout=60).raise_for_status()
+        answer = local.post(f"{self._service.url}/v1/events", json=events, timeout=60).raise_for_status()
         assert [result["duplicate"] or result["late"] for result in answer.json()] == [False] * len(values)
         self._at += len(values)
         self._sequence += len(values)
 
 
 def alerts(service: Service, **query: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = httpx.get(f"{service.url}/v1/alerts", params=query, timeout=60).raise_for_status().json()["alerts"]
+    found: list[dict[str, Any]] = local.get(f"{service.url}/v1/alerts", params=query, timeout=60).raise_for_status().json()["alerts"]
     return found
 
 
@@ -63,22 +62,22 @@ def test_an_anomaly_is_one_alert_that_is_acknowledged_and_resolved(tmp_path: Pat
         assert "value 60, expected " in alert["description"]
         assert alert["link"] == "https://onset.example/?stream=line%203%2Fpump"
         address = f"{service.url}/v1/alerts/{alert['id']}"
-        assert httpx.get(address).json() == alert
-        noted = httpx.post(f"{address}/acknowledge", json={"by": "anna", "note": "on it"}).raise_for_status().json()
+        assert local.get(address).json() == alert
+        noted = local.post(f"{address}/acknowledge", json={"by": "anna", "note": "on it"}).raise_for_status().json()
         assert (noted["status"], noted["acknowledgement"]["by"]) == ("acknowledged", "anna")
         assert alerts(service, status="open") == []
-        undone = httpx.delete(f"{address}/acknowledge").raise_for_status().json()
+        undone = local.delete(f"{address}/acknowledge").raise_for_status().json()
         assert (undone["status"], undone["acknowledgement"]) == ("open", None)
         sensor.send(CALM)
         wait(lambda: alerts(service)[0]["status"] == "resolved")
         [alert] = alerts(service)
         assert alert["resolution"] == "recovered"
         assert alert["summary"].startswith("line 3/pump is back to normal")
-        late = httpx.post(f"{address}/acknowledge", json={"by": "anna"})
+        late = local.post(f"{address}/acknowledge", json={"by": "anna"})
         assert (late.status_code, late.json()["type"]) == (409, "urn:onset:alert-resolved")
-        assert httpx.get(f"{service.url}/v1/alerts/{28 * 'a'}").status_code == 404
-        assert httpx.post(f"{address}/acknowledge", json={"note": "nobody"}).json()["field"] == "by"
-        assert httpx.get(f"{service.url}/v1/alerts", params={"status": "opened"}).json()["field"] == "status"
+        assert local.get(f"{service.url}/v1/alerts/{28 * 'a'}").status_code == 404
+        assert local.post(f"{address}/acknowledge", json={"note": "nobody"}).json()["field"] == "by"
+        assert local.get(f"{service.url}/v1/alerts", params={"status": "opened"}).json()["field"] == "status"
 
 
 def test_accepting_and_deleting_streams_resolves_their_alerts(tmp_path: Path, tiny_model_path: Path) -> None:
@@ -86,7 +85,7 @@ def test_accepting_and_deleting_streams_resolves_their_alerts(tmp_path: Path, ti
         for stream in ("accepted", "deleted"):
             Sensor(service, stream).send([*NORMAL, *STUCK])
         wait(lambda: len(alerts(service)) == 2)
-        httpx.post(f"{service.url}/v1/streams/accepted/accept").raise_for_status()
-        httpx.delete(f"{service.url}/v1/streams/deleted").raise_for_status()
+        local.post(f"{service.url}/v1/streams/accepted/accept").raise_for_status()
+        local.delete(f"{service.url}/v1/streams/deleted").raise_for_status()
         wait(lambda: len(alerts(service, status="resolved")) == 2)
         assert {alert["stream_id"]: alert["resolution"] for alert in alerts(service)} == {"accepted": "accepted", "deleted": "forgotten"}

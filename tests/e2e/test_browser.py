@@ -19,6 +19,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
+from tests import local
 from tests.e2e.process import Service
 from tests.needs import program
 from tests.servers import Valkey
@@ -258,7 +259,7 @@ def test_of_many_streams_those_in_view_are_in_the_document_in_order_each_with_it
     many = 120
     with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false") as service, Visit(browser, service.url) as page:
         events = [{"stream_id": f"pump-{i:03}", "values": {"value": 10.0 + i * j % 7}} for j in range(40) for i in range(many)]
-        httpx.post(f"{service.url}/v1/events", json=events, timeout=30).raise_for_status()
+        local.post(f"{service.url}/v1/events", json=events, timeout=30).raise_for_status()
         page.goto(service.url)
         for place in (1, 60, many):
             page.evaluate("place => document.querySelector('.rows').scrollTop = 52 * (place - 4)", place)
@@ -378,7 +379,7 @@ def test_the_page_of_one_replica_shows_what_the_others_score(tmp_path: Path, tin
 
         def post(service: Service, name: str, *values: float) -> None:
             events = [{"stream_id": name, "values": {"value": value}} for value in values]
-            httpx.post(f"{service.url}/v1/events", json=events, timeout=30).raise_for_status()
+            local.post(f"{service.url}/v1/events", json=events, timeout=30).raise_for_status()
 
         calm = [10 + 0.1 * (i % 3) for i in range(20)]
         for values in (calm, calm):
@@ -418,16 +419,16 @@ class Web:
 
     def say(self, stream: str, *messages: str) -> None:
         body = [{"stream_id": stream, "message": message} for message in messages]
-        httpx.post(f"{self._url}/v1/events", json=body, timeout=30).raise_for_status()
+        local.post(f"{self._url}/v1/events", json=body, timeout=30).raise_for_status()
 
     def session(self, stream: str) -> None:
         self.say(stream, "Accepted connection from 10.0.0.7:4711", *(f"Took {9 + i}.5 ms for /page/{i}?id=77" for i in range(3)))
         self.say(stream, "Closed connection from 10.0.0.7:4711")
-        httpx.post(f"{self._url}/v1/events", json={"stream_id": stream, "end": True}).raise_for_status()
+        local.post(f"{self._url}/v1/events", json={"stream_id": stream, "end": True}).raise_for_status()
 
     def fault(self, stream: str) -> None:
         self.say(stream, "Accepted connection from 10.0.0.9:80", "Took 9.5 ms for /page/1", "Disk sda is 97 percent full")
-        httpx.post(f"{self._url}/v1/events", json={"stream_id": stream, "end": True}).raise_for_status()
+        local.post(f"{self._url}/v1/events", json={"stream_id": stream, "end": True}).raise_for_status()
         self.say(
             stream, "Accepted connection from 10.0.0.9:80", "Took 9.5 ms for /page/2", "Kernel panic: not syncing, attempted to kill init"
         )
@@ -499,8 +500,8 @@ def test_every_view_of_logs_is_accessible_and_fits_a_phone(web: Service, browser
 
 
 def test_the_plain_table_shows_the_last_line_of_a_log_stream(web: Service) -> None:
-    page = httpx.get(f"{web.url}/table").text
+    page = local.get(f"{web.url}/table").text
     assert "Last line" in page
     assert "(end of session)" in page
-    refused = httpx.post(f"{web.url}/v1/backtest", content=b"time,value\n1,2\n", headers={"content-type": "text/csv"})
+    refused = local.post(f"{web.url}/v1/backtest", content=b"time,value\n1,2\n", headers={"content-type": "text/csv"})
     assert (refused.status_code, refused.json()["field"]) == (422, "model")

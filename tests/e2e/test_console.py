@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
+from tests import local
 from tests.e2e.process import Service
 
 PACKAGE = Path(__file__).parents[2] / "service"
@@ -26,12 +26,12 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> 
 
 def post(service: Service, *events: tuple[str, float]) -> None:
     body = [{"stream_id": name, "values": {"value": value}} for name, value in events]
-    assert httpx.post(f"{service.url}/v1/events", json=body).status_code == 200
+    assert local.post(f"{service.url}/v1/events", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("address", ["/", "/table"])
 def test_the_page_runs_nothing_inline_and_nothing_from_elsewhere(service: Service, address: str) -> None:
-    response = httpx.get(f"{service.url}{address}")
+    response = local.get(f"{service.url}{address}")
     policy = response.headers["content-security-policy"]
     assert "unsafe" not in policy
     assert "default-src 'none'" in policy
@@ -45,12 +45,12 @@ def test_the_page_runs_nothing_inline_and_nothing_from_elsewhere(service: Servic
 def test_the_plain_table_shows_each_stream_with_its_state_and_no_name_as_markup(service: Service) -> None:
     post(service, *(("<b>pump</b>", 1.0 + 0.01 * (i % 3)) for i in range(40)))
     post(service, ("<b>pump</b>", 99.0))
-    page = httpx.get(f"{service.url}/table").text
+    page = local.get(f"{service.url}/table").text
     assert "&lt;b&gt;pump&lt;/b&gt;" in page
     assert "<b>" not in page
     assert "▲ alert open" in page
     assert "<polyline" in page
-    assert httpx.get(f"{service.url}/table.css").headers["content-type"].startswith("text/css")
+    assert local.get(f"{service.url}/table.css").headers["content-type"].startswith("text/css")
 
 
 def test_without_the_built_page_its_address_has_the_plain_table_and_says_how_to_get_the_page(tmp_path: Path, tiny_model_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_without_the_built_page_its_address_has_the_plain_table_and_says_how_to_
     plain.source = tmp_path
     with plain:
         post(plain, *(("pump-7", 1.0 + 0.01 * (i % 3)) for i in range(40)))
-        page = httpx.get(f"{plain.url}/").raise_for_status().text
+        page = local.get(f"{plain.url}/").raise_for_status().text
     assert "pump-7" in page
     assert "<polyline" in page
     assert "make console" in page
@@ -67,7 +67,7 @@ def test_without_the_built_page_its_address_has_the_plain_table_and_says_how_to_
 
 
 def test_events_of_the_fleet_are_sent_as_they_are_scored(service: Service) -> None:
-    with httpx.stream("GET", f"{service.url}/v1/live?q=sent", timeout=10) as answer:
+    with local.stream("GET", f"{service.url}/v1/live?q=sent", timeout=10) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = answer.iter_lines()
         names = []
@@ -92,20 +92,20 @@ def test_events_of_the_fleet_are_sent_as_they_are_scored(service: Service) -> No
     ],
 )
 def test_what_cannot_be_watched_is_a_problem_that_names_it(service: Service, query: str, status: int, field: str | None) -> None:
-    problem = httpx.get(f"{service.url}/v1/live{query}")
+    problem = local.get(f"{service.url}/v1/live{query}")
     assert (problem.status_code, problem.json().get("field")) == (status, field)
 
 
 def test_a_watcher_too_many_is_told_when_to_come_back(service: Service) -> None:
-    with httpx.stream("GET", f"{service.url}/v1/live"), httpx.stream("GET", f"{service.url}/v1/live/some/stream"):
-        refused = httpx.get(f"{service.url}/v1/live")
+    with local.stream("GET", f"{service.url}/v1/live"), local.stream("GET", f"{service.url}/v1/live/some/stream"):
+        refused = local.get(f"{service.url}/v1/live")
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "5"
 
 
 def test_a_stopping_service_does_not_wait_for_those_who_watch(tmp_path: Path, tiny_model_path: Path) -> None:
     with Service(tmp_path / "data", model=tiny_model_path, DRAIN_SECONDS="30") as running:
-        with httpx.stream("GET", f"{running.url}/v1/live", timeout=20) as answer:
+        with local.stream("GET", f"{running.url}/v1/live", timeout=20) as answer:
             lines = answer.iter_lines()
             next(lines)
             began = time.monotonic()
@@ -118,5 +118,5 @@ def test_a_stopping_service_does_not_wait_for_those_who_watch(tmp_path: Path, ti
 
 def test_a_console_turned_off_leaves_nothing_behind(tmp_path: Path, tiny_model_path: Path) -> None:
     with Service(tmp_path / "data", model=tiny_model_path, CONSOLE="false") as running:
-        assert httpx.get(f"{running.url}/").headers["location"] == "docs"
-        assert httpx.get(f"{running.url}/v1/live").status_code == 404
+        assert local.get(f"{running.url}/").headers["location"] == "docs"
+        assert local.get(f"{running.url}/v1/live").status_code == 404

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from tests import local
 from tests.brokers import Mosquitto
 from tests.buses import Plant
 from tests.e2e.process import Service
@@ -70,7 +71,7 @@ async def test_replicas_that_are_killed_under_way_leave_every_number_scored_once
 def _connected(replica: Service) -> bool:
     """Whether it has the session."""
     try:
-        lines = httpx.get(f"{replica.url}/metrics", timeout=2).text.splitlines()
+        lines = local.get(f"{replica.url}/metrics", timeout=2).text.splitlines()
     except httpx.TransportError:
         return False
     return any(line.startswith("onset_source_partitions{") and line.endswith(" 1.0") for line in lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import httpx
 from opentelemetry._logs import LogRecord
 from opentelemetry.exporter.otlp.proto.http import Compression
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
@@ -13,6 +12,7 @@ from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.resources import Resource
 
+from tests import local
 from tests.e2e.process import Service
 from tests.log_doors import LINES
 from tests.tiny_log import build_tiny_log
@@ -35,5 +35,5 @@ def test_every_record_of_the_sdk_is_scored_once_though_the_service_is_killed(tmp
                 service.start()
         assert provider.force_flush(60_000)
         provider.shutdown()
-        seen = httpx.get(f"{service.url}/v1/streams/shop/web-1").raise_for_status().json()
+        seen = local.get(f"{service.url}/v1/streams/shop/web-1").raise_for_status().json()
     assert (seen["state_version"], seen["line"]["template"]) == (RECORDS, "Closed connection from <IP>")

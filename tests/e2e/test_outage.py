@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from service.embedded import find_server
+from tests import local
 from tests.e2e.process import Service
 
 JSON = {"content-type": "application/json"}
@@ -48,7 +49,7 @@ def valkey(tmp_path: Path) -> Iterator[Valkey]:
 
 def post(service: Service, value: float, event_id: str) -> httpx.Response:
     event = {"stream_id": "a", "values": {"value": value}, "event_id": event_id}
-    return httpx.post(f"{service.url}/v1/events", content=json.dumps(event), headers=JSON, timeout=10)
+    return local.post(f"{service.url}/v1/events", content=json.dumps(event), headers=JSON, timeout=10)
 
 
 def becomes_ready(service: Service, ready: bool) -> None:
@@ -63,7 +64,7 @@ def test_readiness_follows_the_store_and_scoring_recovers_without_a_restart(valk
     with Service(tmp_path / "data", model=tiny_model_path, wait=False, REDIS_URL=valkey.url) as service:
         becomes_ready(service, False)
         assert post(service, 1.0, "0").status_code == 503
-        assert httpx.get(f"{service.url}/health/live").status_code == 200
+        assert local.get(f"{service.url}/health/live").status_code == 200
         valkey.start()
         becomes_ready(service, True)
         for i in range(7):
@@ -78,7 +79,7 @@ def test_readiness_follows_the_store_and_scoring_recovers_without_a_restart(valk
             assert down.headers["content-type"] == "application/problem+json"
             assert int(down.headers["retry-after"]) >= 1
             becomes_ready(service, False)
-            assert httpx.get(f"{service.url}/health/live").status_code == 200
+            assert local.get(f"{service.url}/health/live").status_code == 200
             valkey.start()
             becomes_ready(service, True)
         again = post(service, 6.0, "6").json()
@@ -90,7 +91,7 @@ def test_readiness_follows_the_store_and_scoring_recovers_without_a_restart(valk
 def test_a_service_without_its_store_starts_and_waits(tmp_path: Path, tiny_model_path: Path) -> None:
     with Service(tmp_path / "data", model=tiny_model_path, wait=False, REDIS_URL="redis://127.0.0.1:1") as service:
         becomes_ready(service, False)
-        detail = httpx.get(f"{service.url}/health/ready").json()["detail"]
+        detail = local.get(f"{service.url}/health/ready").json()["detail"]
         assert "store" in detail
         service.terminate()
         assert service.returncode == 0
@@ -104,7 +105,7 @@ def test_more_load_than_can_be_scored_is_refused_and_memory_stays_bounded(tmp_pa
         assert statuses.count(200) >= 3, "what fits the queue is scored"
         assert peak < 400e6, f"{peak / 1e6:.0f} MB"
         assert post(service, 1.0, "after").status_code == 200
-        refused = [line for line in httpx.get(f"{service.url}/metrics").text.splitlines() if line.startswith("onset_refused_total")]
+        refused = [line for line in local.get(f"{service.url}/metrics").text.splitlines() if line.startswith("onset_refused_total")]
         assert any('reason="queue"' in line and float(line.rsplit(" ", 1)[1]) == statuses.count(429) for line in refused)
 
 

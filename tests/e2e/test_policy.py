@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 
+from tests import local
 from tests.e2e.process import Service
 from tests.servers import Valkey
 
@@ -17,7 +17,7 @@ MARKED = 4.0
 
 
 def score(service: Service, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = httpx.post(f"{service.url}/v1/events", json=events, timeout=20).raise_for_status().json()
+    results: list[dict[str, Any]] = local.post(f"{service.url}/v1/events", json=events, timeout=20).raise_for_status().json()
     return results
 
 
@@ -27,14 +27,14 @@ def marked(service: Service, at: int) -> dict[str, Any]:
 
 
 def metric(service: Service, name: str) -> float:
-    lines = httpx.get(f"{service.url}/metrics").text.splitlines()
+    lines = local.get(f"{service.url}/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 def until(service: Service, alpha: float) -> float:
     """Seconds until the service asks for this rate."""
     began = time.monotonic()
-    while httpx.get(f"{service.url}/v1/policy").raise_for_status().json()["alpha"] != alpha:
+    while local.get(f"{service.url}/v1/policy").raise_for_status().json()["alpha"] != alpha:
         assert time.monotonic() < began + SECONDS
         time.sleep(0.05)
     return time.monotonic() - began
@@ -58,7 +58,7 @@ def test_a_rate_put_on_one_replica_turns_the_verdicts_of_the_other_and_survives_
         assert (first["alpha"], first["is_anomaly"], first["anomaly_score"] > 0) == (0.002, False, True)
         alpha = min(0.4, 3 * first["p_value"])
 
-        changed = httpx.put(f"{one.url}/v1/policy", json={"alpha": alpha, "strict": True}).raise_for_status().json()
+        changed = local.put(f"{one.url}/v1/policy", json={"alpha": alpha, "strict": True}).raise_for_status().json()
         assert (changed["alpha"], changed["environment"]["alpha"]) == (alpha, 0.001)
         assert marked(one, start + 2000)["is_anomaly"]  # here at once
         took = until(two, alpha)
@@ -69,8 +69,8 @@ def test_a_rate_put_on_one_replica_turns_the_verdicts_of_the_other_and_survives_
             assert metric(service, "onset_policy_changes_total{") == 1
 
         server.kill()  # the last policy holds without the store, and the store keeps it
-        assert httpx.get(f"{two.url}/v1/policy", timeout=20).json()["alpha"] == alpha
-        assert httpx.put(f"{two.url}/v1/policy", json={"alpha": 0.1}, timeout=20).status_code == 503
+        assert local.get(f"{two.url}/v1/policy", timeout=20).json()["alpha"] == alpha
+        assert local.put(f"{two.url}/v1/policy", json={"alpha": 0.1}, timeout=20).status_code == 503
         server.start()
 
         one.kill()
@@ -78,12 +78,12 @@ def test_a_rate_put_on_one_replica_turns_the_verdicts_of_the_other_and_survives_
         for service in (one, two):
             service.start()
         for i, service in enumerate((one, two)):
-            kept = httpx.get(f"{service.url}/v1/policy").json()
+            kept = local.get(f"{service.url}/v1/policy").json()
             assert (kept["alpha"], kept["strict"], kept["origin"]) == (alpha, True, changed["origin"])
             assert marked(service, start + 4000 + 1000 * i)["is_anomaly"]
             assert metric(service, "onset_policy_changes_total{") == 0
 
-        assert httpx.delete(f"{two.url}/v1/policy").json()["alpha"] == 0.002
+        assert local.delete(f"{two.url}/v1/policy").json()["alpha"] == 0.002
         until(one, 0.001)
         last = marked(one, start + 6000)
         assert (last["alpha"], last["is_anomaly"]) == (0.001, False)

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from service.names import OURS
+from tests import local
 from tests.e2e.process import Service
 from tests.needs import program
 from tests.prometheus import Prometheus, Target
@@ -119,13 +119,13 @@ def test_a_series_that_vanishes_ends_its_stream_and_its_scores(running: tuple[Ov
     oven.door = False
     prometheus.until(lambda: prometheus.query('onset_remote_write_unscored_total{what="ended"} > 0'))
     prometheus.until(lambda: not prometheus.query('onset_anomaly{for="oven_door"}'), 10)  # Prometheus' own look-back is five minutes
-    assert 'silent_since":null' in httpx.get(f"{service.url}/v1/streams/oven_door%7Bjob=%22machine%22,plant=%22north%22%7D").text
+    assert 'silent_since":null' in local.get(f"{service.url}/v1/streams/oven_door%7Bjob=%22machine%22,plant=%22north%22%7D").text
 
 
 def test_the_scores_that_prometheus_sends_us_again_are_not_scored(running: tuple[Oven, Prometheus, Service]) -> None:
     _, prometheus, service = running
     prometheus.until(lambda: prometheus.query('onset_remote_write_unscored_total{what="own"} > 0'))
-    streams = [stream["stream_id"] for stream in httpx.get(f"{service.url}/v1/streams").json()["streams"]]
+    streams = [stream["stream_id"] for stream in local.get(f"{service.url}/v1/streams").json()["streams"]]
     assert NAME in streams
     assert all(stream.startswith(("oven_", "onset_events_total")) for stream in streams)
     assert not [stream for stream in streams if stream.partition("{")[0] in OURS]
@@ -147,7 +147,7 @@ def test_a_kill_loses_no_sample_and_scores_none_twice(running: tuple[Oven, Prome
 
 
 def scored(service: Service) -> int:
-    return int(httpx.get(f"{service.url}/v1/streams/{NAME}").json()["state_version"])
+    return int(local.get(f"{service.url}/v1/streams/{NAME}").json()["state_version"])
 
 
 def sent(prometheus: Prometheus) -> float:

@@ -25,6 +25,7 @@ from service.policy import Policy
 from service.replay import Options, run
 from service.settings import SHIPPED_MODELS
 from service.tables import ReadOptions
+from tests import local
 from tests.e2e.process import Service
 from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
@@ -169,7 +170,7 @@ def test_a_service_killed_during_a_replay_costs_nothing(service: Service, record
 def test_a_replay_of_what_was_replayed_before_scores_nothing_again(service: Service, recorded: Path, tmp_path: Path) -> None:
     first = replayed(service, recorded, tmp_path / "first.csv", batch=50)
     again = replayed(service, recorded, tmp_path / "again.csv", batch=50)
-    versions = {one["stream_id"]: one["state_version"] for one in httpx.get(f"{service.url}/v1/streams").json()["streams"]}
+    versions = {one["stream_id"]: one["state_version"] for one in local.get(f"{service.url}/v1/streams").json()["streams"]}
     for stream, rows in first.items():
         assert versions[stream] == sum(row["late"] == "false" for row in rows)
         assert all(row["duplicate"] == "true" or row["late"] == "true" for row in again[stream])

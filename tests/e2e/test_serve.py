@@ -16,6 +16,7 @@ import httpx
 from typer.testing import CliRunner
 
 from service.__main__ import app
+from tests import local
 from tests.e2e.process import Service
 
 NDJSON = {"content-type": "application/x-ndjson"}
@@ -50,10 +51,10 @@ def test_port_0_is_any_free_one_and_the_line_it_prints_can_be_pasted(tmp_path: P
             assert int(url.group(1)) > 0
             assert curl.split()[0] == "curl"
             body = curl[curl.index("'{") + 1 : curl.rindex("}'") + 1]
-            reply = httpx.post(f"{url.group()}/v1/events", content=body, headers={"content-type": "application/json"})
+            reply = local.post(f"{url.group()}/v1/events", content=body, headers={"content-type": "application/json"})
             assert reply.status_code == 200
             assert reply.json()["state_version"] == 1
-            assert httpx.get(f"{url.group()}/health/ready").status_code == 200  # said only when it is
+            assert local.get(f"{url.group()}/health/ready").status_code == 200  # said only when it is
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -63,10 +64,10 @@ def test_the_detector_that_ships_is_ready_within_seconds(tmp_path: Path) -> None
     started = time.monotonic()
     with Service(tmp_path / "data") as service:
         took = time.monotonic() - started
-        [model] = httpx.get(f"{service.url}/v1/models").json()["models"]
+        [model] = local.get(f"{service.url}/v1/models").json()["models"]
         assert model["default"]
         values = dict.fromkeys((feature["name"] for feature in model["features"]), 1.0)
-        assert httpx.post(f"{service.url}/v1/streams/a/events", json={"values": values}).status_code == 200
+        assert local.post(f"{service.url}/v1/streams/a/events", json={"values": values}).status_code == 200
     assert took < 10  # 1.2 to 1.8 s alone on two processors; other tests run beside this one
 
 
@@ -142,6 +143,6 @@ def test_a_client_that_hangs_up_in_the_middle_hurts_nobody(tmp_path: Path, tiny_
             with socket.create_connection(("127.0.0.1", service.port)) as half:
                 half.sendall(b"POST /v1/events HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n[")
         deadline = time.monotonic() + 5
-        while (answer := httpx.post(f"{service.url}/v1/events", content=b" " * 1_500_000 + b"[]")).status_code != 200:
+        while (answer := local.post(f"{service.url}/v1/events", content=b" " * 1_500_000 + b"[]")).status_code != 200:
             assert time.monotonic() < deadline, answer.text
             time.sleep(0.05)

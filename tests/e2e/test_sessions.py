@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from tests import local
 from tests.e2e.process import Service
 from tests.log_doors import LINES
 from tests.tiny_log import build_tiny_log
@@ -18,11 +17,11 @@ SESSIONS = 20
 def push(service: Service, session: int, *lines: str) -> None:
     values = [[str(time.time_ns()), line] for line in lines]
     body = {"streams": [{"stream": {"request": f"r{session}"}, "values": values}]}
-    httpx.post(f"{service.url}/loki/api/v1/push", json=body, timeout=20).raise_for_status()
+    local.post(f"{service.url}/loki/api/v1/push", json=body, timeout=20).raise_for_status()
 
 
 def streams(service: Service) -> dict[str, dict[str, Any]]:
-    page = httpx.get(f"{service.url}/v1/streams", params={"limit": "1000"}, timeout=20).raise_for_status().json()
+    page = local.get(f"{service.url}/v1/streams", params={"limit": "1000"}, timeout=20).raise_for_status().json()
     return {stream["stream_id"]: stream for stream in page["streams"]}
 
 

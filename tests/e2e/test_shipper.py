@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
+from tests import local
 from tests.e2e.process import Service
 from tests.log_doors import LINES
 from tests.shippers import SyslogNg, documented
@@ -55,7 +55,7 @@ class World:
         found: dict[str, int] = {}
         cursor: str | None = ""
         while cursor is not None:
-            page: dict[str, Any] = httpx.get(
+            page: dict[str, Any] = local.get(
                 f"{self.service.url}/v1/streams", params={"cursor": cursor, "limit": "1000"}, timeout=20
             ).json()
             found |= {stream["stream_id"]: stream["state_version"] for stream in page["streams"]}
@@ -139,6 +139,6 @@ def test_a_file_of_a_machine_is_scored_line_by_line(tmp_path: Path, empty_server
     ):
         world = World(tmp_path, service, shipper, file)
         world.until(lambda: world.whole() == whole)
-        counted = httpx.get(f"{service.url}/metrics").text
+        counted = local.get(f"{service.url}/metrics").text
     assert f'onset_events_total{{door="loki",outcome="scored"}} {whole}.0' in counted
     assert 'onset_events_total{door="loki",outcome="late"} 0.0' in counted

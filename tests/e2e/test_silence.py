@@ -6,24 +6,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from tests import local
 from tests.e2e.process import Service
 
 
 def silences(service: Service) -> float:
-    lines = httpx.get(f"{service.url}/metrics").text.splitlines()
+    lines = local.get(f"{service.url}/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("onset_silences_total{"))
 
 
 def speak(service: Service) -> dict[str, Any]:
-    answer = httpx.post(f"{service.url}/v1/events", json={"stream_id": "line 3/pump", "values": {"value": 1.0}}).raise_for_status()
+    answer = local.post(f"{service.url}/v1/events", json={"stream_id": "line 3/pump", "values": {"value": 1.0}}).raise_for_status()
     result: dict[str, Any] = answer.json()
     return result
 
 
 def silent(service: Service) -> list[str]:
-    page = httpx.get(f"{service.url}/v1/streams", params={"silent": "true"}).raise_for_status().json()
+    page = local.get(f"{service.url}/v1/streams", params={"silent": "true"}).raise_for_status().json()
     return [stream["stream_id"] for stream in page["streams"]]
 
 

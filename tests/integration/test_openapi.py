@@ -24,6 +24,7 @@ from service.app import create_app
 from service.asking import per_event
 from service.prompb import pack
 from service.settings import Settings
+from tests import local
 from tests.pushes import export, push_protobuf, record
 from tests.tiny_log import build_tiny_log
 
@@ -125,13 +126,13 @@ def test_every_door_for_log_lines_answers_as_documented(schema_of_lines: Any, me
 @pytest.mark.parametrize(("method", "path"), sorted(LIVE))
 def test_live_answers_begin_as_documented(served: str, schema: Any, method: str, path: str) -> None:
     post_events(served)
-    document = httpx.get(f"{served}/openapi.json").json()
+    document = local.get(f"{served}/openapi.json").json()
 
     @settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(case=schema[path][method].as_strategy())
     def check(case: Any) -> None:
         request = case.as_transport_kwargs(base_url=served)
-        with httpx.stream(method, request["url"], params=request["params"], headers=dict(request["headers"]), timeout=10) as answer:
+        with local.stream(method, request["url"], params=request["params"], headers=dict(request["headers"]), timeout=10) as answer:
             documented = document["paths"][path][method.lower()]["responses"]
             assert str(answer.status_code) in documented, request
             content = documented[str(answer.status_code)]["content"]
@@ -148,12 +149,12 @@ def test_live_answers_begin_as_documented(served: str, schema: Any, method: str,
 
 
 def test_every_live_event_is_as_documented(served: str) -> None:
-    document = httpx.get(f"{served}/openapi.json").json()
+    document = local.get(f"{served}/openapi.json").json()
     for path, names in (("/v1/live", ["fleet", "changes"]), ("/v1/live/{stream_id}", ["stream", "events"])):
         post_events(served)
         schemas = document["paths"][path]["get"]["responses"]["200"]["content"]["text/event-stream"]["x-events"]
         assert list(schemas) == names
-        with httpx.stream("GET", served + path.format(stream_id="live/1"), timeout=10) as answer:
+        with local.stream("GET", served + path.format(stream_id="live/1"), timeout=10) as answer:
             sent = list(itertools.islice(events_of(answer), 2))
         assert [name for name, _ in sent] == names
         for name, data in sent:
@@ -163,7 +164,7 @@ def test_every_live_event_is_as_documented(served: str) -> None:
 
 def post_events(served: str) -> None:
     events = [{"stream_id": "live/1", "values": {"value": value}} for value in (1.0, 1.1, 99.0)]
-    assert httpx.post(f"{served}/v1/events", json=events).status_code == 200
+    assert local.post(f"{served}/v1/events", json=events).status_code == 200
 
 
 def events_of(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
@@ -193,39 +194,39 @@ def _means_a_rate(body: Any) -> bool:
 
 
 def test_the_examples_of_a_policy_are_taken_and_undone(served: str) -> None:
-    content = httpx.get(f"{served}/openapi.json").json()["paths"]["/v1/policy"]["put"]["requestBody"]["content"]
+    content = local.get(f"{served}/openapi.json").json()["paths"]["/v1/policy"]["put"]["requestBody"]["content"]
     for example in content["application/json"]["examples"].values():
-        assert httpx.put(f"{served}/v1/policy", json=example["value"]).status_code == 200
-    asked = httpx.get(f"{served}/v1/policy").json()
+        assert local.put(f"{served}/v1/policy", json=example["value"]).status_code == 200
+    asked = local.get(f"{served}/v1/policy").json()
     assert (asked["strict"], asked["alpha"], asked["false_alarms"]) == (True, pytest.approx(1 / 2016), "1 per week")
-    undone = httpx.delete(f"{served}/v1/policy").json()
+    undone = local.delete(f"{served}/v1/policy").json()
     assert (undone["strict"], undone["alpha"], undone["false_alarms"]) == (False, 0.001, None)
 
 
 def test_every_route_is_documented(served: str) -> None:
-    paths = httpx.get(f"{served}/openapi.json").json()["paths"]
+    paths = local.get(f"{served}/openapi.json").json()["paths"]
     assert {(method.upper(), path) for path, item in paths.items() for method in item} == ROUTES | LOG_DOORS | LIVE
 
 
 def test_the_page_at_docs_needs_nothing_from_elsewhere(served: str) -> None:
-    page = httpx.get(f"{served}/docs")
+    page = local.get(f"{served}/docs")
     assert "://" not in page.text
     files = re.findall(r'(?:src|href)="([^"]+)"', page.text)
     assert len(files) == 3
     for file in files:
-        answer = httpx.get(page.url.join(file))
+        answer = local.get(page.url.join(file))
         assert answer.status_code == 200, file
         assert len(answer.content) > 500
-    assert httpx.get(page.url.join("openapi.json")).json()["info"]["title"] == "Onset"
+    assert local.get(page.url.join("openapi.json")).json()["info"]["title"] == "Onset"
 
 
 def test_the_examples_of_the_document_are_scored(served: str) -> None:
-    paths = httpx.get(f"{served}/openapi.json").json()["paths"]
+    paths = local.get(f"{served}/openapi.json").json()["paths"]
     for path in ("/v1/events", "/v1/streams/{stream_id}/events"):
         content = paths[path]["post"]["requestBody"]["content"]
         url = served + path.format(stream_id="pump-7")
         for example in content["application/json"]["examples"].values():
-            assert httpx.post(url, json=example["value"]).status_code == 200
-        lines = httpx.post(url, content=content["application/x-ndjson"]["example"], headers={"content-type": "application/x-ndjson"})
+            assert local.post(url, json=example["value"]).status_code == 200
+        lines = local.post(url, content=content["application/x-ndjson"]["example"], headers={"content-type": "application/x-ndjson"})
         assert lines.status_code == 200
         assert lines.json()["stream_id"] == "pump-7"

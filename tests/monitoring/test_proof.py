@@ -26,6 +26,7 @@ from monitoring.generate import ROOT
 from monitoring.queries import Found, ask, queries, table, variables
 from monitoring.rules import RULES
 from service.artifact import find_artifacts
+from tests import local
 from tests.e2e.process import Service
 from tests.needs import program
 from tests.servers import Valkey, free_port
@@ -80,7 +81,7 @@ class World:
 
     def count(self, name: str) -> float:
         """Sum of a metric, as the service tells it."""
-        lines = httpx.get(f"{self.service.url}/metrics").text.splitlines()
+        lines = local.get(f"{self.service.url}/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
@@ -92,7 +93,7 @@ def process(*command: str, ready: str) -> Iterator[None]:
     def answers() -> bool:
         assert child.poll() is None, command
         try:
-            return httpx.get(ready, timeout=2).is_success
+            return local.get(ready, timeout=2).is_success
         except httpx.TransportError:
             return False
 
@@ -246,7 +247,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def test_an_anomaly_arrives_at_alertmanager_and_is_resolved_when_it_is_over(world: World) -> None:
     def ruled() -> list[dict[str, Any]]:
         asked = [f'stream="{FAULTY}"', 'alertname="OnsetStreamAnomalous"']
-        alerts: list[dict[str, Any]] = httpx.get(f"{world.alertmanager}/api/v2/alerts", params={"filter": asked}).json()
+        alerts: list[dict[str, Any]] = local.get(f"{world.alertmanager}/api/v2/alerts", params={"filter": asked}).json()
         return [alert for alert in alerts if alert["status"]["inhibitedBy"]]
 
     until(lambda: world.count("onset_streams_shown") > STREAMS, "the queue's stream")
@@ -283,7 +284,7 @@ def test_every_query_of_every_panel_and_rule_returns_data(world: World) -> None:
 
 def test_the_numbers_are_those_of_the_traffic(world: World) -> None:
     def value(query: str) -> float:
-        reply = httpx.get(f"{world.prometheus}/api/v1/query", params={"query": query}).json()
+        reply = local.get(f"{world.prometheus}/api/v1/query", params={"query": query}).json()
         return float(reply["data"]["result"][0]["value"][1])
 
     assert value('sum(onset_events_total{outcome="scored"})') > STREAMS * KNOWN
@@ -297,7 +298,7 @@ def test_the_numbers_are_those_of_the_traffic(world: World) -> None:
 
 
 def test_no_rule_complains_about_the_service_itself(world: World) -> None:
-    reply = httpx.get(f"{world.prometheus}/api/v1/rules").raise_for_status().json()
+    reply = local.get(f"{world.prometheus}/api/v1/rules").raise_for_status().json()
     rules = [rule for group in reply["data"]["groups"] for rule in group["rules"]]
     assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
     health = [group for group in reply["data"]["groups"] if group["name"] == "onset-health"]
