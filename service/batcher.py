@@ -35,8 +35,11 @@ LOOK_AHEAD = 64
 LONG_ROUNDS = 64
 """Steps one after the other that a batch takes at most; an item that takes more by itself is long."""
 SHORT_BATCHES = 2
-"""Of few streams at once: one is computed while the other waits, for the store."""
-LINGER_SECONDS, RETURN_SECONDS = 0.0003, 0.005
+"""Of which one is of few streams, at once: it is computed while the other waits, for the store."""
+SLOW_SECONDS = 0.010
+"""How long a batch of few waits before another of few is begun beside it: two cost twice what one of both does, so the store's answer
+is waited for, but not that of a slow one."""
+LINGER_SECONDS, RETURN_SECONDS = 0.001, 0.010
 """How long after the last one nobody else is expected to join, and how long after its answer a client is expected at all."""
 STUCK_SECONDS = 60.0
 """A batch that takes longer than this means the loop is not alive."""
@@ -90,8 +93,8 @@ class _Batch(Generic[Item, Answer]):
     streams: set[str] = field(default_factory=set)
     events: int = 0
     rounds: int = 0
-    waits: bool = False
-    """It needs the processor no more, as far as is known."""
+    makes_room: bool = False
+    """A batch of few streams may be begun beside it."""
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -236,7 +239,7 @@ class Batcher(Generic[Item, Answer]):
         if len(self._running) == self._depth:
             return False
         short = [batch for batch in self._running.values() if not batch.long]
-        return not self._few or (len(short) < SHORT_BATCHES and all(batch.waits for batch in short))
+        return not self._few or (len(short) < SHORT_BATCHES and all(batch.makes_room for batch in short))
 
     async def _company(self) -> None:
         """Let those that were just answered join again, as long as they keep coming, and others with them."""
@@ -335,7 +338,14 @@ class Batcher(Generic[Item, Answer]):
         self._expected, self._answered_at = max(lately, self._queued) + events, now
 
     def _waits(self, batch: _Batch[Item, Answer]) -> None:
-        batch.waits = True
+        """All that is left of it is to wait."""
+        if len(batch.streams) < self._gather:
+            asyncio.get_running_loop().call_later(SLOW_SECONDS, self._makes_room, batch)
+        else:
+            self._makes_room(batch)
+
+    def _makes_room(self, batch: _Batch[Item, Answer]) -> None:
+        batch.makes_room = True
         self._wake.set()
 
     @staticmethod

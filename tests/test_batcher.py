@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
 
-from service.batcher import RETURN_SECONDS, Batcher, Waits
+from service.batcher import RETURN_SECONDS, SLOW_SECONDS, Batcher, Waits
 from service.errors import Overloaded, StoreUnavailable
 
 
@@ -257,23 +258,41 @@ async def test_few_streams_wait_for_the_next_batch_together_unless_only_long_one
         await asyncio.gather(long, *tasks)
 
 
-async def test_few_streams_are_computed_while_one_other_batch_only_waits() -> None:
+async def test_few_streams_are_computed_while_one_large_batch_only_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.batcher.SLOW_SECONDS", 60.0)  # which a large one does not wait
     gate = Gate()
-    async with batcher(gate, depth=3, gather=100) as running:
-        tasks = []
-        for i in range(3):
-            tasks.append(asyncio.create_task(running.submit(jobs(i))))
-            await asyncio.sleep(0.01)
-        assert gate.batches == [[0]]
-        gate.waits[0]()
+    async with batcher(gate, depth=3, gather=3) as running:
+        tasks = [asyncio.create_task(running.submit(jobs(0, 1, 2)))]
         await asyncio.sleep(0.01)
-        assert gate.batches == [[0], [1, 2]]
-        gate.waits[1]()
         tasks.append(asyncio.create_task(running.submit(jobs(3))))
         await asyncio.sleep(0.01)
-        assert gate.batches == [[0], [1, 2]], "a third one would have few streams and wait behind both"
+        assert gate.batches == [[0, 1, 2]]
+        gate.waits[0]()
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[0, 1, 2], [3]]
+        gate.waits[1]()
+        tasks.append(asyncio.create_task(running.submit(jobs(4))))
+        await asyncio.sleep(0.01)
+        assert gate.batches == [[0, 1, 2], [3]], "a third one would have few streams and wait behind both"
         gate.open.set()
-        assert await asyncio.gather(*tasks) == [[0], [2], [4], [6]]
+        assert await asyncio.gather(*tasks) == [[0, 2, 4], [6], [8]]
+
+
+async def test_few_streams_wait_for_a_quick_store_and_are_computed_while_others_wait_for_a_slow_one() -> None:
+    gate = Gate()
+    async with batcher(gate, depth=3, gather=100) as running:
+        tasks = [asyncio.create_task(running.submit(jobs(0)))]
+        await asyncio.sleep(0.01)
+        tasks += [asyncio.create_task(running.submit(jobs(i))) for i in (1, 2)]
+        gate.waits[0]()
+        asked = time.monotonic()
+        async with asyncio.timeout(5):
+            while len(gate.batches) < 2:  # noqa: ASYNC110 - a test may look in
+                await asyncio.sleep(0)
+        assert time.monotonic() - asked >= 0.9 * SLOW_SECONDS
+        gate.open.set()
+        assert await asyncio.gather(*tasks) == [[0], [2], [4]]
+    assert gate.batches == [[0], [1, 2]]
 
 
 async def test_those_that_were_just_answered_share_the_next_batch_while_they_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
