@@ -49,8 +49,8 @@ demo: $(DEMO_VENV)/.ready ## score this machine's own readings live, disturb it,
 # servers, so a file's tests stay together; tests/conftest.py has the longest files begin first.
 WORKERS ?= 3
 # The demo watches this very machine: beside others, which keep it busy, it would find nothing to see.
-ALONE := tests/e2e/test_demo.py
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore $(ALONE)
+ALONE := tests/e2e/test_demo.py::test_the_demo_flags_the_disturbance_and_leaves_nothing_running
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --deselect $(ALONE)
 test: setup console ## all tests, against a real store, a real model and real HTTP
 	$(PYTEST)
 	$(BIN)/python -m pytest $(ALONE)
@@ -62,7 +62,7 @@ coverage: setup console ## the same with branch coverage, which is much slower; 
 check: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports
 
 format: setup ## format and fix what can be fixed
