@@ -16,13 +16,14 @@ Shapes: T steps, B streams, F features, I inputs, W = WINDOW, H = len(HORIZONS).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from training.cells import CELLS, StandardCell
+from training.cells import CELLS, FAST_CELLS, StandardCell
 from training.layout import Keeps, Parts, Slot
 from training.networks import Bidirectional, Convolutional, Memoryless, Network, Stack
 
@@ -97,9 +98,10 @@ class Autoencoder(nn.Module):
     def __init__(self, inputs: int, features: int, sizes: Sizes) -> None:
         super().__init__()
         self.inputs, self.features, self.sizes = inputs, features, sizes
-        self.encoder = encoder_of(inputs, sizes)
+        cells = CELLS if features == 1 else FAST_CELLS
+        self.encoder = encoder_of(inputs, sizes, cells)
         self.bottleneck = nn.Linear(self.encoder.output_size, sizes.code)
-        self.decoder = decoder_of(sizes)
+        self.decoder = decoder_of(sizes, cells)
         self.heads = Forecast(sizes.decoder_hidden, features)
 
     @property
@@ -137,7 +139,7 @@ class WaveformAutoencoder(nn.Module):
         if features != 1:
             raise ValueError(f"A waveform is one feature, not {features}.")
         self.inputs, self.features, self.sizes = inputs, features, sizes
-        self.encoder = encoder_of(inputs, sizes)
+        self.encoder = encoder_of(inputs, sizes, FAST_CELLS)
         self.bottleneck = nn.Linear(self.encoder.output_size, sizes.code)
         self.window = nn.Sequential(nn.Linear(sizes.code, WINDOW_HIDDEN), nn.Tanh(), nn.Linear(WINDOW_HIDDEN, WINDOW))
         self.forecasts = nn.Sequential(
@@ -195,7 +197,10 @@ class NoNetwork(nn.Module):
         return Outputs(zeros.unsqueeze(-1).repeat(1, 1, 1, len(LAGS)), zeros, zeros, {})
 
 
-def encoder_of(inputs: int, sizes: Sizes) -> Network:
+Cells = Mapping[str, type[StandardCell]]
+
+
+def encoder_of(inputs: int, sizes: Sizes, cells: Cells = CELLS) -> Network:
     """The encoder of a variant that has one. Raises KeyError for `none`."""
     cell = sizes.cell
     if cell == "bidirectional":
@@ -204,14 +209,14 @@ def encoder_of(inputs: int, sizes: Sizes) -> Network:
         return Convolutional(inputs, sizes.hidden, sizes.layers)
     if cell == "memoryless":
         return Memoryless(inputs, sizes.hidden, sizes.layers)
-    return Stack.of(CELLS[cell], inputs, sizes.hidden, sizes.layers)
+    return Stack.of(cells[cell], inputs, sizes.hidden, sizes.layers)
 
 
-def decoder_of(sizes: Sizes) -> Network:
+def decoder_of(sizes: Sizes, cells: Cells = CELLS) -> Network:
     """Of the encoder's cell; of the standard cell where the encoder runs over a ring."""
     if sizes.cell == "memoryless":
         return Memoryless(sizes.code, sizes.decoder_hidden)
-    return Stack.of(CELLS.get(sizes.cell, StandardCell), sizes.code, sizes.decoder_hidden)
+    return Stack.of(cells.get(sizes.cell, cells["standard"]), sizes.code, sizes.decoder_hidden)
 
 
 def parts_of(prefix: str, parts: Parts) -> Parts:

@@ -50,6 +50,19 @@ class Cell(Protocol):
         """The same from the input [B, I] itself, as it is served."""
         ...
 
+    def run(self, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
+        """Many events [T, B, I], as they are trained on → hidden states [T, B, H] and the last state."""
+        ...
+
+
+def advanced(cell: Cell, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
+    """`run` of any cell: its `advance`, event by event."""
+    outputs = []
+    for projected in cell.project(inputs).unbind(0):
+        state = cell.advance(projected, state)
+        outputs.append(state.hidden_state)
+    return torch.stack(outputs), state
+
 
 class StandardCell(nn.Module):
     """The standard LSTM cell. Its gates are one matrix, in the order forget, input, output, candidate."""
@@ -87,11 +100,30 @@ class StandardCell(nn.Module):
         gates = torch.sigmoid(functional.linear(joined, weight[:-H], bias[:-H]))
         return self.opened(gates, torch.tanh(functional.linear(joined, weight[-H:], bias[-H:])), state.cell_state)
 
+    def run(self, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
+        return advanced(self, inputs, state)
+
     def opened(self, gates: Tensor, candidate: Tensor, cell_state: Tensor) -> CellState:
         """The next state from open gates [B, (G - 1)·H], without the candidate, and the candidate [B, H]."""
         forget_gate, input_gate, output_gate = torch.split(gates, self.hidden_size, dim=1)
         cell_state = forget_gate * cell_state + input_gate * candidate
         return CellState(output_gate * torch.tanh(cell_state), cell_state)
+
+
+class FusedCell(StandardCell):
+    """The standard cell, a sequence by PyTorch's own LSTM: the same answers in a quarter of the time, gradients rounded otherwise."""
+
+    def run(self, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
+        weights = [self._in_torchs_order(part) for part in (self.from_input.weight, self.from_hidden.weight, self.from_input.bias)]
+        weights.append(torch.zeros_like(weights[-1]))  # torch has a bias of its own for what comes from the hidden state
+        before = (state.hidden_state.unsqueeze(0), state.cell_state.unsqueeze(0))
+        outputs, hidden, cell = torch.lstm(inputs, before, weights, True, 1, 0.0, self.training, False, False)
+        return outputs, CellState(hidden[0], cell[0])
+
+    def _in_torchs_order(self, gates: Tensor) -> Tensor:
+        """Rows of forget, input, output gate and candidate → of input, forget gate, candidate, output gate."""
+        forget_gate, input_gate, output_gate, candidate = gates.chunk(4)
+        return torch.cat([input_gate, forget_gate, candidate, output_gate])
 
 
 class PeepholeCell(StandardCell):
@@ -165,5 +197,10 @@ class ConvolutionalCell(nn.Module):
     def step(self, inputs: Tensor, state: CellState) -> CellState:
         return self.advance(self.project(inputs), state)
 
+    def run(self, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
+        return advanced(self, inputs, state)
+
 
 CELLS: dict[str, type[StandardCell]] = {"standard": StandardCell, "peephole": PeepholeCell, "coupled": CoupledCell}
+FAST_CELLS = CELLS | {"standard": FusedCell}
+"""For all but the univariate network: the shipped default's recorded command must go on giving its weights to the last bit."""

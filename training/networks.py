@@ -69,12 +69,8 @@ class Stack(Network):
     def sequence(self, inputs: Tensor, state: Parts) -> tuple[Tensor, Parts]:
         last, values = [], inputs
         for cell, layer_state in zip(self.cells, self._layers_of(state), strict=True):
-            projected, outputs, current = cell.project(values), [], layer_state  # type: ignore[operator]
-            for step in projected.unbind(0):
-                current = cell.advance(step, current)  # type: ignore[operator]
-                outputs.append(current.hidden_state)
-            values = torch.stack(outputs)
-            last.append(current)
+            values, after = cell.run(values, layer_state)  # type: ignore[operator]
+            last.append(after)
         return values, _joined(last)
 
     def _layers_of(self, state: Parts) -> list[CellState]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from service.detector import session_of
 from training.autoencoder import Sizes, Variant, encoder_of
-from training.cells import CELLS, ConvolutionalCell, PeepholeCell, StandardCell
+from training.cells import CELLS, ConvolutionalCell, FusedCell, PeepholeCell, StandardCell
 from training.networks import EMBEDDED, RING, Bidirectional, Convolutional, Memoryless, Network, Ring, Stack
 
 Float64 = NDArray[np.float64]
@@ -238,6 +238,25 @@ def test_a_stack_equals_torchs_own_lstm(layers: int) -> None:
     assert torch.allclose(outputs, theirs, atol=1e-9)
     assert torch.allclose(state["hidden"], h.transpose(0, 1).flatten(1), atol=1e-9)
     assert torch.allclose(state["cell"], c.transpose(0, 1).flatten(1), atol=1e-9)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_fused_cells_answer_a_sequence_with_the_same_numbers_and_learn_the_same_from_it(layers: int) -> None:
+    torch.manual_seed(2)
+    plain, fused = (Stack.of(cell, INPUTS, 12, layers) for cell in (StandardCell, FusedCell))
+    fused.load_state_dict(plain.state_dict())
+    x, state = torch.from_numpy(inputs(40)).float(), {name: torch.randn(3, size) for name, size in plain.sizes.items()}
+    (wanted, last), (got, ended) = (stack.sequence(x, state) for stack in (plain, fused))
+    assert torch.allclose(got, wanted, atol=1e-6)
+    assert all(torch.allclose(ended[name], last[name], atol=1e-6) for name in last)
+    for outputs in (wanted, got):
+        outputs.square().sum().backward()  # type: ignore[no-untyped-call]
+    for theirs, ours in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert theirs.grad is not None
+        assert ours.grad is not None
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    output, _ = fused.step(x[0], state)
+    assert torch.allclose(output, wanted[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", FAMILY)
