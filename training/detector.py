@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from training.autoencoder import Autoencoder, NoNetwork, Outlook, Sizes, WaveformAutoencoder
+from training.autoencoder import Autoencoder, FleetAutoencoder, NoNetwork, Outlook, Sizes, WaveformAutoencoder
 from training.layout import Keeps, Layout, Parts, Slot, any_of, row_sum
 from training.normaliser import Clock, Normalised, Normaliser
 from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals, WaveformSignals
@@ -243,12 +243,14 @@ class DetectorStep(ArtifactStep):
     def inputs(self, event: Normalised, clock: Tensor, previous_z: Tensor) -> Tensor:
         """What the network sees of an event: z, its change, what is present, and the clock [B, 3F + 5].
 
-        Of a waveform z and its change [B, 2], where a missing value is the last one: its shape knows no time of day.
+        Of a waveform z and its change [B, 2]: its shape knows no time of day. A missing value is the last one; of a single feature that
+        is no waveform 0, the mean.
         """
         change = (event.z - previous_z) * (event.present & event.known).to(event.z.dtype)
         if isinstance(self.autoencoder, WaveformAutoencoder):
             return torch.cat([torch.where(event.present, event.z, previous_z), change]).t()
-        return torch.cat([event.z, change, event.present.to(event.z.dtype), clock]).t()
+        z = event.z if self.features == 1 else torch.where(event.present, event.z, previous_z)
+        return torch.cat([z, change, event.present.to(event.z.dtype), clock]).t()
 
 
 def _network(features: int, sizes: Sizes) -> Autoencoder | WaveformAutoencoder | NoNetwork:
@@ -256,7 +258,8 @@ def _network(features: int, sizes: Sizes) -> Autoencoder | WaveformAutoencoder |
         return NoNetwork(3 * features + Clock.inputs, features, sizes)
     if sizes.waveform:
         return WaveformAutoencoder(2, features, sizes)
-    return Autoencoder(3 * features + Clock.inputs, features, sizes)
+    network = Autoencoder if features == 1 else FleetAutoencoder
+    return network(3 * features + Clock.inputs, features, sizes)
 
 
 Turned = TypeVar("Turned", Normalised, Residual)

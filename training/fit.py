@@ -167,7 +167,7 @@ def corrupted(prepared: Prepared, features: int, rng: np.random.Generator, lanes
     z += rng.normal(size=block).astype(np.float32)[:, own] * 0.05
     z[hidden] = 0
     inputs = prepared.inputs.clone()
-    inputs[:, :, :F] = torch.from_numpy(z)
+    inputs[:, :, :F] = torch.from_numpy(z if F == 1 else _last(z, hidden, inputs[0, :, :F].numpy()))
     inputs[:, :, F : 2 * F] = torch.from_numpy(_changes(z, hidden))
     inputs[:, :, 2 * F : 3 * F] = torch.from_numpy((~hidden).astype(np.float32))
     timeless = torch.from_numpy((rng.random(lanes) < 0.3)[own])
@@ -199,6 +199,12 @@ def noisy(prepared: Prepared, rng: np.random.Generator, lanes: int, own: slice) 
     noise = torch.from_numpy(0.03 * rng.standard_normal((len(prepared.z), lanes, 1), dtype=np.float32)[:, own])
     changed = torch.cat([noise[:1], noise[1:] - noise[:-1]])
     return prepared.inputs + torch.cat([noise, changed], dim=2)
+
+
+def _last(z: Float32, hidden: np.ndarray[Any, Any], before: Float32) -> Float32:
+    """Each feature's newest value that is not hidden [T, B, F]; `before` [B, F] until there is one."""
+    row = np.where(hidden, 0, np.arange(1, len(z) + 1)[:, None, None])
+    return np.take_along_axis(np.concatenate([before[None], z]), np.maximum.accumulate(row, axis=0), axis=0)
 
 
 def _changes(z: Float32, hidden: np.ndarray[Any, Any]) -> Float32:

@@ -225,7 +225,7 @@ def _what_pays(step: DetectorStep, job: Job) -> tuple[DetectorStep, dict[str, An
 def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console: Console, world: World) -> Reached:
     if isinstance(step.autoencoder, NoNetwork):
         return Reached()
-    identity = f"{job.data_sha256 or job.data} {job.features} {job.sizes}"
+    identity = f"{job.data_sha256 or job.data} {job.features} {type(step.autoencoder).__name__} {job.sizes}"
     trainer = Trainer(step, job.source, job.plan, checkpoint, identity, world)
     if resume:
         world.in_turn(trainer.resume)
