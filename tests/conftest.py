@@ -20,24 +20,37 @@ from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
 
 LONGEST = (
-    "e2e/test_chaos_queues.py",
-    "training/test_fit.py",
     "contracts/test_sources.py",
-    "training/test_logs.py",
-    "training/test_distributed.py",
-    "e2e/test_chaos.py",
-    "e2e/test_alert_sinks.py",
-    "training/test_cells.py",
-    "integration/test_openapi.py",
-    "test_protocol_model.py",
+    "training/test_fit.py",
     "e2e/test_browser.py",
-    "test_bench_quality.py",
-    "training/test_waveform.py",
-    "e2e/test_cluster.py",
-    "monitoring/test_proof.py",
+    "training/test_distributed.py",
+    "e2e/test_chaos_queues.py",
+    "training/test_logs.py",
+    "e2e/test_alert_sinks.py",
+    "e2e/test_chaos.py",
     "training/test_logpipeline.py",
+    "e2e/test_serve.py",
+    "monitoring/test_proof.py",
+    "training/test_waveform.py",
+    "test_bench_quality.py",
+    "e2e/test_kill.py",
+    "training/test_verify.py",
+    "integration/test_cluster.py",
+    "e2e/test_replay_service.py",
+    "training/test_signals.py",
+    "integration/test_redis_streams.py",
+    "test_protocol_model.py",
+    "contracts/test_stores.py",
+    "integration/test_openapi.py",
+    "training/test_cells.py",
+    "e2e/test_cluster.py",
+    "e2e/test_demo.py",
+    "test_lasting.py",
+    "e2e/test_mqtt_kill.py",
+    "monitoring/test_files.py",
+    "training/test_cache.py",
 )
-"""The longest files, those that wait between those that compute: whichever began last would end long after the others."""
+"""The longest files (15 s and more), those that wait between those that compute: whichever began last would end long after the others."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
