@@ -68,7 +68,7 @@ class Gate:
 
 
 async def waiting(running: Ints, count: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while running.queued < count:  # noqa: ASYNC110 - a test may look in
             await asyncio.sleep(0)
 
@@ -286,7 +286,7 @@ async def test_few_streams_wait_for_a_quick_store_and_are_computed_while_others_
         tasks += [asyncio.create_task(running.submit(jobs(i))) for i in (1, 2)]
         gate.waits[0]()
         asked = time.monotonic()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while len(gate.batches) < 2:  # noqa: ASYNC110 - a test may look in
                 await asyncio.sleep(0)
         assert time.monotonic() - asked >= 0.9 * SLOW_SECONDS
@@ -318,7 +318,7 @@ async def test_nobody_waits_for_those_who_do_not_come_back(monkeypatch: pytest.M
     gate.open.set()
     async with batcher(gate, gather=100) as running:
         await asyncio.gather(*(running.submit(jobs(i)) for i in range(10)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             assert await running.submit(jobs(10)) == [20]
             await asyncio.sleep(2 * RETURN_SECONDS)
             assert await running.submit(jobs(11)) == [22]

@@ -86,7 +86,7 @@ class Watcher:
         if message.get("body"):
             await self._sent.put(message["body"])
 
-    async def messages(self, wanted: str, seconds: float = 5) -> list[dict[str, Any]]:
+    async def messages(self, wanted: str, seconds: float = 20) -> list[dict[str, Any]]:
         """Messages up to the first one of this name, each {event, data}."""
         got: list[dict[str, Any]] = []
         async with asyncio.timeout(seconds):
@@ -265,7 +265,7 @@ async def test_closing_ends_every_watcher_and_refuses_new_ones(tiny_detector: De
         watchers = [Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10))), Watcher(fleet.live.stream(tiny_detector.name, "a", []))]
         await asyncio.sleep(0.05)
         fleet.live.close()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             assert [await watcher.ended() for watcher in watchers] == [True, True]
         with pytest.raises(Overloaded):
             fleet.live.fleet(tiny_detector.name, FleetQuery(10))

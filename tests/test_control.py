@@ -219,8 +219,10 @@ class Unsteady(MemoryStore):
         super().__init__(state_ttl=3600, result_ttl=600)
         self.gate = asyncio.Event()
         self.gate.set()
+        self.asked = 0
 
     async def policy(self) -> dict[str, bytes]:
+        self.asked += 1
         if self.bug:
             raise KeyError("a bug")
         if self.down:
@@ -235,6 +237,14 @@ class Unsteady(MemoryStore):
         return await super().waited(model, limit)
 
 
+async def refreshed(store: Unsteady) -> None:
+    """A refresh began and ended."""
+    asked = store.asked
+    async with asyncio.timeout(20):
+        while store.asked < asked + 3:  # noqa: ASYNC110 - one may be under way, and a reply asks, too
+            await asyncio.sleep(0.005)
+
+
 async def test_while_the_store_is_lost_the_last_policy_holds_and_the_refresh_goes_on(tiny_detector: Detector) -> None:
     store = Unsteady()
     replica = Replica(tiny_detector, store, Clock())
@@ -242,7 +252,7 @@ async def test_while_the_store_is_lost_the_last_policy_holds_and_the_refresh_goe
     task = asyncio.create_task(replica.control.run(every=0.005))
     with capture_logs() as lines:
         for store.down, store.bug in ((True, False), (False, True), (False, False)):
-            await asyncio.sleep(0.1)
+            await refreshed(store)
             assert replica.scorer.policy.alpha == 0.02
             assert not task.done()
             if store.down:
@@ -250,7 +260,7 @@ async def test_while_the_store_is_lost_the_last_policy_holds_and_the_refresh_goe
     assert sum(line["event"] == "policy_not_refreshed" for line in lines) == 1
     assert (replica.sample("onset_unexpected_errors_total") or 0) >= 1
     await store.change_policy({"alpha": None})
-    await asyncio.sleep(0.1)
+    await refreshed(store)
     assert replica.scorer.policy.alpha == 1e-3
     await tasks.end(task)
     await replica.scorer.drain(1)

@@ -148,7 +148,10 @@ async def test_one_desk_keeps_the_book_and_another_takes_over_when_it_leaves(off
     await until(lambda: first.keeps)
     running.append(asyncio.create_task(second.run()))
     await office.log(opening())
-    await asyncio.sleep(1)
+    async with asyncio.timeout(10):
+        while not await office.all():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.5)
     assert len(await office.all()) == 1
     assert not second.keeps
     await tasks.end(running[0])

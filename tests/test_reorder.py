@@ -59,7 +59,7 @@ async def test_a_sequence_without_a_gap_waits_for_nothing_once_its_place_is_know
     held = reorder(order, seconds=0.05)
     await held.score(events([0, 1], sequenced=True))
     held._seconds = 60
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await held.score(events([2, 3], sequenced=True)) == [2, 3]
         later = asyncio.create_task(held.score(events([6, 5], sequenced=True)))
         await asyncio.sleep(0)
@@ -106,7 +106,7 @@ async def test_more_than_may_be_held_is_refused_at_once() -> None:
 
 async def test_an_event_without_time_and_sequence_is_not_held() -> None:
     held = reorder(Order(), seconds=60)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await held.score(Parsed(["s"], [[7.0]], [0.0], [False], [-1], [0])) == [7]
 
 

@@ -43,7 +43,7 @@ class Reader(asyncio.Protocol):
     async def until(self, size: int) -> bytes:
         while len(content := b"".join(self.reads)) < size:
             self.came.clear()
-            await asyncio.wait_for(self.came.wait(), 5)
+            await asyncio.wait_for(self.came.wait(), 20)
         return content
 
 
@@ -102,7 +102,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 async def test_the_last_response_of_a_connection_is_written_before_it_closes() -> None:
     async with connected() as (transport, reader):
         transport.write((REQUEST % 5).replace(b"Host", b"Connection: close\r\nHost"))
-        await asyncio.wait_for(reader.lost.wait(), 5)
+        await asyncio.wait_for(reader.lost.wait(), 20)
         assert b"".join(reader.reads).endswith(b"\r\n\r\nxxxxx")
 
 

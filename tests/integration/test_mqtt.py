@@ -103,7 +103,7 @@ async def test_a_replica_that_was_taken_for_dead_scores_nothing_twice(
     [lease] = [key async for key in q.client.scan_iter("onset:*=mqtt/*")]
     for _ in range(3):
         await rig.plant.publish_all([(f"{rig.name}/in/same", 1.5)] * 200)
-        await q.client.set(lease, "another", px=700)  # a stall, seen from outside
+        await q.client.set(lease, "another", px=1500)  # a stall, seen from outside
         await q.until(lambda: metric(service, "source_partitions", "mqtt") == 0)
     await q.until(lambda: metric(service, "source_partitions", "mqtt") == 1)
     assert metric(service, "source_fenced_total", "mqtt") >= 1
