@@ -114,6 +114,8 @@ class FusedCell(StandardCell):
     """The standard cell, a sequence by PyTorch's own LSTM: the same answers in a quarter of the time, gradients rounded otherwise."""
 
     def run(self, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
+        if not inputs.is_cpu or torch.is_autocast_enabled("cpu"):  # there the cell state would be rounded to bfloat16, too
+            return advanced(self, inputs, state)
         weights = [self._in_torchs_order(part) for part in (self.from_input.weight, self.from_hidden.weight, self.from_input.bias)]
         weights.append(torch.zeros_like(weights[-1]))  # torch has a bias of its own for what comes from the hidden state
         before = (state.hidden_state.unsqueeze(0), state.cell_state.unsqueeze(0))

@@ -259,6 +259,15 @@ def test_fused_cells_answer_a_sequence_with_the_same_numbers_and_learn_the_same_
     assert torch.allclose(output, wanted[0], atol=1e-6)
 
 
+def test_fused_cells_keep_their_cell_state_in_float32_where_products_are_in_bfloat16() -> None:
+    torch.manual_seed(2)
+    fused = Stack.of(FusedCell, INPUTS, 12)
+    x = torch.from_numpy(inputs(10)).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, after = fused.sequence(x, fused.fresh(3))
+    assert after["cell"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("variant", FAMILY)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("first", [1, 7, RING + 4])
