@@ -35,7 +35,7 @@ LOOK_AHEAD = 64
 LONG_ROUNDS = 64
 """Steps one after the other that a batch takes at most; an item that takes more by itself is long."""
 SHORT_BATCHES = 2
-"""Of which one is of few streams, at once: it is computed while the other waits, for the store."""
+"""At once, long ones aside, where one of them is of few streams: it is computed while the other waits, for the store."""
 SLOW_SECONDS = 0.010
 """How long a batch of few waits before another of few is begun beside it: two cost twice what one of both does, so the store's answer
 is waited for, but not that of a slow one."""

@@ -255,7 +255,7 @@ class RedisStore(Commands):
         return done
 
     async def _watched(self, model: str, ranges: Sequence[tuple[float, float]], limit: int) -> list[str]:
-        # One call for all shards, once a second: packing a command for each range of each shard takes longer than all else of a sweep.
+        # One call for all shards, once a second, in place of a command for each range of each shard.
         keys, scores = [watch_key(model, shard) for shard in range(SHARDS)], [score for both in ranges for score in both]
         return [member.decode() for member in await self.call(WATCHED, keys, [limit, *scores])]
 
