@@ -7,8 +7,9 @@
 A stream that is said to have ended while its alert is open (`begin_end`) is swept in the same way: at its deadline it has ended.
 
 So a silence is raised once, however many replicas there are. The next event clears it and is judged as any other. Only streams whose
-events are about now are waited for (`waits`). After a start or an outage of the store every stream gets its patience anew, and
-RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take a while to come back to it.
+events are about now are waited for (`waits`). After a start, an outage of the store, a pause of this process or a change of its clock every
+stream gets its patience anew, and RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take a
+while to come back to it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from service.stores import SILENT as SILENT_WATCH
 from service.stores import StateStore, Write
 
 SWEEP_SECONDS, COUNT_SECONDS = 1.0, 10.0
+LONGEST_SECONDS = 60.0
+"""What a sweep takes at most, with a store that hardly answers: after more this process, or its clock, was stopped meanwhile."""
 SWEPT = 1000
 """Streams looked at in one go."""
 ROUNDS = 10
@@ -41,6 +44,9 @@ LIVE_SECONDS = 300.0
 """A stream is live while its events' times are within this (or its patience) of the time they arrive."""
 RETURN_SECONDS = 10.0
 """How long those that were turned away while the service was down wait at most before they come again, or catch up from a queue."""
+GRACE_SECONDS = 30.0
+"""How long a stream that is given its patience anew is not looked at, so that many of them leave room for those that fall silent now; at
+most, since another replica may have been listening for longer."""
 CLAIMED = 1.0
 """`watch_until` of a silent stream: it is watched, and its next commit sets the watch anew."""
 
@@ -143,9 +149,10 @@ class Sweep(ABC):
     async def _look(self, stream_ids: list[str], now: float, since: float) -> bool:
         """Look at these streams, `since` when we have been listening without a break; whether any was dealt with."""
 
-    async def run(self) -> None:
+    async def run(self, every: float = SWEEP_SECONDS) -> None:
         """Sweep until cancelled."""
         while True:
+            began = self._clock()
             try:
                 await self.sweep()
             except StoreUnavailable as error:
@@ -155,13 +162,17 @@ class Sweep(ABC):
             except Exception as error:  # a bug must not end the watch for all streams; it is counted and logged
                 self._metrics.bugs.inc()
                 log.error("unexpected_error", model=self._model, exc_info=error)
-            await asyncio.sleep(SWEEP_SECONDS)
+            asleep = self._clock()
+            await asyncio.sleep(every)
+            now = self._clock()
+            if not (0 <= now - asleep <= RETURN_SECONDS and 0 <= now - began <= LONGEST_SECONDS):
+                self._listening_since = None
 
     async def sweep(self) -> None:
         """Look at every stream that is due. Raises StoreUnavailable."""
         now = self._clock()
         if self._listening_since is None:
-            self._listening_since = now
+            self._listening_since = self._count_at = now
         for _ in range(ROUNDS):
             due = await self._store.due(self._model, now, SWEPT)
             if not due or not await self._look(due, now, self._listening_since) or len(due) < SWEPT:
@@ -199,10 +210,12 @@ class Sweeper(Sweep):
         ending = kept & (rows["flags"] & ENDING != 0)
         waited = kept & (rows["flags"] & SILENT == 0)
         later = waited & (rows["deadline"] > now)
-        over_now = ending & ~later & (now >= since + RETURN_SECONDS)
-        silent = waited & ~ending & ~later & (now >= since + np.maximum(np.where(np.isfinite(patience), patience, 0), RETURN_SECONDS))
+        grace = since + np.maximum(np.where(np.isfinite(patience) & ~ending, patience, 0), RETURN_SECONDS)
+        due = waited & ~later
+        over_now, silent = due & ending & (now >= grace), due & ~ending & (now >= grace)
         over = ~kept
         watches = {stream_ids[i]: float(rows["deadline"][i]) for i in np.flatnonzero(later).tolist()}
+        watches |= {stream_ids[i]: min(float(grace[i]), now + GRACE_SECONDS) for i in np.flatnonzero(due & (now < grace)).tolist()}
         watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(over).tolist()}
         # Claimed already, and due again: its value outlived the time it was to be forgotten by.
         claimed = kept & (rows["flags"] & SILENT != 0)

@@ -11,18 +11,18 @@ import pytest
 from numpy.typing import NDArray
 from structlog.testing import capture_logs
 
-from service import cadence
+from service import cadence, tasks
 from service.detector import Detector
 from service.errors import StoreUnavailable
 from service.events import Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
-from service.silence import RETURN_SECONDS, Silence, Sweeper
+from service.silence import RETURN_SECONDS, SWEPT, Silence, Sweeper
 from service.state import StateCodec
 from service.stores import StateStore
 from service.stores.memory import MemoryStore
-from service.stores.redis import RedisStore
+from service.stores.redis import SHARDS, RedisStore, shard_of
 
 TTL = 3600
 CODEC = StateCodec(features=1, state_size=1, model=1)
@@ -123,6 +123,10 @@ class World:
     async def sweep(self) -> None:
         await asyncio.gather(*(sweeper.sweep() for sweeper in self.sweepers))
 
+    def another_sweeper(self) -> Sweeper:
+        """Of a replica that starts now."""
+        return Sweeper("tiny", self.replicas[0]._codec, Policy, self.store, Metrics(), TTL, self.raised.append, self.clock)
+
     def sample(self, name: str) -> float:
         return sum(metrics.registry.get_sample_value(name, {"model": "tiny"}) or 0 for metrics in self.metrics)
 
@@ -203,9 +207,7 @@ async def test_a_stream_that_turns_to_the_past_or_is_forgotten_is_no_longer_wait
 async def test_after_a_start_every_stream_gets_its_patience_anew(world: World, tiny_detector: Detector) -> None:
     await world.speak("s", 100)
     world.clock.now += 3000
-    late = world.sweepers[0].__class__(
-        "tiny", world.replicas[0]._codec, Policy, world.store, Metrics(), TTL, world.raised.append, world.clock
-    )
+    late = world.another_sweeper()
     await late.sweep()
     assert world.raised == []
     world.clock.now += 120
@@ -216,13 +218,51 @@ async def test_after_a_start_every_stream_gets_its_patience_anew(world: World, t
 async def test_after_a_start_a_fast_stream_has_the_time_that_its_sender_needs_to_come_back(world: World, tiny_detector: Detector) -> None:
     await world.speak("s", 100, gap=0.02)
     world.clock.now += 4  # the service was down
-    late = world.sweepers[0].__class__(
-        "tiny", world.replicas[0]._codec, Policy, world.store, Metrics(), TTL, world.raised.append, world.clock
-    )
+    late = world.another_sweeper()
     for seconds, raised in ((0, 0), (RETURN_SECONDS - 1, 0), (1, 1)):
         world.clock.now += seconds
         await late.sweep()
         assert len(world.raised) == raised
+
+
+async def test_streams_that_get_their_patience_anew_do_not_keep_one_that_falls_silent_from_being_seen(world: World) -> None:
+    slow = [f"slow {i}" for i in range(SWEPT + 10)]
+    quick = next(name for i in range(10_000) if shard_of(name := f"quick {i}") == SHARDS - 1)  # behind all others in the store
+    for i in range(60):
+        world.clock.now += 600
+        await world.replicas[0].score([Event(stream_id=name, values={"value": i % 3}, timestamp=world.clock.now) for name in slow])
+    world.clock.now += 20_000  # the service was down
+    await world.speak(quick, 60, gap=1.0)
+    late = world.another_sweeper()
+    for seconds in (0, RETURN_SECONDS + 5):
+        world.clock.now += seconds
+        await late.sweep()
+    assert [silence.stream_id for silence in world.raised] == [quick]
+    for _ in range(4):
+        world.clock.now += 1000
+        await late.sweep()
+    assert {silence.stream_id for silence in world.raised} == {quick, *slow}
+
+
+@pytest.mark.parametrize("jump", [600.0, -200.0])
+async def test_after_a_pause_of_the_process_or_a_change_of_its_clock_every_stream_gets_its_patience_anew(world: World, jump: float) -> None:
+    sweeper = world.another_sweeper()
+    running = asyncio.create_task(sweeper.run(every=0.01))
+    for _ in range(20):
+        await world.speak("s", 5, gap=1.0)
+        await asyncio.sleep(0.03)
+    world.clock.now += jump
+    await asyncio.sleep(0.1)
+    assert world.raised == []
+    [answer] = await world.replicas[0].score([Event(stream_id="s", values={"value": 0.0})])  # it has only our clock
+    assert isinstance(answer, Result)
+    later = world.clock.now + 150
+    async with asyncio.timeout(30):
+        while world.clock.now < later and not world.raised:
+            world.clock.now += 2
+            await asyncio.sleep(0.03)
+    assert [silence.stream_id for silence in world.raised] == ["s"]
+    await tasks.end(running)
 
 
 async def test_a_frozen_stream_that_falls_silent_stays_frozen_and_an_acceptance_leaves_it_silent(world: World) -> None:
