@@ -22,6 +22,7 @@ OnsetError
 ├── Overloaded           the queue is full: come back in `retry_after` seconds
 ├── Fenced               a partition of a queue is another replica's by now
 └── StoreUnavailable     the state store does not answer
+    └── StoreRefused     it answers, and refuses until somebody changes it
 """
 
 from __future__ import annotations
@@ -131,3 +132,7 @@ class Fenced(OnsetError):
 
 class StoreUnavailable(OnsetError):
     """The state store does not answer; nothing is known to be committed."""
+
+
+class StoreRefused(StoreUnavailable):
+    """The state store refuses: full memory, a right or a password that is not given. `detail` says what helps; events are to be kept."""

@@ -18,6 +18,7 @@ from service.errors import (
     OnsetError,
     Overloaded,
     StateConflict,
+    StoreRefused,
     StoreUnavailable,
     TooLarge,
     TooManyStreams,
@@ -48,6 +49,7 @@ TABLE: dict[type[OnsetError], tuple[int, str, str, int | None]] = {
     StateConflict: (503, "state-conflict", "Other replicas were faster", 1),
     NotCommitted: (503, "not-committed", "The store stopped answering", 1),
     StoreUnavailable: (503, "store-unavailable", "The store does not answer", 1),
+    StoreRefused: (503, "store-refused", "The store refuses to do it", 10),
 }
 LATE = (409, "late-event", "Older than the stream's last event")
 

@@ -93,7 +93,7 @@ class Page:
 
 
 class StateStore(Protocol):
-    """All methods raise StoreUnavailable when the server does not answer. `model` is a detector's name."""
+    """All methods raise StoreUnavailable when the server does not answer, as StoreRefused when it refuses. `model` is a detector's name."""
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         """Values of the streams, None where there is none. One round trip."""

@@ -7,7 +7,7 @@
     TRYAGAIN       some keys of a call are already on their way to another      │
                    node: again until all are, TIMEOUT_SECONDS at most           │
     no function    a node that is new or lost its data: it is loaded, again     ┘
-    other errors   StoreUnavailable, as on one server; before the next call the cluster is asked which node has which slot
+    other errors   StoreUnavailable or StoreRefused, as on one server; before the next call the cluster is asked which node has which slot
 
 Each stream's write is one step, since its keys share a slot. A call is one step for each shard, not for the whole: when it fails, what
 other shards wrote stays, and sent again it is a duplicate, as after any commit whose answer was lost.
@@ -57,6 +57,7 @@ from service.stores.redis import (
     state_key,
     too_old,
     unknown_function,
+    warn_of_evictions,
     watch_key,
 )
 
@@ -119,6 +120,7 @@ class ClusterStore(Commands):
         self._stale = True
         await self._know()
         await asyncio.gather(*(self._load_function(address) for address in self._primaries()))
+        await asyncio.gather(*(self._look_at_memory(address) for address in self._primaries()))
 
     async def _watched(self, model: str, ranges: Sequence[tuple[float, float]], limit: int) -> list[str]:
         keys = [watch_key(model, shard) for shard in range(SHARDS)]
@@ -198,7 +200,7 @@ class ClusterStore(Commands):
         while todo:
             if rounds >= AT_ONCE:
                 if clock() > until:
-                    raise _unavailable(todo[0].reply)
+                    raise self._unavailable(todo[0].reply)
                 await asyncio.sleep(PAUSE_SECONDS)
             await self._round(todo)
             todo = [request for request in todo if isinstance(request.reply, Exception)]
@@ -234,12 +236,18 @@ class ClusterStore(Commands):
                 request.asked = (error.host or address[0], error.port)
             case Exception() as error if not isinstance(error, TryAgainError) and not unknown_function(error):
                 self._stale = True
-                raise _unavailable(error, address)
+                raise self._unavailable(error, address)
 
     async def _load_function(self, address: Address) -> None:
         reply = (await self._ask(address, [("FUNCTION", "LOAD", "REPLACE", LIBRARY)]))[0]
         if isinstance(reply, Exception):
-            raise StoreUnavailable(TOO_OLD) if too_old(reply) else _unavailable(reply, address)
+            raise StoreUnavailable(TOO_OLD) if too_old(reply) else self._unavailable(reply, address)
+
+    async def _look_at_memory(self, address: Address) -> None:
+        reply = (await self._ask(address, [("INFO", "memory")]))[0]
+        if isinstance(reply, bytes):  # or we may not ask
+            about = dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
+            warn_of_evictions(about, f"{address[0]}:{address[1]}")
 
     async def _scan(self, address: Address, model: str, position: int, limit: int) -> tuple[int, list[bytes]]:
         async def scan(position: int, count: int) -> tuple[int, list[bytes]]:
@@ -252,7 +260,7 @@ class ClusterStore(Commands):
         """The reply to a command without a key."""
         reply = (await self._ask(address, [command]))[0]
         if isinstance(reply, Exception):
-            raise _unavailable(reply, address)
+            raise self._unavailable(reply, address)
         return reply
 
     async def _ask(self, address: Address, commands: Sequence[Command]) -> list[Any]:
@@ -262,7 +270,10 @@ class ClusterStore(Commands):
             return await node.ask(commands)
         except UNANSWERED as error:
             self._stale = True
-            raise _unavailable(error, address) from error
+            raise self._unavailable(error, address) from error
+
+    def _unavailable(self, error: Exception, address: Address | None = None) -> StoreUnavailable:
+        return self._told(error, f"{address[0]}:{address[1]}, " if address else "")
 
     # ── who has which slot ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -322,11 +333,6 @@ class _Node:
             raise
         self.failed = False
         return replies
-
-
-def _unavailable(error: Exception, address: Address | None = None) -> StoreUnavailable:
-    where = f"{address[0]}:{address[1]}, " if address else ""
-    return StoreUnavailable(f"The state store does not answer ({where}{type(error).__name__}: {error}).")
 
 
 def _by_shard(stream_ids: Sequence[str]) -> dict[int, list[int]]:

@@ -80,23 +80,38 @@ local function publish(output, most, results, outcome)
   end
 end
 
-local function write(keys, args, streams, outcome)
-  local frames, values, start = args[6], args[7], 1
+local function held(key)
+  local token = redis.pcall('GETRANGE', key, 8, 23)
+  return type(token) == 'string' and token or '' -- what is no value of ours was loaded as none, and is replaced
+end
+
+local function compare(keys, args, streams, outcome)
+  local written, start = {}, 1 -- tokens of what this call writes, by key
   for i = 1, streams do
-    local size, token, bytes, ttl = struct.unpack('<I4c16I4I4', frames, 28 * i - 27)
-    if outcome[i] == nil and bytes == 0 then
-      outcome[i] = 1
-    elseif outcome[i] == nil and redis.call('GETRANGE', keys[i], 8, 23) == string.sub(token, 1, size) then
-      redis.call('SET', keys[i], string.sub(values, start, start + bytes - 1), 'EX', ttl > 0 and ttl or args[1])
-      outcome[i] = 1
-    elseif outcome[i] == nil then
-      outcome[i] = 0
+    local size, token, bytes = struct.unpack('<I4c16I4', args[6], 28 * i - 27)
+    if outcome[i] == nil then
+      outcome[i] = (bytes == 0 or (written[keys[i]] or held(keys[i])) == string.sub(token, 1, size)) and 1 or 0
+    end
+    if outcome[i] == 1 and bytes > 0 then
+      written[keys[i]] = string.sub(args[7], start + 8, start + 23)
     end
     start = start + bytes
   end
 end
 
--- A command that fails in the middle would leave what was written before it: what can be wrong with a key is asked first.
+local function write(keys, args, streams, outcome)
+  local start = 1
+  for i = 1, streams do
+    local _, _, bytes, ttl = struct.unpack('<I4c16I4I4', args[6], 28 * i - 27)
+    if outcome[i] == 1 and bytes > 0 then
+      redis.call('SET', keys[i], string.sub(args[7], start, start + bytes - 1), 'EX', ttl > 0 and ttl or args[1])
+    end
+    start = start + bytes
+  end
+end
+
+-- A command that fails in the middle leaves what was written before it: what can be wrong with a key is asked first, and the values come
+-- after all that goes with them. So where a right is missing an event is not known before its alert is in the log.
 local function misused(keys, last_key, output)
   for i = last_key + 1, #keys do
     local kind = redis.call('TYPE', keys[i]).ok
@@ -117,7 +132,7 @@ local function commit(keys, args)
     return wrong
   end
   fence(keys, args, last_key + output, first_lease, outcome)
-  write(keys, args, streams, outcome)
+  compare(keys, args, streams, outcome)
   for i = streams + 1, streams + trails do
     local blob = args[HEAD + i - streams]
     if outcome[struct.unpack('<I4', blob)] == 1 then
@@ -142,6 +157,7 @@ local function commit(keys, args)
     end
   end
   publish(keys[last_key + 1], args[11], args[12], outcome)
+  write(keys, args, streams, outcome)
   acknowledge(keys, args, last_key + output, first_lease, outcome)
   return outcome
 end

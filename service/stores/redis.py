@@ -28,18 +28,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar, cast
 
 import hiredis
 import redis.asyncio as redis
+import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, NoPermissionError, ReadOnlyError, RedisError, ResponseError, TimeoutError  # noqa: A004
 from redis.maint_notifications import MaintNotificationsConfig
 
-from service.errors import StoreUnavailable
+from service.errors import StoreRefused, StoreUnavailable
 from service.events import Lease
+from service.refusals import UNKNOWN, refusal
 from service.stores import LOG_LENGTH, OUTPUT, SILENT, TRAIL_COMMITS, Output, Page, Write
 
 SHARDS = 256
@@ -70,7 +73,12 @@ redis.call('EXPIRE', KEYS[2], ARGV[4])
 return 1"""
 TOO_OLD = "The server knows no FUNCTION command: Onset needs Redis 7.0 or Valkey 7.2 at least."
 
+REFUSED_SECONDS = 60.0
+"""A store that refuses is told of in the log once in this time: who waits at a queue hears nothing of it."""
+
 T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 _GLOB = re.compile(rb"[*?\[\]\\^]")
 _WATCH, _LOG = struct.Struct("<Id"), struct.Struct("<I")
@@ -124,6 +132,7 @@ class Commands(ABC):
         """TTLs in seconds."""
         self._ttls = (state_ttl, result_ttl, TRAIL_COMMITS)
         self._output = output
+        self._refused_at = -math.inf
 
     @abstractmethod
     async def pipe(self, commands: Sequence[Command], *, atomic: bool = False) -> list[Any]:
@@ -199,6 +208,20 @@ class Commands(ABC):
     async def notes(self, name: str) -> list[bytes]:
         return cast("list[bytes]", (await self.pipe([("LRANGE", notes_key(name), 0, -1)]))[0])
 
+    def _told(self, error: Exception, where: str = "") -> StoreUnavailable:
+        """What the door is told of an error; of a refusal the log, too. `where` = which of several servers."""
+        said = f"{type(error).__name__}: {error}"
+        known = refusal(said) or (UNKNOWN if isinstance(error, ResponseError) else None)
+        if known is None:
+            return StoreUnavailable(f"The state store does not answer ({where}{said}).")
+        detail = f"The state store refuses: {known.why} ({where}{said})."
+        if not known.lasting:
+            return StoreUnavailable(detail)
+        if (now := monotonic()) - self._refused_at >= REFUSED_SECONDS:
+            self._refused_at = now
+            log.error("store_refuses", reason=detail)
+        return StoreRefused(detail)
+
     def _commit_of(self, model: str, part: Sequence[Write]) -> tuple[int, list[Any]]:
         """Number of keys, then keys and arguments of the call of commit.lua that writes these."""
         trails = [(i, write) for i, write in enumerate(part, 1) if write.trail]
@@ -239,8 +262,10 @@ class RedisStore(Commands):
 
     async def open(self) -> None:
         """Load the commit function. Raises StoreUnavailable, also for a server that is too old or part of a cluster."""
-        if await self._clustered():
+        about = await self._about("cluster", "memory")
+        if about.get("cluster_enabled"):
             raise StoreUnavailable("The server is a node of a Redis Cluster: set ONSET_REDIS_CLUSTER=true.")
+        warn_of_evictions(about)
         await self._load_function()
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
@@ -286,11 +311,12 @@ class RedisStore(Commands):
             raise await self._unavailable(reply) from reply
         return reply
 
-    async def _clustered(self) -> bool:
+    async def _about(self, *sections: str) -> Mapping[str, Any]:
+        """What the server says of itself; nothing where we may not ask: then the first call that fails says it."""
         try:
-            return bool((await self._client.info("cluster")).get("cluster_enabled"))
-        except NoPermissionError:  # then the first call that is of several slots says it
-            return False
+            return cast("Mapping[str, Any]", await self._client.info(*sections))
+        except NoPermissionError:
+            return {}
         except UNANSWERED as error:
             raise await self._unavailable(error) from error
 
@@ -329,7 +355,7 @@ class RedisStore(Commands):
         """What the door is told. Where one connection leads nowhere or to a demoted server, the others do too: connect anew."""
         if leads_nowhere(error):
             await connect_anew(self._pool)
-        return StoreUnavailable(f"The state store does not answer ({type(error).__name__}: {error}).")
+        return self._told(error)
 
 
 class _Packing(AbstractConnection):
@@ -391,6 +417,13 @@ async def connect_anew(pool: redis.BlockingConnectionPool) -> None:
     await pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
     with contextlib.suppress(*UNANSWERED):
         await pool.disconnect(inuse_connections=False)
+
+
+def warn_of_evictions(about: Mapping[str, Any], where: str = "") -> None:
+    """`about` = what INFO says of a server's memory."""
+    policy = about.get("maxmemory_policy", "noeviction")
+    if int(about.get("maxmemory", 0)) and policy != "noeviction":
+        log.warning("store_evicts", maxmemory_policy=policy, server=where or None, detail="States would be lost: set it to noeviction.")
 
 
 def leads_nowhere(error: BaseException) -> bool:

@@ -200,6 +200,13 @@ async def test_a_loser_does_not_stop_the_others(store: StateStore) -> None:
     assert await store.load(MODEL, ["a", "b", "c"]) == [writes[0].value, None, writes[2].value]
 
 
+async def test_of_two_writes_of_one_stream_in_one_call_the_second_must_know_the_first(store: StateStore) -> None:
+    first, second = value(), value()
+    writes = [Write("a", b"", first), Write("a", b"", value()), Write("a", first[TOKEN], second)]
+    assert await store.commit(MODEL, writes) == [True, False, True]
+    assert await store.load(MODEL, ["a"]) == [second]
+
+
 async def test_of_many_writers_exactly_one_wins_each_round(store: StateStore) -> None:
     token = b""
     for _ in range(20):

@@ -1,0 +1,180 @@
+"""A store that answers and refuses: nothing is lost by that, and what is told says what helps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.detector import Detector
+from service.errors import StoreRefused, StoreUnavailable
+from service.events import Event, Lease, Result
+from service.metrics import Metrics
+from service.policy import Policy
+from service.problems import problem_of
+from service.scorer import Limits, Scorer
+from service.stores import LOST, WRITTEN, Write
+from service.stores.book import Book
+from service.stores.redis import RedisStore, log_key, shard_of, state_key, trail_key
+from tests.servers import Valkey
+
+MODEL = "tiny"
+RIGHTS = ("~onset:*", "~{onset:*", "+@all", "-@dangerous", "+info")
+"""As docs/deploy.md has them."""
+
+
+def value() -> bytes:
+    return os.urandom(100)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Valkey]:
+    with Valkey(tmp_path / "own") as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def as_user(server: Valkey, *rights: str) -> AsyncIterator[RedisStore]:
+    """A store under a user with these rights, opened before they are all it has."""
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "onset", "reset", "on", ">secret", "+@all", "~*")
+        store = RedisStore(f"unix://onset:secret@{server.socket}", state_ttl=60, result_ttl=60)
+        await store.open()
+        client.execute_command("ACL", "SETUSER", "onset", "reset", "on", ">secret", *rights)
+        yield store
+        await store.close()
+
+
+async def test_a_full_store_refuses_without_loss_says_what_helps_and_takes_the_same_event_once_it_has_room(
+    server: Valkey, tiny_detector: Detector
+) -> None:
+    store, metrics = RedisStore(server.url, state_ttl=60, result_ttl=60), Metrics()
+    await store.open()
+    scorer = Scorer(tiny_detector, Policy(), store, metrics, Limits())
+    scorer.start()
+    event = Event("a", {"value": 1.0}, timestamp=1.7e9)
+    with server.client() as client, capture_logs() as logs:
+        client.config_set("maxmemory", "1")
+        for _ in range(3):
+            with pytest.raises(StoreRefused, match=r"its memory is full \(maxmemory\): give it more") as refused:
+                await scorer.score([event])
+        client.config_set("maxmemory", "0")
+    [told] = [entry for entry in logs if entry["event"] == "store_refuses"]
+    assert told["reason"] == refused.value.detail
+    [answer] = await scorer.score([event])
+    assert isinstance(answer, Result)
+    assert (answer.state_version, answer.duplicate) == (1, False)
+    problem = problem_of(refused.value)
+    assert (problem.status, problem.type, problem.retry_after) == (503, "urn:onset:store-refused", 10)
+    await scorer.drain(5)
+    await store.close()
+
+
+async def test_a_replica_is_told_from_a_store_that_refuses_for_good(server: Valkey) -> None:
+    store = RedisStore(server.url, state_ttl=60, result_ttl=60)
+    await store.open()
+    with server.client() as client:
+        client.replicaof("127.0.0.1", "1")
+        for call in (store.ping(), store.commit(MODEL, [Write("a", b"", value())]), store.change_policy({"alpha": b"1"}), store.open()):
+            with pytest.raises(StoreUnavailable, match="it is a replica") as refused:
+                await call
+            assert type(refused.value) is StoreUnavailable
+        client.replicaof("NO", "ONE")
+    await store.ping()
+    await store.close()
+
+
+async def test_a_store_that_waits_for_its_replicas_is_not_one_that_refuses_for_good(server: Valkey) -> None:
+    store = RedisStore(server.url, state_ttl=60, result_ttl=60)
+    await store.open()
+    with server.client() as client:
+        client.config_set("min-replicas-to-write", "1")
+        with pytest.raises(StoreUnavailable, match="min-replicas-to-write") as refused:
+            await store.ping()
+        assert type(refused.value) is StoreUnavailable
+    await store.close()
+
+
+async def test_a_password_that_is_not_the_right_one_is_told_as_such(server: Valkey) -> None:
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "default", "resetpass", ">right")
+    for url in (server.url, f"unix://:wrong@{server.socket}"):
+        store = RedisStore(url, state_ttl=60, result_ttl=60)
+        with pytest.raises(StoreRefused, match="it wants another user or password: ONSET_REDIS_URL"):
+            await store.open()
+        await store.close()
+
+
+async def test_the_rights_that_the_documentation_names_are_enough(server: Valkey, tiny_detector: Detector) -> None:
+    lease = Lease(b"{onset:events}:in", b"{onset:events}:lease", b"token", b"group")
+    with server.client() as client:
+        client.set(lease.key, lease.token)
+        client.xgroup_create(lease.stream, lease.group, mkstream=True)
+    async with as_user(server, *RIGHTS) as store:
+        with server.client() as client:
+            client.function_flush()
+        await store.open()
+        await store.ping()
+        write = Write("a", b"", value(), b"trail", 1.0, [b"result"], [(lease, b"1-1")], [b"entry"])
+        assert await store.commit(MODEL, [write]) == [WRITTEN]
+        assert (await store.scan(MODEL, "", 10)).stream_ids == ["a"]
+        assert await store.due(MODEL, 2.0, 10) == ["a"]
+        assert await store.waited(MODEL, 1) == (1, ["a"])
+        assert await store.load_trails(MODEL, ["a"]) == [[b"trail"]]
+        await store.change_policy({"alpha": b"1"})
+        assert await store.hold("name", "me", 5)
+        assert await store.note("name", "me", b"note", 3)
+        await store.release("name", "me")
+        book = Book(store)
+        assert await book.take("token")
+        assert len(await book.read({}, 10)) == 1
+        await book.write("token", [], [], {shard_of("a"): "1-1"})
+        await book.release("token")
+        assert await store.delete(MODEL, "a", b"gone")
+        assert await store.count() > 0
+
+
+@pytest.mark.parametrize("missing", ["xadd", "rpush", "zadd", "expire", "set"])
+async def test_an_event_whose_write_lacks_a_right_in_the_middle_is_not_known_and_is_whole_when_it_is_sent_again(
+    server: Valkey, missing: str
+) -> None:
+    async with as_user(server, *RIGHTS, f"-{missing}") as store:
+        write = Write("a", b"", value(), b"trail", 1.0, log=[b"entry"])
+        with pytest.raises(StoreRefused, match=r"its user may not do this: docs/deploy\.md.*") as refused:
+            await store.commit(MODEL, [Write("before", b"", value()), write])
+        assert missing in refused.value.detail
+        assert await store.load(MODEL, ["before", "a"]) == [None, None]
+        with server.client() as client:
+            client.execute_command("ACL", "SETUSER", "onset", f"+{missing}")
+            assert await store.commit(MODEL, [write]) == [WRITTEN]
+            assert client.xrange(log_key(shard_of("a")))[-1][1] == {b"transition": b"entry"}
+
+
+async def test_a_key_in_which_another_program_has_put_something_else_is_a_stream_that_begins(server: Valkey) -> None:
+    store = RedisStore(server.url, state_ttl=60, result_ttl=60)
+    await store.open()
+    with server.client() as client:
+        client.rpush(state_key(MODEL, "odd"), "a list")
+        client.set(trail_key(MODEL, "torn"), "no list")
+    assert await store.load(MODEL, ["odd"]) == [None]
+    mine = value()
+    writes = [Write("before", b"", value()), Write("odd", b"", mine), Write("behind", b"", value()), Write("odd", b"x" * 16, value())]
+    assert await store.commit(MODEL, writes) == [WRITTEN, WRITTEN, WRITTEN, LOST]
+    assert await store.load(MODEL, ["odd"]) == [mine]
+    with pytest.raises(StoreRefused, match="a key of the service's holds what another program has written"):
+        await store.commit(MODEL, [Write("torn", b"", value(), b"trail")])
+    assert await store.load(MODEL, ["torn"]) == [None]
+    await store.close()
+
+
+@pytest.mark.parametrize(("policy", "warned"), [("allkeys-lru", True), ("noeviction", False)])
+async def test_a_server_that_evicts_states_is_told_of(tmp_path: Path, policy: str, warned: bool) -> None:
+    with Valkey(tmp_path / "own", maxmemory="100mb", maxmemory_policy=policy) as server, capture_logs() as logs:
+        store = RedisStore(server.url, state_ttl=60, result_ttl=60)
+        await store.open()
+        await store.close()
+    assert [entry["maxmemory_policy"] for entry in logs if entry["event"] == "store_evicts"] == [policy] * warned
