@@ -21,7 +21,7 @@ _KINDS = [
     ("MasterDown|ClusterDown|TryAgain|BUSY|LOADING", "it is between two states, which passes", False),
     (
         "maxmemory",
-        "its memory is full (maxmemory): give it more, or keep less (ONSET_MAX_STREAMS, ONSET_STATE_TTL_SECONDS, ONSET_STREAMS_MAX_RESULTS)",
+        "its memory is full (maxmemory): give it more or keep less (ONSET_MAX_STREAMS, ONSET_STATE_TTL_SECONDS, ONSET_STREAMS_MAX_RESULTS)",
         True,
     ),
     ("MISCONF", "it cannot write its data to the disk: mostly that is full; its own log says why", True),
