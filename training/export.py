@@ -46,8 +46,8 @@ def to_onnx(step: StepModule) -> bytes:
     """The step function as one ONNX graph with a dynamic number of rows."""
     rows = torch.export.Dim("rows", min=1, max=1 << 20)
     step = step.eval()
-    # The exporter prints its progress and, on every call, warnings about its own internals.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript"):
+    # The exporter prints its progress and, on every call, warnings about its own internals. With gradients it would trace them, too.
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             step,
