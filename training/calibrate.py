@@ -24,7 +24,10 @@ CLOSEST = 0.02
 ENOUGH_STREAMS = 8
 """Different streams from which on the history itself says how streams differ."""
 PRIOR = {"tau": 1200.0, "shape": 2.0, "weight": 13.0}
+PRIOR_START = 2.0
 """Where few streams are drawn to: the synthetic generator's constants; its shape is 7, here less, because real fleets differ more."""
+ENOUGH_YOUNG = 30
+"""Onsets of beginning streams from which on they say themselves how much more frequent those are."""
 YOUNG = 150
 """Age from which on onsets count for the age profile: the first are truncated by the warm-up."""
 
@@ -90,7 +93,7 @@ def calibrate(observed: Observed, burn: int, streams: int | None = None, rules: 
     streams = observed.valid.shape[1] if streams is None else streams
     K = observed.strengths.shape[2]
     draft = rules.draft or _draft(observed, burn)
-    watched = _Watched(observed, burn, min(1.0, streams / ENOUGH_STREAMS), rules)
+    watched = Watched(observed, burn, min(1.0, streams / ENOUGH_STREAMS), rules)
     evidence = evidence_of(observed, draft, burn)
     draft = replace(draft, signals=tuple(watched.onsets(evidence[:, :, k], rules.steepest) for k in range(K)))
     heights = heights_of(evidence, observed, draft, burn)
@@ -100,7 +103,7 @@ def calibrate(observed: Observed, burn: int, streams: int | None = None, rules: 
     events = _aged_tail(total[(total > 0) & _live(observed, burn)], exposure.sum(), rules, rules.steepest)
     emitted = int((onsets_of(heights, observed) > 0).sum())
     support = Support(streams, int(_live(observed, burn).sum()), emitted, streams >= ENOUGH_STREAMS)
-    return replace(draft, onsets=onsets, events=events, support=support)
+    return replace(draft, onsets=onsets, events=events, start=watched.start(heights, onsets), support=support)
 
 
 def _draft(observed: Observed, burn: int) -> Calibration:
@@ -112,7 +115,7 @@ def _draft(observed: Observed, burn: int) -> Calibration:
 
 
 @dataclass(frozen=True)
-class _Watched:
+class Watched:
     """When which stream was watched; `trust` 0..1 in what these streams say of others."""
 
     observed: Observed
@@ -135,8 +138,23 @@ class _Watched:
         shape, weight = _heterogeneity(heights, exposure, tail)
         return Onsets(tail, tau, self._drawn("shape", shape), self._drawn("weight", weight))
 
+    def start(self, heights: Float64, onsets: Onsets) -> float:
+        """See `Calibration`: by maximum likelihood of the onsets while none may be held yet, given how often they come later."""
+        if not self.rules.ageing:
+            return 0.0
+        emitted, age = onsets_of(heights, self.observed) > 0, self.observed.age
+        young = _live(self.observed, self.burn) & (age < self.burn + HOLD)
+        growth = np.log1p(onsets.tau / (age + 1)) - np.log1p(onsets.tau / (self.burn + HOLD + 1))
+        found, usual = growth[emitted & young].sum(), 10**-onsets.first_level * self.exposure(onsets.tau)[young]
+        value = _maximise(lambda start: float(start * found - (usual * np.exp(start * growth[young])).sum()), 0.01, 10.0)
+        return _between(PRIOR_START, value, self.trust * min(1.0, int((emitted & young).sum()) / ENOUGH_YOUNG))
+
     def _drawn(self, name: str, value: float) -> float:
-        return float(PRIOR[name] ** (1 - self.trust) * value**self.trust)
+        return _between(PRIOR[name], value, self.trust)
+
+
+def _between(prior: float, value: float, trust: float) -> float:
+    return float(prior ** (1 - trust) * value**trust)
 
 
 def evidence_of(observed: Observed, calibration: Calibration, burn: int) -> Float64:

@@ -8,7 +8,9 @@
                         then the audit: up to a decade more sensitive where onsets rarer than α are rarer than α
 
 False alarms come in bursts, so onsets are calibrated, not events: an onset exceeds the last emission of the past 125 events, for each e_k
-as for T. Novelty gets rarer with age, g(n) = 1 + τ/n, so all are corrected for age. A stream's own rate is gamma-Poisson for the first
+as for T. Novelty gets rarer with age, g(n) = 1 + τ/n, so all are corrected for age. Where a stream begins no emission is held yet, so
+what is usual for it is an onset once: while n is below the m events after which one may be held, onsets are (g(n)/g(m))^start times
+as frequent on top. A stream's own rate is gamma-Poisson for the first
 level of the pooled tail and a beta chain above: streams differ most in how often a single signal is new in them, so each signal has
 a rate of its own before they are summed, and the sum has one again. How fast novelty fades differs between streams too (an ECG repeats
 itself within a thousand events), and no count of the past says how the tail will go on: so the audit follows the realised rate, a
@@ -85,6 +87,7 @@ class Calibration:
     events: Curve  # tail of Σ evidence, at infinite age
     onsets: Onsets  # of the sum
     band: Curve  # tail of |residual| ÷ spread
+    start: float = 0.0  # by how much faster onsets get rarer where a stream begins, see above
     floor: float = 3.2  # decades of a signal that do not count towards an onset of the sum
     prior_events: float = 1000.0  # events the pooled scale weighs
     margin: float = 0.0  # by how much an onset exceeds the last emission: where the same strength comes again, rounding must not
@@ -102,7 +105,7 @@ class Tail(nn.Module):
 
     All pooled curves are sums of hinges, Σ bend·relu(x - knot), so that a curve is two products with constants:
 
-        evidence, log α ──pick──► relu ──own──► places on the signals' chains ──► decades of each signal above the floor
+        evidence, log α, log g ──pick──► relu ──own──► places on the signals' chains ──► decades of each signal above the floor
                                                        ──pick──► relu ──decades──► event, onset, chain, band
 
     What is counted of the K signals and of the sum, in this order, is counted by the same operators.
@@ -119,40 +122,41 @@ class Tail(nn.Module):
         self.chains = (*c.signals, c.onsets)
         quantile, mean = torch.tensor(c.quantile).unsqueeze(1), torch.tensor(c.mean).unsqueeze(1)
         self._keep("most", 3 * quantile)
-        self._keep("tau", torch.tensor([[chain.tau] for chain in self.chains]))
-        self._keep("ones", torch.ones(len(self.chains), 1))
+        self._keep("tau", torch.tensor([[c.onsets.tau]]))
+        self._keep("one", torch.ones(1, 1))
         self._curves_of_signals()
         self._decades_of_signals()
         self._curves_of_sums()
         self._counting(quantile / mean)
-        K, L = signals, LEVELS
-        event = torch.cat([torch.zeros(L + 1), torch.tensor([-LOG10]), torch.eye(K + 1)[K], torch.zeros(1)])
-        onset = torch.cat([torch.ones(L), torch.tensor([-LOG10, 0.0]), torch.eye(K + 1)[K], torch.tensor([LOG10])])
-        self._keep("exponents", torch.stack([event, onset]))
+        event, onset = [0.0] * LEVELS + [0.0, -LOG10, 1.0, 0.0, 0.0], [1.0] * LEVELS + [-LOG10, 0.0, 0.0, 1.0, LOG10]
+        self._keep("exponents", torch.tensor([event, onset]))
         self._keep("exponents_start", torch.tensor([[0.0], [-LOG10 * c.onsets.first_level]]))
 
     def _keep(self, name: str, table: Tensor) -> None:
         self.register_buffer(name, table.float(), persistent=False)
 
     def _curves_of_signals(self) -> None:
-        """[log1p of K signals, log α] → [K·L places, K decades beyond the last level, K evidences, their sum, factor of the band]."""
+        """[log1p of K signals, log α, log g] → see `_above_floor`; growth is log g, that of onsets has the start's on top."""
         c, K, L = self.calibration, self.signals, LEVELS
         # The band's curve gives decades for a ratio; here the ratio for the asked decades, -log10 α.
         band = hinges(c.band.y, c.band.x, 1 / max(c.band.slope, 1e-3))
-        curves = [(*_hinges(signal.tail), k) for k, signal in enumerate(c.signals)] + [(*band, K)]
-        scale = torch.tensor([1.0] * K + [-1 / LOG10])
-        picks = [scale[k] * torch.eye(K + 1)[k] for knots, _, _, k in curves for _ in knots]
-        self._keep("signal_pick", torch.stack([*picks, *torch.eye(K + 1)[:K]]))  # the last K: evidence as it is
+        begun = math.log1p(c.onsets.tau / (self.burn + HOLD + 1))
+        growth = ([0.0, begun], [1.0, c.start], 0.0)
+        curves = [*((*_hinges(signal.tail), k) for k, signal in enumerate(c.signals)), (*band, K), (*growth, K + 1)]
+        scale = torch.tensor([1.0] * K + [-1 / LOG10, 1.0])
+        picks = [scale[k] * torch.eye(K + 2)[k] for knots, _, _, k in curves for _ in knots]
+        self._keep("signal_pick", torch.stack([*picks, *torch.eye(K + 2)[:K]]))  # the last K: evidence as it is
         knots_of_all = [knot + LEAST * (k < K) for knots, _, _, k in curves for knot in knots]
         self._keep("signal_knots", -torch.tensor([*knots_of_all, *[LEAST] * K]).unsqueeze(1))
         N, at = len(picks), 0
-        table, offset = torch.zeros(K * L + 2 * K + 2, N + K), torch.zeros(K * L + 2 * K + 2, 1)
+        table, offset = torch.zeros(K * L + 2 * K + 4, N + K), torch.zeros(K * L + 2 * K + 4, 1)
         for knots, bends, start, k in curves:
             own = slice(at, at + len(knots))
-            rows = [*range(k * L, (k + 1) * L), K * L + k] if k < K else [-1]
+            rows = [*range(k * L, (k + 1) * L), K * L + k] if k < K else [-3] if k == K else [-1]
             table[rows, own], offset[rows] = _on_levels(bends) if k < K else (torch.tensor([bends]), torch.tensor([[start]]))
             at += len(knots)
-        table[K * L + K : -2, N:], table[-2, N:] = torch.eye(K), torch.ones(K)
+        table[-2, at - 2] = 1.0
+        table[K * L + K : -4, N:], table[-4, N:] = torch.eye(K), torch.ones(K)
         self._keep("own", table)
         self._keep("own_start", offset)
 
@@ -166,19 +170,20 @@ class Tail(nn.Module):
         self._keep("above_start", (first - self.calibration.floor).unsqueeze(1) * weights)
 
     def _curves_of_sums(self) -> None:
-        """[K decades above the floor, K evidences, their sum, factor] → see `_sums`."""
+        """[K decades above the floor, K evidences, their sum, factor, growths] → see `_sums`."""
         K, L = self.signals, LEVELS
         (event_knots, event_bends, event_start), (knots, bends, _) = (
             _hinges(curve) for curve in (self.calibration.events, self.calibration.onsets.tail)
         )
-        height, total = torch.tensor([[1.0] * K + [0.0] * (K + 2), [0.0] * 2 * K + [1.0, 0.0]])
-        kept = torch.cat([torch.eye(2 * K + 2)[K : 2 * K], height.unsqueeze(0), torch.eye(2 * K + 2)[2 * K :]])
+        as_it_is = torch.eye(2 * K + 4)
+        height, total = torch.cat([torch.ones(K), torch.zeros(K + 4)]), as_it_is[2 * K]
+        kept = torch.cat([as_it_is[K : 2 * K], height.unsqueeze(0), as_it_is[2 * K :]])
         self._keep("sum_pick", torch.cat([torch.stack([total] * len(event_knots) + [height] * len(knots)), kept]))
-        self._keep("sum_knots", -torch.tensor([*event_knots, *knots, *[0.0] * (K + 3)]).unsqueeze(1))
+        self._keep("sum_knots", -torch.tensor([*event_knots, *knots, *[0.0] * len(kept)]).unsqueeze(1))
         E, N = len(event_knots), len(event_knots) + len(knots)
-        table, offset = torch.zeros(L + K + 5, N + K + 3), torch.zeros(L + K + 5, 1)
+        table, offset = torch.zeros(L + 2 + len(kept), N + len(kept)), torch.zeros(L + 2 + len(kept), 1)
         table[: L + 1, E:N], offset[: L + 1] = _on_levels(bends)
-        table[L + 1, :E], offset[L + 1], table[L + 2 :, N:] = torch.tensor(event_bends), event_start, torch.eye(K + 3)
+        table[L + 1, :E], offset[L + 1], table[L + 2 :, N:] = torch.tensor(event_bends), event_start, torch.eye(len(kept))
         self._keep("decades", table)
         self._keep("decades_start", offset)
 
@@ -234,18 +239,18 @@ class Tail(nn.Module):
         passed, tried, sums = torch.split(torch.addmm(self.prior, self.recall, parts["counts"]), [C * L, C * L, K])
         ratio = strengths * (age + (self.calibration.prior_events - self.burn)).clamp(min=self.calibration.prior_events)
         newness = torch.reciprocal(age + 1)
-        growth = torch.addmm(self.ones, self.tau, newness)
+        growth = torch.addmm(self.one, self.tau, newness)
         asked = alpha.clamp(1e-12, 1.0).unsqueeze(0)
         logs = torch.log(torch.cat([ratio / sums + 1, asked, growth, passed / tried]))
-        evidence, log_growth, own_chains, chain = torch.split(logs, [K + 1, C, K * L, L])
+        evidence, own_chains, chain = torch.split(logs, [K + 2, K * L, L])
         own_places, summed = self._above_floor(evidence, own_chains)
-        places, beyond, event, heights, total, factor = self._sums(summed)
+        places, beyond, event, heights, total, factor, growths = self._sums(summed)
 
         last = parts["onset_height"] * parts["onset_hold"].clamp(max=1.0)
         onset, height = self._onset(heights, last)
         counted = onset.to(live.dtype)
         climbed = places.clamp(0.0, 1.0)
-        terms = [climbed * chain, beyond.clamp(min=0.0), event, log_growth, parts["audit"]]
+        terms = [climbed * chain, beyond.clamp(min=0.0), event, growths, parts["audit"]]
         exponents = torch.addmm(self.exponents_start, self.exponents, torch.cat(terms)) * torch.cat([torch.sign(total), counted[K:]])
         p_value, onset_p = torch.where(judge, torch.exp(exponents.clamp(SMALLEST, 0.0)), torch.nan)
         surprise = (onset_p < alpha).to(live.dtype) - alpha
@@ -268,19 +273,21 @@ class Tail(nn.Module):
         return onset, torch.where(onset, heights, last)
 
     def _above_floor(self, logs: Tensor, chains: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithms [K + 1, B] → places on the signals' levels, 0 to 1 [K·L, B]; decades above the floor, evidence, its sum, factor."""
+        """Logarithms [K + 2, B] → places on the signals' levels, 0 to 1 [K·L, B]; and what `_sums` takes: decades above the floor, ..."""
         K, L = self.signals, LEVELS
         hinged = torch.relu(torch.addmm(self.signal_knots, self.signal_pick, logs))
-        places, beyond, evidence, rest = torch.split(torch.addmm(self.own_start, self.own, hinged), [K * L, K, K, 2])
+        places, beyond, evidence, rest = torch.split(torch.addmm(self.own_start, self.own, hinged), [K * L, K, K, 4])
         places = places.clamp(0.0, 1.0)
         terms = torch.cat([places * chains, beyond.clamp(min=0.0)])
         above = torch.relu(torch.addmm(self.above_start, self.above, terms)) * torch.sign(evidence)
         return places, torch.cat([above, evidence, rest])
 
     def _sums(self, summed: Tensor) -> tuple[Tensor, ...]:
-        """Places on the levels of the sum [L, B], decades beyond the last and of the event, the heights [K + 1, B], Σ evidence, factor."""
+        """Places on the levels of the sum [L, B]; decades beyond the last, and of the event; the heights [K + 1, B]; Σ evidence; factor;
+        logarithms of how much more frequent events and onsets are at this age [2, B].
+        """
         hinged = torch.relu(torch.addmm(self.sum_knots, self.sum_pick, summed))
-        sizes = [LEVELS, 1, 1, self.signals + 1, 1, 1]
+        sizes = [LEVELS, 1, 1, self.signals + 1, 1, 1, 2]
         return torch.split(torch.addmm(self.decades_start, self.decades, hinged), sizes)
 
     class Answer(NamedTuple):
@@ -292,7 +299,7 @@ class Tail(nn.Module):
 
     most: Tensor
     tau: Tensor
-    ones: Tensor
+    one: Tensor
     signal_pick: Tensor
     signal_knots: Tensor
     own: Tensor

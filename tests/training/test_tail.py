@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from training.calibrate import PRIOR, Observed, calibrate, evidence_of, heights_of, on_curve, onsets_of
+from training.calibrate import (
+    PRIOR,
+    PRIOR_START,
+    SENSORS,
+    Observed,
+    Rules,
+    Watched,
+    calibrate,
+    evidence_of,
+    heights_of,
+    on_curve,
+    onsets_of,
+)
 from training.data import Float64
 from training.detector import DetectorStep
 from training.signals import MemorySignals
-from training.tail import HOLD, LEVELS, LOG10, Band, Calibration, Tail
+from training.tail import HOLD, LEVELS, LOG10, Band, Calibration, Curve, Onsets, Tail
 
 ALPHA = torch.tensor([1e-3])  # asked of every stream: expand(B)
 K = len(MemorySignals.names)
@@ -49,9 +61,9 @@ def test_the_graphs_evidence_and_onsets_equal_the_calibrations(observed: Observe
     for b in range(B):
         found = np.flatnonzero(heights[:, b] > 0)
         if len(found) and observed.age[found[0], b] < 200:
-            pooled = -on_curve(calibration.onsets.tail, heights[found[0], b]) + np.log10(
-                1 + calibration.onsets.tau / (observed.age[found[0], b] + 1)
-            )
+            growth, begun = (1 + calibration.onsets.tau / (age + 1) for age in (observed.age[found[0], b], tail.burn + HOLD))
+            start = calibration.start * np.log10(max(growth / begun, 1.0))
+            pooled = -on_curve(calibration.onsets.tail, heights[found[0], b]) + np.log10(growth) + start
             assert abs(np.log10(onset_p[found[0], b]) - min(pooled, 0)) < 0.6
 
 
@@ -66,6 +78,35 @@ def test_onsets_come_about_as_often_as_asked_in_the_streams_they_were_calibrated
             settled = valid & (age >= 600)
             found, events = found + int((answer.onset_p.numpy()[settled] < asked).sum()), events + int(settled.sum())
     assert 0.2 < found / events / asked < 4
+
+
+def test_how_much_faster_onsets_get_rarer_at_the_start_is_found_from_their_ages() -> None:
+    burn, start, onsets = 100, 2.0, Onsets(Curve((0.0, 1.0), (3.0, 4.0), 1.0), tau=1000.0, shape=10.0, weight=10.0)
+    ages = np.arange(600.0)[:, None].repeat(400, axis=1)
+    growth, begun = 1 + onsets.tau / (ages + 1), 1 + onsets.tau / (burn + HOLD + 1)
+    chance = 1e-3 * growth * np.maximum(growth / begun, 1.0) ** start
+    emitted = np.random.default_rng(3).random(ages.shape) < chance
+    heights = np.where(emitted, 1 + ages, 0.0)  # each higher than the last, so each is an onset
+    watched = Observed(np.zeros((600, 400, 1), np.float32), np.zeros((600, 400, 1), np.float32), ages >= 0, ages.astype(np.float32))
+    fitted = {streams: Watched(watched, burn, min(1.0, streams / 8), SENSORS).start(heights, onsets) for streams in (400, 4)}
+    assert fitted[400] == pytest.approx(start, rel=0.1)
+    assert fitted[4] == pytest.approx((PRIOR_START * fitted[400]) ** 0.5)
+    assert Watched(watched, burn, 1.0, Rules(ageing=False)).start(heights, onsets) == 0
+
+
+def test_onsets_are_judged_more_mildly_where_a_stream_begins_and_events_are_not(observed: Observed, univariate: DetectorStep) -> None:
+    calibration = replace(univariate.calibration, start=2.0)
+    tail = Tail(K, univariate.tail.burn, calibration)
+    held = tail.burn + HOLD
+    ages = torch.tensor([[float(tail.burn), held, held + 1]])
+    growth = (1 + calibration.onsets.tau / (ages[0] + 1)).numpy()
+    strength, judge = torch.full((K, 3), 30.0), torch.ones(1, 3, dtype=torch.bool)
+    parts = {slot.name: torch.zeros(slot.size, 3) for slot in tail.slots}
+    with_start, _ = tail(strength, judge, ages, ALPHA.expand(3), parts)
+    without, _ = Tail(K, tail.burn, replace(calibration, start=0.0))(strength, judge, ages, ALPHA.expand(3), parts)
+    milder = torch.log(with_start.onset_p / without.onset_p).numpy()
+    np.testing.assert_allclose(milder, [2 * np.log(growth[0] / growth[1]), 0, 0], atol=1e-4)
+    assert torch.equal(with_start.p_value, without.p_value)
 
 
 def test_a_larger_strength_never_has_a_larger_p_value(univariate: DetectorStep) -> None:
@@ -172,6 +213,7 @@ def test_few_streams_are_drawn_to_the_generators_constants_and_say_so(observed: 
     for name, prior in PRIOR.items():
         for own, drawn in zip((*many.signals, many.onsets), (*few.signals, few.onsets), strict=True):
             assert abs(np.log(getattr(drawn, name) / prior)) < abs(np.log(getattr(own, name) / prior)) + 1e-9
+    assert abs(np.log(few.start / PRIOR_START)) < abs(np.log(many.start / PRIOR_START)) + 1e-9
     assert few.as_dict()["support"]["streams"] == 1
 
 
