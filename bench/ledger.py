@@ -113,7 +113,7 @@ class Reference:
         await self._scorer.drain(5)
 
     async def forget(self, stream_id: str) -> None:
-        await self._scorer.forget(stream_id)
+        await self._scorer.streams.forget(stream_id)
 
     async def step(self, events: list[Event]) -> list[Result]:
         answers = await self._scorer.score(events)

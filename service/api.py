@@ -221,26 +221,26 @@ class Door:
         if silent not in (None, "true", "false"):
             raise BadParameter(f"silent is {silent[:64]!r}; it is true or false.", "silent")
         if silent == "true":
-            found = await scorer.silent_streams(_number(asked, "limit", 100, 1, MAX_PAGE))
+            found = await scorer.streams.silent(_number(asked, "limit", 100, 1, MAX_PAGE))
             return Response(msgspec.json.encode({"streams": found, "next_cursor": None}), media_type=JSON)
         cursor = asked.query("cursor") or ""
         if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= CURSOR_DIGITS):
             raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor")
-        results, following = await scorer.streams(cursor, _number(asked, "limit", 100, 1, MAX_PAGE))
+        results, following = await scorer.streams.page(cursor, _number(asked, "limit", 100, 1, MAX_PAGE))
         return Response(msgspec.json.encode({"streams": results, "next_cursor": following or None}), media_type=JSON)
 
     async def one_stream(self, request: Request) -> Response:
         """The last result of a stream; or forget it."""
         scorer, stream_id = self._scorer(_incoming(request)), request.path_params["stream_id"]
         if request.method != "DELETE":
-            return Response(msgspec.json.encode(await scorer.stream(stream_id)), media_type=JSON)
-        if not await scorer.forget(stream_id):
-            await scorer.stream(stream_id)  # raises UnknownStream
+            return Response(msgspec.json.encode(await scorer.streams.last(stream_id)), media_type=JSON)
+        if not await scorer.streams.forget(stream_id):
+            await scorer.streams.last(stream_id)  # raises UnknownStream
         return Response(status_code=204)
 
     async def post_accept(self, request: Request) -> Response:
         """Close a stream's alert and learn what it was about; its summary. Safe to repeat."""
-        result = await self._scorer(_incoming(request)).accept(request.path_params["stream_id"])
+        result = await self._scorer(_incoming(request)).streams.accept(request.path_params["stream_id"])
         return Response(msgspec.json.encode(result), media_type=JSON)
 
     async def list_alerts(self, request: Request) -> Response:

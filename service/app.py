@@ -165,7 +165,8 @@ class Service:
                 self.console.log.connect(store)
                 stack.push_async_callback(tasks.end, asyncio.create_task(self.console.shared.run(), name="live"))
             stack.push_async_callback(tasks.end, asyncio.create_task(self.patterns.run(), name="patterns"))
-            desk = Desk(self.book, self.scorers, self.metrics, _keeping(self.settings), self.sinks)
+            streams = {name: scorer.streams for name, scorer in self.scorers.items()}
+            desk = Desk(self.book, streams, self.metrics, _keeping(self.settings), self.sinks)
             stack.push_async_callback(tasks.end, asyncio.create_task(desk.run(), name="alerts"))
             most = self.settings.max_batch_events
             for consumer in queues.consumers(self.sources, url, store, self._scorer, self.metrics, max_events=most):

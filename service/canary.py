@@ -107,11 +107,11 @@ class Canary:
         scorer = Scorer(detector, policy, store, Metrics(), Limits(copies_bytes=0, max_streams=2**62), alerting=False)
         scorer.start()
         try:
-            await scorer.forget(self._stream_id)
+            await scorer.streams.forget(self._stream_id)
             answers: list[Result | ItemError] = []
             for start in range(0, len(self._events), PIECE):
                 answers += await scorer.score(self._events[start : start + PIECE])
-            await scorer.forget(self._stream_id)
+            await scorer.streams.forget(self._stream_id)
             return answers
         finally:
             await scorer.drain(0)

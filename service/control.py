@@ -279,7 +279,7 @@ async def _pace(scorer: Scorer) -> tuple[int, np.ndarray[Any, np.dtype[np.float6
     if not scorer.policy.silence:
         return 0, nothing, "How many streams are live is not followed while ONSET_SILENCE is off."
     try:
-        count, rates = await scorer.pace(SAMPLED)
+        count, rates = await scorer.streams.pace(SAMPLED)
     except StoreUnavailable as error:
         return 0, nothing, error.detail
     return count, rates, "" if len(rates) else "No live stream has shown its cadence yet; that takes some fifty events."

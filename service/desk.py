@@ -58,7 +58,7 @@ class Keeping:
 
 
 class Streams(Protocol):
-    """What the desk asks of a scorer."""
+    """What the desk asks of a model's streams, see `service.streams`."""
 
     async def stand(self, stream_ids: Sequence[str]) -> list[Stand]: ...
 
@@ -84,14 +84,14 @@ class Desk:
     def __init__(
         self,
         book: Book,
-        scorers: Mapping[str, Streams],
+        streams: Mapping[str, Streams],
         metrics: Metrics,
         keeping: Keeping,
         sinks: Sequence[Sink] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`scorers` by model."""
-        self._book, self._scorers, self._metrics, self._keeping, self._clock = book, scorers, metrics, keeping, clock
+        """`streams` by model."""
+        self._book, self._streams, self._metrics, self._keeping, self._clock = book, streams, metrics, keeping, clock
         self._sinks = sinks
         self._token = uuid.uuid4().hex
         self._cursors: dict[str, str] | None = None
@@ -196,8 +196,8 @@ class Desk:
             by_model[alert.model].append(alert)
         stands: dict[str, Stand] = {}
         for model, of_model in by_model.items():
-            if (scorer := self._scorers.get(model)) is not None:
-                found = await scorer.stand([alert.stream_id for alert in of_model])
+            if (streams := self._streams.get(model)) is not None:
+                found = await streams.stand([alert.stream_id for alert in of_model])
                 stands |= {alert.id: stand for alert, stand in zip(of_model, found, strict=True)}
         return stands
 

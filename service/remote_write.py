@@ -151,7 +151,7 @@ class RemoteWrite:
         owners = written.owner[places].tolist()
         ends = {written.series[owner].stream_id: second for owner, second in zip(owners, seconds.tolist(), strict=True)}
         tally.unscored["ended"] += len(places)
-        await scorer.end(ends, self._end_seconds)
+        await scorer.streams.end(ends, self._end_seconds)
         for tell in self._ended:
             tell(scorer.detector.name, ends)
 

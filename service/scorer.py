@@ -16,14 +16,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from functools import partial
 from typing import NamedTuple, cast
 
 import msgspec
@@ -32,13 +30,13 @@ import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from service import alerts, cadence, sessions, silence, tracing
-from service.alerts import Stand, Standing, Transition
+from service import alerts, sessions, tracing
+from service.alerts import Standing
 from service.artifact import NEW
 from service.batcher import Batcher, Waits
 from service.copies import Copies
 from service.detector import Detector
-from service.errors import BadEvent, ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams, UnknownStream
+from service.errors import BadEvent, ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams
 from service.events import Columns, Delivery, Event, Lease, Parsed, Published, Readings, Result
 from service.features import parse, parse_columns
 from service.feed import Feed
@@ -49,12 +47,12 @@ from service.results import TOP, Answers, Replies, Scored
 from service.rounds import Kind, Outcomes, Positions, advancing
 from service.sessions import SessionSweeper
 from service.silence import Sweeper, waits
-from service.state import ALERT_OPEN, EXPIRED, SILENT, Loaded, Origin, Rows, event_key
+from service.state import EXPIRED, Loaded, Origin, Rows, event_key
 from service.stores import FENCED, LOST, WRITTEN, StateStore, Write
+from service.streams import Streams
 
 ATTEMPTS = 3
 """Besides the one that a stale copy may cost."""
-ACCEPT_ATTEMPTS = 20
 MAX_BATCH = 1024
 """Events of one request that are scored together, and streams of one batch: one inference of the largest bucket steps each once."""
 BATCH_EVENTS = 4 * MAX_BATCH
@@ -148,6 +146,9 @@ class Scorer:
         self._codec = detector.codec()
         self._replies = Replies(detector.manifest, policy)
         self._copies = Copies(self._codec, limits.copies_bytes)
+        self.streams = Streams(
+            detector.name, self._codec, lambda: self.policy, store, self._copies, self._replies, metrics, clock, alerting=alerting
+        )
         self._batcher: Batcher[_Piece, Answers] = Batcher(
             self._handle,
             max_batch=BATCH_EVENTS,
@@ -164,7 +165,7 @@ class Scorer:
             )
             metrics.held.labels(detector.name).set_function(lambda: self._reorder.held if self._reorder else 0)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
-        self._streams, self._counted_at = 0, -COUNT_SECONDS
+        self._count, self._counted_at = 0, -COUNT_SECONDS
         self._stage = {name: metrics.stage.labels(name) for name in ("queue", "load", "step", "commit")}
         self._copied = {name: metrics.copies.labels(name) for name in ("hit", "miss", "stale")}
         self._anomalies, self._onsets = metrics.anomalies.labels(detector.name), metrics.onsets.labels(detector.name)
@@ -293,25 +294,6 @@ class Scorer:
             start += len(answer.kinds)
         return results
 
-    async def stream(self, stream_id: str) -> Result:
-        """The last result of a stream. Raises UnknownStream."""
-        results = self._summaries([stream_id], await self._store.load(self.detector.name, [stream_id]))
-        if not results:
-            raise self._unknown(stream_id)
-        return results[0]
-
-    async def streams(self, cursor: str, limit: int) -> tuple[list[Result], str]:
-        """Last results of about `limit` streams from `cursor` on ("" = the start), and the next cursor ("" = the end)."""
-        page = await self._store.scan(self.detector.name, cursor, limit)
-        values = await self._store.load(self.detector.name, page.stream_ids) if page.stream_ids else []
-        return self._summaries(page.stream_ids, values), page.cursor
-
-    async def silent_streams(self, limit: int) -> list[Result]:
-        """Last results of at most `limit` streams that are silent for improbably long."""
-        _, stream_ids = await self._store.silent(self.detector.name, limit)
-        values = await self._store.load(self.detector.name, stream_ids) if stream_ids else []
-        return [result for result in self._summaries(stream_ids, values) if result.silent_since is not None]
-
     def sweeper(self, state_ttl: float) -> Sweeper:
         """What looks for its silent streams."""
         return Sweeper(self.detector.name, self._codec, lambda: self.policy, self._store, self._metrics, state_ttl, clock=self._clock)
@@ -342,86 +324,6 @@ class Scorer:
         if len(won):
             self._metrics.ended.labels(self.detector.name).inc(len(won))
             self._tell(readings.take(won), self._replies.judged(Outcomes(outcomes.records[won], outcomes.kinds[won])))
-
-    async def pace(self, limit: int) -> tuple[int, NDArray[np.float64]]:
-        """How many live streams there are whose cadence is known, and the events a second of at most about `limit` of them."""
-        count, stream_ids = await self._store.waited(self.detector.name, limit)
-        loaded = self._codec.decode(await self._store.load(self.detector.name, stream_ids) if stream_ids else [])
-        live = (loaded.origins == Origin.STORED) & (loaded.rows["flags"] & SILENT == 0)
-        rates = cadence.rate(loaded.rows[live])
-        return count, rates[~np.isnan(rates)]
-
-    async def stand(self, stream_ids: Sequence[str]) -> list[Stand]:
-        """The alerts of streams as their states have them."""
-        values = await self._store.load(self.detector.name, stream_ids)
-        loaded = self._codec.decode(values)
-        stored = np.flatnonzero(loaded.origins == Origin.STORED)
-        results = self._summary([stream_ids[i] for i in stored.tolist()], loaded.rows[stored])
-        evidence = {i: alerts.Evidence.of(result) for i, result in zip(stored.tolist(), results, strict=True)}
-        return [
-            Stand(value is not None, evidence.get(i), self._ids_open(stream_ids[i], loaded.rows[i]) if i in evidence else frozenset())
-            for i, value in enumerate(values)
-        ]
-
-    async def accept(self, stream_id: str) -> Result:
-        """Take what the stream is alerted about for its new normal; without an open alert nothing changes. Returns the stream's summary.
-
-        Raises UnknownStream, and StateConflict when other replicas won ACCEPT_ATTEMPTS times.
-        """
-        for _ in range(ACCEPT_ATTEMPTS):
-            loaded = self._codec.decode(await self._store.load(self.detector.name, [stream_id]))
-            if loaded.origins[0] != Origin.STORED:
-                raise self._unknown(stream_id)
-            before = loaded.rows.copy()
-            if not self.policy.accept(loaded.rows):
-                return self._summary([stream_id], loaded.rows)[0]
-            entry = alerts.encoded(self._accepting(stream_id, before))
-            write = Write(stream_id, loaded.tokens[0], self._codec.encode(loaded.rows)[0], log=[entry])
-            self._copies.drop([stream_id])
-            if await self._store.commit(self.detector.name, [write]) == [True]:
-                self._accepted(stream_id, before[0], by="call")
-                return self._summary([stream_id], loaded.rows)[0]
-            self._metrics.conflicts.inc()
-        raise StateConflict(f"Stream '{stream_id[:256]}' changed {ACCEPT_ATTEMPTS} times while its alert was being accepted: call again.")
-
-    async def forget(self, stream_id: str) -> bool:
-        """Delete a stream's state; whether there was one."""
-        self._copies.drop([stream_id])
-        model = self.detector.name
-        entry = alerts.encoded(Transition("forgotten", model, stream_id)) if self._alerting else b""
-        return await self._store.delete(model, stream_id, entry)
-
-    async def end(self, ends: Mapping[str, float], grace: float = 0) -> None:
-        """Streams that have ended, and when (seconds since 1970): their alerts are resolved and nobody waits for them. Safe to repeat.
-
-        An alert that is open stays so for `grace` seconds more, and the stream with it should it speak again; where nobody sweeps, 0.
-        What a stream has learned is kept for when it returns. One with a later event is left as it is. Raises StoreUnavailable, and
-        StateConflict when other replicas won ATTEMPTS times.
-        """
-        pending = list(ends)
-        for _ in range(ATTEMPTS + 1):
-            loaded = self._codec.decode(await self._store.load(self.detector.name, pending) if pending else [])
-            times = np.array([ends[stream_id] for stream_id in pending], np.float64)
-            over = (loaded.origins == Origin.STORED) & silence.awaited(loaded.rows) & (loaded.rows["last"]["timestamp"] <= times)
-            places = np.flatnonzero(over).tolist()
-            if not places:
-                return
-            rows, stream_ids = loaded.rows[places], [pending[i] for i in places]
-            waits = (rows["flags"] & ALERT_OPEN != 0) & (grace > 0 and self.policy.silence)
-            logs = self._told_at_end(stream_ids, rows, waits)
-            for at, change in ((waits, partial(silence.begin_end, until=self._clock() + grace)), (~waits, silence.end)):
-                changed = rows[at]
-                change(changed)
-                rows[at] = changed
-            values = self._codec.encode(rows)
-            tokens = [loaded.tokens[i] for i in places]
-            ended = zip(stream_ids, tokens, values, logs, rows["watch_until"].tolist(), strict=True)
-            self._copies.drop(stream_ids)
-            written = await self._store.commit(
-                self.detector.name, [Write(name, token, value, watch=watch, log=entries) for name, token, value, entries, watch in ended]
-            )
-            pending = [name for name, became in zip(stream_ids, written, strict=True) if became != WRITTEN]
-        raise StateConflict(f"{len(pending)} streams changed {ATTEMPTS + 1} times while they were being ended: send the request again.")
 
     async def _submit(self, parsed: Parsed, sender: str) -> list[tuple[slice, Answers | OnsetError]]:
         """Answers to stretches of the events, in order. Raises where there would be none: then nothing is known to be committed."""
@@ -648,7 +550,7 @@ class Scorer:
         self._count_fresh(stream_ids, loaded.origins, changed[written])
         for i in scored[outcomes.records["flags"][scored] & EXPIRED != 0].tolist():
             if became[slots[i]] == WRITTEN:
-                self._accepted(stream_ids[slots[i]], outcomes.records[i], by="age")
+                self.streams.accepted(stream_ids[slots[i]], outcomes.records[i], by="age")
         return became
 
     def _settled(self, readings: Readings, slots: Positions, answers: Answers) -> dict[int, _Settled]:
@@ -777,11 +679,11 @@ class Scorer:
         if not new.any():
             return new
         if time.monotonic() - self._counted_at > COUNT_SECONDS:
-            self._streams, self._counted_at = await self._store.count(), time.monotonic()
-            self._metrics.streams.set(self._streams)
-        room = self._limits.max_streams - self._streams
+            self._count, self._counted_at = await self._store.count(), time.monotonic()
+            self._metrics.streams.set(self._count)
+        room = self._limits.max_streams - self._count
         refused: NDArray[np.bool_] = new & (np.cumsum(new) > room)
-        self._streams += int((new & ~refused).sum())
+        self._count += int((new & ~refused).sum())
         return refused
 
     def _replied(self, events: list[Event], answers: Answers | OnsetError, top: int) -> list[Result | ItemError]:
@@ -808,65 +710,6 @@ class Scorer:
         return TooManyStreams(
             f"Stream '{stream_id}' is new and the store already holds {self._limits.max_streams} streams (ONSET_MAX_STREAMS).",
             "stream_id",
-        )
-
-    def _summaries(self, stream_ids: Sequence[str], values: Sequence[bytes | None]) -> list[Result]:
-        loaded = self._codec.decode(values)
-        stored = np.flatnonzero(loaded.origins == Origin.STORED)
-        return self._summary([stream_ids[i] for i in stored.tolist()], loaded.rows[stored])
-
-    def _summary(self, stream_ids: Sequence[str], rows: Rows) -> list[Result]:
-        """The last result of each stream, with its alert as it stands now."""
-        records = rows["last"].copy()
-        records["flags"], records["started_at"] = rows["flags"], rows["started_at"]
-        outcomes = Outcomes(records, np.full(len(rows), Kind.SCORED, np.uint8))
-        events = [Event(stream_id=stream_id) for stream_id in stream_ids]
-        results = self._replies.results(events, self._replies.judged(outcomes), top_contributors=TOP)
-        for i in np.flatnonzero(rows["flags"] & SILENT).tolist():
-            severity = results[i].severity if results[i].severity != "none" else "minor"
-            results[i] = replace(results[i], silent_since=float(rows["silent_since"][i]), is_anomaly=True, severity=severity)
-        return results
-
-    def _unknown(self, stream_id: str) -> UnknownStream:
-        return UnknownStream(f"Model '{self.detector.name}' keeps no state of stream '{stream_id[:256]}'.")
-
-    def _ids_open(self, stream_id: str, row: Rows) -> frozenset[str]:
-        kinds = ((ALERT_OPEN, "anomaly", "started_at"), (SILENT, "silence", "silent_since"))
-        return frozenset(
-            alerts.alert_id(self.detector.name, stream_id, cast("alerts.Kind", kind), float(row[since]))
-            for flag, kind, since in kinds
-            if row["flags"] & flag
-        )
-
-    def _accepting(self, stream_id: str, row: Rows) -> Transition:
-        """For the log: the open alert of `row` [1] is about to be accepted by call."""
-        last = alerts.Evidence.of(self._summary([stream_id], row)[0])
-        severity = alerts.level(row["flags"][0])
-        started_at = float(row["started_at"][0])
-        return Transition("resolved", self.detector.name, stream_id, "anomaly", started_at, severity, "accepted", last)
-
-    def _told_at_end(self, stream_ids: Sequence[str], rows: Rows, waits: NDArray[np.bool_]) -> list[list[bytes]]:
-        """For the log: what is resolved as the streams of these rows [B] end; where one `waits`, its anomaly is not."""
-        if not self._alerting:
-            return [[] for _ in stream_ids]
-        flags = np.where(waits, SILENT, SILENT | ALERT_OPEN).tolist()
-        return [
-            silence.told_at_end(self.detector.name, stream_id, row, of=of)
-            for stream_id, row, of in zip(stream_ids, rows, flags, strict=True)
-        ]
-
-    def _accepted(self, stream_id: str, row: Rows, by: str) -> None:
-        """For the audit: a change of regime was accepted. `row` is a value before it, or the record of the event that did it."""
-        self._metrics.accepted.labels(self.detector.name, by).inc()
-        started = float(row["started_at"])
-        log.info(
-            "regime_accepted",
-            stream_id=stream_id,
-            model=self.detector.name,
-            by=by,
-            anomaly_started_at=None if math.isnan(started) else started,
-            timestamp=float(row["timestamp"] if by == "age" else row["last"]["timestamp"]),
-            state_version=int(row["version"]),
         )
 
     def _count_fresh(self, stream_ids: list[str], origins: NDArray[np.uint8], written: Positions) -> None:

@@ -39,7 +39,7 @@ class Shipper(httpx.AsyncClient):
     name: str
 
     async def last(self, stream_id: str) -> Result:
-        return await self.scorer.stream(stream_id)
+        return await self.scorer.streams.last(stream_id)
 
     def count(self, outcome: str) -> float:
         return self.metrics.registry.get_sample_value("onset_events_total", {"door": self.name, "outcome": outcome}) or 0

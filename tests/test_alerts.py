@@ -104,7 +104,7 @@ async def test_an_anomaly_of_many_events_is_one_opening_and_one_recovery(scorer:
 async def test_an_alert_of_a_stream_too_young_to_freeze_closes_too(scorer: Scorer, store: MemoryStore) -> None:
     await scorer.score(events([*quiet(100), 60.0, *quiet(50, 1)]))
     assert [step[1] for step in steps(store)] == ["opened", "resolved"]
-    assert not any(result.status == "frozen" for result in [await scorer.stream("s")])
+    assert not any(result.status == "frozen" for result in [await scorer.streams.last("s")])
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -139,8 +139,8 @@ async def test_a_rising_severity_is_told_once_for_each_level(tiny_detector: Dete
 
 async def test_accepting_resolves_the_alert_once_and_by_age_says_so(tiny_detector: Detector, store: MemoryStore, scorer: Scorer) -> None:
     await scorer.score(events([*quiet(SETTLED), *[60.0] * 20]))
-    await scorer.accept("s")
-    await scorer.accept("s")
+    await scorer.streams.accept("s")
+    await scorer.streams.accept("s")
     assert [(step[1], step[4]) for step in steps(store)] == [("opened", None), ("resolved", "accepted")]
     aged = MemoryStore(state_ttl=3600, result_ttl=600)
     by_age = make(tiny_detector, aged, accept_after=15.0)
@@ -151,7 +151,7 @@ async def test_accepting_resolves_the_alert_once_and_by_age_says_so(tiny_detecto
 
 async def test_forgetting_a_stream_is_told(scorer: Scorer, store: MemoryStore) -> None:
     await scorer.score(events([*quiet(SETTLED), 60.0]))
-    assert await scorer.forget("s")
+    assert await scorer.streams.forget("s")
     assert [step[1] for step in steps(store)] == ["opened", "forgotten"]
 
 

@@ -187,16 +187,16 @@ async def test_a_queue_outside_the_store_is_acknowledged_after_its_commits(line:
     assert len(batch.messages) == 4
     assert settlement.committed == set(), "the source acknowledges all"
     assert [letter.message.id for letter in settlement.letters] == [b"3"]
-    assert (await scorer.stream("a")).state_version == 4
+    assert (await scorer.streams.last("a")).state_version == 4
 
 
 async def test_a_lost_race_is_run_again_in_order_before_anything_else(line: Line, scorer: Trying) -> None:
     scorer.conflicts = 2
     line.put(event(1, "hot"), event(1, "cool"), event(2, "hot"), event(3, "hot"))
     await line.until(1, line.settled)
-    assert (await scorer.stream("hot")).state_version == 3
-    assert (await scorer.stream("hot")).contributors[0].actual == 3
-    assert (await scorer.stream("cool")).state_version == 1
+    assert (await scorer.streams.last("hot")).state_version == 3
+    assert (await scorer.streams.last("hot")).contributors[0].actual == 3
+    assert (await scorer.streams.last("cool")).state_version == 1
 
 
 async def test_an_event_that_brings_out_a_bug_is_a_dead_letter_and_does_not_stop_those_behind_it(line: Line, scorer: Trying) -> None:
@@ -205,7 +205,7 @@ async def test_an_event_that_brings_out_a_bug_is_a_dead_letter_and_does_not_stop
     [letter] = line.settled[0][1].letters
     assert letter.message.id == b"1"
     assert "ZeroDivisionError" in letter.error.detail
-    assert (await scorer.stream("a")).state_version == 2
+    assert (await scorer.streams.last("a")).state_version == 2
 
 
 async def test_settling_is_tried_until_the_queue_answers_and_given_up_where_it_is_anothers(line: Line) -> None:
@@ -253,7 +253,7 @@ async def test_what_is_delivered_again_is_published_again_with_the_same_numbers_
     again = line.published[len(before) :]
     assert [published.id for published in again] == [published.id for published in before]
     assert [published.content for published in again] == [published.content for published in before]
-    assert (await scorer.stream("a")).state_version == 30
+    assert (await scorer.streams.last("a")).state_version == 30
 
 
 async def test_events_without_positions_are_told_apart_by_their_own_identity_alone(scorer: Trying) -> None:

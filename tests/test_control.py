@@ -317,7 +317,7 @@ async def test_a_change_turns_verdicts_at_once_and_a_duplicate_keeps_its_own(rep
     [after] = await one.score("s", [MARKED])
     assert after.is_anomaly
     await two.control.refresh()
-    shown = await two.scorer.stream("s")
+    shown = await two.scorer.streams.last("s")
     assert (shown.alpha, shown.is_anomaly) == (after.alpha, True)
 
 

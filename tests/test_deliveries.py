@@ -113,7 +113,7 @@ async def test_a_position_in_another_partition_says_nothing_and_rest_leaves_it_a
     await scorer.score([event(2)])
     assert await kinds(scorer, [delivery(event(2), 1000)]) == [Kind.REPEATED]
     assert await kinds(scorer, [delivery(event(3), 5, source=7)]) == [Kind.SCORED]
-    assert (await scorer.stream("s")).state_version == 3
+    assert (await scorer.streams.last("s")).state_version == 3
 
 
 async def test_a_late_event_is_published_as_late_and_acknowledged(scorer: Scorer, store: MemoryStore) -> None:
@@ -126,7 +126,7 @@ async def test_a_late_event_is_published_as_late_and_acknowledged(scorer: Scorer
         (1e9 + 4, True, None),
     ]
     assert pending(store) == []
-    assert (await scorer.stream("s")).state_version == 1
+    assert (await scorer.streams.last("s")).state_version == 1
 
 
 async def test_a_repeated_id_is_acknowledged_and_not_published_again(scorer: Scorer, store: MemoryStore) -> None:

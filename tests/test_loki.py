@@ -248,7 +248,7 @@ async def test_a_template_names_streams_by_labels_and_structured_metadata(log_de
 async def test_a_name_of_many_labels_is_cut_and_told_apart_by_its_hash(promtail: Shipper) -> None:
     labels = ", ".join(f'label_{i}="a value of some length {i}"' for i in range(12))
     await push(promtail, {f'{{{labels}, n="{n}"}}': some(LINES[0]) for n in (1, 2)})
-    page, _ = await promtail.scorer.streams("", 10)
+    page, _ = await promtail.scorer.streams.page("", 10)
     assert len({result.stream_id for result in page}) == 2
     assert {len(result.stream_id) for result in page} == {256}
 

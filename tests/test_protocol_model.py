@@ -414,7 +414,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(stream_id=st.sampled_from(STREAMS), replica=replicas, asked=replicas)
     def delete(self, stream_id: str, replica: int, asked: int) -> None:
         """By one replica; the other may hold a copy, which must not answer for it when an old event comes again."""
-        self._do(self.world.replicas[replica].scorer.forget(stream_id))
+        self._do(self.world.replicas[replica].scorer.streams.forget(stream_id))
         self.world.forgotten(stream_id)
         if not self._pending[stream_id]:
             self._do(self._send({asked: self._made[stream_id][-1:]}, {}, []))

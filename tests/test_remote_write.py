@@ -51,7 +51,7 @@ class Sender(httpx.AsyncClient):
         return await self.post(path, content=content, headers=(V1 if version == 1 else V2) | headers)
 
     async def last(self, stream_id: str) -> Result:
-        return await self.scorer.stream(stream_id)
+        return await self.scorer.streams.last(stream_id)
 
     def count(self, outcome: str) -> float:
         return self.metrics.registry.get_sample_value("onset_events_total", {"door": "remote_write", "outcome": outcome}) or 0
@@ -250,7 +250,7 @@ async def test_a_stream_that_was_silent_is_no_longer_once_it_has_ended(prometheu
     assert (await prometheus.last(name(1))).silent_since is not None
     await prometheus.write(up(1, MARKER, start=NOW + 50_000))
     assert (await prometheus.last(name(1))).silent_since is None
-    assert await prometheus.scorer.silent_streams(10) == []
+    assert await prometheus.scorer.streams.silent(10) == []
 
 
 async def test_the_alert_of_a_stream_is_resolved_as_it_ends(prometheus: Sender) -> None:

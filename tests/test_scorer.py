@@ -199,7 +199,7 @@ async def test_a_late_event_is_reported_and_not_stepped(scorer: Scorer) -> None:
     assert late.late
     assert not late.duplicate
     assert late.p_value is None
-    assert (await scorer.stream("s")).state_version == 10
+    assert (await scorer.streams.last("s")).state_version == 10
 
 
 async def test_two_replicas_on_the_same_streams_lose_no_event(tiny_detector: Detector, store: MemoryStore) -> None:
@@ -214,7 +214,7 @@ async def test_two_replicas_on_the_same_streams_lose_no_event(tiny_detector: Det
     versions = sorted((result.stream_id, result.state_version) for result in done)
     assert len(set(versions)) == len(versions), "no version of a stream was given out twice"
     for s in range(3):
-        kept = (await replicas[0].stream(f"s{s}")).state_version
+        kept = (await replicas[0].streams.last(f"s{s}")).state_version
         assert kept == sum(result.stream_id == f"s{s}" for result in done)
     for replica in replicas:
         await replica.drain(1)
@@ -333,7 +333,7 @@ async def test_a_stale_copy_costs_another_attempt_and_changes_no_score(tiny_dete
 async def test_a_copy_alone_answers_nothing(tiny_detector: Detector, store: MemoryStore) -> None:
     one, two = make(tiny_detector, store), make(tiny_detector, store)
     await one.score(events(3))
-    assert await two.forget("s")
+    assert await two.streams.forget("s")
     [again] = results(await one.score(events(1, start=2)))
     assert (again.state_version, again.duplicate) == (1, False), "the stream was forgotten elsewhere: its last event is a new one"
     await one.drain(1)
@@ -353,14 +353,14 @@ async def test_batches_of_other_streams_do_not_wait_for_a_stream_with_many_event
 
 async def test_a_stream_can_be_looked_at_listed_and_forgotten(scorer: Scorer) -> None:
     last = results(await scorer.score(events(10, "a") + events(5, "b")))[9]
-    assert (await scorer.stream("a")).p_value == last.p_value
-    listed, cursor = await scorer.streams("", 10)
+    assert (await scorer.streams.last("a")).p_value == last.p_value
+    listed, cursor = await scorer.streams.page("", 10)
     assert {result.stream_id: result.state_version for result in listed} == {"a": 10, "b": 5}
     assert cursor == ""
-    assert await scorer.forget("a")
-    assert not await scorer.forget("a")
+    assert await scorer.streams.forget("a")
+    assert not await scorer.streams.forget("a")
     with pytest.raises(UnknownStream, match="stream 'a'"):
-        await scorer.stream("a")
+        await scorer.streams.last("a")
     [fresh] = results(await scorer.score(events(1, "a")))
     assert fresh.state_version == 1
 
@@ -391,10 +391,10 @@ async def test_a_lasting_fault_freezes_its_stream_until_it_is_accepted(scorer: S
     frozen = await alarmed(scorer)
     assert (frozen.status, frozen.is_anomaly, frozen.anomaly_started_at) == ("frozen", True, 1e9 + 1000)
     with capture_logs() as logs:
-        accepted = await scorer.accept("s")
-        again = await scorer.accept("s")
+        accepted = await scorer.streams.accept("s")
+        again = await scorer.streams.accept("s")
     assert (accepted.status, accepted.anomaly_started_at, accepted.state_version) == ("ready", None, 630)
-    assert again == accepted == await scorer.stream("s")
+    assert again == accepted == await scorer.streams.last("s")
     [line] = [line for line in logs if line["event"] == "regime_accepted"]
     assert (line["stream_id"], line["by"], line["anomaly_started_at"], line["state_version"]) == ("s", "call", 1e9 + 1000, 630)
     assert scorer._metrics.registry.get_sample_value("onset_accepted_total", {"model": "tiny", "by": "call"}) == 1
@@ -404,7 +404,7 @@ async def test_a_lasting_fault_freezes_its_stream_until_it_is_accepted(scorer: S
 
 async def test_the_last_event_sent_again_after_the_acceptance_gets_its_stored_result(scorer: Scorer) -> None:
     frozen = await alarmed(scorer)
-    await scorer.accept("s")
+    await scorer.streams.accept("s")
     [again] = results(await scorer.score([Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 1029, event_id="wrong-29")]))
     assert again.duplicate
     assert (again.status, again.p_value, again.anomaly_started_at) == (frozen.status, frozen.p_value, frozen.anomaly_started_at)
@@ -415,15 +415,15 @@ async def test_an_acceptance_that_loses_a_race_is_made_again_and_one_that_always
     replicas = [make(tiny_detector, store) for _ in range(2)]
     await alarmed(replicas[0])
     wrong = [Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 1100 + i) for i in range(5)]
-    await asyncio.gather(*(replicas[0].score([event]) for event in wrong), replicas[1].accept("s"), replicas[0].accept("s"))
-    assert (await replicas[0].stream("s")).status == "ready"
+    await asyncio.gather(*(replicas[0].score([event]) for event in wrong), replicas[1].streams.accept("s"), replicas[0].streams.accept("s"))
+    assert (await replicas[0].streams.last("s")).status == "ready"
     store.contended = frozenset()
     await alarmed(replicas[0], "hot")
     store.contended = frozenset({"hot"})
     with pytest.raises(StateConflict, match="call again"):
-        await replicas[1].accept("hot")
+        await replicas[1].streams.accept("hot")
     with pytest.raises(UnknownStream, match="stream 'none'"):
-        await replicas[1].accept("none")
+        await replicas[1].streams.accept("none")
     for replica in replicas:
         await replica.drain(1)
 

@@ -76,7 +76,7 @@ class World:
         await asyncio.gather(*(sweeper.sweep() for sweeper in self.sweepers))
 
     async def last(self, stream: str = "s") -> Result:
-        return await self.replicas[1].stream(stream)
+        return await self.replicas[1].streams.last(stream)
 
     @property
     def ends(self) -> list[str]:
@@ -232,7 +232,7 @@ async def test_a_stream_whose_session_is_over_is_forgotten_sooner_than_others(lo
     for stream, lines in (("over", (ACCEPTED, TOOK, CLOSED, None)), ("open", (ACCEPTED,)), ("again", (CLOSED, None, ACCEPTED))):
         await world.say(*lines, stream=stream)
     clock[0] += Limits().session_ttl_seconds + 1
-    page, _ = await world.replicas[0].streams("", 10)
+    page, _ = await world.replicas[0].streams.page("", 10)
     assert {result.stream_id for result in page} == {"open", "again"}
     for replica in world.replicas:
         await replica.drain(1)
@@ -240,7 +240,7 @@ async def test_a_stream_whose_session_is_over_is_forgotten_sooner_than_others(lo
 
 async def test_nobody_waits_for_a_session_that_is_forgotten(world: World) -> None:
     await world.say(ACCEPTED)
-    await world.replicas[0].forget("s")
+    await world.replicas[0].streams.forget("s")
     world.now += SECONDS + 1
     await world.sweep()
     assert world.ends == []

@@ -160,15 +160,15 @@ async def test_a_silence_is_raised_while_it_lasts_once_and_the_next_event_clears
     [silence] = world.raised
     assert (silence.stream_id, silence.last_event) == ("s", spoken.timestamp)
     assert 20 < silence.patience < 60
-    seen = await world.replicas[0].stream("s")
+    seen = await world.replicas[0].streams.last("s")
     assert (seen.silent_since, seen.is_anomaly, seen.state_version) == (spoken.timestamp, True, 100)
-    assert [result.stream_id for result in await world.replicas[1].silent_streams(10)] == ["s"]
+    assert [result.stream_id for result in await world.replicas[1].streams.silent(10)] == ["s"]
     assert world.sample("onset_silences_total") == 1
     back = await world.speak("s", 1)
     assert (back.is_anomaly, back.silent_since) == (False, None)
-    seen = await world.replicas[0].stream("s")
+    seen = await world.replicas[0].streams.last("s")
     assert (seen.silent_since, seen.is_anomaly) == (None, False)
-    assert await world.replicas[1].silent_streams(10) == []
+    assert await world.replicas[1].streams.silent(10) == []
 
 
 async def test_the_next_silence_is_raised_again(world: World) -> None:
@@ -197,7 +197,7 @@ async def test_nobody_waits_for_the_past_or_for_a_stream_too_new(world: World) -
 
 async def test_a_stream_that_turns_to_the_past_or_is_forgotten_is_no_longer_waited_for(world: World) -> None:
     await world.speak("gone", 100)
-    await world.replicas[0].forget("gone")
+    await world.replicas[0].streams.forget("gone")
     world.clock.now += 7200
     await world.sweep()
     assert world.raised == []
@@ -272,9 +272,9 @@ async def test_a_frozen_stream_that_falls_silent_stays_frozen_and_an_acceptance_
         await world.replicas[0].score([Event(stream_id="s", values={"value": 99.0}, timestamp=world.clock.now)])
     world.clock.now += 300
     await world.sweep()
-    seen = await world.replicas[0].stream("s")
+    seen = await world.replicas[0].streams.last("s")
     assert (seen.status, seen.silent_since is not None) == ("frozen", True)
-    accepted = await world.replicas[1].accept("s")
+    accepted = await world.replicas[1].streams.accept("s")
     assert (accepted.status, accepted.silent_since) == ("ready", seen.silent_since)
 
 

@@ -231,7 +231,7 @@ async def test_who_dies_between_the_commit_and_the_acknowledgement_leaves_nothin
 
 async def scorer_has(scorer: Scorer, stream: str, version: int) -> bool:
     try:
-        return (await scorer.stream(stream)).state_version == version
+        return (await scorer.streams.last(stream)).state_version == version
     except Exception:
         return False
 

@@ -76,7 +76,7 @@ async def test_numbers_by_themselves_are_streams_by_topic_and_retained_ones_are_
     await rig.plant.publish_all([(topic, 20.5 + i % 2) for i in range(20)])
     rig.plant.publish(topic, b" 21 ", qos=0)
     await q.until(lambda: outcomes(service, "mqtt") == {"scored": 21})
-    result = await service.scorers["tiny"].stream("line-1:pump")
+    result = await service.scorers["tiny"].streams.last("line-1:pump")
     assert (result.state_version, result.contributors[0].actual) == (21, 21)
     assert result.event_id is None
 
@@ -109,7 +109,7 @@ async def test_a_replica_that_was_taken_for_dead_scores_nothing_twice(
     assert metric(service, "source_fenced_total", "mqtt") >= 1
     await q.until(lambda: outcomes(service, "mqtt").get("scored", 0) == 600)
     await asyncio.sleep(0.3)
-    assert (await service.scorers["tiny"].stream(f"{rig.name}/in/same")).state_version == 600
+    assert (await service.scorers["tiny"].streams.last(f"{rig.name}/in/same")).state_version == 600
 
 
 async def test_a_broker_that_is_not_there_yet_is_waited_for(

@@ -1,0 +1,209 @@
+"""What is asked and done about single streams of a model besides scoring them: how they stand, accept, forget, end.
+
+Whatever changes a state does so as a batch does: it loads, compares the version and writes, and tries again where it lost.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import cast
+
+import numpy as np
+import structlog
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from service import alerts, cadence, silence
+from service.alerts import Stand, Transition
+from service.copies import Copies
+from service.errors import StateConflict, UnknownStream
+from service.events import Event, Result
+from service.metrics import Metrics
+from service.policy import Policy
+from service.results import TOP, Replies
+from service.rounds import Kind, Outcomes
+from service.state import ALERT_OPEN, SILENT, Origin, Rows, StateCodec
+from service.stores import WRITTEN, StateStore, Write
+
+ATTEMPTS = 4
+"""Times that streams are tried to be ended."""
+ACCEPT_ATTEMPTS = 20
+
+log = structlog.get_logger(__name__)
+
+
+class Streams:
+    """Of one model. `policy` gives the one in force; of a state that is changed the copy is dropped. `alerting` as of the scorer."""
+
+    def __init__(
+        self,
+        model: str,
+        codec: StateCodec,
+        policy: Callable[[], Policy],
+        store: StateStore,
+        copies: Copies,
+        replies: Replies,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+        *,
+        alerting: bool = True,
+    ) -> None:
+        self._model, self._codec, self._policy, self._store, self._copies = model, codec, policy, store, copies
+        self._replies, self._metrics, self._clock, self._alerting = replies, metrics, clock, alerting
+
+    async def last(self, stream_id: str) -> Result:
+        """The last result of a stream. Raises UnknownStream."""
+        results = self._summaries([stream_id], await self._store.load(self._model, [stream_id]))
+        if not results:
+            raise self._unknown(stream_id)
+        return results[0]
+
+    async def page(self, cursor: str, limit: int) -> tuple[list[Result], str]:
+        """Last results of about `limit` streams from `cursor` on ("" = the start), and the next cursor ("" = the end)."""
+        page = await self._store.scan(self._model, cursor, limit)
+        values = await self._store.load(self._model, page.stream_ids) if page.stream_ids else []
+        return self._summaries(page.stream_ids, values), page.cursor
+
+    async def silent(self, limit: int) -> list[Result]:
+        """Last results of at most `limit` streams that are silent for improbably long."""
+        _, stream_ids = await self._store.silent(self._model, limit)
+        values = await self._store.load(self._model, stream_ids) if stream_ids else []
+        return [result for result in self._summaries(stream_ids, values) if result.silent_since is not None]
+
+    async def pace(self, limit: int) -> tuple[int, NDArray[np.float64]]:
+        """How many live streams there are whose cadence is known, and the events a second of at most about `limit` of them."""
+        count, stream_ids = await self._store.waited(self._model, limit)
+        loaded = self._codec.decode(await self._store.load(self._model, stream_ids) if stream_ids else [])
+        live = (loaded.origins == Origin.STORED) & (loaded.rows["flags"] & SILENT == 0)
+        rates = cadence.rate(loaded.rows[live])
+        return count, rates[~np.isnan(rates)]
+
+    async def stand(self, stream_ids: Sequence[str]) -> list[Stand]:
+        """The alerts of streams as their states have them."""
+        values = await self._store.load(self._model, stream_ids)
+        loaded = self._codec.decode(values)
+        stored = np.flatnonzero(loaded.origins == Origin.STORED)
+        results = self._summary([stream_ids[i] for i in stored.tolist()], loaded.rows[stored])
+        evidence = {i: alerts.Evidence.of(result) for i, result in zip(stored.tolist(), results, strict=True)}
+        return [
+            Stand(value is not None, evidence.get(i), self._ids_open(stream_ids[i], loaded.rows[i]) if i in evidence else frozenset())
+            for i, value in enumerate(values)
+        ]
+
+    async def accept(self, stream_id: str) -> Result:
+        """Take what the stream is alerted about for its new normal; without an open alert nothing changes. Returns the stream's summary.
+
+        Raises UnknownStream, and StateConflict when other replicas won ACCEPT_ATTEMPTS times.
+        """
+        for _ in range(ACCEPT_ATTEMPTS):
+            loaded = self._codec.decode(await self._store.load(self._model, [stream_id]))
+            if loaded.origins[0] != Origin.STORED:
+                raise self._unknown(stream_id)
+            before = loaded.rows.copy()
+            if not self._policy().accept(loaded.rows):
+                return self._summary([stream_id], loaded.rows)[0]
+            entry = alerts.encoded(self._accepting(stream_id, before))
+            write = Write(stream_id, loaded.tokens[0], self._codec.encode(loaded.rows)[0], log=[entry])
+            self._copies.drop([stream_id])
+            if await self._store.commit(self._model, [write]) == [True]:
+                self.accepted(stream_id, before[0], by="call")
+                return self._summary([stream_id], loaded.rows)[0]
+            self._metrics.conflicts.inc()
+        raise StateConflict(f"Stream '{stream_id[:256]}' changed {ACCEPT_ATTEMPTS} times while its alert was being accepted: call again.")
+
+    async def forget(self, stream_id: str) -> bool:
+        """Delete a stream's state; whether there was one."""
+        self._copies.drop([stream_id])
+        entry = alerts.encoded(Transition("forgotten", self._model, stream_id)) if self._alerting else b""
+        return await self._store.delete(self._model, stream_id, entry)
+
+    async def end(self, ends: Mapping[str, float], grace: float = 0) -> None:
+        """Streams that have ended, and when (seconds since 1970): their alerts are resolved and nobody waits for them. Safe to repeat.
+
+        An alert that is open stays so for `grace` seconds more, and the stream with it should it speak again; where nobody sweeps, 0.
+        What a stream has learned is kept for when it returns. One with a later event is left as it is. Raises StoreUnavailable, and
+        StateConflict when other replicas won that often.
+        """
+        pending = list(ends)
+        for _ in range(ATTEMPTS):
+            loaded = self._codec.decode(await self._store.load(self._model, pending) if pending else [])
+            times = np.array([ends[stream_id] for stream_id in pending], np.float64)
+            over = (loaded.origins == Origin.STORED) & silence.awaited(loaded.rows) & (loaded.rows["last"]["timestamp"] <= times)
+            places = np.flatnonzero(over).tolist()
+            if not places:
+                return
+            rows, stream_ids = loaded.rows[places], [pending[i] for i in places]
+            waits = (rows["flags"] & ALERT_OPEN != 0) & (grace > 0 and self._policy().silence)
+            logs = self._told_at_end(stream_ids, rows, waits)
+            for at, change in ((waits, partial(silence.begin_end, until=self._clock() + grace)), (~waits, silence.end)):
+                changed = rows[at]
+                change(changed)
+                rows[at] = changed
+            values = self._codec.encode(rows)
+            tokens = [loaded.tokens[i] for i in places]
+            ended = zip(stream_ids, tokens, values, logs, rows["watch_until"].tolist(), strict=True)
+            self._copies.drop(stream_ids)
+            written = await self._store.commit(
+                self._model, [Write(name, token, value, watch=watch, log=entries) for name, token, value, entries, watch in ended]
+            )
+            pending = [name for name, became in zip(stream_ids, written, strict=True) if became != WRITTEN]
+        raise StateConflict(f"{len(pending)} streams changed {ATTEMPTS} times while they were being ended: send the request again.")
+
+    def accepted(self, stream_id: str, row: Rows, by: str) -> None:
+        """For the audit: a change of regime was accepted. `row` is a value before it, or the record of the event that did it."""
+        self._metrics.accepted.labels(self._model, by).inc()
+        started = float(row["started_at"])
+        log.info(
+            "regime_accepted",
+            stream_id=stream_id,
+            model=self._model,
+            by=by,
+            anomaly_started_at=None if math.isnan(started) else started,
+            timestamp=float(row["timestamp"] if by == "age" else row["last"]["timestamp"]),
+            state_version=int(row["version"]),
+        )
+
+    def _summaries(self, stream_ids: Sequence[str], values: Sequence[bytes | None]) -> list[Result]:
+        loaded = self._codec.decode(values)
+        stored = np.flatnonzero(loaded.origins == Origin.STORED)
+        return self._summary([stream_ids[i] for i in stored.tolist()], loaded.rows[stored])
+
+    def _summary(self, stream_ids: Sequence[str], rows: Rows) -> list[Result]:
+        """The last result of each stream, with its alert as it stands now."""
+        records = rows["last"].copy()
+        records["flags"], records["started_at"] = rows["flags"], rows["started_at"]
+        outcomes = Outcomes(records, np.full(len(rows), Kind.SCORED, np.uint8))
+        events = [Event(stream_id=stream_id) for stream_id in stream_ids]
+        results = self._replies.results(events, self._replies.judged(outcomes), top_contributors=TOP)
+        for i in np.flatnonzero(rows["flags"] & SILENT).tolist():
+            severity = results[i].severity if results[i].severity != "none" else "minor"
+            results[i] = replace(results[i], silent_since=float(rows["silent_since"][i]), is_anomaly=True, severity=severity)
+        return results
+
+    def _unknown(self, stream_id: str) -> UnknownStream:
+        return UnknownStream(f"Model '{self._model}' keeps no state of stream '{stream_id[:256]}'.")
+
+    def _ids_open(self, stream_id: str, row: Rows) -> frozenset[str]:
+        kinds = ((ALERT_OPEN, "anomaly", "started_at"), (SILENT, "silence", "silent_since"))
+        return frozenset(
+            alerts.alert_id(self._model, stream_id, cast("alerts.Kind", kind), float(row[since]))
+            for flag, kind, since in kinds
+            if row["flags"] & flag
+        )
+
+    def _accepting(self, stream_id: str, row: Rows) -> Transition:
+        """For the log: the open alert of `row` [1] is about to be accepted by call."""
+        last = alerts.Evidence.of(self._summary([stream_id], row)[0])
+        severity = alerts.level(row["flags"][0])
+        started_at = float(row["started_at"][0])
+        return Transition("resolved", self._model, stream_id, "anomaly", started_at, severity, "accepted", last)
+
+    def _told_at_end(self, stream_ids: Sequence[str], rows: Rows, waits: NDArray[np.bool_]) -> list[list[bytes]]:
+        """For the log: what is resolved as the streams of these rows [B] end; where one `waits`, its anomaly is not."""
+        if not self._alerting:
+            return [[] for _ in stream_ids]
+        flags = np.where(waits, SILENT, SILENT | ALERT_OPEN).tolist()
+        return [silence.told_at_end(self._model, stream_id, row, of=of) for stream_id, row, of in zip(stream_ids, rows, flags, strict=True)]
