@@ -440,11 +440,12 @@ class Metrics:
     alert_deliveries = _counter(
         "onset_alert_deliveries_total",
         "notices",
-        "What became of notices to a sink: delivered, retried (an attempt after the first), withheld (beyond the flood limit), past (its "
-        "alert was of the past), dead_lettered.",
+        "What became of notices to a sink: delivered, retried (an attempt after the first), withheld (beyond the flood limit, or of an "
+        "alert that it was not told of), below (its alert is less than ONSET_ALERTS_LEAST_SEVERITY), past (its alert was of the past), "
+        "dead_lettered.",
         "retried grows: the sink is down or slow. dead_lettered: read why in the log; withheld: many streams went wrong at once.",
         sink=RUNNING,
-        outcome=("delivered", "retried", "withheld", "past", "dead_lettered"),
+        outcome=("delivered", "retried", "withheld", "below", "past", "dead_lettered"),
     )
     alert_delivery = _histogram(
         "onset_alert_delivery_seconds",

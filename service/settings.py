@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -143,8 +143,10 @@ class Settings(BaseSettings):
     """A file that holds it, in place of the setting."""
     alerts_stdout: bool = False
     """Whether alerts are written to the standard output as JSON lines."""
+    alerts_least_severity: Literal["minor", "major", "critical"] = "minor"
+    """The webhook and the standard output are told of an alert once it has reached this severity."""
     alerts_per_minute: Annotated[int, Field(ge=1)] = 30
-    """Alerts that the webhook and the standard output are told of one by one; of more in a minute there is one notice."""
+    """Alerts of each severity that these two are told of one by one; of more in a minute there is one notice."""
     alerts_give_up_seconds: Annotated[float, Field(gt=0)] = 3600
     """How long the webhook is tried; then a notice is a dead letter."""
     alerts_max_open: Annotated[int, Field(ge=1)] = 20_000

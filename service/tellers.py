@@ -35,7 +35,15 @@ def declared(settings: Settings, book: Book, metrics: Metrics) -> list[Sink]:
         told_one_by_one.append(Webhook(_http("ONSET_ALERTS_WEBHOOK", settings.alerts_webhook), _secret(settings)))
     patience = Patience(give_up=settings.alerts_give_up_seconds)
     sinks += [
-        Teller(sink, book, metrics, public_url=settings.public_url, per_minute=settings.alerts_per_minute, patience=patience)
+        Teller(
+            sink,
+            book,
+            metrics,
+            public_url=settings.public_url,
+            least=settings.alerts_least_severity,
+            per_minute=settings.alerts_per_minute,
+            patience=patience,
+        )
         for sink in told_one_by_one
     ]
     names = [sink.name for sink in sinks]

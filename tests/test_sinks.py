@@ -182,21 +182,48 @@ async def test_a_flood_is_one_notice_and_what_was_withheld_stays_so_until_it_esc
     assert (first.withheld, first.streams, first.link) == (1, ["s3"], "https://onset.example/")
     await office.happen(resolving("s0"), resolving("s5"), opening("s6", what="escalated", severity="critical"))
     await all_told(teller)
-    assert sink.told[4:] == [("resolved", "s0")]
+    assert sorted(sink.told[4:]) == [("opened", "s6"), ("resolved", "s0")]  # there is room for critical ones
     office.now += 61
     await all_told(teller)
-    [notice] = sink.notices[5:]
+    [notice] = sink.notices[6:]
     assert notice.flood is not None
-    assert notice.flood.withheld == 7  # s4 to s9, and s6 once more as it escalated
-    assert notice.flood.by_severity == {"major": 6, "critical": 1}
+    assert notice.flood.withheld == 6  # s4 to s9
+    assert notice.flood.by_severity == {"major": 6}
     await office.happen(opening("s7", what="escalated", severity="critical"))
-    await office.happen(resolving("s7"), resolving("s6"))
+    await office.happen(resolving("s7"), resolving("s8"))
     await all_told(teller)
-    assert sink.told[6:] == [("opened", "s7"), ("resolved", "s7")]
+    assert sink.told[7:] == [("opened", "s7"), ("resolved", "s7")]
     office.now += 61
     await all_told(teller)
-    assert len(sink.notices) == 8
-    assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "withheld"}) == 10
+    assert len(sink.notices) == 9
+    assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "withheld"}) == 9
+
+
+async def test_a_flood_of_minor_alerts_does_not_hide_critical_ones(office: Desk) -> None:
+    sink = Kept()
+    teller = office.teller(sink, per_minute=2)
+    await teller.begin(TOKEN)
+    for i in range(5):
+        await office.happen(opening(f"m{i}"))
+    await office.happen(opening("c", severity="critical"))
+    await all_told(teller)
+    assert sink.told == [("opened", "m0"), ("opened", "m1"), ("flood", ""), ("opened", "c")]
+
+
+async def test_a_sink_hears_of_an_alert_once_it_is_as_severe_as_asked(office: Desk) -> None:
+    sink, metrics = Kept(), Metrics()
+    teller = office.teller(sink, metrics, least="major", per_minute=1)
+    await teller.begin(TOKEN)
+    await office.happen(opening("a"), resolving("a"))
+    await office.happen(opening("b"))
+    await office.happen(opening("b", what="escalated", severity="critical"))
+    await office.happen(resolving("b"))
+    await all_told(teller)
+    assert sink.told == [("opened", "b"), ("resolved", "b")]
+    [opened, _] = sink.notices
+    assert opened.severity_before is None
+    assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "below"}) == 2
+    assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "withheld"}) == 1
 
 
 async def test_standard_output_has_one_json_line_for_each_notice(office: Desk) -> None:

@@ -1,18 +1,18 @@
 """Where alerts go: what happened to them is told to each sink by itself, in order, at least once.
 
-    changes after the sink's cursor ─► leave out alerts of the past, and what is beyond the flood limit ─► tell (again and again, with
-    back-off) ─► cursor, dead letters and what was withheld, in one step under the desk's lease
+    changes after the sink's cursor ─► leave out alerts of the past, those of less than `least` severity, and what is beyond the flood
+    limit ─► tell (again and again, with back-off) ─► cursor, dead letters and what was withheld, in one step under the desk's lease
 
-A flood (a whole plant goes wrong) is told as such: the first alert beyond `per_minute` brings one notice that more follow which are not
-told one by one, and each minute another one says how many. What is told of a withheld alert later on is withheld too, unless it escalates
-when there is room again.
+A flood (a whole plant goes wrong) is told as such: the first alert beyond `per_minute` of its severity brings one notice that more follow
+which are not told one by one, and each minute another one says how many. Each severity has room of its own, so that a thousand minor
+alerts do not hide a critical one. What is told of a withheld alert later on is withheld too, unless it escalates to where there is room.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -23,7 +23,7 @@ import structlog
 
 from service.alerts import Alert, AlertReply
 from service.errors import Fenced, OnsetError, StoreUnavailable
-from service.events import Severity
+from service.events import SEVERITIES, Severity
 from service.metrics import Metrics
 from service.stores.book import Book, Told
 
@@ -131,21 +131,22 @@ async def tell_on(turn: Callable[[], Awaitable[bool]], metrics: Metrics, sink: s
 
 @dataclass
 class _Flooding:
-    """How many alerts were opened lately, and what has been withheld since the last notice of it."""
+    """How many alerts of each severity were opened lately, and what has been withheld since the last notice of it."""
 
     per_minute: int
-    opened: deque[float] = field(default_factory=deque)
+    opened: defaultdict[Severity, deque[float]] = field(default_factory=lambda: defaultdict(deque))
     since: float | None = None
     withheld: Counter[Severity] = field(default_factory=Counter)
     streams: list[str] = field(default_factory=list)
 
-    def takes(self, now: float) -> bool:
-        """Whether there is room for another alert; it is taken then."""
-        while self.opened and self.opened[0] <= now - FLOOD_SECONDS:
-            self.opened.popleft()
-        if len(self.opened) >= self.per_minute:
+    def takes(self, severity: Severity, now: float) -> bool:
+        """Whether there is room for another alert of this severity; it is taken then."""
+        opened = self.opened[severity]
+        while opened and opened[0] <= now - FLOOD_SECONDS:
+            opened.popleft()
+        if len(opened) >= self.per_minute:
             return False
-        self.opened.append(now)
+        opened.append(now)
         return True
 
     def withhold(self, alert: Alert) -> None:
@@ -171,12 +172,13 @@ class Teller:
         metrics: Metrics,
         *,
         public_url: str = "",
+        least: Severity = "minor",
         per_minute: int = 30,
         patience: Patience = PATIENCE,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._sink, self._book, self._metrics, self._clock = sink, book, metrics, clock
-        self._public_url, self._patience = public_url, patience
+        self._public_url, self._least, self._patience = public_url, least, patience
         self._flooding = _Flooding(per_minute)
         self._waiting: Told | None = None
         self._cursor = "0-0"
@@ -217,7 +219,11 @@ class Teller:
         known = not await self._book.withheld(name, [alert.id])
         event = change.event
         if event == "opened" or (event == "escalated" and not known):
-            if not self._flooding.takes(now):
+            if SEVERITIES.index(alert.severity) < SEVERITIES.index(self._least):
+                self._count("below")
+                await self._book.delivered(token, name, told.id, withhold=[alert.id])
+                return
+            if not self._flooding.takes(alert.severity, now):
                 await self._withhold(token, told, now)
                 return
             event = "opened"
