@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from service.console.live import FleetQuery, Live, series, short
-from service.console.recent import ANOMALY, COLD, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Recent
+from service.console.recent import ANOMALY, COLD, LEVEL_SHIFT, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Recent, Room, event_dtype
 from service.console.shared import Shared
 from service.detector import Detector
 from service.errors import Overloaded
@@ -35,8 +35,8 @@ class Fleet:
 
     def __init__(self, detector: Detector, streams: int = 100, watchers: int = 4) -> None:
         self.now = 1000.0
-        one = Recent(detector.manifest, 1, DEPTH).dtype.itemsize * DEPTH
-        self.recent = Recent(detector.manifest, streams * one, DEPTH, clock=lambda: self.now)
+        one = event_dtype(detector.manifest).itemsize * DEPTH
+        self.recent = Recent(detector.manifest, Room(streams * one, [detector.name]), DEPTH, clock=lambda: self.now)
         metrics = Metrics()
         self.feed = Feed(metrics)
         self.shared = Shared({detector.name: self.recent}, "replica-1", LiveLog(), metrics)
@@ -57,6 +57,12 @@ class Fleet:
         slot = self.recent.slot(name)
         assert slot is not None
         return [round(float(v), 3) for v in self.recent.events(slot, seen)["x"][:, 0]]
+
+    def level(self, name: str) -> int:
+        """How severe its open alert has been, an index into SEVERITIES."""
+        slot = self.recent.slot(name)
+        assert slot is not None
+        return int(self.recent.last(np.array([slot]))["bits"][0]) >> LEVEL_SHIFT
 
     def listed(self, **query: Any) -> list[str]:
         return [self.recent.name(slot) for slot in self.recent.top(**query).tolist()]
@@ -151,6 +157,29 @@ async def test_an_onset_marks_its_event_and_puts_its_stream_first(tiny_detector:
         assert fleet.listed(most=10, bits=OPEN) == ["b"]
         assert fleet.listed(most=10, holds="C") == ["c"]
         assert fleet.listed(most=1, holds="a") == ["a"]
+
+
+async def test_open_alerts_stand_in_the_order_of_their_severity_however_long_ago_they_began(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.warm("a", "b", "c")
+        await fleet.score(("c", 99.0))
+        fleet.now += 300
+        await fleet.score(("a", 10.8), ("b", 10.0))
+        assert [fleet.level(name) for name in "abc"] == [1, 0, 3]
+        assert fleet.listed(most=10) == ["c", "a", "b"]
+
+
+def test_models_share_the_memory_and_none_is_left_without_a_part(tiny_detector: Detector) -> None:
+    room = Room(1600, ["large", "small"])
+    assert room.left("large") == 1500
+    room.take("large", 1500)
+    assert (room.left("large"), room.left("small")) == (0, 100)
+    room.take("small", 60)
+    assert (room.left("large"), room.left("small")) == (0, 40)
+    alone = Room(1600, ["one"])
+    assert alone.left("one") == 1600
+    recent = Recent(tiny_detector.manifest, Room(1, [tiny_detector.name, "other"]), DEPTH)
+    assert recent.capacity == 1
 
 
 async def test_streams_beyond_the_memory_are_left_out_until_another_has_gone_quiet(tiny_detector: Detector) -> None:

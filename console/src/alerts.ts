@@ -42,6 +42,13 @@ export interface AlertsPage {
 
 const STATUSES = ["open", "acknowledged", "resolved"] as const;
 type Status = (typeof STATUSES)[number];
+const SEVERITIES = [
+  ["", "All"],
+  ["major,critical", "Major and critical"],
+  ["critical", "Critical"],
+] as const;
+export const PAGE = 100; // alerts asked for at once
+const MOST = 1000;
 const WORDS: Record<string, string> = {
   recovered: "the stream is back to normal",
   accepted: "accepted as the new normal",
@@ -58,11 +65,15 @@ export function alertsView(main: HTMLElement, shell: Shell): View {
 
 class AlertsView {
   private status: Status;
+  private severity: string;
+  private most = PAGE;
   private selected = -1;
   private readonly timer: number;
   private shown = "";
   private readonly choice = h("div", { class: "choice", role: "group", "aria-label": "Which alerts" });
+  private readonly severities = h("div", { class: "choice", role: "group", "aria-label": "How severe" });
   private readonly list = h("ul", { class: "alerts" });
+  private readonly more = h("div", { class: "more" });
   private readonly said = h("div", { role: "status" });
 
   constructor(
@@ -71,9 +82,11 @@ class AlertsView {
   ) {
     const asked = shell.query.get("status");
     this.status = STATUSES.find((status) => status === asked) ?? "open";
-    for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.show(status) }, status[0]!.toUpperCase() + status.slice(1)));
-    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts")), this.choice), this.said, this.list));
-    this.show(this.status);
+    this.severity = SEVERITIES.find(([severity]) => severity === shell.query.get("severity"))?.[0] ?? "";
+    for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.show(status, this.severity) }, status[0]!.toUpperCase() + status.slice(1)));
+    for (const [severity, name] of SEVERITIES) this.severities.append(h("button", { type: "button", "data-severity": severity, onclick: () => this.show(this.status, severity) }, name));
+    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts")), this.severities, this.choice), this.said, this.list, this.more));
+    this.show(this.status, this.severity);
     this.timer = window.setInterval(() => void this.load(), 2000);
   }
 
@@ -97,24 +110,33 @@ class AlertsView {
     return false;
   }
 
-  private show(status: Status): void {
+  private show(status: Status, severity: string): void {
     this.status = status;
+    this.severity = severity;
+    this.most = PAGE;
     this.selected = -1;
     this.shown = "";
     for (const button of this.choice.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button.dataset["status"] === status));
-    history.replaceState(null, "", `#/alerts${status === "open" ? "" : `?status=${status}`}`);
+    for (const button of this.severities.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button.dataset["severity"] === severity));
+    const query = new URLSearchParams();
+    if (status !== "open") query.set("status", status);
+    if (severity) query.set("severity", severity);
+    history.replaceState(null, "", `#/alerts${query.size ? `?${query}` : ""}`);
     fill(this.list);
+    fill(this.more);
+    delete this.more.dataset["shown"];
     fill(this.said, h("p", { class: "notice" }, "Loading …"));
     void this.load();
   }
 
   private async load(): Promise<void> {
-    const { status } = this;
+    const { status, severity, most } = this;
     try {
-      const page = await ask<AlertsPage>(`v1/alerts?status=${status}&limit=100`);
-      if (status !== this.status) return;
-      if (status === "open") this.shell.alerting(page.alerts.length);
+      const page = await ask<AlertsPage>(`v1/alerts?status=${status}&limit=${most}${severity ? `&severity=${severity}` : ""}`);
+      if (status !== this.status || severity !== this.severity || most !== this.most) return;
+      if (status === "open" && !severity) this.shell.alerting(page);
       this.fill(page.alerts);
+      this.sayMore(page);
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       fill(this.said, h("p", { class: "notice wrong" }, error.status === 404 ? "This service keeps no alerts." : error.message));
@@ -129,10 +151,21 @@ class AlertsView {
     this.said.replaceChildren();
     if (!alerts.length) {
       const words = { open: "Nothing is wrong that somebody would have to know of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet." }[this.status];
-      fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, words)));
+      const severe = SEVERITIES.find(([severity]) => severity === this.severity)![1].toLowerCase();
+      fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, this.severity ? `None that is ${severe.replace("and", "or")}.` : words)));
     }
     fill(this.list, ...alerts.map((alert) => this.item(alert)));
     if (focused) this.list.querySelector<HTMLElement>(`[data-id="${focused}"] .name a`)?.focus();
+  }
+
+  /** What is not shown, so that nobody takes the page for all there is. */
+  private sayMore(page: AlertsPage): void {
+    const shown = page.alerts.length;
+    if (this.more.dataset["shown"] === `${shown} ${page.next_cursor !== null}`) return;
+    this.more.dataset["shown"] = `${shown} ${page.next_cursor !== null}`;
+    if (page.next_cursor === null) return fill(this.more);
+    const button = h("button", { class: "button", type: "button", onclick: () => ((this.most = Math.min(MOST, this.most + 2 * PAGE)), void this.load()) }, "Show more");
+    fill(this.more, h("p", {}, `The latest ${shown}; there are more.`), this.most < MOST ? button : null);
   }
 
   private item(alert: Alert): HTMLElement {

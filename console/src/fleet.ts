@@ -194,9 +194,8 @@ class Fleet {
   }
 
   private rank(stream: Stream, now: number): number {
-    const open = stream.rank >= 1000;
-    const peak = (open ? stream.rank - 1000 : stream.rank) * 0.5 ** ((now - stream.at) / HALF_LIFE);
-    return open ? 1000 + peak : peak;
+    const open = 1000 * Math.floor(stream.rank / 1000); // by severity
+    return open + (stream.rank - open) * 0.5 ** ((now - stream.at) / HALF_LIFE);
   }
 
   /** Anomalous ones by rank, calm ones by name: what says nothing stands still. Held while someone points at a row. */
@@ -277,8 +276,9 @@ class Fleet {
     const shown = this.streams.size;
     const matching = this.search.value.trim() || this.stateFilter;
     const more = this.counts && !matching && this.counts.streams > shown ? `The ${count(shown)} most anomalous of ${count(this.counts.streams)}. Search finds the others.` : "";
-    const said = matching ? `${count(shown)} shown` : more || (this.counts?.left_out ? "Some streams found no room here (ONSET_CONSOLE_BYTES)." : "");
-    text(this.summary, [said, this.counts && this.counts.replicas > 1 ? `${this.counts.replicas} replicas` : ""].filter(Boolean).join(" · "));
+    const said = matching ? `${count(shown)} shown` : more;
+    const without = this.counts?.left_out ? "More streams are scored than find room here (ONSET_CONSOLE_BYTES)." : "";
+    text(this.summary, [said, without, this.counts && this.counts.replicas > 1 ? `${this.counts.replicas} replicas` : ""].filter(Boolean).join(" · "));
     this.summary.title = this.counts?.thinned ? "Other replicas score more than they tell: of calm streams not every event is seen here." : "";
     this.columns.hidden = this.rows.element.hidden = shown === 0;
     if (shown) return void (this.words.childElementCount && this.words.replaceChildren());

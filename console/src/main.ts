@@ -2,7 +2,7 @@
 
 import "uplot/dist/uPlot.min.css";
 import { Refused, ask, streamPath, type Link, type Model } from "./api";
-import { alertsView, type AlertsPage } from "./alerts";
+import { PAGE, alertsView, type AlertsPage } from "./alerts";
 import { backtestView } from "./backtest";
 import { ICONS, fill, h, icon, text } from "./dom";
 import { fleetView } from "./fleet";
@@ -20,7 +20,7 @@ export interface View {
 
 export interface Shell {
   link: (link: Link | null) => void;
-  alerting: (open: number) => void;
+  alerting: (open: AlertsPage) => void;
   query: URLSearchParams;
 }
 
@@ -91,8 +91,9 @@ const shell: Shell = {
     text(status.firstElementChild!, { live: "Live", connecting: "Connecting", away: "Not connected", paused: "Resting" }[link.state]);
     status.title = link.detail;
   },
-  alerting(open) {
-    text(badge, open ? String(open) : "");
+  alerting({ alerts, next_cursor }) {
+    const open = `${alerts.length}${next_cursor === null ? "" : "+"}`;
+    text(badge, alerts.length ? open : "");
     badge.setAttribute("aria-label", `${open} open`);
   },
 };
@@ -173,8 +174,8 @@ document.addEventListener("keydown", (event) => {
 async function countAlerts(): Promise<void> {
   if (document.hidden) return;
   try {
-    const page = await ask<AlertsPage>("v1/alerts?status=open&limit=100");
-    shell.alerting(page.alerts.length);
+    const page = await ask<AlertsPage>(`v1/alerts?status=open&limit=${PAGE}`);
+    shell.alerting(page);
   } catch (error) {
     if (!(error instanceof Refused)) throw error; // said where alerts are listed
     if (error.status === 404) {

@@ -4,7 +4,7 @@
  * at once; of what is written or drawn again a frame takes so much, and the rest comes a little later, so that many messages make no long ones.
  */
 
-import { BITS, type Feature, type Kind } from "./api";
+import { BITS, LEVEL_SHIFT, type Feature, type Kind } from "./api";
 import { h, text } from "./dom";
 import { ago, number, score } from "./format";
 import { Sheets, type Frame, type Trace } from "./spark";
@@ -307,7 +307,10 @@ type Shown = "alert" | "anomalous" | "cold" | "normal";
 
 const kindOf = ({ bits }: Stream): Shown => (bits & BITS.open ? "alert" : bits & BITS.anomaly ? "anomalous" : bits & BITS.cold ? "cold" : "normal");
 
+/** The open alert of a stream in words: how severe it has been. */
+export const alertOf = (bits: number): string => ["Alert", "Minor alert", "Major alert", "Critical alert"][bits >> LEVEL_SHIFT] ?? "Alert";
+
 function stateOf(stream: Stream): string {
   const onset = stream.onset ? `, onset ${ago(stream.onset)}` : "";
-  return { alert: `Alert open${onset}`, anomalous: "Anomalous", cold: "Warming up", normal: `Normal${onset}` }[kindOf(stream)];
+  return { alert: `${alertOf(stream.bits)}${onset}`, anomalous: "Anomalous", cold: "Warming up", normal: `Normal${onset}` }[kindOf(stream)];
 }

@@ -6,6 +6,7 @@ import { Chart, legend, scoreChart, valueChart, type Column, type Options } from
 import { ICONS, fill, h, icon, scrolling, text } from "./dom";
 import { ago, chance, clock, count, number, score } from "./format";
 import { LineList } from "./lines";
+import { alertOf } from "./rows";
 import type { Shell, View } from "./main";
 
 const KEPT = 6000;
@@ -247,7 +248,7 @@ class StreamPage {
     const bits = this.data.bits[i]!;
     const { severity = "none", direction = "none" } = this.last ?? {};
     const [kind, words] =
-      bits & BITS.open ? ["alert", `Alert open${bits & BITS.frozen ? ", nothing of it is learned" : ""}`] : bits & BITS.anomaly ? ["anomalous", "Anomalous"] : bits & BITS.cold ? ["cold", "Warming up"] : ["normal", "Normal"];
+      bits & BITS.open ? ["alert", `${alertOf(bits)} open${bits & BITS.frozen ? ", nothing of it is learned" : ""}`] : bits & BITS.anomaly ? ["anomalous", "Anomalous"] : bits & BITS.cold ? ["cold", "Warming up"] : ["normal", "Normal"];
     this.state.dataset["kind"] = kind;
     const more = bits & BITS.anomaly ? [severity, direction === "none" ? "" : direction] : [];
     text(this.state, [words, ...more.filter(Boolean), `last event ${ago(this.data.t[i]!)}`].join(" · "));

@@ -39,7 +39,8 @@ class LiveShown(msgspec.Struct, frozen=True):
     score: Column
     """None while warming up."""
     bits: list[int]
-    """Sums of 1 = anomalous, 2 = an alert is open, 4 = the state is frozen, 8 = an alert begins, 16 = warming up."""
+    """Sums of 1 = anomalous, 2 = an alert is open, 4 = the state is frozen, 8 = an alert begins, 16 = warming up,
+    32, 64, 96 = the open alert is minor, major, critical."""
     said: str | None
     """The last line of a log stream."""
 
@@ -52,7 +53,7 @@ class LiveFleet(msgspec.Struct, frozen=True):
     """The one that answers."""
     features: list[LiveFeature]
     keys: list[int]
-    """All streams that are shown, first those with an open alert, then by how anomalous they were lately."""
+    """All streams that are shown, first those with an open alert, the most severe first, then by how anomalous they were lately."""
     new: list[LiveShown]
 
 

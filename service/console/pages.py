@@ -26,7 +26,7 @@ from service.asking import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA
 from service.backtest import TAIL
 from service.console import table
 from service.console.live import STATES, Events, FleetQuery, Live
-from service.console.recent import Recent
+from service.console.recent import Recent, Room
 from service.console.shared import Shared
 from service.console.trial import Trial, TrialLimits, Trials
 from service.detector import Detector
@@ -80,8 +80,8 @@ class Console:
         metrics: Metrics,
     ) -> None:
         """`models` is where the detectors were loaded from, `policy_of` gives the policy in force for one of them."""
-        share = limits.most_bytes // len(detectors)
-        recent = {name: Recent(detector.manifest, share, limits.depth) for name, detector in detectors.items()}
+        room = Room(limits.most_bytes, detectors)
+        recent = {name: Recent(detector.manifest, room, limits.depth) for name, detector in detectors.items()}
         replica = f"{socket.gethostname()}:{os.getpid()}"
         self.log = LiveLog()
         self.shared = Shared(recent, replica, self.log, metrics)

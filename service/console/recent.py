@@ -9,7 +9,7 @@ Taking a batch costs next to nothing: it is kept until somebody looks, or until 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from service.feed import Batch
 from service.policy import THRESHOLD
 from service.rounds import Kind
 from service.state import ALERT_OPEN, FROZEN
+from service.state import LEVEL as STATE_LEVEL
+from service.state import LEVEL_SHIFT as STATE_SHIFT
 
 PENDING_EVENTS = 4096
 """Events put aside at most: their rings are written in some two milliseconds."""
@@ -38,6 +40,8 @@ MOST_AGE = 3600.0
 """Seconds: of what was longer ago than that no rank is left."""
 ANOMALY, OPEN, HELD, ONSET, COLD = 1, 2, 4, 8, 16
 """Bits of an event: anomalous, an alert is open, the state is frozen, an alert begins, warming up."""
+LEVEL_SHIFT = 5
+"""Of two bits more: the severity that the open alert has reached, an index into SEVERITIES."""
 
 _FIELDS = ("x", "expected", "lower", "upper", "contribution")
 
@@ -97,24 +101,43 @@ class Put:
     at: float
 
 
-class Recent:
-    """The last `depth` events of as many streams as `most_bytes` hold. `clock` gives monotonic seconds."""
+class Room:
+    """Bytes that the rings of all `models` have together. An eighth is kept for them in equal parts; who comes first has the rest."""
 
-    def __init__(self, manifest: Manifest, most_bytes: int, depth: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, most_bytes: int, models: Iterable[str]) -> None:
+        self.most_bytes = most_bytes
+        self._taken = dict.fromkeys(models, 0)
+        self._kept = most_bytes // (8 * len(self._taken)) if len(self._taken) > 1 else 0
+
+    def left(self, model: str) -> int:
+        """What the model may still take."""
+        others = (max(taken, self._kept) for name, taken in self._taken.items() if name != model)
+        return self.most_bytes - self._taken[model] - sum(others)
+
+    def take(self, model: str, size: int) -> None:
+        self._taken[model] += size
+
+
+class Recent:
+    """The last `depth` events of as many streams as there is room for, of one at least. `clock` gives monotonic seconds."""
+
+    def __init__(self, manifest: Manifest, room: Room, depth: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.manifest = manifest
+        self._room = room
         self.depth = depth if manifest.lines is None else min(depth, LOG_EVENTS)
         self.dtype = event_dtype(manifest)
-        self.capacity = max(1, most_bytes // (self.depth * self.dtype.itemsize))
+        self._slot_bytes = self.depth * self.dtype.itemsize
+        most = max(1, room.most_bytes // self._slot_bytes)
         self._clock = clock
         # Zeros of the operating system: a ring takes memory once it is written.
-        self._ring = np.zeros((self.capacity, self.depth), self.dtype)
-        self._written = np.zeros(self.capacity, np.int64)
-        self._changed = np.zeros(self.capacity, np.int64)
-        self._bits = np.zeros(self.capacity, np.uint8)
-        self._rank = np.zeros(self.capacity, np.float64)
-        self._at = np.zeros(self.capacity, np.float64)
-        self._spoke = np.zeros(self.capacity, np.float64)
-        self._mixed = np.zeros(self.capacity, np.int64)
+        self._ring = np.zeros((most, self.depth), self.dtype)
+        self._written = np.zeros(most, np.int64)
+        self._changed = np.zeros(most, np.int64)
+        self._bits = np.zeros(most, np.uint8)
+        self._rank = np.zeros(most, np.float64)
+        self._at = np.zeros(most, np.float64)
+        self._spoke = np.zeros(most, np.float64)
+        self._mixed = np.zeros(most, np.int64)
         self._names: list[str] = []
         self._slots: dict[str, int] = {}
         self._pending: list[Put] = []
@@ -145,6 +168,7 @@ class Recent:
             + HELD * (flags & FROZEN != 0)
             + ONSET * (events["alert"] > THRESHOLD)
             + COLD * (records["version"] < self.manifest.warmup)
+            + (((flags & STATE_LEVEL) >> STATE_SHIFT) << LEVEL_SHIFT)
         )
         for name in _FIELDS:
             events[name] = records[name]
@@ -196,6 +220,12 @@ class Recent:
             part = slice(start, start + size)
             self._mix(slot, events[part], at[part])
 
+    @property
+    def capacity(self) -> int:
+        """Streams that are held, or would find room."""
+        held = len(self._names)
+        return max(1, min(len(self._ring), held + max(0, self._room.left(self.manifest.name)) // self._slot_bytes))
+
     def counts(self) -> Counts:
         held = self._bits[: len(self._names)]
         alerting, cold = held & OPEN != 0, held & COLD != 0
@@ -235,7 +265,7 @@ class Recent:
         return slots[self._changed[slots] > writes]
 
     def top(self, most: int, holds: str = "", bits: int = 0) -> NDArray[np.intp]:
-        """Slots of at most `most` streams, first those with an open alert, then by how anomalous they were lately.
+        """Slots of at most `most` streams, first those with an open alert, the most severe first, then by how anomalous they were lately.
 
         `holds`: what their names hold, whatever its case; `bits`: at least one of which their last event has.
         """
@@ -253,9 +283,10 @@ class Recent:
         return found[np.lexsort((found, -rank))]
 
     def rank(self, slots: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Peak score, halved every HALF_LIFE since; an open alert stands above all that have none."""
+        """Peak score, halved every HALF_LIFE since; an open alert is above all without one, by 1,000 for each step of severity."""
         calm: NDArray[np.float64] = self._rank[slots] * 0.5 ** ((self._clock() - self._at[slots]) / HALF_LIFE)
-        return np.where(self._bits[slots] & OPEN != 0, 1000.0 + calm, calm)
+        bits = self._bits[slots]
+        return calm + np.where(bits & OPEN != 0, 1000.0 * np.maximum(bits >> LEVEL_SHIFT, 1), 0.0)
 
     def last(self, slots: NDArray[np.intp]) -> NDArray[Any]:
         """The last event of each stream."""
@@ -263,10 +294,11 @@ class Recent:
         return events
 
     def peak(self, slot: int, seen: int) -> tuple[float, int]:
-        """Greatest score and all bits of the events written after the first `seen` ones; NaN = no score."""
+        """Greatest score and all bits of the events written after the first `seen` ones, the severity of the last; NaN = no score."""
         events = self.events(slot, seen)
         scores = events["score"][~np.isnan(events["score"])]
-        return float(scores.max()) if len(scores) else float("nan"), int(np.bitwise_or.reduce(events["bits"]))
+        marks, level = int(np.bitwise_or.reduce(events["bits"])) % (1 << LEVEL_SHIFT), int(events["bits"][-1]) >> LEVEL_SHIFT
+        return float(scores.max()) if len(scores) else float("nan"), marks | level << LEVEL_SHIFT
 
     def events(self, slot: int, seen: int = 0) -> NDArray[Any]:
         """Those still held of the events written after the first `seen` ones, in order."""
@@ -297,6 +329,7 @@ class Recent:
             if slot < 0 and len(self._names) < self.capacity:
                 slot = len(self._names)
                 self._names.append(names[i])
+                self._room.take(self.manifest.name, self._slot_bytes)
                 self._begin(slot, float(at[i]))
             elif slot < 0 and tries > 0:
                 tries -= 1
@@ -313,8 +346,9 @@ class Recent:
 
         Streams that spoke at `begin` or later stay.
         """
-        calm = self._bits & (ANOMALY | OPEN) == 0
-        slot = int(np.where(calm, self._spoke, np.inf).argmin())
+        n = len(self._names)
+        calm = self._bits[:n] & (ANOMALY | OPEN) == 0
+        slot = int(np.where(calm, self._spoke[:n], np.inf).argmin())
         quiet = begin - self._spoke[slot]
         return slot if calm[slot] and quiet > (0 if anomalous else QUIET_SECONDS) else -1
 

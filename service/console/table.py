@@ -10,7 +10,8 @@ from urllib.parse import quote
 import numpy as np
 
 from service.console.live import said_of
-from service.console.recent import ANOMALY, COLD, HELD, ONSET, OPEN, Recent
+from service.console.recent import ANOMALY, COLD, HELD, LEVEL_SHIFT, ONSET, OPEN, Recent
+from service.events import SEVERITIES
 
 LISTED = 200
 POINTS = 60
@@ -77,7 +78,7 @@ def _reading(recent: Recent, last: np.void, top: int, named: str) -> str:
 def _state(bits: int, lately: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> tuple[str, str]:
     """In words, and its class."""
     if bits & OPEN:
-        return f"▲ alert open{', frozen' if bits & HELD else ''}", "alert"
+        return f"▲ {SEVERITIES[max(1, bits >> LEVEL_SHIFT)]} alert open{', frozen' if bits & HELD else ''}", "alert"
     if bits & ANOMALY:
         return "anomalous", "anomalous"
     if bits & COLD:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.console.recent import ANOMALY, ONSET, Recent
+from service.console.recent import ANOMALY, ONSET, Recent, Room
 from service.console.shared import ASK_SECONDS, ASKED_SECONDS, FLEET, HEARD_SECONDS, HOLD_SECONDS, TELL_BYTES, Shared
 from service.detector import Detector
 from service.errors import StoreUnavailable
@@ -32,7 +32,7 @@ class Replica:
 
     def __init__(self, name: str, detector: Detector, store: RedisStore | ClusterStore, clock: Clock) -> None:
         metrics = Metrics()
-        self.recent = Recent(detector.manifest, STREAMS * DEPTH * 64, DEPTH, clock=clock)
+        self.recent = Recent(detector.manifest, Room(STREAMS * DEPTH * 64, [detector.name]), DEPTH, clock=clock)
         log = LiveLog()
         log.connect(store)
         self.shared = Shared({detector.name: self.recent}, name, log, metrics, clock)
