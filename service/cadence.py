@@ -8,6 +8,10 @@ The first is the gap rarer than α if gaps are lognormal, and some three cadence
 regular pauses (nights, batches) quiet. A gap counts for no more than four times the patience it met, so one outage does not hide the
 next, while pauses of every night are known after a few.
 Events of the same time are one. Nothing is said before GAPS gaps.
+
+Who sends the readings of a minute once a minute is silent for a minute in between: the longest is of the events' own gaps and of the times
+between arrivals. One that was longer than the patience it met counts for no more than what is usual: it may have been us whom nothing
+reached.
 """
 
 from __future__ import annotations
@@ -45,6 +49,19 @@ def learn(rows: Rows, gap: Float64) -> None:
     faded = longest - (longest - mean) / LONG_MEMORY
     rows["pace_longest"][here] = np.where(count == 0, pace, np.maximum(faded, pace))
     rows["gaps"][here] = np.minimum(count + 1, 2**32 - 1)
+
+
+def learn_arrivals(rows: Rows, gap: Float64, patience: Float64) -> NDArray[np.intp]:
+    """Learn the seconds [B] between the last two arrivals (NaN = not known), in place; which of `rows` may have learned something.
+
+    `patience` [B] is how long the later one was waited for, inf where nobody waited.
+    """
+    longer = np.flatnonzero(gap > np.exp(rows["pace_longest"].astype(np.float64)))
+    if len(longer):
+        mean, spread, longest = (rows[name][longer].astype(np.float64) for name in ("pace", "pace_spread", "pace_longest"))
+        usual = np.where(gap[longer] > patience[longer], mean + _z(1e-3) * np.maximum(spread, SMALLEST), np.inf)
+        rows["pace_longest"][longer] = np.maximum(longest, np.minimum(np.log(gap[longer]), usual))
+    return longer
 
 
 def patience(rows: Rows, alpha: float) -> Float64:

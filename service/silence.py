@@ -80,13 +80,25 @@ def to_log(silence: Silence) -> None:
 def waits(rows: Rows, alpha: float, now: float, ended: NDArray[np.bool_] | None = None) -> list[float | None]:
     """Set the deadlines of streams that are about to be committed, in place; returns the watch to write for each, None = as it is.
 
-    Nobody waits for streams that `ended` [B].
+    Nobody waits for streams that `ended` [B], nor for one before its second arrival: the first says nothing of how often they are. Until
+    then a deadline is negative, the time of the last arrival.
     """
     patience = cadence.patience(rows, alpha)
+    before = rows["deadline"].copy()
+    arrived = np.where(before > 0, before - patience, -before)  # 0 or -inf = not known
+    gap = np.where(arrived > 0, now - arrived, np.nan)
+    learned = cadence.learn_arrivals(rows, gap, np.where(before > 0, patience, np.inf))
+    if len(learned):
+        patience[learned] = cadence.patience(rows[learned], alpha)
+    known = np.isfinite(patience)
+    about_now = np.abs(now - rows["last"]["timestamp"]) <= np.where(known, np.maximum(patience, LIVE_SECONDS), LIVE_SECONDS)
     if ended is not None:
-        patience[ended] = np.inf
-    live = np.isfinite(patience) & (np.abs(now - rows["last"]["timestamp"]) <= np.maximum(patience, LIVE_SECONDS))
-    return watched(rows, live, patience, now)
+        about_now &= ~ended
+    same = (before < 0) & (gap < 0.5 * np.exp(rows["pace"].astype(np.float64)))  # a part of what arrived then
+    live = about_now & known & (before != 0) & ~same
+    watches = watched(rows, live, patience, now)
+    rows["deadline"] = np.where(about_now & ~live, np.where(same, before, -now), rows["deadline"])
+    return watches
 
 
 def watched(rows: Rows, live: NDArray[np.bool_], patience: NDArray[np.float64], now: float) -> list[float | None]:

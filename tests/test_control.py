@@ -389,7 +389,8 @@ async def test_the_expectation_follows_the_cadences_that_live_streams_really_hav
     one, two = replicas
     for i in range(6):
         one.clock.now = START
-        await one.score(f"live {i}", normal(100), gap=10.0 if i % 2 else 30.0)
+        for _ in range(2):  # how often a stream arrives is known from its second arrival on
+            await one.score(f"live {i}", normal(100), gap=10.0 if i % 2 else 30.0)
     await one.score("young", normal(20))
     await two.change(alpha=0.01, strict=True)
     meant = (await two.control.reply()).expected_false_alarms["tiny"]

@@ -59,6 +59,10 @@ class Sender(httpx.AsyncClient):
     def unscored(self, what: str) -> float:
         return self.metrics.registry.get_sample_value("onset_remote_write_unscored_total", {"what": what}) or 0
 
+    def at(self, milliseconds: float) -> None:
+        """What follows is sent at this time."""
+        self.scorer._clock = lambda: milliseconds / 1000
+
 
 @asynccontextmanager
 async def sender(
@@ -221,8 +225,10 @@ async def test_nan_is_a_missing_value_and_infinity_too(prometheus: Sender) -> No
 
 @pytest.mark.parametrize("version", [1, 2])
 async def test_a_stale_marker_ends_its_stream_and_nobody_waits_for_it(prometheus: Sender, version: int) -> None:
-    values = [1.0, 1.1] * 40
-    await prometheus.write(up(1, *values, start=NOW - 79_000), up(2, *values, start=NOW - 79_000), version=version)
+    values = [1.0, 1.1] * 20
+    for start in (NOW - 79_000, NOW - 39_000):  # how often a stream arrives is known from its second arrival on
+        prometheus.at(start + 39_000)
+        await prometheus.write(up(1, *values, start=start), up(2, *values, start=start), version=version)
     watched, _ = await prometheus.store.waited("tiny", 10)
     assert watched == 2
     end = up(1, MARKER, start=NOW + 1000)
@@ -234,18 +240,22 @@ async def test_a_stale_marker_ends_its_stream_and_nobody_waits_for_it(prometheus
     assert (last.state_version, last.is_anomaly, last.silent_since) == (80, False, None)
     assert prometheus.unscored("ended") == 2
     assert prometheus.ended == {name(1): NOW / 1000 + 1}
-    await prometheus.write(up(1, 1.0, start=NOW + 2000), version=version)  # it speaks again: it is waited for again
-    assert (await prometheus.last(name(1))).state_version == 81
+    for start in (NOW + 2000, NOW + 3000):  # it speaks again: it is waited for again
+        prometheus.at(start)
+        await prometheus.write(up(1, 1.0, start=start), version=version)
+    assert (await prometheus.last(name(1))).state_version == 82
     assert sorted(await prometheus.store.due("tiny", 1e11, 10)) == [name(1), name(2)]
 
 
 async def test_a_stream_that_was_silent_is_no_longer_once_it_has_ended(prometheus: Sender) -> None:
-    await prometheus.write(up(1, *[1.0, 1.1] * 40, start=NOW - 79_000))
+    for start in (NOW - 79_000, NOW - 39_000):
+        prometheus.at(start + 39_000)
+        await prometheus.write(up(1, *[1.0, 1.1] * 20, start=start))
     now = NOW / 1000
     sweeper = prometheus.scorer.sweeper(3600)
     sweeper._clock = lambda: now
     await sweeper.sweep()
-    now += 100
+    now += 100  # more than twice the 40 seconds between arrivals
     await sweeper.sweep()
     assert (await prometheus.last(name(1))).silent_since is not None
     await prometheus.write(up(1, MARKER, start=NOW + 50_000))
@@ -307,6 +317,7 @@ async def ends(prometheus: Sender) -> list[str]:
 
 async def test_a_stale_marker_older_than_the_last_sample_ends_nothing(prometheus: Sender) -> None:
     await prometheus.write(up(1, *[1.0, 1.1] * 40, start=NOW - 79_000))
+    prometheus.at(NOW + 2000)
     await prometheus.write(Sent(up(1).labels, [(NOW + 1000, MARKER), (NOW + 2000, 1.0)]))
     assert await prometheus.store.due("tiny", 1e11, 10) == [name(1)]
     await prometheus.write(up(9, MARKER))  # of a stream that never was

@@ -187,6 +187,37 @@ async def test_a_stream_that_speaks_is_looked_at_and_left_alone(world: World) ->
     assert world.raised == []
 
 
+@pytest.mark.parametrize("every", [5, 60, 240])
+async def test_a_sender_that_collects_readings_of_each_second_is_not_silent_in_between(world: World, every: int) -> None:
+    async def send() -> None:
+        """What Prometheus does for some seconds, and a gateway for a minute."""
+        for step in range(every):
+            world.clock.now += 1
+            if step % 2:
+                await world.sweep()
+        events = [Event("s", {"value": float(i % 3)}, timestamp=world.clock.now - every + 1 + i) for i in range(every)]
+        await world.replicas[0].score(events)
+
+    for _ in range(max(20, 200 // every)):
+        await send()
+    assert world.raised == []
+    world.clock.now += 3 * every
+    await world.sweep()
+    [silence] = world.raised
+    assert every < silence.patience < 3 * every
+
+
+async def test_an_outage_on_our_side_makes_nobody_more_than_twice_as_patient(world: World) -> None:
+    await world.speak("s", 100)
+    world.clock.now += 3600
+    await world.replicas[0].score([Event("s", {"value": 1.0}, timestamp=world.clock.now - 3590 + 10 * i) for i in range(360)])
+    await world.speak("s", 5)
+    world.clock.now += 120
+    await world.sweep()
+    [silence] = world.raised
+    assert 20 < silence.patience < 100
+
+
 async def test_nobody_waits_for_the_past_or_for_a_stream_too_new(world: World) -> None:
     await world.speak("old", 100, behind=86_400)
     await world.speak("new", 20)
