@@ -1,6 +1,6 @@
 """Does the p-value keep its promise? Onsets on normal data, measured against asked, and the detection left at that rate.
 
-    python -m bench.calibration [--data ../shared/data] [--model FILE] [--quick] [--json FILE]
+    python -m bench.calibration [--data ../shared/data] [--model FILE] [--sets generator,smd] [--asked 0.001,1/2016] [--quick] [--json FILE]
 
 Every set runs through the served step function (ONNX Runtime, padded batches) from fresh states, each channel a stream of its own. The
 shipped default was trained and calibrated on the synthetic generator alone, so every set here is unseen. Labels are used to leave the
@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ from service.settings import SHIPPED_MODELS
 from training import synthetic
 from training.data import Float32, Stream, clock, cut, pad
 
-ASKED = (1e-3, 1 / 2016, 1e-4)
+ASKED = "1/1000,1/2016,1/10000"
 NAB_ASKED = (2e-3, 1.5e-3, 1e-3, 7e-4, 5e-4)
 AGES = (100, 300, 1000, 2000, 4000, 8000, 30_000)
 UNSEEN_SEED = 9_003
@@ -236,18 +237,24 @@ def nab_score(judged: Judged, policy: Policy) -> float:
 def main(
     data: Annotated[Path, typer.Option(help="Folder of the data sets.")] = Path("../shared/data"),
     model: Annotated[Path, typer.Option(help="A model of one feature.")] = SHIPPED_MODELS,
+    sets: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SETS)}.")] = ",".join(SETS),
+    asked: Annotated[str, typer.Option(help="False onsets per event, comma-separated numbers or fractions.")] = ASKED,
     quick: Annotated[bool, typer.Option("--quick", help="A fifth of the streams, 6,000 rows each, no detection.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Measure all sets and print the tables."""
+    """Measure the sets and print the tables."""
+    unknown = [name for name in sets.split(",") if name not in SETS]
+    if unknown:
+        raise typer.BadParameter(f"no set is named {unknown[0]!r}; there are {', '.join(SETS)}.")
+    rates, chosen = [float(Fraction(rate)) for rate in asked.split(",")], {name: SETS[name] for name in sets.split(",")}
     detector = next(iter(load_detectors(model).values()))
     screen = console()
     rows: list[Row] = []
     hits: list[dict[str, Any]] = []
     scores: list[dict[str, Any]] = []
     tau = detector.manifest.age_constant
-    detection = () if quick else [*LABELLED, "nab"]
-    runs = len(SETS) * len(ASKED) + (0 if quick else 2 * len(ASKED) + len(NAB_ASKED))
+    detection = {} if quick else {name: NAB_ASKED if name == "nab" else rates for name in chosen if name in LABELLED or name == "nab"}
+    runs = len(chosen) * len(rates) + sum(map(len, detection.values()))
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("Scoring", total=runs)
 
@@ -255,24 +262,25 @@ def main(
             parts = list(load(data))
             return run(detector, _few(parts) if quick else parts, asked, lambda share: progress.advance(task, share))
 
-        for name, load in SETS.items():
+        for name, load in chosen.items():
             progress.update(task, description=name)
-            for asked in ASKED:
-                seen = judged(load, asked)
-                rows += [measure(name, seen, Policy(alpha=asked, strict=strict, tau=tau)) for strict in (True, False)]
-        for name in detection:
+            for rate in rates:
+                seen = judged(load, rate)
+                rows += [measure(name, seen, Policy(alpha=rate, strict=strict, tau=tau)) for strict in (True, False)]
+        for name, of_name in detection.items():
             progress.update(task, description=f"{name}, detection")
-            for asked in NAB_ASKED if name == "nab" else ASKED:
-                seen = judged(LABELLED.get(name, nab), asked)
+            for rate in of_name:
+                seen = judged(LABELLED.get(name, nab), rate)
                 for strict in (True, False):
-                    policy = Policy(alpha=asked, strict=strict, tau=tau)
+                    policy = Policy(alpha=rate, strict=strict, tau=tau)
                     if name == "nab":
-                        scores.append({"asked": asked, "strict": strict, "score": nab_score(seen, policy)})
+                        scores.append({"asked": rate, "strict": strict, "score": nab_score(seen, policy)})
                     else:
                         hits.append(segments(name, seen, policy))
     screen.print(_promise(rows))
-    if not quick:
+    if hits:
         screen.print(_hits(hits))
+    if scores:
         screen.print(_nab(scores))
     if json_file:
         content = {"model": detector.manifest.filename, "sha256": detector.sha256, "rows": [asdict(row) for row in rows]}

@@ -31,6 +31,8 @@ from service.errors import ArtifactError
 FORMAT = 1
 AUDIT = "audit"
 MANIFEST_KEY, SELFTEST_KEY, SHA256_KEY = "onset.manifest", "onset.selftest", "onset.sha256"
+SEEN = 10
+"""Events of this rate that a calibration must have had room for, to say how often they come."""
 MAX_FEATURES = 300
 SELFTEST_STEPS, SELFTEST_ROWS = 32, 8
 
@@ -210,6 +212,12 @@ class Manifest(_Frozen):
     def age_constant(self) -> float:
         """τ of the calibration: false onsets of a stream's n-th event are 1 + τ/n times as frequent as those of an old stream."""
         return float(self.calibration.get("tau", 0.0))
+
+    @property
+    def rarest(self) -> float | None:
+        """False onsets per event below which the calibration has seen hardly any, and extrapolates; None = it does not say."""
+        events = (self.calibration.get("support") or {}).get("events", 0)
+        return SEEN / events if events else None
 
     @property
     def filename(self) -> str:

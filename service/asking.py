@@ -12,13 +12,13 @@ Provider = Literal["cpu", "cuda"]
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-9, 0.5
 """What may be asked for: the first included, the second not."""
 ALPHA_RANGE = f"from {SMALLEST_ALPHA:g} to below {LARGEST_ALPHA:g}"
-PERIODS = {"hour": 3600, "day": 86_400, "week": 604_800, "month": 2_592_000}
+PERIODS = {"hour": 3600, "day": 86_400, "week": 604_800, "month": 2_592_000, "year": 31_536_000}
 
 
 def per_event(false_alarms: str, cadence: float) -> float:
     """False onsets per event that '1 per week' and stream means, with an event every `cadence` s. Raises ValueError, a sentence."""
     if not re.fullmatch(rf"[0-9]+(\.[0-9]+)? per ({'|'.join(PERIODS)})", false_alarms):
-        raise ValueError("it reads like '1 per week' (hour, day, week, month)")
+        raise ValueError(f"it reads like '1 per week' ({', '.join(PERIODS)})")
     number, _, period = false_alarms.split()
     alpha = float(number) * cadence / PERIODS[period]
     if not SMALLEST_ALPHA <= alpha < LARGEST_ALPHA:

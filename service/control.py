@@ -91,6 +91,8 @@ class Expectation(msgspec.Struct):
     extra_while_learning: float
     """What a new stream's first 10,000 events may add; 0 when strict."""
     reason: str | None
+    caution: str | None
+    """Why to expect more, where what is asked is rarer than what the model was calibrated on can say."""
 
 
 class PolicyReply(msgspec.Struct):
@@ -270,6 +272,7 @@ class Control:
             fleet_per_day=_about(count * each if measured and each is not None else None),
             extra_while_learning=policy.promise(scorer.detector.manifest.warmup)["extra_while_learning"],
             reason=reason or None,
+            caution=_caution(alpha, scorer.detector.manifest.rarest),
         )
 
 
@@ -283,6 +286,15 @@ async def _pace(scorer: Scorer) -> tuple[int, np.ndarray[Any, np.dtype[np.float6
     except StoreUnavailable as error:
         return 0, nothing, error.detail
     return count, rates, "" if len(rates) else "No live stream has shown its cadence yet; that takes some fifty events."
+
+
+def _caution(alpha: float, rarest: float | None) -> str | None:
+    if rarest is None or alpha >= rarest:
+        return None
+    return (
+        f"The model was calibrated on too little to say what happens less often than {rarest:.2g} times an event: below it alpha is "
+        "extrapolated, and false alarms may be several times as many."
+    )
 
 
 def _about(number: float | None) -> float | None:

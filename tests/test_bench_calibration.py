@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import typer
 
-from bench.calibration import Judged, Part, measure, nab_score, segments
+from bench.calibration import Judged, Part, main, measure, nab_score, segments
 from service.policy import Policy
 from training.data import Stream
 
@@ -52,3 +53,8 @@ def test_segments_are_hit_inside_or_shortly_after() -> None:
     found = segments("s", judged(p, labels), Policy(strict=True))
     assert (found["hit"], found["segments"]) == (2, 3)
     assert 0 < found["by_chance"] < 1
+
+
+def test_an_unknown_set_is_named_with_those_there_are() -> None:
+    with pytest.raises(typer.BadParameter, match="no set is named 'smb'; there are generator, smd,"):
+        main(sets="generator,smb")

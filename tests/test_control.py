@@ -116,7 +116,7 @@ def normal(events: int) -> list[float]:
         ({"false_alarms": "1 per week", "cadence_seconds": None}, "cadence_seconds", "null", "above 0"),
         ({"false_alarms": "1 per week", "cadence_seconds": math.inf}, "cadence_seconds", "Infinity", "above 0"),
         ({"false_alarms": "1 per week", "cadence_seconds": 10**400}, "false_alarms", '"1 per week"', ""),
-        ({"false_alarms": "often", "cadence_seconds": 60}, "false_alarms", '"often"', "reads like '1 per week'"),
+        ({"false_alarms": "often", "cadence_seconds": 60}, "false_alarms", '"often"', "(hour, day, week, month, year)"),
         ({"false_alarms": 7, "cadence_seconds": 60}, "false_alarms", "7", "reads like"),
         ({"false_alarms": "1 per hour", "cadence_seconds": 3600}, "false_alarms", '"1 per hour"', "1 false alarms per event"),
         ({"false_alarms": "0 per week", "cadence_seconds": 60}, "false_alarms", '"0 per week"', "from 1e-09"),
@@ -400,6 +400,20 @@ async def test_the_expectation_follows_the_cadences_that_live_streams_really_hav
     assert meant.fleet_per_day == pytest.approx(0.01 * 3 * (8640 + 2880), rel=0.02)
     assert meant.per_stream_and_week == pytest.approx(7 * 0.01 * 5760, rel=0.02)
     assert (meant.reason, meant.extra_while_learning) == (None, 0)
+
+
+async def test_who_asks_for_less_than_the_calibration_could_see_is_cautioned(tiny_detector: Detector) -> None:
+    calibration = tiny_detector.manifest.calibration | {"support": {"streams": 100, "events": 1_000_000, "onsets": 2000, "enough": True}}
+    manifest = tiny_detector.manifest.model_copy(update={"calibration": calibration})
+    assert manifest.rarest == 1e-5
+    seen = Detector(manifest, tiny_detector.sha256, tiny_detector._session)
+    replica = Replica(seen, MemoryStore(state_ttl=60, result_ttl=60), Clock())
+    for alpha, cautioned in ((1e-5, False), (9e-6, True)):
+        await replica.change(alpha=alpha)
+        caution = (await replica.control.reply()).expected_false_alarms["tiny"].caution
+        assert (caution is not None) is cautioned
+        assert caution is None or "1e-05" in caution
+    await replica.scorer.drain(1)
 
 
 async def test_with_silence_off_the_fleet_is_unknown_and_says_so(tiny_detector: Detector) -> None:

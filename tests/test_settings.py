@@ -11,6 +11,7 @@ from service.settings import Settings, unknown
 def test_a_rate_for_people_becomes_a_rate_per_event() -> None:
     assert Settings(false_alarms="1 per week", cadence_seconds=300).asked_alpha == pytest.approx(1 / 2016)
     assert Settings(false_alarms="0.5 per day", cadence_seconds=60).asked_alpha == pytest.approx(0.5 / 1440)
+    assert Settings(false_alarms="1 per year", cadence_seconds=60).asked_alpha == pytest.approx(1 / (365 * 1440))
     assert Settings(alpha=2e-3).asked_alpha == 2e-3
 
 
