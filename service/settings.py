@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     cadence_seconds: Annotated[float | None, Field(gt=0)] = None
     """Seconds between two events of a stream, for `false_alarms`."""
     false_alarms: str = ""
-    """The same rate for people: "1 per week" (hour, day, week, month, year) and stream; needs `cadence_seconds` and takes the place of alpha."""
+    """The same rate for people: "1 per week" (hour, day, week, month, year) and stream; needs `cadence_seconds`, replaces alpha."""
     strict: bool = False
     """Keep to alpha from the first event on; otherwise a new stream may spend a stated learning allowance on top (docs/api.md)."""
     silence: bool = True
