@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 import uuid
 from collections import Counter, defaultdict
@@ -96,7 +97,7 @@ class Desk:
         self._token = uuid.uuid4().hex
         self._cursors: dict[str, str] | None = None
         """Of the log, while the lease is ours."""
-        self._look_at = 0.0
+        self._looked_at = -math.inf
         self._tellers: list[asyncio.Task[None]] = []
 
     @property
@@ -135,13 +136,13 @@ class Desk:
             for sink in self._sinks:
                 await sink.begin(self._token)
             self._cursors = await self._book.cursors()
-            self._look_at = 0.0
+            self._looked_at = -math.inf
             self._metrics.alerts_keeper.set(1)
             log.info("alerts_kept_here")
             self._tellers = [asyncio.create_task(sink.run(self._token), name="alerts-sink") for sink in self._sinks]
         await self.fold()
-        if self._clock() >= self._look_at:
-            self._look_at = self._clock() + self._keeping.look
+        if not 0 <= self._clock() - self._looked_at < self._keeping.look:  # or the clock was set back
+            self._looked_at = self._clock()
             await self.look()
             await self._tidy()
 

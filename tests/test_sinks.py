@@ -21,6 +21,7 @@ from service.alerts import Acknowledgement
 from service.errors import BadSetting, Fenced
 from service.metrics import Metrics
 from service.settings import Settings
+from service.sinks.alertmanager import Alertmanager
 from service.sinks.stdout import Stdout
 from service.sinks.teller import Notice, Patience, Sink, Teller, Unreachable
 from service.sinks.webhook import Webhook, key_of, signature
@@ -313,6 +314,55 @@ async def test_a_webhook_that_is_not_there_is_told_when_it_comes_back(office: De
         assert await asyncio.wait_for(telling, 20)
         await teller.close()
         assert [verified(posted, SECRET)["event"] for posted in receiver.posted] == ["opened"]
+
+
+async def test_a_webhook_whose_answer_cannot_be_read_is_a_dead_letter_in_the_end_and_stops_nobody(office: Desk) -> None:
+    async def garble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\nconnection: close\r\n\r\nno!")
+        writer.close()
+
+    async with await asyncio.start_server(garble, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        teller = office.teller(Webhook(url, ""), patience=Patience(give_up=0.3, first_wait=0.01, longest_wait=0.05))
+        await teller.begin(TOKEN)
+        await office.happen(opening("a"))
+        await all_told(teller)
+        await teller.close()
+    [letter] = [json.loads(letter) for letter in await office.book.letters(10)]
+    assert letter["reason"].startswith("The webhook does not answer (DecodingError")
+
+
+async def test_alertmanager_is_told_again_of_what_is_open_however_much_happens_and_though_the_clock_is_set_back(office: Desk) -> None:
+    with Receiver() as receiver:
+        sink = Alertmanager(receiver.url, office.book, Metrics(), resend=60, clock=lambda: office.now)
+        await sink.begin(TOKEN)
+        for i in range(8):
+            await office.happen(opening(f"s{i}"))
+            assert await sink.turn(TOKEN)
+            office.now += 20
+
+        def told() -> int:
+            return sum(alert["labels"]["stream"] == "s0" for posted in receiver.posted for alert in posted.json)
+
+        assert told() == 1 + 3
+        office.now -= 86_400
+        assert not await sink.turn(TOKEN)
+        assert told() == 1 + 3 + 1
+        await sink.close()
+
+
+async def test_a_clock_that_is_set_back_withholds_nothing(office: Desk) -> None:
+    sink = Kept()
+    teller = office.teller(sink, per_minute=2)
+    await teller.begin(TOKEN)
+    await office.happen(*(opening(name) for name in "abc"))
+    await all_told(teller)
+    office.now -= 3600
+    await office.happen(opening("d"))
+    await all_told(teller)
+    assert [event for event, _ in sink.told] == ["opened", "opened", "flood", "opened"]
+    assert sink.told[-1] == ("opened", "d")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ limit (its grouping is that) nor a dead letter but for what it refuses.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -63,20 +64,20 @@ class Alertmanager:
         self._client = httpx.AsyncClient(timeout=TIMEOUT_SECONDS)
         self._waiting: Told | None = None
         self._cursor = "0-0"
-        self._resend_at = 0.0
+        self._resent_at = -math.inf
         metrics.alert_lag.labels(self.name).set_function(lambda: self._clock() - self._waiting.at if self._waiting else 0.0)
 
     async def begin(self, token: str) -> None:
         """Before the first fold under this lease."""
         self._cursor = await first_cursor(self._book, token, self.name)
-        self._resend_at = 0.0
+        self._resent_at = -math.inf
 
     async def run(self, token: str) -> None:
         """Tell how things stand until cancelled. Returns when the lease is lost."""
         await tell_on(lambda: self.turn(token), self._metrics, self.name)
 
     async def turn(self, token: str) -> bool:
-        """Tell of the next changes, or of all that is open when it is time; whether there were changes. Raises Fenced, StoreUnavailable."""
+        """Tell of the next changes, and of all that is open when it is time; whether there were changes. Raises Fenced, StoreUnavailable."""
         changes = await self._book.changes(self._cursor, AT_ONCE)
         self._waiting = changes[0] if changes else None
         if changes:
@@ -85,8 +86,8 @@ class Alertmanager:
                 self._delivered(changes)
             await self._book.delivered(token, self.name, changes[-1].id, letters=letters)
             self._cursor, self._waiting = changes[-1].id, None
-        elif self._clock() >= self._resend_at:
-            self._resend_at = self._clock() + self._resend
+        if len(changes) < AT_ONCE and not 0 <= self._clock() - self._resent_at < self._resend:  # or the clock was set back
+            self._resent_at = self._clock()
             await self._tell_again()
         return bool(changes)
 
@@ -135,7 +136,7 @@ class Alertmanager:
     async def _post(self, posted: Sequence[Posted]) -> None:
         try:
             answer = await self._client.post(self._url, json=posted)
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:
             raise Unreachable(f"Alertmanager does not answer ({type(error).__name__}: {error}).") from error
         if answer.status_code >= 500 or answer.status_code in (404, 408, 429):  # 404: behind a proxy, while it starts
             raise Unreachable(f"Alertmanager answered {answer.status_code}: {answer.text[:200]}")

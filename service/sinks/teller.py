@@ -142,7 +142,7 @@ class _Flooding:
     def takes(self, severity: Severity, now: float) -> bool:
         """Whether there is room for another alert of this severity; it is taken then."""
         opened = self.opened[severity]
-        while opened and opened[0] <= now - FLOOD_SECONDS:
+        while opened and not 0 <= now - opened[0] < FLOOD_SECONDS:  # or the clock was set back
             opened.popleft()
         if len(opened) >= self.per_minute:
             return False
@@ -196,7 +196,7 @@ class Teller:
     async def turn(self, token: str) -> bool:
         """Tell of the next change; whether there was one. Raises Fenced, StoreUnavailable."""
         now = self._clock()
-        if self._flooding.since is not None and now - self._flooding.since >= FLOOD_SECONDS:
+        if self._flooding.since is not None and not 0 <= now - self._flooding.since < FLOOD_SECONDS:
             await self._tell_of_flood(token, f"flood-{self._cursor}-{now:.0f}", now)
         told = next(iter(await self._book.changes(self._cursor, 1)), None)
         self._waiting = told

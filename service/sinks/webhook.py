@@ -48,7 +48,7 @@ class Webhook:
         body = msgspec.json.encode(notice)
         try:
             answer = await self._client.post(self._url, content=body, headers=self._headers(notice.id, body))
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:
             raise Unreachable(f"The webhook does not answer ({type(error).__name__}: {error}).") from error
         if answer.is_success:
             return
