@@ -83,9 +83,10 @@ class Mosquitto(_Broker):
 
     USER, PASSWORD = "plant", "p:ss/w@rd"
 
-    def __init__(self, folder: Path, *, secure: bool = False) -> None:
-        """`secure` = TLS, and only this user with this password."""
+    def __init__(self, folder: Path, *, secure: bool = False, options: Sequence[str] = ()) -> None:
+        """`secure` = TLS, and only this user with this password; `options` = further lines of its configuration."""
         super().__init__(folder)
+        self._options = options
         self.ca = folder / "cert.pem" if secure else None
 
     @property
@@ -100,6 +101,7 @@ class Mosquitto(_Broker):
             "persistence true",
             f"persistence_location {self.folder}/",
             "max_queued_messages 1000000",
+            *self._options,
         ]
         lines += self._secured(self.ca) if self.ca else ["allow_anonymous true"]
         lines += ["user root"] if os.geteuid() == 0 else []

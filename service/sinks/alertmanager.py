@@ -77,7 +77,7 @@ class Alertmanager:
         await tell_on(lambda: self.turn(token), self._metrics, self.name)
 
     async def turn(self, token: str) -> bool:
-        """Tell of the next changes, and of all that is open when it is time; whether there were changes. Raises Fenced, StoreUnavailable."""
+        """Tell of the next changes, and when it is time of all that is open; whether there were any. Raises Fenced, StoreUnavailable."""
         changes = await self._book.changes(self._cursor, AT_ONCE)
         self._waiting = changes[0] if changes else None
         if changes:

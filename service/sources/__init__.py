@@ -15,6 +15,7 @@ event's own identity. Results are out before the entries are acknowledged, at le
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -28,6 +29,9 @@ MAX_EVENTS = 2**16
 """Of one entry: the last bits of an event's position."""
 POSITIONS = 2**79
 """Of the entries of a partition."""
+
+_NO_CHARACTERS = "".join([chr(0x10000 * plane + last) for plane in range(17) for last in (0xFFFE, 0xFFFF)])
+_UNCARRIED = re.compile(rf"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_NO_CHARACTERS}]")
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -71,6 +75,13 @@ class Letter:
     error: ItemError
     index: int | None = None
 
+    @property
+    def about(self) -> dict[str, str]:
+        """Why, as every queue can carry it: what is no text there is escaped. Names are those of ItemError."""
+        error = self.error
+        about = {name: printable(text) for name, text in (("reason", error.detail), ("field", error.field), ("value", error.value))}
+        return about if self.index is None else about | {"index": str(self.index)}
+
 
 @dataclass
 class Settlement:
@@ -79,6 +90,11 @@ class Settlement:
     committed: set[bytes] = field(default_factory=set)
     """Entries that the commit has acknowledged."""
     letters: list[Letter] = field(default_factory=list)
+
+
+def printable(text: str) -> str:
+    """With escapes for control characters, halves of characters, and what is none: brokers and their clients refuse such."""
+    return _UNCARRIED.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 class Source(Protocol):

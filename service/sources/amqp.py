@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import time
 from collections import deque
@@ -47,7 +48,7 @@ STANDBY_SECONDS = 1.0
 """A replica asks this often whether a queue is free."""
 FIRST_BACKOFF, MAX_BACKOFF = 0.05, 2.0
 MAX_KEY_BYTES = 255
-"""Of a routing key."""
+"""Of a routing key, and of a message's identity."""
 _UNAVAILABLE = (AMQPError, OSError, TimeoutError, RuntimeError)
 """What aio-pika raises while the broker does not answer; RuntimeError of a connection that is closed."""
 
@@ -421,23 +422,16 @@ def _result(result: Published) -> aio_pika.Message:
         result.content,
         headers={"stream_id": result.stream_id},
         content_type="application/json",
-        message_id=result.id,
+        message_id=_identity(result.id),
         delivery_mode=DeliveryMode.PERSISTENT,
     )
 
 
 def _letter(letter: Letter, message: AbstractIncomingMessage) -> aio_pika.Message:
     """The message as it was, and why it could not be used."""
-    error = letter.error
-    about: dict[str, Any] = {
-        "onset_reason": error.detail,
-        "onset_field": error.field,
-        "onset_value": error.value,
-        "onset_exchange": message.exchange or "",
-        "onset_routing_key": message.routing_key or "",
-    }
-    if letter.index is not None:
-        about["onset_index"] = letter.index
+    about: dict[str, Any] = {f"onset_{name}": value for name, value in letter.about.items()}
+    about |= {"onset_exchange": message.exchange or "", "onset_routing_key": message.routing_key or ""}
+    about |= {} if letter.index is None else {"onset_index": letter.index}
     return aio_pika.Message(
         message.body,
         headers={**(message.headers or {}), **about},
@@ -447,6 +441,15 @@ def _letter(letter: Letter, message: AbstractIncomingMessage) -> aio_pika.Messag
         timestamp=message.timestamp,
         delivery_mode=DeliveryMode.PERSISTENT,
     )
+
+
+def _identity(name: str) -> str:
+    """Of a result, in as many bytes as a message's has: of a longer one the beginning, and a hash."""
+    content = name.encode()
+    if len(content) <= MAX_KEY_BYTES:
+        return name
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return f"{content[: MAX_KEY_BYTES - len(digest) - 1].decode(errors='ignore')}~{digest}"
 
 
 def _key(template: str, stream_id: str) -> str:

@@ -520,12 +520,11 @@ def _outgoing(topic: str, result: Published) -> Outgoing:
 
 
 def _letter(topic: str, batch: Batch, letter: Letter) -> Outgoing:
-    error, message = letter.error, letter.message
-    about = {"reason": error.detail, "field": error.field, "value": error.value, "topic": message.topic}
+    message = letter.message
+    about = letter.about | {"topic": message.topic}
     about |= {"partition": batch.partition.rpartition("-")[2], "offset": str(message.position)}
-    about |= {} if letter.index is None else {"index": str(letter.index)}
     headers: list[tuple[str, str | bytes | None]] = [(name.decode(), value) for name, value in message.headers.items()]
-    headers += [(f"onset_{name}", value.encode(errors="replace")) for name, value in about.items()]
+    headers += [(f"onset_{name}", value.encode()) for name, value in about.items()]
     return Outgoing(topic, message.payload, None if message.key is None else message.key.encode(errors="surrogateescape"), headers)
 
 

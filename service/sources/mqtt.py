@@ -46,7 +46,7 @@ from service import tasks
 from service.errors import Fenced, StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
-from service.sources import Batch, Letter, Message, Settlement
+from service.sources import Batch, Letter, Message, Settlement, printable
 from service.sources.options import MqttSource
 
 ANSWER_SECONDS = 5.0
@@ -58,6 +58,8 @@ TICK_SECONDS = 1.0
 FIRST_BACKOFF, MAX_BACKOFF = 0.05, 2.0
 AT_ONCE = 64
 """Messages given to paho at once: on each answer it walks through all that are not answered yet."""
+HEAD_BYTES = 16
+"""Of a packet, beside its topic, properties and content."""
 REMEMBERED = 4
 """Times `receive_maximum` messages are in the notes: more than the broker can still take for unacknowledged."""
 _PLACE = struct.Struct("<H8sQ")
@@ -119,7 +121,7 @@ class Mqtt:
     async def publish(self, batch: Batch, results: Sequence[Published]) -> None:
         self._taken(batch)
         topics = [self._declared.output.replace("{stream_id}", _level(result.stream_id)) for result in results]
-        about = [{"id": result.id, "stream_id": result.stream_id} for result in results]
+        about = [{"id": printable(result.id), "stream_id": printable(result.stream_id)} for result in results]
         sent = zip(topics, results, about, strict=True)
         await self._send([_Outgoing(topic, result.content, "application/json", names) for topic, result, names in sent])
 
@@ -409,6 +411,8 @@ class _Link:
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self._answers: dict[int, asyncio.Future[ReasonCode]] = {}
+        self._most = 0
+        """Bytes of a packet that the broker takes: it ends the connection of who sends more; 0 = it did not say."""
         self._reading = False
         self._ticks: asyncio.TimerHandle | None = None
         client = self._client = Client(
@@ -489,8 +493,11 @@ class _Link:
         """Returns when the broker has taken all of them. Raises StoreUnavailable."""
         sent = []
         for message in messages:
-            about = Written(message.content_type, message.names or {})
-            info = self._client.publish(message.topic, message.content, qos=1, properties=about)
+            content, about = message.content, Written(message.content_type, message.names or {})
+            if self._most and len(content) + len(about.pack()) + len(message.topic.encode()) + HEAD_BYTES > self._most:
+                about = Written(message.content_type, {**(message.names or {}), "onset_omitted_bytes": str(len(content))})
+                content = b""
+            info = self._client.publish(message.topic, content, qos=1, properties=about)
             if info.rc != MQTT_ERR_SUCCESS:
                 raise StoreUnavailable(f"The connection is lost ({info.rc.name}).")
             sent.append((message.topic, self._answers.setdefault(info.mid, self._loop.create_future())))
@@ -532,6 +539,7 @@ class _Link:
 
     def _on_connect(self, client: Client, data: Any, flags: ConnectFlags, code: ReasonCode, about: Properties | None) -> None:
         self.resumed = flags.session_present
+        self._most = getattr(about, "MaximumPacketSize", 0)
         if code.is_failure:
             self.lose(f"refused: {code}")
         elif not self._accepted.done():
@@ -619,11 +627,9 @@ def _message(arrival: _Arrival) -> Message:
 
 def _letter(topic: str, letter: Letter, message: MQTTMessage) -> _Outgoing:
     """The message as it was, and why it could not be used."""
-    error, about = letter.error, message.properties
+    about = message.properties
     names = dict(getattr(about, "UserProperty", []))
-    names |= {"onset_reason": error.detail, "onset_field": error.field, "onset_value": error.value, "onset_topic": message.topic}
-    if letter.index is not None:
-        names["onset_index"] = str(letter.index)
+    names |= {f"onset_{name}": value for name, value in letter.about.items()} | {"onset_topic": message.topic}
     return _Outgoing(topic, bytes(message.payload), getattr(about, "ContentType", ""), names)
 
 
@@ -632,8 +638,8 @@ def _digest(message: MQTTMessage) -> bytes:
 
 
 def _level(stream_id: str) -> str:
-    """As a part of a topic to publish to, which must hold no wildcards."""
-    return stream_id.replace("+", "_").replace("#", "_")
+    """As a part of a topic to publish to, which must hold no wildcards and no control characters."""
+    return printable(stream_id).replace("+", "_").replace("#", "_")
 
 
 def _address(url: str) -> str:

@@ -53,6 +53,8 @@ BACKOFF_SECONDS = 0.5
 EXPECTED, MESSAGE_ID = "Nats-Expected-Last-Subject-Sequence", "Nats-Msg-Id"
 WRONG_SEQUENCE = 10071
 """JetStream's error code of a compare-and-set that lost."""
+HEADER_BYTES = 64
+"""Of a message's headers, beside the names and values."""
 PROGRESS, ACK = b"+WPI", b"+ACK"
 
 T = TypeVar("T")
@@ -139,7 +141,9 @@ class Nats:
             await asyncio.sleep(self._options.lease_seconds / 4)
 
     async def _connect(self) -> None:
-        """Once; after that the client comes back by itself. Raises StoreUnavailable."""
+        """Once; after that the client comes back by itself, unless the server has turned it out. Raises StoreUnavailable."""
+        if self._client.is_closed:
+            self._client, self._leases = Client(), None
         if self._leases is not None:
             return
         options = self._options
@@ -249,8 +253,9 @@ class Nats:
         async def send() -> None:
             async with asyncio.timeout(2 * ANSWER_SECONDS):
                 sent = [
-                    await self.js.publish_async(subject, content, wait_stall=ANSWER_SECONDS, headers=headers)
+                    await self.js.publish_async(subject, payload, wait_stall=ANSWER_SECONDS, headers=about)
                     for subject, content, headers in records
+                    for payload, about in [_fitting(content, headers, self._client.max_payload)]
                 ]
                 await asyncio.gather(*sent)
 
@@ -461,12 +466,13 @@ class _Subject(Partition):
 
     async def _pull(self) -> None:
         """Ask for what there is room for, until cancelled. Raises _Restart."""
-        inbox = self._source.client.new_inbox()
-        subscription = await self._source.client.subscribe(inbox, cb=self._on_message, pending_msgs_limit=-1, pending_bytes_limit=-1)
+        client = self._source.client
+        inbox = client.new_inbox()
+        subscription = await client.subscribe(inbox, cb=self._on_message, pending_msgs_limit=-1, pending_bytes_limit=-1)
         try:
             while True:
                 self.wake.clear()
-                if self._broken:
+                if self._broken or client is not self._source.client:
                     raise _Restart
                 await self._ask_more(inbox)
                 with contextlib.suppress(TimeoutError):
@@ -547,18 +553,18 @@ def _login(options: NatsSource) -> dict[str, Any]:
 
 
 def _letter(batch: Batch, letter: Letter) -> tuple[bytes, dict[str, str]]:
-    error, message = letter.error, letter.message
-    about = {"reason": error.detail, "field": error.field, "value": error.value, "subject": message.topic}
-    about |= {"sequence": str(message.position)}
-    about |= {} if letter.index is None else {"index": str(letter.index)}
+    message = letter.message
+    about = letter.about | {"subject": message.topic, "sequence": str(message.position)}
     sent = {name.decode(): value.decode(errors="replace") for name, value in message.headers.items()}
     # The server drops a letter that is written again: the same message, the same identity.
     identity = f"{batch.source}/{message.position}/{'' if letter.index is None else letter.index}"
-    return message.payload or b"", sent | {MESSAGE_ID: identity} | {f"onset_{name}": _line(value) for name, value in about.items()}
+    return message.payload or b"", sent | {MESSAGE_ID: identity} | {f"onset_{name}": value for name, value in about.items()}
 
 
-def _line(text: str) -> str:
-    return " ".join(text.encode(errors="replace").decode().split())
+def _fitting(content: bytes, headers: dict[str, str], most: int) -> tuple[bytes, dict[str, str]]:
+    """A message of `most` bytes at most, headers included: the server ends the connection of who sends more."""
+    size = len(content) + sum(len(name.encode()) + len(value.encode()) + 4 for name, value in headers.items()) + HEADER_BYTES
+    return (content, headers) if size <= most else (b"", headers | {"onset_omitted_bytes": str(len(content))})
 
 
 def _unavailable(error: Exception) -> StoreUnavailable:

@@ -56,6 +56,8 @@ MS_BITS, SEQUENCE_BITS = 43, 36
 """Of an entry's id within its position: milliseconds up to the year 2248."""
 EVENT = b"event"
 """The field with one event or several; without it the fields are those of one."""
+MOST_FIELDS = 3000
+"""Of an entry's own in its dead letter: a function can hand some 4,000 to a command."""
 EARLIEST_MS = 10**12
 """Ids from here on (2001) are times, as `*` makes them."""
 
@@ -450,17 +452,12 @@ def _message(entry: Any, clock: Callable[[], float]) -> Message:
 
 def _letter(batch: Batch, letter: Letter) -> list[Any]:
     """Number of fields and values, and these: the entry's own, then why and where from."""
-    error, message = letter.error, letter.message
-    about: dict[str, Any] = {
-        "reason": error.detail,
-        "field": error.field,
-        "value": error.value,
-        "stream": batch.partition,
-        "entry": message.id,
-    }
-    if letter.index is not None:
-        about["index"] = str(letter.index)
-    parts: list[Any] = [part for name_value in message.headers.items() for part in name_value]
+    message = letter.message
+    about: dict[str, Any] = {**letter.about, "stream": batch.partition, "entry": message.id}
+    fields = list(message.headers.items())
+    if len(fields) > MOST_FIELDS:
+        about["omitted_fields"] = str(len(fields) - MOST_FIELDS)
+    parts: list[Any] = [part for name_value in fields[:MOST_FIELDS] for part in name_value]
     parts += [] if message.payload is None else [EVENT, message.payload]
     parts += [part for name, value in about.items() for part in (f"onset_{name}".encode(), value)]
     return [len(parts), *parts]

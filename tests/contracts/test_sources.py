@@ -6,6 +6,7 @@ Against real servers; Kafka is librdkafka's mock cluster, which speaks the proto
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -194,6 +195,32 @@ class Dying:
         if call == self._at:
             self.reached.set()
             await asyncio.Event().wait()
+
+
+POISON = {
+    "half a character as a feature": b'{"stream_id": "a", "values": {"\\ud800": 1}}',
+    "half a character as a stream": b'{"stream_id": "\\udfff", "values": {"value": 1}}',
+    "half a character as a field": b'{"\\ud800": 1}',
+    "a megabyte of nothing": b"x" * 990_000,
+    "a control character of Latin-1": '{"stream_id": "a\x85b", "values": {"value": 1}}'.encode(),
+    "a feature of such a name": '{"stream_id": "a", "values": {"\x85\ufffe": 1}}'.encode(),
+    "no character of Unicode": '{"stream_id": "a\ufffe", "values": {"value": 1}}'.encode(),
+    "a topic of the broker's own": b'{"stream_id": "$SYS/broker", "values": {"value": 1}}',
+    "empty levels": b'{"stream_id": "//", "values": {"value": 1}}',
+    "a long name": json.dumps({"stream_id": "\U0001f600" * 256, "values": {"value": 1}}).encode(),
+    "a long identity": json.dumps({"stream_id": "a", "event_id": "\U0001f600" * 256, "values": {"value": 1}}).encode(),
+}
+
+
+@pytest.mark.parametrize("poison", POISON)
+async def test_no_message_whatever_it_holds_keeps_those_behind_it_from_being_scored(rig: Rig, replicas: Replicas, poison: str) -> None:
+    await rig.put(POISON[poison], partition=0)
+    await rig.put({"stream_id": "behind", "values": {"value": 1.0}}, partition=0)
+    service = await replicas.start(fuse=1)
+    await until(rig.drained, 20)
+    assert "behind" in {result.stream_id for result in await rig.results()}
+    assert len(await rig.results()) + len(await rig.dead()) == 2
+    assert service.metrics.registry.get_sample_value("onset_unexpected_errors_total") == 0
 
 
 @pytest.mark.parametrize(("rig", "at"), DEATHS, indirect=["rig"])

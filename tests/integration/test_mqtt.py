@@ -223,3 +223,17 @@ async def test_a_new_session_at_the_broker_makes_the_notes_of_the_old_one_void()
     wire.on_open()
     wire.on_message(arrival(7, b"a", dup=True))
     assert [one.position for one in session.take(10, lambda: 1000)] == [1000]
+
+
+async def test_a_message_that_leaves_no_room_for_a_reason_is_a_dead_letter_without_its_content(
+    empty_server: str, tmp_path: Path, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+) -> None:
+    broker = stack.enter_context(Mosquitto(tmp_path / "small", options=["max_packet_size 2000"]))
+    rig = await stack.enter_async_context(mqtt_rig(broker, empty_server))
+    service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | {"fuse": 1}).start()
+    await connected(q, service)
+    rig.plant.publish(f"{rig.name}/in/a", b"x" * 1900)
+    rig.plant.publish(f"{rig.name}/in/a", {"values": {"value": 1.0}})
+    await q.until(lambda: len(rig.plant.on(f"{rig.name}/out")) == 2)
+    [letter] = rig.plant.on(f"{rig.name}/out/dead")
+    assert (letter.content, letter.properties["onset_omitted_bytes"]) == (b"", "1900")

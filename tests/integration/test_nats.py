@@ -16,10 +16,13 @@ from nats.js.errors import NotFoundError, ServerError
 
 from service.app import Service
 from service.detector import Detector
+from service.metrics import Metrics
 from service.settings import Settings
-from service.sources.nats import _whole
+from service.sources import Settlement
+from service.sources.nats import Nats, _whole
+from service.sources.options import NatsSource
 from tests.queues import in_order, recorded, uninterrupted
-from tests.rigs import NatsRig, NatsServer, each_once, nats_rig
+from tests.rigs import NatsRig, NatsServer, content_of, each_once, nats_rig
 
 
 @pytest.fixture
@@ -64,6 +67,30 @@ async def test_messages_that_another_client_takes_away_are_delivered_again_in_th
         await asyncio.gather(stealing, return_exceptions=True)
         await until(rig.drained)
     assert in_order(each_once(await rig.results())) == await uninterrupted(tiny_detector, events)
+
+
+async def test_a_message_that_leaves_no_room_for_a_reason_is_a_dead_letter_without_its_content(rig: NatsRig, tiny_model_path: Path) -> None:
+    size = rig.client.max_payload - 16
+    await rig.js.publish(rig.subjects[0].replace(">", "a"), b"x" * size)
+    await rig.js.publish(rig.subjects[0].replace(">", "a"), b'{"stream_id": "behind", "values": {"value": 1}}')
+    async with service(rig, tiny_model_path, fuse=1).running():
+        await until(rig.drained)
+    [letter] = await rig.dead()
+    assert (letter["onset_field"], letter["onset_omitted_bytes"]) == ("payload", str(size))
+    assert [result.stream_id for result in await rig.results()] == ["behind"]
+
+
+async def test_a_client_that_the_server_has_turned_out_for_good_is_made_anew(rig: NatsRig) -> None:
+    source = Nats(NatsSource(**(rig.declared | {"subjects": rig.subjects[:1]})), Metrics())
+    await source.open()
+    for i in range(2):
+        await rig.put({"stream_id": "a", "values": {"value": i}}, partition=0)
+        async with asyncio.timeout(30):
+            batch = await source.receive()
+            assert [message.payload for message in batch.messages] == [content_of({"stream_id": "a", "values": {"value": i}})]
+            await source.settle(batch, Settlement())
+        await source.client.close()
+    await source.close()
 
 
 async def test_a_consumer_that_is_deleted_is_made_again_where_it_was(rig: NatsRig, tiny_model_path: Path, tiny_detector: Detector) -> None:

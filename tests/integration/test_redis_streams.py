@@ -168,6 +168,18 @@ async def test_an_id_that_no_position_can_hold_is_a_dead_letter(replicas: Replic
     assert len(await q.results()) == 1
 
 
+async def test_a_dead_letter_has_as_many_of_its_entrys_fields_as_can_be_written_and_says_how_many_it_lacks(
+    replicas: Replicas, q: Queue
+) -> None:
+    await q.client.xadd(KEY, {"stream_id": "plant", **{f"sensor {i}": 1.5 for i in range(5000)}})
+    await q.add({"stream_id": "behind", "values": {"value": 1.0}})
+    await replicas.start(streams_fuse=1)
+    await q.empty()
+    [letter] = await q.dead()
+    assert (letter["onset_field"], letter["onset_omitted_fields"], len(letter)) == ("values.sensor 0", "2001", 3000 + 6)
+    assert [result.stream_id for result in await q.results()] == ["behind"]
+
+
 async def test_late_events_are_reported_and_repeated_ids_only_acknowledged(replicas: Replicas, q: Queue) -> None:
     def event(second: int, name: str) -> dict[str, Any]:
         return {"stream_id": "a", "values": {"value": 1}, "timestamp": 1.7e9 + second, "event_id": name}
