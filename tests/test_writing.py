@@ -7,10 +7,11 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import uvicorn
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.writing import AT_ONCE_BYTES, Protocol
+from service.writing import AT_ONCE_BYTES, HEAD_BYTES, Protocol
 
 REQUEST = b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n"
 
@@ -47,9 +48,13 @@ class Reader(asyncio.Protocol):
         return content
 
 
+class Impatient(Protocol):
+    head_seconds = 0.3
+
+
 @asynccontextmanager
-async def connected() -> AsyncIterator[tuple[asyncio.Transport, Reader]]:
-    server = uvicorn.Server(uvicorn.Config(echo, port=0, http=Protocol, ws="none", lifespan="off", log_config=None))
+async def connected(protocol: type[Protocol] = Protocol, app: ASGIApp = echo) -> AsyncIterator[tuple[asyncio.Transport, Reader]]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, ws="none", lifespan="off", log_config=None))
     running = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - uvicorn says it in no other way
         await asyncio.sleep(0.01)
@@ -114,3 +119,74 @@ async def test_a_client_that_left_is_no_trouble_to_the_next() -> None:
         gone.abort()
         transport.write(REQUEST % 9)
         assert (await reader.until(head(9) + 9)).endswith(b"x" * 9)
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        b"GET /1 HTTP/1.1\r\nHost: a\r\nx-long: ",
+        b"GET /",
+        b"GET /1 HTTP/1.1\r\n",
+        b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\nGET /2 HTTP/1.1\r\nx: ",
+    ],
+)
+async def test_a_head_without_end_is_refused_before_it_takes_memory(endless: bytes) -> None:
+    piece = b"x-y: " + b"z" * 1000 + b"\r\n" if endless.endswith(b"\r\n") else b"z" * 1000
+    async with connected() as (transport, reader):
+        transport.write(endless + piece * (HEAD_BYTES // 1000 - 1))
+        await asyncio.sleep(0.05)
+        assert not reader.lost.is_set()
+        for _ in range(1000):
+            if reader.lost.is_set():
+                break
+            transport.write(piece)
+            await asyncio.sleep(0.001)
+        await asyncio.wait_for(reader.lost.wait(), 20)
+        assert b" 431 " in b"".join(reader.reads)
+
+
+async def test_what_ends_a_chunked_body_has_an_end_too() -> None:
+    async with connected() as (transport, reader):
+        transport.write(b"POST /1 HTTP/1.1\r\nHost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nx-y: ")
+        for _ in range(1000):
+            if reader.lost.is_set():
+                break
+            transport.write(b"z" * 1000)
+            await asyncio.sleep(0.001)
+        await asyncio.wait_for(reader.lost.wait(), 20)
+
+
+async def test_a_body_of_small_chunks_is_no_long_head() -> None:
+    async with connected() as (transport, reader):
+        transport.write(
+            b"POST /9 HTTP/1.1\r\nHost: a\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 2 * HEAD_BYTES + b"0\r\n\r\n"
+        )
+        assert (await reader.until(head(9) + 9)).endswith(b"x" * 9)
+        transport.write(REQUEST % 8)
+        assert (await reader.until(head(9) + head(8) + 17)).endswith(b"x" * 8)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /1 HTT", b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\nGET /2 HTTP/1.1\r\n"])
+async def test_who_does_not_finish_a_head_is_left(begun: bytes) -> None:
+    async with connected(Impatient) as (transport, reader):
+        transport.write(begun)
+        for _ in range(200):
+            if reader.lost.is_set():
+                break
+            transport.write(b"x: y\r\n" if begun.endswith(b"\r\n") else b"")
+            await asyncio.sleep(0.05)
+        assert reader.lost.is_set()
+
+
+async def test_an_answer_may_take_longer_than_a_head() -> None:
+    release = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await release.wait()
+        await echo(scope, receive, send)
+
+    async with connected(Impatient, slow) as (transport, reader):
+        transport.write(b"POST /5 HTTP/1.1\r\nHost: a\r\ncontent-length: 3\r\n\r\nabc")
+        await asyncio.sleep(1)
+        release.set()
+        assert (await reader.until(head(5) + 5)).endswith(b"x" * 5)
