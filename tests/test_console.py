@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 from service.console.live import FleetQuery, Live, series, short
 from service.console.recent import ANOMALY, COLD, LEVEL_SHIFT, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Recent, Room, event_dtype
 from service.console.shared import Shared
+from service.console.trial import Trial, TrialLimits, Trials
 from service.detector import Detector
-from service.errors import Overloaded
+from service.errors import Overloaded, TooLarge
 from service.events import Event
 from service.feed import Feed
 from service.metrics import Metrics
@@ -347,3 +349,38 @@ async def test_a_log_stream_is_sent_as_its_lines_and_each_pattern_once(tmp_path:
         while (said := (await board.data("changes"))["said"]) != ["Took 1 ms for /b"]:
             assert said in ([None], [])
         await board.leave()
+
+
+async def test_one_upload_is_read_at_a_time_and_a_second_one_is_refused_unread(tmp_path: Path) -> None:
+    trials = Trials(TrialLimits(1_000_000, 1_000, 60))
+    trial = Trial("a.csv", str(tmp_path), "tiny", 1e-3, strict=False, timestamp=None)
+    arrived, read = asyncio.Event(), 0
+
+    async def upload() -> bytes:
+        nonlocal read
+        read += 1
+        await arrived.wait()
+        return b"value\n" * 2_000
+
+    first = asyncio.create_task(trials.run(trial, upload))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="one at a time"):
+        await trials.run(trial, upload)
+    arrived.set()
+    with pytest.raises(TooLarge, match="ONSET_BACKTEST_ROWS"):
+        await first
+    assert read == 1
+    with pytest.raises(TooLarge):
+        await trials.run(trial, upload)
+
+
+async def test_counting_small_p_values_takes_a_part_of_the_memory_that_the_rings_have(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector, streams=2000) as fleet:
+        await fleet.warm(*(f"s{i}" for i in range(2000)), events=DEPTH)
+        rings = 2000 * DEPTH * event_dtype(tiny_detector.manifest).itemsize
+        tracemalloc.start()
+        tail = fleet.recent.tail([0.1])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert tail.events == 2000 * DEPTH
+        assert peak < rings / 2

@@ -91,7 +91,7 @@ class Console:
         self._models = models
         self._policy_of = policy_of
         self._default = default_model
-        self._testing = asyncio.Lock()
+        self._testing, self._counting = asyncio.Lock(), asyncio.Lock()
         self._built = (DIST / "index.html").is_file()
 
     def watch(self, feed: Feed) -> Callable[[], None]:
@@ -160,11 +160,13 @@ class Console:
             raise BadParameter(f"name has {len(name)} characters; it has 1 to {MAX_NAME_LENGTH}.", "name")
         alpha = _alpha(query["alpha"]) if "alpha" in query else policy.alpha
         trial = Trial(name, str(self._models), model, alpha, strict == "true", query.get("timestamp"))
-        return Response(await self.trials.run(trial, await self._body(request)), media_type=JSON)
+        return Response(await self.trials.run(trial, lambda: self._body(request)), media_type=JSON)
 
     async def calibration(self, request: Request) -> Response:
-        """How often small p-values came, of the events held here."""
-        tail = await asyncio.to_thread(self.live.recent[self._model(request)].tail, TAIL)
+        """How often small p-values came, of the events held here. One at a time: it takes memory to look at all of them."""
+        recent = self.live.recent[self._model(request)]
+        async with self._counting:
+            tail = await asyncio.to_thread(recent.tail, TAIL)
         levels = [{"p": level, "events": count} for level, count in zip(TAIL, tail.rarer, strict=True)]
         body = {"events": tail.events, "judged": tail.judged, "onsets": tail.onsets, "tail": levels, "replica": self.live.replica}
         return Response(msgspec.json.encode(body), media_type=JSON)

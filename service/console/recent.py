@@ -237,10 +237,11 @@ class Recent:
         """Of all events held now. Looks at every one: not for the event loop."""
         n = len(self._names)
         ring, held = self._ring[:n], np.minimum(self._written[:n], self.depth)
-        events = ring[np.arange(self.depth) < held[:, None]]
-        p_value = events["p"][~np.isnan(events["p"])]
+        here = np.arange(self.depth) < held[:, None]
+        p_value = ring["p"][here]
+        p_value = p_value[~np.isnan(p_value)]
         rarer = [int((p_value < np.float32(level)).sum()) for level in levels]
-        return Tail(len(events), len(p_value), int((events["bits"] & ONSET != 0).sum()), rarer)
+        return Tail(int(held.sum()), len(p_value), int((ring["bits"][here] & ONSET != 0).sum()), rarer)
 
     def slot(self, stream_id: str) -> int | None:
         return self._slots.get(stream_id)

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,21 +65,26 @@ class Trials:
         self.limits = limits
         self._running = False
 
-    async def run(self, trial: Trial, content: bytes) -> bytes:
-        """The JSON of the result. Raises TooLarge, Overloaded, and BadBody with what the file lacks."""
+    async def run(self, trial: Trial, upload: Callable[[], Awaitable[bytes]]) -> bytes:
+        """The JSON of the result; `upload` reads the file, once it is its turn: so there is one in memory. Raises what that does,
+        TooLarge, Overloaded, and BadBody with what the file lacks.
+        """
+        if self._running:
+            raise Overloaded("Another backtest is running; there is one at a time.", retry_after=5)
+        self._running = True
+        try:
+            return await self._run(trial, self._limited(await upload()))
+        finally:
+            self._running = False
+
+    def _limited(self, content: bytes) -> bytes:
         rows = content.count(b"\n")
         if rows > self.limits.max_rows + 1:
             raise TooLarge(
                 f"The file has some {rows:,} rows, this page takes {self.limits.max_rows:,} (ONSET_BACKTEST_ROWS). "
                 "`python -m service backtest FILE --out DIR --report out.html` has no such limit."
             )
-        if self._running:
-            raise Overloaded("Another backtest is running; there is one at a time.", retry_after=5)
-        self._running = True
-        try:
-            return await self._run(trial, content)
-        finally:
-            self._running = False
+        return content
 
     async def _run(self, trial: Trial, content: bytes) -> bytes:
         with tempfile.TemporaryDirectory(prefix="onset-backtest-") as folder:
