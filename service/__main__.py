@@ -37,7 +37,13 @@ StreamRegex = Annotated[str, typer.Option(help="Of log files: names the stream o
 
 @app.command()
 def serve(
-    model: Annotated[Path | None, typer.Option(help="A model file, or a folder of them. Default: the detector that ships.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A model file, or a folder of them; several with commas between: `shipped,models/` is the detector that ships and "
+            "yours. Default: the detector that ships."
+        ),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 = any free one. Default 8080.")] = None,
     redis_url: Annotated[str | None, typer.Option(help="A Redis >= 7.0 or Valkey. Default: an embedded valkey-server.")] = None,
@@ -168,6 +174,49 @@ def backtest(
             typer.echo(f"Report: {report}")
     except OnsetError as error:
         _refuse(error.detail)
+
+
+@app.command()
+def split(
+    files: Annotated[
+        list[Path], typer.Argument(help="CSV (, ; or tab) or Parquet files with a column for each sensor, or folders of them.")
+    ],
+    out: Annotated[Path, typer.Option(help="New folder: a CSV for each stream, times in UTC.")],
+    columns: Annotated[
+        str,
+        typer.Option(
+            help="How columns are named: '{stream}.{feature}' makes a stream of the columns that have all before the last point in common, "
+            "'{stream}' a stream of each column, for the detector that ships; '{feature}' a stream of each file."
+        ),
+    ] = "{stream}",
+    timestamp: Annotated[str | None, typer.Option(help="Name of the timestamp column. Default: found by name.")] = None,
+    time_format: Annotated[
+        str | None, typer.Option(help="Of the times, as in strptime, such as '%d.%m.%Y %H:%M:%S'. Default: ISO 8601.")
+    ] = None,
+    zone: Annotated[str, typer.Option(help="Time zone of times that name none, such as Europe/Berlin.")] = "UTC",
+    decimal: Annotated[str, typer.Option(help="What stands before the decimals: . or ,")] = ".",
+    exclude: Annotated[list[str] | None, typer.Option(help="A column to leave out, or a pattern such as '*.status'. Repeatable.")] = None,
+) -> None:
+    """Make a file for each stream of a wide table, such as a historian writes: what fit, backtest and replay read."""
+    from zoneinfo import ZoneInfo  # noqa: PLC0415
+
+    from service.errors import TableError  # noqa: PLC0415
+    from service.split import split as split_tables  # noqa: PLC0415
+    from service.tables import ReadOptions  # noqa: PLC0415
+
+    if decimal not in (".", ","):
+        _refuse(f"--decimal {decimal!r} is neither . nor a comma.")
+    try:
+        where = ZoneInfo(zone)
+    except (ValueError, OSError, LookupError):
+        _refuse(f"--zone {zone!r} is no time zone, such as Europe/Berlin or UTC.")
+    options = ReadOptions(timestamp, frozenset(exclude or ()), decimal=decimal, time_format=time_format, zone=where)
+    try:
+        done = split_tables(files, out, columns, options, typer.echo)
+    except TableError as error:
+        _refuse(error.detail)
+    for sentence in done.report():
+        typer.echo(sentence)
 
 
 @app.command()

@@ -29,6 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from service.errors import ArtifactError
 
 FORMAT = 1
+SHIPPED = "shipped"
+"""Stands for the models that ship with the service."""
 AUDIT = "audit"
 MANIFEST_KEY, SELFTEST_KEY, SHA256_KEY = "onset.manifest", "onset.selftest", "onset.sha256"
 SEEN = 10
@@ -290,7 +292,14 @@ def parse_manifest(text: str, path: Path) -> Manifest:
 
 
 def find_artifacts(path: Path) -> list[Path]:
-    """The model files that `path` (a file, or a folder searched flat) names. Raises ArtifactError when there is none."""
+    """The model files that `path` names: a file, a folder searched flat, SHIPPED, or several of these with commas between.
+
+    Raises ArtifactError where there is none.
+    """
+    if "," in str(path) and not path.exists():
+        return [file for part in str(path).split(",") for file in find_artifacts(Path(part.strip()))]
+    if str(path) == SHIPPED and not path.exists():
+        path = Path(__file__).parent / "models"
     if path.is_file():
         return [path]
     found = sorted(path.glob("*.onnx")) if path.is_dir() else []

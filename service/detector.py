@@ -260,7 +260,9 @@ def load_detectors(path: Path, intra_op_threads: int = 1, provider: Provider = "
     for file in find_artifacts(path):
         detector = Detector.load(file, intra_op_threads, provider)
         if detector.name in detectors:
-            raise ArtifactError(f"{path} holds two models named '{detector.name}': keep one version of each.")
+            raise ArtifactError(
+                f"{path} holds two models named '{detector.name}': keep one version of each, or name yours otherwise (`fit --name`)."
+            )
         detectors[detector.name] = detector
     return detectors
 

@@ -42,6 +42,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between tries: doubled from the first to the longest, or what Retry-After says."""
 REQUEST_SECONDS = 60.0
 SHOWN_REFUSALS = 5
+LISTED = 40
+"""Streams of the tables at the end; of more, those with the most anomalies."""
 ALL_CONTRIBUTORS = 300
 """As many as a model can have features: the summary adds them all up."""
 Timestamps = Literal["original", "now"]
@@ -420,7 +422,8 @@ def run(
         )
         reports = _play(recordings, model, options, door, output, Screen(progress, total, options.top))
     console.print(_summary(reports))
-    console.print(_blame(reports, options.top))
+    if len(model.features) > 1:
+        console.print(_blame(_listed(reports), options.top))
     _closing(reports, door, console)
     return reports
 
@@ -488,14 +491,28 @@ def _moment(timestamp: float | str) -> str:
     return datetime.fromtimestamp(timestamp, UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
 
 
+def _listed(reports: dict[str, StreamReport]) -> dict[str, StreamReport]:
+    """All, or the worst ones, where they are too many to read."""
+    if len(reports) <= LISTED:
+        return reports
+    worst = sorted(reports.items(), key=lambda item: (item[1].runs, item[1].refused, item[1].anomalous), reverse=True)
+    return dict(worst[:LISTED])
+
+
 def _summary(reports: dict[str, StreamReport]) -> Grid:
     grid = Grid(title="Replay", box=box.SIMPLE)
     grid.add_column("stream", overflow="fold")
     names = ("events", "scored", "runs", "onsets", "anomalous", "duplicates", "late", "refused")
     for name in names:
         grid.add_column("anomalies" if name == "runs" else name, justify="right")
-    for stream, report in reports.items():
+    listed = _listed(reports)
+    for stream, report in listed.items():
         grid.add_row(stream, *(f"{getattr(report, name):,}" for name in names))
+    if len(reports) > 1:
+        whole = f"all {len(reports):,}" + (
+            f", of which the {LISTED} with the most anomalies are shown" if len(listed) < len(reports) else ""
+        )
+        grid.add_row(whole, *(f"{sum(getattr(report, name) for report in reports.values()):,}" for name in names))
     return grid
 
 

@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     model: Path = SHIPPED_MODELS
-    """A model file, or a folder of them."""
+    """A model file, or a folder of them; several with commas between. The word `shipped` stands for the detector that ships."""
     default_model: str = "default"
     """Which model scores when a request names none; with one model loaded, that one."""
     redis_url: str = ""

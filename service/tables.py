@@ -11,12 +11,15 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,10 +80,14 @@ class ReadOptions:
     """What the user says of the columns; all optional."""
 
     timestamp: str | None = None  # name of the timestamp column
-    exclude: frozenset[str] = frozenset()  # columns to leave out
+    exclude: frozenset[str] = frozenset()  # columns to leave out; names, or patterns such as *.status
     only: frozenset[str] | None = None  # columns to read, all others are left out
     unsorted: bool = False  # True: rows that go back in time are the caller's business (the service calls them late)
     array: str | None = None  # array of an npz to read; default: `train`, or the only one with two axes
+    decimal: str = "."  # what a CSV writes before the decimals
+    time_format: str | None = None  # of times, as in strptime; default: ISO 8601 or epoch seconds
+    zone: tzinfo = UTC  # of times that name none
+    strange: Callable[[str, str], None] | None = None  # told column and cell that is no number, and then missing; None: it is refused
 
 
 def find_sources(paths: Iterable[Path]) -> list[Source]:
@@ -230,17 +237,18 @@ def _csv_tables(reading: _Reading, rows: Iterator[list[str]]) -> Iterator[Table]
     _refuse_twins(source, names)
     time_column = _time_column(source, names, reading.options)
     kept = _kept_columns(source, names, time_column, reading.options, reading.notify)
-    before, epoch = 0, True
+    before, epoch, last = 0, True, -math.inf
     while (batch := list(itertools.islice(body, reading.rows(len(names))))) or before == 0:
         _refuse_ragged(source, batch, len(names), before)
         cells: dict[str, Sequence[str]] = dict(zip(names, zip(*batch, strict=True) if batch else [()] * len(names), strict=True))
-        columns = {name: _numbers(source, name, cells[name], before) for name in kept}
+        columns = {name: _numbers(reading, name, cells[name], before) for name in kept}
         if time_column is None:
             yield _numbered(reading, columns, before, len(batch))
         else:
             written = cells[time_column]
             epoch = _is_number(written[0]) if before == 0 and written else epoch
-            times = _times(source, time_column, written, before, epoch)
+            times = _times(reading, time_column, written, before, epoch, last)
+            last = times[-1] if len(times) else last
             yield Table(source.name, times, columns, written if reading.texts else ())
         if not batch:
             return
@@ -272,29 +280,44 @@ def _refuse_ragged(source: Source, batch: list[list[str]], width: int, before: i
             raise TableError(f"{source.path}: row {number} has {len(row)} cells, the header has {width}.")
 
 
-def _numbers(source: Source, column: str, cells: Sequence[str], before: int) -> Float64:
+def _numbers(reading: _Reading, column: str, cells: Sequence[str], before: int) -> Float64:
     """`before`, here and below: rows of the file before these."""
+    if reading.options.decimal != ".":
+        cells = [cell.replace(reading.options.decimal, ".") for cell in cells]
     try:
         return np.array(cells, dtype=np.float64)
     except ValueError:
-        return np.array([_number(source, column, number, cell) for number, cell in enumerate(cells, before + 1)])
+        return np.array([_number(reading, column, number, cell) for number, cell in enumerate(cells, before + 1)])
 
 
-def _number(source: Source, column: str, number: int, cell: str) -> float:
+def _number(reading: _Reading, column: str, number: int, cell: str) -> float:
     try:
         return float(cell)
     except ValueError:
         if cell.strip().lower() in MISSING:
             return math.nan
+        if reading.options.strange is not None:
+            reading.options.strange(column, cell)
+            return math.nan
         raise TableError(
-            f"{source.path}: column {column!r}, row {number}: {cell!r} is not a number (leave the column out with --exclude {column!r})."
+            f"{reading.source.path}: column {column!r}, row {number}: {cell!r} is not a number ({_advice(column, cell)})."
         ) from None
 
 
-def _times(source: Source, column: str, cells: Sequence[str], before: int, epoch: bool) -> Float64:
-    """`epoch`: as the file's first time is, so are all."""
-    if not epoch:
-        return np.array([_time(source, column, number, cell) for number, cell in enumerate(cells, before + 1)])
+def _advice(column: str, cell: str) -> str:
+    """What to do about a cell that is no number."""
+    if re.fullmatch(r"\s*[-+]?[\d.]*\d,\d+\s*", cell):
+        return "is it a decimal comma? `python -m service split --decimal ,` makes files with points"
+    if re.match(r"\s*\d{1,4}[-./]\d{1,2}[-./]\d{1,4}", cell):
+        return f"if it is the time, name it with --timestamp {column!r}, else leave the column out with --exclude {column!r}"
+    return f"leave the column out with --exclude {column!r}; a pattern such as '*.status' leaves out many"
+
+
+def _times(reading: _Reading, column: str, cells: Sequence[str], before: int, epoch: bool, last: float) -> Float64:
+    """`epoch`: as the file's first time is, so are all. `last`: the time of the row before these, -inf = none."""
+    source = reading.source
+    if not epoch or reading.options.time_format is not None:
+        return _moments(reading, column, cells, before, last)
     try:
         seconds = np.array(cells, dtype=np.float64)
     except ValueError:
@@ -305,15 +328,29 @@ def _times(source: Source, column: str, cells: Sequence[str], before: int, epoch
     return _checked_epoch(source, column, seconds, before)
 
 
-def _time(source: Source, column: str, number: int, cell: str) -> float:
+def _moments(reading: _Reading, column: str, cells: Sequence[str], before: int, last: float) -> Float64:
+    """Local times that a clock set back has twice are the later ones where they go back from the row before."""
+    seconds = np.empty(len(cells))
+    for i, cell in enumerate(cells):
+        moment = _moment(reading, column, before + i + 1, cell)
+        second = moment.timestamp()
+        if second < last:
+            second = moment.replace(fold=1).timestamp()
+        seconds[i] = last = second
+    return seconds
+
+
+def _moment(reading: _Reading, column: str, number: int, cell: str) -> datetime:
+    options = reading.options
     try:
-        moment = datetime.fromisoformat(cell.strip())
+        moment = datetime.strptime(cell.strip(), options.time_format) if options.time_format else datetime.fromisoformat(cell.strip())
     except ValueError:
+        wanted = f"is not of the form {options.time_format!r}" if options.time_format else "is neither an ISO 8601 time nor epoch seconds"
         raise TableError(
-            f"{source.path}: column {column!r}, row {number}: {cell!r} is neither an ISO 8601 time nor epoch seconds "
-            "(name the time column with --timestamp)."
+            f"{reading.source.path}: column {column!r}, row {number}: {cell!r} {wanted} (name the time column with --timestamp; "
+            "`python -m service split --time-format` reads times of other forms)."
         ) from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return moment if moment.tzinfo else moment.replace(tzinfo=options.zone)
 
 
 def _checked_epoch(source: Source, column: str, seconds: Float64, before: int) -> Float64:
@@ -351,32 +388,37 @@ def _parquet_tables(reading: _Reading, file: Any, pa: Any) -> Iterator[Table]:
     time_column = _time_column(source, names, reading.options)
     kept = _kept_columns(source, names, time_column, reading.options, reading.notify)
     wanted = kept if time_column is None else [time_column, *kept]
-    before = 0
+    before, last = 0, -math.inf
     # One thread: each more holds a decoded column.
     batches = file.iter_batches(batch_size=reading.rows(len(wanted)), columns=wanted or names, use_threads=False)
     for batch in itertools.chain(batches, [file.schema_arrow.empty_table()] if file.metadata.num_rows == 0 else []):
-        columns = {name: _arrow_numbers(source, name, batch.column(name), before, pa) for name in kept}
+        columns = {name: _arrow_numbers(reading, name, batch.column(name), before, pa) for name in kept}
         if time_column is None:
             yield _numbered(reading, columns, before, batch.num_rows)
         else:
             times = batch.column(time_column).to_pylist()
             written = [_text(time) for time in times] if reading.texts else ()
-            yield Table(source.name, _arrow_times(source, time_column, times, before), columns, written)
+            seconds = _arrow_times(reading, time_column, times, before, last)
+            last = seconds[-1] if len(seconds) else last
+            yield Table(source.name, seconds, columns, written)
         before += batch.num_rows
 
 
-def _arrow_numbers(source: Source, column: str, values: Any, before: int, pa: Any) -> Float64:
+def _arrow_numbers(reading: _Reading, column: str, values: Any, before: int, pa: Any) -> Float64:
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))  # null is NaN
     cells = values.to_pylist()
-    return np.array([math.nan if cell is None else _number(source, column, i, str(cell)) for i, cell in enumerate(cells, before + 1)])
+    return np.array([math.nan if cell is None else _number(reading, column, i, str(cell)) for i, cell in enumerate(cells, before + 1)])
 
 
-def _arrow_times(source: Source, column: str, values: list[object], before: int) -> Float64:
+def _arrow_times(reading: _Reading, column: str, values: list[object], before: int, last: float) -> Float64:
+    source = reading.source
     if values and isinstance(values[0], int | float):
         seconds = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
         return _checked_epoch(source, column, seconds, before)
-    return np.array([_time(source, column, number, _text(value)) for number, value in enumerate(values, before + 1)])
+    if reading.options.time_format is not None and values and isinstance(values[0], datetime):
+        reading = replace(reading, options=replace(reading.options, time_format=None))
+    return _moments(reading, column, [_text(value) for value in values], before, last)
 
 
 def _text(time: object) -> str:
@@ -472,20 +514,21 @@ def _npz_times(source: Source, values: NDArray[Any], before: int) -> Float64:
 def _time_column(source: Source, names: list[str], options: ReadOptions) -> str | None:
     if options.timestamp is not None:
         if options.timestamp not in names:
-            raise TableError(f"{source.path} has no column {options.timestamp!r}; it has {', '.join(map(repr, names))}.")
+            raise TableError(f"{source.path} has no column {options.timestamp!r}; it has {_listed(names)}.")
         return options.timestamp
     by_name = {name.lower(): name for name in reversed(names)}
     return next((by_name[name] for name in TIMESTAMP_COLUMNS if name in by_name), None)
 
 
 def _refuse_twins(source: Source, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise TableError(f"{source.path} has more than one column {', '.join(map(repr, twice))}.")
 
 
 def _kept_columns(source: Source, names: list[str], time_column: str | None, options: ReadOptions, notify: Notify) -> list[str]:
-    candidates = [name for name in names if name != time_column and name not in options.exclude]
+    out = {name for name in names if name in options.exclude or any(fnmatchcase(name, pattern) for pattern in options.exclude)}
+    candidates = [name for name in names if name != time_column and name not in out]
     if options.only is not None:
         return [name for name in candidates if name in options.only]
     labels = [name for name in candidates if name.lower() in LABEL_COLUMNS]

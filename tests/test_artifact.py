@@ -101,6 +101,16 @@ def test_a_folder_of_models_is_loaded_by_name_and_two_of_a_name_are_refused(tmp_
         load_detectors(tmp_path)
 
 
+def test_several_places_with_commas_between_and_the_shipped_detector_by_its_word(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        build_tiny(tmp_path / name, name=name)
+    assert set(load_detectors(Path(f"shipped,{tmp_path / 'one'}, {tmp_path / 'two'}"))) == {"default", "one", "two"}
+    assert set(load_detectors(Path("shipped"))) == {"default"}
+    with pytest.raises(ArtifactError, match="No model at nowhere"):
+        load_detectors(Path("shipped,nowhere"))
+
+
 def test_a_place_without_models_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"give an \.onnx file or a folder"):
         find_artifacts(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import threading
@@ -14,10 +15,25 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from service.__main__ import app
-from service.replay import Door, Encoder, Options, Pace, Recording, ReplayFailed, StreamReport, in_order, parse_speed, record, run
+from service.replay import (
+    LISTED,
+    Door,
+    Encoder,
+    Options,
+    Pace,
+    Recording,
+    ReplayFailed,
+    StreamReport,
+    _summary,
+    in_order,
+    parse_speed,
+    record,
+    run,
+)
 from service.tables import ReadOptions, Source, Table
 
 
@@ -258,6 +274,18 @@ def test_contributions_add_up_over_anomalous_events_and_over_whole_runs() -> Non
     assert report.blame_running == {"x": 1.0, "y": 1.0}
     assert [report.add(one) for one in (event(2.0, True, 10.0, 0.5), event(1.5, True, 99.0, 0.5))] == [False, True]
     assert (report.runs, report.onsets) == (2, 3)
+
+
+def test_of_many_streams_the_worst_are_listed_and_all_are_counted() -> None:
+    reports = {f"s{i}": StreamReport(events=10, runs=i % 7 == 0) for i in range(500)}
+    reports["worst"] = StreamReport(events=5, runs=3)
+    to = io.StringIO()
+    Console(file=to, width=200).print(_summary(reports))
+    rows = [line.split() for line in to.getvalue().splitlines() if line.strip()]
+    assert len(rows) == 3 + LISTED + 1
+    assert rows[3][0] == "worst"
+    assert rows[-1][:2] == ["all", "501,"]
+    assert rows[-1][-8:] == ["5,005", "0", "75", "0", "0", "0", "0", "0"]
 
 
 def test_a_replay_to_nowhere_says_so(tmp_path: Path) -> None:

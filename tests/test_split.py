@@ -1,0 +1,142 @@
+"""A plant's wide table becomes a file for each stream, which is read as any other."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from typer.testing import CliRunner
+
+from service.__main__ import app
+from service.errors import TableError
+from service.split import split
+from service.tables import ReadOptions, Source, Table, read_table
+
+BERLIN = ZoneInfo("Europe/Berlin")
+WIDE = """Zeit;M1.Temp;M1.Druck;M1.status;M2.Temp;M2.Druck;note
+24.11.2026 00:00:00;60,5;4,25;ok;61,0;Bad;x
+24.11.2026 00:01:00;60,6;;ok;;;x
+24.11.2026 00:02:00;60,7;4,27;ok;61,2;4,1;x
+"""
+GERMAN = ReadOptions("Zeit", decimal=",", time_format="%d.%m.%Y %H:%M:%S", zone=BERLIN)
+
+
+def written(folder: Path, text: str, name: str = "plant.csv") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def stream(folder: Path, name: str) -> Table:
+    return read_table(Source(folder / f"{name}.csv", name))
+
+
+def test_columns_of_a_machine_become_one_file_with_words_left_out_or_missing(tmp_path: Path) -> None:
+    done = split([written(tmp_path, WIDE)], tmp_path / "out", "{stream}.{feature}", GERMAN)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["M1.csv", "M2.csv"]
+    one, two = stream(tmp_path / "out", "M1"), stream(tmp_path / "out", "M2")
+    assert one.columns["Temp"].tolist() == [60.5, 60.6, 60.7]
+    assert [math.isnan(value) for value in one.columns["Druck"]] == [False, True, False]
+    assert one.written[0] == "2026-11-23T23:00:00Z"
+    assert list(one.columns) == ["Temp", "Druck"]
+    assert len(two) == 2  # of the minute in which it said nothing there is no row
+    assert math.isnan(two.columns["Druck"][0])
+    assert done.report() == [
+        "2 streams, 5 rows; features a stream: 2 (2 streams).",
+        "Left out, words alone: M1.status ('ok'), note ('x').",
+        "Words among numbers were taken for missing: M2.Druck (1).",
+    ]
+
+
+def test_each_column_is_a_stream_of_the_shipped_detector_and_one_without_numbers_has_no_file(tmp_path: Path) -> None:
+    text = "time,a/t1,a/t2,dead\n2026-11-24T00:00:00,1,2,\n2026-11-24T00:01:00,,3,\n"
+    done = split([written(tmp_path, text)], tmp_path / "out", "{stream}", ReadOptions())
+    assert stream(tmp_path / "out", "a/t1").columns["value"].tolist() == [1.0]
+    assert stream(tmp_path / "out", "a/t2").columns["value"].tolist() == [2.0, 3.0]
+    assert done.report()[1] == "Without a single number, so without a file: dead."
+
+
+def test_parquet_gives_what_csv_gives(tmp_path: Path) -> None:
+    moments = pa.array([1_790_000_000, 1_790_000_060], pa.timestamp("s"))
+    table = pa.table({"time": moments, "M1.a": [1.0, 2.0], "M1.b": [3, None], "M1.status": ["ok", "ok"]})
+    parquet.write_table(table, tmp_path / "plant.parquet")
+    split([tmp_path / "plant.parquet"], tmp_path / "one", "{stream}.{feature}", ReadOptions(zone=BERLIN))
+    text = "time,M1.a,M1.b,M1.status\n2026-09-21T14:13:20,1,3,ok\n2026-09-21T14:14:20,2,,ok\n"
+    split([written(tmp_path, text)], tmp_path / "two", "{stream}.{feature}", ReadOptions(zone=BERLIN))
+    assert (tmp_path / "one/M1.csv").read_text() == (tmp_path / "two/M1.csv").read_text()
+
+
+def test_the_hour_that_a_clock_set_back_has_twice_stays_in_order(tmp_path: Path) -> None:
+    hours = ["2026-10-25T01:30:00", "2026-10-25T02:30:00", "2026-10-25T02:30:00", "2026-10-25T03:30:00"]
+    text = "time,a\n" + "".join(f"{hour},{i}\n" for i, hour in enumerate(hours))
+    split([written(tmp_path, text)], tmp_path / "same", "{stream}", ReadOptions(zone=BERLIN))
+    assert len(stream(tmp_path / "same", "a")) == 4
+    minutes = ["2026-10-25T02:50:00", "2026-10-25T02:10:00", "2026-10-25T02:20:00"]
+    text = "time,a\n" + "".join(f"{minute},{i}\n" for i, minute in enumerate(minutes))
+    split([written(tmp_path, text, "back.csv")], tmp_path / "back", "{stream}", ReadOptions(zone=BERLIN))
+    assert list(stream(tmp_path / "back", "a").written) == ["2026-10-25T00:50:00Z", "2026-10-25T01:10:00Z", "2026-10-25T01:20:00Z"]
+
+
+def test_files_of_one_stream_each_keep_their_names_and_months_are_put_together(tmp_path: Path) -> None:
+    one = written(tmp_path, "time,t,p\n2026-11-24,1,2\n", "M1.csv")
+    split([one], tmp_path / "each", "{feature}", ReadOptions())
+    assert list(stream(tmp_path / "each", "M1").columns) == ["t", "p"]
+    months = [written(tmp_path, f"time,a\n2026-{month:02}-01,{month}\n", f"{month}.csv") for month in (1, 2)]
+    split(months, tmp_path / "year", "{stream}", ReadOptions())
+    assert stream(tmp_path / "year", "a").columns["value"].tolist() == [1.0, 2.0]
+    with pytest.raises(TableError, match="name them in order of time"):
+        split(months[::-1], tmp_path / "wrong", "{stream}", ReadOptions())
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{machine}", "names no {stream}"),
+        ("{stream}{feature}", "nothing between"),
+        ("plain", "names no {stream}"),
+        ("{stream}.{stream}", "names no {stream}"),
+        ("{stream}:{feature}", "no column is of the form"),
+    ],
+)
+def test_a_template_that_fits_nothing_is_refused_with_what_there_is(tmp_path: Path, template: str, said: str) -> None:
+    with pytest.raises(TableError, match=re.escape(said)):
+        split([written(tmp_path, WIDE)], tmp_path / "out", template, GERMAN)
+
+
+def test_a_stream_cannot_leave_the_folder_nor_add_to_one_that_is_there(tmp_path: Path) -> None:
+    path = written(tmp_path, "time,../a\n2026-11-24,1\n")
+    with pytest.raises(TableError, match="cannot be the name of a file"):
+        split([path], tmp_path / "out", "{stream}", ReadOptions())
+    with pytest.raises(TableError, match="is not empty"):
+        split([path], tmp_path, "{stream}", ReadOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--decimal", ",", "--time-format", "%d.%m.%Y %H:%M:%S", "--zone", "Europe/Berlin"], 0, "2 streams, 5 rows"),
+        (["--decimal", ";"], 2, "--decimal ';'"),
+        (["--zone", "Mars/North"], 2, "--zone 'Mars/North' is no time zone"),
+        ([], 2, "--time-format"),
+    ],
+)
+def test_the_command_says_what_it_did_or_what_to_write_instead(tmp_path: Path, options: list[str], status: int, said: str) -> None:
+    asked: list[Any] = [
+        "split",
+        written(tmp_path, WIDE),
+        "--out",
+        tmp_path / "out",
+        "--columns",
+        "{stream}.{feature}",
+        "--timestamp",
+        "Zeit",
+    ]
+    done = CliRunner().invoke(app, [*map(str, asked), *options])
+    assert done.exit_code == status
+    assert said in done.output
