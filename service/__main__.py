@@ -202,7 +202,7 @@ def split(
 
     from service.errors import TableError  # noqa: PLC0415
     from service.split import split as split_tables  # noqa: PLC0415
-    from service.tables import ReadOptions  # noqa: PLC0415
+    from service.tables import Dialect, ReadOptions  # noqa: PLC0415
 
     if decimal not in (".", ","):
         _refuse(f"--decimal {decimal!r} is neither . nor a comma.")
@@ -210,9 +210,9 @@ def split(
         where = ZoneInfo(zone)
     except (ValueError, OSError, LookupError):
         _refuse(f"--zone {zone!r} is no time zone, such as Europe/Berlin or UTC.")
-    options = ReadOptions(timestamp, frozenset(exclude or ()), decimal=decimal, time_format=time_format, zone=where)
+    options, dialect = ReadOptions(timestamp, frozenset(exclude or ())), Dialect(decimal, time_format, where)
     try:
-        done = split_tables(files, out, columns, options, typer.echo)
+        done = split_tables(files, out, columns, options, dialect, typer.echo)
     except TableError as error:
         _refuse(error.detail)
     for sentence in done.report():

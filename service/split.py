@@ -19,13 +19,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from service.errors import TableError
-from service.tables import Notify, ReadOptions, Source, Table, find_sources, read_batches
+from service.tables import Dialect, Notify, ReadOptions, Source, Table, find_sources, read_batches
 
 CELLS = 1 << 22
 """Cells of a batch: some 100 MB with the texts they are read from."""
 SINGLE = "value"
 """Feature of a stream with one: the one that the shipped detector takes."""
 SHOWN = 8
+PLAIN = Dialect()
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Done:
         return said
 
 
-def split(paths: Iterable[Path], out: Path, template: str, options: ReadOptions, notify: Notify = print) -> Done:
+def split(paths: Iterable[Path], out: Path, template: str, options: ReadOptions, dialect: Dialect = PLAIN, notify: Notify = print) -> Done:
     """Write the streams of these tables under `out`. Raises TableError; what was written by then stays."""
     if out.exists() and any(out.iterdir()):
         raise TableError(f"{out} is not empty: name another --out, or empty it.")
@@ -70,7 +71,7 @@ def split(paths: Iterable[Path], out: Path, template: str, options: ReadOptions,
             words.setdefault(column, cell)
 
         places: dict[str, dict[str, str]] | None = None
-        for table in read_batches(source, replace(options, strange=tell), notify, CELLS):
+        for table in read_batches(source, options, notify, CELLS, replace(dialect, strange=tell)):
             if places is None:
                 alone = {name: word for name, word in words.items() if np.isnan(table.columns[name]).all()}
                 done.words |= alone

@@ -84,10 +84,16 @@ class ReadOptions:
     only: frozenset[str] | None = None  # columns to read, all others are left out
     unsorted: bool = False  # True: rows that go back in time are the caller's business (the service calls them late)
     array: str | None = None  # array of an npz to read; default: `train`, or the only one with two axes
-    decimal: str = "."  # what a CSV writes before the decimals
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a file writes numbers and times."""
+
+    decimal: str = "."  # what a CSV has before the decimals
     time_format: str | None = None  # of times, as in strptime; default: ISO 8601 or epoch seconds
     zone: tzinfo = UTC  # of times that name none
-    strange: Callable[[str, str], None] | None = None  # told column and cell that is no number, and then missing; None: it is refused
+    strange: Callable[[str, str], None] | None = None  # told column and cell of what is no number, and so missing; None: it is refused
 
 
 def find_sources(paths: Iterable[Path]) -> list[Source]:
@@ -135,9 +141,15 @@ def read_table(source: Source, options: ReadOptions = ReadOptions(), notify: Not
     return Table(source.name, timestamps, columns, list(itertools.chain.from_iterable(batch.written for batch in batches)))
 
 
-def read_batches(source: Source, options: ReadOptions = ReadOptions(), notify: Notify = print, cells: int = BATCH_CELLS) -> Iterator[Table]:
+def read_batches(
+    source: Source,
+    options: ReadOptions = ReadOptions(),
+    notify: Notify = print,
+    cells: int = BATCH_CELLS,
+    dialect: Dialect = Dialect(),
+) -> Iterator[Table]:
     """One file as consecutive tables of about `cells` cells each, at least one. Raises TableError when it gets to what is wrong."""
-    return _batches(_Reading(source, options, notify, cells))
+    return _batches(_Reading(source, options, notify, cells, dialect=dialect))
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,7 @@ class _Reading:
     notify: Notify
     cells: int = BATCH_CELLS
     texts: bool = False  # whether Table.written is wanted
+    dialect: Dialect = Dialect()
 
     def rows(self, width: int) -> int:
         """Rows of a batch."""
@@ -282,8 +295,8 @@ def _refuse_ragged(source: Source, batch: list[list[str]], width: int, before: i
 
 def _numbers(reading: _Reading, column: str, cells: Sequence[str], before: int) -> Float64:
     """`before`, here and below: rows of the file before these."""
-    if reading.options.decimal != ".":
-        cells = [cell.replace(reading.options.decimal, ".") for cell in cells]
+    if reading.dialect.decimal != ".":
+        cells = [cell.replace(reading.dialect.decimal, ".") for cell in cells]
     try:
         return np.array(cells, dtype=np.float64)
     except ValueError:
@@ -296,8 +309,8 @@ def _number(reading: _Reading, column: str, number: int, cell: str) -> float:
     except ValueError:
         if cell.strip().lower() in MISSING:
             return math.nan
-        if reading.options.strange is not None:
-            reading.options.strange(column, cell)
+        if reading.dialect.strange is not None:
+            reading.dialect.strange(column, cell)
             return math.nan
         raise TableError(
             f"{reading.source.path}: column {column!r}, row {number}: {cell!r} is not a number ({_advice(column, cell)})."
@@ -316,7 +329,7 @@ def _advice(column: str, cell: str) -> str:
 def _times(reading: _Reading, column: str, cells: Sequence[str], before: int, epoch: bool, last: float) -> Float64:
     """`epoch`: as the file's first time is, so are all. `last`: the time of the row before these, -inf = none."""
     source = reading.source
-    if not epoch or reading.options.time_format is not None:
+    if not epoch or reading.dialect.time_format is not None:
         return _moments(reading, column, cells, before, last)
     try:
         seconds = np.array(cells, dtype=np.float64)
@@ -341,16 +354,16 @@ def _moments(reading: _Reading, column: str, cells: Sequence[str], before: int, 
 
 
 def _moment(reading: _Reading, column: str, number: int, cell: str) -> datetime:
-    options = reading.options
+    dialect = reading.dialect
     try:
-        moment = datetime.strptime(cell.strip(), options.time_format) if options.time_format else datetime.fromisoformat(cell.strip())
+        moment = datetime.strptime(cell.strip(), dialect.time_format) if dialect.time_format else datetime.fromisoformat(cell.strip())
     except ValueError:
-        wanted = f"is not of the form {options.time_format!r}" if options.time_format else "is neither an ISO 8601 time nor epoch seconds"
+        wanted = f"is not of the form {dialect.time_format!r}" if dialect.time_format else "is neither an ISO 8601 time nor epoch seconds"
         raise TableError(
             f"{reading.source.path}: column {column!r}, row {number}: {cell!r} {wanted} (name the time column with --timestamp; "
             "`python -m service split --time-format` reads times of other forms)."
         ) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=options.zone)
+    return moment if moment.tzinfo else moment.replace(tzinfo=dialect.zone)
 
 
 def _checked_epoch(source: Source, column: str, seconds: Float64, before: int) -> Float64:
@@ -416,8 +429,8 @@ def _arrow_times(reading: _Reading, column: str, values: list[object], before: i
     if values and isinstance(values[0], int | float):
         seconds = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
         return _checked_epoch(source, column, seconds, before)
-    if reading.options.time_format is not None and values and isinstance(values[0], datetime):
-        reading = replace(reading, options=replace(reading.options, time_format=None))
+    if reading.dialect.time_format is not None and values and isinstance(values[0], datetime):
+        reading = replace(reading, dialect=replace(reading.dialect, time_format=None))
     return _moments(reading, column, [_text(value) for value in values], before, last)
 
 

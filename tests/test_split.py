@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from service.__main__ import app
 from service.errors import TableError
 from service.split import split
-from service.tables import ReadOptions, Source, Table, read_table
+from service.tables import Dialect, ReadOptions, Source, Table, read_table
 
 BERLIN = ZoneInfo("Europe/Berlin")
 WIDE = """Zeit;M1.Temp;M1.Druck;M1.status;M2.Temp;M2.Druck;note
@@ -24,7 +24,7 @@ WIDE = """Zeit;M1.Temp;M1.Druck;M1.status;M2.Temp;M2.Druck;note
 24.11.2026 00:01:00;60,6;;ok;;;x
 24.11.2026 00:02:00;60,7;4,27;ok;61,2;4,1;x
 """
-GERMAN = ReadOptions("Zeit", decimal=",", time_format="%d.%m.%Y %H:%M:%S", zone=BERLIN)
+GERMAN = ReadOptions("Zeit"), Dialect(",", "%d.%m.%Y %H:%M:%S", BERLIN)
 
 
 def written(folder: Path, text: str, name: str = "plant.csv") -> Path:
@@ -38,7 +38,7 @@ def stream(folder: Path, name: str) -> Table:
 
 
 def test_columns_of_a_machine_become_one_file_with_words_left_out_or_missing(tmp_path: Path) -> None:
-    done = split([written(tmp_path, WIDE)], tmp_path / "out", "{stream}.{feature}", GERMAN)
+    done = split([written(tmp_path, WIDE)], tmp_path / "out", "{stream}.{feature}", *GERMAN)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["M1.csv", "M2.csv"]
     one, two = stream(tmp_path / "out", "M1"), stream(tmp_path / "out", "M2")
     assert one.columns["Temp"].tolist() == [60.5, 60.6, 60.7]
@@ -66,20 +66,20 @@ def test_parquet_gives_what_csv_gives(tmp_path: Path) -> None:
     moments = pa.array([1_790_000_000, 1_790_000_060], pa.timestamp("s"))
     table = pa.table({"time": moments, "M1.a": [1.0, 2.0], "M1.b": [3, None], "M1.status": ["ok", "ok"]})
     parquet.write_table(table, tmp_path / "plant.parquet")
-    split([tmp_path / "plant.parquet"], tmp_path / "one", "{stream}.{feature}", ReadOptions(zone=BERLIN))
+    split([tmp_path / "plant.parquet"], tmp_path / "one", "{stream}.{feature}", ReadOptions(), Dialect(zone=BERLIN))
     text = "time,M1.a,M1.b,M1.status\n2026-09-21T14:13:20,1,3,ok\n2026-09-21T14:14:20,2,,ok\n"
-    split([written(tmp_path, text)], tmp_path / "two", "{stream}.{feature}", ReadOptions(zone=BERLIN))
+    split([written(tmp_path, text)], tmp_path / "two", "{stream}.{feature}", ReadOptions(), Dialect(zone=BERLIN))
     assert (tmp_path / "one/M1.csv").read_text() == (tmp_path / "two/M1.csv").read_text()
 
 
 def test_the_hour_that_a_clock_set_back_has_twice_stays_in_order(tmp_path: Path) -> None:
     hours = ["2026-10-25T01:30:00", "2026-10-25T02:30:00", "2026-10-25T02:30:00", "2026-10-25T03:30:00"]
     text = "time,a\n" + "".join(f"{hour},{i}\n" for i, hour in enumerate(hours))
-    split([written(tmp_path, text)], tmp_path / "same", "{stream}", ReadOptions(zone=BERLIN))
+    split([written(tmp_path, text)], tmp_path / "same", "{stream}", ReadOptions(), Dialect(zone=BERLIN))
     assert len(stream(tmp_path / "same", "a")) == 4
     minutes = ["2026-10-25T02:50:00", "2026-10-25T02:10:00", "2026-10-25T02:20:00"]
     text = "time,a\n" + "".join(f"{minute},{i}\n" for i, minute in enumerate(minutes))
-    split([written(tmp_path, text, "back.csv")], tmp_path / "back", "{stream}", ReadOptions(zone=BERLIN))
+    split([written(tmp_path, text, "back.csv")], tmp_path / "back", "{stream}", ReadOptions(), Dialect(zone=BERLIN))
     assert list(stream(tmp_path / "back", "a").written) == ["2026-10-25T00:50:00Z", "2026-10-25T01:10:00Z", "2026-10-25T01:20:00Z"]
 
 
@@ -106,7 +106,7 @@ def test_files_of_one_stream_each_keep_their_names_and_months_are_put_together(t
 )
 def test_a_template_that_fits_nothing_is_refused_with_what_there_is(tmp_path: Path, template: str, said: str) -> None:
     with pytest.raises(TableError, match=re.escape(said)):
-        split([written(tmp_path, WIDE)], tmp_path / "out", template, GERMAN)
+        split([written(tmp_path, WIDE)], tmp_path / "out", template, *GERMAN)
 
 
 def test_a_stream_cannot_leave_the_folder_nor_add_to_one_that_is_there(tmp_path: Path) -> None:
