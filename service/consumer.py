@@ -196,6 +196,10 @@ class Consumer:
                 named = error if isinstance(error, ItemError) else BadEvent(error.detail, "payload")
                 letters.append(Letter(message, named))
                 continue
+            except Exception as error:  # a bug that one message brings out must not stop those behind it for ever
+                self._bug(batch, error)
+                letters.append(Letter(message, _unexpected(error)))
+                continue
             entry = message.id if bare and lease is not None else b""
             for i, item in enumerate(items):
                 index = None if bare else i
@@ -238,7 +242,7 @@ class Consumer:
                 await self._score(batch, work, [i])
             return
         message, index = work.origins[places[0]]
-        work.settlement.letters.append(Letter(message, ItemError(f"An unexpected error: {type(error).__name__}; it is in the log."), index))
+        work.settlement.letters.append(Letter(message, _unexpected(error), index))
 
     def _note(self, work: _Work, places: Sequence[int], outcomes: Sequence[Kind | ItemError]) -> list[int]:
         """Keep what became of these; those that are to be scored again. Raises Fenced."""
@@ -285,3 +289,7 @@ class Consumer:
     def _bug(self, batch: Batch, error: Exception) -> None:
         self._metrics.bugs.inc()
         log.error("unexpected_error", partition=batch.partition, exc_info=error)
+
+
+def _unexpected(error: Exception) -> ItemError:
+    return ItemError(f"An unexpected error: {type(error).__name__}; it is in the log.")
