@@ -21,8 +21,10 @@ from service.lines import Matcher
 from service.state import event_key
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-EARLIEST_SECONDS, LATEST_SECONDS = -62_135_683_200.0, 1e11
+EARLIEST_SECONDS, LATEST_SECONDS = -62_135_510_400.0, 1e11
 """From the year 1 (a day late, for the zones) to 5138; a greater number is a time in milliseconds."""
+LATEST_WRITTEN_SECONDS = 253_402_214_400.0
+"""The end of the year 9999 (a day early), which a time that is written out may reach. Beyond either end no calendar shows it."""
 TOGETHER = 16
 """Events from which on looking at all of them at once is quicker than at one after the other."""
 _NAN = math.nan
@@ -172,6 +174,8 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
     """RFC 3339 or seconds since 1970 → seconds since 1970, UTC. A time without zone is UTC. Raises BadEvent."""
     if isinstance(value, str):
         try:
+            if not value.isascii():  # Python takes any character between date and time, also half of one, which no reply can hold
+                raise ValueError("not ASCII")
             moment = datetime.fromisoformat(value)
             seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         except (ValueError, OverflowError) as error:
@@ -180,7 +184,7 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
             ) from error
     else:
         seconds = float(value)
-    limit = math.inf if isinstance(value, str) else LATEST_SECONDS  # a written year is no mistaken unit
+    limit = LATEST_WRITTEN_SECONDS if isinstance(value, str) else LATEST_SECONDS  # a written year is no mistaken unit
     if not EARLIEST_SECONDS <= seconds <= limit:
         hint = " It looks like milliseconds: send seconds." if LATEST_SECONDS < seconds < 1e15 else ""
         raise BadEvent(f"timestamp {value} is not a time in seconds since 1970.{hint}", "timestamp", shown(value))

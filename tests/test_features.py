@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta, timezone
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.errors import BadEvent
 from service.events import Event, Parsed
-from service.features import TOGETHER, parse, parse_timestamp, to_readings
+from service.features import EARLIEST_SECONDS, LATEST_SECONDS, LATEST_WRITTEN_SECONDS, TOGETHER, parse, parse_timestamp, to_readings
 from tests.tiny import tiny_manifest
 
 MANIFEST = tiny_manifest(("temperature", "flow"))
@@ -63,6 +65,11 @@ def test_bad_events_do_not_touch_their_neighbours() -> None:
         (Event(stream_id="a", values={"flow": float("-inf")}), "values.flow", "send null"),
         (Event(stream_id="a", message="GET /"), "message", "not a log line"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp="yesterday"), "timestamp", "'yesterday' is neither"),
+        (
+            Event(stream_id="a", values={"flow": 1.0}, timestamp="2023-11-14\ud80000:00:00"),
+            "timestamp",
+            r"'2023-11-14\ud80000:00:00' is neither",
+        ),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=1.7e12), "timestamp", "looks like milliseconds"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=-1e11), "timestamp", "since 1970"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=float("nan")), "timestamp", "since 1970"),
@@ -87,6 +94,15 @@ def test_a_bad_event_is_refused_by_field_and_reason(event: Event, field: str, sa
 )
 def test_times_are_rfc_3339_and_utc_without_a_zone(text: str, seconds: float) -> None:
     assert parse_timestamp(text) == seconds
+
+
+def test_every_time_that_is_taken_can_be_shown_in_every_zone() -> None:
+    for seconds in (EARLIEST_SECONDS, LATEST_SECONDS, LATEST_WRITTEN_SECONDS):
+        shown = [datetime.fromtimestamp(seconds, timezone(timedelta(hours=hours))).isoformat() for hours in (-23, 0, 23)]
+        assert {parse_timestamp(text) for text in shown} == {seconds}
+    for text in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        with pytest.raises(BadEvent, match="not a time in seconds since 1970"):
+            parse_timestamp(text)
 
 
 @st.composite

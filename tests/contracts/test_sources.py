@@ -202,6 +202,7 @@ POISON = {
     "half a character as a stream": b'{"stream_id": "\\udfff", "values": {"value": 1}}',
     "half a character for a truth": b'{"stream_id": "a", "values": {"value": 1}, "end": "\\ud800"}',
     "half a character as a field": b'{"\\ud800": 1}',
+    "half a character in a time": b'{"stream_id": "a", "values": {"value": 1}, "timestamp": "2026-11-26\\ud80008:00:00"}',
     "a megabyte of nothing": b"x" * 990_000,
     "a control character of Latin-1": '{"stream_id": "a\x85b", "values": {"value": 1}}'.encode(),
     "a feature of such a name": '{"stream_id": "a", "values": {"\x85\ufffe": 1}}'.encode(),
