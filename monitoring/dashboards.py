@@ -17,7 +17,9 @@ from service.metrics import P_VALUES
 # Of all replicas of one installation; those of one model.
 _ALL = 'job=~"$job"'
 _MODEL = f'{_ALL},model=~"$model"'
-_STREAM = f'{_MODEL},stream="$stream"'
+# As it is, in PromQL's raw quotes: a stream that came from Prometheus has quotes in its name, which Grafana escapes in one version and not
+# in the next.
+_STREAM = f"{_MODEL},stream=`${{stream:raw}}`"
 _LOGS = f"and on (job, model) (sum by (job, model) (onset_lines_total{{{_MODEL}}}) > 0)"
 """Of log models alone."""
 _LIMIT = ((None, GOOD), (1.0, WORST))
@@ -43,7 +45,8 @@ def overview() -> dashboard.Dashboard:
         columns={"stream": "stream", "model": "model", "Value": "score"},
     )
     to_stream = (
-        "/d/onset-stream?var-datasource=${datasource}&var-job=${job}&var-model=${__data.fields.model}&var-stream=${__data.fields.stream}"
+        "/d/onset-stream?var-datasource=${datasource}&var-job=${job}&var-model=${__data.fields.model}"
+        "&var-stream=${__data.fields.stream:percentencode}"
     )
     sections = [
         (

@@ -61,7 +61,7 @@ def of_dashboard(board: Mapping[str, Any]) -> Iterable[Asked]:
 def substituted(expr: str, variables: Mapping[str, str]) -> str:
     """The query as Grafana sends it, with these values of the dashboard's variables."""
     for name in sorted(variables, key=len, reverse=True):
-        expr = expr.replace(f"${name}", variables[name])
+        expr = expr.replace(f"${{{name}:raw}}", variables[name]).replace(f"${name}", variables[name])
     return expr
 
 
@@ -101,7 +101,14 @@ def main() -> int:
     parser.add_argument("--scrape-seconds", type=float, default=15, help="scrape interval (default 15)")
     options = parser.parse_args()
     values = variables(RANGE_SECONDS, options.scrape_seconds, options.stream, options.feature)
-    found = ask(options.prometheus, queries(), values, RANGE_SECONDS)
+    try:
+        found = ask(options.prometheus, queries(), values, RANGE_SECONDS)
+    except httpx.HTTPStatusError as error:
+        print(f"{options.prometheus} refuses a query: {error.response.text[:500]}", file=sys.stderr)
+        return 2
+    except httpx.HTTPError as error:
+        print(f"{options.prometheus} does not answer: {error}.", file=sys.stderr)
+        return 2
     print(table(found))
     empty = [one for one in found if one.series == 0]
     print(f"{len(found)} queries, {len(empty)} of them without data.")

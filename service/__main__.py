@@ -292,6 +292,8 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
+        # Longer than proxies and senders keep a connection (60 s and less): who closes first must not be us, or a request is lost on its way.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
     server = Announcing(config)

@@ -249,7 +249,7 @@ class Service:
             async with asyncio.timeout(PING_SECONDS):
                 await self.store.ping()
         except (StoreUnavailable, TimeoutError) as error:
-            return f"The state store does not answer a ping: {error or 'no answer within a second'}."
+            return f"The state store does not answer a ping: {str(error).removesuffix('.') or 'no answer within a second'}."
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 from typer.testing import CliRunner
 
 from service.__main__ import app
@@ -146,3 +148,25 @@ def test_a_client_that_hangs_up_in_the_middle_hurts_nobody(tmp_path: Path, tiny_
         while (answer := local.post(f"{service.url}/v1/events", content=b" " * 1_500_000 + b"[]")).status_code != 200:
             assert time.monotonic() < deadline, answer.text
             time.sleep(0.05)
+
+
+def test_a_connection_that_rests_between_two_requests_of_a_sender_is_still_open(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path) as service:
+        connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+        for rest in (6, 0):  # Prometheus sends every five seconds
+            connection.request("GET", "/health/live")
+            assert connection.getresponse().read() == b'{"status":"ok"}'
+            assert connection.sock is not None
+            time.sleep(rest)
+        connection.close()
+
+
+def test_a_store_that_hangs_is_named_with_how_long_it_was_waited_for(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path) as service:
+        [store] = psutil.Process(service.pid).children()
+        store.suspend()
+        try:
+            reply = local.get(f"{service.url}/health/ready")
+        finally:
+            store.resume()
+        assert (reply.status_code, reply.json()["detail"]) == (503, "The state store does not answer a ping: no answer within a second.")

@@ -23,7 +23,7 @@ from service.series import SERIES
 from tests.needs import program
 
 BOARDS = {name: json.loads(content) for name, content in dashboards.all_dashboards().items()}
-VALUES = variables(3600, 15, "a stream", "value")
+VALUES = variables(3600, 15, 'up{instance="a:9100",job="node"}', "value")
 PROMETHEUS, ALERTMANAGER, GRAFANA = (ROOT / "monitoring" / name for name in ("prometheus", "alertmanager", "grafana"))
 OTHERS = {"up", "ALERTS", "process_cpu_seconds_total", "process_resident_memory_bytes"}
 
