@@ -292,7 +292,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
-        # Longer than proxies and senders keep a connection (60 s and less): who closes first must not be us, or a request is lost on its way.
+        # Longer than proxies and senders keep a connection (60 s and less): were we the first to close it, a request could meet that.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
