@@ -195,8 +195,8 @@ async def test_a_stop_takes_no_longer_than_it_may_with_events_held(tiny_detector
     asked = asyncio.create_task(scorer.score(walk(3, "s")))
     await asyncio.sleep(0.01)
     began = time.monotonic()
-    await scorer.drain(3)
-    assert time.monotonic() - began < 5, "not once for what is held and once more for what is queued"
+    await scorer.drain(5)
+    assert time.monotonic() - began < 10, "not once for what is held and once more for what is queued"
     with pytest.raises(Overloaded, match="stopped before this was scored"):
         await asked
 

@@ -104,15 +104,15 @@ def test_a_watcher_too_many_is_told_when_to_come_back(service: Service) -> None:
 
 
 def test_a_stopping_service_does_not_wait_for_those_who_watch(tmp_path: Path, tiny_model_path: Path) -> None:
-    with Service(tmp_path / "data", model=tiny_model_path, DRAIN_SECONDS="30") as running:
-        with local.stream("GET", f"{running.url}/v1/live", timeout=20) as answer:
+    with Service(tmp_path / "data", model=tiny_model_path, DRAIN_SECONDS="120") as running:
+        with local.stream("GET", f"{running.url}/v1/live", timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             began = time.monotonic()
             os.kill(running.pid, signal.SIGTERM)
             rest = list(lines)
         running.terminate()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         assert "event: bye" in rest
 
 

@@ -70,7 +70,7 @@ def test_the_detector_that_ships_is_ready_within_seconds(tmp_path: Path) -> None
         assert model["default"]
         values = dict.fromkeys((feature["name"] for feature in model["features"]), 1.0)
         assert local.post(f"{service.url}/v1/streams/a/events", json={"values": values}).status_code == 200
-    assert took < 10  # 1.2 to 1.8 s alone on two processors; other tests run beside this one
+    assert took < 30  # 1.2 to 1.8 s alone on two processors; other tests run beside this one
 
 
 def test_without_its_store_it_says_what_it_waits_for(tmp_path: Path, tiny_model_path: Path) -> None:

@@ -15,7 +15,7 @@ from service.errors import StoreUnavailable
 from service.state import TOKEN
 from service.stores import LOST, WRITTEN, Write
 from service.stores.cluster import SLOTS, ClusterStore
-from service.stores.redis import COMMIT_BYTES, POLICY_KEY, RedisStore, shard_of, state_key
+from service.stores.redis import COMMIT_BYTES, POLICY_KEY, TIMEOUT_SECONDS, RedisStore, shard_of, state_key
 from tests.servers import Move, Valkey, ValkeyCluster, free_port
 
 MODEL = "tiny"
@@ -146,7 +146,7 @@ async def test_no_cluster_is_told_at_once() -> None:
     for call in (*calls, store.policy(), store.change_policy({"alpha": b"1"}), store.waited(MODEL, 1), store.scan(MODEL, "", 1)):
         with pytest.raises(StoreUnavailable, match="does not answer"):
             await call
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 9 * TIMEOUT_SECONDS
     await store.close()
 
 
@@ -197,12 +197,12 @@ async def test_all_that_was_acknowledged_survives_the_kill_of_a_node_and_the_sam
     down = [Write(f"down-{i}", b"", value()) for i in range(100)]
     cluster.nodes[1].kill()
     started = time.monotonic()
-    for _ in range(3):
+    for _ in range(5):
         with pytest.raises(StoreUnavailable, match="does not answer"):
             await own.commit(MODEL, down)
         with pytest.raises(StoreUnavailable, match="does not answer"):
             await own.ping()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10 * TIMEOUT_SECONDS, "told at once, and not each after the time that an answer may take"
     cluster.nodes[1].start()
     await until_written(own, down)
     assert await own.load(MODEL, [write.stream_id for write in down]) == [write.value for write in down], "whichever attempt wrote them"
@@ -264,9 +264,10 @@ async def test_a_call_whose_keys_are_in_two_places_waits_until_they_are_in_one(o
     move.begin()
     move.keys(state_key(MODEL, HERE[0]))
     started = time.monotonic()
-    with pytest.raises(StoreUnavailable, match="TryAgainError"):
-        await own.commit(MODEL, [Write(HERE[0], first[TOKEN], value(), b"u", 2.0)])
-    assert 1.5 < time.monotonic() - started < 5
+    async with asyncio.timeout(60):
+        with pytest.raises(StoreUnavailable, match="TryAgainError"):
+            await own.commit(MODEL, [Write(HERE[0], first[TOKEN], value(), b"u", 2.0)])
+    assert time.monotonic() - started > 0.75 * TIMEOUT_SECONDS
     second = value()
     commit = asyncio.create_task(own.commit(MODEL, [Write(name, first[TOKEN], second, b"u", 2.0) for name in HERE[:2]]))
     await asyncio.sleep(0.1)

@@ -280,7 +280,7 @@ async def test_who_lost_a_lease_can_neither_read_nor_commit_nor_settle(replicas:
     zombie = RedisStreams(empty_server, Streams(lease_seconds=60), Metrics())
     await zombie.open()
     await q.add({"stream_id": "a", "values": {"value": 1.0}}, {"stream_id": "a", "values": {"value": 2.0}})
-    batch = await asyncio.wait_for(zombie.receive(), 10)
+    batch = await asyncio.wait_for(zombie.receive(), 60)
     assert len(batch.messages) == 2
     assert batch.lease is not None
     await q.client.set(batch.lease.key, "another#1")
@@ -386,7 +386,7 @@ async def test_a_key_of_another_kind_is_told(empty_server: str, q: Queue) -> Non
     source = RedisStreams(empty_server, Streams(), Metrics())
     await source.open()
     await q.add({"stream_id": "a", "values": {"value": 1.0}})
-    batch: Batch = await asyncio.wait_for(source.receive(), 10)
+    batch: Batch = await asyncio.wait_for(source.receive(), 60)
     await q.client.set("onset:dead-letters", "x")
     with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
         await source.settle(batch, Settlement())
