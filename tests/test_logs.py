@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,3 +124,13 @@ def test_the_level_of_a_running_service_is_changed_and_its_batches_are_told_with
         assert local.delete(f"{service.url}/v1/log-level").json()["level"] == "info"
         local.post(f"{service.url}/v1/events", json=EVENT).raise_for_status()
         assert len(batches()) == 1
+
+
+def test_every_event_of_the_log_is_explained_and_none_that_there_is_not() -> None:
+    root = Path(__file__).parents[1]
+    sources = "\n".join(path.read_text() for path in sorted((root / "service").rglob("*.py")))
+    calls = re.findall(r"\blog\.(?:debug|info|warning|error|exception)\(\s*([^,)]+)", sources)
+    written = {event for call in calls for event in re.findall(r'"([a-z_]+)"', call)}
+    page = (root / "docs/log-events.md").read_text()
+    explained = {event for row in re.findall(r"^\| (`[^|]+) \|", page, re.MULTILINE) for event in re.findall(r"`([a-z_]+)`", row)}
+    assert explained == written
