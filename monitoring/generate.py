@@ -18,6 +18,7 @@ def files(runbooks: str = alerting.RUNBOOKS) -> Mapping[str, str]:
     """Path below the repository's root → content; `runbooks` is where an alert's reader finds the pages."""
     made = {
         "docs/metrics.md": pages.metrics(),
+        "docs/settings.md": pages.settings(),
         "monitoring/prometheus/rules.yml": alerting.prometheus_rules(runbooks),
         "monitoring/prometheus/rules.test.yml": alerting.prometheus_tests(),
         "monitoring/grafana/provisioning/alerting/onset.yml": alerting.grafana_rules(runbooks),

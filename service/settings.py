@@ -23,7 +23,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ONSET_", frozen=True, extra="forbid", protected_namespaces=())
 
     host: str = "127.0.0.1"
+    """Address to listen on; the image listens on all, 0.0.0.0."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    """0 = any free one."""
     model: Path = SHIPPED_MODELS
     """A model file, or a folder of them; several with commas between. The word `shipped` stands for the detector that ships."""
     default_model: str = "default"
@@ -57,11 +59,13 @@ class Settings(BaseSettings):
     result_ttl_seconds: Annotated[int, Field(ge=1)] = 600
     """How long the results of a bulk can be fetched again by sending it again."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
+    """Of one request, unpacked too; larger ones are refused with 413."""
     max_inflight_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
     """Bytes of all requests being read and scored at once; more are refused with 429."""
     max_body_seconds: Annotated[float, Field(gt=0)] = 30
     """How long a body may take to arrive: until then its bytes count as being read."""
     max_batch_events: Annotated[int, Field(ge=1)] = 10_000
+    """Events of one request; more are refused with 413."""
     max_queue_events: Annotated[int, Field(ge=1)] = 20_000
     """Events waiting to be scored; more are refused with 429. One sender may take half of what the others leave free."""
     copies_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
@@ -87,6 +91,7 @@ class Settings(BaseSettings):
     streams_dead_letters: Annotated[str, Field(min_length=1)] = "onset:dead-letters"
     """Key of the Redis Stream of entries that cannot be used."""
     streams_max_dead_letters: Annotated[int, Field(ge=1)] = 100_000
+    """About how many entries that cannot be used are kept."""
     streams_fuse: Annotated[float, Field(gt=0, le=1)] = 0.5
     """A partition pauses when more than this share of the recent entries cannot be used; 1 = never."""
     streams_batch: Annotated[int, Field(ge=1, le=10_000)] = 1000
@@ -150,7 +155,9 @@ class Settings(BaseSettings):
     alerts_give_up_seconds: Annotated[float, Field(gt=0)] = 3600
     """How long the webhook is tried; then a notice is a dead letter."""
     alerts_max_open: Annotated[int, Field(ge=1)] = 20_000
+    """Alerts open at once; further ones are logged and counted, and not opened."""
     alerts_max_resolved: Annotated[int, Field(ge=0)] = 10_000
+    """Resolved alerts that are kept, the latest."""
     alerts_retention_seconds: Annotated[float, Field(ge=0)] = 7 * 24 * 3600
     """How long resolved alerts are kept, at most `alerts_max_resolved` of them."""
     remote_write_url: str = ""
@@ -164,9 +171,11 @@ class Settings(BaseSettings):
     remote_write_max_age_seconds: Annotated[float, Field(gt=0)] = 1800
     """Scores of older events are not written: Prometheus refuses a whole request for a sample of more than an hour ago."""
     max_streams: Annotated[int, Field(ge=1)] = 1_000_000
+    """Streams the store holds, of all models; an event of a new one beyond them is refused."""
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""
     inference_threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of ONNX Runtime for a step; more than one rarely pays for networks this small."""
     provider: Provider = "cpu"
     """Where a step runs: cpu, or cuda (an NVIDIA GPU; needs the extra `gpu`). What cannot be had stops the service."""
     drain_seconds: Annotated[float, Field(ge=0)] = 10
@@ -176,6 +185,7 @@ class Settings(BaseSettings):
     log_hash_streams: bool = False
     """Whether log lines name streams by a hash."""
     log_json: bool = True
+    """JSON lines; false = plain text."""
 
     @property
     def asked_alpha(self) -> float:

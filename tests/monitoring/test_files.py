@@ -20,6 +20,7 @@ from monitoring.queries import queries, substituted, variables
 from monitoring.rules import RULES, Rule
 from service.metrics import CATALOGUE
 from service.series import SERIES
+from service.settings import Settings
 from tests.needs import program
 
 BOARDS = {name: json.loads(content) for name, content in dashboards.all_dashboards().items()}
@@ -109,6 +110,15 @@ def test_every_query_parses_and_asks_only_for_metrics_that_exist() -> None:
         names = selectors(promql_parser.parse(substituted(asked.expr, VALUES)))
         assert names or "vector(" in asked.expr, asked
         assert all(known(name) for name in names), (asked, names)
+
+
+def test_every_setting_is_explained_with_its_default() -> None:
+    rows = re.findall(r"^\| `(ONSET_[A-Z_]+)` \| (.*?) \| (.*) \|$", files()["docs/settings.md"], re.MULTILINE)
+    assert [name for name, _, _ in rows] == [f"ONSET_{name.upper()}" for name in Settings.model_fields]
+    assert not [name for name, _, meaning in rows if re.sub(r"\(.*\)", "", meaning).strip() == ""]
+    defaults = {name: default.strip("`") for name, default, _ in rows}
+    assert defaults["ONSET_COPIES_BYTES"] == str(Settings().copies_bytes)
+    assert (defaults["ONSET_SILENCE"], defaults["ONSET_MODEL"], defaults["ONSET_REDIS_URL"]) == ("true", "shipped", "")
 
 
 def test_prometheus_takes_the_rules_and_the_configuration() -> None:
