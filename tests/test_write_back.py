@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
@@ -222,6 +223,29 @@ async def test_what_fails_for_now_is_sent_again_when_the_receiver_asks_for_it(ti
     assert times[2] - times[1] >= 1.0
     assert back.metrics.registry.get_sample_value("onset_write_back_retries_total") == 3
     assert len({request.SerializeToString() for _, _, request in receiver.requests}) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "sent", "lost"),
+    [(RuntimeError("unable to perform operation on <TCPTransport closed=True>"), 2, 0), (KeyError("a bug"), 1, 1)],
+)
+async def test_the_writing_goes_on_after_a_socket_that_failed_and_after_a_bug(
+    tiny_detector: Detector, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, error: Exception, sent: int, lost: int
+) -> None:
+    errors, post = [error], httpx.AsyncClient.post
+
+    async def failing(*arguments: Any, **options: Any) -> httpx.Response:
+        if errors:
+            raise errors.pop()
+        return await post(*arguments, **options)
+
+    monkeypatch.setattr(httpx.AsyncClient, "post", failing)
+    async with source(tiny_detector, receiver.url, metrics=("y",)) as back:
+        await back.score("a", 1.0)
+        await back.sent(sent - 1)
+        await back.score("a", 2.0, start=NOW + 5)
+        await back.sent(sent)
+    assert (back.count("sent"), back.count("lost")) == (sent, lost)
 
 
 async def test_what_a_receiver_will_never_take_is_dropped_counted_and_told_of(tiny_detector: Detector, receiver: Receiver) -> None:

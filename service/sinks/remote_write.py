@@ -37,6 +37,8 @@ LINGER_SECONDS = 0.5
 """How long samples wait for others before they are sent."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 LONGEST_RETRY_AFTER = 60.0
+UNANSWERED = (httpx.HTTPError, OSError, RuntimeError)
+"""What a receiver that does not answer raises; RuntimeError is uvloop's, of a socket that failed a moment ago."""
 TOLD_SECONDS = 60.0
 """A receiver that refuses is told of once in this time."""
 
@@ -138,7 +140,7 @@ class WriteBack:
                     await asyncio.sleep(LINGER_SECONDS)
                 for request in self._requests():
                     if request.sent:
-                        await self._send(client, request)
+                        await self._sent(client, request)
                     self._waiting -= request.events
 
     async def stop(self, running: asyncio.Task[None], seconds: float) -> None:
@@ -244,13 +246,21 @@ class WriteBack:
         place = _place(labels)
         return _Labels(place, [place])
 
+    async def _sent(self, client: httpx.AsyncClient, request: _Request) -> None:
+        try:
+            await self._send(client, request)
+        except Exception as error:  # a bug must not end the writing for all streams; it is counted and logged
+            self._bugs.inc()
+            self._events.labels("lost").inc(request.sent)
+            log.error("unexpected_error", exc_info=error)
+
     async def _send(self, client: httpx.AsyncClient, request: _Request) -> None:
         """Until it is taken or refused."""
         body, pause = pack(b"".join(request.series)), FIRST_PAUSE
         while True:
             try:
                 answer = await client.post(self._target.url, content=body, headers={**_HEADERS, **self._target.headers})
-            except httpx.HTTPError as error:
+            except UNANSWERED as error:
                 wait, why = None, f"{type(error).__name__}: {error}"
             else:
                 if answer.is_success:

@@ -41,6 +41,7 @@ from service import tasks
 from service.errors import Fenced, StoreUnavailable
 from service.events import Lease, Published
 from service.metrics import Metrics
+from service.refusals import refusal
 from service.sources import POSITIONS, Batch, Letter, Message, Settlement
 
 LIBRARY = Path(__file__).with_name("streams.lua")
@@ -470,7 +471,10 @@ def _lease_of(batch: Batch) -> Lease:
 
 
 def _unavailable(error: Exception) -> StoreUnavailable:
-    return StoreUnavailable(f"Redis Streams do not answer ({type(error).__name__}: {error}).")
+    said = f"{type(error).__name__}: {error}"
+    if known := refusal(said):
+        return StoreUnavailable(f"Redis Streams refuse: {known.why} ({said}).")
+    return StoreUnavailable(f"Redis Streams do not answer ({said}).")
 
 
 def _beside(key: str, name: str) -> str:

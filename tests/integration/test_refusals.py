@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from service.app import Service
 from service.detector import Detector
 from service.errors import StoreRefused, StoreUnavailable
 from service.events import Event, Lease, Result
@@ -17,6 +20,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.problems import problem_of
 from service.scorer import Limits, Scorer
+from service.settings import Settings
 from service.stores import LOST, WRITTEN, Write
 from service.stores.book import Book
 from service.stores.redis import RedisStore, log_key, shard_of, state_key, trail_key
@@ -178,3 +182,17 @@ async def test_a_server_that_evicts_states_is_told_of(tmp_path: Path, policy: st
         await store.open()
         await store.close()
     assert [entry["maxmemory_policy"] for entry in logs if entry["event"] == "store_evicts"] == [policy] * warned
+
+
+async def test_a_queue_in_a_store_that_refuses_says_why_and_goes_on_once_it_does_not(server: Valkey, tiny_model_path: Path) -> None:
+    settings = Settings(streams_input="in", streams_lease_seconds=1, redis_url=server.url, model=tiny_model_path, drain_seconds=5)
+    with server.client() as client, capture_logs() as logs:
+        async with Service(settings).running(), asyncio.timeout(60):
+            client.config_set("maxmemory", "1")
+            while not any("Redis Streams refuse: its memory is full" in str(entry.get("error")) for entry in logs):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            client.config_set("maxmemory", "0")
+            client.xadd("in", {"event": json.dumps({"stream_id": "a", "values": {"value": 1}})})
+            while not client.xlen("onset:results"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert client.xlen("in") == 0
