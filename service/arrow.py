@@ -11,6 +11,7 @@ then validated in full, since its buffers come from anyone.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -158,8 +159,9 @@ def _columns(table: Any, names: list[str], pa: ModuleType, max_bytes: int) -> Co
     column = {name: table.column(i) for i, name in enumerate(names)}
     nothing: list[str | None] = [None] * N
     stream_ids, event_ids = (_texts(name, column[name], pa, max_bytes) if name in column else nothing for name in _OWN[:2])
-    timestamp = _times(column["timestamp"], pa) if "timestamp" in column else np.full(N, np.nan)
-    sequence, wrong = _sequence(column["sequence"], pa) if "sequence" in column else (np.full(N, -1), np.zeros(N, np.bool_))
+    timestamp, wrong = _times(column["timestamp"], pa) if "timestamp" in column else (np.full(N, np.nan), np.zeros(N, np.bool_))
+    sequence, beyond = _sequence(column["sequence"], pa) if "sequence" in column else (np.full(N, -1), np.zeros(N, np.bool_))
+    wrong = wrong | beyond
     values = {}
     for name in names:
         if name not in _OWN:
@@ -172,16 +174,19 @@ def _columns(table: Any, names: list[str], pa: ModuleType, max_bytes: int) -> Co
     for texts in (stream_ids, event_ids):
         if not all(texts) or max(map(len, texts), default=0) > MAX_NAME_LENGTH:  # type: ignore[arg-type]
             wrong |= np.array([text is not None and not 0 < len(text) <= MAX_NAME_LENGTH for text in texts], np.bool_)
-    bad: dict[int, ItemError] = {i: error for i in np.flatnonzero(wrong).tolist() if (error := _error(column, i)) is not None}
+    bad: dict[int, ItemError] = {i: error for i in np.flatnonzero(wrong).tolist() if (error := _error(column, i, pa)) is not None}
     return Columns(stream_ids, event_ids, values, timestamp, sequence, bad, messages=messages, ends=ends)
 
 
-def _error(column: dict[str, Any], i: int) -> BadEvent | None:
+def _error(column: dict[str, Any], i: int, pa: ModuleType) -> BadEvent | None:
     """What is wrong with a row, found and said as for any other event."""
     own = {name: column[name][i].as_py() for name in _OWN if name in column and name not in ("timestamp", "end")}
     sent = {name.removeprefix(PREFIX): data[i].as_py() for name, data in column.items() if name not in _OWN}
+    time = column["timestamp"][i].as_py() if "timestamp" in column and pa.types.is_floating(column["timestamp"].type) else None
     try:
         checked({**own, "values": {name: None if number is None else float(number) for name, number in sent.items()}})
+        if time is not None and not math.isfinite(time):
+            parse_timestamp(time)
     except BadEvent as error:
         return error
     return None
@@ -224,17 +229,17 @@ def _ends(column: Any, pa: ModuleType) -> NDArray[np.bool_]:
     return ends
 
 
-def _times(column: Any, pa: ModuleType) -> NDArray[np.float64]:
-    """Seconds since 1970, NaN = none."""
+def _times(column: Any, pa: ModuleType) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """[N] seconds since 1970, NaN = none; and [N] where a value was sent that is no time."""
     kind = column.type
     if not pa.types.is_timestamp(kind):
-        return _numbers("timestamp", column, pa, "a timestamp, or a number of seconds since 1970")[0]
+        return _numbers("timestamp", column, pa, "a timestamp, or a number of seconds since 1970")
     ticks = column.cast(pa.int64())
     present = ticks.is_valid().to_numpy()
     count, whole = ticks.fill_null(0).to_numpy(), _TICKS[kind.unit]
     # A nanosecond count has more digits than a float; all others divide as datetime does.
     seconds = count // whole + count % whole / whole if kind.unit == "ns" else count / whole
-    return np.where(present, seconds, np.nan)
+    return np.where(present, seconds, np.nan), np.zeros(len(column), np.bool_)
 
 
 def _numbers(name: str, column: Any, pa: ModuleType, what: str = "numbers") -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

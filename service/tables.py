@@ -39,8 +39,8 @@ LABEL_COLUMNS = frozenset(
 BATCH_CELLS = 1 << 17
 """Cells of a batch."""
 MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-"})
-LATEST_EPOCH = 1e11
-"""Seconds; more (the year 5138) means that the column counts milliseconds or less."""
+EARLIEST_EPOCH, LATEST_EPOCH = -62_135_510_400.0, 1e11
+"""Seconds; less is before the year 1, more (the year 5138) means that the column counts milliseconds or less."""
 
 
 class NoColumns(TableError):
@@ -367,7 +367,7 @@ def _moment(reading: _Reading, column: str, number: int, cell: str) -> datetime:
 
 
 def _checked_epoch(source: Source, column: str, seconds: Float64, before: int) -> Float64:
-    bad = ~(np.abs(seconds) < LATEST_EPOCH)  # true for NaN too
+    bad = ~((seconds >= EARLIEST_EPOCH) & (seconds < LATEST_EPOCH))  # true for NaN too
     if bad.any():
         row = int(bad.argmax())
         raise TableError(f"{source.path}: column {column!r}, row {before + row + 1}: {seconds[row]!r} is not a time in epoch seconds.")
@@ -409,7 +409,7 @@ def _parquet_tables(reading: _Reading, file: Any, pa: Any) -> Iterator[Table]:
         if time_column is None:
             yield _numbered(reading, columns, before, batch.num_rows)
         else:
-            times = batch.column(time_column).to_pylist()
+            times = _arrow_moments(source, time_column, batch.column(time_column), pa)
             written = [_text(time) for time in times] if reading.texts else ()
             seconds = _arrow_times(reading, time_column, times, before, last)
             last = seconds[-1] if len(seconds) else last
@@ -422,6 +422,16 @@ def _arrow_numbers(reading: _Reading, column: str, values: Any, before: int, pa:
         return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))  # null is NaN
     cells = values.to_pylist()
     return np.array([math.nan if cell is None else _number(reading, column, i, str(cell)) for i, cell in enumerate(cells, before + 1)])
+
+
+def _arrow_moments(source: Source, column: str, values: Any, pa: Any) -> list[object]:
+    if pa.types.is_timestamp(values.type) and values.type.unit == "ns":  # finer than Python's times, and than seconds in a float
+        values = values.cast(pa.timestamp("us", values.type.tz), safe=False)
+    try:
+        times: list[object] = values.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise TableError(f"{source.path}: column {column!r} holds a time that cannot be read: {error}.") from error
+    return times
 
 
 def _arrow_times(reading: _Reading, column: str, values: list[object], before: int, last: float) -> Float64:
@@ -486,7 +496,7 @@ def _npz_tables(reading: _Reading, arrays: dict[str, _Member]) -> Iterator[Table
         raise ValueError("objects are not read")
     matrix = arrays[_npz_array(source, arrays, reading.options)]
     rows, width = matrix.shape
-    names = [str(name) for name in arrays["features"].whole()] if "features" in arrays else [f"f{i}" for i in range(width)]
+    names = [str(name) for name in arrays["features"].whole().reshape(-1)] if "features" in arrays else [f"f{i}" for i in range(width)]
     if len(names) != width:
         raise TableError(f"{source.path}: `features` has {len(names)} names for {width} columns.")
     _refuse_twins(source, names)
@@ -517,7 +527,8 @@ def _npz_array(source: Source, arrays: dict[str, _Member], options: ReadOptions)
 
 def _npz_times(source: Source, values: NDArray[Any], before: int) -> Float64:
     if values.dtype.kind == "M":
-        return values.astype("datetime64[us]").astype(np.float64) / 1e6
+        seconds = values.astype("datetime64[us]").astype(np.float64) / 1e6
+        return _checked_epoch(source, "timestamps", np.where(np.isnat(values), np.nan, seconds), before)
     return _checked_epoch(source, "timestamps", values.astype(np.float64), before)
 
 

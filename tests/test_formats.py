@@ -276,6 +276,9 @@ async def test_a_bad_row_names_its_field_and_value_and_its_neighbours_are_scored
     found = answers(await post(client, stream(rows), ARROW))
     assert [row.get("field") for row in found] == [None, "values.flow", "values.flow", None, "sequence", None]
     assert [row.get("value") for row in found] == [None, "NaN", "Infinity", None, str(2**64 - 1), None]
+    timeless = pa.table({"stream_id": ["a"] * 3, "flow": [1.0] * 3, "timestamp": pa.array([None, float("nan"), float("-inf")])})
+    found = answers(await post(client, stream(timeless), ARROW))
+    assert [(row.get("field"), row.get("value")) for row in found] == [(None, None), ("timestamp", "NaN"), ("timestamp", "-Infinity")]
     unknown = pa.table({"stream_id": ["a"], "flow": [1.0], "level": [2.0]})
     assert answers(await post(client, stream(unknown), ARROW))[0]["field"] == "values.level"
 

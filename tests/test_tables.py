@@ -162,6 +162,30 @@ def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
     assert list(table.columns) == ["load", "count"]
 
 
+def test_times_of_parquet_in_nanoseconds_are_read_to_the_microsecond(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for zone in (None, "UTC"):
+        times = pa.array([1_700_000_000_123_456_789, 1_700_000_001_000_000_001], pa.timestamp("ns", zone))
+        parquet.write_table(pa.table({"timestamp": times, "load": [1.0, 2.0]}), path)
+        assert read(path).timestamps.tolist() == [1_700_000_000.123456, 1_700_000_001.0]
+
+
+@pytest.mark.parametrize("times", [pa.array([2**62], pa.timestamp("us")), pa.array([2**52], pa.timestamp("s"))])
+def test_a_time_of_parquet_that_no_calendar_shows_is_refused_by_its_column(tmp_path: Path, times: pa.Array) -> None:
+    parquet.write_table(pa.table({"timestamp": times, "load": [1.0]}), tmp_path / "a.parquet")
+    with pytest.raises(TableError, match="column 'timestamp' holds a time that cannot be read"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_time_that_is_none_or_before_the_year_1_is_refused_by_its_row(tmp_path: Path) -> None:
+    csv_of(tmp_path, "time,v\n-6e10,1\n-9e10,2\n", "a.csv")
+    with pytest.raises(TableError, match=r"column 'time', row 2: .*-9.*is not a time"):
+        read(tmp_path / "a.csv")
+    np.savez(tmp_path / "a.npz", a=np.ones((2, 1)), timestamps=np.array(["2024-01-01", "NaT"], "datetime64[s]"))
+    with pytest.raises(TableError, match=r"column 'timestamps', row 2: .*nan.*is not a time"):
+        read(tmp_path / "a.npz")
+
+
 def test_parquet_with_text_is_refused_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"timestamp": [1.0, 2.0], "host": ["1", "x"]}), path)
