@@ -521,6 +521,8 @@ def _blame(reports: dict[str, StreamReport], top: int) -> Grid:
     for name in ("stream", "while anomalous", "over the whole runs of errors"):
         grid.add_column(name, overflow="fold")
     for stream, report in reports.items():
+        if not report.blame and not report.blame_running and len(reports) > 1:
+            continue  # nothing to say
         grid.add_row(stream, _shares(report.blame, top), _shares(report.blame_running, top))
     return grid
 

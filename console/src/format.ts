@@ -27,7 +27,7 @@ export function chance(p: number | null | undefined): string {
   if (p === null || p === undefined) return "–";
   if (p >= 0.1) return "ordinary";
   const one = 1 / p;
-  return one >= 1e9 ? `1 in ${one.toExponential(0).replace("e+", "·10^")}` : `1 in ${count(Number(one.toPrecision(2)))}`;
+  return one >= 1e9 ? `1 in ${one.toExponential(0).replace(/e\+(\d+)/, (_, power: string) => `·10${[...power].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(digit)]).join("")}`)}` : `1 in ${count(Number(one.toPrecision(2)))}`;
 }
 
 /** A chance as a share. */

@@ -28,7 +28,7 @@ export interface Stream {
   rank: number;
   at: number; // performance.now() of the rank, in seconds
   feature: number;
-  said: string | null; // the last line of a log stream
+  said: string | null; // the last line of a log stream, of an open alert the one it is about
   onset: number; // time of the last onset seen, 0 = none
   version: number; // grows with each change of what is drawn
 }

@@ -238,7 +238,7 @@ class _Fleet:
         events = self._recent.events(slot)[-SPARK_EVENTS:]
         self._seen[slot] = self._recent.written(slot)
         value = series(events["x"][:, 0]) if self._single else None
-        said = None if self._recent.manifest.lines is None else said_of(events["message"][-1])
+        said = None if self._recent.manifest.lines is None else said_of(self._recent.line(slot))
         times, bits = np.round(events["t"], 3).tolist(), events["bits"].tolist()
         return LiveShown(slot, name, times, value, series(events["score"], 4), bits, said)
 
@@ -265,7 +265,7 @@ class _Fleet:
             [SEVERITIES[i] for i in last["severity"].tolist()],
         )
         counts = LiveCounts(**asdict(recent.counts()), replicas=self._shared.replicas, thinned=self._shared.left_out)
-        said = None if recent.manifest.lines is None else [said_of(message) for message in last["message"]]
+        said = None if recent.manifest.lines is None else [said_of(recent.line(slot)) for slot in changed.tolist()]
         return _message("changes", LiveChanges(counts, list(zip(*columns, strict=True)), said))
 
     def _peak(self, slot: int) -> tuple[float, int]:

@@ -42,7 +42,7 @@ class LiveShown(msgspec.Struct, frozen=True):
     """Sums of 1 = anomalous, 2 = an alert is open, 4 = the state is frozen, 8 = an alert begins, 16 = warming up,
     32, 64, 96 = the open alert is minor, major, critical."""
     said: str | None
-    """The last line of a log stream."""
+    """The last line of a log stream; while an alert is open and that is an ordinary one, or the session has ended, the one at its onset."""
 
 
 class LiveFleet(msgspec.Struct, frozen=True):
@@ -84,7 +84,7 @@ class LiveChanges(msgspec.Struct, frozen=True):
     counts: LiveCounts
     rows: list[LiveRow]
     said: list[str | None] | None
-    """Of a log model, the last line of each row's stream; null = the end of a session."""
+    """Of a log model, the line of each row's stream as in `LiveShown`; null = the end of a session."""
 
 
 class LiveStream(msgspec.Struct, frozen=True):

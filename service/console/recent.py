@@ -301,6 +301,22 @@ class Recent:
         marks, level = int(np.bitwise_or.reduce(events["bits"])) % (1 << LEVEL_SHIFT), int(events["bits"][-1]) >> LEVEL_SHIFT
         return float(scores.max()) if len(scores) else float("nan"), marks | level << LEVEL_SHIFT
 
+    def line(self, slot: int) -> bytes:
+        """What to read first of a log stream: its last line, b"" = the end of a session.
+
+        While an alert is open and the last event is no anomalous line, the one at the greatest onset that is held.
+        """
+        written = int(self._written[slot])
+        place = (written - 1) % self.depth
+        bits, last = self._ring["bits"][slot, place], self._ring["message"][slot, place]
+        if bits & OPEN and not (bits & ANOMALY and last):
+            places = np.arange(max(written - self.depth, 0), written) % self.depth
+            onsets = places[self._ring["bits"][slot, places] & ONSET != 0]
+            if len(onsets):
+                place = int(onsets[self._ring["alert"][slot, onsets].argmax()])
+        line: bytes = self._ring["message"][slot, place]
+        return line
+
     def events(self, slot: int, seen: int = 0) -> NDArray[Any]:
         """Those still held of the events written after the first `seen` ones, in order."""
         written = int(self._written[slot])

@@ -63,15 +63,15 @@ def _row(recent: Recent, slot: int) -> str:
     score = "-" if math.isnan(last["score"]) else f"{last['score']:.2f}"
     return (
         f'<tr class="{kind}"><th scope="row"><a href="v1/streams/{quote(name)}">{html.escape(name)}</a></th>'
-        f"{_reading(recent, last, top, named)}<td>{score}</td>"
+        f"{_reading(None if recent.manifest.lines is None else recent.line(slot), last, top, named)}<td>{score}</td>"
         f"<td>{_sparkline(events['score'])}</td><td>{state}, {_ago(float(last['t']))}</td></tr>"
     )
 
 
-def _reading(recent: Recent, last: np.void, top: int, named: str) -> str:
-    """Value and what was expected; of a log stream its last line."""
-    if recent.manifest.lines is not None:
-        return f'<td colspan="2">{html.escape(said_of(last["message"]) or "(end of session)")}</td>'
+def _reading(line: bytes | None, last: np.void, top: int, named: str) -> str:
+    """Value and what was expected; of a log stream its last line, or the one that an open alert is about."""
+    if line is not None:
+        return f'<td colspan="2">{html.escape(said_of(line) or "(end of session)")}</td>'
     return f"<td>{_number(last['x'][top])}{named}</td><td>{_number(last['expected'][top])}</td>"
 
 
