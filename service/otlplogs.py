@@ -195,47 +195,47 @@ _Whole = int | str
 
 
 class _Json(msgspec.Struct, rename="camel", gc=False):
-    pass
+    """As protobuf has it in JSON: null, as what is left out, is a field's default."""
 
 
 class _KeyValue(_Json):
-    key: str = ""
+    key: str | None = None
     value: dict[str, Any] | None = None
 
 
 class _Resource(_Json):
-    attributes: list[_KeyValue] = []
+    attributes: list[_KeyValue] | None = None
 
 
 class _Scope(_Json):
-    name: str = ""
-    attributes: list[_KeyValue] = []
+    name: str | None = None
+    attributes: list[_KeyValue] | None = None
 
 
 class _LogRecord(_Json):
-    time_unix_nano: _Whole = 0
-    observed_time_unix_nano: _Whole = 0
-    severity_number: _Whole = 0
-    severity_text: str = ""
+    time_unix_nano: _Whole | None = None
+    observed_time_unix_nano: _Whole | None = None
+    severity_number: _Whole | None = None
+    severity_text: str | None = None
     body: dict[str, Any] | None = None
-    attributes: list[_KeyValue] = []
-    trace_id: str = ""
-    span_id: str = ""
-    event_name: str = ""
+    attributes: list[_KeyValue] | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
+    event_name: str | None = None
 
 
 class _ScopeLogs(_Json):
     scope: _Scope | None = None
-    log_records: list[_LogRecord] = []
+    log_records: list[_LogRecord] | None = None
 
 
 class _ResourceLogs(_Json):
     resource: _Resource | None = None
-    scope_logs: list[_ScopeLogs] = []
+    scope_logs: list[_ScopeLogs] | None = None
 
 
 class _Request(_Json):
-    resource_logs: list[_ResourceLogs] = []
+    resource_logs: list[_ResourceLogs] | None = None
 
 
 _request = msgspec.json.Decoder(_Request)
@@ -247,14 +247,14 @@ def decode_json(content: bytes, *, most: int) -> list[Record]:
         request = _request.decode(content)
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise BadBody(f"The body is not an {MESSAGE} in JSON: {error}.") from error
-    scopes = [(logs.resource, scope) for logs in request.resource_logs for scope in logs.scope_logs]
-    if sum(len(scope.log_records) for _, scope in scopes) > most:
+    scopes = [(logs.resource, scope) for logs in request.resource_logs or () for scope in logs.scope_logs or ()]
+    if sum(len(scope.log_records or ()) for _, scope in scopes) > most:
         raise too_many(most)
     records: list[Record] = []
     for resource, logs in scopes:
         scope = logs.scope or _Scope()
-        origin = Origin(_attributes(resource.attributes) if resource else _NONE, scope.name, _attributes(scope.attributes))
-        records += [_record(origin, record) for record in logs.log_records]
+        origin = Origin(_attributes(resource.attributes) if resource else _NONE, scope.name or "", _attributes(scope.attributes))
+        records += [_record(origin, record) for record in logs.log_records or ()]
     return records
 
 
@@ -271,21 +271,21 @@ def severity_name(number: int) -> str:
 
 
 def _record(origin: Origin, record: _LogRecord) -> Record:
-    time = _whole(record.time_unix_nano, "timeUnixNano") or _whole(record.observed_time_unix_nano, "observedTimeUnixNano")
+    time = _whole(record.time_unix_nano or 0, "timeUnixNano") or _whole(record.observed_time_unix_nano or 0, "observedTimeUnixNano")
     return Record(
         origin,
         time,
-        record.severity_text or severity_name(_whole(record.severity_number, "severityNumber")),
+        record.severity_text or severity_name(_whole(record.severity_number or 0, "severityNumber")),
         None if record.body is None else _json_value(record.body, 0),
         _attributes(record.attributes),
-        record.trace_id.lower(),
-        record.span_id.lower(),
-        record.event_name,
+        (record.trace_id or "").lower(),
+        (record.span_id or "").lower(),
+        record.event_name or "",
     )
 
 
-def _attributes(pairs: Sequence[_KeyValue]) -> Attributes:
-    return {pair.key: None if pair.value is None else _json_value(pair.value, 0) for pair in pairs} if pairs else _NONE
+def _attributes(pairs: Sequence[_KeyValue] | None) -> Attributes:
+    return {pair.key or "": None if pair.value is None else _json_value(pair.value, 0) for pair in pairs} if pairs else _NONE
 
 
 def _json_value(value: Any, depth: int) -> Value:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, ParseDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest, ExportLogsServiceResponse
@@ -61,6 +61,17 @@ def test_what_is_left_out_has_its_default_and_the_time_of_observation_stands_in(
         assert [one.nanoseconds for one in records] == [NOW, 5, 0]
         assert [(one.body, one.severity, one.event_name) for one in records] == [("a", "", ""), ("b", "", ""), (None, "warn", "e")]
     assert decode_protobuf(b"", most=10) == decode_json(b"{}", most=10) == []
+
+
+def test_null_is_a_fields_default_as_protobufs_json_has_it() -> None:
+    nothing = dict.fromkeys(("observedTimeUnixNano", "severityNumber", "severityText", "attributes", "traceId", "spanId", "eventName"))
+    sent = nothing | {"timeUnixNano": "1764120000000000000", "body": {"stringValue": "a line"}}
+    logs = [{"scope": None, "logRecords": [sent, nothing]}, {"scope": {"name": None, "attributes": None}, "logRecords": None}]
+    request = {"resourceLogs": [{"resource": None, "scopeLogs": None}, {"resource": {"attributes": None}, "scopeLogs": logs}]}
+    read = decode_json(json.dumps(request).encode(), most=10)
+    assert read == decode_protobuf(ParseDict(request, ExportLogsServiceRequest()).SerializeToString(), most=10)
+    assert [one.body for one in read] == ["a line", None]
+    assert decode_json(b'{"resourceLogs": null}', most=10) == []
 
 
 def test_bytes_are_base64_and_structures_are_json_in_a_line() -> None:
