@@ -33,6 +33,8 @@ MEMORY, LONG_MEMORY = 200.0, 5000.0
 SMALLEST = 0.35
 HEADROOM = math.log(2)
 OUTLIER = math.log(4)
+LONGEST = math.log(1e9)
+"""Of a patience: a lifetime. A burst of milliseconds once a day is improbable only after more; times of watches must stay below SILENT."""
 
 
 def learn(rows: Rows, gap: Float64) -> None:
@@ -67,7 +69,7 @@ def learn_arrivals(rows: Rows, gap: Float64, patience: Float64) -> NDArray[np.in
 def patience(rows: Rows, alpha: float) -> Float64:
     """Seconds [B] after which a silence of each stream is improbable at `alpha`; inf where too little is known."""
     mean, spread, longest = (rows[name].astype(np.float64) for name in ("pace", "pace_spread", "pace_longest"))
-    return np.where(rows["gaps"] >= GAPS, np.exp(np.minimum(_log_patience(mean, spread, longest, alpha), 700.0)), np.inf)
+    return np.where(rows["gaps"] >= GAPS, np.exp(np.minimum(_log_patience(mean, spread, longest, alpha), LONGEST)), np.inf)
 
 
 def rate(rows: Rows) -> Float64:

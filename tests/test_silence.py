@@ -179,6 +179,13 @@ async def test_the_next_silence_is_raised_again(world: World) -> None:
         assert len(world.raised) == i
 
 
+async def test_a_stream_of_short_bursts_and_long_pauses_is_waited_for_and_not_counted_as_silent(world: World) -> None:
+    for _ in range(40):
+        await world.speak("s", 1, gap=86_400.0)
+        await world.speak("s", 1, gap=0.001)
+    assert [await world.store.silent("tiny", 10), (await world.store.waited("tiny", 10))[0]] == [(0, []), 1]
+
+
 async def test_a_stream_that_speaks_is_looked_at_and_left_alone(world: World) -> None:
     await world.speak("s", 60)
     for _ in range(30):
