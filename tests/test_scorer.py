@@ -22,7 +22,7 @@ from service.errors import (
 from service.events import Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
-from service.scorer import ATTEMPTS, MAX_BATCH, Limits, Scorer
+from service.scorer import ATTEMPTS, MATCHED_CHARACTERS, MAX_BATCH, Limits, Scorer
 from service.stores import Write
 from service.stores.memory import MemoryStore
 
@@ -436,3 +436,22 @@ async def test_an_alert_that_is_accepted_by_its_age_is_logged(tiny_detector: Det
     [line] = [line for line in logs if line["event"] == "regime_accepted"]
     assert (line["by"], line["stream_id"], line["timestamp"]) == ("age", "s", 1e9 + 1020)
     await scorer.drain(1)
+
+
+async def test_while_a_request_of_long_lines_is_matched_others_get_their_turn_and_its_answers_keep_their_places(
+    log_detector: Detector, store: MemoryStore
+) -> None:
+    scorer, done = make(log_detector, store), list[str]()
+
+    async def send(name: str, lines: Sequence[Event]) -> Sequence[Result | ItemError]:
+        answers = await scorer.score(lines)
+        done.append(name)
+        return answers
+
+    lines = [Event(stream_id=f"s{i}", message=" " if i == 30 else "word " * (MATCHED_CHARACTERS // 10)) for i in range(60)]
+    long, short = await asyncio.gather(send("long", lines), send("short", [Event(stream_id="other", message="Took 7 ms for /b")]))
+    assert done == ["short", "long"]
+    assert len(short) == 1
+    places = [answer.field if isinstance(answer, BadEvent) else results([answer])[0].stream_id for answer in long]
+    assert places == ["message" if i == 30 else f"s{i}" for i in range(60)]
+    await scorer.drain(5)
