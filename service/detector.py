@@ -114,7 +114,9 @@ class Detector:
             raise ArtifactError(f"{path} has no {' and no '.join(missing)} in its metadata.")
         detector = cls(parse_manifest(metadata[MANIFEST_KEY], path), sha256, session)
         detector._check_interface(path)
-        detector.self_test(SelfTest.decode(metadata[SELFTEST_KEY]))
+        vectors = SelfTest.decode(metadata[SELFTEST_KEY])
+        detector._check_vectors(vectors, path)
+        detector.self_test(vectors)
         return detector
 
     @property
@@ -212,7 +214,7 @@ class Detector:
 
     def _check_interface(self, path: Path) -> None:
         inputs = {node.name for node in self._session.get_inputs()}
-        outputs = {node.name: node.shape[-1] for node in self._session.get_outputs()}
+        outputs = {node.name: _width(node) for node in self._session.get_outputs()}
         if inputs != _INPUTS or not outputs.keys() >= set(self._outputs):
             raise ArtifactError(
                 f"{path} has inputs {sorted(inputs)} and outputs {sorted(outputs)}; "
@@ -221,11 +223,24 @@ class Detector:
         if self.manifest.lines is not None and (outputs["likely"], outputs["before"]) != self._widths:
             got = f"'likely' of {outputs['likely']} and 'before' of {outputs['before']} columns"
             raise ArtifactError(f"{path}: the graph gives {got}, the manifest says {' and '.join(map(str, self._widths))}.")
-        width = {node.name: node.shape[-1] for node in self._session.get_inputs()}
+        width = {node.name: _width(node) for node in self._session.get_inputs()}
         if width["state"] != self.state_size or width["x"] != self.features:
             raise ArtifactError(
                 f"{path}: the graph takes a state of {width['state']} and {width['x']} features, "
                 f"the manifest says {self.state_size} and {self.features}."
+            )
+
+    def _check_vectors(self, vectors: SelfTest, path: Path) -> None:
+        T, B = vectors.x.shape[:2] if vectors.x.ndim == 3 else (0, 0)
+        F, S = self.features, self.state_size
+        likely, before = self._widths
+        shapes: dict[str, tuple[int, ...]] = {"state": (B, S), "t": (T, B, 3), "likely": (T, B, likely), "before": (T, B, before)}
+        shapes |= dict.fromkeys(("learn", "alpha", "p_value", "onset_p"), (T, B))
+        shapes |= dict.fromkeys(("x", "expected", "lower", "upper", "contribution"), (T, B, F))
+        wrong = next((name for name, shape in shapes.items() if getattr(vectors, name).shape != shape), None)
+        if wrong is not None or T * B == 0:
+            raise ArtifactError(
+                f"{path}: the self-test's '{wrong or 'x'}' has shape {getattr(vectors, wrong or 'x').shape}, which fits no test."
             )
 
     def _compare(self, name: str, step: int, got: Float32, want: Float32) -> None:
@@ -289,6 +304,11 @@ def session_of(graph: bytes, intra_op_threads: int = 1, provider: Provider = "cp
             "and CUDA and cuDNN (pip install 'onset[gpu]'). Its own words are on standard error."
         )
     return session
+
+
+def _width(node: ort.NodeArg) -> int | str | None:
+    """The last axis of an input or an output, as far as the graph says it."""
+    return node.shape[-1] if node.shape else None
 
 
 def _pad(values: Float32, rows: int) -> Float32:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -55,6 +58,32 @@ def test_other_answers_than_the_self_test_are_refused(tmp_path: Path) -> None:
     vectors.p_value[20, 3] *= 0.9
     with pytest.raises(ArtifactError, match="does not pass its self-test: p_value of step 20"):
         Detector.load(resealed(path, {SELFTEST_KEY: vectors.encode()}))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: {"x": v.x[:0]}, "shape"),
+        (lambda v: {"x": v.x[:, :, 0]}, "shape"),
+        (lambda v: {"x": np.repeat(v.x, 2, axis=2)}, r"'x' has shape \(32, 8, 2\)"),
+        (lambda v: {"p_value": v.p_value[:3]}, r"'p_value' has shape \(3, 8\)"),
+        (lambda v: {"likely": np.zeros((32, 8, 2))}, r"'likely' has shape \(32, 8, 2\)"),
+    ],
+)
+def test_a_self_test_of_another_shape_is_refused(tmp_path: Path, change: Callable[[SelfTest], dict[str, Any]], says: str) -> None:
+    path = build_tiny(tmp_path)
+    vectors = SelfTest.decode({entry.key: entry.value for entry in onnx.load(path).metadata_props}[SELFTEST_KEY])
+    with pytest.raises(ArtifactError, match=says):
+        Detector.load(resealed(path, {SELFTEST_KEY: replace(vectors, **change(vectors)).encode()}))
+
+
+def test_a_graph_that_does_not_say_its_widths_is_refused(tmp_path: Path) -> None:
+    path = build_tiny(tmp_path)
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, path)
+    with pytest.raises(ArtifactError, match="takes a state of None"):
+        Detector.load(resealed(path, {}))
 
 
 def test_an_artifact_without_manifest_is_refused(tmp_path: Path) -> None:
