@@ -176,8 +176,8 @@ def produce(
     with _timed(seconds, "export"), console.status("Exporting"):
         graph = to_onnx(step)
         run = Runner(session_of(graph))
-    with _timed(seconds, "evaluation"), console.status("Measuring false onsets and injected anomalies on unseen rows"):
-        quality, shown = _evaluate(step, job, run)
+    with _timed(seconds, "evaluation"):
+        quality, shown = _evaluate(step, job, run, console)
         quality |= faults
     with _timed(seconds, "verification"), console.status("Verifying"):
         manifest = _manifest(step, job, quality)
@@ -263,9 +263,11 @@ def _residuals(step: DetectorStep, x: Any, t: Any) -> tuple[torch.Tensor, torch.
     return tuple(torch.where(present, part, torch.nan)[settled:].flatten(0, 1) for part in (z - forecast, linear))  # type: ignore[return-value]
 
 
-def _evaluate(step: DetectorStep, job: Job, run: Runner) -> tuple[dict[str, Any], report.Shown]:
+def _evaluate(step: DetectorStep, job: Job, run: Runner, console: Console) -> tuple[dict[str, Any], report.Shown]:
     x, t = pad(job.evaluation, max(map(len, job.evaluation)))
-    scores = run_streams(run, step.state_size, x, t)
+    with _bar(console) as bar:
+        task = bar.add_task("Measuring false onsets on unseen rows", total=len(x))
+        scores = run_streams(run, step.state_size, x, t, on_step=lambda: bar.advance(task))
     unseen = np.arange(len(x))[:, None] >= np.array(job.counted_from)[None]
     support = step.calibration.support
     quality: dict[str, Any] = {"calibrated_on": asdict(support)} if support else {}
@@ -278,7 +280,8 @@ def _evaluate(step: DetectorStep, job: Job, run: Runner) -> tuple[dict[str, Any]
     at = max(150, min(1000, shortest - 50)) if shortest > 200 else 0
     if at:
         longer = [stream for stream in job.evaluation if len(stream) >= at + 20][:64]
-        quality["injected_anomalies_found_in_20_events"] = detection(run, step.state_size, longer, at, job.plan.seed)
+        with console.status("Measuring how injected anomalies are found"):
+            quality["injected_anomalies_found_in_20_events"] = detection(run, step.state_size, longer, at, job.plan.seed)
     return quality, _shown(step, job, run)
 
 
