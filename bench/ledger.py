@@ -33,7 +33,7 @@ from service.state import SILENT, Origin, StateCodec
 from service.stores.memory import MemoryStore
 
 CENTURY = 100 * 365 * 24 * 3600
-VOLATILE = frozenset({"crc", "nonce", "trail_until", "deadline", "watch_until", "silent_since"})
+VOLATILE = frozenset({"crc", "nonce", "trail_until", "deadline", "watch_until", "silent_since", "pace_longest"})
 """Fields of a value that depend on chance or on the time of arrival."""
 
 

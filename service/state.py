@@ -12,7 +12,7 @@ A batch of values is one numpy structured array, so loading, judging and writing
     44      quiet u4              ordinary events since the last other one
     48      lasting u4 · peak f4  events since the alert opened · its rarest onset
     56      started_at f8         when the running anomaly began, NaN = none runs
-    64      gaps u4 · pace, pace_spread, pace_longest f4   the stream's cadence, see cadence.py
+    64      gaps u4 · pace, pace_spread, pace_longest f4   the stream's cadence, see cadence.py; the longest knows times of arrival, too
     80      deadline f8           time of this machine until which silence is ordinary, 0 = nobody waits for the stream
     88      watch_until f8        when the store's watch of the stream runs out, 0 = not watched
     96      silent_since f8       last event's arrival, where the stream is silent; NaN = it is not
