@@ -246,8 +246,12 @@ def _once(notify: Notify) -> Notify:
 def read_series(source: Source, detector: Detector, options: ReadOptions, notify: Notify) -> Series:
     """One file for this detector. Raises TableError."""
     table, values = read_for(source, detector.manifest.feature_names, options, notify)
-    if np.nanmax(np.abs(values), initial=0.0) > FLOAT32_MAX:
-        raise TableError(f"{source.path} holds numbers beyond the range of float32.")
+    if len(beyond := np.argwhere(np.abs(values) > FLOAT32_MAX)):
+        row, j = beyond[0].tolist()
+        place = f"feature {detector.manifest.feature_names[j]!r}, row {row + 1}"
+        raise TableError(
+            f"{source.path}: {place}: {values[row, j]} is beyond the range of float32; leave the cell empty where a value is missing."
+        )
     return Series(source.name, table.written, table.timestamps, values.astype(np.float32))
 
 
