@@ -29,6 +29,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar, get_args
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 import numpy as np
@@ -86,6 +87,8 @@ _MEDIA_BYTES = {form: form.value.encode() for form in Format}
 EVENTS = "/v1/events"
 _STREAM_EVENTS = re.compile("/v1/streams/(.*)/events")
 MAX_TOP = 300
+FEATURE_BYTES = 100
+"""Of an event's reply, for each feature beyond the first: expected value and bounds. A wide model's replies are larger than its bodies."""
 MAX_PAGE = 1000
 MAX_NOTE = 2000
 TENANT_HEADER = "X-Scope-OrgID"
@@ -135,8 +138,11 @@ class Application(FastAPI):
             await super().__call__(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if "\ufffd" in path and not _is_utf8(scope["raw_path"]):  # else all names that only differ there would be one stream
+            shown = scope["raw_path"][:256].decode("latin-1")
+            return await respond(problem_of(BadParameter("The address is not UTF-8.", "path", shown)))(scope, receive, send)
         if self.door is not None and scope["method"] == "POST":
-            path = scope["path"]
             if path == EVENTS:
                 return await self.door.answer(scope, receive, send)
             if path.endswith("/events") and (found := _STREAM_EVENTS.fullmatch(path)):
@@ -375,10 +381,13 @@ class Door:
             address = _Address(stream_id, request.header(b"idempotency-key"))
             sender = _sender(request)
             if form is Format.ARROW:
-                replied = await self._answer_columns(scorer, address.columns(self._columns(content)), reply, top, sender)
+                columns = address.columns(self._columns(content))
+                self._intake.reply(request, len(columns) * (scorer.detector.features - 1) * FEATURE_BYTES)
+                replied = await self._answer_columns(scorer, columns, reply, top, sender)
             else:
                 items, bare = self._decoded(content, form)
                 del content
+                self._intake.reply(request, len(items) * (scorer.detector.features - 1) * FEATURE_BYTES)
                 replied = await self._answer(scorer, address.items(items), reply, top, sender, bare=bare)
         finally:
             self._intake.release(request)
@@ -485,6 +494,15 @@ class Door:
     def _count(self, outcomes: Mapping[str, int]) -> None:
         for outcome, count in outcomes.items():
             self._events[outcome].inc(count)
+
+
+def _is_utf8(path: bytes) -> bool:
+    """Whether an address as it was sent names characters."""
+    try:
+        unquote_to_bytes(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 async def _http_problem(request: Request, error: HTTPException) -> Response:

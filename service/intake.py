@@ -90,6 +90,10 @@ class Intake:
             raise
         return content
 
+    def reply(self, request: Incoming, size: int) -> None:
+        """Count the reply's `size` bytes, too. Raises Overloaded."""
+        self._reserve(request, request.held + size)
+
     def release(self, request: Incoming) -> None:
         self._inflight -= request.held
         request.held = 0
@@ -155,7 +159,7 @@ class Intake:
         others = self._inflight - request.held
         if others and others + size > self._limits.max_inflight_bytes:
             self._refused.labels("bytes").inc()
-            raise Overloaded(f"{others} bytes of requests are being scored (ONSET_MAX_INFLIGHT_BYTES).", retry_after=1)
+            raise Overloaded(f"{others} bytes of requests and wide replies are being scored (ONSET_MAX_INFLIGHT_BYTES).", retry_after=1)
         self._inflight += size - request.held
         request.held = size
 

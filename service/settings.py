@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
     """Of one request, unpacked too; larger ones are refused with 413."""
     max_inflight_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
-    """Bytes of all requests being read and scored at once; more are refused with 429."""
+    """Bytes of all requests being read and scored at once, and of wide models' replies; more are refused with 429."""
     max_body_seconds: Annotated[float, Field(gt=0)] = 30
     """How long a body may take to arrive: until then its bytes count as being read."""
     max_batch_events: Annotated[int, Field(ge=1)] = 10_000

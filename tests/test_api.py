@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,6 +27,7 @@ from service.scorer import Limits, Scorer
 from service.stores import Write
 from service.stores.memory import MemoryStore
 from tests.doors import Healthy
+from tests.tiny import build_tiny
 
 JSON = {"content-type": "application/json"}
 NDJSON = {"content-type": "application/x-ndjson"}
@@ -375,6 +377,29 @@ async def test_the_bytes_of_all_requests_together_are_bounded(tiny_detector: Det
         client.store.gate.set()
         assert (await first).status_code == 200
         assert (await client.raw(body)).status_code == 200
+
+
+async def test_the_replies_of_a_wide_model_count_too(tmp_path: Path) -> None:
+    wide = Detector.load(build_tiny(tmp_path, tuple(f"f{i}" for i in range(31))))
+    async with door(wide, DoorLimits(100_000, 1000, max_inflight_bytes=40_000)) as client:
+        client.store.gate.clear()
+        ten = json.dumps([{"stream_id": f"s{i}", "values": {"f0": 1.0}} for i in range(10)])
+        first = asyncio.create_task(client.raw(ten))
+        await asyncio.sleep(0.05)
+        assert_problem(await client.raw(ten), 429, "wide replies")
+        client.store.gate.set()
+        assert (await first).status_code == 200
+        assert (await client.raw(ten)).status_code == 200
+
+
+async def test_a_stream_in_the_path_that_is_not_utf8_is_refused(client: Client) -> None:
+    for name in ("Pumpe-%E4", "Pumpe-%F6", "%ED%A0%80"):
+        answer = await client.post(f"/v1/streams/{name}/events", json={"values": {"value": 1.0}})
+        assert_problem(answer, 422, "not UTF-8")
+        assert name in answer.json()["value"]
+        assert_problem(await client.get(f"/v1/streams/{name}"), 422, "not UTF-8")
+    meant = await client.post("/v1/streams/%EF%BF%BD%C3%A4/events", json={"values": {"value": 1.0}})
+    assert meant.json()["stream_id"] == "\ufffdä"
 
 
 async def test_small_bodies_of_unstated_size_count_as_what_they_are(tiny_detector: Detector) -> None:
