@@ -515,17 +515,29 @@ def _otlp() -> dict[str, Any]:
             }
         ]
     }
-    value = {
-        "type": "object",
-        "description": "An AnyValue: it has one of these, or arrayValue, kvlistValue, bytesValue.",
-        "properties": {"stringValue": {"type": "string"}, "boolValue": {"type": "boolean"}, "doubleValue": {"type": "number"}},
+    text = {"type": "string"}
+    plain = {
+        "stringValue": text,
+        "boolValue": {"type": "boolean"},
+        "intValue": {"type": "string", "pattern": "^-?[0-9]{1,18}$"},
+        "doubleValue": {"type": "number"},
+        "bytesValue": text,
     }
-    attributes = _list_of({"type": "object", "properties": {"key": {"type": "string"}, "value": value}})
+    inner = {"type": "object", "properties": plain, "additionalProperties": False, "description": "Another AnyValue, in fact of any kind."}
+    pairs = _list_of({"type": "object", "properties": {"key": text, "value": inner}})
+    of_several = {
+        name: {"type": "object", "properties": {"values": values}}
+        for name, values in (("arrayValue", _list_of(inner)), ("kvlistValue", pairs))
+    }
+    value = {"type": "object", "description": "An AnyValue: it has one of these.", "properties": {**plain, **of_several}}
+    attributes = _list_of({"type": "object", "properties": {"key": text, "value": value}})
     owner = {"type": "object", "properties": {"attributes": attributes}}
-    texts = {name: {"type": "string"} for name in ("severityText", "traceId", "spanId", "eventName")}
+    texts = dict.fromkeys(("severityText", "traceId", "spanId", "eventName"), text)
     times = dict.fromkeys(("timeUnixNano", "observedTimeUnixNano"), _NANOSECONDS)
-    record = {"type": "object", "properties": {**times, **texts, "body": value, "attributes": attributes}}
-    scope = {"type": "object", "properties": {"scope": owner, "logRecords": _list_of(record)}}
+    number = {"severityNumber": {"type": "integer", "minimum": 0, "maximum": 24}}
+    record = {"type": "object", "properties": {**times, **number, **texts, "body": value, "attributes": attributes}}
+    named = {"type": "object", "properties": {"name": text, "attributes": attributes}}
+    scope = {"type": "object", "properties": {"scope": named, "logRecords": _list_of(record)}}
     resource = {"type": "object", "properties": {"resource": owner, "scopeLogs": _list_of(scope)}}
     request = {"type": "object", "properties": {"resourceLogs": _list_of(resource)}}
     message = {**_BINARY, "description": "An opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest."}
