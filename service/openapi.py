@@ -534,7 +534,7 @@ def _otlp() -> dict[str, Any]:
     owner = {"type": "object", "properties": {"attributes": attributes}}
     texts = dict.fromkeys(("severityText", "traceId", "spanId", "eventName"), text)
     times = dict.fromkeys(("timeUnixNano", "observedTimeUnixNano"), _NANOSECONDS)
-    number = {"severityNumber": {"type": "integer", "minimum": 0, "maximum": 24}}
+    number = {"severityNumber": {"enum": list(range(25))}}
     record = {"type": "object", "properties": {**times, **number, **texts, "body": value, "attributes": attributes}}
     named = {"type": "object", "properties": {"name": text, "attributes": attributes}}
     scope = {"type": "object", "properties": {"scope": named, "logRecords": _list_of(record)}}
