@@ -269,8 +269,8 @@ def _scored(service: Service, wanted: int) -> bool:
 
 def _acknowledged(q: Queue) -> Any:
     async def acknowledged() -> bool:
-        [group] = await q.client.xinfo_groups(KEY)
-        return bool(group["pending"] == 0 and group["lag"] == 0)
+        groups = await q.client.xinfo_groups(KEY)  # none before the service has made it
+        return bool(groups) and all(group["pending"] == 0 and group["lag"] == 0 for group in groups)
 
     return acknowledged
 
