@@ -32,9 +32,9 @@ from rich.table import Table
 from bench import metrics
 from bench.servers import console
 from bench.sets import MONDAY, load
+from service.asking import SHIPPED_MODELS
 from service.detector import Detector, load_detectors
 from service.policy import Policy
-from service.settings import SHIPPED_MODELS
 from training import synthetic
 from training.data import Float32, Stream, clock, cut, pad
 

@@ -37,8 +37,8 @@ from bench.nursery import Nursery
 from bench.soak import SHOWN, Plan, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from service.artifact import UNSEALED, find_artifacts, seal, verify_seal
+from service.asking import SHIPPED_MODELS
 from service.detector import Detector
-from service.settings import SHIPPED_MODELS
 from service.stores.redis import state_key
 
 REPLICAS = 2

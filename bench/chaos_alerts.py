@@ -37,12 +37,12 @@ from bench.soak import Plan, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store
 from service import alerts
 from service.artifact import find_artifacts
+from service.asking import SHIPPED_MODELS
 from service.detector import Detector
 from service.events import Event
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
-from service.settings import SHIPPED_MODELS
 from service.stores.memory import MemoryStore
 
 REPLICAS = 2

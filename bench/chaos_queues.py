@@ -47,9 +47,9 @@ from bench.soak import SHOWN, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from bench.wires import KafkaWire, NatsWire, NotSentError, RedisStreamsWire, Wire
 from service.artifact import find_artifacts
+from service.asking import SHIPPED_MODELS
 from service.detector import Detector
 from service.events import Event, Result
-from service.settings import SHIPPED_MODELS
 from service.state import SEEN
 from service.stores.redis import state_key
 

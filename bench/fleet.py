@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from service.artifact import find_artifacts
-from service.settings import SHIPPED_MODELS
+from service.asking import SHIPPED_MODELS
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("training/*.py", "service/artifact.py", "bench/fleet.py")

@@ -18,10 +18,10 @@ from bench.baselines import Answer
 from bench.metrics import Float64
 from bench.sets import MONDAY, Case, DataSet
 from service.artifact import find_artifacts
+from service.asking import SHIPPED_MODELS
 from service.backtest import Scored, Series, score
 from service.detector import Detector
 from service.policy import THRESHOLD, Policy
-from service.settings import SHIPPED_MODELS
 
 
 class FitFailed(Exception):

@@ -75,7 +75,7 @@ def serve(
     except ValidationError as error:
         first = error.errors()[0]
         name = "_".join(str(part) for part in first["loc"])
-        _refuse(f"ONSET_{name.upper()} or its option is {first.get('input')!r}: {first['msg']}.")
+        _refuse(f"ONSET_{name.upper()} or its option is {first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}.")
     except OnsetError as error:
         _refuse(error.detail)
     for name, meant in unknown(os.environ).items():  # not refused: Kubernetes sets some for a Service called onset
@@ -149,11 +149,11 @@ def backtest(
 ) -> None:
     """Score whole files as the service would have, without a server. Files are log files where the model is of logs."""
     from service import log_backtest  # noqa: PLC0415
+    from service.asking import SHIPPED_MODELS  # noqa: PLC0415
     from service.backtest import command, load_one  # noqa: PLC0415
     from service.errors import OnsetError  # noqa: PLC0415
     from service.log_files import LogFormat  # noqa: PLC0415
     from service.policy import Policy  # noqa: PLC0415
-    from service.settings import SHIPPED_MODELS  # noqa: PLC0415
 
     try:
         detector, policy = load_one(model or SHIPPED_MODELS), Policy(alpha=alpha, strict=strict)

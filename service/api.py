@@ -382,17 +382,21 @@ class Door:
             sender = _sender(request)
             if form is Format.ARROW:
                 columns = address.columns(self._columns(content))
-                self._intake.reply(request, len(columns) * (scorer.detector.features - 1) * FEATURE_BYTES)
+                self._expect(request, scorer, len(columns))
                 replied = await self._answer_columns(scorer, columns, reply, top, sender)
             else:
                 items, bare = self._decoded(content, form)
                 del content
-                self._intake.reply(request, len(items) * (scorer.detector.features - 1) * FEATURE_BYTES)
+                self._expect(request, scorer, len(items))
                 replied = await self._answer(scorer, address.items(items), reply, top, sender, bare=bare)
         finally:
             self._intake.release(request)
         self._latency.observe(time.perf_counter() - started)
         return replied, _MEDIA_BYTES[reply]
+
+    def _expect(self, request: Incoming, scorer: Scorer, events: int) -> None:
+        """Count what the reply will take. Raises Overloaded."""
+        self._intake.reply(request, events * (scorer.detector.features - 1) * FEATURE_BYTES)
 
     async def _answer(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str, *, bare: bool) -> bytes | Response:
         try:

@@ -26,11 +26,10 @@ import re2
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from service.asking import SHIPPED, SHIPPED_MODELS
 from service.errors import ArtifactError
 
 FORMAT = 1
-SHIPPED = "shipped"
-"""Stands for the models that ship with the service."""
 AUDIT = "audit"
 MANIFEST_KEY, SELFTEST_KEY, SHA256_KEY = "onset.manifest", "onset.selftest", "onset.sha256"
 SEEN = 10
@@ -299,7 +298,7 @@ def find_artifacts(path: Path) -> list[Path]:
     if "," in str(path) and not path.exists():
         return [file for part in str(path).split(",") for file in find_artifacts(Path(part.strip()))]
     if str(path) == SHIPPED and not path.exists():
-        path = Path(__file__).parent / "models"
+        path = SHIPPED_MODELS
     if path.is_file():
         return [path]
     found = sorted(path.glob("*.onnx")) if path.is_dir() else []

@@ -1,14 +1,17 @@
-"""What may be asked for: the false-alarm rate, as a number or in words, and where steps run. Imports next to nothing: settings are read
-before all else.
+"""What may be asked for: the false-alarm rate, as a number or in words, where steps run, and the models that ship. Imports next to nothing:
+settings are read before all else.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 Provider = Literal["cpu", "cuda"]
 """Where a step runs."""
+SHIPPED, SHIPPED_MODELS = "shipped", Path(__file__).parent / "models"
+"""The word that stands for the models that ship with the service, and their folder."""
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-9, 0.5
 """What may be asked for: the first included, the second not."""
 ALPHA_RANGE = f"from {SMALLEST_ALPHA:g} to below {LARGEST_ALPHA:g}"

@@ -307,16 +307,18 @@ def _list(content: Any, depth: int) -> Value:
 
 def _kvlist(content: Any, depth: int) -> Value:
     pairs = _values(content)
-    if not all(isinstance(pair, dict) and isinstance(pair.get("key", ""), str) for pair in pairs):
+    if not all(isinstance(pair, dict) and isinstance(pair.get("key"), str | None) for pair in pairs):
         raise _no_value(content)
-    return {pair.get("key", ""): None if pair.get("value") is None else _json_value(pair["value"], depth + 1) for pair in pairs}
+    return {pair.get("key") or "": None if pair.get("value") is None else _json_value(pair["value"], depth + 1) for pair in pairs}
 
 
 def _values(content: Any) -> list[Any]:
-    values = content.get("values", []) if isinstance(content, dict) else None
-    if not isinstance(values, list):
+    if not isinstance(content, dict):
         raise _no_value(content)
-    return values
+    values = content.get("values")
+    if values is not None and not isinstance(values, list):
+        raise _no_value(content)
+    return values or []
 
 
 def _of(kind: type) -> Callable[[Any, int], Value]:

@@ -11,10 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.asking import LARGEST_ALPHA, SMALLEST_ALPHA, Provider, per_event
+from service.asking import LARGEST_ALPHA, SHIPPED_MODELS, SMALLEST_ALPHA, Provider, per_event
 from service.logs import LogLevel
-
-SHIPPED_MODELS = Path(__file__).parent / "models"
 
 
 class Settings(BaseSettings):

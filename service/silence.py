@@ -113,7 +113,7 @@ def watched(rows: Rows, live: NDArray[np.bool_], patience: NDArray[np.float64], 
 
 def awaited(rows: Rows) -> NDArray[np.bool_]:
     """[B] whether `end` or `begin_end` would change anything."""
-    waited: NDArray[np.bool_] = (rows["deadline"] > 0) | (rows["watch_until"] > 0) | (rows["flags"] & (SILENT | ALERT_OPEN) != 0)
+    waited: NDArray[np.bool_] = (rows["deadline"] != 0) | (rows["watch_until"] > 0) | (rows["flags"] & (SILENT | ALERT_OPEN) != 0)
     waited |= ~np.isnan(rows["raw"])
     waited &= rows["flags"] & ENDING == 0
     return waited

@@ -2,6 +2,8 @@
 
     wide table ── read_batches ──► columns, named by a template such as {stream}.{feature} ──► OUT/STREAM.csv: timestamp, feature, ...
 
+Read twice where some column has no number at first: it may be a sensor that was off then, or words to the end.
+
 A historian writes one table with a column for each sensor, in local times, with decimal commas, and words ("ok", "Bad") among the numbers;
 what trains and scores wants a file for each stream.
 """
@@ -64,23 +66,36 @@ def split(paths: Iterable[Path], out: Path, template: str, options: ReadOptions,
     named, done = _expression(template), Done()
     for source in find_sources(paths):
         strange: Counter[str] = Counter()
-        words: dict[str, str] = {}
 
-        def tell(column: str, cell: str, strange: Counter[str] = strange, words: dict[str, str] = words) -> None:
+        def tell(column: str, cell: str, strange: Counter[str] = strange) -> None:
             strange[column] += 1
-            words.setdefault(column, cell)
 
+        alone = _words_alone(source, options, dialect)
+        done.words |= alone
         places: dict[str, dict[str, str]] | None = None
         for table in read_batches(source, options, notify, CELLS, replace(dialect, strange=tell)):
             if places is None:
-                alone = {name: word for name, word in words.items() if np.isnan(table.columns[name]).all()}
-                done.words |= alone
                 places = _places(source, [name for name in table.columns if name not in alone], named, done)
             times = [_time(second) for second in table.timestamps.tolist()]
             for stream, columns in places.items():
                 _append(out, stream, columns, table, times, done)
         done.missing.update({name: n for name, n in strange.items() if name not in done.words})
     return done
+
+
+def _words_alone(source: Source, options: ReadOptions, dialect: Dialect) -> dict[str, str]:
+    """Columns with words and without a single number → their first word. Reads until each column has shown a number."""
+    words: dict[str, str] = {}
+    blank: set[str] | None = None
+
+    def tell(column: str, cell: str) -> None:
+        words.setdefault(column, cell)
+
+    for table in read_batches(source, options, lambda _said: None, CELLS, replace(dialect, strange=tell)):
+        blank = {name for name in (table.columns if blank is None else blank) if np.isnan(table.columns[name]).all()}
+        if not blank:
+            break
+    return {name: word for name, word in words.items() if name in (blank or ())}
 
 
 def _expression(template: str) -> re.Pattern[str]:

@@ -13,7 +13,8 @@ A batch of values is one numpy structured array, so loading, judging and writing
     48      lasting u4 · peak f4  events since the alert opened · its rarest onset
     56      started_at f8         when the running anomaly began, NaN = none runs
     64      gaps u4 · pace, pace_spread, pace_longest f4   the stream's cadence, see cadence.py; the longest knows times of arrival, too
-    80      deadline f8           time of this machine until which silence is ordinary, 0 = nobody waits for the stream
+    80      deadline f8           time of this machine until which silence is ordinary, 0 = nobody waits for the stream; negative = nobody
+                                  yet, the time of its only arrival so far
     88      watch_until f8        when the store's watch of the stream runs out, 0 = not watched
     96      silent_since f8       last event's arrival, where the stream is silent; NaN = it is not
     104     raw f8                the last event's reading of a counter, whose increase per second is what is scored; NaN = it was none

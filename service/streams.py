@@ -108,7 +108,7 @@ class Streams:
             entry = alerts.encoded(self._accepting(stream_id, before))
             write = Write(stream_id, loaded.tokens[0], self._codec.encode(loaded.rows)[0], log=[entry])
             self._copies.drop([stream_id])
-            if await self._store.commit(self._model, [write]) == [True]:
+            if await self._store.commit(self._model, [write]) == [WRITTEN]:
                 self.accepted(stream_id, before[0], by="call")
                 return self._summary([stream_id], loaded.rows)[0]
             self._metrics.conflicts.inc()

@@ -12,11 +12,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.app import Service, create_app
+from service.asking import SHIPPED_MODELS
 from service.canary import RESULTS, Canary, CanaryResult
 from service.detector import Detector
 from service.errors import StoreUnavailable
 from service.metrics import Metrics
-from service.settings import SHIPPED_MODELS, Settings
+from service.settings import Settings
 from service.stores import Write
 from service.stores.memory import MemoryStore
 from service.stores.redis import RedisStore

@@ -13,9 +13,10 @@ import pytest
 from prometheus_client import generate_latest
 
 from service.app import Service
+from service.asking import SHIPPED_MODELS
 from service.detector import MAX_ROWS, Detector, StepOutput, bucket
 from service.errors import BadSetting
-from service.settings import SHIPPED_MODELS, Settings
+from service.settings import Settings
 from tests.tiny import build_tiny
 
 FIELDS = tuple(StepOutput.__dataclass_fields__)

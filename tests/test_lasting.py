@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from service.asking import SHIPPED_MODELS
 from service.detector import Detector
 from service.events import Readings
 from service.policy import Policy
 from service.rounds import advance
-from service.settings import SHIPPED_MODELS
 from service.state import ALERT_OPEN, FROZEN, LEARNER, Rows, StateCodec
 
 NORMAL, FAULT, BACK = 2000, 10_000, 500

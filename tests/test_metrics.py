@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from monitoring import generate
 from service.app import Service
+from service.asking import SHIPPED_MODELS
 from service.detector import Detector
 from service.events import Event
 from service.feed import Feed
@@ -17,7 +18,7 @@ from service.metrics import CATALOGUE, P_VALUES, Distribution, Metric, Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.series import Series, exposition
-from service.settings import SHIPPED_MODELS, Settings
+from service.settings import Settings
 from service.stores.memory import MemoryStore
 
 

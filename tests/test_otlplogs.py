@@ -72,6 +72,16 @@ def test_null_is_a_fields_default_as_protobufs_json_has_it() -> None:
     assert read == decode_protobuf(ParseDict(request, ExportLogsServiceRequest()).SerializeToString(), most=10)
     assert [one.body for one in read] == ["a line", None]
     assert decode_json(b'{"resourceLogs": null}', most=10) == []
+    within = [
+        {"kvlistValue": {"values": [{"key": None, "value": {"intValue": "1"}}]}},
+        {"kvlistValue": {"values": None}},
+        {"arrayValue": {"values": None}},
+    ]
+    nested = {"resourceLogs": [{"scopeLogs": [{"logRecords": [{"body": {"arrayValue": {"values": within}}}]}]}]}
+    [one] = decode_json(json.dumps(nested).encode(), most=10)
+    assert (
+        one.body == decode_protobuf(ParseDict(nested, ExportLogsServiceRequest()).SerializeToString(), most=10)[0].body == [{"": 1}, {}, []]
+    )
 
 
 def test_bytes_are_base64_and_structures_are_json_in_a_line() -> None:

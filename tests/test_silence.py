@@ -225,6 +225,24 @@ async def test_an_outage_on_our_side_makes_nobody_more_than_twice_as_patient(wor
     assert 20 < silence.patience < 100
 
 
+async def test_a_stream_that_ended_after_one_delivery_has_not_paused_since_then(world: World) -> None:
+    def delivery() -> list[Event]:
+        return [Event("s", {"value": float(i % 3)}, timestamp=world.clock.now - 100 + i) for i in range(100)]
+
+    scorer = world.replicas[0]
+    await scorer.score(delivery())
+    await scorer.streams.end({"s": world.clock.now})
+    world.clock.now += 86_400
+    await scorer.score(delivery())
+    for _ in range(3):
+        world.clock.now += 100
+        await scorer.score(delivery())
+    world.clock.now += 3600
+    await world.sweep()
+    [silence] = world.raised
+    assert silence.patience < 1000
+
+
 async def test_nobody_waits_for_the_past_or_for_a_stream_too_new(world: World) -> None:
     await world.speak("old", 100, behind=86_400)
     await world.speak("new", 20)

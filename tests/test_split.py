@@ -54,6 +54,19 @@ def test_columns_of_a_machine_become_one_file_with_words_left_out_or_missing(tmp
     ]
 
 
+@pytest.mark.parametrize("cells", [8, 1 << 22])
+def test_a_sensor_that_was_off_at_first_is_none_of_words_alone_however_the_file_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cells: int
+) -> None:
+    monkeypatch.setattr("service.split.CELLS", cells)
+    rows = "".join(f"2026-11-24T00:{i:02}:00,{i},{'Bad' if i < 30 else i},ok\n" for i in range(60))
+    done = split([written(tmp_path, "time,M.a,M.late,M.status\n" + rows)], tmp_path / "out", "{stream}.{feature}", ReadOptions())
+    late = stream(tmp_path / "out", "M").columns["late"].tolist()
+    assert late[30:] == list(range(30, 60))
+    assert all(map(math.isnan, late[:30]))
+    assert (done.words, dict(done.missing)) == ({"M.status": "ok"}, {"M.late": 30})
+
+
 def test_each_column_is_a_stream_of_the_shipped_detector_and_one_without_numbers_has_no_file(tmp_path: Path) -> None:
     text = "time,a/t1,a/t2,dead\n2026-11-24T00:00:00,1,2,\n2026-11-24T00:01:00,,3,\n"
     done = split([written(tmp_path, text)], tmp_path / "out", "{stream}", ReadOptions())

@@ -19,11 +19,11 @@ import pytest
 from rich.console import Console
 
 from service import backtest, log_backtest
+from service.asking import SHIPPED_MODELS
 from service.detector import Detector
 from service.log_files import LogFormat
 from service.policy import Policy
 from service.replay import Options, run
-from service.settings import SHIPPED_MODELS
 from service.tables import ReadOptions
 from tests import local
 from tests.e2e.process import Service
