@@ -28,7 +28,7 @@ from training.calibrate import calibrate, observe
 from training.data import Fleet, Source, Stream, cut, pad, variance_of
 from training.detector import DetectorStep
 from training.distributed import ALONE, World
-from training.evaluate import Scores, detection, false_onsets, false_onsets_by_age, run_streams
+from training.evaluate import ASKED, Scores, detection, false_onsets, false_onsets_by_age, onset_p_at, run_streams
 from training.export import manifest_of, publish, to_onnx, training_record
 from training.faults import faulty_streams, found
 from training.fit import Lanes, Plan, Trainer, prepare
@@ -267,15 +267,15 @@ def _evaluate(step: DetectorStep, job: Job, run: Runner, console: Console) -> tu
     x, t = pad(job.evaluation, max(map(len, job.evaluation)))
     with _bar(console) as bar:
         task = bar.add_task("Measuring false onsets on unseen rows", total=len(x))
-        scores = run_streams(run, step.state_size, x, t, on_step=lambda: bar.advance(task))
+        onset_p = onset_p_at(run, step.state_size, x, t, on_step=lambda: bar.advance(task))
     unseen = np.arange(len(x))[:, None] >= np.array(job.counted_from)[None]
     support = step.calibration.support
     quality: dict[str, Any] = {"calibrated_on": asdict(support)} if support else {}
     if support and not support.enough:
         quality["warning"] = f"Calibrated on {support.streams} stream(s): too few to know how much others differ, so α may not hold."
-    quality |= {"false_onsets_on_unseen_rows": false_onsets(scores.onset_p, unseen)}
+    quality |= {"false_onsets_on_unseen_rows": false_onsets(onset_p, unseen)}
     if not any(job.counted_from):
-        quality["false_onsets_by_age_at_0.001"] = false_onsets_by_age(scores.onset_p)
+        quality["false_onsets_by_age_at_0.001"] = false_onsets_by_age(onset_p[ASKED.index(1e-3)])
     shortest = min(map(len, job.evaluation))
     at = max(150, min(1000, shortest - 50)) if shortest > 200 else 0
     if at:

@@ -10,7 +10,7 @@ import pytest
 import service
 from service.detector import Detector
 from training.data import Float32, pad
-from training.evaluate import false_onsets, run_streams
+from training.evaluate import false_onsets, onset_p_at, run_streams
 from training.synthetic import streams
 
 STREAMS, CALM, LOAD = 32, 200, 100
@@ -71,7 +71,7 @@ def test_it_keeps_quiet_in_noise(default: Detector) -> None:
 
 def test_false_onsets_on_unseen_synthetic_streams_come_about_as_often_as_asked(default: Detector) -> None:
     x, t = pad(streams(np.random.default_rng(77), 64, 1500), 1500)
-    scores = run_streams(default.step, default.state_size, x, t)
+    onset_p = onset_p_at(default.step, default.state_size, x, t, [1e-3])
     settled = np.arange(1500)[:, None] >= 500
-    ratio = false_onsets(scores.onset_p, settled & np.ones((1, 64), bool))["0.001"]["ratio"]
+    ratio = false_onsets(onset_p, settled & np.ones((1, 64), bool), [1e-3])["0.001"]["ratio"]
     assert 0.3 < ratio < 3
