@@ -262,8 +262,11 @@ class NatsRig(Shared):
             subject = self.subjects[partition_of(payload) if partition is None else partition].replace(">", "line.sensor")
             await self.js.publish(subject, content_of(payload), headers={"sent": "by us"})
 
+    async def outputs(self) -> list[bytes]:
+        return [content for content, _ in await self._read(f"out{self.at}.results")]
+
     async def results(self) -> list[Result]:
-        return [msgspec.json.decode(content, type=Result) for content, _ in await self._read(f"out{self.at}.results")]
+        return [msgspec.json.decode(content, type=Result) for content in await self.outputs()]
 
     async def dead(self) -> list[dict[str, str]]:
         return [headers for _, headers in await self._read(f"out{self.at}.dead")]

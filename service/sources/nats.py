@@ -13,6 +13,10 @@ that only rise, so nothing of that is used: a consumer numbers its deliveries, e
 an owner that finds deliveries missing, or takes over from one that left some unacknowledged, makes the consumer again. A replica that was
 taken for dead and goes on can so neither take messages away from the new owner unnoticed nor write a state that the owner has written.
 
+A connection is used once. The client could come back by itself, and would then send what was left in its buffer to the new connection,
+although what it had sent before that was lost with the old one: a stream's fourth result was in the output before its third. So the keeper
+makes another client, and what one connection has stored is all that was sent up to some point.
+
 A stream that was deleted and made again counts from 1: the time it was made is part of the partition's identity.
 """
 
@@ -24,7 +28,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -75,7 +79,9 @@ class Nats:
         self.member = uuid.uuid4().hex[:16]
         self._options, self._metrics, self._clock = options, metrics, clock
         self._partitions: Partitions[_Subject] = Partitions(self.name, metrics, options.batch)
-        self._client = Client()
+        self._client: Client | None = None
+        self._ended = asyncio.Event()
+        """The connection is gone; before the first there is none."""
         self._js: JetStreamContext | None = None
         self._leases: _Leases | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -121,9 +127,7 @@ class Nats:
         if self._leases is not None:
             with contextlib.suppress(StoreUnavailable):
                 await self._ask(lambda: self._need_leases().drop(f"member.{self.member}"))
-        if self._client.is_connected or self._client.is_reconnecting:
-            with contextlib.suppress(NatsError, OSError):
-                await self._client.close()
+        await self._disconnect()
 
     # ── the keeper ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -138,35 +142,62 @@ class Nats:
                 await self._on_error(error)
             except Exception as error:  # a bug must not end the heartbeat for good; it is counted and logged
                 self.bug(error)
-            await asyncio.sleep(self._options.lease_seconds / 4)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._options.lease_seconds / 4):
+                    await self._ended.wait()
+                    await asyncio.sleep(BACKOFF_SECONDS)
 
     async def _connect(self) -> None:
-        """Once; after that the client comes back by itself, unless the server has turned it out. Raises StoreUnavailable."""
-        if self._client.is_closed:
-            self._client, self._leases = Client(), None
-        if self._leases is not None:
+        """Unless it is. Raises StoreUnavailable."""
+        if self._leases is not None and self.client.is_connected:
             return
-        options = self._options
+        await self._disconnect()
+        options, client, ended = self._options, Client(), asyncio.Event()
+        self._client, self._ended = client, ended
+
+        async def gone() -> None:
+            """Returns only where the client is closed: it comes back by itself after this."""
+            ended.set()
+            if not client.is_closed:
+                await self._on_error(client.last_error or ConnectionError("The connection is gone."))
+                await asyncio.Event().wait()  # until closing cancels it
+
         try:
-            if not self._client.is_connected:
-                await self._client.connect(
-                    servers=list(options.servers),
-                    name=self.name,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=1,
-                    connect_timeout=round(ANSWER_SECONDS),
-                    allow_reconnect=True,
-                    error_cb=self._on_error,
-                    pending_size=0,
-                    **_login(options),
-                )
-            self._js = self._client.jetstream(timeout=ANSWER_SECONDS)
+            await client.connect(
+                servers=list(options.servers),
+                name=self.name,
+                pending_size=0,
+                max_reconnect_attempts=1,
+                reconnect_time_wait=1,
+                connect_timeout=round(ANSWER_SECONDS),
+                ping_interval=max(1, round(options.lease_seconds)),  # the client's own two minutes leave a dead connection for six
+                error_cb=self._on_error,
+                disconnected_cb=gone,
+                **_login(options),
+            )
+            self._js = client.jetstream(timeout=ANSWER_SECONDS)
             self._leases = await _Leases.of(self._js, f"{options.group}-leases", options.lease_seconds)
         except (NatsError, OSError, TimeoutError) as error:
+            await self._disconnect()
+            ended.clear()  # there is nothing to hurry for
             raise _unavailable(error) from error
+        for partition in self._partitions.owned:
+            partition.wake.set()
+
+    async def _disconnect(self) -> None:
+        client, self._client, self._leases = self._client, None, None
+        if client is None:
+            return
+        if not client.is_connected:
+            client._pending_data_size = 0  # or closing writes that to a closed transport, raises, and leaves the client's tasks behind
+        closing = asyncio.create_task(client.close())  # by itself: of a dead connection it ends in errors of all kinds, or not at all
+        try:
+            await asyncio.wait({closing}, timeout=ANSWER_SECONDS)
+        finally:
+            await tasks.end(closing)
 
     async def _on_error(self, error: Exception) -> None:
-        """The client goes on by itself, for ever; once is enough to tell."""
+        """We go on for ever; once is enough to tell."""
         if not self._failing:
             log.warning("nats_unavailable", source=self.name, error=repr(error))
         self._failing = True
@@ -218,6 +249,8 @@ class Nats:
 
     @property
     def client(self) -> Client:
+        if self._client is None:
+            raise StoreUnavailable("NATS has not been reached yet.")
         return self._client
 
     def arrived(self, partition: _Subject) -> None:
@@ -238,11 +271,11 @@ class Nats:
         """All of them; the last one's ack is confirmed, those before it went the same way. Raises Fenced where it is refused."""
         *before, last = batch.messages
         for message in before:
-            await self._client.publish(message.id.decode(), ACK)
+            await self.client.publish(message.id.decode(), ACK)
         try:
-            await self._client.request(last.id.decode(), ACK, timeout=ANSWER_SECONDS)
+            await self.client.request(last.id.decode(), ACK, timeout=ANSWER_SECONDS)
         except (NoRespondersError, TimeoutError) as error:
-            if not self._client.is_connected:
+            if not self.client.is_connected:
                 raise
             partition.restart()  # the consumer was deleted or made again, or the answer was lost with a connection
             raise Fenced(f"The server did not confirm what was acknowledged of '{batch.partition}'.") from error
@@ -251,11 +284,12 @@ class Nats:
         """All of them are in their stream when it returns. Raises StoreUnavailable: some may be."""
 
         async def send() -> None:
+            js = self.js  # one connection for all of them: of two, the second could store what follows something that the first has lost
             async with asyncio.timeout(2 * ANSWER_SECONDS):
                 sent = [
-                    await self.js.publish_async(subject, payload, wait_stall=ANSWER_SECONDS, headers=about)
+                    await js.publish_async(subject, payload, wait_stall=ANSWER_SECONDS, headers=about)
                     for subject, content, headers in records
-                    for payload, about in [_fitting(content, headers, self._client.max_payload)]
+                    for payload, about in [_fitting(content, headers, self.client.max_payload)]
                 ]
                 await asyncio.gather(*sent)
 
@@ -266,11 +300,19 @@ class Nats:
             raise StoreUnavailable("NATS has not been reached yet.")
         return self._leases
 
-    async def _ask(self, ask: Callable[[], Awaitable[T]]) -> T:
+    async def _ask(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Raises StoreUnavailable, as soon as the connection is gone: what it has not answered it will not answer."""
+        asking, gone = asyncio.create_task(ask()), asyncio.create_task(self._ended.wait())
         try:
-            return await ask()
+            await asyncio.wait((asking, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                raise ConnectionError("The connection is gone.")
+            return asking.result()
         except (NatsError, OSError, TimeoutError) as error:
             raise _unavailable(error) from error
+        finally:
+            gone.cancel()
+            await tasks.end(asking)
 
 
 class _Leases:
@@ -394,12 +436,10 @@ class _Subject(Partition):
         while True:
             try:
                 await self._bind(again)
-                again = False
+                again = True
                 await self._pull()
             except _Restart:
-                again = True
-                self.forget()
-                await self.free.wait()
+                pass
             except (NatsError, OSError, TimeoutError) as error:
                 log.debug("nats_unavailable", source=self._source.name, partition=self.name, error=repr(error))
                 await asyncio.sleep(BACKOFF_SECONDS)
@@ -411,6 +451,9 @@ class _Subject(Partition):
             except Exception as error:  # a bug must not end the partition for good; it is counted and logged
                 self._source.bug(error)
                 await asyncio.sleep(10 * BACKOFF_SECONDS)
+            self._broken = True  # what waits is delivered again
+            self.forget()
+            await self.free.wait()
 
     async def _bind(self, again: bool) -> None:
         """The consumer is there and delivers next what follows the last settled message."""
@@ -429,12 +472,11 @@ class _Subject(Partition):
             first = max(self.settled + 1, stream.state.last_seq + 1 if self._options.start == "latest" and not self.settled else 1)
             info = await self._make(first)
         self._check(info.config)
-        floor = info.ack_floor.stream_seq if info.ack_floor is not None else 0
+        self.settled = self._seen = max(self.settled, info.ack_floor.stream_seq if info.ack_floor is not None else 0)
         if again or info.num_ack_pending:
             with contextlib.suppress(NotFoundError):
                 await js.delete_consumer(self._stream, self.consumer)
-            info = await self._make(max(self.settled, floor) + 1)
-        self.settled = self._seen = max(self.settled, floor)
+            info = await self._make(self.settled + 1)
         self._next = (info.delivered.consumer_seq if info.delivered is not None else 0) + 1
         self._broken, self._pulled = False, 0
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from nats.js.errors import NotFoundError, ServerError
 
 from service.app import Service
 from service.detector import Detector
+from service.errors import StoreUnavailable
+from service.events import Published
 from service.metrics import Metrics
 from service.settings import Settings
 from service.sources import Settlement
@@ -33,6 +36,43 @@ async def rig(jetstream: NatsServer, empty_server: str) -> AsyncIterator[NatsRig
 
 def service(rig: NatsRig, model: Path, **declared: Any) -> Service:
     return Service(Settings(sources=json.dumps([rig.declared | declared]), redis_url=rig.store, model=model, drain_seconds=5))
+
+
+class Relay:
+    """Stands between a client and the server."""
+
+    def __init__(self, port: int) -> None:
+        self._to, self._stalled = port, asyncio.Event()
+        self._connections: list[tuple[asyncio.StreamWriter, asyncio.Task[None]]] = []
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[str]:
+        """Its address."""
+        async with await asyncio.start_server(self._relay, "127.0.0.1", 0) as server:
+            yield "nats://{}:{}".format(*server.sockets[0].getsockname())
+            self.cut()
+            await asyncio.gather(*(task for _, task in self._connections))
+
+    def stall(self) -> None:
+        """What is sent is taken no further, by none of the connections that there are."""
+        self._stalled.set()
+        self._stalled = asyncio.Event()
+
+    def cut(self) -> None:
+        """Every connection, with what is under way in it."""
+        for writer, _ in self._connections:
+            writer.transport.abort()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream, server = await asyncio.open_connection("127.0.0.1", self._to)
+        for source, target in ((reader, server), (upstream, writer)):
+            self._connections.append((target, asyncio.create_task(self._copy(source, target, self._stalled))))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stalled: asyncio.Event) -> None:
+        with contextlib.suppress(OSError):
+            while not stalled.is_set() and (data := await reader.read(65536)):
+                writer.write(data)
+                await writer.drain()
 
 
 async def delete_consumer(rig: NatsRig, partition: int) -> None:
@@ -91,6 +131,35 @@ async def test_a_client_that_the_server_has_turned_out_for_good_is_made_anew(rig
             await source.settle(batch, Settlement())
         await source.client.close()
     await source.close()
+
+
+@pytest.mark.parametrize("ends", ["is cut", "falls silent"])
+async def test_a_connection_that_ends_amid_results_leaves_none_out(rig: NatsRig, ends: str) -> None:
+    relay = Relay(rig.server.port)
+    async with relay.open() as url:
+        source = Nats(NatsSource(**(rig.declared | {"subjects": rig.subjects[:1], "servers": [url]})), Metrics())
+        await source.open()
+        await rig.put({"stream_id": "a", "values": {"value": 1}}, partition=0)
+        batch = await source.receive()
+        results = [Published("a", f"a-{i}", f"{i:04d}".encode() * 25_000) for i in range(300)]
+        relay.stall()  # which is found out when the client holds more than the connection takes
+        publishing = asyncio.create_task(source.publish(batch, results))
+        async with asyncio.timeout(10):
+            while not source.client.pending_data_size:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        if ends == "is cut":
+            relay.cut()
+        with pytest.raises(StoreUnavailable):
+            await publishing
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(StoreUnavailable):
+                    await source.publish(batch, results)
+                    break
+                await asyncio.sleep(0.1)
+        source.abandon(batch)
+        await source.close()
+    assert [int(content[:4]) for content in await rig.outputs()] == list(range(300))
 
 
 async def test_a_consumer_that_is_deleted_is_made_again_where_it_was(rig: NatsRig, tiny_model_path: Path, tiny_detector: Detector) -> None:
