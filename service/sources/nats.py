@@ -385,6 +385,7 @@ class _Subject(Partition):
         self.subject = options.subjects[index]
         super().__init__(self.subject, 0, 0)
         self.consumer = options.group if len(options.subjects) == 1 else f"{options.group}-{index}"
+        self._mark = f"{self.consumer}-at"
         self.lease = f"lease.{index}"
         self.wake = asyncio.Event()
         """There may be room again, or something came."""
@@ -469,16 +470,45 @@ class _Subject(Partition):
         try:
             info = await _whole(js.consumer_info(self._stream, self.consumer))
         except NotFoundError:
-            first = max(self.settled + 1, stream.state.last_seq + 1 if self._options.start == "latest" and not self.settled else 1)
-            info = await self._make(first)
+            info = await self._make(max(self.settled + 1, await self._begin(stream.state.last_seq + 1)))
         self._check(info.config)
         self.settled = self._seen = max(self.settled, info.ack_floor.stream_seq if info.ack_floor is not None else 0)
         if again or info.num_ack_pending:
-            with contextlib.suppress(NotFoundError):
-                await js.delete_consumer(self._stream, self.consumer)
-            info = await self._make(self.settled + 1)
+            info = await self._make_again()
         self._next = (info.delivered.consumer_seq if info.delivered is not None else 0) + 1
         self._broken, self._pulled = False, 0
+
+    async def _begin(self, end: int) -> int:
+        """Where a consumer begins that is not there: was one deleted to be made again, where its mark is."""
+        if self._options.start == "earliest":
+            return 1
+        try:
+            mark = await _whole(self._source.js.consumer_info(self._stream, self._mark))
+        except NotFoundError:
+            return end
+        return mark.config.opt_start_seq or end
+
+    async def _make_again(self) -> ConsumerInfo:
+        """Behind the last settled message. Who is killed before it is made would leave a group that begins at the end without what waits:
+        so a consumer that nobody reads marks the place meanwhile.
+        """
+        if self._options.start == "latest":
+            await self._delete(self._mark)
+            place = ConsumerConfig(
+                durable_name=self._mark,
+                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                opt_start_seq=self.settled + 1,
+                ack_policy=AckPolicy.NONE,
+                filter_subject=self.subject,
+            )
+            with contextlib.suppress(APIError):  # a stream with the retention of a work queue has no second consumer of a subject
+                await self._source.js.add_consumer(self._stream, place)
+        await self._delete(self.consumer)
+        return await self._make(self.settled + 1)
+
+    async def _delete(self, consumer: str) -> None:
+        with contextlib.suppress(NotFoundError):
+            await self._source.js.delete_consumer(self._stream, consumer)
 
     async def _make(self, first: int) -> ConsumerInfo:
         options = self._options
@@ -491,7 +521,10 @@ class _Subject(Partition):
             max_ack_pending=2 * (AHEAD + 1) * options.batch,
             filter_subject=self.subject,
         )
-        return await self._source.js.add_consumer(self._stream, config)
+        info = await self._source.js.add_consumer(self._stream, config)
+        if options.start == "latest":
+            await self._delete(self._mark)
+        return info
 
     def _check(self, config: ConsumerConfig) -> None:
         """Raises BadSetting where the consumer is of something else."""

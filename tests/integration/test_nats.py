@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, ConsumerInfo
 from nats.js.errors import NotFoundError, ServerError
 
@@ -160,6 +161,62 @@ async def test_a_connection_that_ends_amid_results_leaves_none_out(rig: NatsRig,
         source.abandon(batch)
         await source.close()
     assert [int(content[:4]) for content in await rig.outputs()] == list(range(300))
+
+
+async def received(source: Nats) -> list[Any]:
+    """What comes until nothing more does, settled."""
+    values = []
+    with contextlib.suppress(TimeoutError):
+        while True:
+            async with asyncio.timeout(2):
+                batch = await source.receive()
+            values += [json.loads(message.payload or b"")["values"]["value"] for message in batch.messages]
+            await source.settle(batch, Settlement())
+    return values
+
+
+async def test_a_group_that_begins_with_what_is_new_keeps_to_it_also_when_killed_while_it_makes_its_consumer_again(
+    rig: NatsRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(*values: int) -> Any:
+        return rig.put(*({"stream_id": "a", "values": {"value": value}} for value in values), partition=0)
+
+    def source() -> Nats:
+        return Nats(NatsSource(**(rig.declared | {"subjects": rig.subjects[:1], "start": "latest"})), Metrics())
+
+    await put(1, 2)
+    first = source()
+    await first.open()
+    assert await received(first) == []
+    await put(3, 4)
+    assert await received(first) == [3, 4]
+    await put(5, 6)
+    async with asyncio.timeout(10):
+        first.abandon(await first.receive())  # they stay unacknowledged
+        await first.close()
+
+    died = asyncio.Event()
+
+    async def never(js: Any, stream: str, config: ConsumerConfig, **more: Any) -> Any:
+        if config.durable_name == rig.declared["group"]:
+            died.set()
+            await asyncio.Event().wait()
+        return await add(js, stream, config, **more)
+
+    add = JetStreamContext.add_consumer
+    with monkeypatch.context() as patch:
+        patch.setattr(JetStreamContext, "add_consumer", never)
+        second = source()
+        await second.open()
+        async with asyncio.timeout(10):
+            await died.wait()
+        await second.close()
+    third = source()
+    await third.open()
+    assert await received(third) == [5, 6]
+    await third.close()
+    names = {info.name for info in await rig.js.consumers_info(f"IN{rig.at}")}
+    assert names == {rig.declared["group"]}
 
 
 async def test_a_consumer_that_is_deleted_is_made_again_where_it_was(rig: NatsRig, tiny_model_path: Path, tiny_detector: Detector) -> None:
