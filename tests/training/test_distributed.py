@@ -77,23 +77,10 @@ def alone(fleet_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_two_processes_make_the_model_of_one(alone: Path, fleet_folder: Path, tmp_path: Path) -> None:
-    run = torchrun(*arguments(fleet_folder, tmp_path))
-    printed = ended(run)
-    assert run.returncode == 0, printed
-    assert "2 processes on cpu, float32" in printed
-    assert printed.count("Published") == printed.count("Left out as labels") == 1
-    assert_same_training(alone, tmp_path)
-    one, two = verify_file(alone / "pumps-1.onnx"), verify_file(tmp_path / "pumps-1.onnx")
-    assert two.training.command.startswith("torchrun --nproc-per-node 2 -m training fit")
-    assert (one.training.data_sha256, one.training.rows) == (two.training.data_sha256, two.training.rows)
-    assert one.calibration["tau"] == pytest.approx(two.calibration["tau"], rel=0.01)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in alone.iterdir())
-
-
-def test_when_a_process_is_killed_the_others_end_and_the_run_continues_to_the_same_weights(
+def test_when_a_process_is_killed_the_others_end_and_the_run_continues_to_the_model_of_one(
     alone: Path, fleet_folder: Path, tmp_path: Path
 ) -> None:
+    """Two processes make the model of one, and that a first run of theirs was cut short makes no difference."""
     run = torchrun(*arguments(fleet_folder, tmp_path))
     deadline = time.monotonic() + SECONDS
     while not (tmp_path / "checkpoint.pt").exists():
@@ -108,13 +95,21 @@ def test_when_a_process_is_killed_the_others_end_and_the_run_continues_to_the_sa
     assert run.returncode != 0
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     assert "Published" not in printed
+    assert printed.count("Left out as labels") == 1
     assert checkpoint(tmp_path)["progress"]["block"] < 15
 
     run = torchrun(*arguments(fleet_folder, tmp_path, "--resume"))
     printed = ended(run)
     assert run.returncode == 0, printed
     assert "Continuing at step " in printed
+    assert "2 processes on cpu, float32" in printed
+    assert printed.count("Published") == 1
     assert_same_training(alone, tmp_path)
+    one, two = verify_file(alone / "pumps-1.onnx"), verify_file(tmp_path / "pumps-1.onnx")
+    assert two.training.command.startswith("torchrun --nproc-per-node 2 -m training fit")
+    assert (one.training.data_sha256, one.training.rows) == (two.training.data_sha256, two.training.rows)
+    assert one.calibration["tau"] == pytest.approx(two.calibration["tau"], rel=0.01)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in alone.iterdir())
 
 
 def test_what_is_refused_is_said_once(tmp_path: Path) -> None:

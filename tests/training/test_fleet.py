@@ -5,16 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from service.detector import session_of
 from tests.training.conftest import TINY, random_step
 from training.autoencoder import Autoencoder, FleetAutoencoder
 from training.cells import FusedCell, StandardCell
 from training.data import Block, clock
 from training.detector import DetectorStep
-from training.export import to_onnx
 from training.fit import Lanes, Prepared, corrupted, prepare
 from training.networks import Stack
-from training.verify import Runner, verify_step
 
 F, B = 3, 4
 
@@ -26,11 +23,6 @@ def prepared(step: DetectorStep, rows: int, missing: float) -> Prepared:
     t = np.stack([clock(1.7e9 + np.cumsum(rng.uniform(50, 70, rows))) for _ in range(B)], axis=1)
     block = Block(x, t)
     return prepare(step, torch.from_numpy(block.x), torch.from_numpy(block.t), Lanes.fresh(step, B))
-
-
-def test_its_step_is_published_as_trained() -> None:
-    step = random_step(F)
-    verify_step(step, Runner(session_of(to_onnx(step))))
 
 
 def test_its_code_sees_the_newest_event_past_closed_gates() -> None:
