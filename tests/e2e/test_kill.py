@@ -95,7 +95,7 @@ class Killer(threading.Thread):
         self.kills = 0
 
     def run(self) -> None:
-        while not self._stopped.wait(self._random.uniform(0.02, 0.4)):
+        while not self._stopped.wait(self._random.uniform(0.02, 0.8)):
             self._kill()
             self.kills += 1
 
@@ -128,8 +128,9 @@ def test_scores_after_kills_are_those_of_an_uninterrupted_run(
         replies: dict[str, dict[str, Any]] = {}
         for i in range(0, len(events), 50):
             replies |= send_all(service, events[i : i + 50], size)
-            if killer.kills < 1 + i // 100:
-                time.sleep(0.5)
+            while killer.kills < 1 + i // 100:
+                assert killer.is_alive()
+                time.sleep(0.05)
     finally:
         killer.stop()
     assert killer.kills >= 2
