@@ -85,7 +85,7 @@ def serve(
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(envvar="DEMO_SECONDS", min=1, max=3600, help="How long it plays; at least 35.")] = 60.0,
+    seconds: Annotated[float, typer.Option(envvar="DEMO_SECONDS", min=1, max=3600, help="How long it plays; at least 25.")] = 60.0,
     model: Annotated[Path | None, typer.Option(help="A detector of one feature. Default: the one that ships.")] = None,
 ) -> None:
     """Score this machine's own readings live, disturb it, and show the onset."""

@@ -41,8 +41,10 @@ RATE = 10
 """Readings a second."""
 WINDOW = RATE
 """Rates are taken over the last second: kernel counters tick every 10 ms, so over 100 ms they would be mostly rounding."""
-MIN_SECONDS, DEFAULT_SECONDS = 35.0, 60.0
-QUIET_SHARE, BURST_SHARE, MIN_BURST_SECONDS = 1 / 3, 8 / 60, 6.0
+MIN_SECONDS, DEFAULT_SECONDS = 25.0, 60.0
+QUIET_SHARE, BURST_SHARE = 1 / 3, 8 / 60
+MIN_QUIET_SECONDS, MIN_BURST_SECONDS = 12.0, 6.0
+"""Before the 100th reading, after ten seconds, nothing is judged."""
 GRACE_SECONDS = 2.0
 """A reading covers the last second, so an onset this long after the burst still belongs to it."""
 START_SECONDS, STOP_SECONDS = 60.0, 15.0
@@ -88,7 +90,7 @@ class Phases:
 
     @classmethod
     def of(cls, total: float) -> Phases:
-        begin = total * QUIET_SHARE
+        begin = max(MIN_QUIET_SECONDS, total * QUIET_SHARE)
         return cls(begin, begin + max(MIN_BURST_SECONDS, total * BURST_SHARE), total)
 
 

@@ -24,7 +24,7 @@ def leftovers() -> set[Path]:
 
 def start() -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ONSET_")}
-    return subprocess.Popen(COMMAND, env=environment | {"DEMO_SECONDS": "35"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(COMMAND, env=environment | {"DEMO_SECONDS": "25"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_the_demo_flags_the_disturbance_and_leaves_nothing_running() -> None:
