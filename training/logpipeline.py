@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
 from service.artifact import GAP, NUMBERS, TEMPLATE, Feature, Lines
@@ -302,6 +300,9 @@ def most_surprising(held: Held, places: Sequence[Place], onset_p: Float64, lines
 
 def _draw(path: Path, losses: Sequence[float], onset_p: Float64) -> None:
     """The loss of the published network, and how often onsets as rare come in sessions held out against how often they should."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - see training.report
+    from matplotlib.ticker import NullFormatter  # noqa: PLC0415
+
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(range(1, len(losses) + 1), losses, color=report.GLOW, linewidth=1.2)

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
 from service.artifact import Manifest
 from service.backtest import Series, Tally, score
@@ -24,8 +22,6 @@ from service.report import write as write_page
 from training.data import EPOCH_WEEKDAY, Stream, cut
 from training.evaluate import Scores
 from training.fit import Progress
-
-mpl.use("Agg")
 
 SHOWN_FEATURES = 3
 PAGE_STREAMS, PAGE_ROWS = 16, 5000
@@ -47,6 +43,8 @@ class Shown:
 
 def draw(path: Path, progress: Progress, shown: Shown, alpha: float = 1e-3) -> None:
     """Loss on top; then the features that carry the injected anomaly; then the score."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - takes half a second, and one process of a run draws
+
     features = _most_telling(shown)
     figure = Figure(figsize=(11, 3 + 2.1 * (len(features) + 1)), layout="constrained")
     axes = figure.subplots(len(features) + 2, 1, height_ratios=[1.1, *([1.3] * len(features)), 1])
