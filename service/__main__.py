@@ -179,28 +179,54 @@ def backtest(
 @app.command()
 def split(
     files: Annotated[
-        list[Path], typer.Argument(help="CSV (, ; or tab) or Parquet files with a column for each sensor, or folders of them.")
+        list[Path],
+        typer.Argument(
+            help="CSV (, ; or tab) or Parquet files with a column for each sensor or a row for each reading, or folders of them."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="New folder: a CSV for each stream, times in UTC.")],
     columns: Annotated[
         str,
         typer.Option(
-            help="How columns are named: '{stream}.{feature}' makes a stream of the columns that have all before the last point in common, "
-            "'{stream}' a stream of each column, for the detector that ships; '{feature}' a stream of each file."
+            help="How columns, or tags, are named: '{stream}.{feature}' makes a stream of those that have all before the last point in "
+            "common, '{stream}' a stream of each, for the detector that ships; '{feature}' a stream of each file."
         ),
     ] = "{stream}",
     timestamp: Annotated[str | None, typer.Option(help="Name of the timestamp column. Default: found by name.")] = None,
     time_format: Annotated[
-        str | None, typer.Option(help="Of the times, as in strptime, such as '%d.%m.%Y %H:%M:%S'. Default: ISO 8601.")
+        str | None,
+        typer.Option(
+            help="Of the times, as in strptime, such as '%d.%m.%Y %H:%M:%S'; ms, us or ns for such since 1970. "
+            "Default: ISO 8601 or seconds since 1970."
+        ),
     ] = None,
     zone: Annotated[str, typer.Option(help="Time zone of times that name none, such as Europe/Berlin.")] = "UTC",
     decimal: Annotated[str, typer.Option(help="What stands before the decimals: . or ,")] = ".",
-    exclude: Annotated[list[str] | None, typer.Option(help="A column to leave out, or a pattern such as '*.status'. Repeatable.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="A column or tag to leave out, or a pattern such as '*.status'. Repeatable.")
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a table with a row for each reading: the column that names its sensor. Repeatable: then joined by points."),
+    ] = None,
+    value: Annotated[str | None, typer.Option(help="Of such a table: the column of the readings.")] = None,
+    good: Annotated[
+        list[str] | None,
+        typer.Option(help="Of such a table: COLUMN=WORD of good readings, such as quality=Good; others are missing. Repeatable."),
+    ] = None,
+    every: Annotated[
+        float,
+        typer.Option(min=0, help="Of such a table: a row for every so many seconds, with the last readings of each sensor in them."),
+    ] = 0.0,
 ) -> None:
-    """Make a file for each stream of a wide table, such as a historian writes: what fit, backtest and replay read."""
+    """Make a file for each stream of a historian's table, wide or long: what fit, backtest and replay read."""
     from zoneinfo import ZoneInfo  # noqa: PLC0415
 
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
     from service.errors import TableError  # noqa: PLC0415
+    from service.long_tables import Long  # noqa: PLC0415
     from service.split import split as split_tables  # noqa: PLC0415
     from service.tables import Dialect, ReadOptions  # noqa: PLC0415
 
@@ -210,9 +236,23 @@ def split(
         where = ZoneInfo(zone)
     except (ValueError, OSError, LookupError):
         _refuse(f"--zone {zone!r} is no time zone, such as Europe/Berlin or UTC.")
+    if bool(tag) != bool(value) or ((good or every) and not tag):
+        _refuse("--good and --every need --tag and --value, and these each other: the columns of a table with a row for each reading.")
+    qualities = [(column, word) for column, equals, word in (pair.rpartition("=") for pair in good or ()) if equals and column]
+    if len(qualities) < len(good or ()) or len({column for column, _ in qualities}) > 1:
+        _refuse(f"--good {' --good '.join(map(repr, good or ()))} is not COLUMN=WORD, of one column, such as quality=Good.")
+    quality = qualities[0][0] if qualities else None
+    long = Long(tuple(tag), value, quality, frozenset(word.strip() for _, word in qualities), every) if tag and value else None
     options, dialect = ReadOptions(timestamp, frozenset(exclude or ())), Dialect(decimal, time_format, where)
+    console = Console(stderr=True)
     try:
-        done = split_tables(files, out, columns, options, dialect, typer.echo)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("reading", total=None)
+
+            def show(doing: str, done: int, of: int | None) -> None:
+                progress.update(task, description=f"{done:,} {doing}", completed=done, total=of)
+
+            done = split_tables(files, out, columns, options, dialect, typer.echo, long, show)
     except TableError as error:
         _refuse(error.detail)
     for sentence in done.report():

@@ -1,34 +1,42 @@
 """A plant's table → files that `fit`, `backtest` and `replay` read: `python -m service split`.
 
     wide table ── read_batches ──► columns, named by a template such as {stream}.{feature} ──► OUT/STREAM.csv: timestamp, feature, ...
+    long table ── read_long ──► tags, named by the same template ──► Spill, by stream ──► aligned ──┘
 
-Read twice where some column has no number at first: it may be a sensor that was off then, or words to the end.
+A wide one is read twice where some column has no number at first: it may be a sensor that was off then, or words to the end.
 
-A historian writes one table with a column for each sensor, in local times, with decimal commas, and words ("ok", "Bad") among the numbers;
-what trains and scores wants a file for each stream.
+A historian writes one table with a column for each sensor, or with a row for each reading, in local times, with decimal commas, and words
+("ok", "Bad") among the numbers; what trains and scores wants a file for each stream.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from service.errors import TableError
-from service.tables import Dialect, Notify, ReadOptions, Source, Table, find_sources, read_batches
+from service.long_tables import Long, Spill, Suggestion, Tags, aligned, read_long, suggestion
+from service.tables import Dialect, Float64, Notify, ReadOptions, Source, Table, Unsorted, find_sources, read_batches
 
 CELLS = 1 << 22
 """Cells of a batch: some 100 MB with the texts they are read from."""
 SINGLE = "value"
 """Feature of a stream with one: the one that the shipped detector takes."""
 SHOWN = 8
+HALF = 0.5
 PLAIN = Dialect()
+Show = Callable[[str, int, int | None], None]
+"""Told what is being done, how much of it is done, and of how much where that is known."""
 
 
 @dataclass
@@ -41,6 +49,14 @@ class Done:
     unnamed: list[str] = field(default_factory=list)  # columns that the template does not fit
     words: dict[str, str] = field(default_factory=dict)  # columns of words alone → one of them
     missing: Counter[str] = field(default_factory=Counter)  # column → cells that are no number among those that are
+    hints: list[str] = field(default_factory=list)  # what to do about it
+    cells: int = 0  # of the rows written
+    numbers: int = 0  # of these cells
+    # of long tables; by tag
+    bad: Counter[str] = field(default_factory=Counter)  # readings whose quality is not good
+    bad_word: str = ""  # one such quality
+    twice: Counter[str] = field(default_factory=Counter)  # readings at a time for which a later row has another
+    unclear: int = 0  # readings of the hour that a clock set back has twice, of which it cannot be said which
 
     def report(self) -> list[str]:
         """Sentences for people."""
@@ -53,33 +69,193 @@ class Done:
         if self.words:
             said.append(f"Left out, words alone: {_some(f'{name} ({word!r})' for name, word in self.words.items())}.")
         if self.missing:
-            said.append(f"Words among numbers were taken for missing: {_some(f'{name} ({n:,})' for name, n in self.missing.items())}.")
+            said.append(f"Words among numbers were taken for missing: {_counts(self.missing)}.")
+        if self.bad:
+            said.append(f"Of another quality ({self.bad_word!r}), so taken for missing: {_counts(self.bad)}.")
+        if self.twice:
+            said.append(f"More than one reading at the same time, of which the last row's was kept: {_counts(self.twice)}.")
+        if self.unclear:
+            said.append(f"Of the hour that a clock set back has twice, in no order that tells which: {self.unclear:,} readings; the first.")
         if self.unnamed:
             said.append(f"Left out, not of the form of --columns: {_some(self.unnamed)}.")
-        return said
+        return [*said, *self._uneven(), *self.hints]
+
+    def _uneven(self) -> list[str]:
+        """Streams that lack what most have: they do not go into one detector with them."""
+        shapes = Counter(frozenset(self.features[name]) for name, rows in self.rows.items() if rows)
+        if len(shapes) < 2:
+            return []
+        usual, streams = shapes.most_common(1)[0]
+        lacking = [
+            f"{name} ({_some(sorted(usual - set(self.features[name])))})"
+            for name, rows in self.rows.items()
+            if rows and set(self.features[name]) < usual
+        ]
+        return [f"Without features that {streams:,} streams have: {_some(lacking)}."] if lacking and streams > 1 else []
 
 
-def split(paths: Iterable[Path], out: Path, template: str, options: ReadOptions, dialect: Dialect = PLAIN, notify: Notify = print) -> Done:
+def split(
+    paths: Iterable[Path],
+    out: Path,
+    template: str,
+    options: ReadOptions,
+    dialect: Dialect = PLAIN,
+    notify: Notify = print,
+    long: Long | None = None,
+    show: Show = lambda _doing, _done, _of: None,
+) -> Done:
     """Write the streams of these tables under `out`. Raises TableError; what was written by then stays."""
     if out.exists() and any(out.iterdir()):
         raise TableError(f"{out} is not empty: name another --out, or empty it.")
-    named, done = _expression(template), Done()
-    for source in find_sources(paths):
-        strange: Counter[str] = Counter()
+    named, sources = _expression(template), find_sources(paths)
+    with _uncollected():
+        if long is not None:
+            return _split_long(sources, out, named, options, dialect, long, show)
+        return _split_all_wide(sources, out, named, options, dialect, notify, show)
 
-        def tell(column: str, cell: str, strange: Counter[str] = strange) -> None:
-            strange[column] += 1
 
-        alone = _words_alone(source, options, dialect)
-        done.words |= alone
-        places: dict[str, dict[str, str]] | None = None
-        for table in read_batches(source, options, notify, CELLS, replace(dialect, strange=tell)):
-            if places is None:
-                places = _places(source, [name for name in table.columns if name not in alone], named, done)
-            times = [_time(second) for second in table.timestamps.tolist()]
-            for stream, columns in places.items():
-                _append(out, stream, columns, table, times, done)
-        done.missing.update({name: n for name, n in strange.items() if name not in done.words})
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Rows are lists in no cycle: looking through them for garbage takes as long as reading them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _split_all_wide(
+    sources: list[Source], out: Path, named: re.Pattern[str], options: ReadOptions, dialect: Dialect, notify: Notify, show: Show
+) -> Done:
+    done = Done()
+    for source in sources:
+        maybe = suggestion(source, options, dialect)
+        if maybe is not None:
+            _suggest(source, maybe, done)
+        try:
+            _split_wide(source, out, named, options, dialect, notify, done, show)
+        except Unsorted as error:
+            if not done.words and maybe is None:
+                raise
+            raise TableError(f"{error.detail} If it has a row for each reading, name the columns: --tag COLUMN --value COLUMN.") from None
+    return done
+
+
+def _suggest(source: Source, maybe: Suggestion, done: Done) -> None:
+    """Raises TableError where the same times come again with other tags."""
+    how = f"--tag {maybe.tag!r} --value {maybe.value!r}"
+    if maybe.sure:
+        raise TableError(
+            f"{source.path} has a row for each reading: at the same time column {maybe.tag!r} has different words. Split it with {how}; or "
+            f"leave the column out with --exclude {maybe.tag!r}."
+        )
+    done.hints.append(f"If column {maybe.tag!r} of {source.name} names the sensor of each row, split it with {how} instead.")
+
+
+def _split_wide(
+    source: Source, out: Path, named: re.Pattern[str], options: ReadOptions, dialect: Dialect, notify: Notify, done: Done, show: Show
+) -> None:
+    strange: Counter[str] = Counter()
+
+    def tell(column: str, cell: str) -> None:
+        strange[column] += 1
+
+    alone = _words_alone(source, options, dialect)
+    places: dict[str, dict[str, str]] | None = None
+    rows = 0
+    for table in read_batches(source, options, notify, CELLS, replace(dialect, strange=tell)):
+        if places is None:
+            places = _places(source, table, alone, named, done)
+        for stream, columns in places.items():
+            _append(out, stream, columns, table, done)
+        rows += len(table)
+        show(f"rows of {source.name}", rows, None)
+    done.missing.update({name: n for name, n in strange.items() if name not in done.words})
+
+
+def _split_long(
+    sources: list[Source], out: Path, named: re.Pattern[str], options: ReadOptions, dialect: Dialect, long: Long, show: Show
+) -> Done:
+    tags, plan = Tags(), Plan(named)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with closing(Spill(out.parent)) as spill:
+            for source in sources:
+                tags.file = "" if "stream" in named.groupindex else source.name
+                rows = 0
+                for readings in read_long(source, options, long, dialect, tags):
+                    plan.learn(source, tags)
+                    streams, features = np.array(plan.places, dtype=np.int64).reshape(-1, 2)[readings.tags].T
+                    readings.records["feature"] = features
+                    spill.add(streams[streams >= 0], readings.records[streams >= 0])
+                    rows += len(streams)
+                    show(f"rows of {source.name}", rows, None)
+            return _write_long(out, spill, tags, plan, long.every, show)
+    except OSError as error:
+        raise TableError(f"{out} cannot be written: {error}.") from error
+
+
+@dataclass
+class Plan:
+    """Where the readings of each tag go."""
+
+    named: re.Pattern[str]
+    streams: dict[str, int] = field(default_factory=dict)  # name → number, and so below
+    features: dict[str, int] = field(default_factory=dict)
+    places: list[tuple[int, int]] = field(default_factory=list)  # by tag: stream and feature, -1 = not of the form
+    unnamed: list[str] = field(default_factory=list)
+
+    def learn(self, source: Source, tags: Tags) -> None:
+        """Place the tags that are new. Raises TableError where a stream cannot name a file."""
+        for tag in tags.names[len(self.places) :]:
+            found = _found(source, tag, self.named)
+            if found is None:
+                self.places.append((-1, -1))
+                self.unnamed.append(tag or "(rows without a tag)")
+            else:
+                stream, feature = (
+                    numbers.setdefault(name, len(numbers)) for name, numbers in zip(found, (self.streams, self.features), strict=True)
+                )
+                self.places.append((stream, feature))
+
+
+def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, every: float, show: Show) -> Done:
+    """A feature that is words alone in all streams is left out; in one of several it is a sensor that is off."""
+    if not plan.streams:
+        raise TableError(f"No tag is of the form {plan.named.pattern!r}; there are {_some(plan.unnamed)}.")
+    done = Done(unnamed=plan.unnamed, unclear=tags.unclear)
+    live = {feature for tag, (_, feature) in enumerate(plan.places) if tags.numbers[tag] or not tags.words[tag]}
+    columns: dict[int, dict[int, int]] = {stream: {} for stream in plan.streams.values()}  # stream → feature → tag
+    for tag, (stream, feature) in enumerate(plan.places):
+        if stream < 0:
+            continue
+        alone = not tags.numbers[tag] and tags.words[tag]
+        if alone and (feature not in live or "feature" not in plan.named.groupindex):
+            done.words[tags.names[tag]] = tags.first_word[tag]
+            continue
+        columns[stream][feature] = tag
+        done.missing.update({tags.names[tag]: tags.words[tag]} if tags.words[tag] else {})
+        done.bad.update({tags.names[tag]: tags.bad[tag]} if tags.bad[tag] else {})
+    done.bad_word = next((word for tag, word in tags.first_bad.items() if tags.names[tag] in done.bad), "")
+    names = list(plan.features)
+    for written, (name, key) in enumerate(plan.streams.items()):
+        places = sorted(columns[key])
+        if not places:
+            continue
+        known = done.features[name] = [names[place] for place in places]
+        done.rows[name] += 0
+        twice: Counter[int] = Counter()
+        for seconds, values in aligned(spill, key, places, twice, every):
+            _write(out, name, known, seconds, values, done)
+        done.twice.update({tags.names[columns[key][places[i]]]: count for i, count in twice.items()})
+        show("streams written", written + 1, len(plan.streams))
+    if done.cells and done.numbers < HALF * done.cells:
+        done.hints.append(
+            f"Of the cells {done.numbers / done.cells:.0%} have a number: sensors of a stream are seldom written at the same instant. "
+            "--every SECONDS makes a row of the last readings of every so many seconds."
+        )
     return done
 
 
@@ -109,47 +285,68 @@ def _expression(template: str) -> re.Pattern[str]:
     return re.compile("".join(f"(?P<{part[1:-1]}>.+)" if i % 2 else re.escape(part) for i, part in enumerate(parts)))
 
 
-def _places(source: Source, names: list[str], named: re.Pattern[str], done: Done) -> dict[str, dict[str, str]]:
-    """Stream → {feature: column}; without {stream} the file is one. Raises TableError where none fits, or a stream cannot name a file."""
+def _found(source: Source, name: str, named: re.Pattern[str]) -> tuple[str, str] | None:
+    """Stream and feature of a column or tag; without {stream} the file is one. Raises TableError where a stream cannot name a file."""
+    found = named.fullmatch(name)
+    if found is None:
+        return None
+    stream = found.groupdict().get("stream") or source.name.rpartition(".")[0]
+    where = PurePosixPath(stream)
+    if where.is_absolute() or ".." in where.parts or "\0" in stream:
+        raise TableError(f"{source.path}: {name!r} names the stream {stream!r}, which cannot be the name of a file.")
+    return stream, found.groupdict().get("feature", SINGLE)
+
+
+def _places(source: Source, table: Table, alone: dict[str, str], named: re.Pattern[str], done: Done) -> dict[str, dict[str, str]]:
+    """Stream → {feature: column}, without features that are words alone in all streams. Raises TableError where none fits."""
+    found = {name: _found(source, name, named) for name in table.columns}
+    live = {place[1] for name, place in found.items() if place and name not in alone} if "feature" in named.groupindex else set()
     places: dict[str, dict[str, str]] = {}
-    for name in names:
-        found = named.fullmatch(name)
-        if found is None:
+    for name, place in found.items():
+        if name in alone and (place is None or place[1] not in live):
+            done.words[name] = alone[name]
+        elif place is None:
             done.unnamed.append(name)
-            continue
-        stream = found.groupdict().get("stream") or source.name.rpartition(".")[0]
-        where = PurePosixPath(stream)
-        if where.is_absolute() or ".." in where.parts or "\0" in stream:
-            raise TableError(f"{source.path}: column {name!r} names the stream {stream!r}, which cannot be the name of a file.")
-        places.setdefault(stream, {})[found.groupdict().get("feature", SINGLE)] = name
+        else:
+            places.setdefault(place[0], {})[place[1]] = name
     if not places:
+        names = [name for name in table.columns if name not in alone]
         raise TableError(f"{source.path}: no column is of the form {named.pattern!r}; there are {_some(names)}.")
     return places
 
 
-def _append(out: Path, stream: str, columns: dict[str, str], table: Table, times: list[str], done: Done) -> None:
+def _append(out: Path, stream: str, columns: dict[str, str], table: Table, done: Done) -> None:
     """Those rows of the batch that have a number."""
     known = done.features.setdefault(stream, list(columns))
     if known != list(columns):
         raise TableError(f"{table.name}: stream {stream!r} has the features {_some(columns)}, in a file before {_some(known)}.")
-    values = np.stack([table.columns[name] for name in columns.values()], axis=1)
+    begin = _write(out, stream, known, table.timestamps, np.stack([table.columns[name] for name in columns.values()], axis=1), done)
+    if begin is not None:
+        raise TableError(
+            f"{table.name}: stream {stream!r} begins at {_time(begin)}, before the end of the file before: name them in order of time."
+        )
+
+
+def _write(out: Path, stream: str, columns: list[str], seconds: Float64, values: Float64, done: Done) -> float | None:
+    """Add the rows that have a number; or nothing, and say when they begin, where that is before the end of what is there."""
     kept = np.flatnonzero(~np.isnan(values).all(axis=1))
     done.rows[stream] += 0
     if len(kept) == 0:
-        return
-    if table.timestamps[kept[0]] < done.last.get(stream, -math.inf):
-        raise TableError(
-            f"{table.name}: stream {stream!r} begins at {times[kept[0]]}, before the end of the file before: name them in order of time."
-        )
-    done.last[stream] = float(table.timestamps[kept[-1]])
+        return None
+    if seconds[kept[0]] < done.last.get(stream, -math.inf):
+        return float(seconds[kept[0]])
+    done.last[stream] = float(seconds[kept[-1]])
     path = out / f"{stream}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [] if done.rows[stream] else [",".join(map(_cell, ["timestamp", *columns]))]
-    for i, row in zip(kept.tolist(), values[kept].tolist(), strict=True):
-        lines.append(",".join([times[i], *("" if math.isnan(value) else repr(value) for value in row)]))
+    for second, row in zip(seconds[kept].tolist(), values[kept].tolist(), strict=True):
+        lines.append(",".join([_time(second), *("" if math.isnan(value) else repr(value) for value in row)]))
     with path.open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     done.rows[stream] += len(kept)
+    done.cells += values[kept].size
+    done.numbers += int(np.count_nonzero(~np.isnan(values[kept])))
+    return None
 
 
 def _cell(name: str) -> str:
@@ -157,8 +354,13 @@ def _cell(name: str) -> str:
     return f'"{quoted}"' if re.search(r'[",\n;\t]', name) else name
 
 
+@lru_cache(maxsize=1 << 16)  # streams have times in common
 def _time(second: float) -> str:
     return datetime.fromtimestamp(second, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _counts(counts: Counter[str]) -> str:
+    return _some(f"{name} ({count:,})" for name, count in counts.most_common())
 
 
 def _counted(shapes: Counter[int]) -> str:

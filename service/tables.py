@@ -14,14 +14,14 @@ import math
 import re
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, tzinfo
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,19 +32,28 @@ Float64 = NDArray[np.float64]
 Notify = Callable[[str], None]
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".npz")
-TIMESTAMP_COLUMNS = ("timestamp", "time", "datetime", "date_time", "date", "ts", "@timestamp", "epoch")
+TIMESTAMP_COLUMNS = ("timestamp", "time", "datetime", "date_time", "date", "ts", "@timestamp", "epoch", "_time", "t_stamp")
 LABEL_COLUMNS = frozenset(
     {"anomaly", "anomalies", "is_anomaly", "anomaly_label", "label", "labels", "is_label", "ground_truth", "changepoint", "change_point"}
 )
 BATCH_CELLS = 1 << 17
 """Cells of a batch."""
 MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-"})
+TRUTHS = {"true": 1.0, "false": 0.0}
+UNITS = {"ms": 1e3, "us": 1e6, "ns": 1e9}
+"""Forms of times that count since 1970 in less than seconds."""
+INFLUX_NOTES = frozenset({"#group", "#datatype", "#default"})
+"""What InfluxDB's annotated CSV has in the first cell of lines that are no rows."""
 EARLIEST_EPOCH, LATEST_EPOCH = -62_135_510_400.0, 1e11
 """Seconds; less is before the year 1, more (the year 5138) means that the column counts milliseconds or less."""
 
 
 class NoColumns(TableError):
     """Every column of a file is left out."""
+
+
+class Unsorted(TableError):
+    """A row is older than the one before."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +100,36 @@ class Dialect:
     """How a file writes numbers and times."""
 
     decimal: str = "."  # what a CSV has before the decimals
-    time_format: str | None = None  # of times, as in strptime; default: ISO 8601 or epoch seconds
+    time_format: str | None = None  # of times, as in strptime, or one of UNITS; default: ISO 8601 or epoch seconds
     zone: tzinfo = UTC  # of times that name none
     strange: Callable[[str, str], None] | None = None  # told column and cell of what is no number, and so missing; None: it is refused
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A column of T cells, each different one once."""
+
+    name: str
+    codes: NDArray[np.int64]  # [T] places in `distinct`
+    distinct: list[Any]  # in the order of their first rows; texts of a CSV, what Arrow has in Parquet
+
+    def texts(self) -> list[str]:
+        """The cells as texts, null as an empty one."""
+        return ["" if cell is None else str(cell).strip() for cell in self.distinct]
+
+    def first(self, place: int) -> int:
+        """Number of the first row of a cell, from 1 on."""
+        return int((self.codes == place).argmax()) + 1
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Rows of a long table."""
+
+    before: int  # rows of the file before these
+    seconds: Float64  # [T] epoch seconds UTC, in the file's order
+    later: Float64  # [T] seconds until the same clock says the same time again, where a clock set back has it twice; else 0
+    columns: dict[str, Coded]
 
 
 def find_sources(paths: Iterable[Path]) -> list[Source]:
@@ -150,6 +186,81 @@ def read_batches(
 ) -> Iterator[Table]:
     """One file as consecutive tables of about `cells` cells each, at least one. Raises TableError when it gets to what is wrong."""
     return _batches(_Reading(source, options, notify, cells, dialect=dialect))
+
+
+def read_coded(
+    source: Source, options: ReadOptions, wanted: Sequence[str] | None, dialect: Dialect = Dialect(), cells: int = BATCH_CELLS
+) -> Iterator[CodedRows]:
+    """Some columns, None = all, of a CSV or Parquet file whose rows are in any order. Raises TableError when it gets to what is wrong."""
+    readers = {".csv": _csv_coded, ".tsv": _csv_coded, ".parquet": _parquet_coded}
+    suffix = source.path.suffix.lower()
+    if suffix not in readers:
+        raise TableError(f"{source.path} is not one of {', '.join(readers)}.")
+    reading = _Reading(source, options, lambda _said: None, cells, dialect=dialect)
+    before = 0
+    try:
+        for time, columns in readers[suffix](reading, wanted):
+            if len(time.codes):
+                seconds, later = _coded_times(reading, time, before)
+                yield CodedRows(before, seconds[time.codes], later[time.codes], columns)
+            before += len(time.codes)
+    except OSError as error:
+        raise TableError(f"{source.path} cannot be read: {error}.") from error
+    if before == 0:
+        raise TableError(f"{source.path} has no rows.")
+
+
+def coded_numbers(path: Path, cells: Coded, dialect: Dialect, before: int) -> tuple[Float64, NDArray[np.bool_]]:
+    """Of each different cell its number, NaN = missing, and whether it is a word. Raises TableError for an infinite one."""
+    texts = [cell.replace(dialect.decimal, ".") if isinstance(cell, str) else cell for cell in cells.distinct]
+    words = np.zeros(len(texts), dtype=np.bool_)
+    try:
+        if any(cell is None or isinstance(cell, bool) for cell in texts):
+            raise ValueError
+        values = np.array(texts, dtype=np.float64)
+    except (ValueError, TypeError):
+        known = [_number_or_word("" if cell is None else str(cell)) for cell in texts]
+        values = np.array([math.nan if value is None else value for value in known], dtype=np.float64)
+        words[[i for i, value in enumerate(known) if value is None]] = True
+    infinite = np.isinf(values)
+    if infinite.any():
+        place = int(infinite.argmax())
+        raise TableError(f"{path}: column {cells.name!r}, row {before + cells.first(place)}: {cells.distinct[place]!r} is not finite.")
+    return values, words
+
+
+def _coded_times(reading: _Reading, time: Coded, before: int) -> tuple[Float64, Float64]:
+    """Of each different time its seconds, the first of two, and how much later the second is."""
+    dialect, cells = reading.dialect, time.distinct
+    unit = UNITS.get(dialect.time_format or "")
+    counted = unit or (dialect.time_format is None and all(isinstance(cell, int | float) or _is_number(str(cell)) for cell in cells[:1]))
+    later = np.zeros(len(cells))
+    if counted:
+        wrong = next((i for i, cell in enumerate(cells) if cell is None or not _is_number(str(cell))), None)
+        if wrong is not None:
+            raise TableError(
+                f"{reading.source.path}: column {time.name!r}, row {before + time.first(wrong)}: {cells[wrong]!r} is not a time in epoch "
+                "seconds, as the first is."
+            )
+        seconds = np.array(cells, dtype=np.float64) / (unit or 1.0)
+        bad = ~((seconds >= EARLIEST_EPOCH) & (seconds < LATEST_EPOCH))
+        if bad.any():
+            _refuse_epoch(reading.source, time.name, float(seconds[bad.argmax()]), before + time.first(int(bad.argmax())))
+        return seconds, later
+    seconds = np.empty(len(cells))
+    for i, cell in enumerate(cells):
+        moment = cell if isinstance(cell, datetime) else None
+        if moment is None:
+            try:
+                moment = _parsed(dialect, str(cell))
+            except ValueError:
+                moment = _moment(reading, time.name, before + time.first(i), str(cell))
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=dialect.zone)
+            if dialect.zone is not UTC:
+                later[i] = max(0.0, moment.replace(fold=1).timestamp() - moment.timestamp())
+        seconds[i] = moment.timestamp()
+    return seconds, later
 
 
 @dataclass(frozen=True)
@@ -228,14 +339,47 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _read_csv(reading: _Reading) -> Iterator[Table]:
-    source = reading.source
+    with _csv_rows(reading.source) as rows:
+        yield from _csv_tables(reading, rows)
+
+
+@contextmanager
+def _csv_rows(source: Source) -> Iterator[Iterator[list[str]]]:
     with source.path.open(newline="", encoding="utf-8-sig") as file:
         try:
             separator = _separator(file.readline())
             file.seek(0)
-            yield from _csv_tables(reading, (row for row in csv.reader(file, delimiter=separator) if row))
+            yield filter(None, csv.reader(file, delimiter=separator))
         except (UnicodeDecodeError, csv.Error) as error:
             raise TableError(f"{source.path} is not a text table: {error}.") from error
+
+
+def _csv_coded(reading: _Reading, wanted: Sequence[str] | None) -> Iterator[tuple[Coded, dict[str, Coded]]]:
+    source = reading.source
+    with _csv_rows(source) as all_rows:
+        header = next(all_rows, None)
+        rows: Iterator[list[str]] = all_rows
+        if header is not None and header[0] in INFLUX_NOTES:
+            rows = (row for row in all_rows if row[0] not in INFLUX_NOTES)
+            header = next(rows, None)
+        if header is None:
+            raise TableError(f"{source.path} is empty.")
+        names = [name.strip() for name in header]
+        time, places = _coded_columns(reading, names, wanted)
+        before = 0
+        while batch := list(itertools.islice(rows, reading.rows(len(names)))):
+            if header in batch:  # InfluxDB writes it again above each of its tables
+                batch = [row for row in batch if row != header]
+            _refuse_ragged(source, batch, len(names), before)
+            before += len(batch)
+            cells = list(zip(*batch, strict=True)) if batch else [()] * len(names)
+            yield _code(time, cells[names.index(time)]), {name: _code(name, cells[place]) for name, place in places.items()}
+
+
+def _code(name: str, cells: Sequence[str]) -> Coded:
+    places: defaultdict[str, int] = defaultdict()
+    places.default_factory = places.__len__
+    return Coded(name, np.fromiter(map(places.__getitem__, cells), np.int64, len(cells)), list(places))
 
 
 def _csv_tables(reading: _Reading, rows: Iterator[list[str]]) -> Iterator[Table]:
@@ -310,11 +454,22 @@ def _number(reading: _Reading, column: str, number: int, cell: str) -> float:
         if cell.strip().lower() in MISSING:
             return math.nan
         if reading.dialect.strange is not None:
-            reading.dialect.strange(column, cell)
-            return math.nan
+            truth = TRUTHS.get(cell.strip().lower())
+            if truth is None:
+                reading.dialect.strange(column, cell)
+            return math.nan if truth is None else truth
         raise TableError(
             f"{reading.source.path}: column {column!r}, row {number}: {cell!r} is not a number ({_advice(column, cell)})."
         ) from None
+
+
+def _number_or_word(cell: str) -> float | None:
+    """None for a word."""
+    try:
+        return float(cell)
+    except ValueError:
+        text = cell.strip().lower()
+        return math.nan if text in MISSING else TRUTHS.get(text)
 
 
 def _advice(column: str, cell: str) -> str:
@@ -328,8 +483,8 @@ def _advice(column: str, cell: str) -> str:
 
 def _times(reading: _Reading, column: str, cells: Sequence[str], before: int, epoch: bool, last: float) -> Float64:
     """`epoch`: as the file's first time is, so are all. `last`: the time of the row before these, -inf = none."""
-    source = reading.source
-    if not epoch or reading.dialect.time_format is not None:
+    source, unit = reading.source, UNITS.get(reading.dialect.time_format or "")
+    if unit is None and (not epoch or reading.dialect.time_format is not None):
         return _moments(reading, column, cells, before, last)
     try:
         seconds = np.array(cells, dtype=np.float64)
@@ -338,7 +493,7 @@ def _times(reading: _Reading, column: str, cells: Sequence[str], before: int, ep
         raise TableError(
             f"{source.path}: column {column!r}, row {before + row + 1}: {cells[row]!r} is not a time in epoch seconds."
         ) from None
-    return _checked_epoch(source, column, seconds, before)
+    return _checked_epoch(source, column, seconds / (unit or 1.0), before)
 
 
 def _moments(reading: _Reading, column: str, cells: Sequence[str], before: int, last: float) -> Float64:
@@ -356,7 +511,7 @@ def _moments(reading: _Reading, column: str, cells: Sequence[str], before: int, 
 def _moment(reading: _Reading, column: str, number: int, cell: str) -> datetime:
     dialect = reading.dialect
     try:
-        moment = datetime.strptime(cell.strip(), dialect.time_format) if dialect.time_format else datetime.fromisoformat(cell.strip())
+        moment = _parsed(dialect, cell)
     except ValueError:
         wanted = f"is not of the form {dialect.time_format!r}" if dialect.time_format else "is neither an ISO 8601 time nor epoch seconds"
         raise TableError(
@@ -366,19 +521,33 @@ def _moment(reading: _Reading, column: str, number: int, cell: str) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=dialect.zone)
 
 
+def _parsed(dialect: Dialect, cell: str) -> datetime:
+    return datetime.strptime(cell.strip(), dialect.time_format) if dialect.time_format else datetime.fromisoformat(cell.strip())
+
+
 def _checked_epoch(source: Source, column: str, seconds: Float64, before: int) -> Float64:
     bad = ~((seconds >= EARLIEST_EPOCH) & (seconds < LATEST_EPOCH))  # true for NaN too
     if bad.any():
         row = int(bad.argmax())
-        raise TableError(f"{source.path}: column {column!r}, row {before + row + 1}: {seconds[row]!r} is not a time in epoch seconds.")
+        _refuse_epoch(source, column, float(seconds[row]), before + row + 1)
     return seconds
+
+
+def _refuse_epoch(source: Source, column: str, second: float, row: int) -> NoReturn:
+    advice = " (are they milliseconds? `python -m service split --time-format ms` reads them)" if second >= LATEST_EPOCH else ""
+    raise TableError(f"{source.path}: column {column!r}, row {row}: {second!r} is not a time in epoch seconds{advice}.")
 
 
 # ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_parquet(reading: _Reading) -> Iterator[Table]:
-    source = reading.source
+    with _parquet_file(reading.source) as (file, pa):
+        yield from _parquet_tables(reading, file, pa)
+
+
+@contextmanager
+def _parquet_file(source: Source) -> Iterator[tuple[Any, Any]]:
     try:
         import pyarrow as pa  # noqa: PLC0415  optional: extra `arrow`
         from pyarrow import parquet  # noqa: PLC0415
@@ -387,11 +556,28 @@ def _read_parquet(reading: _Reading) -> Iterator[Table]:
     try:
         # Without a buffer's size, the pages of a whole row group are read at once: the whole file, where it has one.
         with parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
-            yield from _parquet_tables(reading, file, pa)
+            yield file, pa
     except MemoryError:  # Arrow's own is an ArrowException too
         raise
     except pa.ArrowException as error:
         raise TableError(f"{source.path} is not a Parquet file: {error}.") from error
+
+
+def _parquet_coded(reading: _Reading, wanted: Sequence[str] | None) -> Iterator[tuple[Coded, dict[str, Coded]]]:
+    with _parquet_file(reading.source) as (file, pa):
+        time, places = _coded_columns(reading, file.schema_arrow.names, wanted)
+        columns = [time, *places]
+        for batch in file.iter_batches(batch_size=reading.rows(len(columns)), columns=columns, use_threads=False):
+            coded = {name: _arrow_coded(reading.source, name, batch.column(name), pa) for name in columns}
+            yield coded.pop(time), coded
+
+
+def _arrow_coded(source: Source, name: str, values: Any, pa: Any) -> Coded:
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    encoded = values.dictionary_encode(null_encoding="encode")
+    distinct = _arrow_moments(source, name, encoded.dictionary, pa)
+    return Coded(name, encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), distinct)
 
 
 def _parquet_tables(reading: _Reading, file: Any, pa: Any) -> Iterator[Table]:
@@ -438,7 +624,7 @@ def _arrow_times(reading: _Reading, column: str, values: list[object], before: i
     source = reading.source
     if values and isinstance(values[0], int | float):
         seconds = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-        return _checked_epoch(source, column, seconds, before)
+        return _checked_epoch(source, column, seconds / UNITS.get(reading.dialect.time_format or "", 1.0), before)
     if reading.dialect.time_format is not None and values and isinstance(values[0], datetime):
         reading = replace(reading, dialect=replace(reading.dialect, time_format=None))
     return _moments(reading, column, [_text(value) for value in values], before, last)
@@ -544,6 +730,22 @@ def _time_column(source: Source, names: list[str], options: ReadOptions) -> str 
     return next((by_name[name] for name in TIMESTAMP_COLUMNS if name in by_name), None)
 
 
+def _coded_columns(reading: _Reading, names: list[str], wanted: Sequence[str] | None) -> tuple[str, dict[str, int]]:
+    """The time column and the places of those wanted. Raises TableError where one is absent."""
+    source = reading.source
+    _refuse_twins(source, names)
+    time = _time_column(source, names, reading.options)
+    if time is None:
+        raise TableError(
+            f"{source.path} has no column of times by a name that is known: name it with --timestamp; it has {_listed(names)}."
+        )
+    wanted = [name for name in names if name != time] if wanted is None else wanted
+    absent = [name for name in wanted if name not in names]
+    if absent:
+        raise TableError(f"{source.path} has no column {', '.join(map(repr, absent))}; it has {_listed(names)}.")
+    return time, {name: names.index(name) for name in wanted}
+
+
 def _refuse_twins(source: Source, names: list[str]) -> None:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
@@ -579,7 +781,7 @@ def _refuse_unsorted(source: Source, timestamps: Float64, before: int) -> None:
     back = timestamps[1:] < timestamps[:-1]
     if back.any():
         row = int(back.argmax()) + 1
-        raise TableError(
+        raise Unsorted(
             f"{source.path}: row {before + row} has timestamp {_shown(timestamps[row])}, before row {before + row - 1}'s "
             f"{_shown(timestamps[row - 1])}: sort the file by time."
         )
