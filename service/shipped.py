@@ -37,6 +37,8 @@ from service.sources.templates import Template
 PART_LINES = 4096
 """Lines scored at once, at most: a long request lets others in between."""
 RETRY_SECONDS = 1
+BILLION = 10**9
+"""Nanoseconds of a second. Whole, as they are: a time is then the float next to it, as it is in a file or over REST; 1e9 rounds twice."""
 
 _REASONS: Mapping[type[ItemError], str] = {
     BadEvent: "cannot be used",
@@ -195,7 +197,7 @@ class Shipping:
             if moment is not None:
                 equals[key := (stream_id, moment, line)] += 1
                 event_id = _identity(moment, line, equals[key])
-            event = Event(stream_id, None, line, None if moment is None else moment / 1e9, event_id)
+            event = Event(stream_id, None, line, None if moment is None else moment / BILLION, event_id)
             yield Delivery(event, 0, 0, now)
 
 

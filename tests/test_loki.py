@@ -90,6 +90,13 @@ async def test_the_scores_are_those_of_the_same_lines_over_rest(log_detector: De
     assert (got.p_value, got.expected, got.anomaly_score) == (expected.p_value, expected.expected, expected.anomaly_score)
 
 
+@pytest.mark.parametrize("written", ["1494893425.182", "1494893380.366", "1789999999.000002"])
+async def test_the_time_of_a_line_is_the_one_that_a_file_or_rest_would_give(promtail: Shipper, written: str) -> None:
+    seconds, _, fraction = written.partition(".")
+    await push(promtail, {STREAM: [(int(seconds) * 10**9 + int(fraction.ljust(9, "0")), LINES[0])]})
+    assert (await promtail.last(STREAM)).timestamp == float(written)
+
+
 async def test_a_push_sent_again_whole_or_in_other_parts_is_scored_once(promtail: Shipper) -> None:
     lines = some(*LINES * 5)
     for part in (lines, lines, lines[:7], lines[3:], lines[-1:]):
