@@ -167,7 +167,7 @@ class Patterns:
         return PatternPage(model, found)
 
     def _count(self, model: str, message: str, at: float) -> None:
-        text = " ".join(self._splitters[model].tokens(message))[:PATTERN_LENGTH]
+        text = self._splitters[model].pattern(message, PATTERN_LENGTH)
         self._add(model, text, _Counted(1, at, at, message[:EXAMPLE_LENGTH]))
 
     def _add(self, model: str, text: str, one: _Counted) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 
 import numpy as np
 import pytest
 import re2
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -142,6 +143,48 @@ def test_masks_of_others_run_in_an_engine_that_no_line_stops() -> None:
     splitter = Splitter("", [slow], "")
     assert splitter.masked_word["a" * 5000 + "b"] == "a" * 5000 + "b"
     assert splitter.masked_word["xaaa"] == "x<A>"
+
+
+USERS = Mask(name="user", pattern=r"u(\d+|x)", replacement="<USER>")
+MAILS = Mask(name="mail", pattern=r"\w+@\w+$", replacement="<MAIL>")
+TIMED = Mask(name="timed", pattern=r"^e\d|\dZ", replacement="<E>")
+
+
+@given(st.text(st.sampled_from("0123456789abefxuXEz.:-_+/,=@TZ"), max_size=40))
+@example("1u1u12-0x1@ab")
+def test_masks_of_others_and_the_default_ones_mean_what_they_mean_as_one_expression(word: str) -> None:
+    masks = [USERS, MAILS, *DEFAULT_MASKS, TIMED]
+    groups = np.cumsum([1, *(re2.compile(mask.pattern).groups + 1 for mask in masks)]).tolist()
+    found = [
+        (match.span(), next(mask for group, mask in zip(groups, masks, strict=False) if match.start(group) >= 0))
+        for match in re2.finditer("|".join(f"({mask.pattern})" for mask in masks), word)
+    ]
+    expected, end = "", 0
+    for (start, after), mask in found:
+        expected, end = expected + word[end:start] + mask.replacement, after
+    splitter = Splitter("", masks, "")
+    assert splitter.masked_word[word] == expected + word[end:]
+    assert splitter.numbers(word) == [word[slice(*span)] for span, mask in found if mask.replacement == "<NUM>"]
+
+
+@pytest.mark.parametrize("part", ["0x", "1-", "1.", "a:"])
+def test_a_long_word_does_not_take_seconds_with_masks_of_others(part: str) -> None:
+    splitter, word = Splitter("", [USERS, MAILS, *DEFAULT_MASKS], ""), "u1=" + part * (65_000 // len(part))
+    before = time.process_time()
+    splitter.masked_word[word]
+    assert time.process_time() - before < 2
+
+
+def test_a_mask_that_takes_in_nothing_changes_nothing() -> None:
+    assert Splitter("", [Mask(name="edge", pattern=r"\b", replacement="<X>"), *DEFAULT_MASKS], "").masked_word["a-b1"] == "a-b<ID>"
+
+
+def test_a_new_pattern_is_shown_as_far_as_there_is_room() -> None:
+    splitter = Splitter("", DEFAULT_MASKS, "=")
+    line = "  a=1 " + "word17 " * 3000
+    for length in (1, 2, 7, 12, 13, 1000):
+        assert splitter.pattern(line, length) == " ".join(splitter.tokens(line))[:length]
+    assert splitter.pattern("a=1  b", 1000) == "a <NUM> b"
 
 
 def test_masks_with_groups_of_their_own_keep_their_replacements() -> None:
