@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from service.artifact import NEW_TEXT, NUMBER, NUMBERS
 from service.events import SEVERITIES, Direction, Line, Result, Severity
 from service.state import ALERT_OPEN, EXPIRED, LEVEL, LEVEL_SHIFT, SILENT, Rows
 
@@ -37,6 +39,12 @@ FINDINGS = 10
 """Features that evidence keeps, the greatest contributors."""
 MESSAGE_LENGTH, SHOWN_LENGTH = 2_000, 160
 """Characters of a log line that evidence keeps, and that a sentence shows."""
+
+CARRIES = 0.1
+"""Part of the error from which a line's gap or number is named."""
+_COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""They would reach terminals and mail as they are."""
 
 Kind = Literal["anomaly", "silence"]
 Status = Literal["open", "acknowledged", "resolved"]
@@ -388,20 +396,50 @@ def _beside(finding: Finding) -> str | None:
 
 
 def _said(line: Line) -> str:
-    """A line as a sentence shows it: its first one, as it was sent, or else its pattern."""
-    text = (line.message or line.template or "").strip().partition("\n")[0]
+    """A line as a sentence shows it: its first one, without colours and control characters, or else its pattern."""
+    text = _plain((line.message or line.template or "").strip().partition("\n")[0].rstrip("\r"))
     return text if len(text) <= SHOWN_LENGTH else text[: SHOWN_LENGTH - 1] + "…"
 
 
+def _plain(text: str) -> str:
+    return _CONTROLS.sub("\ufffd", _COLOURS.sub("", text))
+
+
 def _shown_line(evidence: Evidence, line: Line) -> str:
-    likely = [f"'{pattern}' ({chance or 0:.0%})" for pattern, chance in (evidence.expected or {}).items()]
+    """The line, what was likelier in its place, and what else about it was unusual."""
+    chances = {pattern: chance or 0.0 for pattern, chance in (evidence.expected or {}).items()}
+    own = chances.get(NEW_TEXT if line.new else line.template or "", 0.0)
+    likelier = [f"'{_plain(pattern)}' ({chance:.0%})" for pattern, chance in chances.items() if chance > own]
+    which = "which no pattern of the model matches" if line.new else f"which is '{_plain(line.template or '')}'"
     parts = [
-        f"'{_said(line)}'" + (", a pattern that was never seen" if line.new else f", which is '{line.template}'"),
-        f"likelier was {' or '.join(likely)}" if likely else "",
-        f"before it came '{line.before[0]}'" if line.before else "",
+        f"'{_said(line)}', {which}" + (f" ({own:.0%} here)" if own else ""),
+        f"likelier was {' or '.join(likelier)}" if likelier else "",
+        f"before it came '{_plain(line.before[0])}'" if line.before else "",
+        *[_measured(found, line) for found in evidence.contributors if found.feature != "template" and found.contribution >= CARRIES],
         f"p-value {evidence.p_value:.2g}." if evidence.p_value is not None else "no p-value.",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def _measured(found: Finding, line: Line) -> str:
+    """A line's gap or number: what it was, what was expected."""
+    named = "gap to the line before" if found.feature == "gap" else f"{found.feature}{_place(found.feature, line.template or '')}"
+    unit = " s" if found.feature == "gap" else ""
+    return (
+        f"{named} {_number(found.actual)}{unit}, expected {_number(found.expected)}{unit} ({_number(found.lower)} to "
+        f"{_number(found.upper)}), {found.contribution:.0%} of the error"
+    )
+
+
+def _place(feature: str, template: str) -> str:
+    """Where the number lies in its line, with the word before it."""
+    if feature not in NUMBERS:
+        return ""
+    left, words = NUMBERS.index(feature) + 1, _plain(template).split()
+    for i, word in enumerate(words):
+        if (left := left - word.count(NUMBER)) <= 0 < word.count(NUMBER):
+            return f" ('{' '.join(words[max(i - 1, 0) : i + 1]) if word.startswith(NUMBER) else word}')"
+    return ""
 
 
 def _shown(evidence: Evidence) -> str:

@@ -24,7 +24,7 @@ from service.alerts import (
     summary,
 )
 from service.detector import Detector
-from service.events import Event
+from service.events import Event, Line
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
@@ -318,3 +318,38 @@ def test_the_description_has_the_evidence_at_the_onset_and_at_last() -> None:
     assert description(silence) == (
         "The last event of stream pump-7/temperature was at 2026-11-26 12:02:10 UTC. Up to 12.5 s without an event are ordinary for it."
     )
+
+
+REQUEST = "<IP> GET <*> HTTP/<NUM> status: <NUM> len: <NUM>"
+
+
+def said(message: str, template: str | None, *findings: Finding, expected: dict[str, float | None]) -> Alert:
+    seen = replace(
+        evidence(NOON), contributors=list(findings), line=Line(message, template, template is None, ["Started"]), expected=dict(expected)
+    )
+    alert = advanced(None, opening(stream_id="web-1", started_at=NOON, evidence=seen), NOON + 1, 3600)
+    assert alert is not None
+    return alert
+
+
+def test_a_lines_alert_says_what_about_it_was_unusual() -> None:
+    gap, status = Finding("gap", 0.7, 0.09, 0.0119, 0.0003, 0.128), Finding("number_2", 0.2, 404.0, 200.0, 190.0, 210.0)
+    little, which = Finding("number_3", 0.02, 1.0, 2.0, 0.0, 3.0), Finding("template", 0.08, 3.0, None, None, None)
+    message = "10.0.0.7 GET /a HTTP/1.1 status: 404 len: 17"
+    alert = said(message, REQUEST, gap, status, which, little, expected={"Took <NUM> ms": 0.64, REQUEST: 0.33, "Stopped": 0.03})
+    assert description(alert) == (
+        f"At the onset (2026-11-26 12:02:10 UTC): '{message}', which is '{REQUEST}' (33% here); likelier was 'Took <NUM> ms' (64%); "
+        "before it came 'Started'; gap to the line before 0.09 s, expected 0.0119 s (0.0003 to 0.128), 70% of the error; "
+        "number_2 ('status: <NUM>') 404, expected 200 (190 to 210), 20% of the error; p-value 1e-09."
+    )
+    likeliest = said(message, REQUEST, gap, expected={REQUEST: 0.9, "Stopped": 0.03})
+    assert "likelier" not in description(likeliest)
+    unknown = said("Went", None, which, expected={"Started": 0.5, "(new pattern)": 0.01, "Stopped": 0.001})
+    assert "'Went', which no pattern of the model matches (1% here); likelier was 'Started' (50%); before" in description(unknown)
+    assert "number_1 ('HTTP/<NUM>') 2" in description(said(message, REQUEST, Finding("number_1", 1.0, 2.0, 1.1, 1, 1.2), expected={}))
+
+
+def test_what_a_line_holds_does_not_reach_a_terminal() -> None:
+    alert = said("\x1b[31m\x1b[1mERROR\x1b[0m disk \x07\x00gone\x1b]0;title\x9b\r\n  at f", None, expected={"Started": 1.0})
+    assert summary(alert) == "web-1 logs unusual lines since 12:02:10 UTC: ERROR disk \ufffd\ufffdgone\ufffd]0;title\ufffd"
+    assert "'ERROR disk \ufffd\ufffdgone\ufffd]0;title\ufffd', which no pattern of the model matches; likelier was" in description(alert)
