@@ -233,11 +233,11 @@ def recommended(choice: Choice) -> float | None:
 
 
 @torch.no_grad()
-def onset_p_of(tail: Tail, observed: Observed) -> Float64:
-    """What a calibrated tail makes of it: p of each onset [T, B], 1 where none begins."""
+def onset_p_of(tail: Tail, observed: Observed, rate: float = 1e-3) -> Float64:
+    """What a calibrated tail that is asked for this rate makes of it: p of each onset [T, B], 1 where none begins."""
     T, B, _ = observed.strengths.shape
     parts = {slot.name: torch.zeros(slot.size, B) for slot in tail.slots}
-    answers, asked = np.ones((T, B)), torch.full((B,), 1e-3)
+    answers, asked = np.ones((T, B)), torch.full((B,), rate)
     for i in range(T):
         valid = torch.from_numpy(observed.valid[i])[None]
         answer, after = tail(torch.from_numpy(observed.strengths[i]).t(), valid, torch.from_numpy(observed.age[i])[None], asked, parts)

@@ -190,7 +190,7 @@ def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None
         observed, places = side_by_side(held, len(step.signals))
         onset_p = onset_p_of(step.tail, observed)
         odd = most_surprising(held, places, onset_p, job.lines)
-        validated = onsets_held_out(fitted)
+        validated = onsets_held_out(fitted, _asked(fitted))
         quality = _quality(fitted, validated)
         record = training_record(
             command=job.command,
@@ -214,7 +214,7 @@ def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None
     seconds["in all"] = time.monotonic() - began
     last = losses[-job.plan.steps :]
     reached = Progress(training=list(enumerate(last, start=1)))
-    _draw(out / "report.png", last, validated.onset_p)
+    _draw(out / "report.png", last, validated[1e-3].onset_p)
     next_steps = [f"python -m service serve --model {out}"]
     report.write(out, manifest, reached, model, seconds, next_steps)
     (out / "report.html").write_text(_page(job, manifest.name, quality, odd), encoding="utf-8")
@@ -230,21 +230,28 @@ class HeldOut:
     smallest: Float64  # [sessions]
 
 
-def onsets_held_out(fitted: Fitted) -> HeldOut:
-    """Each fold by a tail of the other ones; nothing where there is but one fold."""
+def onsets_held_out(fitted: Fitted, asked: Sequence[float] = ASKED) -> dict[float, HeldOut]:
+    """At each rate, as it would be asked for: each fold by a tail of the other ones; nothing where there is but one fold."""
     step, weights = fitted.step, fitted.step.calibration.weights or (1.0,)
-    lines, sessions = [np.ones(0)], [np.ones(0)]
+    parts = {rate: [HeldOut(np.ones(0), np.ones(0))] for rate in asked}
     for own, others in fitted.held.folds():
         observed, places = side_by_side(own, len(step.signals))
-        onset_p = onset_p_of(step.tail_of(calibration_of(step, others, weights[0])), observed)
-        lines.append(onset_p[observed.valid])
-        sessions.append(smallest_of(onset_p, own, places))
-    return HeldOut(np.concatenate(lines), np.concatenate(sessions))
+        tail = step.tail_of(calibration_of(step, others, weights[0]))
+        for rate, found in parts.items():
+            onset_p = onset_p_of(tail, observed, rate)
+            found.append(HeldOut(onset_p[observed.valid], smallest_of(onset_p, own, places)))
+    return {
+        rate: HeldOut(np.concatenate([part.onset_p for part in found]), np.concatenate([part.smallest for part in found]))
+        for rate, found in parts.items()
+    }
 
 
-def _quality(fitted: Fitted, found: HeldOut) -> dict[str, Any]:
-    lines, measured = len(found.onset_p), {}
-    for asked in _asked(fitted) if lines else ():
+def _quality(fitted: Fitted, validated: dict[float, HeldOut]) -> dict[str, Any]:
+    measured = {}
+    for asked, found in validated.items():
+        lines = len(found.onset_p)
+        if not lines:
+            continue
         onsets = int((found.onset_p < asked).sum())
         ratio = round(onsets / lines / asked, 3)
         reported = int((found.smallest < asked).sum())

@@ -92,17 +92,28 @@ def test_each_fold_is_judged_by_a_tail_that_did_not_see_it() -> None:
     rng = np.random.default_rng(0)
     some = [session(normal(rng), rng, f"s{i}") for i in range(60)]
     fitted = fit(Sessions(some, TEMPLATES, "0" * 64), TINY, replace(QUICK, steps=2), 1)
-    found = onsets_held_out(fitted)
+    found = onsets_held_out(fitted)[1e-2]
     assert len(found.smallest) == 60
     assert len(found.onset_p) == sum(map(len, some)) + 60
     held = fitted.held
     odd = [nats.copy() for nats in held.nats]
     for nats, fold in zip(odd, held.fold, strict=True):
         nats[:, 0] += 20.0 * (fold == 0)  # as odd as nothing that the other fold has, and as usual where its own tail knows them
-    changed = onsets_held_out(fitted._replace(held=replace(held, nats=odd)))
+    changed = onsets_held_out(fitted._replace(held=replace(held, nats=odd)))[1e-2]
     assert (changed.smallest[:30] < 1e-2).all()
-    single = onsets_held_out(fitted._replace(held=replace(held, fold=[0] * 60)))
+    single = onsets_held_out(fitted._replace(held=replace(held, fold=[0] * 60)))[1e-2]
     assert len(single.smallest) == len(single.onset_p) == 0
+
+
+def test_each_rate_is_measured_as_it_would_be_asked_for() -> None:
+    """What quiet gives a stream depends on the rate that is asked for: after a thousand lines at 1e-2 a decade, at 1e-4 nearly nothing."""
+    rng = np.random.default_rng(0)
+    some = [session(normal(rng), rng, "host") for _ in range(60)]
+    fitted = fit(Sessions(some, TEMPLATES, "0" * 64), TINY, replace(QUICK, steps=2), 1)
+    nats = [np.zeros_like(one) for one in fitted.held.nats]
+    nats[29][-1], nats[59][-1] = 20.0, 20.0  # the last line of each fold
+    found = onsets_held_out(fitted._replace(held=replace(fitted.held, nats=nats)))
+    assert found[1e-2].smallest[59] < 0.9 * found[1e-4].smallest[59]
 
 
 def test_what_fits_no_stream_is_counted(tmp_path: Path) -> None:
