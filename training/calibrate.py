@@ -22,7 +22,11 @@ Bool = NDArray[np.bool_]
 CLOSEST = 0.02
 """Smallest distance of knots: units of evidence or decades."""
 ENOUGH_STREAMS = 8
-"""Different streams from which on the history itself says how streams differ."""
+"""Different streams from which on the history itself says how novelty fades."""
+ENOUGH_TO_DIFFER, ENOUGH_ONSETS = 40, 30
+"""Different streams, and onsets in all of them, from which on the history itself says how much streams differ: of eight streams with five
+onsets each the most likely shape is off by a factor of six (LOG.md), and most often as if all streams were alike.
+"""
 PRIOR = {"tau": 1200.0, "shape": 2.0, "weight": 13.0}
 PRIOR_START = 2.0
 """Where few streams are drawn to: the synthetic generator's constants; its shape is 7, here less, because real fleets differ more."""
@@ -93,7 +97,7 @@ def calibrate(observed: Observed, burn: int, streams: int | None = None, rules: 
     streams = observed.valid.shape[1] if streams is None else streams
     K = observed.strengths.shape[2]
     draft = rules.draft or _draft(observed, burn)
-    watched = Watched(observed, burn, min(1.0, streams / ENOUGH_STREAMS), rules)
+    watched = Watched(observed, burn, streams, rules)
     evidence = evidence_of(observed, draft, burn)
     draft = replace(draft, signals=tuple(watched.onsets(evidence[:, :, k], rules.steepest) for k in range(K)))
     heights = heights_of(evidence, observed, draft, burn)
@@ -116,11 +120,11 @@ def _draft(observed: Observed, burn: int) -> Calibration:
 
 @dataclass(frozen=True)
 class Watched:
-    """When which stream was watched; `trust` 0..1 in what these streams say of others."""
+    """When which of so many different streams was watched."""
 
     observed: Observed
     burn: int
-    trust: float
+    streams: int
     rules: Rules
 
     def exposure(self, tau: float) -> Float64:
@@ -130,13 +134,13 @@ class Watched:
     def onsets(self, heights: Float64, steepest: float) -> Onsets:
         """What the onsets of heights [T, B] have in common, and how streams differ in them."""
         heights, settled = onsets_of(heights, self.observed), self.observed.age >= self.rules.settled
-        tau = self._drawn("tau", max(_age_profile(heights, self.observed), 1.0)) if self.rules.ageing else 0.0
+        tau = self._drawn("tau", max(_age_profile(heights, self.observed), 1.0), ENOUGH_STREAMS) if self.rules.ageing else 0.0
         exposure = self.exposure(tau)
         tail = _aged_tail(heights[(heights > 0) & settled], exposure[settled].sum(), self.rules, steepest)
         if self.rules.alike:
             return Onsets(tail, tau, ALIKE, ALIKE)
         shape, weight = _heterogeneity(heights, exposure, tail)
-        return Onsets(tail, tau, self._drawn("shape", shape), self._drawn("weight", weight))
+        return Onsets(tail, tau, *(self._drawn(name, value, ENOUGH_TO_DIFFER) for name, value in (("shape", shape), ("weight", weight))))
 
     def start(self, heights: Float64, onsets: Onsets) -> float:
         """See `Calibration`: by maximum likelihood of the onsets while none may be held yet, given how often they come later."""
@@ -147,10 +151,14 @@ class Watched:
         growth = np.log1p(onsets.tau / (age + 1)) - np.log1p(onsets.tau / (self.burn + HOLD + 1))
         found, usual = growth[emitted & young].sum(), 10**-onsets.first_level * self.exposure(onsets.tau)[young]
         value = _maximise(lambda start: float(start * found - (usual * np.exp(start * growth[young])).sum()), 0.01, 10.0)
-        return _between(PRIOR_START, value, self.trust * min(1.0, int((emitted & young).sum()) / ENOUGH_YOUNG))
+        return _between(PRIOR_START, value, self._trust(ENOUGH_STREAMS) * min(1.0, int((emitted & young).sum()) / ENOUGH_YOUNG))
 
-    def _drawn(self, name: str, value: float) -> float:
-        return _between(PRIOR[name], value, self.trust)
+    def _drawn(self, name: str, value: float, enough: int) -> float:
+        return _between(PRIOR[name], value, self._trust(enough))
+
+    def _trust(self, enough: int) -> float:
+        """In what these streams say of others, 0..1."""
+        return min(1.0, self.streams / enough)
 
 
 def _between(prior: float, value: float, trust: float) -> float:
@@ -315,8 +323,8 @@ def _heterogeneity(heights: Float64, exposure: Float64, onsets: Curve) -> tuple[
         a, b = weight * rho, weight * (1 - rho)
         return float((_betaln(passed + a, failed + b) - _betaln(np.array(a), np.array(b))).sum())
 
-    if number.sum() < 30 or heights.shape[1] < 4:
-        return 10.0, 10.0
+    if number.sum() < ENOUGH_ONSETS or heights.shape[1] < 4:
+        return PRIOR["shape"], PRIOR["weight"]
     return _maximise(rate, 0.2, 400.0), _maximise(chain, 1.0, 400.0)
 
 

@@ -63,6 +63,7 @@ class Job:
     data_sha256: str
     clip: float
     calibration: Sequence[Stream]  # unlabelled history the tail's constants are fitted on
+    calibrated_on: str  # what that is to the network, for the report
     evaluation: Sequence[Stream]  # streams or later rows that neither training nor calibration saw
     counted_from: Sequence[int]  # row of each evaluation stream from which on it is unseen
     pooled_floor: float = 0.1  # share of the pooled deviation below which no stream's scale falls; 0 = none
@@ -117,6 +118,7 @@ def fleet_job(
         data_sha256=cached.sha256,
         clip=1e4 if len(features) == 1 and not sizes.waveform else 50.0,
         calibration=_lanes([cut(streams[i], 0, fleet.splits[i]) for i in longest]),
+        calibrated_on="the rows that the network learned from",
         evaluation=evaluation,
         counted_from=[min(fleet.splits[i], 4000) for i in longest],
         pooled_floor=0.0 if len(features) == 1 else 0.1,
@@ -143,6 +145,7 @@ def default_job(plan: Plan, version: str, command: str, lanes: int = 192, length
         data_sha256="",
         clip=1e4,
         calibration=synthetic.streams(np.random.default_rng([plan.seed, CALIBRATION_SEED]), lanes, length),
+        calibrated_on="streams that the network did not learn from",
         evaluation=held_out,
         counted_from=[0] * len(held_out),
         pooled_floor=0.0,
@@ -270,7 +273,7 @@ def _evaluate(step: DetectorStep, job: Job, run: Runner, console: Console) -> tu
         onset_p = onset_p_at(run, step.state_size, x, t, on_step=lambda: bar.advance(task))
     unseen = np.arange(len(x))[:, None] >= np.array(job.counted_from)[None]
     support = step.calibration.support
-    quality: dict[str, Any] = {"calibrated_on": asdict(support)} if support else {}
+    quality: dict[str, Any] = {"calibrated_on": asdict(support) | {"rows": job.calibrated_on}} if support else {}
     if support and not support.enough:
         quality["warning"] = f"Calibrated on {support.streams} stream(s): too few to know how much others differ, so α may not hold."
     quality |= {"false_onsets_on_unseen_rows": false_onsets(onset_p, unseen)}

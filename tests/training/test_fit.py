@@ -53,6 +53,7 @@ def test_the_report_shows_the_loss_and_a_stream(fitted: tuple[Path, str]) -> Non
     content = json.loads((out / "report.json").read_text())
     assert content["model"] == "pumps-1.onnx"
     assert len(content["loss"]["training"]) == 2
+    assert content["quality"]["calibrated_on"]["rows"] == "the rows that the network learned from"
     assert content["quality"]["false_onsets_on_unseen_rows"]["0.001"]["events"] > 0
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "![" in (out / "report.md").read_text()

@@ -88,10 +88,10 @@ def test_how_much_faster_onsets_get_rarer_at_the_start_is_found_from_their_ages(
     emitted = np.random.default_rng(3).random(ages.shape) < chance
     heights = np.where(emitted, 1 + ages, 0.0)  # each higher than the last, so each is an onset
     watched = Observed(np.zeros((600, 400, 1), np.float32), np.zeros((600, 400, 1), np.float32), ages >= 0, ages.astype(np.float32))
-    fitted = {streams: Watched(watched, burn, min(1.0, streams / 8), SENSORS).start(heights, onsets) for streams in (400, 4)}
+    fitted = {streams: Watched(watched, burn, streams, SENSORS).start(heights, onsets) for streams in (400, 4)}
     assert fitted[400] == pytest.approx(start, rel=0.1)
     assert fitted[4] == pytest.approx((PRIOR_START * fitted[400]) ** 0.5)
-    assert Watched(watched, burn, 1.0, Rules(ageing=False)).start(heights, onsets) == 0
+    assert Watched(watched, burn, 400, Rules(ageing=False)).start(heights, onsets) == 0
 
 
 def test_onsets_are_judged_more_mildly_where_a_stream_begins_and_events_are_not(observed: Observed, univariate: DetectorStep) -> None:
@@ -215,6 +215,21 @@ def test_few_streams_are_drawn_to_the_generators_constants_and_say_so(observed: 
             assert abs(np.log(getattr(drawn, name) / prior)) < abs(np.log(getattr(own, name) / prior)) + 1e-9
     assert abs(np.log(few.start / PRIOR_START)) < abs(np.log(many.start / PRIOR_START)) + 1e-9
     assert few.as_dict()["support"]["streams"] == 1
+
+
+@pytest.mark.parametrize("rows", [3000, 300])
+def test_how_much_streams_differ_is_not_learned_from_eight_of_them_nor_from_few_onsets(rows: int) -> None:
+    """Eight that happen to be alike do not say that the next one will be, or that one of them does not change."""
+    rng = np.random.default_rng(11)
+    alike = rng.exponential(size=(rows, 48, 2)).astype(np.float32)
+    ages = np.repeat(np.arange(rows, dtype=np.float32)[:, None], 48, axis=1)
+    many = Observed(alike, np.zeros((rows, 48, 1), np.float32), ages >= 0, ages)
+    eight = Observed(alike[:, :8], np.zeros((rows, 8, 1), np.float32), ages[:, :8] >= 0, ages[:, :8])
+    usual = PRIOR["shape"]
+    for onsets in (*calibrate(eight, 100).signals, calibrate(eight, 100).onsets):
+        assert usual / 3 < onsets.shape < usual * 3
+    if rows == 3000:
+        assert all(onsets.shape > usual * 5 for onsets in calibrate(many, 100).signals)
 
 
 def test_who_asks_for_more_false_alarms_never_gets_fewer(observed: Observed, univariate: DetectorStep) -> None:
