@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from training.autoencoder import Autoencoder, FleetAutoencoder, NoNetwork, Outlook, Sizes, WaveformAutoencoder
+from training.data import Float32
 from training.layout import Keeps, Layout, Parts, Slot, any_of, row_sum
 from training.normaliser import Clock, Normalised, Normaliser
 from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals, WaveformSignals
@@ -107,7 +108,7 @@ class ArtifactStep(StepModule):
     @abstractmethod
     def signal_names(self) -> tuple[str, ...]: ...
 
-    def magnitude(self, slot: str) -> float:
+    def magnitude(self, slot: str) -> float | Float32:
         """The size of what a slot, or an output, is the difference from, 0 where it is none: its rounding is relative to that."""
         return 0.0
 
@@ -152,8 +153,10 @@ class DetectorStep(ArtifactStep):
     def signal_names(self) -> tuple[str, ...]:
         return self.signals.names
 
-    def magnitude(self, slot: str) -> float:
-        """A precision near the pooled one is a small difference of large numbers."""
+    def magnitude(self, slot: str) -> float | Float32:
+        """A precision near the pooled one is a small difference of large numbers; so is a forecast within the pooled deviation."""
+        if slot in ("expected", "lower", "upper"):
+            return self.normaliser.floor.numpy()
         if slot == "precision" and isinstance(self.signals, ResidualSignals):
             return float(self.signals.usual_precision.abs().max())
         return 0.0

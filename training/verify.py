@@ -109,7 +109,7 @@ def verify_same_answers(step: ArtifactStep, run: StepFunction) -> None:
         state = got.state
 
 
-def _compare(name: str, step: int, got: Float32, want: Float32, size: Float32 | None = None, magnitude: float = 0.0) -> None:
+def _compare(name: str, step: int, got: Float32, want: Float32, size: Float32 | None = None, magnitude: float | Float32 = 0.0) -> None:
     """`size` is what a difference is relative to, by default what is wanted; `magnitude` is added to it."""
     if name in ("p_value", "onset_p"):
         got, want = np.log10(got), np.log10(want)

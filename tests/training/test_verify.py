@@ -142,3 +142,10 @@ def test_a_fleet_of_commands_that_hardly_ever_change_is_published() -> None:
     step.signals.fit(commands, commands)
     assert step.signals.usual_precision.max() > 100
     verify_step(step, Runner(session_of(to_onnx(step))))
+
+
+def test_a_fleet_of_features_that_are_counted_in_thousands_is_published() -> None:
+    """Their pooled deviation is large, and a forecast within it a small difference of large ones: litres a day, or a 65535 now and then."""
+    step = random_step(4)
+    step.normaliser.floor.copy_(torch.tensor([1e3, 1e4, 1e5, 1.0]))
+    verify_step(step, Runner(session_of(to_onnx(step))))
