@@ -205,6 +205,9 @@ def split(
     exclude: Annotated[
         list[str] | None, typer.Option(help="A column or tag to leave out, or a pattern such as '*.status'. Repeatable.")
     ] = None,
+    missing: Annotated[
+        list[float] | None, typer.Option(help="A number that stands for no reading, such as -9999 or 65535. Repeatable.")
+    ] = None,
     tag: Annotated[
         list[str] | None,
         typer.Option(help="Of a table with a row for each reading: the column that names its sensor. Repeatable: then joined by points."),
@@ -243,7 +246,7 @@ def split(
         _refuse(f"--good {' --good '.join(map(repr, good or ()))} is not COLUMN=WORD, of one column, such as quality=Good.")
     quality = qualities[0][0] if qualities else None
     long = Long(tuple(tag), value, quality, frozenset(word.strip() for _, word in qualities), every) if tag and value else None
-    options, dialect = ReadOptions(timestamp, frozenset(exclude or ())), Dialect(decimal, time_format, where)
+    options, dialect = ReadOptions(timestamp, frozenset(exclude or ())), Dialect(decimal, time_format, where, frozenset(missing or ()))
     console = Console(stderr=True)
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -61,6 +61,7 @@ class Tags:
     first_word: dict[int, str] = field(default_factory=dict)
     bad: Counter[int] = field(default_factory=Counter)  # readings of a quality that is not good
     first_bad: dict[int, str] = field(default_factory=dict)
+    blanked: Counter[int] = field(default_factory=Counter)  # readings of Dialect.missing
     unclear: int = 0  # readings of the hour that a clock set back has twice, in no order that tells which
 
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -193,6 +194,9 @@ def _values(source: Source, rows: CodedRows, long: Long, dialect: Dialect, tags:
         bad = np.array([text not in long.good for text in texts])[quality.codes] & (named >= 0)
         _count(tags.bad, tags.first_bad, named[bad], quality, np.flatnonzero(bad))
         values, is_word = np.where(bad, np.nan, values), is_word & ~bad
+    blank = np.isin(values, list(dialect.missing)) & (named >= 0)
+    values = np.where(blank, np.nan, values)
+    tags.blanked.update(named[blank].tolist())
     is_word &= named >= 0
     _count(tags.words, tags.first_word, named[is_word], cells, np.flatnonzero(is_word))
     good = named[(named >= 0) & ~np.isnan(values)]

@@ -34,6 +34,11 @@ SINGLE = "value"
 """Feature of a stream with one: the one that the shipped detector takes."""
 SHOWN = 8
 HALF = 0.5
+COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
+NO_READING = np.array(
+    [-2147483648, -99999, -32768, -9999, -999, -99, 999, 9999, 32767, 65534, 65535, 99999, 2147483647, 4294967295], np.float64
+)
+"""What devices write in place of a reading; taken for that where a column has nothing near it."""
 PLAIN = Dialect()
 Show = Callable[[str, int, int | None], None]
 """Told what is being done, how much of it is done, and of how much where that is known."""
@@ -49,9 +54,13 @@ class Done:
     unnamed: list[str] = field(default_factory=list)  # columns that the template does not fit
     words: dict[str, str] = field(default_factory=dict)  # columns of words alone → one of them
     missing: Counter[str] = field(default_factory=Counter)  # column → cells that are no number among those that are
+    comma: tuple[str, str] | None = None  # a column and its first word that is a number with a decimal comma
     hints: list[str] = field(default_factory=list)  # what to do about it
     cells: int = 0  # of the rows written
     numbers: int = 0  # of these cells
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # column or tag → least and greatest number, without NO_READING
+    suspects: dict[str, Counter[float]] = field(default_factory=dict)  # column or tag → numbers of NO_READING
+    blanked: Counter[str] = field(default_factory=Counter)  # column or tag → readings of --missing
     # of long tables; by tag
     bad: Counter[str] = field(default_factory=Counter)  # readings whose quality is not good
     bad_word: str = ""  # one such quality
@@ -70,6 +79,8 @@ class Done:
             said.append(f"Left out, words alone: {_some(f'{name} ({word!r})' for name, word in self.words.items())}.")
         if self.missing:
             said.append(f"Words among numbers were taken for missing: {_counts(self.missing)}.")
+        if self.blanked:
+            said.append(f"Numbers of --missing were taken for missing: {_counts(self.blanked)}.")
         if self.bad:
             said.append(f"Of another quality ({self.bad_word!r}), so taken for missing: {_counts(self.bad)}.")
         if self.twice:
@@ -78,7 +89,42 @@ class Done:
             said.append(f"Of the hour that a clock set back has twice, in no order that tells which: {self.unclear:,} readings; the first.")
         if self.unnamed:
             said.append(f"Left out, not of the form of --columns: {_some(self.unnamed)}.")
-        return [*said, *self._uneven(), *self.hints]
+        return [*said, *self._uneven(), *self._codes(), *self.hints, *self.commas()]
+
+    def word(self, name: str, cell: str) -> None:
+        """Take down a word of this column or tag."""
+        if self.comma is None and COMMA.fullmatch(cell):
+            self.comma = name, cell
+
+    def commas(self) -> list[str]:
+        """Whether numbers were taken for words."""
+        return [f"{self.comma[1]!r} in {self.comma[0]} has a decimal comma: --decimal , reads it."] if self.comma else []
+
+    def look(self, names: list[str], values: Float64) -> None:
+        """Take down which of these columns [T, F] have numbers that devices write in place of a reading."""
+        suspect = np.isin(values, NO_READING)
+        rest = np.where(suspect, np.nan, values)
+        for i, name in enumerate(names):
+            known = rest[:, i][~np.isnan(rest[:, i])]
+            if len(known):
+                low, high = self.ranges.get(name, (math.inf, -math.inf))
+                self.ranges[name] = min(low, float(known.min())), max(high, float(known.max()))
+        for i in np.flatnonzero(suspect.any(axis=0)).tolist():
+            self.suspects.setdefault(names[i], Counter()).update(values[suspect[:, i], i].tolist())
+
+    def _codes(self) -> list[str]:
+        """Numbers that are far from all others of their column."""
+        found: dict[float, list[str]] = {}
+        for name, counts in self.suspects.items():
+            low, high = self.ranges.get(name, (math.nan, math.nan))
+            for number, count in counts.items():
+                if not low - (high - low) <= number <= high + (high - low):
+                    found.setdefault(number, []).append(f"{name} ({count:,})")
+        if not found:
+            return []
+        where = "; ".join(f"{number:g} in {_some(names)}" for number, names in sorted(found.items()))
+        how = " ".join(f"--missing {number:g}" for number in sorted(found))
+        return [f"Far from all other readings, as devices write them that have none: {where}. {how} takes them for missing."]
 
     def _uneven(self) -> list[str]:
         """Streams that lack what most have: they do not go into one detector with them."""
@@ -110,8 +156,12 @@ def split(
     named, sources = _expression(template), find_sources(paths)
     with _uncollected():
         if long is not None:
-            return _split_long(sources, out, named, options, dialect, long, show)
-        return _split_all_wide(sources, out, named, options, dialect, notify, show)
+            done = _split_long(sources, out, named, options, dialect, long, show)
+        else:
+            done = _split_all_wide(sources, out, named, options, dialect, notify, show)
+    if not any(done.rows.values()):
+        raise TableError(" ".join([f"There is no number in {_some(str(source.path) for source in sources)}.", *done.report()[1:]]))
+    return done
 
 
 @contextmanager
@@ -161,15 +211,18 @@ def _split_wide(
 
     def tell(column: str, cell: str) -> None:
         strange[column] += 1
+        done.word(column, cell)
 
     alone = _words_alone(source, options, dialect)
+    for name, cell in alone.items():
+        done.word(name, cell)
     places: dict[str, dict[str, str]] | None = None
     rows = 0
     for table in read_batches(source, options, notify, CELLS, replace(dialect, strange=tell)):
         if places is None:
             places = _places(source, table, alone, named, done)
         for stream, columns in places.items():
-            _append(out, stream, columns, table, done)
+            _append(out, stream, columns, table, dialect.missing, done)
         rows += len(table)
         show(f"rows of {source.name}", rows, None)
     done.missing.update({name: n for name, n in strange.items() if name not in done.words})
@@ -238,7 +291,10 @@ def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, every: float, s
         columns[stream][feature] = tag
         done.missing.update({tags.names[tag]: tags.words[tag]} if tags.words[tag] else {})
         done.bad.update({tags.names[tag]: tags.bad[tag]} if tags.bad[tag] else {})
+        done.blanked.update({tags.names[tag]: tags.blanked[tag]} if tags.blanked[tag] else {})
     done.bad_word = next((word for tag, word in tags.first_bad.items() if tags.names[tag] in done.bad), "")
+    for tag, cell in tags.first_word.items():
+        done.word(tags.names[tag], cell)
     names = list(plan.features)
     for written, (name, key) in enumerate(plan.streams.items()):
         places = sorted(columns[key])
@@ -248,6 +304,7 @@ def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, every: float, s
         done.rows[name] += 0
         twice: Counter[int] = Counter()
         for seconds, values in aligned(spill, key, places, twice, every):
+            done.look([tags.names[columns[key][place]] for place in places], values)
             _write(out, name, known, seconds, values, done)
         done.twice.update({tags.names[columns[key][places[i]]]: count for i, count in twice.items()})
         show("streams written", written + 1, len(plan.streams))
@@ -309,18 +366,24 @@ def _places(source: Source, table: Table, alone: dict[str, str], named: re.Patte
             done.unnamed.append(name)
         else:
             places.setdefault(place[0], {})[place[1]] = name
-    if not places:
-        names = [name for name in table.columns if name not in alone]
+    names = [name for name in table.columns if name not in alone]
+    if not places and names:
         raise TableError(f"{source.path}: no column is of the form {named.pattern!r}; there are {_some(names)}.")
     return places
 
 
-def _append(out: Path, stream: str, columns: dict[str, str], table: Table, done: Done) -> None:
+def _append(out: Path, stream: str, columns: dict[str, str], table: Table, missing: frozenset[float], done: Done) -> None:
     """Those rows of the batch that have a number."""
     known = done.features.setdefault(stream, list(columns))
     if known != list(columns):
         raise TableError(f"{table.name}: stream {stream!r} has the features {_some(columns)}, in a file before {_some(known)}.")
-    begin = _write(out, stream, known, table.timestamps, np.stack([table.columns[name] for name in columns.values()], axis=1), done)
+    names = list(columns.values())
+    values = table.matrix(names)
+    blank = np.isin(values, list(missing))
+    values[blank] = np.nan
+    done.blanked.update({name: count for name, count in zip(names, blank.sum(axis=0).tolist(), strict=True) if count})
+    done.look(names, values)
+    begin = _write(out, stream, known, table.timestamps, values, done)
     if begin is not None:
         raise TableError(
             f"{table.name}: stream {stream!r} begins at {_time(begin)}, before the end of the file before: name them in order of time."

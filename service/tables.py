@@ -102,6 +102,7 @@ class Dialect:
     decimal: str = "."  # what a CSV has before the decimals
     time_format: str | None = None  # of times, as in strptime, or one of UNITS; default: ISO 8601 or epoch seconds
     zone: tzinfo = UTC  # of times that name none
+    missing: frozenset[float] = frozenset()  # numbers that stand for no reading; heeded by `split`
     strange: Callable[[str, str], None] | None = None  # told column and cell of what is no number, and so missing; None: it is refused
 
 

@@ -335,3 +335,42 @@ def test_the_command_takes_a_long_table(tmp_path: Path, options: list[str], stat
     done = CliRunner().invoke(app, ["split", str(path), "--out", str(tmp_path / "out"), *options])
     assert done.exit_code == status, done.output
     assert said in done.output
+
+
+def coded(i: int) -> dict[str, str]:
+    """Four tags: a code far off, numbers that go through one, another code far off, one that is near."""
+    far, near = ("65535", "65535") if i == 50 else ("1.5", str(65000 + i * 20))
+    return {"M1.a": "-9999" if i % 20 == 7 else f"{i}.5", "M1.b": str(990 + i), "M2.a": far, "M2.b": near}
+
+
+CODES = [(f"2026-11-24T00:{i:02}:00", tag, value) for i in range(60) for tag, value in coded(i).items()]
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_numbers_that_stand_for_no_reading_are_named_and_may_be_taken_for_missing(tmp_path: Path, long: bool) -> None:
+    path = csv_of(CODES, tmp_path / "t.csv")
+    if not long:
+        lines = [",".join([time, *(value for _, _, value in rows)]) for time, rows in itertools.groupby(CODES, key=lambda row: row[0])]
+        path = text(tmp_path, "\n".join(["time,M1.a,M1.b,M2.a,M2.b", *lines]))
+    shape, template = TAG if long else None, "{stream}.{feature}"
+    done = split([path], tmp_path / "out", template, PLAIN, long=shape)
+    assert done.report()[1:] == [
+        "Far from all other readings, as devices write them that have none: -9999 in M1.a (3); 65535 in M2.a (1). "
+        "--missing -9999 --missing 65535 takes them for missing."
+    ]
+    done = split([path], tmp_path / "clean", template, PLAIN, replace(ISO, missing=frozenset({-9999.0, 65535.0})), long=shape)
+    assert done.report()[1:] == ["Numbers of --missing were taken for missing: M1.a (3), M2.a (1), M2.b (1)."]
+    assert np.isnan(stream(tmp_path / "clean", "M1").columns["a"]).sum() == 3
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_decimal_commas_that_nobody_announced_are_said_and_a_table_of_them_alone_is_refused(tmp_path: Path, long: bool) -> None:
+    shape = TAG if long else None
+    some = [("2026-11-24T00:00:00", "M.a", "21"), ("2026-11-24T00:01:00", "M.a", "21,5"), ("2026-11-24T00:02:00", "M.a", "1.021,75")]
+    head, rows = (
+        ("time;tag;value", [";".join(row) for row in some]) if long else ("time;M.a", [f"{time};{value}" for time, _, value in some])
+    )
+    done = split([text(tmp_path, "\n".join([head, *rows]))], tmp_path / "out", "{stream}.{feature}", PLAIN, long=shape)
+    assert done.report()[-1] == "'21,5' in M.a has a decimal comma: --decimal , reads it."
+    with pytest.raises(TableError, match=r"no number.*'21,5' in M\.a has a decimal comma: --decimal , reads it"):
+        split([text(tmp_path, "\n".join([head, *rows[1:]]), "c.csv")], tmp_path / "no", "{stream}.{feature}", PLAIN, long=shape)
