@@ -31,6 +31,7 @@ class Born:
     """A replica's process."""
 
     def __init__(self, pid: int) -> None:
+        self.pid = pid
         try:
             self._process: int | None = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -38,12 +39,12 @@ class Born:
 
     @property
     def ended(self) -> bool:
-        return self._over(0)
+        return self.wait(0)
 
     def kill(self) -> None:
         """Kill -9."""
         self._tell(signal.SIGKILL)
-        self._over(STOP_SECONDS)
+        self.wait(STOP_SECONDS)
 
     def terminate(self) -> None:
         """SIGTERM; returns at once."""
@@ -52,7 +53,7 @@ class Born:
     def stop(self) -> None:
         """SIGTERM, and what it asks for."""
         self.terminate()
-        if not self._over(STOP_SECONDS):
+        if not self.wait(STOP_SECONDS):
             self.kill()
 
     def _tell(self, what: signal.Signals) -> None:
@@ -60,8 +61,8 @@ class Born:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._process, what)
 
-    def _over(self, seconds: float) -> bool:
-        """Whether it is, within so long."""
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, within so long."""
         if self._process is not None and select.select([self._process], [], [], seconds)[0]:
             os.close(self._process)
             self._process = None

@@ -24,7 +24,7 @@ def exit_code(service: Service) -> int | None:
 
 
 def test_a_stopped_service_drains_and_ends_with_0_and_its_store_with_it(tmp_path: Path) -> None:
-    with Service(tmp_path / "data", model=build_tiny(tmp_path)) as service:
+    with Service(tmp_path / "data", model=build_tiny(tmp_path), forked=False) as service:
         reply = local.post(f"{service.url}/v1/events", json={"stream_id": "a", "values": {"value": 1.0}})
         assert reply.status_code == 200
         (store,) = service.children("valkey-server")
@@ -34,7 +34,7 @@ def test_a_stopped_service_drains_and_ends_with_0_and_its_store_with_it(tmp_path
 
 
 def test_a_request_that_is_being_sent_when_the_service_is_stopped_is_still_answered(tmp_path: Path) -> None:
-    with Service(tmp_path / "data", model=build_tiny(tmp_path)) as service:
+    with Service(tmp_path / "data", model=build_tiny(tmp_path), forked=False) as service:
 
         def lines() -> Iterator[bytes]:
             for number in range(100):
@@ -58,7 +58,7 @@ def wait_until_nobody_new_is_let_in(service: Service) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads from /proc when the handler is in place")
 def test_a_service_stopped_while_it_starts_ends_with_0_at_once(tmp_path: Path) -> None:
-    with Service(tmp_path / "data", model=build_tiny(tmp_path), wait=False) as service:
+    with Service(tmp_path / "data", model=build_tiny(tmp_path), forked=False, wait=False) as service:
         deadline = time.monotonic() + STOP_SECONDS
         while not handles_sigterm(service.pid):
             assert time.monotonic() < deadline

@@ -57,7 +57,7 @@ def test_an_anomaly_fires_and_resolves_once_in_alertmanager(
         "ALERTS_STDOUT": "true",
         "PUBLIC_URL": "https://onset.example",
     }
-    with Service(tmp_path / "data", model=tiny_model_path, wait=True, **settings) as service:
+    with Service(tmp_path / "data", model=tiny_model_path, wait=True, forked=True, **settings) as service:
         sensor = Sensor(service, "line 3/pump")
         sensor.send([*NORMAL, *STUCK])
         people.wait(lambda posted: len(posted) == 1)
@@ -83,7 +83,7 @@ def test_alertmanager_that_was_down_learns_how_things_stand_and_a_short_anomaly_
     tmp_path: Path, tiny_model_path: Path, alertmanager: Alertmanager, people: Receiver
 ) -> None:
     settings = {"ALERTS_ALERTMANAGERS": alertmanager.url, "ALERTS_KEEP_FIRING_SECONDS": "3600", "ALERTS_RESEND_SECONDS": "1"}
-    with Service(tmp_path / "data", model=tiny_model_path, wait=True, **settings) as service:
+    with Service(tmp_path / "data", model=tiny_model_path, wait=True, forked=True, **settings) as service:
         alertmanager.kill()
         short, long = Sensor(service, "short"), Sensor(service, "long")
         short.send([*NORMAL, *STUCK, *CALM])
@@ -107,14 +107,14 @@ def test_a_replica_that_is_killed_between_commit_and_delivery_loses_no_alert(
         settings |= {"ALERTS_PER_MINUTE": "1000"}
         (tmp_path / "one").mkdir()
         (tmp_path / "two").mkdir()
-        with Service(tmp_path / "one" / "data", model=tiny_model_path, wait=True, **settings) as one:
+        with Service(tmp_path / "one" / "data", model=tiny_model_path, wait=True, forked=True, **settings) as one:
             first = [Sensor(one, f"a{i}") for i in range(8)]
             for sensor in first:
                 sensor.send(NORMAL)
             for sensor in first:
                 sensor.send(STUCK)
             one.kill()  # some are in the log, some in the book, some on their way
-            with Service(tmp_path / "two" / "data", model=tiny_model_path, wait=True, **settings) as two:
+            with Service(tmp_path / "two" / "data", model=tiny_model_path, wait=True, forked=True, **settings) as two:
                 hook.wait(lambda posted: len(_streams(hook, "opened")) == 8)
                 for sensor in first:
                     sensor.move(two)

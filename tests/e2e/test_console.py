@@ -55,7 +55,7 @@ def test_the_plain_table_shows_each_stream_with_its_state_and_no_name_as_markup(
 
 def test_without_the_built_page_its_address_has_the_plain_table_and_says_how_to_get_the_page(tmp_path: Path, tiny_model_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "service", ignore=shutil.ignore_patterns("dist", "__pycache__"))
-    plain = Service(tmp_path / "data", model=tiny_model_path)
+    plain = Service(tmp_path / "data", model=tiny_model_path, forked=False)
     plain.source = tmp_path
     with plain:
         post(plain, *(("pump-7", 1.0 + 0.01 * (i % 3)) for i in range(40)))

@@ -144,7 +144,7 @@ def test_scores_after_kills_are_those_of_an_uninterrupted_run(
 
 
 def test_nothing_is_left_running_after_a_stop(tmp_path: Path, tiny_model_path: Path) -> None:
-    with Service(tmp_path / "data", model=tiny_model_path) as running:
+    with Service(tmp_path / "data", model=tiny_model_path, forked=False) as running:
         children = running.children("valkey")
         assert len(children) == 1
         running.terminate()

@@ -89,7 +89,7 @@ def test_readiness_follows_the_store_and_scoring_recovers_without_a_restart(valk
 
 
 def test_a_service_without_its_store_starts_and_waits(tmp_path: Path, tiny_model_path: Path) -> None:
-    with Service(tmp_path / "data", model=tiny_model_path, wait=False, REDIS_URL="redis://127.0.0.1:1") as service:
+    with Service(tmp_path / "data", model=tiny_model_path, wait=False, forked=False, REDIS_URL="redis://127.0.0.1:1") as service:
         becomes_ready(service, False)
         detail = local.get(f"{service.url}/health/ready").json()["detail"]
         assert "store" in detail

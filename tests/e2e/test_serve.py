@@ -64,7 +64,7 @@ def test_port_0_is_any_free_one_and_the_line_it_prints_can_be_pasted(tmp_path: P
 
 def test_the_detector_that_ships_is_ready_within_seconds(tmp_path: Path) -> None:
     started = time.monotonic()
-    with Service(tmp_path / "data") as service:
+    with Service(tmp_path / "data", forked=False) as service:
         took = time.monotonic() - started
         [model] = local.get(f"{service.url}/v1/models").json()["models"]
         assert model["default"]
@@ -74,7 +74,7 @@ def test_the_detector_that_ships_is_ready_within_seconds(tmp_path: Path) -> None
 
 
 def test_without_its_store_it_says_what_it_waits_for(tmp_path: Path, tiny_model_path: Path) -> None:
-    with Service(tmp_path / "data", model=tiny_model_path, wait=False, REDIS_URL="redis://127.0.0.1:1") as service:
+    with Service(tmp_path / "data", model=tiny_model_path, wait=False, forked=False, REDIS_URL="redis://127.0.0.1:1") as service:
         deadline = time.monotonic() + 20
         while "curl" not in service.log.read_text():
             assert time.monotonic() < deadline
