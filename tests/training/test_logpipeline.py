@@ -124,14 +124,16 @@ def test_what_fits_no_stream_is_counted(tmp_path: Path) -> None:
 
 
 def test_key_sequences_are_published_with_a_report(tmp_path: Path) -> None:
+    """Of a convolutional network; the next test's is the standard one, test_logs has a coupled one of two layers."""
     keys = tmp_path / "keys.txt"
     rng = np.random.default_rng(0)
     keys.write_text("\n".join("a b " + "c " * int(rng.integers(1, 3)) + "d" for _ in range(120)) + "\na b\n")
     data, lines = keys_of([keys], None)
-    job = LogJob("keys", "1", data, lines, TINY, QUICK, "python -m training fit", "keys.txt")
+    job = LogJob("keys", "1", data, lines, replace(TINY, cell="convolutional"), QUICK, "python -m training fit", "keys.txt")
     model = produce(job, tmp_path / "out")
     manifest = verify_file(model)
     assert manifest.lines == lines
+    assert manifest.cell.variant == "convolutional"
     assert manifest.quality["onsets_on_lines_held_out"]["0.001"]["lines"] == data.lines + 121
     assert set(manifest.quality["injected_faults_found"]) == set(FAULTS)
     assert manifest.quality["published"].endswith("the network's chances of lines")
@@ -147,7 +149,7 @@ def test_sessions_too_few_to_be_validated_and_too_short_for_faults_are_published
     keys = tmp_path / "keys.txt"
     keys.write_text("a b\n")
     data, lines = keys_of([keys], None)
-    produce(LogJob("keys", "1", data, lines, TINY, replace(QUICK, steps=1), "", "keys.txt"), tmp_path / "out")
+    produce(LogJob("keys", "1", data, lines, TINY, QUICK, "", "keys.txt"), tmp_path / "out")
     manifest = verify_file(tmp_path / "out" / "keys-1.onnx")
     assert manifest.quality["onsets_on_lines_held_out"] == {}
     assert manifest.quality["published"].startswith("with the network")

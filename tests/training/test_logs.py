@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from service.artifact import Feature, Lines, Manifest
-from service.detector import Detector, session_of
+from service.detector import Detector
 from service.errors import TableError
 from tests.training.logs import CACHE, CLOSE, END, OPEN, QUICK, READ, TEMPLATES, TINY, WRITE, one_host, session, sessions
 from training.autoencoder import Sizes, Variant
@@ -22,7 +22,7 @@ from training.line_faults import FAULTS
 from training.logfit import LINE_WEIGHTS, Fitted, calibration_of, fit, found_of, observe_sessions, ranges_of, rates_of
 from training.logs import BEFORE, LEAST_LIKELY, LIKELY, LogStep
 from training.sessions import Session, Sessions, read_sessions
-from training.verify import Runner, line_inputs, verify_file, verify_sequence
+from training.verify import verify_file
 
 Answer = dict[str, Float32]
 RNG = np.random.default_rng(7)
@@ -107,21 +107,6 @@ def test_a_log_detector_is_published_as_an_artifact_and_loads(step: LogStep, tmp
     out = detector.step(*(np.zeros(shape, np.float32) for shape in ((5, step.state_size), (5, 3), (5, 3), (5,), (5,))))
     assert out.likely.shape == (5, 2 * LIKELY)
     assert out.before.shape == (5, BEFORE)
-
-
-def test_a_convolutional_network_exports_and_answers_a_sequence_line_by_line(data: Sessions) -> None:
-    step = shaken(untrained(data, Sizes(hidden=8, layers=1, code=3, decoder_hidden=5, cell="convolutional")))
-    verify_sequence(step)
-    served = Runner(session_of(to_onnx(step)))
-    x, t, learn, alpha = line_inputs(12, 9, step)
-    state = np.zeros((9, step.state_size), np.float32)
-    for i in range(len(x)):
-        with torch.no_grad():
-            want = [part.numpy() for part in step(*(torch.from_numpy(part) for part in (state, x[i], t[i], learn[i], alpha[i])))]
-        got = served(state, x[i], t[i], learn[i], alpha[i])
-        np.testing.assert_allclose(got.p_value, want[1], rtol=1e-4)
-        np.testing.assert_allclose(got.state, want[0], rtol=1e-4, atol=1e-5)
-        state = got.state
 
 
 def test_what_is_made_of_a_lines_surprise_is_verified_by_one_measure(step: LogStep) -> None:
