@@ -115,7 +115,7 @@ def test_fit_waveform_makes_a_detector_that_finds_a_beat_of_another_shape(tmp_pa
     folder = tmp_path / "beats"
     folder.mkdir()
     for stream in range(2):
-        (folder / f"{stream}.csv").write_text("\n".join(["value", *map(str, pulses(3000, stream))]))
+        (folder / f"{stream}.csv").write_text("\n".join(["value", *map(str, pulses(1600, stream))]))
     arguments = [
         "fit",
         "--data",
