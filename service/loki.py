@@ -4,7 +4,7 @@
 
     status   when                                                                                   the shipper
     204      everything was taken: scored, a duplicate, late, or blank                              goes on
-    400      some lines can never be taken: too long, in the future, of labels that cannot be       drops the request; its good lines
+    400      some lines can never be taken: in the future, of labels that cannot be                 drops the request; its good lines
              used, one stream too many; or the body cannot be read, and then nothing is scored      are scored
     413 415  over a limit; neither of the two formats                                               drops it
     422      it names no model that takes lines, and there is none to take                          drops it
@@ -116,6 +116,7 @@ def _answer(tally: Tally, lines: int) -> Response:
         detail = f"{tally.again} of {lines} lines were not written, other replicas were faster: send the request again."
         return respond(Problem("urn:onset:partly-written", "Not all lines were written", 503, detail, retry_after=RETRY_SECONDS))
     if tally.refused:
-        detail = f"{sum(tally.refused.values())} of {lines} lines were refused: {tally.reasons}. The others were taken."
+        refused = sum(tally.refused.values())
+        detail = f"{refused} of {lines} lines were refused: {tally.reasons}." + (" The others were taken." if refused < lines else "")
         return respond(Problem("urn:onset:partly-refused", "Some lines can never be taken", 400, detail))
     return Response(status_code=204)

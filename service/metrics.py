@@ -188,6 +188,13 @@ class Metrics:
         "A share of all lines that is usual for their files.",
         door=("loki", "otlp"),
     )
+    cut = _counter(
+        "onset_cut_lines_total",
+        "lines",
+        "Log lines longer than 65,536 characters that Loki's and OTLP's doors were sent; their beginning is scored.",
+        "Something writes whole files into its log, or a shipper joins lines that do not belong together.",
+        door=("loki", "otlp"),
+    )
     unscored = _counter(
         "onset_remote_write_unscored_total",
         "samples and others",

@@ -4,7 +4,8 @@
 
 A line's identity is its stream, its time in nanoseconds, its text, and how many equal ones came before it in the same request. So a
 request may be sent again, whole or in other parts, and each line is scored once; two equal lines of the same nanosecond are two lines
-where they come in one request, and one where they come in two (Loki takes them for one, either way). A line without time has no identity.
+where they come in one request, and one where they come in two (Loki takes them for one, either way).
+A line without time has no identity. Of a line that is too long the beginning is scored; its identity is of all of it.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class Tally:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     blank: int = 0
+    cut: int = 0
+    """Lines of which the beginning was scored."""
     late: int = 0
     first_late: str = ""
     refused: Counter[str] = field(default_factory=Counter)
@@ -180,6 +183,8 @@ class Shipping:
             self._metrics.events.labels(self._name, outcome).inc(count)
         if tally.blank:
             self._metrics.blank.labels(self._name).inc(tally.blank)
+        if tally.cut:
+            self._metrics.cut.labels(self._name).inc(tally.cut)
 
     def _deliveries(self, shipped: Shipped, tally: Tally) -> Iterator[Delivery]:
         """Lines that can be events, each stream's in the order of their times."""
@@ -190,13 +195,13 @@ class Shipping:
             if not line or line.isspace():
                 tally.blank += 1
                 continue
-            if len(line) > MAX_MESSAGE_LENGTH:
-                tally.refuse(BadEvent(f"A line of stream '{stream_id}' has {len(line)} characters, over {MAX_MESSAGE_LENGTH}.", "message"))
-                continue
             event_id = None
             if moment is not None:
                 equals[key := (stream_id, moment, line)] += 1
                 event_id = _identity(moment, line, equals[key])
+            if len(line) > MAX_MESSAGE_LENGTH:  # as those in files are read: nobody would see what was refused, or could send it otherwise
+                tally.cut += 1
+                line = line[:MAX_MESSAGE_LENGTH]
             event = Event(stream_id, None, line, None if moment is None else moment / BILLION, event_id)
             yield Delivery(event, 0, 0, now)
 

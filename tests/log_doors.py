@@ -48,6 +48,10 @@ class Shipper(httpx.AsyncClient):
     def blank(self) -> float:
         return self.metrics.registry.get_sample_value("onset_blank_lines_total", {"door": self.name}) or 0
 
+    @property
+    def cut(self) -> float:
+        return self.metrics.registry.get_sample_value("onset_cut_lines_total", {"door": self.name}) or 0
+
 
 @asynccontextmanager
 async def shipper(

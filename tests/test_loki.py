@@ -158,7 +158,6 @@ async def test_blank_lines_are_taken_counted_and_not_scored(promtail: Shipper) -
 @pytest.mark.parametrize(
     ("streams", "says"),
     [
-        ({'{a="b"}': [(NS, "x" * (MAX_MESSAGE_LENGTH + 1))]}, f"65537 characters, over {MAX_MESSAGE_LENGTH}"),
         ({'{a="b"}': [(NS + 10_001 * 10**9, "x")]}, "too far in the future"),
         ({"{a=b}": [(NS, "x")]}, "The labels '{a=b}' cannot be read"),
         ({"{}": [(NS, "x")]}, "A stream has no labels"),
@@ -173,6 +172,21 @@ async def test_a_line_that_can_never_be_taken_is_a_400_and_its_neighbours_are_sc
     assert_refused(reply, 400, "1 of 5 lines were refused", says, "The others were taken.")
     assert "retry-after" not in reply.headers
     assert (promtail.count("rejected"), promtail.count("scored")) == (1, 4)
+
+
+async def test_where_no_line_was_taken_none_is_said_to_be(promtail: Shipper) -> None:
+    reply = await push(promtail, {"{}": [(NS, "x")]})
+    assert reply.json()["detail"] == "1 of 1 lines were refused: 1 cannot be used (the first: A stream has no labels)."
+
+
+async def test_of_a_line_that_is_too_long_the_beginning_is_scored_as_of_one_in_a_file(log_detector: Detector) -> None:
+    seen: list[Batch] = []
+    async with shipper(at_loki(), loki.DOOR, log_detector, watch=seen.append) as client:
+        long, other = LINES[0] + " " + "x" * MAX_MESSAGE_LENGTH, LINES[0] + " " + "x" * MAX_MESSAGE_LENGTH + "y"
+        for _ in range(2):
+            assert (await push(client, {STREAM: [(NS, long), (NS, other), (NS + 1, LINES[1])]})).status_code == 204
+        assert (client.count("scored"), client.count("duplicate"), client.cut) == (3, 3, 4)
+    assert [message for batch in seen for message in batch.messages or []][:3] == [long[:MAX_MESSAGE_LENGTH]] * 2 + [LINES[1]]
 
 
 async def test_new_streams_beyond_the_limit_do_not_hold_up_the_others(promtail: Shipper) -> None:
