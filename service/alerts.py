@@ -37,11 +37,13 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DAY = 86_400.0
 FINDINGS = 10
 """Features that evidence keeps, the greatest contributors."""
-MESSAGE_LENGTH, SHOWN_LENGTH = 2_000, 160
-"""Characters of a log line that evidence keeps, and that a sentence shows."""
+MESSAGE_LENGTH, SHOWN_LENGTH, DESCRIBED_LENGTH = 2_000, 160, 500
+"""Characters of a log line that evidence keeps, and that a summary and a description show."""
 
 CARRIES = 0.1
 """Part of the error from which a line's gap or number is named."""
+LIKELY = 0.005
+"""Chance from which a pattern is named: 0% says nothing."""
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """They would reach terminals and mail as they are."""
@@ -350,7 +352,7 @@ def summary(alert: Alert) -> str:
     if alert.kind == "silence":
         return f"{alert.stream_id} has been silent since {since}."
     if alert.onset is not None and alert.onset.line:
-        return f"{alert.stream_id} logs unusual lines since {since}: {_said(alert.onset.line)}"
+        return f"{alert.stream_id} logs unusual lines since {since}: {_said(alert.onset.line, SHOWN_LENGTH)}"
     for evidence in (alert.last, alert.onset):
         for finding in evidence.contributors[:1] if evidence else ():
             if (beside := _beside(finding)) is not None:
@@ -395,10 +397,10 @@ def _beside(finding: Finding) -> str | None:
     return None
 
 
-def _said(line: Line) -> str:
+def _said(line: Line, length: int) -> str:
     """A line as a sentence shows it: its first one, without colours and control characters, or else its pattern."""
     text = _plain((line.message or line.template or "").strip().partition("\n")[0].rstrip("\r"))
-    return text if len(text) <= SHOWN_LENGTH else text[: SHOWN_LENGTH - 1] + "…"
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _plain(text: str) -> str:
@@ -409,10 +411,10 @@ def _shown_line(evidence: Evidence, line: Line) -> str:
     """The line, what was likelier in its place, and what else about it was unusual."""
     chances = {pattern: chance or 0.0 for pattern, chance in (evidence.expected or {}).items()}
     own = chances.get(NEW_TEXT if line.new else line.template or "", 0.0)
-    likelier = [f"'{_plain(pattern)}' ({chance:.0%})" for pattern, chance in chances.items() if chance > own]
+    likelier = [f"'{_plain(pattern)}' ({chance:.0%})" for pattern, chance in chances.items() if chance > own and chance >= LIKELY]
     which = "which no pattern of the model matches" if line.new else f"which is '{_plain(line.template or '')}'"
     parts = [
-        f"'{_said(line)}', {which}" + (f" ({own:.0%} here)" if own else ""),
+        f"'{_said(line, DESCRIBED_LENGTH)}', {which}" + (f" ({own:.0%} here)" if own >= LIKELY else ""),
         f"likelier was {' or '.join(likelier)}" if likelier else "",
         f"before it came '{_plain(line.before[0])}'" if line.before else "",
         *[_measured(found, line) for found in evidence.contributors if found.feature != "template" and found.contribution >= CARRIES],

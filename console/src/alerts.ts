@@ -3,7 +3,7 @@
 import { Refused, ask, streamPath } from "./api";
 import { fill, h } from "./dom";
 import { ago, chance, clock, duration, number, share } from "./format";
-import { slots, varying } from "./lines";
+import { PARTS, partOf, slots, varying } from "./lines";
 import type { Shell, View } from "./main";
 
 interface Evidence {
@@ -150,7 +150,7 @@ class AlertsView {
     const focused = document.activeElement?.closest<HTMLElement>(".alert")?.dataset["id"];
     this.said.replaceChildren();
     if (!alerts.length) {
-      const words = { open: "Nothing is wrong that somebody would have to know of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet." }[this.status];
+      const words = { open: "Nothing has begun that is as rare as you asked to be told of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet." }[this.status];
       const severe = SEVERITIES.find(([severity]) => severity === this.severity)![1].toLowerCase();
       fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, this.severity ? `None that is ${severe.replace("and", "or")}.` : words)));
     }
@@ -183,7 +183,7 @@ class AlertsView {
           ? `Acknowledged ${clock(alert.acknowledgement.at)} by ${alert.acknowledgement.by || "someone"}${alert.acknowledgement.note ? `: ${alert.acknowledgement.note}` : ""}`
           : "";
     const button = alert.status === "open" ? h("button", { class: "button", type: "button", "aria-label": `Acknowledge ${alert.stream_id}`, onclick: () => this.acknowledge(alert) }, "Acknowledge") : null;
-    return h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what), line && onset ? lineOf(line, onset.expected ?? {}) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
+    return h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what), line && onset ? lineOf(line, onset) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
   }
 
   private acknowledge(alert: Alert): void {
@@ -218,14 +218,18 @@ class AlertsView {
   }
 }
 
-/** The line that opened an alert, what would have been likelier, and what came before. */
-function lineOf(line: NonNullable<Evidence["line"]>, expected: Record<string, number | null>): HTMLElement {
+/** The line that opened an alert, what else about it was unusual, what would have been likelier, and what came before. */
+function lineOf(line: NonNullable<Evidence["line"]>, onset: Evidence): HTMLElement {
   const said = line.message ?? line.template ?? "";
-  const likely = Object.entries(expected).map(([pattern, p]) => h("li", {}, h("span", { class: "num" }, share(p ?? 0)), h("span", { class: "pattern" }, ...slots(pattern))));
+  const expected = Object.entries(onset.expected ?? {});
+  const own = expected.find(([pattern]) => pattern === (line.new ? "(new pattern)" : line.template))?.[1] ?? 0;
+  const carried = onset.contributors.filter((one) => one.feature !== "template" && one.contribution >= 0.1);
+  const likely = expected.filter(([, p]) => (p ?? 0) > own).map(([pattern, p]) => h("li", {}, h("span", { class: "num" }, share(p ?? 0)), h("span", { class: "pattern" }, ...slots(pattern))));
   return h(
     "div",
     { class: "evidence" },
     h("p", { class: "message" }, ...varying(said, line.template ?? "")),
+    ...carried.map((one) => h("p", { class: "quiet" }, `${PARTS[one.feature] ?? one.feature}: ${partOf(one)} · ${share(one.contribution)} of the error`)),
     likely.length ? h("p", { class: "quiet" }, "Likelier was") : null,
     likely.length ? h("ul", { class: "shares" }, ...likely) : null,
     line.before.length ? h("p", { class: "quiet" }, "Before it came") : null,

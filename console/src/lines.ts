@@ -2,7 +2,7 @@
 
 import { BITS, type EventsMessage } from "./api";
 import { append, fill, h, text } from "./dom";
-import { chance, clock, count, score, share } from "./format";
+import { chance, clock, count, number, score, share } from "./format";
 
 const KEPT = 2000;
 const SHOWN = 200;
@@ -145,4 +145,13 @@ export function varying(message: string, pattern: string): (Node | string)[] {
   if (!pattern) return [message];
   const fixed = new Set(pattern.replace(/<[^<>\s]+>/g, " ").match(/[\p{L}\p{N}]+/gu) ?? []);
   return message.split(/([\p{L}\p{N}]+(?:[.:][\p{N}]+)*)/u).map((part, i) => (i % 2 && !part.split(/[.:]/).every((piece) => fixed.has(piece)) ? h("var", {}, part) : part));
+}
+
+/** What a log model's features are to people. */
+export const PARTS: Record<string, string> = { template: "Which line came", gap: "How long after the line before", number_1: "Its first number", number_2: "Its second number", number_3: "Its third number", number_4: "Its fourth number" };
+
+export function partOf({ feature, actual, expected }: { feature: string; actual: number | null; expected: number | null }): string {
+  if (feature === "template") return "see what was likelier beside the line";
+  const unit = feature === "gap" ? "s" : null;
+  return actual === null ? (feature === "gap" ? "the first of its session" : "it has none") : `${number(actual, unit)}${expected === null ? "" : `, expected ${number(expected, unit)}`}`;
 }

@@ -5,7 +5,7 @@ import { BITS, Live, Refused, ask, streamPath, type Contributor, type EventsMess
 import { Chart, legend, scoreChart, valueChart, type Column, type Options } from "./charts";
 import { ICONS, fill, h, icon, scrolling, text } from "./dom";
 import { ago, chance, clock, count, number, score } from "./format";
-import { LineList } from "./lines";
+import { LineList, PARTS, partOf } from "./lines";
 import { alertOf } from "./rows";
 import type { Shell, View } from "./main";
 
@@ -423,15 +423,6 @@ class StreamPage {
     );
     return dialog;
   }
-}
-
-/** What a log model's features are to people. */
-const PARTS: Record<string, string> = { template: "Which line came", gap: "How long after the line before", number_1: "Its first number", number_2: "Its second number", number_3: "Its third number", number_4: "Its fourth number" };
-
-function partOf({ feature, actual, expected }: Contributor): string {
-  if (feature === "template") return "see what was likelier beside the line";
-  const unit = feature === "gap" ? "s" : null;
-  return actual === null ? (feature === "gap" ? "the first of its session" : "it has none") : `${number(actual, unit)}${expected === null ? "" : `, expected ${number(expected, unit)}`}`;
 }
 
 function nothing(features = 0): Columns {

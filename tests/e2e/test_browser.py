@@ -481,6 +481,30 @@ def test_a_log_stream_is_shown_as_its_lines_with_what_was_expected_in_place_of_a
         expect(alert.locator(".shares")).to_contain_text("Took <NUM> ms for <*>")
 
 
+def test_an_alert_of_a_line_says_what_about_it_was_unusual_and_only_what_was_likelier(web: Service, browser: Browser) -> None:
+    def slow(route: Route) -> None:
+        """As if the line had been likely, and late."""
+        reply = route.fetch()
+        alerts = reply.json()
+        onset = alerts["alerts"][0]["onset"]
+        onset["expected"] = {"Took <NUM> ms for <*>": 0.6, onset["line"]["template"]: 0.3, "Closed connection from <IP>": 0.1}
+        parts = {"gap": (0.7, 40.0, 0.2), "number_1": (0.2, 97.0, 41.0), "number_2": (0.04, 1.0, 2.0), "template": (0.06, 4.0, None)}
+        onset["contributors"] = [
+            dict(zip(("contribution", "actual", "expected"), parts[name], strict=True), feature=name) for name in parts
+        ]
+        route.fulfill(response=reply, json=alerts)
+
+    with Visit(browser, web.url) as page:
+        page.route(re.compile("/v1/alerts"), slow)
+        page.goto(f"{web.url}/#/alerts")
+        alert = page.locator(".alert", has_text="web-1")
+        expect(alert.locator(".shares li")).to_have_count(1)
+        expect(alert.locator(".shares li")).to_contain_text("Took <NUM> ms for <*>")
+        expect(alert.locator(".evidence")).to_contain_text("How long after the line before: 40.00 s, expected 0.2 s · 70 % of the error")
+        expect(alert.locator(".evidence")).to_contain_text("Its first number: 97.00, expected 41.00 · 20 % of the error")
+        expect(alert.locator(".evidence")).not_to_contain_text("second number")
+
+
 def test_new_patterns_are_listed_with_how_often_and_an_example(web: Service, browser: Browser) -> None:
     with Visit(browser, web.url) as page:
         page.goto(f"{web.url}/#/fleet")
