@@ -389,7 +389,8 @@ class Metrics:
         "onset_fresh_states_total",
         "streams",
         "Streams that started afresh, by reason.",
-        "other_model grows after a deploy only. corrupt: investigate the store at once.",
+        "other_model grows once a stream after a deploy; again and again where old and new model files serve together (docs/deploy.md). "
+        "corrupt: investigate the store at once.",
         reason=("new", "other_model", "corrupt"),
     )
     state_bytes = _gauge(
