@@ -335,6 +335,9 @@ class Band(nn.Module):
     """lower, upper = expected ∓ k(α)·spread: spread is the stream's own rms residual, k the pooled quantile of their ratio (`Tail`)."""
 
     memory = 2000.0
+    haste = 3.0
+    """The n-th residual counts for haste/n of the square, not for 1/n: the first ones, of a sensor that was just switched on, are as
+    good as forgotten after some hundred events (the first weighs 6/n³)."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -351,5 +354,5 @@ class Band(nn.Module):
         # Of a stream that stood still so far, the first move is all there is to learn from.
         clipped = torch.where((seen > 30) & (square > 0), torch.minimum(size, 36 * square), size)
         # The first event has no forecast, so the second one is the first to be learned.
-        learned = square + (clipped - square) / seen.clamp(1.0, self.memory)
+        learned = square + (clipped - square) / ((seen + (self.haste - 1)) / self.haste).clamp(1.0, self.memory)
         return torch.sqrt(square), {"spread": learned}

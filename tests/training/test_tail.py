@@ -255,6 +255,16 @@ def test_a_stream_that_stood_still_at_first_gets_a_band_once_it_moves() -> None:
     assert 0.5 < float(spread) < 1.5
 
 
+@pytest.mark.parametrize(("first", "events"), [(1, 100), (20, 800)])
+def test_a_sensor_that_is_switched_on_widens_its_band_for_some_hundred_events_alone(first: int, events: int) -> None:
+    band = Band(1)
+    parts = {slot.name: torch.zeros(slot.size, 1) for slot in band.slots}
+    residuals = [200.0] * first + np.random.default_rng(0).normal(size=events).tolist()
+    for seen, residual in enumerate(residuals, 1):
+        spread, parts = band(torch.tensor([[residual]]), torch.tensor([[float(seen)]]), parts)
+    assert 0.5 < float(spread) < 1.5
+
+
 def test_a_signal_of_half_the_weight_counts_half_of_its_decades_above_the_floor(univariate: DetectorStep) -> None:
     calibration, burn = univariate.tail.calibration, univariate.tail.burn
     rng = np.random.default_rng(0)

@@ -149,3 +149,9 @@ def test_a_fleet_of_features_that_are_counted_in_thousands_is_published() -> Non
     step = random_step(4)
     step.normaliser.floor.copy_(torch.tensor([1e3, 1e4, 1e5, 1.0]))
     verify_step(step, Runner(session_of(to_onnx(step))))
+
+
+def test_a_height_is_compared_as_a_difference_of_logarithms(univariate: DetectorStep) -> None:
+    """On one kind of processor the default was refused for 1.5e-5 of a decade in a height, whose p-value had passed."""
+    assert univariate.magnitude("onset_height") == 10
+    assert univariate.magnitude("onset_hold") == 0
