@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from starlette.responses import Response
 
@@ -28,7 +29,7 @@ from service.lokipush import Entry, Label, Pushed, decode_json, decode_protobuf
 from service.names import checked, stream_id_of
 from service.problems import Problem, respond
 from service.prompb import unpack, unpacked_size
-from service.shipped import RETRY_SECONDS, Naming, Shipped, Shipping, Tally
+from service.shipped import RETRY_SECONDS, Naming, Shipped, Shipping, Tally, beside
 
 DOOR = "loki"
 PATH = "/loki/api/v1/push"
@@ -71,13 +72,18 @@ class Loki:
         tally = Tally()
         try:
             async with self._shipping.door.sent(request, unpacked_size if packed else None, model) as sent:
-                decoded = decode_protobuf(unpack(sent.content), most=self._most) if packed else decode_json(sent.content, most=self._most)
-                lines = sum(len(pushed.entries) for pushed in decoded)
-                await self._shipping.score(sent, self._named(decoded, tally), tally)
+                size = unpacked_size(sent.content) if packed else len(sent.content)
+                shipped, lines = await beside(partial(self._read, sent.content, packed, tally), size)
+                await self._shipping.score(sent, shipped, tally)
         except TooSlow as error:  # as a 408 it would be dropped
             raise StoreUnavailable(error.detail) from error
         self._shipping.answered(time.perf_counter() - started)
         return _answer(tally, lines)
+
+    def _read(self, content: bytes, packed: bool, tally: Tally) -> tuple[Shipped, int]:
+        """The lines of a body by stream, and how many it has. Raises BadBody, TooLarge."""
+        decoded = decode_protobuf(unpack(content), most=self._most) if packed else decode_json(content, most=self._most)
+        return self._named(decoded, tally), sum(len(pushed.entries) for pushed in decoded)
 
     def _named(self, decoded: Sequence[Pushed], tally: Tally) -> Shipped:
         shipped = Shipped()

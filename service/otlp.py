@@ -16,7 +16,8 @@ Errors are a google.rpc.Status. The line is the record's body: text as it is, wh
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 from starlette.responses import Response
@@ -26,7 +27,7 @@ from service.intake import Incoming
 from service.names import bounded
 from service.otlplogs import Record, decode_json, decode_protobuf, encode_response, encode_status, text_of
 from service.problems import Problem, problem_of
-from service.shipped import RETRY_SECONDS, Naming, Shipped, Shipping, Tally
+from service.shipped import RETRY_SECONDS, Naming, Shipped, Shipping, Tally, beside
 
 DOOR = "otlp"
 PATH = "/v1/logs"
@@ -79,14 +80,19 @@ class Otlp:
                 raise UnsupportedMedia(f"Content-Type '{shown}' is not read here; send {PROTOBUF} or {JSON}.")
             decode = decode_protobuf if media == PROTOBUF else decode_json
             async with self._shipping.door.sent(request, None, self._shipping.model.of(request)) as sent:
-                records = decode(sent.content, most=self._most)
-                await self._shipping.score(sent, self._named(records, tally), tally)
+                shipped, count = await beside(partial(self._read, decode, sent.content, tally), len(sent.content))
+                await self._shipping.score(sent, shipped, tally)
         except TooSlow as error:  # as a 408 it would be dropped
             return _status(problem_of(StoreUnavailable(error.detail)), media)
         except OnsetError as error:
             return _status(problem_of(error), media)
         self._shipping.answered(time.perf_counter() - started)
-        return _answer(tally, len(records), media)
+        return _answer(tally, count, media)
+
+    def _read(self, decode: Callable[..., list[Record]], content: bytes, tally: Tally) -> tuple[Shipped, int]:
+        """The lines of a body by stream, and how many records it has. Raises BadBody, TooLarge."""
+        records = decode(content, most=self._most)
+        return self._named(records, tally), len(records)
 
     def _named(self, records: Sequence[Record], tally: Tally) -> Shipped:
         shipped = Shipped()

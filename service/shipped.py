@@ -10,12 +10,14 @@ A line without time has no identity. Of a line that is too long the beginning is
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TypeVar
 
 from service.api import Door, Sent
 from service.artifact import Manifest
@@ -37,9 +39,13 @@ from service.sources.templates import Template
 
 PART_LINES = 4096
 """Lines scored at once, at most: a long request lets others in between."""
+LONG = 32_768
+"""Bytes of a body, unpacked, from which it is read beside the event loop: reading a thousand lines takes ten milliseconds and more."""
 RETRY_SECONDS = 1
 BILLION = 10**9
 """Nanoseconds of a second. Whole, as they are: a time is then the float next to it, as it is in a file or over REST; 1e9 rounds twice."""
+
+Read = TypeVar("Read")
 
 _REASONS: Mapping[type[ItemError], str] = {
     BadEvent: "cannot be used",
@@ -95,6 +101,11 @@ class Naming:
             missing = references[found.index("")]
             raise BadEvent(f"{self._setting} names '{missing}', which {owner} does not have.", missing)
         return bounded(self._template.filled(found))
+
+
+async def beside(read: Callable[[], Read], size: int) -> Read:
+    """What `read` makes of a body of so many bytes; others get their turn meanwhile."""
+    return await asyncio.to_thread(read) if size > LONG else read()
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,29 @@ async def test_what_is_no_push_is_refused_and_nothing_is_scored(promtail: Shippe
     assert (await promtail.post(loki.PATH, content=good)).status_code == 204, "without a type it is protobuf, as for Loki"
 
 
+@pytest.mark.parametrize("form", ["protobuf", "json"])
+async def test_while_a_long_push_is_read_others_get_their_turn(log_detector: Detector, form: str) -> None:
+    blank: list[Line] = [(NS + i, "") for i in range(20_000)]
+    turns, ended = 0, asyncio.Event()
+
+    async def others() -> None:
+        nonlocal turns
+        while not ended.is_set():
+            await asyncio.sleep(0)
+            turns += 1
+
+    def many(app: FastAPI, shipping: Shipping, door: Door) -> None:
+        door.add_post(app, loki.PATH, loki.Loki(shipping, loki.Streams(""), len(blank)).push, "loki_push")
+
+    async with shipper(many, loki.DOOR, log_detector) as client:
+        counting = asyncio.create_task(others())
+        reply = await (push(client, {STREAM: blank}) if form == "protobuf" else push_json(client, blank, packed=False))
+        ended.set()
+        await counting
+        assert (reply.status_code, client.blank) == (204, len(blank))
+    assert turns > 200
+
+
 async def test_lines_and_bytes_of_a_push_are_limited(promtail: Shipper) -> None:
     assert_refused(await push(promtail, {STREAM: some(*["x"] * (MAX_LINES + 1), step=1)}), 413, "More than 6000 lines", "ONSET_MAX_LINES")
     assert_refused(await push(promtail, {STREAM: some(*["x" * 60_000] * 20)}), 413, "ONSET_MAX_BODY_BYTES")
