@@ -108,6 +108,8 @@ def test_when_a_process_is_killed_the_others_end_and_the_run_continues_to_the_mo
     one, two = verify_file(alone / "pumps-1.onnx"), verify_file(tmp_path / "pumps-1.onnx")
     assert two.training.command.startswith("torchrun --nproc-per-node 2 -m training fit")
     assert (one.training.data_sha256, one.training.rows) == (two.training.data_sha256, two.training.rows)
+    assert one.cell == two.cell
+    assert one.cell.variant == "standard"
     assert one.calibration["tau"] == pytest.approx(two.calibration["tau"], rel=0.01)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in alone.iterdir())
 

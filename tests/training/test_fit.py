@@ -22,18 +22,23 @@ from training.fit import Drawn, Lanes, Plan, Progress, Trainer, learning_rate, p
 from training.synthetic import ANOMALIES, Synthetic, generate, streams
 
 SMALL = Synthetic(0, validation_lanes=8, validation_length=100)
+FITTED = "peephole"
 PLAN = Plan(steps=8, lanes=4, chunk=24, chunks=2, check_every=1, patience=50)
+
+
+def fit(data: Path, out: Path, cell: str) -> str:
+    """Train a fleet by the command line; what it printed."""
+    arguments = ["fit", "--data", str(data), "--out", str(out), "--name", "pumps", "--steps", "8", "--cell", cell, "--keep-network"]
+    result = CliRunner().invoke(app, [*arguments, "--layers", "2", "--hidden", "6", "--code", "3", "--decoder-hidden", "4"])
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 @pytest.fixture(scope="session")
 def fitted(fleet_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A fleet trained by the command line: its folder and what it printed."""
+    """A fleet, its folder and what was printed. Not of the standard cell, which test_distributed trains."""
     out = tmp_path_factory.mktemp("fitted")
-    arguments = ["fit", "--data", str(fleet_folder), "--out", str(out), "--name", "pumps", "--steps", "8"]
-    arguments += ["--hidden", "6", "--code", "3", "--decoder-hidden", "4"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    return out, result.output
+    return out, fit(fleet_folder, out, FITTED)
 
 
 def test_one_command_makes_a_model_of_a_folder_of_streams(fitted: tuple[Path, str]) -> None:
@@ -232,31 +237,20 @@ def test_verify_tells_what_a_file_is_and_refuses_a_changed_one(fitted: tuple[Pat
 
 def test_sizes_are_recorded(fitted: tuple[Path, str]) -> None:
     cell = Detector.load(fitted[0] / "pumps-1.onnx").manifest.cell
-    assert (cell.variant, cell.hidden, cell.code, cell.decoder_hidden) == ("standard", TINY.hidden, TINY.code, TINY.decoder_hidden)
+    assert (cell.variant, cell.hidden, cell.code, cell.decoder_hidden) == (FITTED, TINY.hidden, TINY.code, TINY.decoder_hidden)
 
 
-@pytest.mark.parametrize("cell", ["peephole", "coupled", "bidirectional", "convolutional", "memoryless", "none"])
-def test_every_cell_is_trained_published_and_served_by_the_same_commands(cell: str, fleet_folder: Path, tmp_path: Path) -> None:
-    arguments = [
-        "fit",
-        "--data",
-        str(fleet_folder),
-        "--out",
-        str(tmp_path),
-        "--name",
-        "pumps",
-        "--steps",
-        "8",
-        "--cell",
-        cell,
-        "--keep-network",
-    ]
-    result = CliRunner().invoke(app, [*arguments, "--layers", "2", "--hidden", "6", "--code", "3", "--decoder-hidden", "4"])
-    assert result.exit_code == 0, result.output
-    manifest = Detector.load(tmp_path / "pumps-1.onnx").manifest  # what the service does: hash, self-test, rows independent
+@pytest.mark.parametrize("cell", [FITTED, "coupled", "bidirectional", "convolutional", "memoryless", "none"])
+def test_every_cell_is_trained_published_and_served_by_the_same_commands(
+    cell: str, fitted: tuple[Path, str], fleet_folder: Path, tmp_path: Path
+) -> None:
+    out = fitted[0] if cell == FITTED else tmp_path
+    if cell != FITTED:
+        fit(fleet_folder, out, cell)
+    model = out / "pumps-1.onnx"
+    manifest = Detector.load(model).manifest  # what the service does: hash, self-test, rows independent
     assert (manifest.cell.variant, manifest.cell.layers) == (cell, 2)
     scores = tmp_path / "scores"
-    backtest = ["backtest", str(fleet_folder), "--model", str(tmp_path / "pumps-1.onnx"), "--out", str(scores)]
-    result = CliRunner().invoke(service_app, backtest)
+    result = CliRunner().invoke(service_app, ["backtest", str(fleet_folder), "--model", str(model), "--out", str(scores)])
     assert result.exit_code == 0, result.output
     assert len(list(scores.glob("**/*.csv"))) >= 2
