@@ -200,6 +200,8 @@ class Settings(BaseSettings):
     @field_validator("remote_write_metrics")
     @classmethod
     def _are_written(cls, value: str) -> str:
+        if value == cls.model_fields["remote_write_metrics"].default:
+            return value
         from service.names import WRITTEN  # noqa: PLC0415 - imports half the service, which waits until the store has been started
 
         unknown = [name for name in value.split(",") if name not in WRITTEN]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from pydantic import ValidationError
 
+from service.names import WRITTEN
 from service.settings import Settings, unknown
 
 
@@ -34,3 +39,13 @@ def test_a_rate_that_means_nothing_is_refused_by_name(given: dict[str, object], 
 def test_a_misspelt_variable_is_told_with_the_setting_it_is_most_like() -> None:
     given = {"ONSET_ALERTS_WEBHOOK_URL": "x", "ONSET_SERVICE_HOST": "10.0.0.1", "ONSET_ALPHA": "0.01", "onset_alfa": "1", "PATH": "/bin"}
     assert unknown(given) == {"ONSET_ALERTS_WEBHOOK_URL": "ONSET_ALERTS_WEBHOOK", "ONSET_SERVICE_HOST": None}
+
+
+def test_settings_that_name_no_metrics_to_write_back_import_nothing_of_the_service_for_them() -> None:
+    """The embedded store is launched once they are read, and reads its data while the rest is imported."""
+    code = "import sys; from service.settings import Settings; Settings(); print('service.names' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ONSET_")}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip() == "False"
+    assert set(Settings().remote_write_metrics.split(",")) <= set(WRITTEN)
+    with pytest.raises(ValidationError, match="it has 'yhut'"):
+        Settings(remote_write_metrics="yhat,yhut")
