@@ -46,7 +46,7 @@ class Service:
         self._options = {"port": str(self.port), "data_dir": str(data_dir)} | ({"model": str(model)} if model else {})
         self._environment = environment
         self._wait = wait
-        self._forked = forked
+        self._forked = forked and hasattr(os, "pidfd_open")  # Linux
         self.source: Path | None = None  # where another copy of the package lies; not forked
         self._process: subprocess.Popen[bytes] | Born | None = None
         self.log = data_dir.parent / "service.log"
