@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from service.artifact import NEW_TEXT, NUMBER, NUMBERS
 from service.events import SEVERITIES, Direction, Line, Result, Severity
+from service.lines import plain
 from service.state import ALERT_OPEN, EXPIRED, LEVEL, LEVEL_SHIFT, SILENT, Rows
 
 ID = "^[0-9a-f]{28}$"
@@ -44,10 +44,6 @@ CARRIES = 0.1
 """Part of the error from which a line's gap or number is named."""
 LIKELY = 0.005
 """Chance from which a pattern is named: 0% says nothing."""
-_COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""They would reach terminals and mail as they are."""
-
 Kind = Literal["anomaly", "silence"]
 Status = Literal["open", "acknowledged", "resolved"]
 Resolution = Literal["recovered", "accepted", "accepted_by_age", "spoke", "ended", "forgotten"]
@@ -399,24 +395,20 @@ def _beside(finding: Finding) -> str | None:
 
 def _said(line: Line, length: int) -> str:
     """A line as a sentence shows it: its first one, without colours and control characters, or else its pattern."""
-    text = _plain((line.message or line.template or "").strip().partition("\n")[0].rstrip("\r"))
+    text = plain((line.message or line.template or "").strip().partition("\n")[0].rstrip("\r"))
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _plain(text: str) -> str:
-    return _CONTROLS.sub("\ufffd", _COLOURS.sub("", text))
 
 
 def _shown_line(evidence: Evidence, line: Line) -> str:
     """The line, what was likelier in its place, and what else about it was unusual."""
     chances = {pattern: chance or 0.0 for pattern, chance in (evidence.expected or {}).items()}
     own = chances.get(NEW_TEXT if line.new else line.template or "", 0.0)
-    likelier = [f"'{_plain(pattern)}' ({chance:.0%})" for pattern, chance in chances.items() if chance > own and chance >= LIKELY]
-    which = "which no pattern of the model matches" if line.new else f"which is '{_plain(line.template or '')}'"
+    likelier = [f"'{plain(pattern)}' ({chance:.0%})" for pattern, chance in chances.items() if chance > own and chance >= LIKELY]
+    which = "which no pattern of the model matches" if line.new else f"which is '{plain(line.template or '')}'"
     parts = [
         f"'{_said(line, DESCRIBED_LENGTH)}', {which}" + (f" ({own:.0%} here)" if own >= LIKELY else ""),
         f"likelier was {' or '.join(likelier)}" if likelier else "",
-        f"before it came '{_plain(line.before[0])}'" if line.before else "",
+        f"before it came '{plain(line.before[0])}'" if line.before else "",
         *[_measured(found, line) for found in evidence.contributors if found.feature != "template" and found.contribution >= CARRIES],
         f"p-value {evidence.p_value:.2g}." if evidence.p_value is not None else "no p-value.",
     ]
@@ -437,7 +429,7 @@ def _place(feature: str, template: str) -> str:
     """Where the number lies in its line, with the word before it."""
     if feature not in NUMBERS:
         return ""
-    left, words = NUMBERS.index(feature) + 1, _plain(template).split()
+    left, words = NUMBERS.index(feature) + 1, plain(template).split()
     for i, word in enumerate(words):
         if (left := left - word.count(NUMBER)) <= 0 < word.count(NUMBER):
             return f" ('{' '.join(words[max(i - 1, 0) : i + 1]) if word.startswith(NUMBER) else word}')"

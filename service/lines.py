@@ -68,12 +68,20 @@ MOST_NUMBERS = len(NUMBERS)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _EDGE, _SIX = r"\b", "(?=[0-9a-fA-F]{6})"
+_COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _DEFAULTS = frozenset(mask.pattern for mask in DEFAULT_MASKS)
 _HASH = next(mask.pattern for mask in DEFAULT_MASKS if mask.name == "hash")
 
 _UNCAPTURED = re2.Options()
 _UNCAPTURED.never_capture = True
 _SHAPE = str.maketrans("123456789", "000000000")
+
+
+def plain(text: str) -> str:
+    """Without colours, and U+FFFD for control characters: what is shown of a line must do nothing to a terminal or a mail."""
+    return _CONTROLS.sub("\ufffd", _COLOURS.sub("", text))
+
 
 Made = TypeVar("Made")
 Pick = tuple[int, slice | None, int]

@@ -25,6 +25,7 @@ from service.backtest import Limits, Report, Scored, Series, Tally, plain_width,
 from service.detector import Detector
 from service.errors import ArtifactError
 from service.features import coded
+from service.lines import plain
 from service.log_files import Counted, LogFormat, Spoken, by_stream
 from service.policy import THRESHOLD, Policy
 
@@ -37,7 +38,8 @@ def command(paths: Sequence[Path], detector: Detector, out: Path, policy: Policy
     console, counted = plain_width(Console()), Counted()
     report, alerts = run(paths, detector, replace(policy, tau=detector.manifest.age_constant), out, format_, counted)
     for row in alerts[:ALERTS_SHOWN]:
-        console.print(escape(f"{row[0]}  ▲ {row[1]}  p {float(str(row[4])):.1g}  {row[-1] or row[6]}"[:SHOWN_LENGTH]), highlight=False)
+        said = plain(str(row[-1] or row[6]).lstrip().partition("\n")[0])
+        console.print(escape(f"{row[0]}  ▲ {row[1]}  p {float(str(row[4])):.1g}  {said}"[:SHOWN_LENGTH]), highlight=False)
     if len(alerts) > ALERTS_SHOWN:
         console.print(f"{len(alerts) - ALERTS_SHOWN:,} more alerts: rows of {out / 'lines.csv'} with an alert_score above 1.")
     tell(console, report, out, json_file)

@@ -88,6 +88,17 @@ def test_the_command_shows_the_lines_at_which_alerts_open(folder: Path, model: P
     assert "Left out: 1 that name no stream" in answer.output
 
 
+def test_what_a_line_holds_does_not_reach_the_terminal(folder: Path, model: Path, tmp_path: Path) -> None:
+    file = folder / "a.log"
+    file.write_text(file.read_text().replace("Segfault at", "\x1b]0;title\x07\x1b[31mSegfault\x1b[0m at"))
+    options = ["--time-format", FORMAT.time, "--stream-regex", FORMAT.stream]
+    answer = CliRunner().invoke(app, ["backtest", str(folder), "--model", str(model), "--out", str(tmp_path / "out"), *options])
+    assert "\ufffd]0;title\ufffdSegfault at 0xdeadbeef" in answer.output
+    assert "\x1b]" not in answer.output
+    assert "in libfoo.so" not in answer.output
+    assert "\x1b[31mSegfault" in (tmp_path / "out" / "lines.csv").read_text()  # as it was written
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

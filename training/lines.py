@@ -27,7 +27,7 @@ from rich.table import Table as Grid
 from service.artifact import MAX_TEMPLATES, NEW, WILDCARD, Lines, Mask
 from service.backtest import plain_width
 from service.errors import TableError
-from service.lines import DEFAULT_MASKS, Matcher, Splitter
+from service.lines import DEFAULT_MASKS, Matcher, Splitter, plain
 from service.log_files import Counted, LogFormat, read
 from service.patterns import PatternPage
 
@@ -166,7 +166,8 @@ def preview(
         grid.add_column(name, justify=how, overflow="fold")  # type: ignore[arg-type]
     for one in found[:most]:
         example = " ".join(splitter.words(one.example))
-        grid.add_row(str(one.code), f"{one.count:,}", escape(one.template or "(none)"), escape(example[:EXAMPLE_LENGTH]))
+        template, example = plain(one.template or "(none)"), plain(example)[:EXAMPLE_LENGTH]
+        grid.add_row(str(one.code), f"{one.count:,}", escape(template), escape(example))
     console.print(grid)
     if len(found) > most:
         console.print(f"{len(found) - most:,} rarer templates are not shown (--most).")

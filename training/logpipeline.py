@@ -21,7 +21,7 @@ from rich.console import Console
 
 from service.artifact import GAP, NUMBERS, TEMPLATE, Feature, Lines
 from service.errors import TableError
-from service.lines import Matcher
+from service.lines import Matcher, plain
 from service.log_files import Counted, Entry, LogFormat, files_of, read
 from training import report
 from training.autoencoder import Sizes
@@ -380,4 +380,4 @@ def _tell(console: Console, job: LogJob, step: LogStep, model: Path, quality: di
         console.print(f"Recommended: ONSET_ALPHA={quality['recommended_alpha']:.2g}, at which most of them are found for the false alarms.")
     console.print(f"Report: {model.parent / 'report.md'}")
     for one in odd[:3]:
-        console.print(f"  p {one.onset_p:.1g}  {one.stream}: {one.line}"[:200], markup=False, highlight=False)
+        console.print(f"  p {one.onset_p:.1g}  {one.stream}: {plain(one.line)}"[:200], markup=False, highlight=False)

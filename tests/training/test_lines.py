@@ -180,6 +180,15 @@ def test_grouping_accuracy_counts_lines_of_groups_that_are_exactly_the_truths() 
     assert grouping_accuracy([1, 1, 2, 3, 3], ["a", "a", "b", "c", "d"]) == 0.6
 
 
+def test_the_preview_brings_no_control_characters_to_the_terminal(tmp_path: Path) -> None:
+    path = written(tmp_path / "app.log", "\x1b[2J\x1b[31mdisk\x1b[0m gone \x07\n" * 3)
+    shown = CliRunner().invoke(app, ["lines", str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "disk gone \ufffd" in shown.output
+    assert "\x07" not in shown.output
+    assert "[2J" not in shown.output
+
+
 def test_the_preview_shows_templates_before_anything_is_trained(tmp_path: Path) -> None:
     path = written(tmp_path / "app.log", LOG)
     out = tmp_path / "patterns.json"
