@@ -353,7 +353,9 @@ def summary(alert: Alert) -> str:
         for finding in evidence.contributors[:1] if evidence else ():
             if (beside := _beside(finding)) is not None:
                 return f"{_named(alert, finding)} is {beside} its expected range since {since}."
-    return f"{alert.stream_id} behaves unusually since {since}: its values are in their ranges, their course is not."
+    most = alert.onset.contributors[:1] if alert.onset is not None and len(alert.onset.contributors) > 1 else ()
+    whose = "".join(f", that of {finding.feature} most" for finding in most)
+    return f"{alert.stream_id} behaves unusually since {since}: its values are in their ranges, their course is not{whose}."
 
 
 def description(alert: Alert) -> str:

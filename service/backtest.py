@@ -99,6 +99,8 @@ class Tally:
     alerts: int = 0
     alert_rows: list[int] = field(default_factory=list)
     """Where alerts open; the first row is 0."""
+    greatest: float = 0.0
+    """The greatest alert score."""
     rarer: list[int] = field(default_factory=lambda: [0] * len(TAIL))
     """Judged rows with a p-value below each number of TAIL."""
 
@@ -110,9 +112,15 @@ class Tally:
         self.warming_up += int((~scored.judged & ~late).sum())
         self.anomalous += int(scored.is_anomaly.sum())
         self.alerts += len(opened)
+        self.greatest = max(self.greatest, float(scored.alert_score.max(initial=0.0)))
         self.alert_rows += (first + opened).tolist()
         p_value = scored.p_value[scored.judged]
         self.rarer = [n + int((p_value < level).sum()) for n, level in zip(self.rarer, TAIL, strict=True)]
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """What to look at first is greatest: most inputs of a large fleet have as many alerts as others."""
+        return self.alerts, self.greatest
 
     @property
     def judged(self) -> int:
@@ -359,9 +367,7 @@ def _summary(report: Report) -> Grid:
     grid.add_column("input", overflow="fold")
     for column in ("rows", "late", "alerts", "alerts per 1000 rows", "anomalous rows"):
         grid.add_column(column, justify="right")
-    shown = (
-        sorted(report.tallies, key=lambda tally: tally.alerts, reverse=True)[:LISTED] if len(report.tallies) > LISTED else report.tallies
-    )
+    shown = sorted(report.tallies, key=lambda tally: tally.rank, reverse=True)[:LISTED] if len(report.tallies) > LISTED else report.tallies
     for tally in [*shown, total(report.tallies)]:
         rate, share = 1000 * tally.alerts / max(1, tally.rows), 100 * tally.anomalous / max(1, tally.rows)
         grid.add_row(tally.name, f"{tally.rows:,}", f"{tally.late:,}", f"{tally.alerts:,}", f"{rate:.2f}", f"{share:.2f} %")
@@ -374,5 +380,6 @@ def total(tallies: Sequence[Tally]) -> Tally:
     for tally in tallies:
         for name in ("rows", "warming_up", "late", "anomalous", "alerts"):
             setattr(whole, name, getattr(whole, name) + getattr(tally, name))
+        whole.greatest = max(whole.greatest, tally.greatest)
         whole.rarer = [mine + other for mine, other in zip(whole.rarer, tally.rarer, strict=True)]
     return whole

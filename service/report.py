@@ -72,7 +72,7 @@ class Subject:
 
 def write(path: Path, subject: Subject, tallies: Sequence[Tally], load: Load) -> None:
     """The report of a run whose inputs were tallied. Reads and scores again what it draws, at most SHOWN of them."""
-    shown = sorted(range(len(tallies)), key=lambda i: tallies[i].alerts, reverse=True)[:SHOWN]
+    shown = sorted(range(len(tallies)), key=lambda i: tallies[i].rank, reverse=True)[:SHOWN]
     partial = path.with_name(f"{path.name}.part")
     with partial.open("w", encoding="utf-8") as file:
         file.write(_head(subject, tallies, len(shown)))
@@ -87,7 +87,8 @@ def write(path: Path, subject: Subject, tallies: Sequence[Tally], load: Load) ->
 def _head(subject: Subject, tallies: Sequence[Tally], shown: int) -> str:
     manifest, policy, whole = subject.detector.manifest, subject.policy, total(tallies)
     expected = sum(allowed(policy, tally.rows, tally.judged) for tally in tallies)
-    more = f" The {shown} with the most alerts are drawn." if shown < len(tallies) else ""
+    first = f" The {shown} with the most alerts, and of as many those with the greatest score, are listed and drawn."
+    more = first if shown < len(tallies) else ""
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -103,16 +104,17 @@ def _head(subject: Subject, tallies: Sequence[Tally], shown: int) -> str:
 
 
 def _table(tallies: Sequence[Tally], whole: Tally) -> str:
-    ranked = sorted(enumerate(tallies), key=lambda pair: pair[1].alerts, reverse=True)[:SHOWN]
+    ranked = sorted(enumerate(tallies), key=lambda pair: pair[1].rank, reverse=True)[:SHOWN]
     rows = "".join(_row(f'<a href="#i{place}">{html.escape(tally.name)}</a>', tally) for place, (_, tally) in enumerate(ranked))
     last = _row("all", whole) if len(tallies) > 1 else ""
-    head = "<tr><th>Input</th><th>Rows</th><th>Judged</th><th>Late</th><th>Alerts</th><th>Anomalous rows</th></tr>"
+    head = "<tr><th>Input</th><th>Rows</th><th>Judged</th><th>Late</th><th>Alerts</th><th>Greatest score</th><th>Anomalous rows</th></tr>"
     return f"<table><thead>{head}</thead><tbody>{rows}{last}</tbody></table>"
 
 
 def _row(name: str, tally: Tally) -> str:
-    numbers = (tally.rows, tally.judged, tally.late, tally.alerts, tally.anomalous)
-    return f"<tr><td>{name}</td>{''.join(f'<td>{number:,}</td>' for number in numbers)}</tr>"
+    greatest = f"{tally.greatest:.2f}" if tally.alerts else ""
+    cells = (f"{tally.rows:,}", f"{tally.judged:,}", f"{tally.late:,}", f"{tally.alerts:,}", greatest, f"{tally.anomalous:,}")
+    return f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 # ── one input ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -282,6 +282,11 @@ def alert_of(*findings: Finding, **changes: Any) -> Alert:
             "pump-7/temperature behaves unusually since 12:02:10 UTC: its values are in their ranges, their course is not.",
         ),
         (
+            alert_of(found(20.0, "flow", 0.8), found(21.0, "speed", 0.2)),
+            "pump-7/temperature behaves unusually since 12:02:10 UTC: its values are in their ranges, their course is not, "
+            "that of flow most.",
+        ),
+        (
             alert_of(found(28.1), updated_at=NOON + 90_000),
             "pump-7/temperature is 3.1 above its expected range since 2026-11-26 12:02:10 UTC.",
         ),

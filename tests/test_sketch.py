@@ -139,6 +139,15 @@ def test_a_report_is_one_page_that_loads_nothing_and_runs_nothing(tiny_detector:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_of_inputs_with_as_many_alerts_the_one_with_the_greatest_score_comes_first(tiny_detector: Detector, tmp_path: Path) -> None:
+    inputs = [series("slight.csv", 300, seed=1), series("gross.csv", 300, seed=2)]
+    tallies = [Tally("slight.csv", rows=300, alerts=1, greatest=1.1), Tally("gross.csv", rows=300, alerts=1, greatest=3.2)]
+    write(tmp_path / "out.html", Subject("Backtest", "Of a test.", tiny_detector, POLICY), tallies, inputs.__getitem__)
+    text = (tmp_path / "out.html").read_text()
+    assert text.index('href="#i0">gross.csv') < text.index('href="#i1">slight.csv')
+    assert "<td>3.20</td>" in text
+
+
 def test_onsets_are_told_by_date_where_a_file_counts_seconds_since_1970(tiny_detector: Detector, tmp_path: Path) -> None:
     one = series("spiky.csv", 400, spike=333, seed=2)
     one = replace(one, timestamps=[str(at) for at in one.seconds.tolist()])

@@ -12,7 +12,7 @@ interface Evidence {
   anomaly_score: number | null;
   alert_score: number | null;
   direction: string;
-  contributors: { feature: string; contribution: number; actual: number | null; expected: number | null }[];
+  contributors: { feature: string; contribution: number; actual: number | null; expected: number | null; lower: number | null; upper: number | null }[];
   line?: { message: string | null; template: string | null; new: boolean; before: string[] };
   expected?: Record<string, number | null>;
 }
@@ -174,7 +174,8 @@ class AlertsView {
     const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}`;
     const severity = h("span", { class: "severity" }, alert.severity);
     const line = onset?.line;
-    const evidence = line ? ` · ${line.new ? "new pattern · " : ""}chance if normal: ${chance(onset?.p_value)}` : top ? ` · ${top.feature} ${number(top.actual)}, expected ${number(top.expected)}${onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : ""} · chance if normal: ${chance(onset?.p_value)}` : "";
+    const way = top && within(top) ? ", within its range: its course is unusual" : onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : "";
+    const evidence = line ? ` · ${line.new ? "new pattern · " : ""}chance if normal: ${chance(onset?.p_value)}` : top ? ` · ${top.feature} ${number(top.actual)}, expected ${number(top.expected)}${way} · chance if normal: ${chance(onset?.p_value)}` : "";
     const what = alert.kind === "silence" ? ` · silent for longer than ${duration(alert.patience ?? 0)} since ${clock(alert.started_at)}` : ` · began ${clock(alert.started_at)}, ${ago(alert.started_at)}${evidence}`;
     const state =
       alert.status === "resolved"
@@ -216,6 +217,12 @@ class AlertsView {
     document.body.append(dialog);
     dialog.showModal();
   }
+}
+
+/** Whether a value lies where it was expected: what is unusual is then how it got there, or that it does not move. */
+function within(finding: Evidence["contributors"][number]): boolean {
+  const { actual, lower, upper } = finding;
+  return [actual, lower, upper].every((value) => typeof value === "number") && actual! >= lower! && actual! <= upper!;
 }
 
 /** The line that opened an alert, what else about it was unusual, what would have been likelier, and what came before. */

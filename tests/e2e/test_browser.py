@@ -164,6 +164,14 @@ class Visit:
             assert self.wrong == []
 
 
+def within_range(page: dict[str, Any]) -> dict[str, Any]:
+    """Alerts as they would be of values that lie where they were expected."""
+    for alert in page["alerts"]:
+        for found in alert["onset"]["contributors"]:
+            found["lower"], found["upper"] = found["actual"] - 1, found["actual"] + 1
+    return page
+
+
 def test_a_disturbance_rises_to_the_top_is_looked_into_acknowledged_and_accepted(service: Service, plant: Plant, browser: Browser) -> None:
     with Visit(browser, service.url) as page:
         page.goto(f"{service.url}/#/fleet")
@@ -188,6 +196,12 @@ def test_a_disturbance_rises_to_the_top_is_looked_into_acknowledged_and_accepted
         page.goto(f"{service.url}/#/alerts")
         alert = page.locator(".alert", has_text=BAD)
         expect(alert).to_contain_text("value")
+        expect(alert).not_to_contain_text("within its range")
+        page.route("**/v1/alerts?*", lambda route: route.fulfill(json=within_range(route.fetch().json())))
+        page.reload()
+        expect(alert).to_contain_text("within its range: its course is unusual")
+        page.unroute("**/v1/alerts?*")
+        page.reload()
         alert.get_by_role("button", name="Acknowledge").click()
         page.get_by_label("Your name").fill("Ada")
         page.get_by_label("Note").fill("Looking at the valve")
