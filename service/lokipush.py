@@ -107,6 +107,11 @@ def _value(value: Any, stream: int) -> Entry:
             metadata = _NOTHING
         case [str(time) | int(time), str(line), dict(metadata)] if all(isinstance(text, str) for text in metadata.values()):
             pass
+        case [str() | int(), str(), dict(metadata)]:
+            name, wrong = next((name, text) for name, text in metadata.items() if not isinstance(text, str))
+            raise BadBody(
+                f"streams.{stream}.values has structured metadata whose {str(name)[:64]!r} is {str(wrong)[:64]}: it must be text."
+            )
         case _:
             raise BadBody(f'streams.{stream}.values holds {str(value)[:64]}, not ["nanoseconds since 1970", "line", {{"name": "value"}}].')
     digits = str(time)

@@ -74,7 +74,10 @@ def test_labels_that_cannot_be_read_are_the_fault_of_their_stream_alone(text: st
         (b'{"streams": [{"values": []}]}', r"stream.*\$.streams\[0\]"),
         (b'{"streams": [{"stream": {"a": 1}, "values": []}]}', "Expected `str`, got `int`"),
         (b'{"streams": [{"stream": {}, "values": [["1"]]}]}', r"streams.0.values holds \['1'\]"),
-        (b'{"streams": [{"stream": {}, "values": [["1", "a", {"b": 2}]]}]}', "streams.0.values holds"),
+        (
+            b'{"streams": [{"stream": {}, "values": [["1", "a", {"b": 2}]]}]}',
+            r"streams.0.values has structured metadata whose 'b' is 2: it must be text",
+        ),
         (
             b'{"streams": [{"stream": {}, "values": [["1", "a"]]}, {"stream": {}, "values": [["soon", "a"]]}]}',
             "streams.1.values has the time 'soon'",
