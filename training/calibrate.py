@@ -22,10 +22,10 @@ Bool = NDArray[np.bool_]
 CLOSEST = 0.02
 """Smallest distance of knots: units of evidence or decades."""
 ENOUGH_STREAMS = 8
-"""Different streams from which on the history itself says how novelty fades."""
+"""Different streams from which on the history itself says how novelty fades, and how far a stream's onsets go."""
 ENOUGH_TO_DIFFER, ENOUGH_ONSETS = 40, 30
-"""Different streams, and onsets in all of them, from which on the history itself says how much streams differ: of eight streams with five
-onsets each the most likely shape is off by a factor of six (LOG.md), and most often as if all streams were alike.
+"""Different streams, and onsets in all of them, from which on the history itself says how much streams differ in their rate: of eight
+streams with five onsets each the most likely shape is off by a factor of six (LOG.md), and most often as if all streams were alike.
 """
 PRIOR = {"tau": 1200.0, "shape": 2.0, "weight": 13.0}
 PRIOR_START = 2.0
@@ -140,7 +140,7 @@ class Watched:
         if self.rules.alike:
             return Onsets(tail, tau, ALIKE, ALIKE)
         shape, weight = _heterogeneity(heights, exposure, tail)
-        return Onsets(tail, tau, *(self._drawn(name, value, ENOUGH_TO_DIFFER) for name, value in (("shape", shape), ("weight", weight))))
+        return Onsets(tail, tau, self._drawn("shape", shape, ENOUGH_TO_DIFFER), self._drawn("weight", weight, ENOUGH_STREAMS))
 
     def start(self, heights: Float64, onsets: Onsets) -> float:
         """See `Calibration`: by maximum likelihood of the onsets while none may be held yet, given how often they come later."""
