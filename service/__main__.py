@@ -212,7 +212,10 @@ def split(
         list[str] | None,
         typer.Option(help="Of a table with a row for each reading: the column that names its sensor. Repeatable: then joined by points."),
     ] = None,
-    value: Annotated[str | None, typer.Option(help="Of such a table: the column of the readings.")] = None,
+    value: Annotated[
+        list[str] | None,
+        typer.Option(help="Of such a table: the column of the readings. Repeatable: then its name is joined to the tag."),
+    ] = None,
     good: Annotated[
         list[str] | None,
         typer.Option(help="Of such a table: COLUMN=WORD of good readings, such as quality=Good; others are missing. Repeatable."),
@@ -245,7 +248,7 @@ def split(
     if len(qualities) < len(good or ()) or len({column for column, _ in qualities}) > 1:
         _refuse(f"--good {' --good '.join(map(repr, good or ()))} is not COLUMN=WORD, of one column, such as quality=Good.")
     quality = qualities[0][0] if qualities else None
-    long = Long(tuple(tag), value, quality, frozenset(word.strip() for _, word in qualities), every) if tag and value else None
+    long = Long(tuple(tag), tuple(value), quality, frozenset(word.strip() for _, word in qualities), every) if tag and value else None
     options, dialect = ReadOptions(timestamp, frozenset(exclude or ())), Dialect(decimal, time_format, where, frozenset(missing or ()))
     console = Console(stderr=True)
     try:

@@ -44,7 +44,7 @@ class Long:
     """Which columns a long table has."""
 
     tags: tuple[str, ...]  # together, with points between, the name of a reading's sensor
-    value: str
+    values: tuple[str, ...]  # of several each is a sensor, whose name is joined to the tag
     quality: str | None = None
     good: frozenset[str] = frozenset()  # of that column; a reading of another is missing
     every: float = 0.0  # seconds; > 0: a row has the last numbers of an interval and the time of its end
@@ -140,19 +140,20 @@ class Spill:
 
 def read_long(source: Source, options: ReadOptions, long: Long, dialect: Dialect, tags: Tags) -> Iterator[Readings]:
     """One file in its order, without the tags that `options` exclude. Raises TableError when it gets to what is wrong."""
-    asked = [*long.tags, long.value, *([long.quality] if long.quality else [])]
+    asked = [*long.tags, *long.values, *([long.quality] if long.quality else [])]
     doubtful: list[tuple[Readings, Float64]] = []
     for rows in read_coded(source, options, asked, dialect, CELLS):
-        named = _named(rows, long, options, tags)
-        values = _values(source, rows, long, dialect, tags, named)
-        records = np.zeros(len(named), RECORD)
-        records["second"], records["value"] = rows.seconds, values
-        asked_for = named >= 0
-        twice = asked_for & (rows.later > 0)
-        if twice.any():
-            doubtful.append((Readings(named[twice], records[twice]), rows.later[twice]))
-        kept = asked_for & ~twice
-        yield Readings(named[kept], records[kept])
+        for value in long.values:
+            named = _named(rows, long, options, tags, f".{value}" if len(long.values) > 1 else "")
+            values = _values(source, rows, value, long, dialect, tags, named)
+            records = np.zeros(len(named), RECORD)
+            records["second"], records["value"] = rows.seconds, values
+            asked_for = named >= 0
+            twice = asked_for & (rows.later > 0)
+            if twice.any():
+                doubtful.append((Readings(named[twice], records[twice]), rows.later[twice]))
+            kept = asked_for & ~twice
+            yield Readings(named[kept], records[kept])
     if doubtful:
         yield _told_apart(
             np.concatenate([readings.tags for readings, _ in doubtful]),
@@ -162,7 +163,7 @@ def read_long(source: Source, options: ReadOptions, long: Long, dialect: Dialect
         )
 
 
-def _named(rows: CodedRows, long: Long, options: ReadOptions, tags: Tags) -> Int64:
+def _named(rows: CodedRows, long: Long, options: ReadOptions, tags: Tags, end: str) -> Int64:
     """[T] numbers of the tags; -1 = excluded."""
     columns = [rows.columns[name] for name in long.tags]
     codes, names = columns[0].codes, columns[0].texts()
@@ -170,6 +171,7 @@ def _named(rows: CodedRows, long: Long, options: ReadOptions, tags: Tags) -> Int
         texts = column.texts()
         both, codes = np.unique(codes * len(texts) + column.codes, return_inverse=True)
         names = [f"{names[pair // len(texts)]}.{texts[pair % len(texts)]}" for pair in both.tolist()]
+    names = [f"{name}{end}" for name in names]
     out = [any(fnmatchcase(name, pattern) for pattern in options.exclude) for name in names]
     order = [0] * len(names)
     for code in np.argsort(_firsts(codes, len(names))).tolist():  # numbers in the order of the rows
@@ -183,9 +185,9 @@ def _firsts(codes: Int64, size: int) -> Int64:
     return first
 
 
-def _values(source: Source, rows: CodedRows, long: Long, dialect: Dialect, tags: Tags, named: Int64) -> Float64:
+def _values(source: Source, rows: CodedRows, value: str, long: Long, dialect: Dialect, tags: Tags, named: Int64) -> Float64:
     """[T] values, NaN = missing; what was missing why is counted for each tag."""
-    cells = rows.columns[long.value]
+    cells = rows.columns[value]
     numbers, words = coded_numbers(source.path, cells, dialect, rows.before)
     values, is_word = numbers[cells.codes], words[cells.codes]
     if long.quality is not None:
@@ -286,7 +288,7 @@ class Suggestion:
     """That a table looks like a long one."""
 
     tag: str
-    value: str
+    values: list[str]
     sure: bool  # the same times come again and again, with other words
 
 
@@ -306,8 +308,8 @@ def suggestion(source: Source, options: ReadOptions, dialect: Dialect) -> Sugges
         codes, kinds = rows.columns[name].codes, len(rows.columns[name].distinct)
         pairs = len(np.unique(instants * kinds + codes))
         if not some and 1 < kinds <= len(codes) / 2 and pairs > SELDOM * len(codes):
-            value = next((known for known in measured if known.strip("_").lower() in VALUES), measured[0])
-            return Suggestion(name, value, sure)
+            values = [known for known in measured if known.strip("_").lower() in VALUES] or measured
+            return Suggestion(name, values, sure)
     return None
 
 

@@ -195,10 +195,11 @@ def _split_all_wide(
 
 def _suggest(source: Source, maybe: Suggestion, done: Done) -> None:
     """Raises TableError where the same times come again with other tags."""
-    how = f"--tag {maybe.tag!r} --value {maybe.value!r}"
+    how = " ".join([f"--tag {maybe.tag!r}", *(f"--value {value!r}" for value in maybe.values)])
+    how += " --columns '{stream}.{feature}'" if len(maybe.values) > 1 else ""
     if maybe.sure:
         raise TableError(
-            f"{source.path} has a row for each reading: at the same time column {maybe.tag!r} has different words. Split it with {how}; or "
+            f"{source.path} has several rows of the same time, with other words in column {maybe.tag!r}. Split it with {how}; or "
             f"leave the column out with --exclude {maybe.tag!r}."
         )
     done.hints.append(f"If column {maybe.tag!r} of {source.name} names the sensor of each row, split it with {how} instead.")

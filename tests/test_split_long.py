@@ -25,7 +25,7 @@ from service.tables import Dialect, ReadOptions, Source, Table, read_table
 
 BERLIN = ZoneInfo("Europe/Berlin")
 GERMAN = ReadOptions("Zeit"), Dialect(",", "%d.%m.%Y %H:%M:%S", BERLIN)
-TAG = Long(("tag",), "value")
+TAG = Long(("tag",), ("value",))
 PLAIN, ISO = ReadOptions(), Dialect()
 Row = tuple[str, str, str]
 
@@ -200,7 +200,7 @@ def test_a_tag_of_several_columns_is_joined_and_tags_may_be_excluded(tmp_path: P
     taken(
         text(tmp_path, rows),
         tmp_path / "out",
-        long=Long(("machine", "sensor"), "value"),
+        long=Long(("machine", "sensor"), ("value",)),
         options=ReadOptions(exclude=frozenset({"*.setpoint"})),
     )
     assert files(tmp_path / "out") == {
@@ -209,12 +209,22 @@ def test_a_tag_of_several_columns_is_joined_and_tags_may_be_excluded(tmp_path: P
     }
 
 
+def test_a_table_with_a_row_for_each_machine_and_instant_is_split_by_several_columns_of_readings(tmp_path: Path) -> None:
+    rows = "".join(f"2026-11-24T00:0{i}:00,M{m},{i}.5,{m},Good\n" for i in range(6) for m in (1, 2))
+    path = text(tmp_path, "time,machine,temp,flow,quality\n" + rows)
+    with pytest.raises(TableError, match=r"--tag 'machine' --value 'temp' --value 'flow' --columns '\{stream\}.\{feature\}'"):
+        split([path], tmp_path / "no", "{stream}", PLAIN)
+    done = taken(path, tmp_path / "out", long=Long(("machine",), ("temp", "flow")))
+    assert done.report() == ["2 streams, 12 rows; features a stream: 2 (2 streams)."]
+    assert stream(tmp_path / "out", "M2").matrix(["temp", "flow"]).tolist() == [[i + 0.5, 2.0] for i in range(6)]
+
+
 def test_the_annotated_csv_of_influxdb_is_read_with_its_headers_again_between(tmp_path: Path) -> None:
     notes = "#group,false,false,false,false,true,true\n#datatype,string,long,dateTime:RFC3339,double,string,string\n#default,_result,,,,,\n"
     header = ",result,table,_time,_value,_field,host\n"
     rows = ",,0,2026-11-24T00:00:00.123456789Z,1.5,temp,M1\n", ",,1,2026-11-24T00:00:01Z,2.5,temp,M2\n"
     path = text(tmp_path, notes + header + rows[0] + "\n" + notes + header + rows[1])
-    taken(path, tmp_path / "out", long=Long(("host", "_field"), "_value"))
+    taken(path, tmp_path / "out", long=Long(("host", "_field"), ("_value",)))
     assert files(tmp_path / "out") == {
         "M1.csv": "timestamp,temp\n2026-11-24T00:00:00.123456Z,1.5\n",
         "M2.csv": "timestamp,temp\n2026-11-24T00:00:01Z,2.5\n",
