@@ -441,7 +441,7 @@ class _Subject(Partition):
                 await self._pull()
             except _Restart:
                 pass
-            except (NatsError, OSError, TimeoutError) as error:
+            except (NatsError, OSError, TimeoutError, StoreUnavailable) as error:
                 log.debug("nats_unavailable", source=self._source.name, partition=self.name, error=repr(error))
                 await asyncio.sleep(BACKOFF_SECONDS)
             except BadSetting as error:
@@ -594,7 +594,7 @@ class _Subject(Partition):
         while True:
             await asyncio.sleep(self._options.ack_seconds / 3)
             messages = [*(self.batch.messages if self.batch is not None else ()), *self.waiting]
-            with contextlib.suppress(NatsError, OSError):
+            with contextlib.suppress(NatsError, OSError, StoreUnavailable):
                 for message in messages:
                     await self._source.client.publish(message.id.decode(), PROGRESS)
 

@@ -138,7 +138,8 @@ async def test_a_client_that_the_server_has_turned_out_for_good_is_made_anew(rig
 async def test_a_connection_that_ends_amid_results_leaves_none_out(rig: NatsRig, ends: str) -> None:
     relay = Relay(rig.server.port)
     async with relay.open() as url:
-        source = Nats(NatsSource(**(rig.declared | {"subjects": rig.subjects[:1], "servers": [url]})), Metrics())
+        metrics, declared = Metrics(), rig.declared | {"subjects": rig.subjects[:1], "servers": [url], "ack_seconds": 0.3}
+        source = Nats(NatsSource(**declared), metrics)
         await source.open()
         await rig.put({"stream_id": "a", "values": {"value": 1}}, partition=0)
         batch = await source.receive()
@@ -158,8 +159,10 @@ async def test_a_connection_that_ends_amid_results_leaves_none_out(rig: NatsRig,
                     await source.publish(batch, results)
                     break
                 await asyncio.sleep(0.1)
+        assert f"progress-{rig.subjects[0]}" in {task.get_name() for task in asyncio.all_tasks()}
         source.abandon(batch)
         await source.close()
+    assert not metrics.registry.get_sample_value("onset_unexpected_errors_total")
     assert [int(content[:4]) for content in await rig.outputs()] == list(range(300))
 
 
