@@ -154,12 +154,12 @@ class DetectorStep(ArtifactStep):
         return self.signals.names
 
     def magnitude(self, slot: str) -> float | Float32:
-        """A precision near the pooled one is a small difference of large numbers; so is a forecast within the pooled deviation, and a
-        height of weighed logarithms.
+        """A precision near the pooled one is a small difference of large numbers; so is a forecast within the pooled deviation.
+        Chances and heights are sums of weighed logarithms of distances in deviations, which are differences themselves.
         """
         if slot in ("expected", "lower", "upper"):
             return self.normaliser.floor.numpy()
-        if slot == "onset_height":
+        if slot in ("p_value", "onset_p", "onset_height"):
             return 10.0
         if slot == "precision" and isinstance(self.signals, ResidualSignals):
             return float(self.signals.usual_precision.abs().max())

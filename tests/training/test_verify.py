@@ -151,7 +151,16 @@ def test_a_fleet_of_features_that_are_counted_in_thousands_is_published() -> Non
     verify_step(step, Runner(session_of(to_onnx(step))))
 
 
-def test_a_height_is_compared_as_a_difference_of_logarithms(univariate: DetectorStep) -> None:
-    """On one kind of processor the default was refused for 1.5e-5 of a decade in a height, whose p-value had passed."""
-    assert univariate.magnitude("onset_height") == 10
+def test_what_is_made_of_an_events_distances_is_verified_by_one_measure(univariate: DetectorStep) -> None:
+    """On one kind of processor the default was refused for 1.5e-5 of a decade in a height, and an ECG's for 1.4e-5 in a p-value."""
+    assert univariate.magnitude("onset_height") == univariate.magnitude("onset_p") == univariate.magnitude("p_value") == 10
     assert univariate.magnitude("onset_hold") == 0
+
+
+def test_a_p_value_that_is_off_by_a_thousandth_of_a_decade_is_refused(univariate: DetectorStep, run: Runner) -> None:
+    def off(state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
+        out = run(state, x, t, learn, alpha)
+        return dataclasses.replace(out, p_value=out.p_value * np.float32(10**0.001))
+
+    with pytest.raises(ArtifactError, match="p_value of step"):
+        verify_same_answers(univariate, off)
