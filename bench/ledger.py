@@ -33,8 +33,9 @@ from service.state import SILENT, Origin, StateCodec
 from service.stores.memory import MemoryStore
 
 CENTURY = 100 * 365 * 24 * 3600
-VOLATILE = frozenset({"crc", "nonce", "trail_until", "deadline", "watch_until", "silent_since", "pace_longest"})
-"""Fields of a value that depend on chance or on the time of arrival."""
+VOLATILE = frozenset({"crc", "nonce", "trail_until", "deadline", "watch_until", "silent_since", "pace", "pace_spread", "pace_longest"})
+"""Fields of a value that depend on chance or on the time of arrival: the longest pause is of arrivals, too, and how much a gap beyond what
+is usual counts for in pace and spread is by the longest. No score depends on them."""
 
 
 @dataclass(frozen=True)
