@@ -242,8 +242,10 @@ def split(
         where = ZoneInfo(zone)
     except (ValueError, OSError, LookupError):
         _refuse(f"--zone {zone!r} is no time zone, such as Europe/Berlin or UTC.")
-    if bool(tag) != bool(value) or ((good or every) and not tag):
-        _refuse("--good and --every need --tag and --value, and these each other: the columns of a table with a row for each reading.")
+    if bool(tag) != bool(value):
+        _refuse("Give both: --tag COLUMN, which names the sensor of each row, and --value COLUMN, which has its reading.")
+    if (good or every) and not tag:
+        _refuse("--good and --every are for a table with a row for each reading: name its columns with --tag COLUMN and --value COLUMN.")
     qualities = [(column, word) for column, equals, word in (pair.rpartition("=") for pair in good or ()) if equals and column]
     if len(qualities) < len(good or ()) or len({column for column, _ in qualities}) > 1:
         _refuse(f"--good {' --good '.join(map(repr, good or ()))} is not COLUMN=WORD, of one column, such as quality=Good.")

@@ -335,8 +335,8 @@ def test_a_table_larger_than_what_is_held_takes_no_more_memory_than_a_small_one(
         (["--tag", "tag", "--value", "value", "--good", "quality=Good"], 0, "2 streams, 2 rows"),
         (["--tag", "tag", "--value", "value", "--good", "quality"], 2, "--good 'quality' is not COLUMN=WORD"),
         (["--tag", "tag", "--value", "value", "--good", "quality=Good", "--good", "q=x"], 2, "of one column"),
-        (["--tag", "tag"], 2, "these each other"),
-        (["--good", "quality=Good"], 2, "need --tag and --value"),
+        (["--good", "quality=Good"], 2, "--good and --every are for a table with a row for each reading"),
+        (["--tag", "tag"], 2, "Give both: --tag COLUMN"),
         (["--tag", "tag", "--value", "value", "--every", "60"], 0, "2 streams, 2 rows"),
     ],
 )
