@@ -117,8 +117,8 @@ def fit(
     threads: Threads = 1,
     device: Annotated[Device, typer.Option(help="Where the network learns. `auto`: a GPU where there is one.")] = "auto",
     precision: Annotated[
-        Precision, typer.Option(help="Of its products while it learns; weights stay float32. `auto`: bfloat16 on a GPU that has it.")
-    ] = "auto",
+        Precision, typer.Option(help="Of its products while it learns; weights and cell states stay float32.")
+    ] = "float32",
     resume: Resume = False,
     stream_regex: StreamRegex = "",
     time_format: TimeFormat = "",

@@ -17,6 +17,7 @@ Shapes: T steps, B streams, I inputs, H hidden, G gates' width; of a convolution
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -111,21 +112,31 @@ class StandardCell(nn.Module):
 
 
 class FusedCell(StandardCell):
-    """The standard cell, a sequence by PyTorch's own LSTM: the same answers in a quarter of the time, gradients rounded otherwise."""
+    """The standard cell, a sequence by PyTorch's own LSTM: the same answers in a quarter of the time, gradients rounded otherwise.
+
+    On a GPU, cuDNN's: an eleventh of the time. It stays in float32 where the rest of the network is in bfloat16.
+    """
 
     def run(self, inputs: Tensor, state: CellState) -> tuple[Tensor, CellState]:
-        if not inputs.is_cpu or torch.is_autocast_enabled("cpu"):  # there the cell state would be rounded to bfloat16, too
-            return advanced(self, inputs, state)
         weights = [self._in_torchs_order(part) for part in (self.from_input.weight, self.from_hidden.weight, self.from_input.bias)]
         weights.append(torch.zeros_like(weights[-1]))  # torch has a bias of its own for what comes from the hidden state
         before = (state.hidden_state.unsqueeze(0), state.cell_state.unsqueeze(0))
-        outputs, hidden, cell = torch.lstm(inputs, before, weights, True, 1, 0.0, self.training, False, False)
+        weights = _in_one_piece(weights)
+        with torch.autocast(inputs.device.type, enabled=False):  # bfloat16 would round the cell state at every event
+            inputs = inputs.to(weights[0].dtype)
+            outputs, hidden, cell = torch.lstm(inputs, before, weights, True, 1, 0.0, self.training, False, False)
         return outputs, CellState(hidden[0], cell[0])
 
     def _in_torchs_order(self, gates: Tensor) -> Tensor:
         """Rows of forget, input, output gate and candidate → of input, forget gate, candidate, output gate."""
         forget_gate, input_gate, output_gate, candidate = gates.chunk(4)
         return torch.cat([input_gate, forget_gate, candidate, output_gate])
+
+
+def _in_one_piece(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Views of one tensor: cuDNN would copy them together at every call, and warn of it."""
+    whole = torch.cat([weight.flatten() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(torch.split(whole, [weight.numel() for weight in weights]), weights, strict=True)]
 
 
 class PeepholeCell(StandardCell):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16"]
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def join(device: Device = "cpu", precision: Precision = "float32") -> World:
     """The world torchrun describes in the environment, or a process alone. Raises ValueError when it lacks the device asked for."""
     rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     place = _device(device, local)
-    world = World(rank, size, place, _precision(precision, place))
+    world = World(rank, size, place, torch.bfloat16 if precision == "bfloat16" else torch.float32)
     if size > 1:
         distributed.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
     return world
@@ -123,9 +123,3 @@ def _device(device: Device, local: int) -> torch.device:
         raise ValueError(f"Process {local} of this machine needs a GPU of its own, PyTorch sees {there}: start fewer, or --device cpu.")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
-
-
-def _precision(precision: Precision, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
