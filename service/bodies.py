@@ -268,7 +268,7 @@ def checked(item: Any) -> Event:
         if not isinstance(name, str):  # msgpack has such
             raise BadEvent(f"A field's name is text, not {shown(name)}.", value=shown(item[name]))
         if name not in _FIELDS:
-            raise BadEvent(f"'{name[:64]}' is no field of an event; it has {', '.join(_FIELDS)}.", name[:64], shown(item[name]))
+            raise BadEvent(f"'{name[:64]}' is no field of an event; {_meant(name, item[name])}.", name[:64], shown(item[name]))
     _check_values(item.get("values"))
     if isinstance(sequence := item.get("sequence"), float) and sequence.is_integer():
         item["sequence"] = int(sequence)  # JSON has no integers: 7.0 is 7
@@ -281,6 +281,15 @@ def checked(item: Any) -> Event:
         value = shown(item.get(field.partition(".")[0]))
         what = message.partition(" - at ")[0]
         raise BadEvent(f"{field or 'The event'}: {what}; got {value}.", field, value) from error
+
+
+def _meant(name: str, value: Any) -> str:
+    """What to write instead of a field that is none: the two that people try first are a list of events, and a reading of its own."""
+    if isinstance(value, list):
+        return "several events are an array by themselves, [{...}, {...}], or one a line"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f'readings go into values: {{"values": {{"{name[:64]}": {shown(value)}}}}}'
+    return f"it has {', '.join(_FIELDS)}"
 
 
 def from_fields(fields: Mapping[bytes, bytes]) -> Event:
