@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import math
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -49,6 +50,7 @@ from service.stores.redis import RedisStore
 
 REOPEN_SECONDS = 0.5
 PING_SECONDS = 1.0
+COUNT_SECONDS = 10.0
 VERSION = importlib.metadata.version("onset")
 
 log = structlog.get_logger(__name__)
@@ -80,6 +82,7 @@ class Service:
         self.failure: str | None = None
         """Why the service could not be opened."""
         self._closing = False
+        self._counted_at = -math.inf
         self.metrics.build.info({"version": VERSION})
         self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR, loki.DOOR, otlp.DOOR])
         self.patterns = patterns.Patterns(self.detectors, self.metrics)
@@ -123,6 +126,11 @@ class Service:
     async def ready(self) -> str | None:
         wrong = await self._not_ready()
         self.metrics.ready.set(wrong is None)
+        if wrong is None and self.store is not None and time.monotonic() - self._counted_at > COUNT_SECONDS:
+            self._counted_at = time.monotonic()
+            with contextlib.suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(PING_SECONDS):
+                    self.metrics.streams.set(await self.store.count())
         return wrong
 
     def stopping(self) -> None:

@@ -332,7 +332,7 @@ class Metrics:
     streams = _gauge(
         "onset_streams",
         "streams",
-        "About how many streams the store holds (its keys), as it was when a new one came last.",
+        "About how many streams the store holds, as of the last ten seconds; the same on every replica.",
         "Near ONSET_MAX_STREAMS new ones are refused. Grows for ever: a sender makes up stream ids.",
     )
     live = _gauge(

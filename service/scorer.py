@@ -693,7 +693,6 @@ class Scorer:
             return new
         if time.monotonic() - self._counted_at > COUNT_SECONDS:
             self._count, self._counted_at = await self._store.count(), time.monotonic()
-            self._metrics.streams.set(self._count)
         room = self._limits.max_streams - self._count
         refused: NDArray[np.bool_] = new & (np.cumsum(new) > room)
         self._count += int((new & ~refused).sum())

@@ -163,14 +163,16 @@ class Sweep(ABC):
 
     async def run(self, every: float = SWEEP_SECONDS) -> None:
         """Sweep until cancelled."""
+        failing = False
         while True:
             began = self._clock()
             try:
                 await self.sweep()
+                failing = False
             except StoreUnavailable as error:
-                if self._listening_since is not None:
+                if not failing:  # an outage is one line, however long it lasts
                     log.warning("sweep_failed", model=self._model, error=error.detail)
-                self._listening_since = None
+                failing, self._listening_since = True, None
             except Exception as error:  # a bug must not end the watch for all streams; it is counted and logged
                 self._metrics.bugs.inc()
                 log.error("unexpected_error", model=self._model, exc_info=error)

@@ -351,6 +351,28 @@ class Failing(MemoryStore):
         raise KeyError("a bug")
 
 
+class Away(MemoryStore):
+    away = False
+
+    async def due(self, model: str, now: float, limit: int) -> list[str]:
+        if self.away:
+            raise StoreUnavailable("The store does not answer.")
+        return await super().due(model, now, limit)
+
+
+async def test_an_outage_is_one_line_however_long_it_lasts(tiny_detector: Detector) -> None:
+    store = Away(state_ttl=TTL, result_ttl=600)
+    world = World(tiny_detector, store, Policy())
+    with capture_logs() as logs:
+        running = asyncio.create_task(world.sweepers[0].run(every=0.01))
+        for store.away in (True, False, True, False):
+            await asyncio.sleep(0.1)
+        await tasks.end(running)
+    assert [entry["event"] for entry in logs] == ["sweep_failed"] * 2
+    for replica in world.replicas:
+        await replica.drain(1)
+
+
 async def test_a_sweeper_outlives_outages_and_bugs(tiny_detector: Detector) -> None:
     world = World(tiny_detector, Failing(state_ttl=TTL, result_ttl=600), Policy())
     for down, counted in ((True, 0), (False, 1)):

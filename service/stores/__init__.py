@@ -141,7 +141,7 @@ class StateStore(Protocol):
         """Oldest first. They outlive the lease by the state TTL."""
 
     async def count(self) -> int:
-        """About how many values the store holds (trails included)."""
+        """About how many streams the store keeps a state of, those of canaries aside."""
 
     async def ping(self) -> None:
         """Returns when the store can be written to."""

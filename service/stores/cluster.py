@@ -24,6 +24,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -46,6 +47,7 @@ from service.stores.redis import (
     calls,
     connect_anew,
     connections,
+    counted,
     first_key,
     ids_of,
     leads_nowhere,
@@ -169,7 +171,7 @@ class ClusterStore(Commands):
 
     async def count(self) -> int:
         await self._know()
-        return sum(await asyncio.gather(*(self._one(address, ("DBSIZE",)) for address in self._primaries())))
+        return sum(await asyncio.gather(*(counted(partial(self._all, address)) for address in self._primaries())))
 
     async def ping(self) -> None:
         # A commit of nothing to each primary, in one of its slots: refused where a real one would be.
@@ -258,10 +260,15 @@ class ClusterStore(Commands):
 
     async def _one(self, address: Address, command: Command) -> Any:
         """The reply to a command without a key."""
-        reply = (await self._ask(address, [command]))[0]
-        if isinstance(reply, Exception):
-            raise self._unavailable(reply, address)
-        return reply
+        return (await self._all(address, [command]))[0]
+
+    async def _all(self, address: Address, commands: Sequence[Command]) -> list[Any]:
+        """The same for several, in one round trip."""
+        replies = await self._ask(address, commands)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise self._unavailable(reply, address)
+        return replies
 
     async def _ask(self, address: Address, commands: Sequence[Command]) -> list[Any]:
         """A reply or a ResponseError for each. Raises StoreUnavailable when the node does not answer."""

@@ -106,7 +106,7 @@ class MemoryStore:
         return list(notes) if self._clock() < until else []
 
     async def count(self) -> int:
-        return sum(self._value(key) is not None for key in self._states) + sum(bool(self._trail(key)) for key in self._trails)
+        return sum(self._value(key) is not None for key in self._states if key[0][0] != "@")
 
     async def ping(self) -> None:
         return None

@@ -339,6 +339,14 @@ async def test_a_commit_of_many_streams_is_whole(store: StateStore) -> None:
     await store.ping()
 
 
+async def test_streams_are_counted_and_not_the_other_keys_that_they_have(store: StateStore) -> None:
+    writes = [Write(f"s{i}", b"", value(), b"trail", 1e10, log=[b"entry"]) for i in range(100)]
+    assert await store.commit(MODEL, writes) == [True] * 100
+    assert await store.commit(f"@{MODEL}", writes[:3]) == [True] * 3  # of a canary
+    assert await store.delete(MODEL, "s7")
+    assert await store.count() == 99
+
+
 async def test_every_write_of_a_mixed_batch_stands_for_itself(store: StateStore) -> None:
     taken = [f"s{i}" for i in range(0, 1500, 7)]
     assert all(await store.commit(MODEL, [Write(name, b"", value(b"old")) for name in taken]))
