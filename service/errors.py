@@ -19,6 +19,7 @@ OnsetError
 ├── UnsupportedMedia     a content type or encoding we do not read
 ├── TooLarge             a body or a batch is over a stated limit
 ├── TooSlow              a body did not arrive in time
+│   └── Unfinished           and its sender would drop it, were it not told to send it again
 ├── Overloaded           the queue is full: come back in `retry_after` seconds
 ├── Fenced               a partition of a queue is another replica's by now
 └── StoreUnavailable     the state store does not answer
@@ -116,6 +117,10 @@ class TooLarge(OnsetError):
 
 class TooSlow(OnsetError):
     """A body did not arrive in time."""
+
+
+class Unfinished(TooSlow):
+    """A body did not arrive in time; its sender drops what it is answered 4xx for, so it is to send it again."""
 
 
 class Overloaded(OnsetError):

@@ -23,7 +23,7 @@ from functools import partial
 
 from starlette.responses import Response
 
-from service.errors import BadEvent, StoreUnavailable, TooSlow, UnsupportedMedia
+from service.errors import BadEvent, TooSlow, Unfinished, UnsupportedMedia
 from service.intake import Incoming
 from service.lokipush import Entry, Label, Pushed, decode_json, decode_protobuf
 from service.names import checked, stream_id_of
@@ -76,7 +76,7 @@ class Loki:
                 shipped, lines = await beside(partial(self._read, sent.content, packed, tally), size)
                 await self._shipping.score(sent, shipped, tally)
         except TooSlow as error:  # as a 408 it would be dropped
-            raise StoreUnavailable(error.detail) from error
+            raise Unfinished(error.detail) from error
         self._shipping.answered(time.perf_counter() - started)
         return _answer(tally, lines)
 

@@ -22,7 +22,7 @@ from functools import partial
 import msgspec
 from starlette.responses import Response
 
-from service.errors import BadEvent, OnsetError, StoreUnavailable, TooSlow, UnsupportedMedia
+from service.errors import BadEvent, OnsetError, TooSlow, Unfinished, UnsupportedMedia
 from service.intake import Incoming
 from service.names import bounded
 from service.otlplogs import Record, decode_json, decode_protobuf, encode_response, encode_status, text_of
@@ -83,7 +83,9 @@ class Otlp:
                 shipped, count = await beside(partial(self._read, decode, sent.content, tally), len(sent.content))
                 await self._shipping.score(sent, shipped, tally)
         except TooSlow as error:  # as a 408 it would be dropped
-            return _status(problem_of(StoreUnavailable(error.detail)), media)
+            response = _status(problem_of(Unfinished(error.detail)), media)
+            response.headers["connection"] = "close"
+            return response
         except OnsetError as error:
             return _status(problem_of(error), media)
         self._shipping.answered(time.perf_counter() - started)

@@ -35,9 +35,10 @@ from service.errors import (
     ItemError,
     NotCommitted,
     StateConflict,
-    StoreUnavailable,
     TooManyStreams,
     TooSlow,
+    Unfinished,
+    UnknownStream,
     UnsupportedMedia,
 )
 from service.events import Columns
@@ -56,6 +57,8 @@ PATH = "/api/v1/write"
 MEDIA_TYPE = "application/x-protobuf"
 MESSAGE_1, MESSAGE_2 = "prometheus.WriteRequest", "io.prometheus.write.v2.Request"
 RETRY_SECONDS = 1
+AHEAD_SECONDS = 5.0
+"""A stream's last sample that is further ahead of this clock is told as such: its sender's clock was wrong."""
 
 _Decode = Callable[..., Written[Series]]
 _DECODERS: Mapping[str, _Decode] = {MESSAGE_1: decode_1, MESSAGE_2: decode_2}
@@ -111,7 +114,7 @@ class RemoteWrite:
             async with self._door.sent(request, unpacked_size) as sent:
                 tally, written = await self._take(sent, message)
         except TooSlow as error:  # as a 408 it would be dropped
-            raise StoreUnavailable(error.detail) from error
+            raise Unfinished(error.detail) from error
         self._count(tally)
         self._latency.observe(time.perf_counter() - started)
         return _answer(tally, written, message)
@@ -142,7 +145,7 @@ class RemoteWrite:
         tally.outcomes["scored"] += counts[Kind.SCORED]
         tally.outcomes["duplicate"] += counts[Kind.DUPLICATE] + counts[Kind.REPEATED]
         if counts[Kind.LATE]:
-            tally.refuse(_LATE, counts[Kind.LATE], _first_late(scored))
+            tally.refuse(_LATE, counts[Kind.LATE], await _first_late(sent.scorer, scored))
 
     async def _end(self, scorer: Scorer, written: Written[Series], places: NDArray[np.intp], tally: _Tally) -> None:
         if len(places) == 0:
@@ -228,9 +231,17 @@ def _columns(written: Written[Series], places: NDArray[np.intp], feature: str, t
     )
 
 
-def _first_late(scored: Scored) -> str:
+async def _first_late(scorer: Scorer, scored: Scored) -> str:
+    """Names a late sample, and by how much: other replicas send the series too where it is little, where it is much a clock was wrong."""
     i = int(np.flatnonzero(scored.scores.kinds == Kind.LATE)[0])
-    return f"{scored.stream_ids[i]} at {scored.timestamp[i]:.3f}"
+    said = f"{scored.stream_ids[i]} at {scored.timestamp[i]:.3f}"
+    try:
+        last = (await scorer.streams.last(scored.stream_ids[i])).timestamp
+    except UnknownStream:  # forgotten meanwhile
+        return said
+    said += f", {last - scored.timestamp[i]:.3f} s before that one"
+    ahead = last - time.time()
+    return f"{said}, which is {ahead:.0f} s ahead of this clock" if ahead > AHEAD_SECONDS else said
 
 
 def _answer(tally: _Tally, written: Written[Series], message: str) -> Response:

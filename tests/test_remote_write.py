@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from time import time as seconds_now
 
 import httpx
 import pytest
@@ -66,7 +67,7 @@ class Sender(httpx.AsyncClient):
 
 @asynccontextmanager
 async def sender(
-    detector: Detector, relabel: Path | None = None, queue: int = 5000, body: int = 100_000, grace: float = 0
+    detector: Detector, relabel: Path | None = None, queue: int = 5000, body: int = 100_000, grace: float = 0, seconds: float = 30
 ) -> AsyncIterator[Sender]:
     metrics, store, ended = Metrics(), Store(), dict[str, float]()
     limits = Limits(max_queue_events=queue, max_streams=MAX_STREAMS, max_future_seconds=10_000)
@@ -75,7 +76,7 @@ async def sender(
     app = FastAPI()
     control = Control(Asked(Alpha(1e-3), Strict(False)), None, {detector.name: scorer}, metrics)
     control.connect(store)
-    limit = DoorLimits(max_body_bytes=body, max_batch_events=3000, max_inflight_bytes=1_000_000)
+    limit = DoorLimits(max_body_bytes=body, max_batch_events=3000, max_inflight_bytes=1_000_000, max_body_seconds=seconds)
     door = Door({detector.name: scorer}, detector.name, limit, metrics, Healthy(), control)
     names = Names(read_rules(relabel) if relabel else (), most=1000)
     receiver = RemoteWrite(door, names, 3000, metrics, [lambda model, ends: ended.update(ends)], grace)
@@ -153,6 +154,26 @@ async def test_late_samples_are_refused_for_good_and_their_neighbours_are_scored
     assert reply.headers[SAMPLES_WRITTEN] == "1"
     assert (prometheus.count("late"), prometheus.count("scored")) == (1, 3)
     assert (await prometheus.last(name(2))).state_version == 2
+    assert_refused(reply, 400, f"{name(1)} at {(NOW - 5000) / 1000:.3f}, 5.000 s before that one")
+    assert "clock" not in reply.json()["detail"]
+
+
+async def test_a_late_sample_of_a_sender_whose_clock_was_ahead_is_told_as_such(prometheus: Sender) -> None:
+    now = round(seconds_now() * 1000)
+    prometheus.at(now)
+    await prometheus.write(up(1, 1.0, start=now + 3_600_000))
+    assert_refused(await prometheus.write(up(1, 1.0, start=now)), 400, "3600.000 s before that one, which is 3", " s ahead of this clock")
+
+
+async def test_a_body_that_does_not_arrive_is_to_be_sent_again_and_the_store_is_not_blamed(tiny_detector: Detector) -> None:
+    async def stuck() -> AsyncIterator[bytes]:
+        yield b"."
+        await asyncio.sleep(60)
+
+    async with sender(tiny_detector, seconds=0.05) as client:
+        reply = await client.post(PATH, content=stuck(), headers=V1)
+    assert_refused(reply, 503, "ONSET_MAX_BODY_SECONDS")
+    assert (reply.json()["type"], reply.headers["connection"]) == ("urn:onset:too-slow", "close")
 
 
 @pytest.mark.parametrize(
