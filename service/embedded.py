@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 import stat
@@ -41,6 +42,9 @@ MAX_SOCKET_PATH = 100
 """The kernel takes 107 bytes."""
 FIRST_BACKOFF, MAX_BACKOFF = 0.1, 5.0
 CALM_SECONDS = 10.0
+FULL_BYTES = 4 * 1024 * 1024
+"""A disk with less is full: so much may one write want."""
+LOG_TAIL_BYTES = 4096
 """A server that lived this long is not in a crash loop."""
 SERVERS = ("valkey-server", "redis-server")
 
@@ -212,7 +216,7 @@ class EmbeddedStore:
         while True:
             started = clock()
             returncode = await self._exit()
-            log.error("embedded_store_died", returncode=returncode, log=str(self._folder / "store.log"))
+            log.error("embedded_store_died", returncode=returncode, reason=why_ended(self._folder), log=str(self._folder / "store.log"))
             backoff = FIRST_BACKOFF if clock() - started > CALM_SECONDS else backoff
             running = False
             while not running:
@@ -256,7 +260,22 @@ class EmbeddedStore:
                         await client.ping()
                     return
                 await asyncio.sleep(0.01)
-        raise StoreUnavailable(f"valkey-server ended with {process.returncode} while starting; see {self._folder / 'store.log'}.")
+        ended, last = f"valkey-server ended with {process.returncode} while starting", why_ended(self._folder)
+        raise StoreUnavailable(f"{ended}{f': {last}' if last else ''}; see {self._folder / 'store.log'}.")
+
+
+def why_ended(folder: Path, full: int = FULL_BYTES) -> str:
+    """What the log of a server that has ended closes with, "" = nothing, as after a kill.
+
+    Where less than `full` bytes of the disk are left that comes first: the log may lack its last lines.
+    """
+    if (free := shutil.disk_usage(folder).free) < full:
+        return f"its disk is full ({free // 1024} KiB left): make room, and it goes on by itself"
+    with (folder / "store.log").open("rb") as said:
+        said.seek(max(0, said.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+        lines = [line for line in said.read().decode(errors="replace").splitlines() if line.strip()]
+    warnings = [line.partition(" # ")[2].strip() for line in itertools.takewhile(lambda line: " # " in line, reversed(lines))]
+    return " ".join(reversed(warnings))
 
 
 def server_options(folder: Path, socket: Path) -> dict[str, str]:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
-from service.embedded import FIRST_BACKOFF, EmbeddedStore, find_server
+from service.embedded import FIRST_BACKOFF, EmbeddedStore, find_server, why_ended
 from service.errors import StoreUnavailable
 from service.stores import Write
 from service.stores.redis import RedisStore
@@ -139,13 +140,31 @@ async def test_a_server_that_keeps_dying_is_started_at_growing_intervals_and_liv
     await embedded.stop()
 
 
+async def test_of_a_server_that_died_the_log_has_its_own_words_and_of_a_full_disk_that_first(tmp_path: Path) -> None:
+    embedded, folder = EmbeddedStore(tmp_path / "data"), tmp_path / "data"
+    await embedded.start()
+    store = await opened(embedded)
+    with capture_logs() as logs:
+        psutil.Process(embedded.pid).kill()
+        await answers_again(store)
+    assert [(entry["returncode"], entry["reason"]) for entry in logs if entry["event"] == "embedded_store_died"] == [(-9, "")]
+    await store.close()
+    await embedded.stop()
+    (manifest,) = (folder / "appendonlydir").glob("*.manifest")
+    manifest.write_text("this is no manifest\n")
+    with pytest.raises(StoreUnavailable, match="manifest"):
+        await embedded.start()
+    assert "manifest" in why_ended(folder)
+    assert "disk is full" in why_ended(folder, full=2**62)
+
+
 async def test_a_server_that_cannot_start_says_where_to_look_and_gives_the_folder_back(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     manifest = folder / "appendonlydir" / "appendonly.aof.manifest"
     manifest.parent.mkdir(parents=True)
     manifest.write_text("this is no manifest\n")
     embedded = EmbeddedStore(folder)
-    with pytest.raises(StoreUnavailable, match=r"ended with 1 while starting; see .*store\.log"):
+    with pytest.raises(StoreUnavailable, match=r"ended with 1 while starting: .*manifest.*; see .*store\.log"):
         await embedded.start()
     assert "manifest" in (folder / "store.log").read_text()
     manifest.unlink()
