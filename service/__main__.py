@@ -60,7 +60,7 @@ def serve(
 
     from service import logs  # noqa: PLC0415
     from service.errors import OnsetError  # noqa: PLC0415
-    from service.settings import Settings, unknown  # noqa: PLC0415
+    from service.settings import Settings, refusal, unknown  # noqa: PLC0415
 
     given: dict[str, Any] = {"model": model, "host": host, "port": port, "redis_url": redis_url, "data_dir": data_dir, "alpha": alpha}
     given["strict"] = strict
@@ -73,9 +73,7 @@ def serve(
         asgi = create_app(settings, embedded)
         listening = _listen(settings.host, settings.port)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = "_".join(str(part) for part in first["loc"])
-        _refuse(f"ONSET_{name.upper()} or its option is {first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}.")
+        _refuse(refusal(error))
     except OnsetError as error:
         _refuse(error.detail)
     for name, meant in unknown(os.environ).items():  # not refused: Kubernetes sets some for a Service called onset

@@ -12,7 +12,7 @@ import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -73,7 +73,8 @@ class Service:
         self.default_model = _default(self.detectors, settings)
         self.names = Names(read_rules(settings.prometheus_relabel) if settings.prometheus_relabel else (), settings.prometheus_series)
         self.scorers: dict[str, Scorer] = {}
-        self.console = self._console() if settings.console else None
+        with _affordable("ONSET_CONSOLE_BYTES", settings.console_bytes):
+            self.console = self._console() if settings.console else None
         self.book = Book()
         self.sinks = tellers.declared(settings, self.book, self.metrics)
         self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics)
@@ -159,7 +160,8 @@ class Service:
             stack.push_async_callback(self.patterns.stop)
             if self.write_back:
                 stack.push_async_callback(self.write_back.stop, asyncio.create_task(self.write_back.run()), self.settings.drain_seconds)
-            self._start_scorers(store)
+            with _affordable("ONSET_COPIES_BYTES", self.settings.copies_bytes):
+                self._start_scorers(store)
             stack.push_async_callback(self._drain)
             await self._open(store, stack)
             stack.push_async_callback(tasks.end, asyncio.create_task(self.control.run(), name="policy"))
@@ -319,6 +321,15 @@ def _add_log_doors(app: Application, door: Door, service: Service) -> None:
 
 async def _home() -> Response:
     return RedirectResponse("docs")
+
+
+@contextlib.contextmanager
+def _affordable(setting: str, size: int) -> Iterator[None]:
+    """What is made within takes so many bytes. Raises BadSetting where they cannot be had."""
+    try:
+        yield
+    except MemoryError as error:
+        raise BadSetting(f"{setting} is {size}: this machine does not give so much memory.") from error
 
 
 def _asked(settings: Settings) -> Asked:

@@ -236,7 +236,7 @@ async def _first_late(scorer: Scorer, scored: Scored) -> str:
     i = int(np.flatnonzero(scored.scores.kinds == Kind.LATE)[0])
     said = f"{scored.stream_ids[i]} at {scored.timestamp[i]:.3f}"
     try:
-        last = (await scorer.streams.last(scored.stream_ids[i])).timestamp
+        last = float((await scorer.streams.last(scored.stream_ids[i])).timestamp)
     except UnknownStream:  # forgotten meanwhile
         return said
     said += f", {last - scored.timestamp[i]:.3f} s before that one"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.asking import LARGEST_ALPHA, SHIPPED_MODELS, SMALLEST_ALPHA, Provider, per_event
 from service.logs import LogLevel
+
+CENTURY = 100 * 365 * 24 * 3600
+"""Seconds: a longer time to live the store would refuse, event by event."""
+TEBIBYTE = 1024**4
 
 
 class Settings(BaseSettings):
@@ -50,11 +55,11 @@ class Settings(BaseSettings):
     """How often the canary looks whether each detector still sees a known fault; 0 = never (docs/monitoring.md)."""
     stream_metrics: Annotated[int, Field(ge=0, le=100_000)] = 0
     """Streams (of each model) with series of their own at /metrics: 3 a stream and 5 a feature; 0 = none (docs/metrics.md)."""
-    state_ttl_seconds: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
+    state_ttl_seconds: Annotated[int, Field(ge=1, le=CENTURY)] = 30 * 24 * 3600
     """A stream silent for this long is forgotten."""
-    session_ttl_seconds: Annotated[int, Field(ge=1)] = 3600
+    session_ttl_seconds: Annotated[int, Field(ge=1, le=CENTURY)] = 3600
     """A stream whose session is over (docs/log-doors.md) is forgotten after this, if no new one begins: what a session a stream leaves."""
-    result_ttl_seconds: Annotated[int, Field(ge=1)] = 600
+    result_ttl_seconds: Annotated[int, Field(ge=1, le=CENTURY)] = 600
     """How long the results of a bulk can be fetched again by sending it again."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
     """Of one request, unpacked too; larger ones are refused with 413."""
@@ -66,7 +71,7 @@ class Settings(BaseSettings):
     """Events of one request; more are refused with 413."""
     max_queue_events: Annotated[int, Field(ge=1)] = 20_000
     """Events waiting to be scored; more are refused with 429. One sender may take half of what the others leave free."""
-    copies_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    copies_bytes: Annotated[int, Field(ge=0, le=TEBIBYTE)] = 64 * 1024 * 1024
     """Memory for copies of the states written last (1.4 kB a stream with the shipped detector); they save loading, 0 = none."""
     reorder_seconds: Annotated[float, Field(ge=0, le=60)] = 0
     """How long an event may be held for earlier ones of its stream that come after it, and its request with it; 0 = not at all."""
@@ -100,7 +105,7 @@ class Settings(BaseSettings):
     """Which model scores them; empty = the default one."""
     console: bool = True
     """Whether the page at / and what it shows live are served (docs/console.md)."""
-    console_bytes: Annotated[int, Field(ge=1024 * 1024)] = 160 * 1024 * 1024
+    console_bytes: Annotated[int, Field(ge=1024 * 1024, le=TEBIBYTE)] = 160 * 1024 * 1024
     """Memory for the recent events that the page shows, at most; a stream takes it once it speaks (31 kB with the shipped detector)."""
     console_events: Annotated[int, Field(ge=10, le=100_000)] = 600
     """Recent events kept of a stream."""
@@ -160,7 +165,7 @@ class Settings(BaseSettings):
     """How long resolved alerts are kept, at most `alerts_max_resolved` of them."""
     remote_write_url: str = ""
     """Where scores are written back, such as http://prometheus:9090/api/v1/write (docs/prometheus.md); empty = nowhere."""
-    remote_write_headers: dict[str, SecretStr] = {}
+    remote_write_headers: Annotated[dict[str, SecretStr], NoDecode] = {}
     """Headers of these requests as JSON: {"authorization": "Bearer ...", "x-scope-orgid": "a"}."""
     remote_write_metrics: str = "anomaly_score,onset_anomaly,yhat,yhat_lower,yhat_upper"
     """Which series are written; there are alert_score and y, too."""
@@ -172,11 +177,11 @@ class Settings(BaseSettings):
     """Streams the store holds, of all models; an event of a new one beyond them is refused."""
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
     """A timestamp further ahead of this clock is refused: it would make every later event late."""
-    inference_threads: Annotated[int, Field(ge=1)] = 1
+    inference_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Threads of ONNX Runtime for a step; more than one rarely pays for networks this small."""
     provider: Provider = "cpu"
     """Where a step runs: cpu, or cuda (an NVIDIA GPU; needs the extra `gpu`). What cannot be had stops the service."""
-    drain_seconds: Annotated[float, Field(ge=0)] = 10
+    drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 10
     """How long a stopping service finishes what it has accepted."""
     log_level: LogLevel = "info"
     """Until it is changed by PUT /v1/log-level."""
@@ -195,6 +200,18 @@ class Settings(BaseSettings):
     def _is_an_address(cls, value: str) -> str:
         if value and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
             raise ValueError("it is an address such as http://prometheus:9090/api/v1/write")
+        return value
+
+    @field_validator("remote_write_headers", mode="before")
+    @classmethod
+    def _are_headers(cls, value: object) -> object:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f'it is not JSON ({error}) such as {{"authorization": "Bearer ..."}}') from error
+        if not isinstance(value, dict) or not all(re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) for name in value):
+            raise ValueError('it is a JSON object of names and values of headers, such as {"authorization": "Bearer ..."}')
         return value
 
     @field_validator("remote_write_metrics")
@@ -219,6 +236,16 @@ class Settings(BaseSettings):
             raise ValueError("it needs ONSET_CADENCE_SECONDS, the seconds between two events of a stream")
         per_event(value, cadence)
         return value
+
+
+def refusal(error: ValidationError) -> str:
+    """A sentence that names the setting and its value, where that is no secret."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    message = first["msg"].removeprefix("Value error, ")
+    secret = name in Settings.model_fields and "SecretStr" in str(Settings.model_fields[name].annotation)
+    value = "cannot be used" if secret else f"or its option is {first.get('input')!r}"
+    return f"ONSET_{name.upper()} {value}: {message}."
 
 
 def unknown(environment: Mapping[str, str]) -> dict[str, str | None]:

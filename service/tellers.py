@@ -68,6 +68,10 @@ def _secret(settings: Settings) -> str:
 
 def _http(setting: str, url: str) -> str:
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise BadSetting(f"{setting} has '{parts.scheme}://{parts.hostname or ''}…': {error}.") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         raise BadSetting(f"{setting} has '{parts.scheme}://{parts.hostname or ''}…', which is no http:// or https:// address.")
     return url

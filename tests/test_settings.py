@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -49,3 +51,37 @@ def test_settings_that_name_no_metrics_to_write_back_import_nothing_of_the_servi
     assert set(Settings().remote_write_metrics.split(",")) <= set(WRITTEN)
     with pytest.raises(ValidationError, match="it has 'yhut'"):
         Settings(remote_write_metrics="yhat,yhut")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ONSET_REMOTE_WRITE_HEADERS": "authorization: Bearer hush"}, "ONSET_REMOTE_WRITE_HEADERS cannot be used: it is not JSON"),
+        ({"ONSET_REMOTE_WRITE_HEADERS": '{"a b": "hush"}'}, "names and values of headers"),
+        ({"ONSET_REMOTE_WRITE_HEADERS": '{"a": {"b": "hush"}}'}, "ONSET_REMOTE_WRITE_HEADERS cannot be used"),
+        ({"ONSET_ALERTS_ALERTMANAGERS": "http://alertmanager:90933"}, "ONSET_ALERTS_ALERTMANAGERS has 'http://alertmanager…': Port out of"),
+        ({"ONSET_STATE_TTL_SECONDS": "99999999999999999999"}, "ONSET_STATE_TTL_SECONDS or its option is '99999999999999999999'"),
+        ({"ONSET_DRAIN_SECONDS": "inf"}, "ONSET_DRAIN_SECONDS or its option is 'inf'"),
+        ({"ONSET_CONSOLE_BYTES": str(2**40)}, "ONSET_CONSOLE_BYTES is 1099511627776"),
+        ({"ONSET_COPIES_BYTES": str(2**40)}, "ONSET_COPIES_BYTES is 1099511627776"),
+    ],
+)
+def test_a_value_that_cannot_be_used_stops_the_service_with_a_sentence_that_names_it_and_no_secret(
+    given: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ONSET_")}
+    environment |= {"ONSET_PORT": "0", "ONSET_DATA_DIR": str(tmp_path / "data")} | given
+    ended = subprocess.run(
+        [sys.executable, "-m", "service", "serve"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**37, 2**37)),  # of the machine's memory the test knows nothing
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("onset: ")
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "hush" not in ended.stderr

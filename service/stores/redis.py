@@ -462,7 +462,7 @@ async def scanned(scan: Callable[[int, int], Awaitable[tuple[int, list[bytes]]]]
 
 async def counted(pipe: Callable[[Sequence[Command]], Awaitable[list[Any]]]) -> int:
     """About how many streams one server keeps a state of. Its other keys are none: trails, watches, and what others keep there."""
-    [size] = await pipe([("DBSIZE",)])
+    size = int((await pipe([("DBSIZE",)]))[0])
     if size > COUNTED:
         drawn = await pipe([("RANDOMKEY",)] * DRAWN)
         return round(size * sum(key is not None and _STATE_KEY.match(key) is not None for key in drawn) / DRAWN)
