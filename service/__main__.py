@@ -307,7 +307,7 @@ def _launched(data_dir: Path) -> EmbeddedStore:
 def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
     import uvicorn  # noqa: PLC0415
 
-    from service import memory  # noqa: PLC0415
+    from service import logs, memory  # noqa: PLC0415
     from service.openapi import example  # noqa: PLC0415
     from service.writing import Protocol  # noqa: PLC0415
 
@@ -325,10 +325,14 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
                     flush=True,
                 )
                 print(f"  curl -s {url}/v1/events -H 'content-type: application/json' -d {shlex.quote(json.dumps(sample))}", flush=True)
+                models = {name: detector.manifest.version for name, detector in service.detectors.items()}
+                logs.log.info("serving", url=url, version=asgi.version, models=models, not_ready=wrong)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            logs.log.info("stopping", drain_seconds=drain_seconds)
             service.stopping()
             await super().shutdown(sockets)
+            logs.log.info("stopped")
 
     config = uvicorn.Config(
         asgi,

@@ -162,7 +162,7 @@ class Streams:
             model=self._model,
             by=by,
             anomaly_started_at=None if math.isnan(started) else started,
-            timestamp=float(row["timestamp"] if by == "age" else row["last"]["timestamp"]),
+            event_timestamp=float(row["timestamp"] if by == "age" else row["last"]["timestamp"]),
             state_version=int(row["version"]),
         )
 

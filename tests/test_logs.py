@@ -13,6 +13,7 @@ import pytest
 import structlog
 
 from service import logs, tracing
+from service.canary import RESULTS
 from service.errors import BadParameter
 from tests import local
 from tests.e2e.process import Service
@@ -126,11 +127,22 @@ def test_the_level_of_a_running_service_is_changed_and_its_batches_are_told_with
         assert len(batches()) == 1
 
 
+def test_a_start_and_an_orderly_end_are_lines_of_the_log(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path, LOG_LEVEL="info", forked=False) as service:
+        local.post(f"{service.url}/v1/events", json=EVENT).raise_for_status()
+    told = lines(service.log.read_text())
+    [serving] = [line for line in told if line["event"] == "serving"]
+    assert (serving["url"], list(serving["models"]), serving["not_ready"]) == (service.url, ["tiny"], None)
+    assert [line["event"] for line in told][-2:] == ["stopping", "stopped"]
+
+
 def test_every_event_of_the_log_is_explained_and_none_that_there_is_not() -> None:
     root = Path(__file__).parents[1]
     sources = "\n".join(path.read_text() for path in sorted((root / "service").rglob("*.py")))
     calls = re.findall(r"\blog\.(?:debug|info|warning|error|exception)\(\s*([^,)]+)", sources)
     written = {event for call in calls for event in re.findall(r'"([a-z_]+)"', call)}
+    written |= set(re.findall(r'\b_tell\(\s*"([a-z_]+)"', sources)) | {f"canary_{result}" for result in RESULTS}
     page = (root / "docs/log-events.md").read_text()
     explained = {event for row in re.findall(r"^\| (`[^|]+) \|", page, re.MULTILINE) for event in re.findall(r"`([a-z_]+)`", row)}
     assert explained == written
+    assert not re.findall(r"\blog\.\w+\([^)]*\b(?:timestamp|level|event)=", sources), "the line's own would take its place"

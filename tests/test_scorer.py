@@ -434,7 +434,7 @@ async def test_an_alert_that_is_accepted_by_its_age_is_logged(tiny_detector: Det
     with capture_logs() as logs:
         assert (await alarmed(scorer)).status == "ready"
     [line] = [line for line in logs if line["event"] == "regime_accepted"]
-    assert (line["by"], line["stream_id"], line["timestamp"]) == ("age", "s", 1e9 + 1020)
+    assert (line["by"], line["stream_id"], line["event_timestamp"]) == ("age", "s", 1e9 + 1020)
     await scorer.drain(1)
 
 

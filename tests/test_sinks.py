@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from bench.receiver import Posted, Receiver
 from service.alerts import Acknowledgement
@@ -146,7 +147,9 @@ async def test_a_sink_that_is_down_is_told_again_until_it_takes_it(office: Desk)
     await teller.begin(TOKEN)
     await office.happen(opening("a"), opening("b"))
     sink.down = 5
-    await all_told(teller)
+    with capture_logs() as logs:
+        await all_told(teller)
+    assert [(entry["event"], entry["sink"], entry["reason"]) for entry in logs] == [("sink_waits", "kept", "down")]
     assert sorted(sink.told) == [("opened", "a"), ("opened", "b")]
     assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "retried"}) == 5
     assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "delivered"}) == 2

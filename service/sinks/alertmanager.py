@@ -121,7 +121,7 @@ class Alertmanager:
         if not posted:
             return []
         try:
-            async for attempt in retries(self._patience, attempts=None, timeout=None):
+            async for attempt in retries(self.name, self._patience, attempts=None, timeout=None):
                 with attempt:
                     if attempt.num > 1:
                         self._count("retried")

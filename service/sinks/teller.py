@@ -100,10 +100,22 @@ class Patience:
 PATIENCE = Patience()
 
 
-def retries(patience: Patience, *, attempts: int | None, timeout: float | None) -> AsyncIterator[stamina.Attempt]:
-    """Attempts with back-off while a sink is unreachable; the last one's error is let through."""
+def retries(sink: str, patience: Patience, *, attempts: int | None, timeout: float | None) -> AsyncIterator[stamina.Attempt]:
+    """Attempts with back-off while a sink is unreachable, told once; the last one's error is let through."""
+    told = False
+
+    def again(error: Exception) -> bool | float:
+        nonlocal told
+        if not isinstance(error, Unreachable):
+            return False
+        if not told:
+            told = True
+            log.warning("sink_waits", sink=sink, reason=error.detail)
+        return True if error.after is None else error.after
+
+    stamina.instrumentation.set_on_retry_hooks(())  # its own line is one for each attempt, and names no sink
     context = stamina.retry_context(
-        on=lambda error: error.after if isinstance(error, Unreachable) and error.after is not None else isinstance(error, Unreachable),
+        on=again,
         attempts=attempts,
         timeout=timeout,
         wait_initial=patience.first_wait,
@@ -260,7 +272,7 @@ class Teller:
         age, patience = self._clock() - notice.at, self._patience
         attempts = None if age < patience.give_up else 1
         try:
-            async for attempt in retries(patience, attempts=attempts, timeout=max(patience.give_up - age, 0.001)):
+            async for attempt in retries(self._sink.name, patience, attempts=attempts, timeout=max(patience.give_up - age, 0.001)):
                 with attempt:
                     if attempt.num > 1:
                         self._count("retried")
