@@ -44,7 +44,9 @@ Labels = Mapping[str, str]
 K = TypeVar("K")
 V = TypeVar("V")
 
-_METRIC, _LABEL = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*"), re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+"""Names of labels that every version of Prometheus and Alertmanager takes; newer ones take any."""
+_METRIC = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n"}
 _ESCAPED = re.compile(r'[\\"]|' + UNPRINTABLE)
 _UNESCAPED = re.compile(r'\\(?:([\\"])|(n)|x([0-9a-f]{2}))')
@@ -141,9 +143,7 @@ def stream_id_of(labels: Labels) -> str:
     """The canonical name of a series, at most MAX_NAME_LENGTH characters; see the module's docstring."""
     name = labels.get(NAME, "")
     classic = bool(_METRIC.fullmatch(name))
-    pairs = [
-        f"{label if _LABEL.fullmatch(label) else _quoted(label)}={_quoted(labels[label])}" for label in sorted(labels) if label != NAME
-    ]
+    pairs = [f"{label if LABEL.fullmatch(label) else _quoted(label)}={_quoted(labels[label])}" for label in sorted(labels) if label != NAME]
     if name and not classic:
         pairs.insert(0, _quoted(name))
     return bounded((name if classic else "") + ("{" + ",".join(pairs) + "}" if pairs else ""))

@@ -21,8 +21,9 @@ from bench.receiver import Posted, Receiver
 from service.alerts import Acknowledgement
 from service.errors import BadSetting, Fenced
 from service.metrics import Metrics
+from service.names import bounded
 from service.settings import Settings
-from service.sinks.alertmanager import Alertmanager
+from service.sinks.alertmanager import Alertmanager, labels
 from service.sinks.stdout import Stdout
 from service.sinks.teller import Notice, Patience, Sink, Teller, Unreachable
 from service.sinks.webhook import Webhook, key_of, signature
@@ -353,6 +354,30 @@ async def test_alertmanager_is_told_again_of_what_is_open_however_much_happens_a
         assert not await sink.turn(TOKEN)
         assert told() == 1 + 3 + 1
         await sink.close()
+
+
+@pytest.mark.parametrize(
+    ("stream_id", "series"),
+    [
+        ('load{instance="a:9100",job="node"}', {"for": "load", "instance": "a:9100", "job": "node"}),
+        (
+            'load{for="w",model="x",severity="y",stream="z"}',
+            {"for": "load", "exported_for": "w", "exported_model": "x", "exported_severity": "y", "exported_stream": "z"},
+        ),
+        (
+            'load{a="q\\"\\n","größe"="1"}',
+            {"for": "load", "a": 'q"\n'},
+        ),  # an Alertmanager that does not take such a name would refuse all alerts
+        ('{a="1"}', {"a": "1"}),
+        (bounded('load{a="' + "x" * 300 + '"}'), {}),
+        ("line 3/pump", {}),
+        ("pump", {}),
+        ("pump{", {}),
+    ],
+)
+def test_the_alert_of_a_series_has_its_labels_to_route_and_silence_by(stream_id: str, series: dict[str, str]) -> None:
+    ours = {"alertname": "OnsetAnomaly", "stream": stream_id, "model": "m", "severity": "minor"}
+    assert labels("OnsetAnomaly", stream_id, "m", "minor") == series | ours
 
 
 async def test_a_clock_that_is_set_back_withholds_nothing(office: Desk) -> None:

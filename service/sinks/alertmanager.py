@@ -25,6 +25,7 @@ import structlog
 
 from service.alerts import EPOCH, Alert, AlertReply
 from service.metrics import Metrics
+from service.names import FOR, LABEL, NAME, labels_of
 from service.sinks.teller import PATIENCE, Patience, Refused, Unreachable, first_cursor, retries, tell_on
 from service.stores.book import AT_ONCE, Book, Told
 
@@ -155,12 +156,7 @@ class Alertmanager:
             "acknowledged_by": alert.acknowledgement.by if alert.acknowledgement else "",
         }
         posted: Posted = {
-            "labels": {
-                "alertname": NAMES[alert.kind],
-                "stream": alert.stream_id,
-                "model": alert.model,
-                "severity": severity or alert.severity,
-            },
+            "labels": labels(NAMES[alert.kind], alert.stream_id, alert.model, severity or alert.severity),
             "annotations": {name: text for name, text in annotations.items() if text},
             "startsAt": _time(starts),
         }
@@ -181,6 +177,19 @@ class Alertmanager:
 
     def _count(self, outcome: str) -> None:
         self._metrics.alert_deliveries.labels(self.name, outcome).inc()
+
+
+def labels(alertname: str, stream_id: str, model: str, severity: str) -> dict[str, str]:
+    """What an alert is there, the same whoever tells of it: so of a series the labels are those that its stream's name has, if not hashed."""
+    ours = {"alertname": alertname, "stream": stream_id, "model": model, "severity": severity}
+    series = (labels_of(stream_id) if "{" in stream_id else None) or {}
+    metric = {FOR: series[NAME]} if NAME in series else {}
+    theirs = {
+        f"exported_{name}" if name in ours or name == FOR else name: value
+        for name, value in series.items()
+        if name != NAME and LABEL.fullmatch(name)
+    }
+    return theirs | metric | ours
 
 
 def _one_each(posted: Sequence[Posted]) -> list[Posted]:

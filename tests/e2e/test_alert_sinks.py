@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -46,8 +47,13 @@ def firing(alertmanager: Alertmanager) -> list[dict[str, str]]:
     return [alert["labels"] for alert in alertmanager.alerts()]
 
 
+@pytest.mark.parametrize(
+    ("stream", "series"),
+    [("line 3/pump", {}), ('oven{"größe"="1",instance="a:9100"}', {"for": "oven", "instance": "a:9100"})],
+    ids=["any", "series"],
+)
 def test_an_anomaly_fires_and_resolves_once_in_alertmanager(
-    tmp_path: Path, tiny_model_path: Path, alertmanager: Alertmanager, people: Receiver
+    tmp_path: Path, tiny_model_path: Path, alertmanager: Alertmanager, people: Receiver, stream: str, series: dict[str, str]
 ) -> None:
     settings = {
         "ALERTS_ALERTMANAGERS": alertmanager.url,
@@ -58,14 +64,14 @@ def test_an_anomaly_fires_and_resolves_once_in_alertmanager(
         "PUBLIC_URL": "https://onset.example",
     }
     with Service(tmp_path / "data", model=tiny_model_path, wait=True, forked=True, **settings) as service:
-        sensor = Sensor(service, "line 3/pump")
+        sensor = Sensor(service, stream)
         sensor.send([*NORMAL, *STUCK])
         people.wait(lambda posted: len(posted) == 1)
         [alert] = alertmanager.alerts()
-        assert alert["labels"] == {"alertname": "OnsetAnomaly", "stream": "line 3/pump", "model": "tiny", "severity": "critical"}
+        assert alert["labels"] == series | {"alertname": "OnsetAnomaly", "stream": stream, "model": "tiny", "severity": "critical"}
         assert "above its expected range since" in alert["annotations"]["summary"]
         assert alert["annotations"]["runbook_url"] == "https://runbooks.example/onset"
-        assert alert["annotations"]["link"] == alert["generatorURL"] == "https://onset.example/?stream=line%203%2Fpump"
+        assert alert["annotations"]["link"] == alert["generatorURL"] == f"https://onset.example/?stream={quote(stream, safe='')}"
         assert alert["annotations"]["alert_id"] == alerts(service)[0]["id"]
         for _ in range(3):
             sensor.send(STUCK)
@@ -74,7 +80,7 @@ def test_an_anomaly_fires_and_resolves_once_in_alertmanager(
         sensor.send(CALM)
         people.wait(lambda posted: len(posted) == 2)
         wait(lambda: not alertmanager.alerts())
-        assert notified(people) == [("firing", "line 3/pump", "critical"), ("resolved", "line 3/pump", "critical")]
+        assert notified(people) == [("firing", stream, "critical"), ("resolved", stream, "critical")]
         lines = [line for line in service.log.read_text().splitlines() if line.startswith('{"id":')]
         assert ['"event":"opened"' in line for line in lines] == [True, False]
 
