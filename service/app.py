@@ -258,8 +258,10 @@ class Service:
         try:
             async with asyncio.timeout(PING_SECONDS):
                 await self.store.ping()
-        except (StoreUnavailable, TimeoutError) as error:
-            return f"The state store does not answer a ping: {str(error).removesuffix('.') or 'no answer within a second'}."
+        except StoreUnavailable as error:
+            return error.detail
+        except TimeoutError:
+            return "The state store does not answer a ping: no answer within a second."
         return None
 
 

@@ -180,7 +180,7 @@ class Alertmanager:
 
 
 def labels(alertname: str, stream_id: str, model: str, severity: str) -> dict[str, str]:
-    """What an alert is there, the same whoever tells of it: so of a series the labels are those that its stream's name has, if not hashed."""
+    """What an alert is there, the same whoever tells of it: so of a series those labels that its stream's name has, unless hashed."""
     ours = {"alertname": alertname, "stream": stream_id, "model": model, "severity": severity}
     series = (labels_of(stream_id) if "{" in stream_id else None) or {}
     metric = {FOR: series[NAME]} if NAME in series else {}

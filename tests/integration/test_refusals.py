@@ -140,6 +140,10 @@ async def test_a_restarted_replica_knows_how_many_streams_there_are(server: Valk
         assert await shown(service) == 7
     async with Service(settings).running() as service:
         assert await shown(service) == 7
+        with server.client() as client:
+            client.config_set("maxmemory", "1")
+            assert (await service.ready() or "").startswith("The state store refuses: its memory is full")
+            client.config_set("maxmemory", "0")
 
 
 async def test_the_rights_that_the_documentation_names_are_enough(server: Valkey, tiny_detector: Detector) -> None:
