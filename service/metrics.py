@@ -373,14 +373,14 @@ class Metrics:
     warming = _gauge(
         "onset_streams_warming",
         "streams",
-        "Streams scored here within five minutes that have no p-values yet.",
+        "Streams scored here within five minutes that have no p-values yet; with the anomalous ones 20,000 at most.",
         "High long after a deploy: streams start afresh (onset_fresh_states_total says why) or come once only.",
         model=RUNNING,
     )
     anomalous = _gauge(
         "onset_streams_anomalous",
         "streams",
-        "Streams scored here within five minutes whose last event was anomalous, by its severity.",
+        "Streams scored here within five minutes whose last event was anomalous, by its severity; with the warming ones 20,000 at most.",
         "Many at once: a common cause, or a change of regime that wants to be accepted.",
         model=RUNNING,
         severity=("minor", "major", "critical"),
