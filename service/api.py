@@ -242,6 +242,7 @@ class Door:
             return Response(msgspec.json.encode(await scorer.streams.last(stream_id)), media_type=JSON)
         if not await scorer.streams.forget(stream_id):
             await scorer.streams.last(stream_id)  # raises UnknownStream
+        log.info("stream_forgotten", stream_id=stream_id, model=scorer.detector.name)
         return Response(status_code=204)
 
     async def post_accept(self, request: Request) -> Response:

@@ -339,8 +339,10 @@ async def test_streams_are_listed_shown_and_forgotten(client: Client) -> None:
     listed = (await client.get("/v1/streams")).json()
     assert {stream["stream_id"] for stream in listed["streams"]} == set("abc")
     assert listed["next_cursor"] is None
-    assert (await client.delete("/v1/streams/a")).status_code == 204
-    assert_problem(await client.delete("/v1/streams/a"), 404, "stream 'a'")
+    with capture_logs() as logs:
+        assert (await client.delete("/v1/streams/a")).status_code == 204
+        assert_problem(await client.delete("/v1/streams/a"), 404, "stream 'a'")
+    assert logs == [{"event": "stream_forgotten", "log_level": "info", "stream_id": "a", "model": "tiny"}]
     assert_problem(await client.get("/v1/streams/a"), 404, "stream 'a'")
 
 
