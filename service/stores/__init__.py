@@ -17,8 +17,9 @@ A stream's value and its trail:
                                                     XACK the input's entries                                     →  WRITTEN
                                       otherwise  →  nothing is written                                           →  LOST
 
-Beside the streams it keeps one small mapping for all replicas, the policy as it was changed at run time (control.py), and leases: names
-that one replica holds at a time, each with notes that its next holder reads (sources/mqtt.py).
+Beside the streams it keeps one small mapping for all replicas, the policy as it was changed at run time (control.py); leases: names
+that one replica holds at a time, each with notes that its next holder reads (sources/mqtt.py); and of each model a claim, which says
+which file of it is in force (claims.py).
 
 What a crash, of the replica, its connection or the client, leaves (tests/test_protocol_model.py stops at each of these points):
 
@@ -139,6 +140,15 @@ class StateStore(Protocol):
 
     async def notes(self, name: str) -> list[bytes]:
         """Oldest first. They outlive the lease by the state TTL."""
+
+    async def claimed(self, model: str) -> bytes:
+        """The model's claim; b"" = there is none."""
+
+    async def claim(self, model: str, expected: bytes | None, claim: bytes) -> bytes:
+        """Replace the model's claim if it is `expected` (b"" = there is none, None = whatever it is), in one step; what it was before.
+
+        It outlives its last replacement by the state TTL.
+        """
 
     async def count(self) -> int:
         """About how many streams the store keeps a state of, those of canaries aside."""

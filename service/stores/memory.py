@@ -30,6 +30,7 @@ class MemoryStore:
         self._policy: dict[str, bytes] = {}
         self._held: dict[str, tuple[float, str]] = {}
         self._notes: dict[str, tuple[float, list[bytes]]] = {}
+        self._claims: dict[str, tuple[float, bytes]] = {}
         self.leases: dict[bytes, bytes] = {}
         self.pending: dict[tuple[bytes, bytes], list[bytes]] = {}
         self.kept: dict[bytes, list[bytes]] = {}
@@ -104,6 +105,16 @@ class MemoryStore:
     async def notes(self, name: str) -> list[bytes]:
         until, notes = self._notes.get(name, (0.0, []))
         return list(notes) if self._clock() < until else []
+
+    async def claimed(self, model: str) -> bytes:
+        until, claim = self._claims.get(model, (0.0, b""))
+        return claim if self._clock() < until else b""
+
+    async def claim(self, model: str, expected: bytes | None, claim: bytes) -> bytes:
+        before = await self.claimed(model)
+        if expected in (None, before):
+            self._claims[model] = (self._clock() + self._state_ttl, claim)
+        return before
 
     async def count(self) -> int:
         return sum(self._value(key) is not None for key in self._states if key[0][0] != "@")

@@ -9,6 +9,7 @@ Keys (each name once, here):
     onset:policy                   what was changed of the policy at run time, a hash
     onset:{SHARD}:=NAME            a lease, which expires: its holder      SHARD as if NAME were a stream id
     onset:{SHARD}:+NAME            the notes beside it, a list
+    onset:{SHARD}:^MODEL           the claim of one of the model's files, see claims.py; SHARD as if MODEL were a stream id
     onset:results                  results of events that came from a queue in the store (Output); its entries have the one field `result`
 
 Load is one MGET, commit one call of the server-side function in commit.lua. The client never retries by itself: whether a lost
@@ -75,6 +76,9 @@ redis.call('RPUSH', KEYS[2], ARGV[2])
 redis.call('LTRIM', KEYS[2], -ARGV[3], -1)
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 return 1"""
+CLAIM = """local claim = redis.call('GET', KEYS[1]) or ''
+if ARGV[1] == '' or ARGV[2] == claim then redis.call('SET', KEYS[1], ARGV[3], 'EX', ARGV[4]) end
+return claim"""
 TOO_OLD = "The server knows no FUNCTION command: Onset needs Redis 7.0 or Valkey 7.2 at least."
 
 REFUSED_SECONDS = 60.0
@@ -113,6 +117,10 @@ def lease_key(name: str) -> bytes:
 
 def notes_key(name: str) -> bytes:
     return b"onset:{%03d}:+%s" % (shard_of(name), name.encode())
+
+
+def claim_key(model: str) -> bytes:
+    return b"onset:{%03d}:^%s" % (shard_of(model), model.encode())
 
 
 def shard_of(stream_id: str) -> int:
@@ -212,6 +220,13 @@ class Commands(ABC):
 
     async def notes(self, name: str) -> list[bytes]:
         return cast("list[bytes]", (await self.pipe([("LRANGE", notes_key(name), 0, -1)]))[0])
+
+    async def claimed(self, model: str) -> bytes:
+        return cast("bytes | None", (await self.pipe([("GET", claim_key(model))]))[0]) or b""
+
+    async def claim(self, model: str, expected: bytes | None, claim: bytes) -> bytes:
+        compare = (b"", b"") if expected is None else (b"1", expected)
+        return cast("bytes", (await self.pipe([("EVAL", CLAIM, 1, claim_key(model), *compare, claim, self._ttls[0])]))[0])
 
     def _told(self, error: Exception, where: str = "") -> StoreUnavailable:
         """What the door is told of an error; of a refusal the log, too. `where` = which of several servers."""

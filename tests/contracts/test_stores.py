@@ -462,6 +462,44 @@ async def test_notes_are_the_holders_bounded_and_read_by_the_next_one(store: Sta
     assert await store.notes("another") == []
 
 
+async def test_a_claim_is_replaced_only_where_it_is_the_expected_one(store: StateStore) -> None:
+    assert await store.claimed(MODEL) == b""
+    assert await store.claim(MODEL, b"another", b"1") == b""
+    assert await store.claimed(MODEL) == b"", "there was none, and that was not expected"
+    assert await store.claim(MODEL, b"", b"\x00\xff") == b""
+    assert await store.claim(MODEL, b"", b"2") == b"\x00\xff"
+    assert await store.claimed(MODEL) == b"\x00\xff"
+    assert await store.claim(MODEL, b"\x00\xff", b"3") == b"\x00\xff"
+    assert await store.claim(MODEL, None, b"4") == b"3", "whatever it is"
+    assert await store.claimed(MODEL) == b"4"
+    assert await store.claimed("another") == b""
+    assert await store.claim("another", None, b"5") == b""
+    assert (await store.scan(MODEL, "", 10)).stream_ids == [], "it is no stream"
+
+
+async def test_of_many_that_claim_at_once_each_round_has_one_winner(store: StateStore) -> None:
+    held = b""
+    for i in range(5):
+        claims = [b"%d-%d" % (i, j) for j in range(20)]
+        found = await asyncio.gather(*(store.claim(MODEL, held, claim) for claim in claims))
+        [won] = [claim for claim, before in zip(claims, found, strict=True) if before == held]
+        assert set(found) == {held, won}
+        held = await store.claimed(MODEL)
+        assert held == won
+
+
+async def test_a_claim_outlives_its_last_replacement_by_the_state_ttl(backend: Backend) -> None:
+    store = await backend.open(2, 1)
+    await store.claim(MODEL, b"", b"1")
+    await backend.elapse(1.2)
+    assert await store.claim(MODEL, b"1", b"2") == b"1"
+    await backend.elapse(1.2)
+    assert await store.claimed(MODEL) == b"2"
+    await backend.elapse(1.2)
+    assert await store.claimed(MODEL) == b""
+    assert await store.claim(MODEL, b"", b"3") == b""
+
+
 async def test_streams_that_are_waited_for_are_counted_without_the_silent_ones_and_drawn(store: StateStore) -> None:
     assert await store.waited(MODEL, 10) == (0, [])
     await store.watch(MODEL, {f"s{i}": 100.0 + i for i in range(300)} | {f"silent {i}": SILENT + i for i in range(5)})
