@@ -424,6 +424,8 @@ class _Partition:
     async def _hand_out(self, entries: Sequence[Any]) -> None:
         messages = self._source.messages(entries)
         await self.free.wait()
+        if self.leaving:  # a cancellation that was swallowed (tasks.end): what was read since is for the next owner to claim
+            raise Fenced(f"Partition '{self.key}' is being given back.")
         if self._again:
             raise _StartAgain
         self.free.clear()
