@@ -76,7 +76,7 @@ PROCESSES ?= 1
 fit: setup ## train on your own streams: make fit DATA=history/ OUT=models/ PROCESSES=4
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m training fit --data $(DATA) --out $(OUT)
 
-BENCHES := engine http peers memory recovery overload sources remote gpu step
+BENCHES := engine http peers memory recovery rollout overload sources remote gpu step
 bench: setup ## all benchmarks, each with its baselines in the same run (about half an hour; each alone: python -m bench.NAME)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@mkdir -p out/bench

@@ -266,7 +266,7 @@ async def _damage_all(scene: Scene, damage: Callable[[str], Awaitable[None]]) ->
 
 
 async def _roll_out(scene: Scene) -> None:
-    """Both replicas get the other model, one after the other; between, each starts the streams afresh that the other had."""
+    """Both replicas get the other file, one after the other; between, the one that has it starts all streams afresh and answers alone."""
 
     async def traffic() -> None:
         for _ in range(ROUNDS):

@@ -544,11 +544,17 @@ def service() -> dashboard.Dashboard:
             [
                 rows(
                     "Models",
-                    "Which file scores on which replica. Two files of one model for long: a rollout stopped half way.",
+                    "Which file is on which replica. Two files of one model for long: a rollout stopped half way.",
                     Query(f"onset_model_info{{{_ALL}}}", instant=True, table=True),
                     "none",
                     panels.PLAIN,
                     columns={name: name for name in ("instance", "model", "version", "sha256", "provider")},
+                ),
+                line(
+                    "Model in force",
+                    "Whether each replica's file of a model is the one that scores: the one started last.",
+                    [Query(f"onset_model_in_force{{{_ALL}}}", "{{instance}} {{model}}")],
+                    "bool_yes_no",
                 ),
                 rows(
                     "Builds",

@@ -118,9 +118,13 @@ RULES: tuple[Rule, ...] = (
         "warning",
         "{{ $labels.instance }} is not ready.",
         "{{ $labels.instance }} answers, but has not been able to score for five minutes.",
-        "The replica runs without its store, or its batch loop hangs.",
+        "The replica runs without its store, its batch loop hangs, or another file of its model was started after it.",
         ("`/health/ready` of that replica says which.", "Can that replica reach the store while the others do? Then it is its network."),
-        ("Restart the replica if `/health/live` fails, too: its batch loop does not turn.", "Otherwise bring back its way to the store."),
+        (
+            "Restart the replica if `/health/live` fails, too: its batch loop does not turn.",
+            "Of a superseded model: finish the rollout, or see OnsetModelsDiffer.",
+            "Otherwise bring back its way to the store.",
+        ),
         (Case({f"onset_ready{{{_A}}}": "1x10 0x30"}, _REPLICA), Case({f"onset_ready{{{_A}}}": "1x10 0x3 1x27"})),
         below=1,
     ),
@@ -482,10 +486,14 @@ RULES: tuple[Rule, ...] = (
         "30m",
         "warning",
         "Replicas serve different files of {{ $labels.model }}.",
-        "{{ $value | humanize }} files of the model have been in service for half an hour: a stream that meets another one starts afresh.",
-        "A rollout stopped half way.",
-        ("The *Service* dashboard: model versions by replica.",),
-        ("Finish the rollout, or undo it.",),
+        "{{ $value | humanize }} files of the model have been on replicas for half an hour: only those of the one started last score.",
+        "A rollout stopped half way. The file that was started last is in force (`onset_model_in_force`); replicas with another one answer "
+        "503 and are not ready. A replica of the old file that was restarted meanwhile counts as started last, too.",
+        ("The *Service* dashboard: models by replica, and which are in force.",),
+        (
+            "Finish the rollout, or undo it.",
+            "Where the wrong file is in force, start a replica of the right one anew (`kubectl delete pod`), then remove the others.",
+        ),
         (
             Case(
                 {

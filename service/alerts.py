@@ -213,9 +213,9 @@ class Stand(NamedTuple):
     there: bool
     """Whether there is a state at all."""
     last: Evidence | None
-    """None: there is none, or it is of another model's file."""
-    open: frozenset[str]
-    """Ids of its open alerts."""
+    """None: there is none, or it is of another file of the model."""
+    open: frozenset[str] | None
+    """Ids of its open alerts; None: there is no state, or none that can be read."""
 
 
 class Move(NamedTuple):

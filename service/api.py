@@ -317,6 +317,7 @@ class Door:
                 "strict": scorer.policy.strict,
                 "expected_false_alarms": scorer.policy.promise(scorer.detector.manifest.warmup),
                 "default": name == self._default,
+                "in_force": scorer.claim.wrong is None,
             }
             for name, scorer in self._scorers.items()
         ]

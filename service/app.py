@@ -1,6 +1,6 @@
 """The composition root: builds the parts from Settings, opens them in order, closes them in reverse.
 
-open    embedded store (or the URL's) ─► batch loops ─► commit function loaded, policy read ─► queues ─► ready
+open    embedded store (or the URL's) ─► batch loops ─► commit function loaded, policy read ─► models claimed ─► queues ─► ready
 close   not ready ─► queues finish what is under way and let others have their partitions ─► loops finish what they accepted, within
         the drain time ─► store
 """
@@ -24,6 +24,7 @@ from starlette.responses import Response
 from service import loki, openapi, otlp, patterns, queues, remote_write, series, shipped, tasks, tellers, tracing
 from service.api import Application, Door
 from service.canary import Canary
+from service.claims import Claim
 from service.console.pages import Console, ConsoleLimits
 from service.console.trial import TrialLimits
 from service.control import Alpha, Asked, Control, Strict
@@ -73,6 +74,7 @@ class Service:
         self.default_model = _default(self.detectors, settings)
         self.names = Names(read_rules(settings.prometheus_relabel) if settings.prometheus_relabel else (), settings.prometheus_series)
         self.scorers: dict[str, Scorer] = {}
+        self.claims: dict[str, Claim] = {}
         with _affordable("ONSET_CONSOLE_BYTES", settings.console_bytes):
             self.console = self._console() if settings.console else None
         self.book = Book()
@@ -163,7 +165,11 @@ class Service:
             with _affordable("ONSET_COPIES_BYTES", self.settings.copies_bytes):
                 self._start_scorers(store)
             stack.push_async_callback(self._drain)
+            most, drain = self.settings.max_batch_events, self.settings.drain_seconds
+            taps = queues.taps(self.sources, url, store, self._claimed, self.metrics, max_events=most, drain_seconds=drain)
             await self._open(store, stack)
+            for name, claim in self.claims.items():
+                stack.push_async_callback(tasks.end, asyncio.create_task(claim.run(), name=f"claim-{name}"))
             stack.push_async_callback(tasks.end, asyncio.create_task(self.control.run(), name="policy"))
             for scorer in self.scorers.values():
                 silent = scorer.sweeper(self.settings.state_ttl_seconds) if self.settings.silence else None
@@ -178,10 +184,9 @@ class Service:
             streams = {name: scorer.streams for name, scorer in self.scorers.items()}
             desk = Desk(self.book, streams, self.metrics, _keeping(self.settings), self.sinks)
             stack.push_async_callback(tasks.end, asyncio.create_task(desk.run(), name="alerts"))
-            most = self.settings.max_batch_events
-            for consumer in queues.consumers(self.sources, url, store, self._scorer, self.metrics, max_events=most):
-                await consumer.start()
-                stack.push_async_callback(consumer.stop, self.settings.drain_seconds)
+            for tap in taps:
+                tap.start()
+                stack.push_async_callback(tap.stop)
             yield self
             self._closing = True
             await self.ready()
@@ -216,12 +221,14 @@ class Service:
         )
         for name, detector in self.detectors.items():
             policy_of = replace(policy, tau=detector.manifest.age_constant)
-            self.scorers[name] = Scorer(detector, policy_of, store, self.metrics, limits, held=True, feed=self.feed)
+            claim = self.claims[name] = Claim(detector, store, self.metrics)
+            self.scorers[name] = Scorer(detector, policy_of, store, self.metrics, limits, held=True, feed=self.feed, claim=claim)
             self.scorers[name].start()
 
-    def _scorer(self, model: str) -> Scorer:
+    def _claimed(self, model: str) -> tuple[Scorer, Claim]:
         """Raises KeyError."""
-        return self.scorers[model or self.default_model]
+        name = model or self.default_model
+        return self.scorers[name], self.claims[name]
 
     async def _open(self, store: RedisStore | ClusterStore, stack: contextlib.AsyncExitStack) -> None:
         """Open the store now, or keep trying beside the running service, which is not ready until then."""
@@ -242,6 +249,8 @@ class Service:
     async def _try_open(self, store: RedisStore | ClusterStore) -> None:
         await store.open()
         await self.control.refresh()
+        # Last of all that may fail: a start that comes to nothing takes no model from those that serve it.
+        await asyncio.gather(*(claim.take() for claim in self.claims.values()))
         self._store_open = True
 
     async def _drain(self) -> None:
@@ -262,7 +271,7 @@ class Service:
             return error.detail
         except TimeoutError:
             return "The state store does not answer a ping: no answer within a second."
-        return None
+        return next((claim.wrong for claim in self.claims.values() if claim.wrong), None)
 
 
 def create_app(settings: Settings, embedded: EmbeddedStore | None = None) -> FastAPI:

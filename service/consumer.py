@@ -9,6 +9,7 @@ publish    results go to the queue before anything behind them is scored: what i
 fuse       too large a share of the recent entries cannot be used: it is the producer or the model, not the entries.
            The partition waits for a person instead of emptying itself into the dead letters
 settle     dead letters written, and acknowledged what the commit has not acknowledged already
+superseded another file of the model is in force (claims.py): batches are abandoned, and others have the queue until ours is again (Tap)
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from service import tasks, tracing
-from service.errors import BadEvent, Fenced, ItemError, OnsetError, Overloaded, StoreUnavailable
+from service.claims import Claim
+from service.errors import BadEvent, Fenced, ItemError, OnsetError, Overloaded, StoreUnavailable, Superseded
 from service.events import Delivery, Published
 from service.mapping import Mapper
 from service.metrics import Metrics
@@ -109,6 +111,7 @@ class Consumer:
         for task in list(self._working):
             await tasks.end(task)
         await self._source.close()
+        self._metrics.source_lag.labels(self._source.name).set(0)  # nothing of it is ours
 
     async def _receive(self) -> None:
         while True:
@@ -137,6 +140,8 @@ class Consumer:
                 await self._finish(batch)
         except Fenced as error:
             log.warning("batch_fenced", partition=batch.partition, entries=len(batch.messages), reason=error.detail)
+            self._source.abandon(batch)
+        except Superseded:
             self._source.abandon(batch)
         except asyncio.CancelledError:
             self._source.abandon(batch)
@@ -212,7 +217,7 @@ class Consumer:
         return work
 
     async def _score(self, batch: Batch, work: _Work, places: Sequence[int]) -> None:
-        """Score these deliveries, however long it takes; no other of the partition is under way meanwhile. Raises Fenced."""
+        """Score these deliveries, however long it takes; no other of the partition is under way meanwhile. Raises Fenced, Superseded."""
         backoff, bugs = FIRST_BACKOFF, 0
         while places:
             try:
@@ -220,6 +225,8 @@ class Consumer:
                 outcomes, results = await self._scorer.consume(
                     deliveries, f"{self._source.name}/{batch.partition}", replies=self._source.publishes
                 )
+            except Superseded:
+                raise
             except (Overloaded, StoreUnavailable) as error:
                 log.debug("batch_waits", partition=batch.partition, reason=error.detail)
             except Exception as error:  # a bug that one event brings out must not stop those behind it for ever
@@ -289,6 +296,46 @@ class Consumer:
     def _bug(self, batch: Batch, error: Exception) -> None:
         self._metrics.bugs.inc()
         log.error("unexpected_error", partition=batch.partition, exc_info=error)
+
+
+class Tap:
+    """Reads a source while its model's file is in force, each time by a consumer of its own; in between others have its partitions."""
+
+    def __init__(self, make: Callable[[], Consumer], claim: Claim, metrics: Metrics, seconds: float) -> None:
+        """`make` is called now for the first time: what is wrong with a source's settings is raised here. `seconds` as of Consumer.stop."""
+        self._make, self._claim, self._metrics, self._seconds = make, claim, metrics, seconds
+        self._made: Consumer | None = make()
+        self._stopping = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="tap")
+
+    async def stop(self) -> None:
+        """As Consumer.stop."""
+        self._stopping.set()
+        if self._task is not None:
+            await self._task
+
+    async def _run(self) -> None:
+        while await self._until(self._claim.in_force):
+            try:
+                consumer, self._made = self._made or self._make(), None
+                await consumer.start()
+                await self._until(self._claim.superseded)
+                await consumer.stop(self._seconds)
+            except Exception as error:  # a bug must not end the reading for good; it is counted and logged
+                self._metrics.bugs.inc()
+                log.error("unexpected_error", task="tap", exc_info=error)
+                await asyncio.sleep(MAX_BACKOFF)
+
+    async def _until(self, event: asyncio.Event) -> bool:
+        """Whether it has come, and no stop before it."""
+        waits = [asyncio.create_task(one.wait()) for one in (event, self._stopping)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return not self._stopping.is_set()
 
 
 def _unexpected(error: Exception) -> ItemError:

@@ -178,7 +178,7 @@ class Desk:
             stand = stands.get(alert.id)
             if stand is None:
                 continue
-            if not stand.there or (stand.last is not None and alert.id not in stand.open):
+            if not stand.there or (stand.open is not None and alert.id not in stand.open):
                 gone.append(alert.id)
             elif stand.last is not None and alert.kind == "anomaly" and stand.last != alert.last:
                 live = alert.live or self._clock() - stand.last.timestamp <= self._keeping.max_age

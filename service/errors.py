@@ -23,7 +23,8 @@ OnsetError
 ├── Overloaded           the queue is full: come back in `retry_after` seconds
 ├── Fenced               a partition of a queue is another replica's by now
 └── StoreUnavailable     the state store does not answer
-    └── StoreRefused     it answers, and refuses until somebody changes it
+    ├── StoreRefused     it answers, and refuses until somebody changes it
+    └── Superseded       it has this model's claim for another file, which was started later
 """
 
 from __future__ import annotations
@@ -137,6 +138,10 @@ class Fenced(OnsetError):
 
 class StoreUnavailable(OnsetError):
     """The state store does not answer; nothing is known to be committed."""
+
+
+class Superseded(StoreUnavailable):
+    """Another file of this model is in force (claims.py): nothing may be scored here. Other replicas answer the event sent again."""
 
 
 class StoreRefused(StoreUnavailable):

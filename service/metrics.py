@@ -152,7 +152,15 @@ class Metrics:
     model = _info(
         "onset_model_info",
         "Version, hash and execution provider of a loaded model.",
-        "Differs between replicas during a rollout, never for long: a stream that meets another file starts afresh.",
+        "Differs between replicas during a rollout, never for long.",
+        model=RUNNING,
+    )
+    in_force = _gauge(
+        "onset_model_in_force",
+        "0 or 1",
+        "Whether this replica's file of the model is the one in force; if not, it scores nothing with it and is not ready.",
+        "0 for longer than a rollout takes: a replica with another file was started after this one, see docs/deploy.md. 0 on all: the ones "
+        "in force are gone; the others follow within ten seconds.",
         model=RUNNING,
     )
 
@@ -389,8 +397,7 @@ class Metrics:
         "onset_fresh_states_total",
         "streams",
         "Streams that started afresh, by reason.",
-        "other_model grows once a stream after a deploy; again and again where old and new model files serve together (docs/deploy.md). "
-        "corrupt: investigate the store at once.",
+        "other_model grows once a stream after a deploy of another model file (docs/deploy.md). corrupt: investigate the store at once.",
         reason=("new", "other_model", "corrupt"),
     )
     state_bytes = _gauge(

@@ -20,6 +20,7 @@ from service.errors import (
     StateConflict,
     StoreRefused,
     StoreUnavailable,
+    Superseded,
     TooLarge,
     TooManyStreams,
     TooSlow,
@@ -51,6 +52,7 @@ TABLE: dict[type[OnsetError], tuple[int, str, str, int | None]] = {
     StateConflict: (503, "state-conflict", "Other replicas were faster", 1),
     NotCommitted: (503, "not-committed", "The store stopped answering", 1),
     StoreUnavailable: (503, "store-unavailable", "The store does not answer", 1),
+    Superseded: (503, "model-superseded", "Another file of this model is in force", 1),
     StoreRefused: (503, "store-refused", "The store refuses to do it", 10),
 }
 LATE = (409, "late-event", "Older than the stream's last event")

@@ -1,4 +1,4 @@
-"""From what is declared (ONSET_SOURCES; ONSET_STREAMS_… for one Redis Streams source) to consumers. Part of the composition root.
+"""From what is declared (ONSET_SOURCES; ONSET_STREAMS_… for one Redis Streams source) to taps. Part of the composition root.
 
 A queue's client is imported only where such a source is declared: each is an optional dependency.
 """
@@ -6,8 +6,10 @@ A queue's client is imported only where such a source is declared: each is an op
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from service.consumer import Consumer
+from service.claims import Claim
+from service.consumer import Consumer, Tap
 from service.errors import BadSetting
 from service.mapping import Mapper
 from service.metrics import Metrics
@@ -36,25 +38,30 @@ def declared(settings: Settings) -> Sequence[options.AnySource]:
     return sources
 
 
-def consumers(
+def taps(
     sources: Sequence[options.AnySource],
     store_url: str,
     store: StateStore,
-    scorer_of: Callable[[str], Scorer],
+    scorer_of: Callable[[str], tuple[Scorer, Claim]],
     metrics: Metrics,
     *,
     max_events: int,
-) -> list[Consumer]:
-    """One for each source, not started. `scorer_of` gives the scorer of a model by name ("" = the default). Raises BadSetting."""
+    drain_seconds: float,
+) -> list[Tap]:
+    """One for each source, not started. `scorer_of` gives scorer and claim of a model by name ("" = the default). Raises BadSetting."""
     made = []
     for source in sources:
         try:
-            scorer = scorer_of(source.model)
+            scorer, claim = scorer_of(source.model)
         except KeyError as error:
             raise BadSetting(f"Source '{source.called}' names the model '{source.model}', which is not loaded.") from error
         mapper = Mapper(source.payload, max_events=max_events)
-        made.append(Consumer(queue(source, store_url, store, metrics), scorer, metrics, mapper, fuse=source.fuse))
+        made.append(Tap(partial(_consumer, source, store_url, store, scorer, metrics, mapper), claim, metrics, drain_seconds))
     return made
+
+
+def _consumer(source: options.AnySource, store_url: str, store: StateStore, scorer: Scorer, metrics: Metrics, mapper: Mapper) -> Consumer:
+    return Consumer(queue(source, store_url, store, metrics), scorer, metrics, mapper, fuse=source.fuse)
 
 
 def queue(source: options.AnySource, store_url: str, store: StateStore, metrics: Metrics) -> Source:

@@ -7,7 +7,8 @@
     replies ◄─────────────────────── answer   only now
 
 All that a stream is lies in the store, so any replica scores any stream; a copy only saves loading it, and a stale one loses the
-compare. Batches that share no stream are under way at once: one is stepped while another is loaded or committed.
+compare. States of another file of the model start afresh only while ours is the one in force (claims.py), which is asked after they were
+loaded. Batches that share no stream are under way at once: one is stepped while another is loaded or committed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from service import alerts, sessions, tracing
 from service.alerts import Standing
 from service.artifact import NEW
 from service.batcher import Batcher, Waits
+from service.claims import Uncontested
 from service.copies import Copies
 from service.detector import Detector
 from service.errors import BadEvent, ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams
@@ -120,7 +122,8 @@ _NOTHING = _Settled([], [])
 class Scorer:
     """Scores events with one detector; `feed` is told of every batch. `clock` gives seconds since 1970.
 
-    `held` = nothing is scored before `ask`; `alerting` = its alerts go into the store's log of them.
+    `held` = nothing is scored before `ask`; `alerting` = its alerts go into the store's log of them; `claim` says whether its model's
+    file is in force.
     """
 
     def __init__(
@@ -135,9 +138,11 @@ class Scorer:
         held: bool = False,
         feed: Feed | None = None,
         alerting: bool = True,
+        claim: Uncontested | None = None,
     ) -> None:
         self.detector = detector
         self._alerting = alerting
+        self.claim = claim or Uncontested()
         self.policy = policy
         self._held = held
         self._store = store
@@ -149,7 +154,16 @@ class Scorer:
         self._replies = Replies(detector.manifest, policy)
         self._copies = Copies(self._codec, limits.copies_bytes)
         self.streams = Streams(
-            detector.name, self._codec, lambda: self.policy, store, self._copies, self._replies, metrics, clock, alerting=alerting
+            detector.name,
+            self._codec,
+            lambda: self.policy,
+            store,
+            self._copies,
+            self._replies,
+            metrics,
+            clock,
+            alerting=alerting,
+            claim=self.claim,
         )
         self._batcher: Batcher[_Piece, Answers] = Batcher(
             self._handle,
@@ -202,10 +216,10 @@ class Scorer:
         """One answer for each item, in order. An ItemError among the items keeps its place; a failed event becomes one.
 
         Senders take turns: none waits for all that another one has queued.
-        Raises Overloaded when the queue is full, StoreUnavailable when nothing of this call is known to be committed.
+        Raises Overloaded when the queue is full, StoreUnavailable when nothing of this call is known to be committed, Superseded where
+        that is so because another file of the model is in force.
         """
-        if self._held:
-            raise StoreUnavailable("The policy has not been read from the state store yet.")
+        self._check()
         events = [item for item in items if isinstance(item, Event)]
         parsed, errors = await self._parse(events)
         if errors:
@@ -225,8 +239,7 @@ class Scorer:
 
     async def score_columns(self, columns: Columns, *, sender: str = "") -> Scored:
         """The same for events that came as columns, without an object for each."""
-        if self._held:
-            raise StoreUnavailable("The policy has not been read from the state store yet.")
+        self._check()
         parsed, bad = parse_columns(columns, self.detector.manifest, now=self._clock(), max_future=self._limits.max_future_seconds)
         errors: dict[int, ItemError] = columns.bad | bad
         places = np.array([i for i in range(len(columns)) if i not in errors], np.intp)
@@ -256,8 +269,7 @@ class Scorer:
         publish, in order: of events that are scored or late, and the stored ones of those that were delivered again, as far as they are
         at hand. Raises as `score` does.
         """
-        if self._held:
-            raise StoreUnavailable("The policy has not been read from the state store yet.")
+        self._check()
         events = [delivery.event for delivery in deliveries]
         parsed, errors = await self._parse(events)
         kept = [delivery for i, delivery in enumerate(deliveries) if i not in errors]
@@ -274,6 +286,12 @@ class Scorer:
             rest = iter(kinds)
             kinds = [errors[i] if i in errors else next(rest) for i in range(len(deliveries))]
         return kinds, self._published(kept, answers) if replies else []
+
+    def _check(self) -> None:
+        """Raises StoreUnavailable while nothing may be scored."""
+        if self._held:
+            raise StoreUnavailable("The policy has not been read from the state store yet.")
+        self.claim.check()
 
     async def _parse(self, events: Sequence[Event]) -> tuple[Parsed, dict[int, BadEvent]]:
         """As features.parse. Lines take far longer than numbers: between many characters of them others get their turn."""
@@ -309,7 +327,8 @@ class Scorer:
 
     def sweeper(self, state_ttl: float) -> Sweeper:
         """What looks for its silent streams."""
-        return Sweeper(self.detector.name, self._codec, lambda: self.policy, self._store, self._metrics, state_ttl, clock=self._clock)
+        name, policy = self.detector.name, lambda: self.policy
+        return Sweeper(name, self._codec, policy, self._store, self._metrics, state_ttl, clock=self._clock, claim=self.claim)
 
     def session_sweeper(self) -> SessionSweeper | None:
         """What ends its silent sessions, in place of a sweeper; None = the model knows no such sessions."""
@@ -317,7 +336,7 @@ class Scorer:
         if lines is None or lines.session_seconds is None:
             return None
         name, seconds = self.detector.name, lines.session_seconds
-        return SessionSweeper(name, self._codec, seconds, self._end_sessions, self._store, self._metrics, self._clock)
+        return SessionSweeper(name, self._codec, seconds, self._end_sessions, self._store, self._metrics, self._clock, claim=self.claim)
 
     async def _end_sessions(self, stream_ids: Sequence[str], loaded: Loaded) -> None:
         """Step the end of the session of each of these streams, as sessions.End says."""
@@ -433,6 +452,7 @@ class Scorer:
         stream_ids = list(index)
         with self._stage["load"].time(), tracing.span("load"):
             loaded, copied = await self._load(stream_ids)
+            await self.claim.confirm(loaded.origins)
             trails = await self._trails_of_ageless(readings, slots, stream_ids, loaded)
         refused = (await self._refused(loaded.origins))[slots]
         standing = Standing.of(loaded.rows)

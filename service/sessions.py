@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from service.claims import Uncontested
 from service.metrics import Metrics
 from service.silence import RETURN_SECONDS, Sweep, watched
 from service.state import Loaded, Origin, Rows, StateCodec
@@ -36,13 +37,21 @@ class SessionSweeper(Sweep):
     """Ends the sessions of one model that are over."""
 
     def __init__(
-        self, model: str, codec: StateCodec, seconds: float, end: End, store: StateStore, metrics: Metrics, clock: Callable[[], float]
+        self,
+        model: str,
+        codec: StateCodec,
+        seconds: float,
+        end: End,
+        store: StateStore,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        *,
+        claim: Uncontested | None = None,
     ) -> None:
-        super().__init__(model, codec, store, metrics, clock)
+        super().__init__(model, codec, store, metrics, clock, claim)
         self._seconds, self._end = seconds, end
 
-    async def _look(self, stream_ids: list[str], now: float, since: float) -> bool:
-        loaded = self._codec.decode(await self._store.load(self._model, stream_ids))
+    async def _look(self, stream_ids: list[str], loaded: Loaded, now: float, since: float) -> bool:
         deadline = loaded.rows["deadline"]
         waited = (loaded.origins == Origin.STORED) & (deadline > 0)
         later = waited & (deadline > now)

@@ -15,6 +15,7 @@ while to come back to it.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,10 +27,11 @@ from numpy.typing import NDArray
 
 from service import alerts, cadence
 from service.alerts import Transition
-from service.errors import StoreUnavailable
+from service.claims import Uncontested
+from service.errors import StoreUnavailable, Superseded
 from service.metrics import Metrics
 from service.policy import Policy
-from service.state import ALERT_OPEN, ENDING, SILENT, Origin, Rows, StateCodec
+from service.state import ALERT_OPEN, ENDING, SILENT, Loaded, Origin, Rows, StateCodec
 from service.stores import SILENT as SILENT_WATCH
 from service.stores import StateStore, Write
 
@@ -150,15 +152,21 @@ def told_at_end(model: str, stream_id: str, row: Rows, *, of: int = ALERT_OPEN |
 
 
 class Sweep(ABC):
-    """Looks at the streams of one model that are due, every SWEEP_SECONDS. `clock` gives seconds since 1970."""
+    """Looks at the streams of one model that are due, every SWEEP_SECONDS. `clock` gives seconds since 1970.
 
-    def __init__(self, model: str, codec: StateCodec, store: StateStore, metrics: Metrics, clock: Callable[[], float]) -> None:
+    Not while another file of the model is in force (`claim`); after that streams get their patience anew.
+    """
+
+    def __init__(
+        self, model: str, codec: StateCodec, store: StateStore, metrics: Metrics, clock: Callable[[], float], claim: Uncontested | None
+    ) -> None:
+        self._file = claim or Uncontested()
         self._model, self._codec, self._store, self._metrics, self._clock = model, codec, store, metrics, clock
         self._listening_since: float | None = None
         self._count_at = 0.0
 
     @abstractmethod
-    async def _look(self, stream_ids: list[str], now: float, since: float) -> bool:
+    async def _look(self, stream_ids: list[str], loaded: Loaded, now: float, since: float) -> bool:
         """Look at these streams, `since` when we have been listening without a break; whether any was dealt with."""
 
     async def run(self, every: float = SWEEP_SECONDS) -> None:
@@ -169,6 +177,10 @@ class Sweep(ABC):
             try:
                 await self.sweep()
                 failing = False
+            except Superseded:
+                failing, self._listening_since = False, None
+                for gauge in (self._metrics.silent, self._metrics.live):  # those in force count them
+                    gauge.labels(self._model).set(math.nan)
             except StoreUnavailable as error:
                 if not failing:  # an outage is one line, however long it lasts
                     log.warning("sweep_failed", model=self._model, error=error.detail)
@@ -183,13 +195,14 @@ class Sweep(ABC):
                 self._listening_since = None
 
     async def sweep(self) -> None:
-        """Look at every stream that is due. Raises StoreUnavailable."""
+        """Look at every stream that is due. Raises StoreUnavailable, Superseded."""
+        self._file.check()
         now = self._clock()
         if self._listening_since is None:
             self._listening_since = self._count_at = now
         for _ in range(ROUNDS):
             due = await self._store.due(self._model, now, SWEPT)
-            if not due or not await self._look(due, now, self._listening_since) or len(due) < SWEPT:
+            if not due or not await self._look(due, await self._load(due), now, self._listening_since) or len(due) < SWEPT:
                 break
         if now >= self._count_at:
             self._count_at = now + COUNT_SECONDS
@@ -197,6 +210,11 @@ class Sweep(ABC):
             self._metrics.silent.labels(self._model).set(count)
             waited, _ = await self._store.waited(self._model, 0)
             self._metrics.live.labels(self._model).set(waited)
+
+    async def _load(self, stream_ids: list[str]) -> Loaded:
+        loaded = self._codec.decode(await self._store.load(self._model, stream_ids))
+        await self._file.confirm(loaded.origins)
+        return loaded
 
 
 class Sweeper(Sweep):
@@ -212,12 +230,13 @@ class Sweeper(Sweep):
         state_ttl: float,
         raise_: Raise = to_log,
         clock: Callable[[], float] = time.time,
+        *,
+        claim: Uncontested | None = None,
     ) -> None:
-        super().__init__(model, codec, store, metrics, clock)
+        super().__init__(model, codec, store, metrics, clock, claim)
         self._policy, self._state_ttl, self._raise = policy, state_ttl, raise_
 
-    async def _look(self, stream_ids: list[str], now: float, since: float) -> bool:
-        loaded = self._codec.decode(await self._store.load(self._model, stream_ids))
+    async def _look(self, stream_ids: list[str], loaded: Loaded, now: float, since: float) -> bool:
         rows = loaded.rows
         patience = cadence.patience(rows, self._policy().alpha)
         kept = (loaded.origins == Origin.STORED) & (rows["deadline"] > 0)

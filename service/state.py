@@ -105,29 +105,43 @@ def record_dtype(features: int, likely: int = 0, before: int = 0) -> np.dtype[An
     )
 
 
+HEADER = np.dtype(
+    [
+        ("head", "S4"),
+        ("crc", "<u4"),
+        ("nonce", "<u8"),
+        ("version", "<u8"),
+        ("model", "<u8"),
+        ("trail_until", "<f8"),
+        ("flags", "<u4"),
+        ("quiet", "<u4"),
+        ("lasting", "<u4"),
+        ("peak", "<f4"),
+        ("started_at", "<f8"),
+        ("gaps", "<u4"),
+        ("pace", "<f4"),
+        ("pace_spread", "<f4"),
+        ("pace_longest", "<f4"),
+        ("deadline", "<f8"),
+        ("watch_until", "<f8"),
+        ("silent_since", "<f8"),
+        ("raw", "<f8"),
+    ]
+)
+"""What every value of this format begins with, whichever file's it is."""
+
+
+def header_of(value: bytes) -> Rows:
+    """The HEADER of an intact value."""
+    header: Rows = np.frombuffer(value, HEADER, 1)[0]
+    return header
+
+
 def value_dtype(features: int, state_size: int, likely: int = 0, before: int = 0) -> np.dtype[Any]:
     """The stored value of one stream; layout in the module's docstring."""
     return np.dtype(
         [
-            ("head", "S4"),
-            ("crc", "<u4"),
-            ("nonce", "<u8"),
-            ("version", "<u8"),
-            ("model", "<u8"),
-            ("trail_until", "<f8"),
-            ("flags", "<u4"),
-            ("quiet", "<u4"),
-            ("lasting", "<u4"),
-            ("peak", "<f4"),
-            ("started_at", "<f8"),
-            ("gaps", "<u4"),
-            ("pace", "<f4"),
-            ("pace_spread", "<f4"),
-            ("pace_longest", "<f4"),
-            ("deadline", "<f8"),
-            ("watch_until", "<f8"),
-            ("silent_since", "<f8"),
-            ("raw", "<f8"),
+            *HEADER.descr,
             ("last", record_dtype(features, likely, before)),
             ("vector", "<f4", (state_size,)),
             ("seen", "<u8", (SEEN,)),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from service import alerts, cadence, silence
 from service.alerts import Stand, Transition
+from service.claims import Uncontested
 from service.copies import Copies
 from service.errors import StateConflict, UnknownStream
 from service.events import Event, Result
@@ -25,7 +26,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.results import TOP, Replies
 from service.rounds import Kind, Outcomes
-from service.state import ALERT_OPEN, SILENT, Origin, Rows, StateCodec
+from service.state import ALERT_OPEN, SILENT, Origin, Rows, StateCodec, header_of
 from service.stores import WRITTEN, StateStore, Write
 
 ATTEMPTS = 4
@@ -36,7 +37,10 @@ log = structlog.get_logger(__name__)
 
 
 class Streams:
-    """Of one model. `policy` gives the one in force; of a state that is changed the copy is dropped. `alerting` as of the scorer."""
+    """Of one model. `policy` gives the one in force; of a state that is changed the copy is dropped. `alerting`, `claim` as of the scorer.
+
+    What is asked raises Superseded where the model's file is not in force: others can answer.
+    """
 
     def __init__(
         self,
@@ -50,12 +54,15 @@ class Streams:
         clock: Callable[[], float] = time.time,
         *,
         alerting: bool = True,
+        claim: Uncontested | None = None,
     ) -> None:
+        self._claim = claim or Uncontested()
         self._model, self._codec, self._policy, self._store, self._copies = model, codec, policy, store, copies
         self._replies, self._metrics, self._clock, self._alerting = replies, metrics, clock, alerting
 
     async def last(self, stream_id: str) -> Result:
         """The last result of a stream. Raises UnknownStream."""
+        self._claim.check()
         results = self._summaries([stream_id], await self._store.load(self._model, [stream_id]))
         if not results:
             raise self._unknown(stream_id)
@@ -63,12 +70,14 @@ class Streams:
 
     async def page(self, cursor: str, limit: int) -> tuple[list[Result], str]:
         """Last results of about `limit` streams from `cursor` on ("" = the start), and the next cursor ("" = the end)."""
+        self._claim.check()
         page = await self._store.scan(self._model, cursor, limit)
         values = await self._store.load(self._model, page.stream_ids) if page.stream_ids else []
         return self._summaries(page.stream_ids, values), page.cursor
 
     async def silent(self, limit: int) -> list[Result]:
         """Last results of at most `limit` streams that are silent for improbably long."""
+        self._claim.check()
         _, stream_ids = await self._store.silent(self._model, limit)
         values = await self._store.load(self._model, stream_ids) if stream_ids else []
         return [result for result in self._summaries(stream_ids, values) if result.silent_since is not None]
@@ -82,14 +91,14 @@ class Streams:
         return count, rates[~np.isnan(rates)]
 
     async def stand(self, stream_ids: Sequence[str]) -> list[Stand]:
-        """The alerts of streams as their states have them."""
+        """The alerts of streams as their states have them, whichever file of the model those are of."""
         values = await self._store.load(self._model, stream_ids)
         loaded = self._codec.decode(values)
         stored = np.flatnonzero(loaded.origins == Origin.STORED)
         results = self._summary([stream_ids[i] for i in stored.tolist()], loaded.rows[stored])
         evidence = {i: alerts.Evidence.of(result) for i, result in zip(stored.tolist(), results, strict=True)}
         return [
-            Stand(value is not None, evidence.get(i), self._ids_open(stream_ids[i], loaded.rows[i]) if i in evidence else frozenset())
+            Stand(value is not None, evidence.get(i), self._ids_open(stream_ids[i], value, Origin(loaded.origins[i])))
             for i, value in enumerate(values)
         ]
 
@@ -100,6 +109,7 @@ class Streams:
         """
         for _ in range(ACCEPT_ATTEMPTS):
             loaded = self._codec.decode(await self._store.load(self._model, [stream_id]))
+            await self._claim.confirm(loaded.origins)
             if loaded.origins[0] != Origin.STORED:
                 raise self._unknown(stream_id)
             before = loaded.rows.copy()
@@ -130,6 +140,7 @@ class Streams:
         pending = list(ends)
         for _ in range(ATTEMPTS):
             loaded = self._codec.decode(await self._store.load(self._model, pending) if pending else [])
+            await self._claim.confirm(loaded.origins)
             times = np.array([ends[stream_id] for stream_id in pending], np.float64)
             over = (loaded.origins == Origin.STORED) & silence.awaited(loaded.rows) & (loaded.rows["last"]["timestamp"] <= times)
             places = np.flatnonzero(over).tolist()
@@ -186,7 +197,10 @@ class Streams:
     def _unknown(self, stream_id: str) -> UnknownStream:
         return UnknownStream(f"Model '{self._model}' keeps no state of stream '{stream_id[:256]}'.")
 
-    def _ids_open(self, stream_id: str, row: Rows) -> frozenset[str]:
+    def _ids_open(self, stream_id: str, value: bytes | None, origin: Origin) -> frozenset[str] | None:
+        if value is None or origin not in (Origin.STORED, Origin.OTHER_MODEL):
+            return None
+        row = header_of(value)
         kinds = ((ALERT_OPEN, "anomaly", "started_at"), (SILENT, "silence", "silent_since"))
         return frozenset(
             alerts.alert_id(self._model, stream_id, cast("alerts.Kind", kind), float(row[since]))

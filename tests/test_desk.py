@@ -32,7 +32,7 @@ class Streams:
     standing: dict[str, Stand] = field(default_factory=dict)
 
     async def stand(self, stream_ids: Sequence[str]) -> list[Stand]:
-        return [self.standing.get(stream_id, Stand(True, None, frozenset())) for stream_id in stream_ids]
+        return [self.standing.get(stream_id, Stand(True, None, None)) for stream_id in stream_ids]
 
 
 class Office:
@@ -235,7 +235,7 @@ async def test_a_look_keeps_what_streams_show_and_resolves_alerts_whose_streams_
     await office.log(opening("expired"), opening("afresh"), opening("foreign"), opening("on"), opening("told"))
     later = evidence(T0 + 50)
     office.streams.standing = {
-        "expired": Stand(False, None, frozenset()),
+        "expired": Stand(False, None, None),
         "afresh": Stand(True, later, frozenset()),
         "on": Stand(True, later, frozenset({opening("on").alert})),
         "told": Stand(True, later, frozenset()),

@@ -2,7 +2,8 @@
 
 Each call of a replica to the store stops before it is sent and before its answer arrives. There the machine lets it pass, fails it,
 kills the replica, lets the client leave, or leaves a commit on its way to be applied at any later time. Every write that the store
-accepts is held against the model: which events it may hold, and the state and results of an uninterrupted run of exactly those.
+accepts is held against the model: which events it may hold, and the state and results of an uninterrupted run of exactly those; and that
+it replaces no state of another file that was written since its own was in force.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from bench.ledger import Reference
+from service.claims import Claim
 from service.detector import Detector
-from service.errors import OnsetError, StoreUnavailable
+from service.errors import OnsetError, StoreUnavailable, Superseded
 from service.events import Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
@@ -40,8 +42,8 @@ MODEL = "tiny"
 TTL = 3600
 STREAMS = ["timed", "sequenced", "bare", "bare-single"]
 """How their events are told apart: by id and time, by sequence, by id alone; of the last one each request holds one new event."""
-GATES = 6
-"""Of most requests: load, trails and commit, twice each."""
+GATES = 8
+"""Of most requests: load, claim, trails and commit, twice each."""
 
 
 class Fate(enum.Enum):
@@ -51,6 +53,7 @@ class Fate(enum.Enum):
     KILL = "the replica is gone"
     LEAVE = "the client is gone"
     STRAND = "the replica is gone, its commit is applied later"
+    CLAIM = "a replica of the other file is started elsewhere"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Life:
     model: int = 0
     keys: list[int] = field(default_factory=list)
     token: bytes = b""
+    written: int = 0
+    """After how many claims."""
 
 
 class Line:
@@ -102,6 +107,15 @@ class Line:
         self._world.told.update(fresh)
         return done
 
+    async def claimed(self, model: str) -> bytes:
+        return await self._through(lambda: self._world.store.claimed(model))
+
+    async def claim(self, model: str, expected: bytes | None, claim: bytes) -> bytes:
+        before = await self._world.store.claim(model, expected, claim)
+        if expected in (None, before):
+            self._world.came_into_force(self._model)
+        return before
+
     async def _through(self, ask: Callable[[], Awaitable[T]]) -> T:
         await self._stop()
         self.sending = ()
@@ -123,8 +137,9 @@ class Replica:
     def __init__(self, world: World, model: int) -> None:
         self.model = model
         self.line = Line(world, model)
-        store = cast("StateStore", self.line)
-        self.scorer = Scorer(world.detectors[model], Policy(), store, world.metrics, Limits(), lambda: world.now)
+        store, detector = cast("StateStore", self.line), world.detectors[model]
+        self.claim = Claim(detector, store, world.metrics)
+        self.scorer = Scorer(detector, Policy(), store, world.metrics, Limits(), lambda: world.now, claim=self.claim)
         self.scorer.start()
 
     @property
@@ -133,6 +148,14 @@ class Replica:
 
     async def kill(self) -> None:
         await self.scorer.drain(0)
+
+    async def beat(self) -> None:
+        beat = asyncio.create_task(self.claim.beat())
+        while not beat.done():
+            if self.line.gate is not None:
+                self.line.gate.set_result(None)
+            await asyncio.sleep(0)
+        await beat
 
 
 @dataclass
@@ -168,12 +191,20 @@ class World:
         self.stranded: list[Stranded] = []
         self.told: Counter[str] = Counter()
         """Fresh starts that a replica was told of."""
+        self.claims = 0
+        self.in_force = 0
+        self.ended = [0, 0]
+        """At which claim each file was superseded last."""
+        self.refused = 0
+        """Requests, because the other file was in force."""
         self._codecs = [StateCodec(detector.features, detector.state_size, detector.fingerprint) for detector in detectors]
         self._references = [Reference(detector) for detector in detectors]
 
     async def open(self, store: StateStore) -> None:
         self.store = store
         self.replicas = [Replica(self, 0), Replica(self, 0)]
+        for replica in self.replicas:
+            await replica.claim.take()
         for reference in self._references:
             reference.start()
 
@@ -187,6 +218,12 @@ class World:
     async def restart(self, number: int, model: int) -> None:
         await self.replicas[number].kill()
         self.replicas[number] = Replica(self, model)
+        await self.replicas[number].claim.take()
+
+    def came_into_force(self, model: int) -> None:
+        self.claims += 1
+        self.ended[1 - model] = self.claims if self.in_force != model else self.ended[1 - model]
+        self.in_force = model
 
     async def play(self, requests: dict[int, list[Event]], fates: dict[int, dict[int, Fate]], order: Sequence[int]) -> dict[int, list[Any]]:
         """Requests through their replicas at once, gate by gate, in the given order; the answers of those that were answered."""
@@ -201,6 +238,7 @@ class World:
         answers = {}
         for run in runs:
             outcome = (await asyncio.gather(run.task, return_exceptions=True))[0]
+            self.refused += isinstance(outcome, Superseded)
             if isinstance(outcome, list):
                 answers[run.number] = outcome
             elif not isinstance(outcome, OnsetError | asyncio.CancelledError):
@@ -229,6 +267,9 @@ class World:
                 self.stranded.append(Stranded(run.replica.model, line.sending, line.request))
             await self.restart(run.number, run.replica.model)
         else:
+            if fate is Fate.CLAIM:
+                other = 1 - run.replica.model
+                await Claim(self.detectors[other], cast("StateStore", Line(self, other)), self.metrics).take()
             if fate is Fate.LEAVE:
                 run.task.cancel()
             gate.set_result(None)
@@ -263,6 +304,9 @@ class World:
         if intact:
             assert int(old.rows["version"][0]) == len(life.keys), "nothing that was committed is lost"
         healed = was is not None and was[TOKEN] == life.token and life.model == model and version > len(life.keys)
+        if old.origins[0] == Origin.OTHER_MODEL:
+            since = "it was in force after that state was written, or is"
+            assert model == self.in_force or self.ended[model] > life.written, since
         events = {event_key(event.event_id, event.sequence): event for event in request.events if event.stream_id == stream_id}
         for base in [len(life.keys)] if intact else [len(life.keys), 0] if healed else [0]:
             keys = [int(ring[i % SEEN]) for i in range(base + 1, version + 1)]
@@ -278,7 +322,7 @@ class World:
         raise AssertionError(f"{stream_id}: version {version} after {len(life.keys)} is no step of {list(events.values())}")
 
     def _enter(self, model: int, stream_id: str, value: bytes, keys: list[int], results: dict[int, Result]) -> None:
-        self.lives[stream_id] = Life(model, keys, value[TOKEN])
+        self.lives[stream_id] = Life(model, keys, value[TOKEN], self.claims)
         for key, result in results.items():
             self.results[stream_id, key].append(result)
             self.newest[stream_id] = max(self.newest[stream_id], self.indices[stream_id, key])
@@ -334,6 +378,8 @@ class Protocol(RuleBasedStateMachine):
 
     detectors: Sequence[Detector]
     open_store: Callable[[World], Awaitable[StateStore]]
+    refused = 0
+    """Requests of all examples, because another file was in force."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,10 +399,12 @@ class Protocol(RuleBasedStateMachine):
     def teardown(self) -> None:
         self._do(self._settle())
         self._do(self.world.close())
+        type(self).refused += self.world.refused
         self._runner.close()
 
     async def _settle(self) -> None:
         """In the end everything is answered."""
+        await self.world.restart(0, self.world.replicas[0].model)
         for stream_id in STREAMS:
             if self._pending[stream_id]:
                 await self._send({0: self._pending[stream_id]}, {}, [])
@@ -429,6 +477,11 @@ class Protocol(RuleBasedStateMachine):
         """A replica is killed and started, with the same model or the other one."""
         self._do(self.world.restart(replica, model))
 
+    @rule(replica=replicas)
+    def beat(self, replica: int) -> None:
+        """A replica learns whether its file is in force, or not in time."""
+        self._do(self.world.replicas[replica].beat())
+
     @rule()
     def land(self) -> None:
         """A commit whose replica is long gone reaches the server."""
@@ -485,6 +538,7 @@ def play(name: str, detectors: Sequence[Detector], open_store: Callable[[World],
     )
     with capture_logs():
         run_state_machine_as_test(machine, settings=asked)
+    assert cast("type[Protocol]", machine).refused > 0
 
 
 def test_whatever_crashes_when_nothing_is_lost_or_stepped_twice(models: list[Detector]) -> None:

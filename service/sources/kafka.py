@@ -116,6 +116,7 @@ class Kafka:
         self._reader: _Reader | None = None
         self._sender: _Sender | None = None
         self._admin: admin.AdminClient | None = None
+        self._check()
 
     @property
     def partitions(self) -> list[str]:
@@ -123,16 +124,10 @@ class Kafka:
         return self._partitions.names
 
     async def open(self) -> None:
-        """Raises BadSetting."""
-        common: dict[str, Any] = {"bootstrap.servers": self._options.brokers, "client.id": self.name, "logger": _library, "log_level": 2}
-        given = self._options.options
-        shared = {name: value for name, value in given.items() if not name.startswith((*_PRODUCER_ONLY, *_CONSUMER_ONLY))}
-        try:
-            self._sender = _Sender(common | _producing(given) | shared, asyncio.get_running_loop(), self._bug)
-            self._admin = admin.AdminClient(common | shared)
-            self._reader = _Reader(self, self._options, common | _consuming(given, self._options) | shared, asyncio.get_running_loop())
-        except (KafkaException, TypeError, ValueError) as error:
-            raise BadSetting(f"Source '{self.name}': librdkafka does not take these options: {_reason(error)}.") from error
+        producing, shared, consuming = self._configs()
+        self._sender = _Sender(producing, asyncio.get_running_loop(), self._bug)
+        self._admin = admin.AdminClient(shared)
+        self._reader = _Reader(self, self._options, consuming, asyncio.get_running_loop())
         self._sender.start()
         self._reader.start()
 
@@ -171,6 +166,23 @@ class Kafka:
             await self._reader.end()
         if self._sender is not None:
             await self._sender.end()
+
+    def _configs(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Of the producer, the admin client and the consumer."""
+        common: dict[str, Any] = {"bootstrap.servers": self._options.brokers, "client.id": self.name, "logger": _library, "log_level": 2}
+        given = self._options.options
+        shared = {name: value for name, value in given.items() if not name.startswith((*_PRODUCER_ONLY, *_CONSUMER_ONLY))}
+        return common | _producing(given) | shared, common | shared, common | _consuming(given, self._options) | shared
+
+    def _check(self) -> None:
+        """Have librdkafka look at the options, by clients that are never used. Raises BadSetting."""
+        producing, shared, consuming = self._configs()
+        try:
+            Producer(producing)
+            admin.AdminClient(shared)
+            Consumer(consuming).close()
+        except (KafkaException, TypeError, ValueError) as error:
+            raise BadSetting(f"Source '{self.name}': librdkafka does not take these options: {_reason(error)}.") from error
 
     # ── what the reader tells, in the event loop ────────────────────────────────────────────────────────────────────────────────
 

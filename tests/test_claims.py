@@ -1,0 +1,561 @@
+"""Which of two files of one model is in force: the last one started, taken back where that is gone, asked before a stream starts afresh."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, GAP_SECONDS, Claim
+from service.consumer import Consumer, Tap
+from service.detector import Detector
+from service.errors import BadSetting, ItemError, StoreUnavailable, Superseded, UnknownStream
+from service.events import Event, Result
+from service.metrics import Metrics
+from service.policy import Policy
+from service.scorer import Limits, Scorer
+from service.silence import RETURN_SECONDS, Sweeper
+from service.state import Origin
+from service.stores import StateStore, Write
+from service.stores.memory import MemoryStore
+from tests.test_consumer import MAPPER, Line
+from tests.tiny import build_tiny
+
+T = TypeVar("T")
+
+MODEL, EACH = "tiny", 120
+OTHERS = np.array([Origin.STORED, Origin.OTHER_MODEL], np.uint8)
+OURS = np.array([Origin.STORED, Origin.NEW], np.uint8)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1.8e9
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Store(MemoryStore):
+    """Counts what is asked of its claims, and fails where it is told to. What is set runs once, then and there."""
+
+    def __init__(self) -> None:
+        super().__init__(state_ttl=3600, result_ttl=600)
+        self.asked = 0
+        self.away = False
+        self.before_load: Callable[[], Awaitable[None]] | None = None
+        self.before_commit: Callable[[], Awaitable[None]] | None = None
+        self.after_claim: Callable[[], Awaitable[object]] | None = None
+
+    async def claimed(self, model: str) -> bytes:
+        self._answer()
+        return await super().claimed(model)
+
+    async def claim(self, model: str, expected: bytes | None, claim: bytes) -> bytes:
+        self._answer()
+        before = await super().claim(model, expected, claim)
+        meanwhile, self.after_claim = self.after_claim, None
+        if meanwhile is not None:
+            await meanwhile()
+        return before
+
+    async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
+        meanwhile, self.before_load = self.before_load, None
+        if meanwhile is not None:
+            await meanwhile()
+        return await super().load(model, stream_ids)
+
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
+        meanwhile, self.before_commit = self.before_commit, None
+        if meanwhile is not None:
+            await meanwhile()
+        return await super().commit(model, writes)
+
+    def lose(self) -> None:
+        """All it had, as FLUSHALL does."""
+        self.__dict__ |= Store().__dict__
+
+    def _answer(self) -> None:
+        self.asked += 1
+        if self.away:
+            raise StoreUnavailable("The store does not answer.")
+
+
+class Replica:
+    """A scorer of one file, and its claim."""
+
+    def __init__(self, detector: Detector, store: StateStore, clock: Clock) -> None:
+        self.metrics, self.clock = Metrics(), clock
+        self.claim = Claim(detector, store, self.metrics, clock)
+        self.scorer = Scorer(detector, Policy(), store, self.metrics, Limits(), clock, claim=self.claim)
+        self.scorer.start()
+
+    @property
+    def serves(self) -> bool:
+        served = self.claim.wrong is None
+        assert served == bool(self.metrics.in_force.labels(MODEL)._value.get())
+        return served
+
+    async def send(self, *events: Event) -> list[Result]:
+        answers = await self.scorer.score(events)
+        assert not any(isinstance(answer, ItemError) for answer in answers)
+        return [answer for answer in answers if isinstance(answer, Result)]
+
+    def afresh(self, reason: str = "other_model") -> float:
+        return float(self.metrics.fresh.labels(reason)._value.get())
+
+
+def events(count: int, stream: str = "s", start: int = 0) -> list[Event]:
+    return [
+        Event(stream_id=stream, values={"value": float(i % 3)}, timestamp=1e9 + i, event_id=f"{stream}-{i}")
+        for i in range(start, start + count)
+    ]
+
+
+async def pass_(clock: Clock, seconds: float, *beating: Replica) -> None:
+    """Time passes, beat by beat."""
+    for _ in range(round(seconds / BEAT_SECONDS)):
+        clock.now += BEAT_SECONDS
+        for replica in beating:
+            await replica.claim.beat()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Detector]:
+    folder = tmp_path_factory.mktemp("files")
+    return [Detector.load(build_tiny(folder, version=version)) for version in ("1", "2", "3")]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+async def start(files: list[Detector], store: Store, clock: Clock) -> AsyncIterator[Callable[[int], Awaitable[Replica]]]:
+    """Starts a replica of a file, by its number."""
+    started: list[Replica] = []
+
+    async def start(file: int) -> Replica:
+        started.append(Replica(files[file], store, clock))
+        await started[-1].claim.take()
+        return started[-1]
+
+    yield start
+    for replica in started:
+        await replica.scorer.drain(1)
+
+
+Start = Callable[[int], Awaitable[Replica]]
+
+
+async def test_the_file_that_was_started_last_is_in_force_and_the_other_is_told_by_its_next_beat(start: Start) -> None:
+    old, same = await start(0), await start(0)
+    await old.claim.beat()
+    assert old.serves
+    assert same.serves, "replicas of one file do not supersede each other"
+    with capture_logs() as lines:
+        new = await start(1)
+    [said] = [line for line in lines if line["event"] == "model_in_force"]
+    assert said["before"].startswith("version 1 (sha256 ")
+    assert new.serves
+    assert old.serves, "it has not looked yet"
+    with capture_logs() as lines:
+        await old.claim.beat()
+    assert [line["event"] for line in lines] == ["model_superseded"]
+    assert not old.serves
+    with pytest.raises(Superseded, match=r"has version 1 \(sha256 .*\), and version 2 \(sha256 .*\) was started after it"):
+        await old.send(*events(1))
+    await new.send(*events(1))
+    again = await start(0)  # a rollback
+    for replica in (old, new, again):
+        await replica.claim.beat()
+    assert (old.serves, new.serves, again.serves) == (True, False, True)
+
+
+async def test_nothing_is_scored_before_the_claim(files: list[Detector], store: Store, clock: Clock) -> None:
+    replica = Replica(files[0], store, clock)
+    await replica.claim.beat()
+    assert store.asked == 0
+    with pytest.raises(StoreUnavailable, match="has not been claimed") as caught:
+        await replica.send(*events(1))
+    assert not isinstance(caught.value, Superseded)
+    await replica.claim.take()
+    await replica.send(*events(1))
+    await replica.scorer.drain(1)
+
+
+async def test_a_file_that_is_no_longer_renewed_gives_way_after_the_expiry_and_not_before(start: Start, clock: Clock) -> None:
+    old, older, new = await start(0), await start(0), await start(1)
+    for replica in (old, older):
+        await replica.claim.beat()
+    await pass_(clock, 3 * EXPIRY_SECONDS, new, old, older)
+    assert (old.serves, new.serves) == (False, True), "it is renewed"
+    await pass_(clock, EXPIRY_SECONDS - 1, old, older)
+    assert not old.serves
+    await pass_(clock, 1, old)
+    assert old.serves
+    await older.claim.beat()
+    assert older.serves, "its file is in force again"
+    await new.claim.beat()
+    assert not new.serves, "it was only cut off, and learns it"
+
+
+async def test_of_two_superseded_files_one_takes_the_claim_back(start: Start, clock: Clock) -> None:
+    first, second, _ = await start(0), await start(1), await start(2)
+    for replica in (first, second):
+        await replica.claim.beat()
+    clock.now += 1
+    for _ in range(15):
+        clock.now += BEAT_SECONDS
+        await asyncio.gather(first.claim.beat(), second.claim.beat())
+    assert first.serves != second.serves
+
+
+async def test_an_outage_of_the_store_takes_the_claim_from_nobody(start: Start, store: Store, clock: Clock) -> None:
+    old, new = await start(0), await start(1)
+    await old.claim.beat()
+    store.away = True
+    for _ in range(20):
+        clock.now += BEAT_SECONDS
+        for replica in (old, new):
+            with pytest.raises(StoreUnavailable):
+                await replica.claim.beat()
+    store.away = False
+    await pass_(clock, GAP_SECONDS, old)  # which is back before those in force
+    await pass_(clock, EXPIRY_SECONDS, old, new)
+    assert (old.serves, new.serves) == (False, True)
+
+
+async def test_a_claim_that_the_store_has_lost_is_written_again_by_those_in_force(start: Start, store: Store, clock: Clock) -> None:
+    old, new = await start(0), await start(1)
+    await old.claim.beat()
+    for _ in range(3):
+        store.lose()
+        await pass_(clock, 1, old, new, old)
+        assert (old.serves, new.serves) == (False, True)
+    store.lose()
+    await pass_(clock, EXPIRY_SECONDS, old)
+    assert not old.serves
+    await pass_(clock, 1, old)
+    assert old.serves, "nobody else wanted it"
+
+
+async def test_a_claim_that_nobody_can_read_holds_nobody_up_for_good(start: Start, store: Store, clock: Clock) -> None:
+    replica = await start(0)
+    await store.claim(MODEL, None, b"\xff nonsense")
+    await replica.claim.beat()
+    assert not replica.serves
+    assert "another file was started" in (replica.claim.wrong or "")
+    await pass_(clock, EXPIRY_SECONDS + 1, replica)
+    assert replica.serves
+
+
+async def test_states_of_another_file_are_asked_about_once_a_batch_and_ones_own_never(start: Start, store: Store) -> None:
+    old = await start(0)
+    streams = [f"s{i}" for i in range(40)]
+    await old.send(*(event for stream in streams for event in events(2, stream)))
+    new = await start(1)
+    store.asked = 0
+    await new.claim.confirm(OURS)
+    assert store.asked == 0
+    await new.claim.confirm(OTHERS)
+    assert store.asked == 1
+    answers = await new.send(*(event for stream in streams for event in events(1, stream, 2)))
+    assert store.asked == 2
+    assert [answer.state_version for answer in answers] == [1] * 40
+    await new.send(*(event for stream in streams for event in events(1, stream, 3)))
+    assert (store.asked, new.afresh()) == (2, 40)
+
+
+async def test_whoever_meets_streams_of_the_file_in_force_learns_it_then_and_steps_none_of_them(start: Start, store: Store) -> None:
+    old, new = await start(0), await start(1)
+    await new.send(*events(3, "a"))
+    before = await store.load(MODEL, ["a", "b"])
+    assert old.serves
+    with pytest.raises(Superseded):
+        await old.send(*events(1, "b"), *events(1, "a", 3))
+    assert not old.serves
+    assert await store.load(MODEL, ["a", "b"]) == before
+    for ask in (
+        old.scorer.streams.last("a"),
+        old.scorer.streams.page("", 10),
+        old.scorer.streams.accept("a"),
+        old.scorer.streams.end({"a": 2e9}),
+    ):
+        with pytest.raises(Superseded):
+            await ask
+    assert await store.load(MODEL, ["a", "b"]) == before
+    assert [answer.state_version for answer in await new.send(*events(1, "a", 3))] == [4]
+
+
+async def test_a_stream_that_ends_or_is_accepted_is_asked_about_too(start: Start) -> None:
+    old, new = await start(0), await start(1)
+    await new.send(*events(3, "a"))
+    with pytest.raises(Superseded):
+        await old.scorer.streams.end({"a": 2e9})
+    old = await start(0)
+    with pytest.raises(UnknownStream):
+        await old.scorer.streams.accept("a")
+    assert old.serves, "its own file is in force"
+    with pytest.raises(Superseded):
+        await new.scorer.streams.accept("b" if await old.send(*events(1, "b")) else "")
+
+
+async def test_a_claim_that_is_made_after_it_was_asked_for_loses_the_old_file_its_commit(start: Start, store: Store) -> None:
+    """The race: old asks and is in force; then new is started and has the stream; only then old commits."""
+    new = await start(1)
+    await new.send(*events(2))
+    old = await start(0)
+    raced: list[Replica] = []
+
+    async def meanwhile() -> None:
+        raced.append(await start(1))
+        await raced[0].send(*events(1, start=2))
+
+    store.before_commit = meanwhile
+    with pytest.raises(Superseded):
+        await old.send(*events(1, start=3))
+    assert old.afresh() == 0
+    [answer] = await raced[0].send(*events(1, start=3))
+    assert (answer.state_version, answer.model_version) == (4, "2"), "its own states from before were never touched"
+
+
+async def test_the_claim_is_asked_for_after_the_states_were_read(start: Start, store: Store) -> None:
+    old = await start(0)
+    raced: list[Replica] = []
+
+    async def meanwhile() -> None:
+        raced.append(await start(1))
+        await raced[0].send(*events(2))
+
+    store.before_load = meanwhile
+    with pytest.raises(Superseded):
+        await old.send(*events(1, start=2))
+    [answer] = await raced[0].send(*events(1, start=2))
+    assert answer.state_version == 3
+
+
+async def test_an_answer_that_comes_late_does_not_bring_a_superseded_file_back(start: Start, store: Store) -> None:
+    """Its renewal was in time, the answer overtaken by that of a question asked after it."""
+    old = await start(0)
+    answered = asyncio.Event()
+    store.after_claim = answered.wait
+    beat = asyncio.create_task(old.claim.beat())
+    await asyncio.sleep(0)
+    new = await start(1)
+    with pytest.raises(Superseded):
+        await old.claim.confirm(OTHERS)
+    answered.set()
+    await beat
+    assert (old.serves, new.serves) == (False, True)
+
+
+class Jittery(Store):
+    """Answers in any order."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._random = random.Random(seed)
+
+    async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
+        return await self._after(super().load(model, stream_ids))
+
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
+        return await self._after(super().commit(model, writes))
+
+    async def claimed(self, model: str) -> bytes:
+        return await self._after(super().claimed(model))
+
+    async def _after(self, ask: Awaitable[T]) -> T:
+        for _ in range(self._random.randrange(4)):
+            await asyncio.sleep(0)
+        answer = await ask
+        for _ in range(self._random.randrange(4)):
+            await asyncio.sleep(0)
+        return answer
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_however_two_files_are_interleaved_a_stream_starts_afresh_once_for_each_change_of_the_one_in_force(
+    files: list[Detector], clock: Clock, seed: int
+) -> None:
+    store, chance = Jittery(seed), random.Random(seed)
+    replicas = [Replica(files[i % 2], store, clock) for i in range(4)]
+    for replica in replicas:
+        await replica.claim.take()
+    streams, changes, refused = [f"s{i}" for i in range(8)], 1, 0
+    answered: dict[str, list[Result]] = {stream: [] for stream in streams}
+
+    async def sender(stream: str) -> None:
+        nonlocal refused
+        for event in events(EACH, stream):
+            while True:
+                try:
+                    [answer] = await chance.choice(replicas).scorer.score([event])
+                except Superseded:
+                    refused += 1
+                    await asyncio.sleep(0)
+                    continue
+                if isinstance(answer, Result):  # no lost race
+                    answered[stream].append(answer)
+                    break
+
+    async def operator() -> None:
+        nonlocal changes
+        file = 1
+        while any(len(answers) < EACH for answers in answered.values()):
+            for _ in range(chance.randrange(100, 400)):
+                await asyncio.sleep(0)
+            if chance.random() < 0.5:
+                await chance.choice(replicas).claim.beat()
+            elif changes < 6:
+                file, changes = 1 - file, changes + 1
+                await replicas[file].claim.take()
+
+    await asyncio.gather(*map(sender, streams), operator())
+    for replica in replicas:
+        await replica.scorer.drain(1)
+    assert changes > 2
+    assert refused > 0
+    starts = sum(replica.afresh() for replica in replicas)
+    assert 0 < starts <= len(streams) * changes
+    for answers in answered.values():
+        assert len(answers) == EACH
+        versions = [(answer.model_version, answer.state_version) for answer in answers]
+        assert sum(version == 1 for _, version in versions[1:]) <= changes
+        for (file, version), (next_file, following) in itertools.pairwise(versions):
+            assert (next_file, following) in ((file, version + 1), ("2" if file == "1" else "1", 1))
+
+
+async def test_the_alerts_of_a_stream_are_known_from_its_state_whichever_file_that_is_of(start: Start) -> None:
+    """So whoever keeps the book of alerts resolves those of a stream that has started afresh as forgotten."""
+    old = await start(0)
+    await old.send(*events(40, "s"))
+    [alert] = await old.send(Event(stream_id="s", values={"value": 1000.0}, timestamp=1e9 + 40))
+    assert alert.is_anomaly
+    new = await start(1)
+    [by_old], [by_new] = await old.scorer.streams.stand(["s"]), await new.scorer.streams.stand(["s"])
+    assert by_old.last is not None
+    assert by_new.last is None
+    assert by_old.open is not None
+    assert len(by_old.open) == 1
+    assert by_new.open == by_old.open, "not started afresh yet"
+    await new.send(*events(1, "s", 41))
+    [by_old], [by_new] = await old.scorer.streams.stand(["s"]), await new.scorer.streams.stand(["s"])
+    assert (by_old.last, by_old.open, by_new.open) == (None, frozenset(), frozenset())
+    [nothing] = await old.scorer.streams.stand(["never there"])
+    assert (nothing.there, nothing.open) == (False, None)
+
+
+async def test_sweepers_of_a_superseded_file_leave_the_watches_of_the_other_alone(start: Start, store: Store, clock: Clock) -> None:
+    old, new = await start(0), await start(1)
+    raised: list[tuple[str, str]] = []
+
+    def sweeper(name: str, replica: Replica) -> Sweeper:
+        codec, claim = replica.scorer.detector.codec(), replica.claim
+        return Sweeper(
+            MODEL, codec, Policy, store, replica.metrics, 3600, lambda it: raised.append((name, it.stream_id)), clock, claim=claim
+        )
+
+    of_old, of_new = sweeper("old", old), sweeper("new", new)
+    for each in (of_old, of_new):
+        await each.sweep()
+    for i in range(60):
+        clock.now += 10
+        await new.send(Event(stream_id="s", values={"value": float(i % 3)}, timestamp=clock.now))
+    assert old.serves
+    clock.now += 4000
+    with pytest.raises(Superseded):
+        await of_old.sweep()
+    assert not old.serves
+    await of_new.sweep()
+    assert raised == [("new", "s")]
+    assert await store.silent(MODEL, 10) == (1, ["s"])
+
+
+async def test_after_it_was_superseded_a_file_gives_its_streams_their_patience_anew(start: Start, store: Store, clock: Clock) -> None:
+    old = await start(0)
+    raised: list[str] = []
+    codec = old.scorer.detector.codec()
+    sweeper = Sweeper(MODEL, codec, Policy, store, old.metrics, 3600, lambda it: raised.append(it.stream_id), clock, claim=old.claim)
+    await sweeper.sweep()
+    for i in range(60):
+        clock.now += 10
+        await old.send(Event(stream_id="s", values={"value": float(i % 3)}, timestamp=clock.now))
+    await start(1)
+    await old.claim.beat()
+    task = asyncio.create_task(sweeper.run(every=0))
+    for i in range(400):  # nobody could send to it
+        clock.now += RETURN_SECONDS / 2
+        await asyncio.sleep(0.0001)
+        if i == 398:
+            await start(0)
+            await old.claim.beat()
+    task.cancel()
+    assert raised == []
+    clock.now += 4000
+    await sweeper.sweep()
+    assert raised == ["s"]
+
+
+class Counted(Line):
+    def __init__(self, lines: list[Counted]) -> None:
+        super().__init__()
+        lines.append(self)
+        self.open_ = False
+
+    async def open(self) -> None:
+        self.open_ = True
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def test_a_queue_is_read_while_the_file_is_in_force_and_let_go_of_at_once_when_it_is_not(
+    files: list[Detector], store: Store, clock: Clock, start: Start
+) -> None:
+    replica, lines = Replica(files[0], store, clock), list[Counted]()
+    tap = Tap(lambda: Consumer(Counted(lines), replica.scorer, replica.metrics, MAPPER, fuse=1), replica.claim, replica.metrics, seconds=30)
+    tap.start()
+    await asyncio.sleep(0.01)
+    assert [line.open_ for line in lines] == [False], "before the claim"
+    await replica.claim.take()
+    await until(lambda: lines[0].open_)
+    new = await start(1)
+    await new.send(*events(1, "s"))
+    lines[0].put({"stream_id": "s", "values": {"value": 1}, "timestamp": 1.8e9})
+    await until(lambda: lines[0].closed)
+    assert len(lines[0].abandoned) >= 1
+    assert lines[0].settled == []
+    await asyncio.sleep(0.01)
+    assert len(lines) == 1, "nobody reads it here"
+    await start(0)
+    await replica.claim.beat()
+    await until(lambda: len(lines) == 2 and lines[1].open_)
+    await tap.stop()
+    assert lines[1].closed
+    await replica.scorer.drain(1)
+
+
+def test_what_is_wrong_with_a_source_shows_before_its_model_is_claimed(files: list[Detector], store: Store) -> None:
+    def wrong() -> None:
+        raise BadSetting("nonsense")
+
+    with pytest.raises(BadSetting, match="nonsense"):
+        Tap(wrong, Claim(files[0], store, Metrics()), Metrics(), seconds=1)  # type: ignore[arg-type]
+    assert store.asked == 0
