@@ -351,6 +351,8 @@ def summary(alert: Alert) -> str:
         return f"{alert.stream_id} logs unusual lines since {since}: {_said(alert.onset.line, SHOWN_LENGTH)}"
     for evidence in (alert.last, alert.onset):
         for finding in evidence.contributors[:1] if evidence else ():
+            if finding.actual is None:
+                return f"{_named(alert, finding)} has no value since {since}."
             if (beside := _beside(finding)) is not None:
                 return f"{_named(alert, finding)} is {beside} its expected range since {since}."
     most = alert.onset.contributors[:1] if alert.onset is not None and len(alert.onset.contributors) > 1 else ()
@@ -442,7 +444,8 @@ def _shown(evidence: Evidence) -> str:
     if evidence.line:
         return _shown_line(evidence, evidence.line)
     parts = [
-        f"{found.feature} {_number(found.actual)}, expected {_number(found.expected)} ({_number(found.lower)} to {_number(found.upper)})"
+        f"{found.feature} {'has no value' if found.actual is None else _number(found.actual)}, "
+        f"expected {_number(found.expected)} ({_number(found.lower)} to {_number(found.upper)})"
         + (f", {found.contribution:.0%} of the error" if len(evidence.contributors) > 1 else "")
         for found in evidence.contributors[:3]
     ]

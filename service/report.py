@@ -296,7 +296,7 @@ def _when(one: Sketch, onset: Onset) -> str:
 def _carried(onset: Onset) -> str:
     return "<br>".join(
         f'<span class="bar w{2 * round(50 * one.contribution)}"></span>{html.escape(one.feature)} {100 * one.contribution:.0f} %: '
-        f"{one.actual:.5g}, expected {one.expected:.5g}"
+        f"{'no value' if math.isnan(one.actual) else format(one.actual, '.5g')}, expected {one.expected:.5g}"
         for one in onset.contributors
     )
 

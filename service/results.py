@@ -125,7 +125,7 @@ class Batch:
         return self.contributors(slice(None), TOP)
 
     def contributors(self, at: slice | list[int], top: int) -> list[list[Contributor]]:
-        """Of the events there, the `top` features that contribute most and are not missing."""
+        """Of the events there, the `top` features that contribute most; of missing ones those that are why it is anomalous."""
         records, names = self.outcomes.records, self.model.names
         columns = [records[name][at] for name in ("contribution", "x", "expected")]
         if not top:
@@ -350,12 +350,15 @@ def _named(column: NDArray[np.floating], names: tuple[str, ...]) -> list[Numbers
 def _largest(
     names: tuple[str, ...], top: int, share: NDArray[np.floating], x: NDArray[np.floating], expected: NDArray[np.floating]
 ) -> list[list[Contributor]]:
-    """Of each of N events, shares, values and expected ones [N, F]: the `top` features of the largest share that are not missing."""
+    """Of each of N events, shares, values and expected ones [N, F]: the `top` features of the largest share.
+
+    Missing ones have none but where it is that they are missing that is improbable.
+    """
     order = np.argsort(-share, axis=1, kind="stable")[:, :top]
     chosen = [_nullable(np.take_along_axis(column, order, axis=1).ravel()) for column in (share, x, expected)]
     flat = list(map(Contributor, map(names.__getitem__, order.ravel().tolist()), *chosen))
     found = [flat[i : i + order.shape[1]] for i in range(0, len(flat), order.shape[1])]
-    return [[one for one in some if one.actual is not None] for some in found] if np.isnan(x).any() else found
+    return [[one for one in some if one.actual is not None or one.contribution > 0] for some in found] if np.isnan(x).any() else found
 
 
 def status_of(missing: NDArray[np.int64], flags: NDArray[np.uint32]) -> NDArray[np.int8]:

@@ -278,6 +278,10 @@ def alert_of(*findings: Finding, **changes: Any) -> Alert:
             "flow of pump-7/temperature is 3.1 above its expected range since 12:02:10 UTC.",
         ),
         (
+            alert_of(found(None, "speed", 1.0), found(20.0, "flow", 0.0)),
+            "speed of pump-7/temperature has no value since 12:02:10 UTC.",
+        ),
+        (
             alert_of(found(20.0)),
             "pump-7/temperature behaves unusually since 12:02:10 UTC: its values are in their ranges, their course is not.",
         ),
@@ -316,7 +320,7 @@ def test_the_description_has_the_evidence_at_the_onset_and_at_last() -> None:
     )
     later = replace(evidence(NOON + 60), contributors=[found(31.0, "flow", 0.75), found(None, "speed", 0.25)], p_value=None)
     assert description(alert_of(found(28.1), last=later)).endswith(
-        "At last (2026-11-26 12:03:10 UTC): flow 31, expected 20 (15 to 25), 75% of the error; speed unknown, expected 20 (15 to 25), "
+        "At last (2026-11-26 12:03:10 UTC): flow 31, expected 20 (15 to 25), 75% of the error; speed has no value, expected 20 (15 to 25), "
         "25% of the error; no p-value."
     )
     silence = alert_of(kind="silence", onset=None, last=None, patience=12.5)

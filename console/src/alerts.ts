@@ -175,7 +175,7 @@ class AlertsView {
     const severity = h("span", { class: "severity" }, alert.severity);
     const line = onset?.line;
     const way = top && within(top) ? ", within its range: its course is unusual" : onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : "";
-    const evidence = line ? ` · ${line.new ? "new pattern · " : ""}chance if normal: ${chance(onset?.p_value)}` : top ? ` · ${top.feature} ${number(top.actual)}, expected ${number(top.expected)}${way} · chance if normal: ${chance(onset?.p_value)}` : "";
+    const evidence = line ? ` · ${line.new ? "new pattern · " : ""}chance if normal: ${chance(onset?.p_value)}` : top ? ` · ${top.feature} ${top.actual === null ? "has no value" : number(top.actual)}, expected ${number(top.expected)}${way} · chance if normal: ${chance(onset?.p_value)}` : "";
     const what = alert.kind === "silence" ? ` · silent for longer than ${duration(alert.patience ?? 0)} since ${clock(alert.started_at)}` : ` · began ${clock(alert.started_at)}, ${ago(alert.started_at)}${evidence}`;
     const state =
       alert.status === "resolved"

@@ -217,7 +217,7 @@ class BacktestPage {
         const width = (this.whole[1] - this.whole[0]) * 0.03;
         this.zoom(onset.x - width, onset.x + width);
       };
-      return h("tr", {}, h("td", {}, when), h("td", {}, score(onset.alert_score)), h("td", {}, top ? `${top.feature} ${number(top.actual)}, expected ${number(top.expected)}` : ""), h("td", { class: "right" }, h("button", { class: "button bare", type: "button", "aria-label": `Show ${when}`, onclick: around }, icon(ICONS.zoom))));
+      return h("tr", {}, h("td", {}, when), h("td", {}, score(onset.alert_score)), h("td", {}, top ? `${top.feature} ${top.actual === null ? "has no value" : number(top.actual)}, expected ${number(top.expected)}` : ""), h("td", { class: "right" }, h("button", { class: "button bare", type: "button", "aria-label": `Show ${when}`, onclick: around }, icon(ICONS.zoom))));
     });
     const head = h("tr", {}, h("th", {}, result.time ? "Time" : "Row"), h("th", {}, "Alert score"), h("th", {}, "Carried by"), h("th", {}, h("span", { class: "hidden-label" }, "Show")));
     return h(
