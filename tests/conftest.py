@@ -39,6 +39,7 @@ LONGEST = (
     "e2e/test_replay_service.py",
     "e2e/test_kill.py",
     "training/test_signals.py",
+    "training/test_stillness.py",
     "integration/test_redis_streams.py",
     "test_protocol_model.py",
     "contracts/test_stores.py",

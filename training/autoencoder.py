@@ -143,6 +143,16 @@ class FleetAutoencoder(Autoencoder):
         super().__init__(inputs, features, sizes)
         self.bottleneck = nn.Linear(self.encoder.output_size + inputs, sizes.code)
 
+    @property
+    def recalls(self) -> bool:
+        """Whether its state says what it answered, so that the answer need not be kept."""
+        return "hidden" in self.decoder.sizes
+
+    def recalled(self, parts: Parts) -> Tensor:
+        """What the last step answered [B, F]; of a fresh state what means nothing."""
+        location: Tensor = self.heads.location(parts["decoder_hidden"])
+        return location
+
     def _code(self, hidden: Tensor, inputs: Tensor) -> Tensor:
         return torch.tanh(self.bottleneck(torch.cat([hidden, inputs], dim=-1)))
 

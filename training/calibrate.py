@@ -64,6 +64,7 @@ class Observed:
     age: Float32  # [T, B] events learned before this one
     ended: Bool | None = None  # [T, B] a session ends with this event, and emissions with it
     margin: float = 0.0  # see `Calibration`
+    runs: Float32 | None = None  # [T, B, F] see `Runs.signed`; 0 of a single feature
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
     state = step.fresh_state(B)
     learn = torch.ones(B, dtype=torch.bool)
     strengths, ratios = np.zeros((T, B, len(step.signals.names)), np.float32), np.zeros(x.shape, np.float32)
-    valid, ages = np.zeros((T, B), bool), np.zeros((T, B), np.float32)
+    valid, ages, runs = np.zeros((T, B), bool), np.zeros((T, B), np.float32), np.zeros(x.shape, np.float32)
     for i in range(T):
         parts = step.layout.split(state)
         ages[i] = step.age(parts)[0].numpy()
@@ -84,8 +85,10 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
         ratio = judged.residual.abs() / judged.spread.clamp(min=1e-18)
         ratios[i] = torch.where(present & judged.event.known, ratio, torch.nan).t().numpy()
         valid[i] = step.judges(judged.event)[0].numpy()
+        if judged.runs is not None:
+            runs[i] = judged.runs.signed()
         on_step()
-    return Observed(strengths, ratios, valid, ages)
+    return Observed(strengths, ratios, valid, ages, runs=runs)
 
 
 def calibrate(observed: Observed, burn: int, streams: int | None = None, rules: Rules = SENSORS) -> Calibration:

@@ -24,7 +24,8 @@ from training.data import Float32
 from training.layout import Keeps, Layout, Parts, Slot, any_of, row_sum
 from training.normaliser import Clock, Normalised, Normaliser
 from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals, WaveformSignals
-from training.tail import Band, Calibration, Curve, Onsets, Tail
+from training.stillness import Overdue, Runs, Stillness
+from training.tail import SMALLEST, Band, Calibration, Curve, Onsets, Tail
 
 WARMUP = 100
 WAVEFORM_MEMORY = 5000.0
@@ -43,6 +44,7 @@ class Judged:
     forecast: Tensor  # [F, B] relative to the reference; means nothing where not known
     residual: Tensor  # [F, B] raw
     spread: Tensor  # [F, B] of the residuals so far
+    runs: Runs | None = None  # of several features
 
 
 def flat_calibration(signals: int) -> Calibration:
@@ -133,17 +135,24 @@ class DetectorStep(ArtifactStep):
             self.signals = ResidualSignals(features, scored)
         else:
             self.signals = WaveformSignals() if isinstance(self.autoencoder, WaveformAutoencoder) else MemorySignals(intervals)
+        self.stillness = Stillness(scored or [True] * features, memory) if features > 1 else None
         self.calibrate(flat_calibration(len(self.signals.names)))
 
     def calibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.tail = Tail(len(self.signals.names), self.signals.burn, calibration)
         self.band = Band(self.features)
-        counters = [Slot("events", 1), Slot("previous_z", self.features), Slot("forecast", self.features)]
-        if self.features > 1:
-            counters.append(Slot("age", 1, Keeps.STREAM))
+        counters = [Slot("events", 1), Slot("previous_z", self.features)]
+        if not self._recalls:
+            counters.append(Slot("forecast", self.features))
+        if self.stillness is not None:
+            counters += [Slot("age", 1, Keeps.STREAM), *self.stillness.slots]
         slots = (self.normaliser.slots, self.clock.slots, self.autoencoder.slots, self.signals.slots, self.band.slots, self.tail.slots)
         self.layout = Layout([*counters, *(slot for part in slots for slot in part)])
+
+    @property
+    def _recalls(self) -> bool:
+        return isinstance(self.autoencoder, FleetAutoencoder) and self.autoencoder.recalls
 
     @property
     def network(self) -> Recurrent:
@@ -179,12 +188,23 @@ class DetectorStep(ArtifactStep):
         event = judged.event
         judges = self.judges(event) & (parts["events"] >= WARMUP)
         answer, tail_parts = self.tail(judged.strengths, judges, self.age(parts), alpha, parts)
+        overdue: Overdue | None = None
+        if self.stillness is not None and judged.runs is not None:
+            overdue = self.stillness.overdue(judged.runs, parts["events"] >= WARMUP, learn > 0.5, alpha)
+            after = {**after, **overdue.parts}
         state_out = self.layout.join(parts, {**after, **tail_parts}, event.learns)
 
         expected = torch.where(event.known, judged.forecast + event.reference, torch.nan)
         margin = answer.factor * judged.spread
-        answers = (expected, expected - margin, expected + margin, self._shares(judged))
-        return state_out, answer.p_value, answer.onset_p, *(part.t() for part in answers)
+        band = (expected, expected - margin, expected + margin)
+        p_value, onset_p, shares = answer.p_value, answer.onset_p, self._shares(judged)
+        if overdue is not None:
+            some, likely = overdue.log_p < 0, torch.exp(overdue.log_p.clamp(min=SMALLEST))
+            named = some & ~(p_value < likely)  # NaN is not less: an event without any value is judged, too
+            p_value = torch.where(named, likely, p_value)
+            onset_p = torch.where(some & (learn > 0.5) & ~(onset_p < likely), likely, onset_p)
+            shares = torch.where(named, overdue.features / row_sum(overdue.features.t()).t().clamp(min=1.0), shares)
+        return state_out, p_value, onset_p, *(part.t() for part in (*band, shares))
 
     def judges(self, event: Normalised) -> Tensor:
         """[1, B] bool: there is a value to be scored."""
@@ -204,6 +224,8 @@ class DetectorStep(ArtifactStep):
 
         Returns the parts after the event, for `Layout.join`, without those of the tail.
         """
+        if isinstance(self.autoencoder, FleetAutoencoder) and self._recalls:
+            parts = {**parts, "forecast": self.autoencoder.recalled(parts).t()}
         event, normalised_parts = self.normaliser(x, may_learn, parts)
         clock, clock_parts = self.clock(t, parts["events"], parts)
         forecast, both = self.normaliser.raw(parts["forecast"], event), (event.present & event.known).to(x.dtype)
@@ -217,18 +239,20 @@ class DetectorStep(ArtifactStep):
         residual = replace(residual, outlook=outlook)
         strengths, weights, signal_parts = self._signals(event, residual, parts)
         spread, band_parts = self.band(residual.raw, parts["seen"], parts)
+        runs, still_parts = (None, {}) if self.stillness is None else self.stillness.follow(event, parts, may_learn)
         after = {
             **normalised_parts,
             **clock_parts,
             **network_parts,
             **signal_parts,
             **band_parts,
+            **still_parts,
             "events": parts["events"] + 1,
             "age": self.age(parts) + 1,
             "previous_z": torch.where(event.present, event.z, parts["previous_z"]),
             "forecast": location.t(),
         }
-        return Judged(event, strengths, weights, forecast, residual.raw, spread), after
+        return Judged(event, strengths, weights, forecast, residual.raw, spread, runs), after
 
     def _signals(self, event: Normalised, residual: Residual, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
         if isinstance(self.signals, MemorySignals):

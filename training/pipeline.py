@@ -251,7 +251,11 @@ def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
     with _bar(console) as bar:
         task = bar.add_task("Calibrating", total=len(x))
         observed = observe(step, x, t, lambda: bar.advance(task))
-    step.calibrate(calibrate(observed, step.signals.burn, len({stream.name for stream in job.calibration})))
+    names = [stream.name for stream in job.calibration]
+    step.calibrate(calibrate(observed, step.signals.burn, len(set(names))))
+    if step.stillness is not None and observed.runs is not None:
+        whole = [names.index(name) for name in dict.fromkeys(names)]  # the first lane of each stream is all of it
+        step.stillness.fit(observed.runs[:, whole], [len(job.calibration[lane]) for lane in whole])
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from tests.training.conftest import TINY, random_step
 from training.detector import DetectorStep
 from training.normaliser import Normalised
 from training.signals import WIDEST, MemorySignals, Residual, ResidualSignals
+from training.stillness import SPAN
 
 Float64 = NDArray[np.float64]
 
@@ -135,11 +136,14 @@ def test_frozen_learning_keeps_a_fault_from_becoming_normal(features: int) -> No
             state, *_ = step(state, torch.full((2, features), 40.0), t, torch.zeros(2), torch.full((2,), 1e-3))
     before, after = step.layout.split(normal), step.layout.split(state)
     running = {"events", "level", "motion", "previous", "residual_level", "distance", "previous_z", "forecast", "cadence"}
-    running |= {"onset_height", "onset_hold"}
+    running |= {"onset_height", "onset_hold", "still"}
     learned = [name for name in before if name not in running and not name.startswith(("encoder", "decoder"))]
     assert len(learned) > 8
     for name in learned:
         assert torch.equal(before[name], after[name]), name
+    if features > 1:  # how long each stands still goes on, what is usual does not
+        assert torch.equal(before["still"] // SPAN, after["still"] // SPAN)
+        assert (after["still"] % SPAN == 49).all()
 
 
 def test_readings_far_from_zero_keep_their_digits() -> None:

@@ -1,0 +1,163 @@
+"""Which sensors of a machine have brought nothing new for improbably long: missing, or standing still. Figures: LOG.md, "Dead sensors".
+
+    run       events in a row in which a feature was missing, or in a row in which it was what it was before
+    usual     what of both has been seen, of this stream and of the fleet's history
+    overdue   a run of twice the usual, LEAST events at least, is as improbable as it was in the history (`fit`), a longer one the more
+
+A run is told once, as an onset. While learning is frozen it stays overdue for as long as it lasts; where learning goes on (no alert, or an
+accepted one) it is known from then on. What a run has reached is learned when it ends. A feature that a stream has never had is not missed.
+Shapes: B streams, F features, the batch is the last axis; of two kinds of runs the first is of missing values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from training.data import Float32
+from training.layout import Parts, Slot
+from training.normaliser import Normalised
+
+LEAST = 10.0
+"""Events of the shortest run that may be overdue: as many as end an anomaly."""
+SPAN, STEPS, KNOWN = 4096, 64, 2048
+"""A feature's float is SPAN·(STEPS·level + level) + run, and KNOWN if the run is, negative while a value is missing: exact in float32."""
+PER_OCTAVE = 4.0
+"""Levels: a run of n events is of level PER_OCTAVE·log2(n + 1), rounded up."""
+NEVER = 1000.0
+"""A level that no run reaches."""
+UNUSUAL = 0.9
+"""Share of the fleet's streams whose longest run is usual for all: one of ten may be dead."""
+HAIR = 1e-4
+"""Of a logarithm: where integers meet, all runtimes shall round alike."""
+YOUNG = 100
+"""Values of a feature before which its mean and deviation move too much to say that it stands still."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Of one event, all [F, B]."""
+
+    length: Tensor  # with this event, 0 where a feature brought something new
+    log_length: Tensor  # natural logarithm where a run goes on, else 0
+    missing: Tensor  # bool: what the run is of
+    known: Tensor  # bool: it goes on, was told before, and learning was not frozen since
+    levels: tuple[Tensor, Tensor]  # the longest of this stream's runs that are over, of missing values and of the same ones
+
+    def packed(self, known: Tensor) -> Tensor:
+        """As the state keeps them."""
+        runs = (SPAN * STEPS) * self.levels[0] + SPAN * self.levels[1] + torch.where(known, self.length + KNOWN, self.length)
+        return torch.where(self.missing, -runs, runs)
+
+    def signed(self) -> Float32:
+        """Lengths [B, F], negative where values are missing."""
+        return torch.where(self.missing, -self.length, self.length).t().numpy()
+
+
+@dataclass(frozen=True)
+class Overdue:
+    features: Tensor  # [F, B] 1 where overdue
+    log_p: Tensor  # [B] natural logarithm; 0 where nothing is overdue
+    parts: Parts  # after the event
+
+
+class Stillness(nn.Module):
+    """Before `fit` nothing is overdue."""
+
+    usual: Tensor
+    log_rate: Tensor
+
+    def __init__(self, scored: Sequence[bool], memory: float) -> None:
+        """`memory` of the normaliser, in events."""
+        super().__init__()
+        self.scored, self.memory = np.array(scored), memory
+        self.register_buffer("usual", torch.full((2, len(scored), 1), NEVER))  # levels, fitted
+        self.register_buffer("log_rate", torch.zeros(2, len(scored), 1))  # of runs of twice the usual, an event, fitted
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return (Slot("still", len(self.scored)),)
+
+    def follow(self, event: Normalised, parts: Parts, learns: Tensor) -> tuple[Runs, Parts]:
+        """Runs with this event; learns [B] bool."""
+        packed = parts["still"]
+        size = packed.abs()
+        both = torch.floor(size * (1 / SPAN))
+        first = torch.floor(both * (1 / STEPS))
+        held, was_missing = size - SPAN * both, packed < 0
+        was_known = held >= KNOWN
+        next_one = torch.where(was_known, held - (KNOWN - 1), held + 1)
+        missing, same = event.known & ~event.present, event.present & self._same(event, parts)
+        still = missing | same
+        goes_on = still & ~(missing ^ was_missing)
+        log_next = torch.log(next_one)  # where a run is over, of one more than it was
+        length = torch.where(goes_on, next_one, still.to(size.dtype)).clamp(max=KNOWN - 1)
+        reached = torch.where(learns & ~goes_on, _level(log_next), 0.0)
+        of_missing = torch.maximum(first, torch.where(was_missing, reached, 0.0))
+        of_same = torch.maximum(both - STEPS * first, torch.where(was_missing, 0.0, reached))
+        runs = Runs(length, torch.where(goes_on, log_next, 0.0), missing, goes_on & was_known, (of_missing, of_same))
+        return runs, {"still": runs.packed(runs.known)}
+
+    def _same(self, event: Normalised, parts: Parts) -> Tensor:
+        """Whether a value is the last one but for what mean and deviation have learned of that since."""
+        rate = torch.reciprocal(parts["seen"]).clamp(min=1 / self.memory)
+        return ((event.z - parts["previous_z"]).abs() <= rate * (1 + 3 * event.z * event.z)) & (parts["seen"] >= YOUNG)
+
+    def overdue(self, runs: Runs, judges: Tensor, learns: Tensor, alpha: Tensor) -> Overdue:
+        """What is improbable at alpha [B], of streams that are judged by now [1, B] bool."""
+        usual, log_rate = (torch.where(runs.missing, fitted[0], fitted[1]) for fitted in (self.usual, self.log_rate))
+        level = torch.maximum(torch.where(runs.missing, runs.levels[0], runs.levels[1]), usual)
+        twice = (level * (math.log(2) / PER_OCTAVE) + math.log(2)).clamp(min=math.log(LEAST))
+        # The chance falls with the square of the length: the tail of runs that come in bursts, not of those that come by themselves.
+        log_p = log_rate - 2 * (runs.log_length - twice)
+        asked = torch.log(alpha.clamp(1e-12, 1.0)) - HAIR
+        over = (runs.log_length >= twice - HAIR) & (log_p < asked) & judges & ~runs.known
+        least = torch.where(over, log_p, 0.0).amin(0)
+        return Overdue(over.to(log_p.dtype), least, {"still": runs.packed(runs.known | (over & learns))})
+
+    @torch.no_grad()
+    def fit(self, runs: Float32, lengths: Sequence[int]) -> None:
+        """From runs [T, B, F] of different streams, of `lengths` rows: negative where values are missing, as `signed` gives them."""
+        B = runs.shape[1]
+        inside = np.arange(len(runs))[:, None, None] < np.array(lengths)[:, None]
+        exposure, number = float(max(1, inside.sum())), 2 * int(self.scored.sum())
+        for kind, sign in enumerate((-1, 1)):
+            own = np.where(inside, np.maximum(sign * runs, 0), 0).astype(np.float32)
+            longest = own.max(axis=0)  # [B, F]
+            others = np.stack([_usual(np.delete(longest, b, axis=0)) for b in range(B)])
+            # As often as it happens to a stream of which the other streams are all that is known.
+            found = _told(own, others)[YOUNG:].sum(axis=(0, 1))
+            usual = np.where(self.scored, _levels(_usual(longest)), NEVER)
+            self.usual[kind, :, 0] = torch.from_numpy(usual).float()
+            self.log_rate[kind, :, 0] = torch.from_numpy(np.log(np.minimum(number * (found + 0.5) / exposure, 1.0))).float()
+
+
+def _level(log_next: Tensor) -> Tensor:
+    """The level of runs, from the logarithms of one event more."""
+    return torch.ceil(log_next * (PER_OCTAVE / math.log(2)) - 0.01)
+
+
+def _levels(run: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.asarray(np.ceil(PER_OCTAVE * np.log2(run.astype(np.float64) + 1) - 0.01))
+
+
+def _usual(longest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of the longest runs [B, F] of streams what is usual for all of them [F]."""
+    if len(longest) == 0:
+        return np.zeros(longest.shape[1], np.float32)
+    return np.asarray(np.quantile(longest, UNUSUAL, axis=0, method="lower"))
+
+
+def _told(runs: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Where runs [T, B, F] become twice what is usual: what was of others [B, F], and of the stream's own that were over by then."""
+    before = np.concatenate([np.zeros_like(runs[:1]), runs[:-1]])
+    over = np.where(runs > before, 0, before)
+    usual = np.maximum(np.maximum.accumulate(over, axis=0), others)
+    twice = np.maximum(2 * 2 ** (_levels(usual) / PER_OCTAVE), LEAST)
+    return np.asarray((runs >= twice) & (before < twice))
