@@ -364,6 +364,12 @@ class Door:
         content = await (self._intake.body(request) if unpacked is None else self._intake.packed(request, unpacked))
         try:
             yield Sent(content, scorer, sender)
+        except Overloaded:
+            self._metrics.refused.labels("queue").inc()
+            raise
+        except TooLarge:  # more of them than a request may bring
+            self._metrics.refused.labels("batch").inc()
+            raise
         finally:
             self._intake.release(request)
 

@@ -27,7 +27,6 @@ from service.errors import (
     BadSetting,
     FutureEvent,
     ItemError,
-    Overloaded,
     TooManyStreams,
 )
 from service.events import MAX_MESSAGE_LENGTH, Delivery, Event
@@ -179,9 +178,6 @@ class Shipping:
                 kinds, _ = await sent.scorer.consume(part, sent.sender)
                 for delivery, kind in zip(part, kinds, strict=True):
                     _tell(tally, delivery.event, kind)
-        except Overloaded:
-            self._metrics.refused.labels("queue").inc()
-            raise
         finally:  # also of a request of which a part was scored
             self._count(tally)
 

@@ -217,6 +217,7 @@ async def test_a_full_queue_is_a_429_and_the_push_sent_again_is_taken(log_detect
             await asyncio.sleep(0.05)
         reply = await push(client, {'{a="b"}': some(*LINES * 5, start=NS + 10**12)})
         assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+        assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "queue"}) == 1
         client.store.gate.set()
         assert {reply.status_code for reply in await asyncio.gather(*pushes)} == {204}
         assert (await push(client, {'{a="b"}': some(*LINES * 5, start=NS + 10**12)})).status_code == 204

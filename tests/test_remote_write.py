@@ -57,6 +57,9 @@ class Sender(httpx.AsyncClient):
     def count(self, outcome: str) -> float:
         return self.metrics.registry.get_sample_value("onset_events_total", {"door": "remote_write", "outcome": outcome}) or 0
 
+    def refused(self, reason: str) -> float:
+        return self.metrics.registry.get_sample_value("onset_refused_total", {"reason": reason}) or 0
+
     def unscored(self, what: str) -> float:
         return self.metrics.registry.get_sample_value("onset_remote_write_unscored_total", {"what": what}) or 0
 
@@ -231,7 +234,14 @@ async def test_a_full_queue_is_a_429_with_retry_after(tiny_detector: Detector) -
         prometheus.store.gate.set()
         replies = [await task for task in waiting]
         assert {reply.status_code for reply in replies} == {204, 429}
-        assert all(int(reply.headers["retry-after"]) >= 1 for reply in replies if reply.status_code == 429)
+        refused = [reply for reply in replies if reply.status_code == 429]
+        assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
+        assert (prometheus.refused("queue"), prometheus.refused("batch")) == (len(refused), 0)
+
+
+async def test_more_samples_than_a_request_may_bring_are_a_413_and_counted(prometheus: Sender) -> None:
+    assert_refused(await prometheus.write(up(1, *range(3001))), 413, "ONSET_MAX_BATCH_EVENTS", "max_samples_per_send")
+    assert prometheus.refused("batch") == 1
 
 
 async def test_nan_is_a_missing_value_and_infinity_too(prometheus: Sender) -> None:
