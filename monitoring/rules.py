@@ -287,7 +287,7 @@ RULES: tuple[Rule, ...] = (
         "*slow*: a body did not arrive in time (408).",
         ("The *Service* dashboard: events a second, queue, and the senders' own logs.",),
         (
-            "queue, bytes: add replicas, or let senders send larger batches less often.",
+            "queue, bytes: add replicas, or let senders send larger batches less often; a Prometheus by few shards (docs/prometheus.md).",
             "body, batch: tell the sender the limits (docs/api.md).",
         ),
         (
