@@ -16,11 +16,11 @@ In the floor:
     step     ONNX Runtime's `run` on ready arrays, padded as the service pads them: once with 1,000 rows, or ten times with 100
     commit   the same client calls the server's commit function with ready arguments: the bytes that the service would send, each call
              writing, its tokens matching, fsync included; with ten events a stream also their results (trails)
-    encode   msgspec's `encode_lines` of the body's `Result` objects
+    encode   msgspec's `encode_lines` of the body's `Result` objects; the path makes the replies to ordinary events without them
 Not in the floor, so what 1 - ratio is spent on: checking fields, events → arrays and back, values ⇄ states with CRC and nonce, policy,
-watches, making the arguments of the store's calls, `Result` objects, batching, the event loop, and a second step of streams with an open
-alert. The floor pays for MGET even where the service finds a state elsewhere. Its parts wait for each other; with four bodies in flight
-the path may overlap its own with the store's (two processes).
+watches, making the arguments of the store's calls, what replies are made of, batching, the event loop, and a second step of streams with an
+open alert. The floor pays for MGET even where the service finds a state elsewhere. Its parts wait for each other; with four bodies in
+flight the path may overlap its own with the store's (two processes).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from service.embedded import EmbeddedStore
 from service.events import Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
+from service.rounds import Kind
 from service.scorer import Limits, Scorer
 from service.state import TOKEN, StateCodec
 from service.stores import Write
@@ -197,15 +198,16 @@ class Engine:
 
     async def results(self, body: bytes) -> list[Result]:
         """Every event scored, or SystemExit: what is measured must be the whole work."""
-        items, _ = formats.decode(body, formats.Format.NDJSON, max_events=BODY_EVENTS)
-        answers = await self._scorer.score(items)
+        answers = await self._scorer.score(_events(body))
         results = [answer for answer in answers if isinstance(answer, Result) and not answer.late and not answer.duplicate]
-        if len(results) < len(answers):
-            raise SystemExit(f"{len(answers) - len(results)} of {len(answers)} events were not scored; the first answer: {answers[0]}")
+        _check(len(results), answers)
         return results
 
     async def answer(self, body: bytes) -> bytes:
-        return formats.encode(await self.results(body), formats.Format.NDJSON, bare=False)
+        """The same as the door does it."""
+        answers, kinds = await self._scorer.score_as_json(_events(body))
+        _check(kinds.count(Kind.SCORED), answers)
+        return formats.encode(answers, formats.Format.NDJSON, bare=False)
 
     async def run(self, bodies_: Iterator[bytes], each: int, seconds: float, taken: list[float], *, in_flight: int) -> float:
         """Answer bodies for that long; returns the seconds until the last was answered."""
@@ -220,6 +222,16 @@ class Engine:
 
         await asyncio.gather(*(client() for _ in range(in_flight)))
         return time.perf_counter() - began
+
+
+def _events(body: bytes) -> formats.Items:
+    items, _ = formats.decode(body, formats.Format.NDJSON, max_events=BODY_EVENTS)
+    return items
+
+
+def _check(scored: int, answers: Sequence[object]) -> None:
+    if scored < len(answers):
+        raise SystemExit(f"{len(answers) - scored} of {len(answers)} events were not scored; the first answer: {answers[0]}")
 
 
 class Floor:

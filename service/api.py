@@ -35,6 +35,7 @@ import msgspec
 import numpy as np
 import structlog
 from fastapi import FastAPI, Request
+from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -407,6 +408,8 @@ class Door:
         self._intake.reply(request, events * (scorer.detector.features - 1) * FEATURE_BYTES)
 
     async def _answer(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str, *, bare: bool) -> bytes | Response:
+        if not bare and reply in (Format.JSON, Format.NDJSON):
+            return await self._answer_in_json(scorer, items, reply, top, sender)
         try:
             answers = await scorer.score(items, top_contributors=top, sender=sender)
         except Overloaded:
@@ -421,12 +424,22 @@ class Door:
                 return respond(late_problem(answer.stream_id, f"{answer.state_version} events scored"))
         else:
             self._count(Counter(map(_outcome, answers)))
-            if answers and all(isinstance(answer, NotCommitted) for answer in answers):
-                raise StoreUnavailable(str(answers[0]))
+            _some_committed(answers)
         if reply is Format.ARROW:
             manifest = scorer.detector.manifest
             return arrow.encode_rows(answers, manifest.feature_names, lines=manifest.kind == "log")
         return encode(answers, reply, bare=bare)
+
+    async def _answer_in_json(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str) -> bytes:
+        try:
+            answers, kinds = await scorer.score_as_json(items, top_contributors=top, sender=sender)
+        except Overloaded:
+            self._metrics.refused.labels("queue").inc()
+            raise
+        self._count(_of_kinds([kinds.count(kind) for kind in Kind]))
+        self._count(Counter(_outcome(answer) for answer in answers if isinstance(answer, ItemError)))
+        _some_committed(answers)
+        return encode(answers, reply, bare=False)
 
     async def _answer_columns(self, scorer: Scorer, columns: Columns, reply: Format, top: int, sender: str) -> bytes | Response:
         if reply is not Format.ARROW or scorer.detector.manifest.kind == "log":
@@ -539,9 +552,19 @@ def _outcome(answer: Result | ItemError) -> str:
 def _outcomes(scored: Scored) -> Counter[str]:
     counted: Counter[str] = Counter(map(_outcome, scored.errors.values()))
     kinds = np.bincount(np.delete(scored.scores.kinds, np.isin(scored.places, list(scored.errors))), minlength=len(Kind))
-    counted.update(scored=int(kinds[Kind.SCORED]), late=int(kinds[Kind.LATE]))
-    counted["duplicate"] += int(kinds[Kind.DUPLICATE] + kinds[Kind.REPEATED])
-    return +counted
+    return +(counted + Counter(_of_kinds(kinds)))
+
+
+def _of_kinds(events: Sequence[int] | NDArray[np.intp]) -> dict[str, int]:
+    """Outcomes of those that are no errors; `events` of each Kind."""
+    scored, late = int(events[Kind.SCORED]), int(events[Kind.LATE])
+    return {"scored": scored, "late": late, "duplicate": int(events[Kind.DUPLICATE] + events[Kind.REPEATED])}
+
+
+def _some_committed(answers: Sequence[object]) -> None:
+    """Raises StoreUnavailable where there are answers, and none is more than that."""
+    if answers and all(isinstance(answer, NotCommitted) for answer in answers):
+        raise StoreUnavailable(str(answers[0]))
 
 
 @dataclass(frozen=True)

@@ -109,12 +109,15 @@ def decode_object(content: bytes) -> dict[str, Any]:
     return body
 
 
-def encode(answers: Sequence[Result | ItemError], form: Format, *, bare: bool) -> bytes:
-    """Results, and problems in the place of failed items, in any format but ARROW; `bare` = the one answer without an array."""
+def encode(answers: Sequence[Result | msgspec.Raw | ItemError], form: Format, *, bare: bool) -> bytes:
+    """Results, and problems in the place of failed items, in any format but ARROW; `bare` = the one answer without an array.
+
+    Results in JSON and NDJSON may be JSON already.
+    """
     encoder = _packer if form is Format.MSGPACK else _encoder
     if bare and form is not Format.NDJSON:
         return encoder.encode(answers[0])
-    bodies: list[Result | Problem] = [
+    bodies: list[Result | msgspec.Raw | Problem] = [
         problem_of(answer, index) if isinstance(answer, ItemError) else answer for index, answer in enumerate(answers)
     ]
     return _encoder.encode_lines(bodies) if form is Format.NDJSON else encoder.encode(bodies)

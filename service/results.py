@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from service.artifact import NEW, NEW_TEXT, Lines, Manifest
 from service.errors import ItemError
 from service.events import SEVERITIES, Contributor, Event, Line, Result, Status
+from service.ordinary import Ordinary, whole
 from service.policy import DIRECTIONS, NO_DIRECTION, THRESHOLD, Policy, Verdicts, judge
 from service.rounds import Kind, Outcomes
 from service.state import FROZEN, Rows
@@ -25,10 +26,15 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 Numbers = dict[str, float | None]
 
+_encoder = msgspec.json.Encoder()
+
 # Plain numbers, made once: on Python 3.11 each member of an Enum is a function call.
 _SCORED, _DUPLICATE, _REPEATED, _LATE = map(int, (Kind.SCORED, Kind.DUPLICATE, Kind.REPEATED, Kind.LATE))
 TOP = 10
 """Contributors told where a request does not say how many."""
+TOGETHER = 256
+"""Events of a long request whose replies are made, encoded and let go before those of the next ones: what those of 4,000 events of eight
+features are made of is more than the processor's caches hold, and took twice as long."""
 
 Values = list[Any]
 """A field of N results."""
@@ -45,6 +51,8 @@ class Model:
     """Of the F features."""
     patterns: Patterns | None
     """Of a log model."""
+    ordinary: Ordinary | None
+    """Of any other."""
 
     @property
     def ranged(self) -> tuple[str, ...]:
@@ -60,6 +68,12 @@ class Batch:
     verdicts: Verdicts
     confidence: NDArray[np.float64]
     model: Model
+
+    def of(self, here: slice | list[int]) -> Batch:
+        """The events there alone."""
+        outcomes, verdicts = self.outcomes, self.verdicts
+        some = Verdicts(*(getattr(verdicts, name)[here] for name in Verdicts.__dataclass_fields__))
+        return Batch(Outcomes(outcomes.records[here], outcomes.kinds[here]), some, self.confidence[here], self.model)
 
     @cached_property
     def timestamp(self) -> Values:
@@ -106,6 +120,32 @@ class Batch:
         )
         self._hide(fields, (None, [], *[...] * 7))
         return list(zip(*fields, strict=True))
+
+    @cached_property
+    def ends(self) -> list[bytes | None]:
+        """Of each reply that tells TOP contributors, as JSON, from its scores on; None = the event is not ordinary."""
+        records, verdicts, model = self.outcomes.records, self.verdicts, self.model
+        ends: list[bytes | None] = [None] * len(records)
+        if model.ordinary is None:
+            return ends
+        ordinary = (self.outcomes.kinds == _SCORED) & ~verdicts.is_anomaly & (verdicts.alert_score == 0) & (records["flags"] == 0)
+        ordinary &= ~np.isnan(records["p_value"]) & np.isnan(records["started_at"]) & ~np.isnan(records["x"]).any(axis=1)
+        at = np.flatnonzero(ordinary & (records["version"] >= model.warmup))
+        every = len(at) == len(records)
+        some = slice(None) if every else at
+        alpha = [_shortest(alpha) for alpha in records["alpha"][some].tolist()]
+        made = model.ordinary.ends(records[some], verdicts.anomaly_score[some], self.confidence[some], alpha)
+        if every:
+            return list(made)
+        for i, end in zip(at.tolist(), made, strict=True):
+            ends[i] = end
+        return ends
+
+    @cached_property
+    def rest(self) -> tuple[dict[int, int], Batch]:
+        """The events that are not ordinary as a batch of their own, and where each is in it."""
+        at = [i for i, end in enumerate(self.ends) if end is None]
+        return {i: place for place, i in enumerate(at)}, self.of(at)
 
     @cached_property
     def told(self) -> list[Told] | None:
@@ -252,7 +292,9 @@ class Replies:
     def __init__(self, manifest: Manifest, policy: Policy) -> None:
         self._policy = policy
         patterns = None if manifest.lines is None else Patterns(manifest.lines)
-        self._model = Model(manifest.name, manifest.version, manifest.warmup, manifest.feature_names, patterns)
+        name, version, features = manifest.name, manifest.version, manifest.feature_names
+        ordinary = None if patterns is not None else Ordinary(name, version, features, TOP)
+        self._model = Model(name, version, manifest.warmup, features, patterns, ordinary)
 
     def judged(self, outcomes: Outcomes) -> Answers:
         """Verdicts over a batch."""
@@ -273,9 +315,24 @@ class Replies:
         """One result for each of N events, in order. A duplicate echoes the event it answers and carries the stored result."""
         return _results(events, answers.batch, slice(answers.start, answers.stop), top_contributors)
 
+    def as_json(self, events: Sequence[Event], answers: Answers, *, top_contributors: int) -> list[msgspec.Raw]:
+        """The same as JSON."""
+        N, texts = len(events), list[bytes]()
+        if N <= TOGETHER:
+            texts = _texts(events, answers.batch, slice(answers.start, answers.stop), top_contributors)
+        else:
+            for i in range(0, N, TOGETHER):
+                some = events[i : i + TOGETHER]
+                batch = answers.batch.of(slice(answers.start + i, answers.start + i + len(some)))
+                texts += _texts(some, batch, slice(None), top_contributors)
+        return list(map(msgspec.Raw, texts))
+
     def picked(self, events: Sequence[Event], answers: Answers, places: Sequence[int]) -> list[Result]:
         """Results of the events at these places of `answers`."""
-        return _results(events, answers.batch, [answers.start + i for i in places], TOP)
+        batch, at = answers.batch, [answers.start + i for i in places]
+        if 2 * len(at) < len(batch.outcomes.kinds):  # a batch may have thousands of events, and one whose alert moves
+            return _results(events, batch.of(at), slice(None), TOP)
+        return _results(events, batch, at, TOP)
 
     def scores(self, answers: Sequence[Answers]) -> Scores:
         """The results of several answers, one after the other, as columns."""
@@ -311,11 +368,25 @@ class Replies:
         )
 
 
+def _texts(events: Sequence[Event], batch: Batch, at: slice, top: int) -> list[bytes]:
+    """The same as JSON."""
+    if top != TOP or batch.model.ordinary is None:
+        return [_encoder.encode(result) for result in _results(events, batch, at, top)]
+    ends = batch.ends[at]
+    texts = whole(events, batch.timestamp[at], [end or b"" for end in ends])
+    odd = [i for i, end in enumerate(ends) if end is None]
+    if odd:
+        places, rest = batch.rest
+        first = at.start or 0
+        results = _results([events[i] for i in odd], rest, [places[first + i] for i in odd], TOP)
+        for i, result in zip(odd, results, strict=True):
+            texts[i] = _encoder.encode(result)
+    return texts
+
+
 def _results(events: Sequence[Event], batch: Batch, at: slice | list[int], top: int) -> list[Result]:
     """Results of the events there. By position: with its 28 names a call would take five times as long."""
-    # Of all events only where replies to all of them are made, or were: a batch may have thousands, and one whose alert moves.
-    usual = top == TOP and (isinstance(at, slice) or "usual" in vars(batch))
-    contributors = _of(batch.usual, at) if usual else batch.contributors(at, top)
+    contributors = _of(batch.usual, at) if top == TOP else batch.contributors(at, top)
     rows = zip(events, _of(batch.timestamp, at), _of(batch.heads, at), contributors, _of(batch.tails, at), strict=True)
     results = [
         Result(event.stream_id or "", event.event_id, taken if event.timestamp is None else event.timestamp, *(*head, parts, *tail))

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from typing import NamedTuple, cast
+from functools import partial
+from typing import NamedTuple, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -73,6 +74,8 @@ COUNT_SECONDS = 1.0
 _KINDS = list(Kind)
 _DONE, _TOLD, _REFUSED, _FAILED = int(Kind.LATE), (int(Kind.SCORED), int(Kind.LATE)), int(Kind.REFUSED), int(Kind.CONFLICT)
 """Kinds up to which a queue's event is done with, those that have a result of their own, and the first of those that are failures."""
+
+Reply = TypeVar("Reply", Result, msgspec.Raw)
 
 _PUBLISHED = (*_TOLD, int(Kind.DUPLICATE))
 _encoder = msgspec.json.Encoder()
@@ -219,15 +222,32 @@ class Scorer:
         Raises Overloaded when the queue is full, StoreUnavailable when nothing of this call is known to be committed, Superseded where
         that is so because another file of the model is in force.
         """
+        return await self._scored(items, partial(self._replies.results, top_contributors=top_contributors), sender)
+
+    async def score_as_json(
+        self, items: Sequence[Event | ItemError], *, top_contributors: int = TOP, sender: str = ""
+    ) -> tuple[list[msgspec.Raw | ItemError], list[int]]:
+        """The same with results that are JSON already, and the Kind of each event that has one or failed to be scored."""
+        kinds: list[int] = []
+
+        def replies(events: Sequence[Event], answers: Answers) -> list[msgspec.Raw]:
+            kinds.extend(answers.kinds)
+            return self._replies.as_json(events, answers, top_contributors=top_contributors)
+
+        return await self._scored(items, replies, sender), kinds
+
+    async def _scored(
+        self, items: Sequence[Event | ItemError], replies: Callable[[Sequence[Event], Answers], list[Reply]], sender: str
+    ) -> list[Reply | ItemError]:
         self._check()
         events = [item for item in items if isinstance(item, Event)]
         parsed, errors = await self._parse(events)
         if errors:
             events = [event for i, event in enumerate(events) if i not in errors]
-        answers: list[Result | ItemError] = []
+        answers: list[Reply | ItemError] = []
         done = await self._submit(parsed, sender)
         for here, outcome in done:
-            answers += self._replied(events[here], outcome, top_contributors)
+            answers += self._replied(events[here], outcome, replies)
             if len(done) > 1:
                 await asyncio.sleep(0)  # a long request lets the others in between its pieces
         if len(answers) == len(items):
@@ -718,14 +738,18 @@ class Scorer:
         self._count += int((new & ~refused).sum())
         return refused
 
-    def _replied(self, events: list[Event], answers: Answers | OnsetError, top: int) -> list[Result | ItemError]:
+    def _replied(
+        self, events: list[Event], answers: Answers | OnsetError, replies: Callable[[Sequence[Event], Answers], list[Reply]]
+    ) -> list[Reply | ItemError]:
+        if isinstance(answers, Answers) and not _some_failed(answers):
+            return list(replies(events, answers))
         failures = self._failures([event.stream_id or "" for event in events], answers)
         if isinstance(answers, OnsetError):
             return list(failures.values())
-        replies: list[Result | ItemError] = list(self._replies.results(events, answers, top_contributors=top))
+        made: list[Reply | ItemError] = list(replies(events, answers))
         for i, error in failures.items():
-            replies[i] = error
-        return replies
+            made[i] = error
+        return made
 
     def _failures(self, stream_ids: Sequence[str], answers: Answers | OnsetError) -> dict[int, ItemError]:
         """Which events of a piece were not scored, by position."""
@@ -751,6 +775,11 @@ class Scorer:
             self._metrics.fresh.labels(origin.name.lower()).inc()
             if origin != Origin.NEW:
                 log.warning("stream_started_afresh", stream_id=stream_ids[slot], model=self.detector.name, reason=origin.name.lower())
+
+
+def _some_failed(answers: Answers) -> bool:
+    """Hardly ever."""
+    return max(answers.kinds, default=0) >= _FAILED
 
 
 def _identity(delivery: Delivery, *, replies: bool) -> int:
