@@ -60,6 +60,7 @@ def test_a_file_and_inline_json_say_the_same(tmp_path: Path) -> None:
         ('[{"type": "nats", "servers": ["n"], "subjects": ["onset.>"]}]', "'onset.results' is read and written by the same source"),
         ('[{"type": "nats", "servers": ["n"], "subjects": ["*.results"]}]', "'onset.results' is read and written by the same source"),
         ('[{"type": "nats", "servers": ["n"], "subjects": ["a"], "group": "a.b"}]', "source 1 (nats): group:"),
+        ('[{"servers": ["n"]}]', "source 1 has no type; there are redis_streams, kafka, nats, mqtt, amqp."),
         ('[{"type": "redis_streams", "key": "${NOWHERE_TO_BE_FOUND}"}]', "${NOWHERE_TO_BE_FOUND}, which the environment does not have"),
     ],
 )

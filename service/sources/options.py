@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -400,6 +400,9 @@ def _sentence(where: str, content: Sequence[Any], error: ValidationError) -> str
     index, *path = first["loc"]
     entry = content[int(index)] if isinstance(index, int) else None
     kind = entry.get("type", "") if isinstance(entry, dict) else ""
+    if first["type"] == "union_tag_not_found":
+        kinds = ", ".join(str(source.model_fields["type"].default) for source in get_args(get_args(AnySource)[0]))
+        return f"{where}: source {int(index) + 1} has no type; there are {kinds}."
     field = ".".join(str(part) for part in path if part != kind) or "it"
     what = first["msg"].removeprefix("Value error, ")
     got = "" if _secret(field) or isinstance(first["input"], dict) else f"; got {shown(first['input'])}"

@@ -28,7 +28,7 @@ def refused(*arguments: str, **environment: str) -> str:
     """What a `serve` that must not start says."""
     done = subprocess.run(
         [sys.executable, "-m", "service", "serve", *arguments],
-        env=os.environ | {f"ONSET_{name}": value for name, value in environment.items()},
+        env=os.environ | {"ONSET_PORT": "0"} | {f"ONSET_{name}": value for name, value in environment.items()},
         capture_output=True,
         text=True,
         timeout=30,
