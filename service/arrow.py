@@ -371,11 +371,11 @@ def _by_feature(values: NDArray[np.float32], names: Sequence[str], has: NDArray[
 
 
 def _contributors(scored: Scored, names: Sequence[str], top: int, pa: ModuleType) -> Any:
-    """For each event its features that were not missing, the greatest contribution first: of the first `top`."""
+    """For each event, of the `top` greatest contributors, those that were not missing, or contribute by that."""
     scores = scored.scores
     order = np.argsort(-scores.contribution, axis=1, kind="stable")[:, :top]
     x, expected, contribution = (np.take_along_axis(v, order, axis=1) for v in (scores.x, scores.expected, scores.contribution))
-    kept = ~np.isnan(x) & scores.has[:, None]
+    kept = (~np.isnan(x) | (contribution > 0)) & scores.has[:, None]
     numbers = [pa.array(v[kept].astype(np.float64), from_pandas=True) for v in (contribution, x, expected)]
     feature = pa.DictionaryArray.from_arrays(pa.array(order[kept].astype(np.int16)), pa.array(names, pa.utf8()))
     parts = pa.StructArray.from_arrays([feature, *numbers], ["feature", "contribution", "actual", "expected"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from service import arrow
 from service.alerts import Evidence, Transition, advanced, summary
 from service.artifact import Feature
 from service.backtest import Series, Tally, score
@@ -119,6 +122,15 @@ async def test_people_are_told_which_sensor_it_is_and_that_it_has_no_value(detec
     scorer = make(detectors[0], MemoryStore(state_ttl=3600, result_ttl=60))
     scorer.start()
     results = [one for one in await scorer.score(events) if isinstance(one, Result)]
+    columns = {"stream_id": ["by columns"] * len(x), "timestamp": 1.7e9 + 60 * np.arange(len(x), dtype=np.float64)}
+    columns |= {name: pa.array(x[:, j], from_pandas=True) for j, name in enumerate(NAMES)}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.table(columns).schema) as writer:
+        writer.write_table(pa.table(columns))
+    sent = arrow.decode(sink.getvalue().to_pybytes(), max_events=len(x), max_bytes=10**6)
+    scored = await scorer.score_columns(sent)
+    answers = pa.ipc.open_stream(arrow.encode(scored, NAMES, ("machine", "1"), len(x), top_contributors=10)).read_all()
+    assert answers["contributors"].to_pylist() == [[msgspec.structs.asdict(part) for part in one.contributors] for one in results]
     await scorer.drain(5)
     onset = next(one for one in results[NORMAL:] if one.contributors[0].feature == "load" and (one.alert_score or 0) > 1)
     assert onset.contributors[0] == Contributor("load", 1.0, None, onset.expected["load"])
