@@ -8,8 +8,8 @@ While batches are handled the next one gathers, so batches grow with the load. A
 items begin one only where the processor has nothing else to do, once those that were just answered have had a moment to join.
 
 Two items that touch the same stream are never handled at once, and never in another order than they were submitted in by one sender; an
-item that must wait for such a one is passed over. A long item (many events of one stream, hence many steps one after the other) gets a
-batch of its own, one at a time, so that it holds up nobody.
+item that must wait for such a one is passed over. A long item (many events of one stream, hence many steps one after the other) shares
+a batch with other long ones alone, one such batch at a time, so that it holds up nobody else.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ LOOK_AHEAD = 64
 """How many items of one sender are passed over at most for one that is free."""
 LONG_ROUNDS = 64
 """Steps one after the other that a batch takes at most; an item that takes more by itself is long."""
+LONGER = 2
+"""Times the steps of its first item that a batch of long ones may take: so much longer that one waits for others at most."""
 SHORT_BATCHES = 2
 """At once, long ones aside, where one of them is of few streams: it is computed while the other waits, for the store."""
 SLOW_SECONDS = 0.010
@@ -273,7 +275,7 @@ class Batcher(Generic[Item, Answer]):
         batch: _Batch[Item, Answer] = _Batch()
         passed: set[str] = set()
         turns = deque(self._senders)
-        while turns and not batch.long:
+        while turns:
             name = turns.popleft()
             sender = self._senders[name]
             taken = self._first_free(sender, batch, passed)
@@ -310,6 +312,8 @@ class Batcher(Generic[Item, Answer]):
         if batch.members:
             if batch.events + item.events > self._max_batch or len(batch.streams) + len(item.streams) > self._max_streams:
                 return False
+            if batch.long and item.rounds > LONG_ROUNDS and batch.streams.isdisjoint(item.streams):
+                return item.rounds <= LONGER * batch.members[0].item.rounds  # steps of several streams take hardly longer than of one
             return batch.with_(item) <= LONG_ROUNDS
         return item.rounds <= LONG_ROUNDS or not any(other.long for other in self._running.values())
 

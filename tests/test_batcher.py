@@ -381,17 +381,39 @@ async def test_however_much_one_sender_has_queued_there_is_room_for_the_next() -
         await asyncio.gather(head, *(task for task in tasks if task not in refused))
 
 
-async def test_a_long_item_has_a_batch_of_its_own_and_only_one_runs_at_a_time() -> None:
+async def test_long_items_share_one_batch_at_a_time_and_leave_the_others_alone() -> None:
     gate = Gate()
-    async with batcher(gate, depth=3, max_batch=10_000, max_queue=10_000) as running:
-        long = [
-            asyncio.create_task(running.submit(of(name, i, events=500, rounds=500), name)) for i, name in enumerate(("hot", "hotter"), 1)
-        ]
+
+    def long(number: int, name: str) -> asyncio.Task[list[int | Exception]]:
+        return asyncio.create_task(running.submit(of(name, number, events=500, rounds=500), name))
+
+    async with batcher(gate, depth=3, max_batch=1000, max_queue=10_000) as running:
+        tasks = [long(i, name) for i, name in enumerate(("hot", "hotter", "hottest"), 1)]
         short = asyncio.create_task(running.submit(jobs(7, 8), "quiet"))
         await asyncio.sleep(0.01)
-        assert gate.batches == [[1], [7, 8]]
+        assert gate.batches == [[1, 2], [7, 8]]
         gate.open.set()
-        assert await asyncio.gather(*long, short) == [[2], [4], [14, 16]]
+        assert await asyncio.gather(*tasks, short) == [[2], [4], [6], [14, 16]]
+    assert gate.batches == [[1, 2], [7, 8], [3]]
+
+
+async def test_a_long_item_waits_for_others_no_longer_than_for_itself() -> None:
+    gate = Gate()
+    gate.open.set()
+    rounds = {1: 100, 2: 201, 3: 200, 4: 65, 5: 300}
+    async with batcher(gate, max_batch=10_000, max_queue=10_000) as running:
+        tasks = [asyncio.create_task(running.submit(of(f"s{i}", i, events=n, rounds=n), f"s{i}")) for i, n in rounds.items()]
+        assert await asyncio.gather(*tasks) == [[2 * i] for i in rounds]
+    assert gate.batches == [[1, 3, 4], [2, 5]]
+
+
+async def test_long_items_of_one_stream_stay_in_turn() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with batcher(gate, max_batch=10_000, max_queue=10_000) as running:
+        items = [*of("a", 1, 2, events=100, rounds=100), *of("b", 3, events=100, rounds=100), *of("a", 4), *of("b", 5), *of("c", 6)]
+        assert await running.submit(items) == [2, 4, 6, 8, 10, 12]
+    assert gate.batches == [[1, 3], [2], [4, 5, 6]]
 
 
 async def test_events_of_one_stream_fill_a_batch_up_to_its_rounds_only() -> None:
