@@ -6,14 +6,15 @@ changes by compare-and-set alone:
     start       all else is ready ─► claimed, whatever was there
     each beat   ours, or none (a store that lost it)  ─► renewed
                 another file's                        ─► superseded: this replica scores nothing, is not ready, lets others have its queues
-                    not renewed for EXPIRY_SECONDS    ─► taken back
+                    not renewed for EXPIRY_SECONDS    ─► taken back   (of a store that took writes all the while)
     states      of another file were loaded ─► the claim is read after them; ours ─► these streams start afresh (`confirm`)
 
 A beat tells a superseded replica within a second. It need not: who would start a stream of another file afresh asks first, and who goes
 on with a stream of its own file loses the compare once the other has started it afresh. So no state that a file has written in force is
 ever replaced by another file's, until that one is in force.
 
-Time is this process's own, and only what was read counts: an outage of the store takes the claim from nobody.
+Time is this process's own, and only what was read while the store could be written to counts: neither an outage of it nor its refusals
+(full memory or disk, too few replicas in step) take the claim from anybody.
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ class Claim(Uncontested):
             self._lose(found)
 
     async def _watch(self) -> None:
+        await self._store.ping()  # where nobody can write, nobody can renew
         found, now = await self._store.claimed(self._model), self._clock()
         if self._is_ours(found):  # a replica of our file was started, or has taken it back
             self._win(found, over=self._found)

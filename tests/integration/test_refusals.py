@@ -13,6 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.app import Service
+from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, Claim
 from service.detector import Detector
 from service.errors import StoreRefused, StoreUnavailable
 from service.events import Event, Lease, Result
@@ -25,6 +26,7 @@ from service.stores import LOST, WRITTEN, Write
 from service.stores.book import Book
 from service.stores.redis import RedisStore, log_key, shard_of, state_key, trail_key
 from tests.servers import Valkey
+from tests.tiny import build_tiny
 
 MODEL = "tiny"
 RIGHTS = ("~onset:*", "~{onset:*", "+@all", "-@dangerous", "+info")
@@ -89,6 +91,33 @@ async def test_a_replica_is_told_from_a_store_that_refuses_for_good(server: Valk
             assert type(refused.value) is StoreUnavailable
         client.replicaof("NO", "ONE")
     await store.ping()
+    await store.close()
+
+
+@pytest.mark.parametrize(("setting", "refusing", "back"), [("maxmemory", "1", "0"), ("min-replicas-to-write", "1", "0")])
+async def test_while_the_store_refuses_the_file_in_force_keeps_its_model_which_nobody_can_renew(
+    server: Valkey, tmp_path: Path, setting: str, refusing: str, back: str
+) -> None:
+    now = 0.0
+    store = RedisStore(server.url, state_ttl=60, result_ttl=60)
+    await store.open()
+    old, new = (Claim(Detector.load(build_tiny(tmp_path, version=version)), store, Metrics(), lambda: now) for version in ("1", "2"))
+    await old.take()
+    await new.take()
+    await old.beat()
+    with server.client() as client:
+        client.config_set(setting, refusing)
+        for _ in range(2 * round(EXPIRY_SECONDS)):
+            now += BEAT_SECONDS
+            for claim in (old, new):
+                with pytest.raises(StoreUnavailable):
+                    await claim.beat()
+        client.config_set(setting, back)
+    for _ in range(2 * round(EXPIRY_SECONDS)):
+        now += BEAT_SECONDS
+        await old.beat()  # before those in force
+        await new.beat()
+    assert (old.in_force.is_set(), new.in_force.is_set()) == (False, True)
     await store.close()
 
 
