@@ -127,9 +127,11 @@ class Service:
         return f"The batch loop of {', '.join(stuck)} does not turn." if stuck and not self._closing else None
 
     async def ready(self) -> str | None:
-        wrong = await self._not_ready()
+        wrong = await self._unusable()
+        usable = wrong is None
+        wrong = wrong or next((claim.wrong for claim in self.claims.values() if claim.wrong), None)
         self.metrics.ready.set(wrong is None)
-        if wrong is None and self.store is not None and time.monotonic() - self._counted_at > COUNT_SECONDS:
+        if usable and self.store is not None and time.monotonic() - self._counted_at > COUNT_SECONDS:
             self._counted_at = time.monotonic()
             with contextlib.suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(PING_SECONDS):
@@ -256,7 +258,8 @@ class Service:
     async def _drain(self) -> None:
         await asyncio.gather(*(scorer.drain(self.settings.drain_seconds) for scorer in self.scorers.values()))
 
-    async def _not_ready(self) -> str | None:
+    async def _unusable(self) -> str | None:
+        """What keeps any of the models from being scored."""
         if self._closing:
             return "The service is stopping."
         if self.store is None or not self._store_open:
@@ -271,7 +274,7 @@ class Service:
             return error.detail
         except TimeoutError:
             return "The state store does not answer a ping: no answer within a second."
-        return next((claim.wrong for claim in self.claims.values() if claim.wrong), None)
+        return None
 
 
 def create_app(settings: Settings, embedded: EmbeddedStore | None = None) -> FastAPI:

@@ -9,7 +9,7 @@ OnsetError
 │   ├── FutureEvent          ahead of our clock: it would make every later event late
 │   ├── StateConflict        other replicas won the race for this stream three times in a row
 │   ├── TooManyStreams       the store holds as many streams as it may
-│   └── NotCommitted         the store stopped answering in the middle of a long request
+│   └── NotCommitted         the store, or the file in force, was gone in the middle of a long request
 ├── UnknownStream        no state is kept under this id
 ├── UnknownAlert         no alert has this id, or it was forgotten
 ├── AlertResolved        it is over: nobody needs to look after it
@@ -76,7 +76,7 @@ class TooManyStreams(ItemError):
 
 
 class NotCommitted(ItemError):
-    """The store stopped answering while earlier events of the same request had been committed: send this one again."""
+    """The store stopped answering, or another file came into force, when earlier ones of the same request were committed: send it again."""
 
 
 class UnknownStream(OnsetError):

@@ -50,7 +50,7 @@ TABLE: dict[type[OnsetError], tuple[int, str, str, int | None]] = {
     Overloaded: (429, "overloaded", "More than can be scored now", 1),
     TooManyStreams: (429, "too-many-streams", "As many streams as allowed", 60),
     StateConflict: (503, "state-conflict", "Other replicas were faster", 1),
-    NotCommitted: (503, "not-committed", "The store stopped answering", 1),
+    NotCommitted: (503, "not-committed", "Broken off in the middle of the request", 1),
     StoreUnavailable: (503, "store-unavailable", "The store does not answer", 1),
     Superseded: (503, "model-superseded", "Another file of this model is in force", 1),
     StoreRefused: (503, "store-refused", "The store refuses to do it", 10),

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import pytest
@@ -15,11 +15,12 @@ from structlog.testing import capture_logs
 from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, GAP_SECONDS, Claim
 from service.consumer import Consumer, Tap
 from service.detector import Detector
-from service.errors import BadSetting, ItemError, StoreUnavailable, Superseded, UnknownStream
+from service.errors import BadSetting, ItemError, NotCommitted, StoreUnavailable, Superseded, UnknownStream
 from service.events import Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
-from service.scorer import Limits, Scorer
+from service.problems import problem_of
+from service.scorer import MAX_BATCH, Limits, Scorer
 from service.silence import RETURN_SECONDS, Sweeper
 from service.state import Origin
 from service.stores import StateStore, Write
@@ -322,6 +323,24 @@ async def test_whoever_meets_streams_of_the_file_in_force_learns_it_then_and_ste
             await ask
     assert await store.load(MODEL, ["a", "b"]) == before
     assert [answer.state_version for answer in await new.send(*events(1, "a", 3))] == [4]
+
+
+async def test_a_long_request_that_is_overtaken_says_for_each_event_what_became_of_it(start: Start, store: Store) -> None:
+    old = await start(0)
+    await old.send(*events(1))
+    bulk = events(2 * MAX_BATCH, start=1)
+
+    async def meanwhile() -> None:
+        await start(1)
+        await old.claim.beat()
+
+    store.before_commit = meanwhile
+    answers = await old.scorer.score(bulk)
+    assert [type(answer) for answer in answers] == [Result] * MAX_BATCH + [NotCommitted] * MAX_BATCH
+    problem = problem_of(cast("NotCommitted", answers[-1]))
+    assert (problem.status, problem.type, problem.retry_after) == (503, "urn:onset:not-committed", 1)
+    assert "store" not in problem.title
+    assert "is superseded" in problem.detail
 
 
 async def test_a_stream_that_ends_or_is_accepted_is_asked_about_too(start: Start) -> None:

@@ -175,6 +175,16 @@ async def test_a_restarted_replica_knows_how_many_streams_there_are(server: Valk
             client.config_set("maxmemory", "0")
 
 
+async def test_a_replica_of_a_superseded_file_knows_how_many_streams_there_are_too(server: Valkey, tmp_path: Path) -> None:
+    old, new = (Settings(redis_url=server.url, model=build_tiny(tmp_path, version=version)) for version in ("1", "2"))
+    async with Service(old).running() as superseded, Service(new).running() as service:
+        await service.scorers["tiny"].score([Event(f"s{i}", {"value": 1.0}) for i in range(7)])
+        await superseded.claims["tiny"].beat()
+        assert (await superseded.ready() or "").startswith("Model 'tiny' is superseded")
+        assert superseded.metrics.registry.get_sample_value("onset_ready") == 0
+        assert superseded.metrics.registry.get_sample_value("onset_streams") == 7
+
+
 async def test_the_rights_that_the_documentation_names_are_enough(server: Valkey, tiny_detector: Detector) -> None:
     lease = Lease(b"{onset:events}:in", b"{onset:events}:lease", b"token", b"group")
     with server.client() as client:
@@ -192,6 +202,11 @@ async def test_the_rights_that_the_documentation_names_are_enough(server: Valkey
         assert await store.waited(MODEL, 1) == (1, ["a"])
         assert await store.load_trails(MODEL, ["a"]) == [[b"trail"]]
         await store.change_policy({"alpha": b"1"})
+        assert await store.claim(MODEL, b"", b"ours") == b""
+        assert await store.claimed(MODEL) == b"ours"
+        assert await store.count() == 1
+        with server.client() as client:
+            assert client.execute_command("ACL", "DRYRUN", "onset", "RANDOMKEY") == b"OK"
         assert await store.hold("name", "me", 5)
         assert await store.note("name", "me", b"note", 3)
         await store.release("name", "me")
