@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from service.claims import Uncontested
 from service.metrics import Metrics
-from service.silence import RETURN_SECONDS, Sweep, watched
+from service.silence import FOREIGN_SECONDS, RETURN_SECONDS, Sweep, watched
 from service.state import Loaded, Origin, Rows, StateCodec
 from service.stores import StateStore
 
@@ -57,7 +57,9 @@ class SessionSweeper(Sweep):
         later = waited & (deadline > now)
         over = waited & ~later & (now >= since + max(self._seconds, RETURN_SECONDS))
         watches = {stream_ids[i]: float(deadline[i]) for i in np.flatnonzero(later).tolist()}
-        watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(~waited).tolist()}
+        foreign = loaded.origins >= Origin.OTHER_MODEL
+        watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(~waited & ~foreign).tolist()}
+        watches |= {stream_ids[i]: now + FOREIGN_SECONDS for i in np.flatnonzero(foreign).tolist()}
         await self._store.watch(self._model, watches)
         places = np.flatnonzero(over)
         if len(places):

@@ -49,6 +49,8 @@ RETURN_SECONDS = 10.0
 GRACE_SECONDS = 30.0
 """How long a stream that is given its patience anew is not looked at, so that many of them leave room for those that fall silent now; at
 most, since another replica may have been listening for longer."""
+FOREIGN_SECONDS = 300.0
+"""After which a stream is looked at again whose state is of another file of the model: that file may be in force again by then."""
 CLAIMED = 1.0
 """`watch_until` of a silent stream: it is watched, and its next commit sets the watch anew."""
 
@@ -246,10 +248,12 @@ class Sweeper(Sweep):
         grace = since + np.maximum(np.where(np.isfinite(patience) & ~ending, patience, 0), RETURN_SECONDS)
         due = waited & ~later
         over_now, silent = due & ending & (now >= grace), due & ~ending & (now >= grace)
-        over = ~kept
+        foreign = loaded.origins >= Origin.OTHER_MODEL
+        over = ~kept & ~foreign
         watches = {stream_ids[i]: float(rows["deadline"][i]) for i in np.flatnonzero(later).tolist()}
         watches |= {stream_ids[i]: min(float(grace[i]), now + GRACE_SECONDS) for i in np.flatnonzero(due & (now < grace)).tolist()}
         watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(over).tolist()}
+        watches |= {stream_ids[i]: now + FOREIGN_SECONDS for i in np.flatnonzero(foreign).tolist()}
         # Claimed already, and due again: its value outlived the time it was to be forgotten by.
         claimed = kept & (rows["flags"] & SILENT != 0)
         watches |= {stream_ids[i]: SILENT_WATCH + now + self._state_ttl for i in np.flatnonzero(claimed).tolist()}

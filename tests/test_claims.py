@@ -557,6 +557,34 @@ async def test_after_it_was_superseded_a_file_gives_its_streams_their_patience_a
     assert raised == ["s"]
 
 
+async def test_a_stream_that_fell_silent_while_another_file_was_in_force_is_raised_when_its_own_is_again(
+    start: Start, store: Store, clock: Clock
+) -> None:
+    old = await start(0)
+    for i in range(60):
+        clock.now += 10
+        await old.send(Event(stream_id="s", values={"value": float(i % 3)}, timestamp=clock.now))
+    raised: list[tuple[str, str]] = []
+
+    def sweeper(name: str, replica: Replica) -> Sweeper:
+        codec, claim = replica.scorer.detector.codec(), replica.claim
+        return Sweeper(
+            MODEL, codec, Policy, store, replica.metrics, 3600, lambda it: raised.append((name, it.stream_id)), clock, claim=claim
+        )
+
+    new = await start(1)
+    of_new = sweeper("new", new)
+    for _ in range(2):
+        clock.now += 600
+        await of_new.sweep()
+    assert raised == [], "it cannot say for how long silence is ordinary"
+    of_old = sweeper("old", await start(0))
+    await of_old.sweep()
+    clock.now += 600
+    await of_old.sweep()
+    assert raised == [("old", "s")]
+
+
 class Counted(Line):
     def __init__(self, lines: list[Counted]) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.sessions import SessionSweeper
-from service.silence import RETURN_SECONDS
+from service.silence import FOREIGN_SECONDS, RETURN_SECONDS
 from service.stores import StateStore
 from service.stores.memory import MemoryStore
 from service.stores.redis import RedisStore
@@ -45,12 +45,12 @@ class World:
         for _ in range(2):
             self.start()
 
-    def start(self) -> None:
-        """One more replica."""
+    def start(self, detector: Detector | None = None) -> None:
+        """One more replica, or one of another file."""
         metrics = Metrics()
         feed = Feed(metrics)
         feed.watch(self._watch)
-        replica = Scorer(self.detector, self.policy, self.store, metrics, Limits(), lambda: self.now, feed=feed)
+        replica = Scorer(detector or self.detector, self.policy, self.store, metrics, Limits(), lambda: self.now, feed=feed)
         replica.start()
         sweeper = replica.session_sweeper()
         assert sweeper is not None
@@ -122,6 +122,23 @@ async def test_a_session_that_falls_silent_ends_once_by_a_scored_event_of_its_la
     assert world.told[-1] == ("s", 5.0, None)
     assert world.ends == ["s"]
     assert world.sample("onset_sessions_ended_total") == 1
+
+
+async def test_a_session_whose_line_was_the_last_before_another_file_came_into_force_ends_when_its_own_is_again(
+    world: World, tmp_path: Path
+) -> None:
+    await world.say(ACCEPTED, TOOK, CLOSED)
+    world.start(Detector.load(build_tiny_log(tmp_path, session_seconds=SECONDS + 1)))
+    other = world.sweepers.pop()
+    await other.sweep()
+    for _ in range(2):
+        world.now += SECONDS + 20
+        await other.sweep()
+    assert world.ends == []
+    await world.sweep()
+    world.now += FOREIGN_SECONDS
+    await world.sweep()
+    assert world.ends == ["s"]
 
 
 async def test_a_session_that_stops_too_early_is_an_anomaly_with_an_alert(world: World) -> None:
