@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.console.live import FleetQuery, Live, series, short
+from service.console.live import FleetQuery, Live, carrying, series, short
 from service.console.recent import ANOMALY, COLD, LEVEL_SHIFT, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Recent, Room, event_dtype
 from service.console.shared import Shared
 from service.console.trial import Trial, TrialLimits, Trials
@@ -120,6 +120,18 @@ class Watcher:
             except asyncio.QueueEmpty:
                 await asyncio.sleep(0.01)
         return True
+
+
+@pytest.mark.parametrize(
+    ("bits", "order"), [(0, [0, 1, 3, 4, 5, 6, 7, 8]), (ANOMALY, [7, 1, 8, 0, 3, 4, 5, 6]), (OPEN, [7, 1, 8, 0, 3, 4, 5, 6])]
+)
+def test_features_that_carry_the_most_come_first_while_something_is_the_matter(bits: int, order: list[int]) -> None:
+    events = np.zeros(2, [("score", "f4"), ("contribution", "f4", 9), ("bits", "u1")])
+    events["score"] = np.nan, 2.0
+    events["contribution"] = [[0.1, 0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.3], [0.0, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.8, 0.0]]
+    events["bits"][-1] = bits
+    assert carrying(events) == order
+    assert carrying(events[:0]) == list(range(8))
 
 
 async def test_a_ring_holds_the_last_events_of_each_stream_in_order(tiny_detector: Detector) -> None:

@@ -250,7 +250,7 @@ class StreamPage {
     const [kind, words] =
       bits & BITS.open ? ["alert", `${alertOf(bits)} open${bits & BITS.frozen ? ", nothing of it is learned" : ""}`] : bits & BITS.anomaly ? ["anomalous", "Anomalous"] : bits & BITS.cold ? ["cold", "Warming up"] : ["normal", "Normal"];
     this.state.dataset["kind"] = kind;
-    const more = bits & BITS.anomaly ? [severity, direction === "none" ? "" : direction] : [];
+    const more = bits & BITS.anomaly ? [bits & BITS.open ? "" : severity, direction === "none" ? "" : direction] : []; // an open alert says how severe it is
     text(this.state, [words, ...more.filter(Boolean), `last event ${ago(this.data.t[i]!)}`].join(" · "));
     this.accept.disabled = !(bits & BITS.open);
     this.accept.title = this.accept.disabled ? "There is no open alert to accept." : "";
