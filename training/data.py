@@ -68,12 +68,13 @@ def streams_of(tables: Sequence[Table], features: Sequence[str]) -> list[Stream]
 
 def variance_of(x: Float32) -> Float64:
     """Of each column of [T, F], F > 1; 0 where nothing is present. Reads a piece at a time: `x` may be a file's."""
-    count = np.maximum(_sum(np.isfinite(piece).astype(np.float64) for piece in _pieces(x)), 1)
-    mean = _sum(np.where(np.isfinite(piece), piece, 0) for piece in _pieces(x)) / count
-    return np.asarray(_sum(np.where(np.isfinite(piece), piece - mean, 0) ** 2 for piece in _pieces(x)) / count)
+    count = np.maximum(_sum(np.isfinite(piece).astype(np.float64) for piece in pieces(x)), 1)
+    mean = _sum(np.where(np.isfinite(piece), piece, 0) for piece in pieces(x)) / count
+    return np.asarray(_sum(np.where(np.isfinite(piece), piece - mean, 0) ** 2 for piece in pieces(x)) / count)
 
 
-def _pieces(x: Float32) -> Iterator[Float64]:
+def pieces(x: Float32) -> Iterator[Float64]:
+    """The rows of [T, F] in their order, PIECE numbers at a time."""
     rows = max(1, PIECE // x.shape[1])
     return (x[start : start + rows].astype(np.float64) for start in range(0, len(x), rows))
 

@@ -25,7 +25,7 @@ from training import report, synthetic
 from training.autoencoder import NoNetwork, Sizes
 from training.cache import Cached
 from training.calibrate import calibrate, observe
-from training.data import Fleet, Source, Stream, cut, pad, variance_of
+from training.data import Fleet, Float32, Source, Stream, cut, pad, variance_of
 from training.detector import DetectorStep
 from training.distributed import ALONE, World
 from training.evaluate import ASKED, Scores, detection, false_onsets, false_onsets_by_age, onset_p_at, run_streams
@@ -35,6 +35,7 @@ from training.fit import Lanes, Plan, Trainer, prepare
 from training.fit import Progress as Reached
 from training.normaliser import FORECAST_LIMIT
 from training.signals import SCALED_LIMIT, ResidualSignals
+from training.stillness import ALIKE, longest_runs
 from training.verify import Runner
 
 MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
@@ -253,9 +254,21 @@ def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
         observed = observe(step, x, t, lambda: bar.advance(task))
     names = [stream.name for stream in job.calibration]
     step.calibrate(calibrate(observed, step.signals.burn, len(set(names))))
-    if step.stillness is not None and observed.runs is not None:
+    if observed.runs is not None:
         whole = [names.index(name) for name in dict.fromkeys(names)]  # the first lane of each stream is all of it
-        step.stillness.fit(observed.runs[:, whole], [len(job.calibration[lane]) for lane in whole])
+        fit_stillness(step, [job.calibration[lane] for lane in whole], observed.runs[:, whole])
+
+
+def fit_stillness(step: DetectorStep, streams: Sequence[Stream], runs: Float32) -> None:
+    """From whole streams, and what was observed of their first rows [T, B, F]: a night or a week-end may lie beyond them."""
+    if step.stillness is None:
+        return
+    longest = np.zeros((2, *runs.shape[1:]), np.float32)
+    for i, stream in enumerate(streams):
+        if len(stream) > len(runs):
+            deviation = np.sqrt(variance_of(stream.x) + step.normaliser.floor.numpy() ** 2)
+            longest[:, i] = longest_runs(stream.x, ALIKE / step.stillness.memory * deviation)
+    step.stillness.fit(runs, [len(stream) for stream in streams], longest)
 
 
 @torch.no_grad()

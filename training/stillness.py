@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.data import Float32
+from training.data import Float32, Float64, pieces
 from training.layout import Parts, Slot
 from training.normaliser import Normalised
 
@@ -38,6 +38,8 @@ HAIR = 1e-4
 """Of a logarithm: where integers meet, all runtimes shall round alike."""
 YOUNG = 100
 """Values of a feature before which its mean and deviation move too much to say that it stands still."""
+ALIKE = 10.0
+"""Deviations, by the normaliser's memory in events, between values that are the same to a settled stream at rest: of `_same` at z = 1.5."""
 
 
 @dataclass(frozen=True)
@@ -122,20 +124,44 @@ class Stillness(nn.Module):
         return Overdue(over.to(log_p.dtype), least, {"still": runs.packed(runs.known | (over & learns))})
 
     @torch.no_grad()
-    def fit(self, runs: Float32, lengths: Sequence[int]) -> None:
-        """From runs [T, B, F] of different streams, of `lengths` rows: negative where values are missing, as `signed` gives them."""
-        B = runs.shape[1]
+    def fit(self, runs: Float32, lengths: Sequence[int], longest_ever: Float32 | None = None) -> None:
+        """From runs [T, B, F] of different streams, of `lengths` rows: negative where values are missing, as `signed` gives them.
+
+        Of streams that go on beyond these rows `longest_ever` [2, B, F] are the longest of each kind, 0 where unknown.
+        """
+        B, F = runs.shape[1:]
+        longest_ever = np.zeros((2, B, F), np.float32) if longest_ever is None else longest_ever
         inside = np.arange(len(runs))[:, None, None] < np.array(lengths)[:, None]
         exposure, number = float(max(1, inside.sum())), 2 * int(self.scored.sum())
         for kind, sign in enumerate((-1, 1)):
             own = np.where(inside, np.maximum(sign * runs, 0), 0).astype(np.float32)
-            longest = own.max(axis=0)  # [B, F]
+            longest = np.maximum(own.max(axis=0), longest_ever[kind])  # [B, F]
             others = np.stack([_usual(np.delete(longest, b, axis=0)) for b in range(B)])
             # As often as it happens to a stream of which the other streams are all that is known.
             found = _told(own, others)[YOUNG:].sum(axis=(0, 1))
             usual = np.where(self.scored, _levels(_usual(longest)), NEVER)
             self.usual[kind, :, 0] = torch.from_numpy(usual).float()
             self.log_rate[kind, :, 0] = torch.from_numpy(np.log(np.minimum(number * (found + 0.5) / exposure, 1.0))).float()
+
+
+def longest_runs(x: Float32, alike: Float64) -> Float32:
+    """The longest runs in x [T, F] of a stream as [2, F]: missing once there was a value, and not `alike` [F] away from the one before.
+
+    Reads a piece at a time: `x` may be a file's.
+    """
+    F = x.shape[1]
+    run, longest, ever, before = np.zeros((2, F)), np.zeros((2, F)), np.zeros((1, F), bool), np.full((1, F), np.nan)
+    for piece in pieces(x):
+        present = np.isfinite(piece)
+        seen = np.logical_or.accumulate(np.concatenate([ever, present]))
+        same = np.abs(np.diff(np.concatenate([before, piece]), axis=0)) <= alike
+        row = np.arange(len(piece), dtype=np.float64)[:, None]
+        for kind, still in enumerate((~present & seen[:-1], same)):
+            ended = np.maximum.accumulate(np.where(still, -1.0, row))  # the last row that was not of a run
+            runs = row - ended + np.where(ended < 0, run[kind], 0)
+            longest[kind], run[kind] = np.maximum(longest[kind], runs.max(axis=0)), runs[-1]
+        before, ever = piece[-1:], seen[-1:]
+    return np.minimum(longest, KNOWN - 1).astype(np.float32)
 
 
 def _level(log_next: Tensor) -> Tensor:

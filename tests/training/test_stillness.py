@@ -25,10 +25,11 @@ from service.stores.memory import MemoryStore
 from tests.test_scorer import make
 from tests.training.conftest import TINY, random_step
 from training.calibrate import calibrate, observe
-from training.data import Float32, Stream, clock, pad
+from training.data import Float32, Stream, clock, cut, pad
 from training.detector import DetectorStep
 from training.export import manifest_of, publish, to_onnx, training_record
-from training.stillness import LEAST, NEVER, SPAN, STEPS, Runs, Stillness
+from training.pipeline import fit_stillness
+from training.stillness import LEAST, NEVER, SPAN, STEPS, Runs, Stillness, longest_runs
 
 NAMES = ("load", "heat", "flaky", "switch")
 LOAD, HEAT, FLAKY, SWITCH = range(4)
@@ -262,6 +263,44 @@ def test_what_is_usual_is_of_the_fleet_without_the_one_that_is_dead_and_its_rate
     context = Stillness([True, False, True], 1e4)
     context.fit(runs, [1000] * 10)
     assert (context.usual[:, 1] == NEVER).all()
+
+
+def test_the_longest_runs_of_a_file_are_those_that_a_loop_counts() -> None:
+    rng = np.random.default_rng(1)
+    rows, F = 3000, 200  # 1,310 rows a piece
+    x = rng.normal(size=(rows, F)).astype(np.float32)
+    for j in range(F):
+        for start in rng.integers(0, rows - 1, 3):
+            length = int(rng.integers(1, rows))
+            x[start : start + length, j] = np.nan if rng.random() < 0.5 else x[start, j] + 1e-4 * rng.random(len(x[start : start + length]))
+    expected = np.zeros((2, F))
+    for j in range(F):
+        run, last, ever = [0, 0], np.nan, False
+        for value in x[:, j].tolist():
+            missing = value != value  # noqa: PLR0124 - NaN
+            run = [run[0] + 1 if missing and ever else 0, run[1] + 1 if abs(value - last) <= 1e-3 else 0]
+            last, ever = value, ever or not missing
+            expected[:, j] = np.maximum(expected[:, j], run)
+    assert expected.max(axis=1).min() > 2047
+    assert np.array_equal(longest_runs(x, np.full(F, 1e-3)), np.minimum(expected, 2047))
+
+
+def test_a_night_beyond_the_rows_that_calibration_runs_over_is_usual_too() -> None:
+    step = DetectorStep(2, TINY, clip=50.0)
+    assert step.stillness is not None
+    rng = np.random.default_rng(2)
+    observed, streams = np.zeros((400, 3, 2), np.float32), []
+    for i in range(3):
+        x = rng.normal(size=(2000, 2)).astype(np.float32)
+        x[1000:1500, 0] = 7 + 1e-5 * rng.normal(size=500)
+        x[1200:1300, 1] = np.nan
+        streams.append(Stream(f"m{i}", x, clock(1.7e9 + 60 * np.arange(2000, dtype=np.float64))))
+    fit_stillness(step, streams, observed)
+    usual = 2 ** (step.stillness.usual[:, :, 0] / 4) - 1
+    assert usual[:, 0].tolist() == pytest.approx([0, 500], rel=0.2)
+    assert usual[:, 1].tolist() == pytest.approx([100, 0], rel=0.2)
+    fit_stillness(step, [cut(stream, 0, 400) for stream in streams], observed)
+    assert (step.stillness.usual == 0).all()
 
 
 def test_the_more_often_it_happened_in_history_the_longer_a_run_must_be() -> None:
