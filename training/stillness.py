@@ -38,8 +38,10 @@ HAIR = 1e-4
 """Of a logarithm: where integers meet, all runtimes shall round alike."""
 YOUNG = 100
 """Values of a feature before which its mean and deviation move too much to say that it stands still."""
+ROUNDED = 1e-6
+"""Of z, ten times what float32 loses of it near 0."""
 ALIKE = 10.0
-"""Deviations, by the normaliser's memory in events, between values that are the same to a settled stream at rest: of `_same` at z = 1.5."""
+"""Deviations, by the normaliser's memory in events, between values that are the same to a settled stream: of `_same` at z = 1.2."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,12 @@ class Stillness(nn.Module):
         return runs, {"still": runs.packed(runs.known)}
 
     def _same(self, event: Normalised, parts: Parts) -> Tensor:
-        """Whether a value is the last one but for what mean and deviation have learned of that since."""
-        rate = torch.reciprocal(parts["seen"]).clamp(min=1 / self.memory)
-        return ((event.z - parts["previous_z"]).abs() <= rate * (1 + 3 * event.z * event.z)) & (parts["seen"] >= YOUNG)
+        """Whether a value is the last one but for what mean and deviation have learned of that since.
+
+        That moves z by rate·tanh|z|·(1 + |sinh²z - 1|/2) where nothing is clipped, and less elsewhere: below the parabola at any z.
+        """
+        rate, size = torch.reciprocal(parts["seen"]).clamp(min=1 / self.memory), event.z.abs()
+        return ((event.z - parts["previous_z"]).abs() <= rate * size * (2.5 * size + 1.6) + ROUNDED) & (parts["seen"] >= YOUNG)
 
     def overdue(self, runs: Runs, judges: Tensor, learns: Tensor, alpha: Tensor) -> Overdue:
         """What is improbable at alpha [B], of streams that are judged by now [1, B] bool."""

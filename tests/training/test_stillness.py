@@ -211,6 +211,19 @@ def test_a_machine_without_any_value_is_told_though_nothing_of_it_can_be_scored(
 
 
 @torch.no_grad()
+def test_a_new_stream_that_moves_little_does_not_stand_still() -> None:
+    """A stand-by machine: its sensors' noise is a third of a thousandth of what they do in others. The second of them is dead."""
+    step = DetectorStep(2, TINY, clip=50.0)
+    step.normaliser.floor.fill_(0.1)
+    x = 3e-4 * np.random.default_rng(3).normal(size=(600, 8, 2))
+    x[150:, :, 1] = x[149, :, 1]
+    runs = observe(step, x.astype(np.float32), np.tile(np.float32([60, 0, 0]), (600, 8, 1))).runs
+    assert runs is not None
+    assert runs[:, :, 0].max() < LEAST
+    assert (runs[599, :, 1] >= 450).all()
+
+
+@torch.no_grad()
 def test_runs_are_those_that_a_loop_counts_also_where_learning_is_frozen() -> None:
     step = DetectorStep(2, TINY, clip=50.0)
     still = step.stillness
