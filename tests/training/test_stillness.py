@@ -217,7 +217,7 @@ def test_a_new_stream_that_moves_little_does_not_stand_still() -> None:
     step.normaliser.floor.fill_(0.1)
     x = 3e-4 * np.random.default_rng(3).normal(size=(600, 8, 2))
     x[150:, :, 1] = x[149, :, 1]
-    runs = observe(step, x.astype(np.float32), np.tile(np.float32([60, 0, 0]), (600, 8, 1))).runs
+    runs = observe(step, x.astype(np.float32), np.tile(np.array([60, 0, 0], np.float32), (600, 8, 1))).runs
     assert runs is not None
     assert runs[:, :, 0].max() < LEAST
     assert (runs[599, :, 1] >= 450).all()
