@@ -793,8 +793,10 @@ def _identity(delivery: Delivery, *, replies: bool) -> int:
 
 
 def _result_id(reply: Result, delivery: Delivery) -> str:
-    """Of a late event's result too, whose stream has a result of that version already."""
-    named = f"{reply.model}/{reply.stream_id}/{reply.state_version}"
+    """Its place in its stream, with file and time: one that starts afresh counts from 1 again. Of a late event's result too, whose stream
+    has a result of that version already.
+    """
+    named = f"{reply.model}/{reply.model_version}/{reply.stream_id}/{reply.state_version}/{reply.timestamp}"
     if not reply.late:
         return named
     place = f"{delivery.source}-{delivery.position}" if delivery.source else str(reply.timestamp)

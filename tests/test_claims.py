@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar, cast
 
@@ -16,7 +17,7 @@ from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, GAP_SECONDS, Claim
 from service.consumer import Consumer, Tap
 from service.detector import Detector
 from service.errors import BadSetting, ItemError, NotCommitted, StoreUnavailable, Superseded, UnknownStream
-from service.events import Event, Result
+from service.events import Delivery, Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
 from service.problems import problem_of
@@ -583,6 +584,24 @@ async def test_a_stream_that_fell_silent_while_another_file_was_in_force_is_rais
     clock.now += 600
     await of_old.sweep()
     assert raised == [("old", "s")]
+
+
+async def test_no_two_results_that_a_queue_publishes_have_one_identity_however_often_a_stream_starts_afresh(start: Start) -> None:
+    """A server that drops what it has seen, as JetStream does, dropped results of the new file."""
+    named: list[str] = []
+
+    async def consume(replica: Replica, first: int) -> None:
+        deliveries = [Delivery(event, 1, i, 0.0) for i, event in enumerate(events(5, start=first), first)]
+        for _ in range(2):  # delivered again, the same
+            _, published = await replica.scorer.consume(deliveries, replies=True)
+            named.extend(result.id for result in published)
+
+    for turn, file in enumerate((0, 1, 0)):
+        replica = await start(file)
+        await consume(replica, 5 * turn)
+    await replica.scorer.streams.forget("s")
+    await consume(replica, 15)
+    assert Counter(Counter(named).values()) == {2: 20}
 
 
 class Counted(Line):

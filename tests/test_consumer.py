@@ -239,7 +239,9 @@ async def test_results_are_published_in_order_before_their_entries_are_acknowled
     line.put(event(1), event(2, "b"), b"nonsense", event(3))
     await line.until(1, line.settled)
     assert line.results() == [("a", 1, False), ("b", 1, False), ("a", 2, False)]
-    assert [published.id for published in line.published] == ["tiny/a/1", "tiny/b/1", "tiny/a/2"]
+    assert [published.id for published in line.published] == [
+        f"tiny/1/{named}.0" for named in ("a/1/1700000000", "b/1/1700000001", "a/2/1700000003")
+    ]
 
 
 async def test_what_is_delivered_again_is_published_again_with_the_same_numbers_and_scored_once(

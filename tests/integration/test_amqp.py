@@ -63,7 +63,8 @@ async def test_a_result_and_a_dead_letter_say_in_their_properties_what_they_are_
     await rig.send(message(b"nonsense", headers={"batch": 7}, content_type="text/plain", message_id="bad"))
     await q.until(partial(done, service, 2))
     [result] = await rig.sent_results()
-    assert (result.routing_key, result.message_id, result.headers) == ("s0", "tiny/s0/1", {"stream_id": "s0"})
+    named = f"tiny/1/s0/1/{json.loads(result.body)['timestamp']}"
+    assert (result.routing_key, result.message_id, result.headers) == ("s0", named, {"stream_id": "s0"})
     assert (result.content_type, result.delivery_mode) == ("application/json", aio_pika.DeliveryMode.PERSISTENT)
     [letter] = await rig.letters()
     assert (letter.body, letter.content_type, letter.message_id, letter.headers["batch"]) == (b"nonsense", "text/plain", "bad", 7)

@@ -54,8 +54,9 @@ async def test_a_result_and_a_dead_letter_say_in_user_properties_what_they_are_o
     rig.plant.publish(f"{rig.name}/in/a", b"nonsense", content_type="text/plain", batch="7")
     await q.until(lambda: len(rig.plant.on(f"{rig.name}/out")) == 2)
     [result] = rig.plant.on(f"{rig.name}/out/results/{rig.name}/in/a")
+    named = f"tiny/1/{rig.name}/in/a/1/{json.loads(result.content)['timestamp']}"
     assert (result.properties, result.content_type) == (
-        {"id": f"tiny/{rig.name}/in/a/1", "stream_id": f"{rig.name}/in/a"},
+        {"id": named, "stream_id": f"{rig.name}/in/a"},
         "application/json",
     )
     [letter] = rig.plant.on(f"{rig.name}/out/dead")
