@@ -203,7 +203,10 @@ class DetectorStep(ArtifactStep):
             named = some & ~(p_value < likely)  # NaN is not less: an event without any value is judged, too
             p_value = torch.where(named, likely, p_value)
             onset_p = torch.where(some & (learn > 0.5) & ~(onset_p < likely), likely, onset_p)
-            shares = torch.where(named, overdue.features / row_sum(overdue.features.t()).t().clamp(min=1.0), shares)
+            dead = overdue.features / row_sum(overdue.features.t()).t().clamp(min=1.0)
+            # Beside what is rarer still, a dead sensor has its part of the decades.
+            part = torch.where(some, overdue.log_p / (overdue.log_p + torch.log(answer.p_value)), 0.0)
+            shares = torch.where(named, dead, shares + part * (dead - shares))
         return state_out, p_value, onset_p, *(part.t() for part in (*band, shares))
 
     def judges(self, event: Normalised) -> Tensor:

@@ -149,6 +149,17 @@ async def test_people_are_told_which_sensor_it_is_and_that_it_has_no_value(detec
     assert "load 100 %: no value, expected" in (tmp_path / "out.html").read_text()
 
 
+def test_a_sensor_that_dies_while_another_fault_is_rarer_is_named_beside_it(detectors: tuple[Detector, Detector]) -> None:
+    x = with_fault(HEAT, "missing")
+    x[NORMAL - 100 : NORMAL + FAULT, :, LOAD] += 3000
+    _, records = play(detectors[0], x)
+    dead = records[NORMAL + 60 : NORMAL + FAULT]["contribution"]
+    assert (dead[:, :, HEAT] > 0.05).all()
+    assert (dead[:, :, LOAD] > 0.3).mean() > 0.9
+    assert dead.sum(axis=2) == pytest.approx(1, abs=1e-5)
+    assert (records[NORMAL - 90 : NORMAL - 1]["contribution"][:, :, HEAT] < 0.05).all()
+
+
 def test_without_it_neither_is_told(detectors: tuple[Detector, Detector]) -> None:
     _, without = detectors
     for kind in ("missing", "frozen"):
