@@ -231,32 +231,20 @@ async def test_of_two_superseded_files_one_takes_the_claim_back(start: Start, cl
     assert first.serves != second.serves
 
 
-async def test_an_outage_of_the_store_takes_the_claim_from_nobody(start: Start, store: Store, clock: Clock) -> None:
-    old, new = await start(0), await start(1)
-    await old.claim.beat()
-    store.away = True
-    for _ in range(20):
-        clock.now += BEAT_SECONDS
-        for replica in (old, new):
-            with pytest.raises(StoreUnavailable):
-                await replica.claim.beat()
-    store.away = False
-    await pass_(clock, GAP_SECONDS, old)  # which is back before those in force
-    await pass_(clock, EXPIRY_SECONDS, old, new)
-    assert (old.serves, new.serves) == (False, True)
-
-
-async def test_a_store_that_refuses_to_be_written_to_takes_the_claim_from_nobody(start: Start, store: Store, clock: Clock) -> None:
+@pytest.mark.parametrize("trouble", ["away", "refuses"])
+async def test_a_store_that_is_away_or_refuses_to_be_written_to_takes_the_claim_from_nobody(
+    start: Start, store: Store, clock: Clock, trouble: str
+) -> None:
     old, new = await start(0), await start(1)
     await old.claim.beat()
     await pass_(clock, 3, new, old)
-    store.refuses = True
+    setattr(store, trouble, True)
     for _ in range(20):
         clock.now += BEAT_SECONDS
         for replica in (old, new):
             with pytest.raises(StoreUnavailable):
                 await replica.claim.beat()
-    store.refuses = False
+    setattr(store, trouble, False)
     await pass_(clock, GAP_SECONDS, old)  # which is back before those in force
     await pass_(clock, EXPIRY_SECONDS, old, new)
     assert (old.serves, new.serves) == (False, True)
