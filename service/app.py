@@ -24,7 +24,7 @@ from starlette.responses import Response
 from service import loki, openapi, otlp, patterns, queues, remote_write, series, shipped, tasks, tellers, tracing
 from service.api import Application, Door
 from service.canary import Canary
-from service.claims import Claim
+from service.claims import StoredClaim
 from service.console.pages import Console, ConsoleLimits
 from service.console.trial import TrialLimits
 from service.control import Alpha, Asked, Control, Strict
@@ -74,7 +74,7 @@ class Service:
         self.default_model = _default(self.detectors, settings)
         self.names = Names(read_rules(settings.prometheus_relabel) if settings.prometheus_relabel else (), settings.prometheus_series)
         self.scorers: dict[str, Scorer] = {}
-        self.claims: dict[str, Claim] = {}
+        self.claims: dict[str, StoredClaim] = {}
         with _affordable("ONSET_CONSOLE_BYTES", settings.console_bytes):
             self.console = self._console() if settings.console else None
         self.book = Book()
@@ -223,11 +223,11 @@ class Service:
         )
         for name, detector in self.detectors.items():
             policy_of = replace(policy, tau=detector.manifest.age_constant)
-            claim = self.claims[name] = Claim(detector, store, self.metrics)
+            claim = self.claims[name] = StoredClaim(detector, store, self.metrics, instance=settings.instance)
             self.scorers[name] = Scorer(detector, policy_of, store, self.metrics, limits, held=True, feed=self.feed, claim=claim)
             self.scorers[name].start()
 
-    def _claimed(self, model: str) -> tuple[Scorer, Claim]:
+    def _claimed(self, model: str) -> tuple[Scorer, StoredClaim]:
         """Raises KeyError."""
         name = model or self.default_model
         return self.scorers[name], self.claims[name]

@@ -4,6 +4,7 @@ A state fits only the file it came from, so of the files of one name one alone m
 changes by compare-and-set alone:
 
     start       all else is ready ─► claimed, whatever was there
+    restart     of an instance that has claimed this file before, while another one is in force ─► superseded
     each beat   ours, or none (a store that lost it)  ─► renewed
                 another file's                        ─► superseded: this replica scores nothing, is not ready, lets others have its queues
                     not renewed for EXPIRY_SECONDS    ─► taken back   (of a store that took writes all the while)
@@ -23,6 +24,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -59,13 +61,12 @@ class Stake(msgspec.Struct, frozen=True):
         return f"version {self.version} (sha256 {self.sha256}, states of format {self.format})"
 
 
-class Uncontested:
-    """In place of a claim, where nobody else's states are met: for a scorer with streams of its own."""
+class Claim(Protocol):
+    """What a scorer asks: whether its model's file is in force."""
 
     @property
     def wrong(self) -> str | None:
-        """Why nothing may be scored."""
-        return None
+        """Why nothing may be scored; None = it may."""
 
     def check(self) -> None:
         """Raises Superseded where our file is not in force, as far as we know, and StoreUnavailable before it was claimed."""
@@ -74,13 +75,35 @@ class Uncontested:
         """After states [B] were loaded: may those of another file be started afresh? Raises as `check` does, and StoreUnavailable."""
 
 
-class Claim(Uncontested):
-    """Of one detector's model. `clock` gives seconds."""
+class Uncontested:
+    """Implements Claim where nobody else's states are met: for a scorer with streams of its own."""
 
-    def __init__(self, detector: Detector, store: StateStore, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+    @property
+    def wrong(self) -> str | None:
+        return None
+
+    def check(self) -> None:
+        return
+
+    async def confirm(self, origins: NDArray[np.uint8]) -> None:
+        return
+
+
+class StoredClaim:
+    """Implements Claim for one detector's model. `clock` gives seconds.
+
+    `instance` names what is restarted by itself, after a crash: its restarts are none of the starts that bring a file into force, or a
+    crash of an old replica amid a rollout would undo it. "" = every start is one.
+    """
+
+    def __init__(
+        self, detector: Detector, store: StateStore, metrics: Metrics, clock: Callable[[], float] = time.monotonic, *, instance: str = ""
+    ) -> None:
         self.in_force, self.superseded = asyncio.Event(), asyncio.Event()
         """Neither before it was claimed, then always one of both."""
         self._model, self._store, self._metrics, self._clock = detector.name, store, metrics, clock
+        self._instance = f"{detector.name}/{instance}" if instance else ""
+        """What the store keeps of it, as another claim: no model has such a name."""
         self._ours = Stake(f"{detector.fingerprint:016x}", detector.manifest.version, FORMAT)
         self._gauge = metrics.in_force.labels(detector.name)
         self._gauge.set(0)
@@ -118,9 +141,15 @@ class Claim(Uncontested):
         self.check()
 
     async def take(self) -> None:
-        """Our file is in force from here on, whichever was before: it is started last. Raises StoreUnavailable."""
+        """Our file is in force from here on, whichever was before: it is started last. Not after a restart. Raises StoreUnavailable."""
+        if self._instance and self._is_ours(await self._store.claimed(self._instance)):
+            found = await self._store.claimed(self._model)
+            if found and not self._is_ours(found):
+                self._lose(found)
+                return
         mine = self._renewed()
         before = await self._store.claim(self._model, None, mine)
+        await self._remember(mine)
         self._win(mine, over=b"" if self._is_ours(before) else before)
 
     async def run(self, every: float = BEAT_SECONDS) -> None:
@@ -155,8 +184,14 @@ class Claim(Uncontested):
             found = mine
         if self._is_ours(found):
             self._found = found if self.in_force.is_set() else self._found
+            await self._remember(mine)
         else:
             self._lose(found)
+
+    async def _remember(self, mine: bytes) -> None:
+        """For a restart of this instance."""
+        if self._instance:
+            await self._store.claim(self._instance, None, mine)
 
     async def _watch(self) -> None:
         await self._store.ping()  # where nobody can write, nobody can renew
@@ -180,7 +215,7 @@ class Claim(Uncontested):
         log.info("model_in_force", model=self._model, file=str(self._ours), before=_shown(over) if over else None)
 
     def _lose(self, found: bytes) -> None:
-        if not self.in_force.is_set():
+        if self.superseded.is_set():
             return
         self._found, self._since = found, self._clock()
         self._read_at = self._since

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from service import tasks, tracing
-from service.claims import Claim
+from service.claims import StoredClaim
 from service.errors import BadEvent, Fenced, ItemError, OnsetError, Overloaded, StoreUnavailable, Superseded
 from service.events import Delivery, Published
 from service.mapping import Mapper
@@ -301,7 +301,7 @@ class Consumer:
 class Tap:
     """Reads a source while its model's file is in force, each time by a consumer of its own; in between others have its partitions."""
 
-    def __init__(self, make: Callable[[], Consumer], claim: Claim, metrics: Metrics, seconds: float) -> None:
+    def __init__(self, make: Callable[[], Consumer], claim: StoredClaim, metrics: Metrics, seconds: float) -> None:
         """`make` is called now for the first time: what is wrong with a source's settings is raised here. `seconds` as of Consumer.stop."""
         self._make, self._claim, self._metrics, self._seconds = make, claim, metrics, seconds
         self._made: Consumer | None = make()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from service.claims import Claim
+from service.claims import StoredClaim
 from service.consumer import Consumer, Tap
 from service.errors import BadSetting
 from service.mapping import Mapper
@@ -42,7 +42,7 @@ def taps(
     sources: Sequence[options.AnySource],
     store_url: str,
     store: StateStore,
-    scorer_of: Callable[[str], tuple[Scorer, Claim]],
+    scorer_of: Callable[[str], tuple[Scorer, StoredClaim]],
     metrics: Metrics,
     *,
     max_events: int,

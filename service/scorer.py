@@ -36,7 +36,7 @@ from service import alerts, sessions, tracing
 from service.alerts import Standing
 from service.artifact import NEW
 from service.batcher import Batcher, Waits
-from service.claims import Uncontested
+from service.claims import Claim, Uncontested
 from service.copies import Copies
 from service.detector import Detector
 from service.errors import BadEvent, ItemError, NotCommitted, OnsetError, StateConflict, StoreUnavailable, TooManyStreams
@@ -141,7 +141,7 @@ class Scorer:
         held: bool = False,
         feed: Feed | None = None,
         alerting: bool = True,
-        claim: Uncontested | None = None,
+        claim: Claim | None = None,
     ) -> None:
         self.detector = detector
         self._alerting = alerting

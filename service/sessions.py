@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.claims import Uncontested
+from service.claims import Claim
 from service.metrics import Metrics
 from service.silence import FOREIGN_SECONDS, RETURN_SECONDS, Sweep, watched
 from service.state import Loaded, Origin, Rows, StateCodec
@@ -46,7 +46,7 @@ class SessionSweeper(Sweep):
         metrics: Metrics,
         clock: Callable[[], float],
         *,
-        claim: Uncontested | None = None,
+        claim: Claim | None = None,
     ) -> None:
         super().__init__(model, codec, store, metrics, clock, claim)
         self._seconds, self._end = seconds, end

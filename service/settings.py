@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     """Empty: an embedded valkey-server is started and supervised."""
     redis_cluster: bool = False
     """Whether `redis_url` is of a Redis Cluster: of one of its nodes, or of several with commas between. Not for Redis Streams."""
+    instance: Annotated[str, Field(max_length=256, pattern=r"^[!-~]*$")] = ""
+    """What is restarted by itself after a crash: a pod's uid. Such a restart brings no old model file back into force (docs/deploy.md)."""
     data_dir: Path = Path("onset-data")
     """Where the embedded store keeps its data."""
     alpha: Annotated[float, Field(ge=SMALLEST_ALPHA, lt=LARGEST_ALPHA)] = 0.001

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from service import alerts, cadence
 from service.alerts import Transition
-from service.claims import Uncontested
+from service.claims import Claim, Uncontested
 from service.errors import StoreUnavailable, Superseded
 from service.metrics import Metrics
 from service.policy import Policy
@@ -160,7 +160,7 @@ class Sweep(ABC):
     """
 
     def __init__(
-        self, model: str, codec: StateCodec, store: StateStore, metrics: Metrics, clock: Callable[[], float], claim: Uncontested | None
+        self, model: str, codec: StateCodec, store: StateStore, metrics: Metrics, clock: Callable[[], float], claim: Claim | None
     ) -> None:
         self._file = claim or Uncontested()
         self._model, self._codec, self._store, self._metrics, self._clock = model, codec, store, metrics, clock
@@ -233,7 +233,7 @@ class Sweeper(Sweep):
         raise_: Raise = to_log,
         clock: Callable[[], float] = time.time,
         *,
-        claim: Uncontested | None = None,
+        claim: Claim | None = None,
     ) -> None:
         super().__init__(model, codec, store, metrics, clock, claim)
         self._policy, self._state_ttl, self._raise = policy, state_ttl, raise_

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from service import alerts, cadence, silence
 from service.alerts import Stand, Transition
-from service.claims import Uncontested
+from service.claims import Claim, Uncontested
 from service.copies import Copies
 from service.errors import StateConflict, UnknownStream
 from service.events import Event, Result
@@ -54,7 +54,7 @@ class Streams:
         clock: Callable[[], float] = time.time,
         *,
         alerting: bool = True,
-        claim: Uncontested | None = None,
+        claim: Claim | None = None,
     ) -> None:
         self._claim = claim or Uncontested()
         self._model, self._codec, self._policy, self._store, self._copies = model, codec, policy, store, copies

@@ -7,13 +7,13 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, GAP_SECONDS, Claim
+from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, GAP_SECONDS, StoredClaim
 from service.consumer import Consumer, Tap
 from service.detector import Detector
 from service.errors import BadSetting, ItemError, NotCommitted, StoreUnavailable, Superseded, UnknownStream
@@ -34,6 +34,10 @@ T = TypeVar("T")
 MODEL, EACH = "tiny", 120
 OTHERS = np.array([Origin.STORED, Origin.OTHER_MODEL], np.uint8)
 OURS = np.array([Origin.STORED, Origin.NEW], np.uint8)
+
+
+class Start(Protocol):
+    async def __call__(self, file: int, instance: str = "") -> Replica: ...
 
 
 class Clock:
@@ -98,9 +102,9 @@ class Store(MemoryStore):
 class Replica:
     """A scorer of one file, and its claim."""
 
-    def __init__(self, detector: Detector, store: StateStore, clock: Clock) -> None:
+    def __init__(self, detector: Detector, store: StateStore, clock: Clock, instance: str = "") -> None:
         self.metrics, self.clock = Metrics(), clock
-        self.claim = Claim(detector, store, self.metrics, clock)
+        self.claim = StoredClaim(detector, store, self.metrics, clock, instance=instance)
         self.scorer = Scorer(detector, Policy(), store, self.metrics, Limits(), clock, claim=self.claim)
         self.scorer.start()
 
@@ -151,21 +155,18 @@ def store() -> Store:
 
 
 @pytest.fixture
-async def start(files: list[Detector], store: Store, clock: Clock) -> AsyncIterator[Callable[[int], Awaitable[Replica]]]:
-    """Starts a replica of a file, by its number."""
+async def start(files: list[Detector], store: Store, clock: Clock) -> AsyncIterator[Start]:
+    """Starts a replica of a file, by its number; of an instance that is restarted by itself, or of none."""
     started: list[Replica] = []
 
-    async def start(file: int) -> Replica:
-        started.append(Replica(files[file], store, clock))
+    async def start(file: int, instance: str = "") -> Replica:
+        started.append(Replica(files[file], store, clock, instance))
         await started[-1].claim.take()
         return started[-1]
 
     yield start
     for replica in started:
         await replica.scorer.drain(1)
-
-
-Start = Callable[[int], Awaitable[Replica]]
 
 
 async def test_the_file_that_was_started_last_is_in_force_and_the_other_is_told_by_its_next_beat(start: Start) -> None:
@@ -190,6 +191,52 @@ async def test_the_file_that_was_started_last_is_in_force_and_the_other_is_told_
     for replica in (old, new, again):
         await replica.claim.beat()
     assert (old.serves, new.serves, again.serves) == (True, False, True)
+
+
+async def test_the_restart_of_an_instance_brings_no_former_file_back_and_its_replacement_does(start: Start, clock: Clock) -> None:
+    old, new = await start(0, "pod-a"), await start(1, "pod-b")
+    with capture_logs() as lines:
+        crashed = await start(0, "pod-a")  # before it could learn that it is superseded
+    assert [line["event"] for line in lines] == ["model_superseded"]
+    assert (crashed.serves, new.serves) == (False, True)
+    with pytest.raises(Superseded, match="version 2"):
+        await crashed.send(*events(1))
+    await pass_(clock, 3 * EXPIRY_SECONDS, new, crashed)
+    assert (crashed.serves, new.serves) == (False, True)
+    await new.claim.beat()
+    again = await start(1, "pod-b")
+    assert again.serves, "its file is in force"
+    undone = await start(0, "pod-c")
+    for replica in (old, crashed, again):
+        await replica.claim.beat()
+    assert (undone.serves, crashed.serves, again.serves) == (True, True, False)
+    changed = await start(2, "pod-b")
+    assert changed.serves, "another file than it had: somebody has put it there"
+
+
+async def test_an_instance_that_restarts_alone_takes_its_model_back_after_the_expiry(start: Start, store: Store, clock: Clock) -> None:
+    await start(0, "pod-a")
+    await start(1, "pod-b")
+    restarted = await start(0, "pod-a")  # and nothing is left of the other
+    await pass_(clock, EXPIRY_SECONDS - 1, restarted)
+    assert not restarted.serves
+    await pass_(clock, 1, restarted)
+    assert restarted.serves
+    store.lose()
+    assert (await start(0, "pod-a")).serves, "of a store that lost everything nothing is known"
+
+
+async def test_the_mark_of_an_instance_lives_as_long_as_it_beats(files: list[Detector], clock: Clock) -> None:
+    store = MemoryStore(state_ttl=60, result_ttl=600, clock=clock)
+    old = Replica(files[0], store, clock, "pod-a")
+    await old.claim.take()
+    await pass_(clock, 200, old)
+    new, crashed = Replica(files[1], store, clock), Replica(files[0], store, clock, "pod-a")
+    await new.claim.take()
+    await crashed.claim.take()
+    assert (crashed.serves, new.serves) == (False, True)
+    for replica in (old, new, crashed):
+        await replica.scorer.drain(1)
 
 
 async def test_nothing_is_scored_before_the_claim(files: list[Detector], store: Store, clock: Clock) -> None:
@@ -639,5 +686,5 @@ def test_what_is_wrong_with_a_source_shows_before_its_model_is_claimed(files: li
         raise BadSetting("nonsense")
 
     with pytest.raises(BadSetting, match="nonsense"):
-        Tap(wrong, Claim(files[0], store, Metrics()), Metrics(), seconds=1)  # type: ignore[arg-type]
+        Tap(wrong, StoredClaim(files[0], store, Metrics()), Metrics(), seconds=1)  # type: ignore[arg-type]
     assert store.asked == 0

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from bench.ledger import Reference
-from service.claims import Claim
+from service.claims import StoredClaim
 from service.detector import Detector
 from service.errors import OnsetError, StoreUnavailable, Superseded
 from service.events import Event, Result
@@ -138,7 +138,7 @@ class Replica:
         self.model = model
         self.line = Line(world, model)
         store, detector = cast("StateStore", self.line), world.detectors[model]
-        self.claim = Claim(detector, store, world.metrics)
+        self.claim = StoredClaim(detector, store, world.metrics)
         self.scorer = Scorer(detector, Policy(), store, world.metrics, Limits(), lambda: world.now, claim=self.claim)
         self.scorer.start()
 
@@ -269,7 +269,7 @@ class World:
         else:
             if fate is Fate.CLAIM:
                 other = 1 - run.replica.model
-                await Claim(self.detectors[other], cast("StateStore", Line(self, other)), self.metrics).take()
+                await StoredClaim(self.detectors[other], cast("StateStore", Line(self, other)), self.metrics).take()
             if fate is Fate.LEAVE:
                 run.task.cancel()
             gate.set_result(None)

@@ -10,6 +10,7 @@ Keys (each name once, here):
     onset:{SHARD}:=NAME            a lease, which expires: its holder      SHARD as if NAME were a stream id
     onset:{SHARD}:+NAME            the notes beside it, a list
     onset:{SHARD}:^MODEL           the claim of one of the model's files, see claims.py; SHARD as if MODEL were a stream id
+    onset:{SHARD}:^MODEL/INSTANCE  which of them this instance has claimed; SHARD as if both were a stream id
     onset:results                  results of events that came from a queue in the store (Output); its entries have the one field `result`
 
 Load is one MGET, commit one call of the server-side function in commit.lua. The client never retries by itself: whether a lost

@@ -146,7 +146,12 @@ def test_every_pod_fulfils_the_restricted_security_standard_with_a_read_only_roo
 def test_every_setting_is_known_to_the_service_and_accepted(settings: Settings, container: Document) -> None:
     assert settings.host == "0.0.0.0"
     assert container["ports"] == [{"name": "http", "containerPort": settings.port, "protocol": "TCP"}]
-    assert [entry["name"].removeprefix("ONSET_").lower() in Settings.model_fields for entry in container["env"]] == [True]
+    assert {entry["name"].removeprefix("ONSET_").lower() for entry in container["env"]} == {"redis_url", "instance"}
+
+
+def test_a_restart_in_its_pod_is_known_by_the_pods_uid(container: Document) -> None:
+    (instance,) = [entry for entry in container["env"] if entry["name"] == "ONSET_INSTANCE"]
+    assert instance["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.uid"}}
 
 
 def test_the_stores_url_comes_from_a_secret_and_is_in_no_file_of_the_base(container: Document) -> None:

@@ -84,6 +84,25 @@ def test_another_file_is_rolled_out_under_load_and_one_that_dies_gives_way_to_th
         assert f'"event": "{event}"' in service.log.read_text()
 
 
+def test_an_old_replica_that_crashes_amid_a_rollout_comes_back_superseded(tmp_path: Path, server: Valkey, files: list[Path]) -> None:
+    old, new = (
+        Service(tmp_path / name / "data", model=file, wait=False, REDIS_URL=server.url, INSTANCE=f"uid-of-{name}")
+        for name, file in zip(("old", "new"), files, strict=True)
+    )
+    with old:
+        old.wait_ready()
+        with new:
+            new.wait_ready()
+            old.kill()
+            old.start()
+            wait(lambda: "is superseded" in local.get(f"{old.url}/health/ready").text if old.readiness() else False, 30)
+            assert (old.readiness(), new.readiness()) == (503, 200)
+            new.kill()
+            new.start()
+            new.wait_ready()
+            assert [metric(service, "onset_model_in_force{") for service in (old, new)] == [0, 1]
+
+
 def test_with_the_embedded_store_another_file_is_in_force_with_its_start(tmp_path: Path, files: list[Path]) -> None:
     events = [{"stream_id": "s", "values": {"value": 1.0}, "timestamp": 1.7e9 + i} for i in range(3)]
     for file, fresh in ((files[0], 0), (files[1], 1), (files[1], 0), (files[0], 1)):

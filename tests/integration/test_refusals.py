@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.app import Service
-from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, Claim
+from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, StoredClaim
 from service.detector import Detector
 from service.errors import StoreRefused, StoreUnavailable
 from service.events import Event, Lease, Result
@@ -101,7 +101,7 @@ async def test_while_the_store_refuses_the_file_in_force_keeps_its_model_which_n
     now = 0.0
     store = RedisStore(server.url, state_ttl=60, result_ttl=60)
     await store.open()
-    old, new = (Claim(Detector.load(build_tiny(tmp_path, version=version)), store, Metrics(), lambda: now) for version in ("1", "2"))
+    old, new = (StoredClaim(Detector.load(build_tiny(tmp_path, version=version)), store, Metrics(), lambda: now) for version in ("1", "2"))
     await old.take()
     await new.take()
     await old.beat()
