@@ -1,44 +1,10 @@
 /** Alerts: open, acknowledged, resolved. */
 
-import { Refused, ask, streamPath } from "./api";
+import { Refused, ask, streamPath, type Alert, type AlertsPage, type Evidence } from "./api";
 import { fill, h } from "./dom";
 import { ago, chance, clock, duration, number, share } from "./format";
 import { PARTS, partOf, slots, varying } from "./lines";
-import type { Shell, View } from "./main";
-
-interface Evidence {
-  timestamp: number;
-  p_value: number | null;
-  anomaly_score: number | null;
-  alert_score: number | null;
-  direction: string;
-  contributors: { feature: string; contribution: number; actual: number | null; expected: number | null; lower: number | null; upper: number | null }[];
-  line?: { message: string | null; template: string | null; new: boolean; before: string[] };
-  expected?: Record<string, number | null>;
-}
-
-export interface Alert {
-  id: string;
-  kind: "anomaly" | "silence";
-  status: "open" | "acknowledged" | "resolved";
-  model: string;
-  stream_id: string;
-  severity: string;
-  started_at: number;
-  opened_at: number;
-  updated_at: number;
-  resolved_at: number | null;
-  resolution: string | null;
-  onset: Evidence | null;
-  last: Evidence | null;
-  patience: number | null;
-  acknowledgement: { by: string; note: string; at: number } | null;
-}
-
-export interface AlertsPage {
-  alerts: Alert[];
-  next_cursor: string | null;
-}
+import type { Shell, View } from "./view";
 
 const STATUSES = ["open", "acknowledged", "resolved"] as const;
 type Status = (typeof STATUSES)[number];

@@ -242,3 +242,37 @@ export interface Model {
   expected_false_alarms: { per_stream_and_1000_events: number; extra_while_learning: number };
   default: boolean;
 }
+
+export interface Evidence {
+  timestamp: number;
+  p_value: number | null;
+  anomaly_score: number | null;
+  alert_score: number | null;
+  direction: string;
+  contributors: { feature: string; contribution: number; actual: number | null; expected: number | null; lower: number | null; upper: number | null }[];
+  line?: { message: string | null; template: string | null; new: boolean; before: string[] };
+  expected?: Record<string, number | null>;
+}
+
+export interface Alert {
+  id: string;
+  kind: "anomaly" | "silence";
+  status: "open" | "acknowledged" | "resolved";
+  model: string;
+  stream_id: string;
+  severity: string;
+  started_at: number;
+  opened_at: number;
+  updated_at: number;
+  resolved_at: number | null;
+  resolution: string | null;
+  onset: Evidence | null;
+  last: Evidence | null;
+  patience: number | null;
+  acknowledgement: { by: string; note: string; at: number } | null;
+}
+
+export interface AlertsPage {
+  alerts: Alert[];
+  next_cursor: string | null;
+}

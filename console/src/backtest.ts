@@ -5,7 +5,7 @@ import { Refused, ask, type Contributor, type Model } from "./api";
 import { Chart, legend, scoreChart, valueChart, type Column, type Options } from "./charts";
 import { ICONS, fill, h, icon, scrolling, text } from "./dom";
 import { chance, clock, count, number, score } from "./format";
-import type { View } from "./main";
+import type { View } from "./view";
 import { loglog } from "./plots";
 
 interface Result {

@@ -3,7 +3,7 @@
 import { BITS, Live, address, ask, streamPath, type ChangesMessage, type Counts, type Feature, type FleetMessage, type Kind, type Link, type Model } from "./api";
 import { ICONS, append, fill, h, icon, text } from "./dom";
 import { count } from "./format";
-import type { Shell, View } from "./main";
+import type { Shell, View } from "./view";
 import { Rows, WORDS_MS, type Stream } from "./rows";
 import { Trace } from "./spark";
 

@@ -1,8 +1,8 @@
 /** The shell: bar, addresses behind #, keys. Each view is mounted into <main> and says how it is left. */
 
 import "uplot/dist/uPlot.min.css";
-import { Refused, ask, streamPath, type Link, type Model } from "./api";
-import { PAGE, alertsView, type AlertsPage } from "./alerts";
+import { Refused, ask, streamPath, type AlertsPage, type Model } from "./api";
+import { PAGE, alertsView } from "./alerts";
 import { backtestView } from "./backtest";
 import { ICONS, fill, h, icon, text } from "./dom";
 import { fleetView } from "./fleet";
@@ -10,19 +10,7 @@ import { modelView } from "./model";
 import { patternsView } from "./patterns";
 import { streamView } from "./stream";
 import { dark, onTheme, toggle } from "./theme";
-
-/** What a view gives the shell: `leave` ends it, `key` takes a key that the shell has no use for. */
-export interface View {
-  title: string;
-  leave: () => void;
-  key?: (event: KeyboardEvent) => boolean;
-}
-
-export interface Shell {
-  link: (link: Link | null) => void;
-  alerting: (open: AlertsPage) => void;
-  query: URLSearchParams;
-}
+import type { Shell, View } from "./view";
 
 const TABS = [
   ["fleet", "Fleet", "g f"],

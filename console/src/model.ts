@@ -3,7 +3,7 @@
 import { Refused, ask, type Model } from "./api";
 import { fill, h, scrolling, text } from "./dom";
 import { chance, count, number } from "./format";
-import type { View } from "./main";
+import type { View } from "./view";
 import { loglog } from "./plots";
 
 interface Calibration {

@@ -4,7 +4,7 @@ import { Refused, ask, type Model } from "./api";
 import { fill, h, scrolling } from "./dom";
 import { ago, count } from "./format";
 import { slots } from "./lines";
-import type { Shell, View } from "./main";
+import type { Shell, View } from "./view";
 
 interface Pattern {
   pattern: string;

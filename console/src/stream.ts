@@ -7,7 +7,7 @@ import { ICONS, fill, h, icon, scrolling, text } from "./dom";
 import { ago, chance, clock, count, number, score } from "./format";
 import { LineList, PARTS, partOf } from "./lines";
 import { alertOf } from "./rows";
-import type { Shell, View } from "./main";
+import type { Shell, View } from "./view";
 
 const KEPT = 6000;
 /** Events that the page holds; a stream at 10 Hz for ten minutes. */
