@@ -2,7 +2,7 @@
 
     psutil, 10 Hz ──► POST /v1/events ──► `python -m service serve` (child process, embedded store, temporary data)
         ▲                                      │
-    disturbance: all processors, disk          ▼
+    disturbance: processors, disk, memory      ▼
     for 8 s, at a third of the time        live table, verdict, exit code
 
 Nothing is staged: the readings are what psutil says, the detector is the shipped one at its default false-alarm rate, and when
@@ -50,11 +50,13 @@ GRACE_SECONDS = 2.0
 START_SECONDS, STOP_SECONDS = 60.0, 15.0
 BURST_BYTES_PER_SECOND, BURST_FILE_BYTES = 100_000_000, 64 << 20
 """The disturbance writes at most this fast (under 1 GB in all), over and over into a file of at most 64 MiB."""
+BURST_MEMORY_BYTES, BURST_MEMORY_SHARE = 512 << 20, 0.125
+"""It holds so much memory, and this share of what is available at most."""
 MAX_BURNERS = 32
 WIDE = 125
 """Columns of a terminal that the whole table fits into."""
-MUST_SEE = ("this-machine/cpu", "this-machine/disk-write")
-"""The disturbance is real on both of these; it must be flagged on one at least."""
+MUST_SEE = ("this-machine/cpu", "this-machine/disk-write", "this-machine/memory")
+"""The disturbance is real on all of these; it must be flagged on one at least: of a busy machine the others may show nothing."""
 
 _BURN = """
 import os, sys, time
@@ -73,6 +75,13 @@ while time.monotonic() < end and os.getppid() == parent:
     written += os.pwrite(file, block, written % size)
     os.fsync(file)
     time.sleep(max(0.0, begin + written / rate - time.monotonic()))
+"""
+_HOLD = """
+import os, sys, time
+parent, end, held = os.getppid(), time.monotonic() + float(sys.argv[1]), bytearray(int(sys.argv[2]))
+held[::4096] = bytes([1]) * len(held[::4096])
+while time.monotonic() < end and os.getppid() == parent:
+    time.sleep(0.05)
 """
 
 
@@ -173,7 +182,7 @@ class Sampler:
 
 
 class Disturbance:
-    """Real work: every processor busy, and blocks written to disk with fsync. Ends by itself, or when its parent is gone."""
+    """Real work: every processor busy, blocks written to disk with fsync, memory held. Ends by itself, or when its parent is gone."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self._file = folder / "disturbance.bin"
@@ -186,6 +195,8 @@ class Disturbance:
         self._children = [_spawn([sys.executable, "-c", _BURN, seconds]) for _ in range(burners)]
         writer = [sys.executable, "-c", _WRITE, seconds, str(self._file), str(BURST_BYTES_PER_SECOND), str(BURST_FILE_BYTES)]
         self._children.append(_spawn(writer))
+        memory = min(BURST_MEMORY_BYTES, int(BURST_MEMORY_SHARE * psutil.virtual_memory().available))
+        self._children.append(_spawn([sys.executable, "-c", _HOLD, seconds, str(memory)]))
 
     def stop(self) -> None:
         for child in self._children:
@@ -351,7 +362,11 @@ class Board:
         begin, end = self._phases.begin, self._phases.end
         if at < begin:
             return f"quiet: the detector learns this machine; the disturbance begins in {begin - at:.0f} s"
-        return f"DISTURBANCE: all processors busy, disk written ({end - at:.0f} s to go)" if at < end else "the disturbance is over"
+        return (
+            f"DISTURBANCE: all processors busy, disk written, memory taken ({end - at:.0f} s to go)"
+            if at < end
+            else "the disturbance is over"
+        )
 
     def _cells(self, track: Track) -> list[Text]:
         if not track.last:
@@ -523,7 +538,7 @@ def verdict(board: Board, phases: Phases, console: Console) -> int:
         f"{events:,} events scored, {_latency(board.latencies)}. Onsets before the disturbance, all false: {early}.", highlight=False
     )
     if not any(flagged.get(name) for name in MUST_SEE):
-        console.print(f"[bold red]The disturbance was NOT flagged on {' or '.join(MUST_SEE)}.[/] {_excuse(board)}")
+        console.print(f"[bold red]The disturbance was NOT flagged on {', '.join(MUST_SEE)}.[/] {_excuse(board)}")
         return 1
     console.print(_NEXT, highlight=False, soft_wrap=True)
     return 0
@@ -560,9 +575,8 @@ def _latency(latencies: list[float]) -> str:
 
 
 def _excuse(board: Board) -> str:
-    missing = [name for name in MUST_SEE if name not in board.tracks or not board.tracks[name].events]
-    if missing:
-        return f"This machine gives no reading of {' and '.join(missing)}."
+    if not any(name in board.tracks and board.tracks[name].events for name in MUST_SEE):
+        return "This machine gives no reading of any of them."
     return "Was the machine busy with something else? Try again, or give it longer: make demo DEMO_SECONDS=120"
 
 

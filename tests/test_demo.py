@@ -11,7 +11,21 @@ import psutil
 import pytest
 from rich.console import Console
 
-from service.demo import MIN_SECONDS, MUST_SEE, RATE, Board, Disturbance, Gauge, Phases, Sampler, gauges, run, verdict
+from service.demo import (
+    BURST_MEMORY_BYTES,
+    BURST_MEMORY_SHARE,
+    MIN_SECONDS,
+    MUST_SEE,
+    RATE,
+    Board,
+    Disturbance,
+    Gauge,
+    Phases,
+    Sampler,
+    gauges,
+    run,
+    verdict,
+)
 
 
 def result(*, alert: float | None = 0.0, status: str = "ready") -> dict[str, Any]:
@@ -33,7 +47,7 @@ def result(*, alert: float | None = 0.0, status: str = "ready") -> dict[str, Any
 def board(**alerts: float) -> tuple[Board, Phases]:
     """A board of three streams; `alerts`: stream → second of its onset, out of 60."""
     phases = Phases.of(60)
-    names = ("cpu", "disk-write", "memory")
+    names = ("cpu", "disk-write", "memory", "network")
     shown = Board([Gauge(f"this-machine/{name}", "%", lambda: 1.0) for name in names], phases, "http://x")
     for tick in range(60):
         for name in names:
@@ -91,7 +105,7 @@ def test_a_disturbance_ends_its_processes_and_removes_its_file(tmp_path: Path) -
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     disturbance.start()
     started = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    assert len(started) == (psutil.cpu_count() or 1) + 1
+    assert len(started) == (psutil.cpu_count() or 1) + 2
     deadline = time.monotonic() + 10
     while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -99,6 +113,19 @@ def test_a_disturbance_ends_its_processes_and_removes_its_file(tmp_path: Path) -
     disturbance.stop()
     assert not any(child.is_running() for child in started)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_disturbance_takes_memory_and_gives_it_back(tmp_path: Path) -> None:
+    disturbance = Disturbance(tmp_path, 30)
+    disturbance.start()
+    held = disturbance._children[-1]
+    least = 0.9 * min(BURST_MEMORY_BYTES, BURST_MEMORY_SHARE * psutil.virtual_memory().available)
+    deadline = time.monotonic() + 20
+    while psutil.Process(held.pid).memory_info().rss < least:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    disturbance.stop()
+    assert not psutil.pid_exists(held.pid)
 
 
 def test_a_disturbance_ends_by_itself(tmp_path: Path) -> None:
@@ -116,14 +143,14 @@ def test_a_disturbance_flagged_on_the_disk_alone_is_enough() -> None:
     code, said = judged(*board(disk_write=21))
     assert code == 0
     assert "1.0 s after it began" in said
-    assert "180 events scored" in said
+    assert "240 events scored" in said
     assert "all false: 0" in said
 
 
 def test_a_disturbance_that_is_not_flagged_where_it_must_be_fails_the_demo() -> None:
-    code, said = judged(*board(memory=21))
+    code, said = judged(*board(network=21))
     assert code == 1
-    assert "NOT flagged on this-machine/cpu or this-machine/disk-write" in said
+    assert "NOT flagged on this-machine/cpu, this-machine/disk-write, this-machine/memory" in said
 
 
 def test_onsets_before_and_long_after_the_disturbance_do_not_count() -> None:
