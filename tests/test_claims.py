@@ -214,6 +214,19 @@ async def test_the_restart_of_an_instance_brings_no_former_file_back_and_its_rep
     assert changed.serves, "another file than it had: somebody has put it there"
 
 
+async def test_a_new_file_that_crashed_for_long_is_not_tried_again_by_its_restart(start: Start, clock: Clock) -> None:
+    old, _ = await start(0, "pod-a"), await start(1, "pod-b")
+    await old.claim.beat()
+    await pass_(clock, EXPIRY_SECONDS, old)
+    assert old.serves
+    restarted = await start(1, "pod-b")
+    await pass_(clock, 2 * EXPIRY_SECONDS, old, restarted)
+    assert (old.serves, restarted.serves) == (True, False)
+    again = await start(1, "pod-c")  # the pod was deleted
+    await old.claim.beat()
+    assert (old.serves, again.serves) == (False, True)
+
+
 async def test_an_instance_that_restarts_alone_takes_its_model_back_after_the_expiry(start: Start, store: Store, clock: Clock) -> None:
     await start(0, "pod-a")
     await start(1, "pod-b")
