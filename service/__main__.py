@@ -28,7 +28,9 @@ app = typer.Typer(
 )
 
 
-TimeFormat = Annotated[str, typer.Option(help="Of log files: the time that an entry begins with, as in strptime; %s = seconds since 1970.")]
+TimeFormat = Annotated[
+    str, typer.Option(help="Of log files: the time that an entry begins with, as in strptime; %s, ms, us, ns = since 1970.")
+]
 TimestampRegex = Annotated[
     str, typer.Option(help="Of log files: what an entry begins with, up to its message (RE2). Default: what the model cuts off.")
 ]

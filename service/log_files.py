@@ -35,6 +35,10 @@ _FIELDS = {
 """What each field of a time format looks like."""
 _LONG = {"T": "%H:%M:%S", "F": "%Y-%m-%d", "e": "%d"}
 """Fields that only C's strptime knows."""
+_PER_SECOND = {"%s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Time formats that count since 1970."""
+_LOOKS_LIKE = {13: "ms", 16: "us", 19: "ns"}
+"""What so many digits are, these days."""
 _FINER = re.compile(r"([.,]\d{6})\d+")
 """Nanoseconds; strptime knows microseconds at most."""
 MAX_LINES = 2_000_000
@@ -58,7 +62,7 @@ class LogFormat:
     timestamp: str = ""
     """RE2: what an entry begins with, up to its message. The group `time`, else the first one, else all of it is the time. "" = nothing."""
     time: str = ""
-    """strptime's format of the time, `%s` = seconds since 1970; "" = RFC 3339, ISO 8601 or seconds since 1970."""
+    """strptime's format of the time, or since 1970 `%s` seconds, `ms`, `us`, `ns`; "" = RFC 3339, ISO 8601 or seconds since 1970."""
     stream: str = ""
     """RE2: the first group, else all of it, names the stream."""
     _begins: Any = field(init=False, repr=False, compare=False)
@@ -237,8 +241,8 @@ class _Times:
     def __init__(self, format_: LogFormat, file: Path) -> None:
         self._format = re.sub("%([TFe])", lambda found: _LONG[found[1]], format_.time)
         self._file = file
-        self._epoch = format_.time == "%s"
-        self._yearless = bool(format_.time) and not self._epoch and not re.search("%[YyF]", format_.time)
+        self._per_second = _PER_SECOND.get(format_.time)
+        self._yearless = bool(format_.time) and self._per_second is None and not re.search("%[YyF]", format_.time)
         # A year that is not written is the file's own, or the one before where its first line would be of the time after it was written;
         # a log that crosses its end goes on in the next one.
         self._written = file.stat().st_mtime
@@ -250,13 +254,17 @@ class _Times:
         if not said:
             return math.nan
         try:
-            seconds = float(said) if self._epoch else self._parsed(said)
+            seconds = self._parsed(said) if self._per_second is None else self._counted(said, self._per_second)
         except (ValueError, BadEvent) as error:
-            raise TableError(
-                f"{self._file}: {said[:64]!r} is no time{f' of the form {self._format!r}' if self._format else ''}."
-            ) from error
+            form = f" of the form {self._format!r}" if self._format else ""
+            hint = f" It looks like --time-format {_LOOKS_LIKE[len(said)]}." if said.isdigit() and len(said) in _LOOKS_LIKE else ""
+            raise TableError(f"{self._file}: {said[:64]!r} is no time{form}.{hint}") from error
         self._last = seconds
         return seconds
+
+    def _counted(self, said: str, per_second: int) -> float:
+        """Since 1970; the float next to it, as at the doors."""
+        return parse_timestamp((int(said) if said.isdigit() else float(said)) / per_second)
 
     def _parsed(self, said: str) -> float:
         if not self._format:
@@ -285,6 +293,8 @@ def _named(found: Any, name: str) -> str:
 
 def _expression(time: str) -> str:
     """What a time of this format looks like. Raises TableError."""
+    if time in _PER_SECOND and time != "%s":
+        return r"\d+"
     parts = re.split("%(.?)", time)
     unknown = next((letter for letter in parts[1::2] if letter not in _FIELDS), None)
     if unknown is not None:

@@ -66,6 +66,9 @@ def test_bytes_that_are_no_utf_8_are_read_as_what_they_are_not(tmp_path: Path) -
         (LogFormat(r"- (\d+) \S+ "), "- 1117838570 R02 x", 1117838570.0),
         (LogFormat(r"<(?P<level>\d)> (?P<time>\S+) "), "<3> 1970-01-01T00:01:00.5+00:00 x", 60.5),
         (LogFormat(time="%s"), "1117838570.25 x", 1117838570.25),
+        (LogFormat(r'\{"time":"(\d+)",', "us"), '{"time":"1794787305110528","MESSAGE":"x"}', 1794787305.110528),
+        (LogFormat(time="ms"), "1794787305110 x", 1794787305.11),
+        (LogFormat(time="ns"), "1794787305110528123 x", 1794787305.1105282),
         (LogFormat(time="[%d/%b/%Y:%T %z]"), "[01/Jan/1970:01:00:10 +0100] x", 10.0),
         (LogFormat(r"(\S+ \S+) "), "1970-01-01 00:00:01,500 x", 1.5),
         (LogFormat(time="%Y-%m-%dT%H:%M:%S.%fZ"), "1970-01-01T00:00:01.123456789Z x", 1.123456),
@@ -74,6 +77,22 @@ def test_bytes_that_are_no_utf_8_are_read_as_what_they_are_not(tmp_path: Path) -
 def test_times_are_read_as_they_are_written(tmp_path: Path, format_: LogFormat, line: str, seconds: float) -> None:
     [entry] = read([written(tmp_path / "a", line + "\n")], format_)
     assert entry.seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("format_", "said", "hint"),
+    [
+        (LogFormat(r"(\d+) ", "%s"), "1794787305110528", "of the form '%s'. It looks like --time-format us."),
+        (LogFormat(r"(\d+) "), "1794787305110", "no time. It looks like --time-format ms."),
+        (LogFormat(time="us"), "1794787305110528123", "of the form 'us'. It looks like --time-format ns."),
+    ],
+)
+def test_a_time_that_counts_in_another_unit_is_refused_with_the_format_to_give(
+    tmp_path: Path, format_: LogFormat, said: str, hint: str
+) -> None:
+    with pytest.raises(TableError) as refused:
+        list(read([written(tmp_path / "a", f"{said} x\n")], format_))
+    assert str(refused.value).endswith(hint)
 
 
 def test_a_year_that_is_not_written_is_the_files_and_goes_on_over_its_end(tmp_path: Path) -> None:
