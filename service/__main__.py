@@ -269,21 +269,23 @@ def split(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An .onnx file made by `python -m training fit`.")],
+    model: Annotated[Path, typer.Argument(help="An .onnx file made by `python -m training fit`, or a folder of them.")],
 ) -> None:
-    """Verify a model file and print its manifest."""
+    """Verify model files and print their manifests."""
     from rich.console import Console  # noqa: PLC0415
 
+    from service.artifact import find_artifacts  # noqa: PLC0415
     from service.detector import Detector  # noqa: PLC0415
     from service.errors import OnsetError  # noqa: PLC0415
 
+    console = Console()
     try:
-        detector = Detector.load(file)
+        for file in find_artifacts(model):
+            detector = Detector.load(file)
+            console.print(f"[bold]{file}[/] passes its self-test (sha256 {detector.sha256[:16]}…, {', '.join(detector.providers)})")
+            console.print_json(detector.manifest.model_dump_json())
     except OnsetError as error:
         _refuse(error.detail)
-    console = Console()
-    console.print(f"[bold]{file}[/] passes its self-test (sha256 {detector.sha256[:16]}…, {', '.join(detector.providers)})")
-    console.print_json(detector.manifest.model_dump_json())
 
 
 def _listen(host: str, port: int) -> socket.socket:

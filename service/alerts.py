@@ -342,7 +342,7 @@ def advanced(alert: Alert | None, transition: Transition, at: float, max_age: fl
 
 def summary(alert: Alert) -> str:
     """One sentence: which stream, what, since when."""
-    since, until = _clock(alert.started_at, alert.updated_at), _clock(alert.resolved_at or alert.updated_at, alert.updated_at)
+    since, until = _clock(alert.started_at, alert.updated_at), _clock(_over(alert), alert.updated_at)
     if alert.resolution is not None:
         return f"{alert.stream_id} {_ENDS[alert.resolution].format(since=since, until=until)}."
     if alert.kind == "silence":
@@ -358,6 +358,13 @@ def summary(alert: Alert) -> str:
     most = alert.onset.contributors[:1] if alert.onset is not None and len(alert.onset.contributors) > 1 else ()
     whose = "".join(f", that of {finding.feature} most" for finding in most)
     return f"{alert.stream_id} behaves unusually since {since}: its values are in their ranges, their course is not{whose}."
+
+
+def _over(alert: Alert) -> float:
+    """When it was over; an anomaly by its events' own time, as it began: a history is loaded in seconds."""
+    if alert.kind == "anomaly" and alert.last is not None:
+        return alert.last.timestamp
+    return alert.resolved_at or alert.updated_at
 
 
 def description(alert: Alert) -> str:

@@ -39,7 +39,8 @@ def command(paths: Sequence[Path], detector: Detector, out: Path, policy: Policy
     report, alerts = run(paths, detector, replace(policy, tau=detector.manifest.age_constant), out, format_, counted)
     for row in alerts[:ALERTS_SHOWN]:
         said = plain(str(row[-1] or row[6]).lstrip().partition("\n")[0])
-        console.print(escape(f"{row[0]}  ▲ {row[1]}  p {float(str(row[4])):.1g}  {said}"[:SHOWN_LENGTH]), highlight=False)
+        scores = f"alert {float(str(row[3])):.2f}  p {float(str(row[4])):.1g}"
+        console.print(escape(f"{row[0]}  ▲ {row[1]}  {scores}  {said}"[:SHOWN_LENGTH]), highlight=False)
     if len(alerts) > ALERTS_SHOWN:
         console.print(f"{len(alerts) - ALERTS_SHOWN:,} more alerts: rows of {out / 'lines.csv'} with an alert_score above 1.")
     tell(console, report, out, json_file)

@@ -152,7 +152,8 @@ class Patterns:
             model = next(iter(self._keys))
         if model not in self._keys:
             known = ", ".join(sorted(self._keys)) or "none"
-            raise UnknownModel(f"Model {model[:64]!r} is none that reads log lines; there is {known}.")
+            which = f"Model {model[:64]!r} is none that reads log lines" if model or not self._keys else "Name a log model by ?model="
+            raise UnknownModel(f"{which}; there is {known}.")
         key = self._keys[model]
         counts, first, last = await self._asked(
             [("HGETALL", key + b"counts"), ("HGETALL", key + b"first"), ("ZRANGE", key + b"last", 0, -1, "WITHSCORES")]

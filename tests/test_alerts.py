@@ -296,8 +296,12 @@ def alert_of(*findings: Finding, **changes: Any) -> Alert:
         ),
         (alert_of(kind="silence", onset=None, last=None), "pump-7/temperature has been silent since 12:02:10 UTC."),
         (
-            alert_of(found(28.1), resolution="recovered", resolved_at=NOON + 60),
+            alert_of(found(28.1), resolution="recovered", resolved_at=NOON + 61, updated_at=NOON + 61, last=evidence(NOON + 60)),
             "pump-7/temperature is back to normal: its anomaly began at 12:02:10 UTC, and was over at 12:03:10 UTC.",
+        ),
+        (
+            alert_of(found(28.1), resolution="recovered", resolved_at=NOON + 9e5, updated_at=NOON + 9e5, last=evidence(NOON + 60)),
+            "pump-7/temperature is back to normal: its anomaly began at 2026-11-26 12:02:10 UTC, and was over at 2026-11-26 12:03:10 UTC.",
         ),
         (
             alert_of(found(28.1), resolution="accepted", resolved_at=NOON + 60),

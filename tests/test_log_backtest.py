@@ -83,7 +83,7 @@ def test_the_command_shows_the_lines_at_which_alerts_open(folder: Path, model: P
     options = ["--time-format", FORMAT.time, "--stream-regex", FORMAT.stream]
     answer = CliRunner().invoke(app, ["backtest", str(folder), "--model", str(model), "--out", str(tmp_path / "out"), *options])
     assert answer.exit_code == 0, answer.output
-    assert "▲ req-1" in answer.output
+    assert "▲ req-1  alert " in answer.output
     assert "Segfault at 0xdeadbeef" in answer.output
     assert "Left out: 1 that name no stream" in answer.output
 

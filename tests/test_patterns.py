@@ -95,6 +95,12 @@ async def test_patterns_are_bounded_and_the_oldest_are_forgotten(
         await found.page("other", 10)
 
 
+async def test_of_several_log_models_one_is_to_be_named(log_path: Path) -> None:
+    detector = Detector.load(log_path)
+    with pytest.raises(UnknownModel, match=r"^Name a log model by \?model=; there is a, b\.$"):
+        await patterns.Patterns({"a": detector, "b": detector}, Metrics()).page("", 10)
+
+
 async def test_they_are_kept_in_a_cluster_too(log_path: Path, empty_cluster: ValkeyCluster) -> None:
     async with serving(log_path, empty_cluster.url, cluster=True) as (client, service):
         await send(client, "Segfault at 0xdead in 7", "Oops")

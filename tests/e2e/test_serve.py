@@ -87,6 +87,7 @@ def test_inspect_verifies_a_file_and_prints_its_manifest(tmp_path: Path, tiny_mo
     assert shown.exit_code == 0
     assert "passes its self-test" in shown.stdout
     assert '"name": "tiny"' in shown.stdout
+    assert '"name": "tiny"' in CliRunner().invoke(app, ["inspect", str(tiny_model_path.parent)]).stdout
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(tiny_model_path.read_bytes()[:-100])
     refusal = CliRunner().invoke(app, ["inspect", str(broken)])
