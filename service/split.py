@@ -34,7 +34,7 @@ SINGLE = "value"
 """Feature of a stream with one: the one that the shipped detector takes."""
 SHOWN = 8
 HALF = 0.5
-COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
+COMMA = re.compile(r"\s*[-+]?(?:\d{1,3}(?:\.\d{3})+|\d+),\d+\s*")
 NO_READING = np.array(
     [-2147483648, -99999, -32768, -9999, -999, -99, 999, 9999, 32767, 65534, 65535, 99999, 2147483647, 4294967295], np.float64
 )
@@ -51,6 +51,7 @@ class Done:
     rows: Counter[str] = field(default_factory=Counter)  # stream → rows written
     features: dict[str, list[str]] = field(default_factory=dict)  # stream → its features
     last: dict[str, float] = field(default_factory=dict)  # stream → time of its last row
+    begin: float = math.inf  # time of the first row of all
     unnamed: list[str] = field(default_factory=list)  # columns that the template does not fit
     words: dict[str, str] = field(default_factory=dict)  # columns of words alone → one of them
     missing: Counter[str] = field(default_factory=Counter)  # column → cells that are no number among those that are
@@ -71,7 +72,8 @@ class Done:
         """Sentences for people."""
         written = {name: rows for name, rows in self.rows.items() if rows}
         shapes = Counter(len(self.features[name]) for name in written)
-        said = [f"{len(written):,} streams, {sum(written.values()):,} rows; features a stream: {_counted(shapes)}."]
+        span = f" from {_time(self.begin)} to {_time(max(self.last.values()))}" if self.last else ""
+        said = [f"{len(written):,} streams, {sum(written.values()):,} rows{span}; features a stream: {_counted(shapes)}."]
         empty = [name for name, rows in self.rows.items() if not rows]
         if empty:
             said.append(f"Without a single number, so without a file: {_some(empty)}.")
@@ -153,7 +155,7 @@ def split(
     """Write the streams of these tables under `out`. Raises TableError; what was written by then stays."""
     if out.exists() and any(out.iterdir()):
         raise TableError(f"{out} is not empty: name another --out, or empty it.")
-    named, sources = _expression(template), find_sources(paths)
+    named, sources, options = _expression(template), find_sources(paths), replace(options, timed=True)
     with _uncollected():
         if long is not None:
             done = _split_long(sources, out, named, options, dialect, long, show)
@@ -399,7 +401,7 @@ def _write(out: Path, stream: str, columns: list[str], seconds: Float64, values:
         return None
     if seconds[kept[0]] < done.last.get(stream, -math.inf):
         return float(seconds[kept[0]])
-    done.last[stream] = float(seconds[kept[-1]])
+    done.last[stream], done.begin = float(seconds[kept[-1]]), min(done.begin, float(seconds[kept[0]]))
     path = out / f"{stream}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [] if done.rows[stream] else [",".join(map(_cell, ["timestamp", *columns]))]

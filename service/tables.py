@@ -8,6 +8,7 @@ rows at a time, so `read_batches` takes files larger than memory, but for an npz
 
 from __future__ import annotations
 
+import codecs
 import csv
 import itertools
 import math
@@ -38,12 +39,21 @@ LABEL_COLUMNS = frozenset(
 )
 BATCH_CELLS = 1 << 17
 """Cells of a batch."""
+GROUPED = {
+    ",": re.compile(r"\s*[-+]?\d{1,3}(?:([.\s'’])\d{3})(?:\1\d{3})*(?:,\d+)?\s*"),
+    ".": re.compile(r"\s*[-+]?\d{1,3}(?:(?:,\d{3})+\.\d+|(?:([\s'’])\d{3})(?:\1\d{3})*(?:\.\d+)?)\s*"),
+}
+"""Numbers with marks between thousands, by what stands before the decimals. `1,234` is none: its comma may be one that nobody announced."""
+MARKS = re.compile(r"[.,\s'’]")
 MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-"})
 TRUTHS = {"true": 1.0, "false": 0.0}
+EXCEL_SEPARATOR = re.compile(r'"?sep=([,;\t])"?\s*')
+"""The line by which Excel is told what separates cells."""
 UNITS = {"ms": 1e3, "us": 1e6, "ns": 1e9}
 """Forms of times that count since 1970 in less than seconds."""
 INFLUX_NOTES = frozenset({"#group", "#datatype", "#default"})
 """What InfluxDB's annotated CSV has in the first cell of lines that are no rows."""
+UNTIMED = "No column of times by a name that is known (--timestamp names it): rows are taken to be a second apart, from 1970 on."
 EARLIEST_EPOCH, LATEST_EPOCH = -62_135_510_400.0, 1e11
 """Seconds; less is before the year 1, more (the year 5138) means that the column counts milliseconds or less."""
 
@@ -93,6 +103,7 @@ class ReadOptions:
     only: frozenset[str] | None = None  # columns to read, all others are left out
     unsorted: bool = False  # True: rows that go back in time are the caller's business (the service calls them late)
     array: str | None = None  # array of an npz to read; default: `train`, or the only one with two axes
+    timed: bool = False  # True: a table without a column of times is refused, where its rows would be a second apart
 
 
 @dataclass(frozen=True)
@@ -213,14 +224,14 @@ def read_coded(
 
 def coded_numbers(path: Path, cells: Coded, dialect: Dialect, before: int) -> tuple[Float64, NDArray[np.bool_]]:
     """Of each different cell its number, NaN = missing, and whether it is a word. Raises TableError for an infinite one."""
-    texts = [cell.replace(dialect.decimal, ".") if isinstance(cell, str) else cell for cell in cells.distinct]
-    words = np.zeros(len(texts), dtype=np.bool_)
+    decimal, distinct = dialect.decimal, cells.distinct
+    words = np.zeros(len(distinct), dtype=np.bool_)
     try:
-        if any(cell is None or isinstance(cell, bool) for cell in texts):
+        if any(cell is None or isinstance(cell, bool) for cell in distinct):
             raise ValueError
-        values = np.array(texts, dtype=np.float64)
+        values = np.array([_pointed(cell, decimal) if isinstance(cell, str) else cell for cell in distinct], dtype=np.float64)
     except (ValueError, TypeError):
-        known = [_number_or_word("" if cell is None else str(cell)) for cell in texts]
+        known = [_number_or_word(_as_written(cell, decimal), decimal) for cell in distinct]
         values = np.array([math.nan if value is None else value for value in known], dtype=np.float64)
         words[[i for i, value in enumerate(known) if value is None]] = True
     infinite = np.isinf(values)
@@ -259,7 +270,9 @@ def _coded_times(reading: _Reading, time: Coded, before: int) -> tuple[Float64, 
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=dialect.zone)
             if dialect.zone is not UTC:
-                later[i] = max(0.0, moment.replace(fold=1).timestamp() - moment.timestamp())
+                later[i] = moment.replace(fold=1).timestamp() - moment.timestamp()
+                if later[i] < 0:
+                    raise _skipped(reading, time.name, before + time.first(i), str(cell))
         seconds[i] = moment.timestamp()
     return seconds, later
 
@@ -346,13 +359,26 @@ def _read_csv(reading: _Reading) -> Iterator[Table]:
 
 @contextmanager
 def _csv_rows(source: Source) -> Iterator[Iterator[list[str]]]:
-    with source.path.open(newline="", encoding="utf-8-sig") as file:
+    with source.path.open(newline="", encoding=_encoding(source.path)) as file:
         try:
-            separator = _separator(file.readline())
-            file.seek(0)
-            yield filter(None, csv.reader(file, delimiter=separator))
-        except (UnicodeDecodeError, csv.Error) as error:
+            line = file.readline()
+            told = EXCEL_SEPARATOR.fullmatch(line)
+            if told is None:
+                file.seek(0)
+            yield filter(None, csv.reader(file, delimiter=told[1] if told else _separator(line)))
+        except UnicodeDecodeError as error:
+            raise TableError(
+                f"{source.path} is not in UTF-8: {error}. If a Windows of western Europe wrote it, `iconv -f WINDOWS-1252 -t UTF-8 "
+                "FILE > OTHER.csv` makes it so."
+            ) from error
+        except csv.Error as error:
             raise TableError(f"{source.path} is not a text table: {error}.") from error
+
+
+def _encoding(path: Path) -> str:
+    """UTF-16 where the file begins with its mark, as Excel writes "Unicode text", else UTF-8."""
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _csv_coded(reading: _Reading, wanted: Sequence[str] | None) -> Iterator[tuple[Coded, dict[str, Coded]]]:
@@ -440,17 +466,33 @@ def _refuse_ragged(source: Source, batch: list[list[str]], width: int, before: i
 
 def _numbers(reading: _Reading, column: str, cells: Sequence[str], before: int) -> Float64:
     """`before`, here and below: rows of the file before these."""
-    if reading.dialect.decimal != ".":
-        cells = [cell.replace(reading.dialect.decimal, ".") for cell in cells]
+    decimal = reading.dialect.decimal
     try:
-        return np.array(cells, dtype=np.float64)
+        return np.array(cells if decimal == "." else [_pointed(cell, decimal) for cell in cells], dtype=np.float64)
     except ValueError:
         return np.array([_number(reading, column, number, cell) for number, cell in enumerate(cells, before + 1)])
 
 
+def _pointed(cell: str, decimal: str) -> str:
+    """The cell as Python writes numbers, without marks between thousands. Raises ValueError: the other mark stands elsewhere."""
+    if GROUPED[decimal].fullmatch(cell):
+        whole, point, part = cell.partition(decimal)
+        return MARKS.sub("", whole) + (f".{part}" if point else "")
+    if decimal == ",":
+        if "." in cell:
+            raise ValueError
+        return cell.replace(",", ".")
+    return cell
+
+
+def _as_written(cell: object, decimal: str) -> str:
+    """A cell of Parquet as a CSV has it."""
+    return cell if isinstance(cell, str) else "" if cell is None else str(cell).replace(".", decimal)
+
+
 def _number(reading: _Reading, column: str, number: int, cell: str) -> float:
     try:
-        return float(cell)
+        return float(_pointed(cell, reading.dialect.decimal))
     except ValueError:
         if cell.strip().lower() in MISSING:
             return math.nan
@@ -464,10 +506,10 @@ def _number(reading: _Reading, column: str, number: int, cell: str) -> float:
         ) from None
 
 
-def _number_or_word(cell: str) -> float | None:
+def _number_or_word(cell: str, decimal: str) -> float | None:
     """None for a word."""
     try:
-        return float(cell)
+        return float(_pointed(cell, decimal))
     except ValueError:
         text = cell.strip().lower()
         return math.nan if text in MISSING else TRUTHS.get(text)
@@ -519,7 +561,18 @@ def _moment(reading: _Reading, column: str, number: int, cell: str) -> datetime:
             f"{reading.source.path}: column {column!r}, row {number}: {cell!r} {wanted} (name the time column with --timestamp; "
             "`python -m service split --time-format` reads times of other forms)."
         ) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=dialect.zone)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=dialect.zone)
+        if dialect.zone is not UTC and moment.replace(fold=1).timestamp() < moment.timestamp():
+            raise _skipped(reading, column, number, cell)
+    return moment
+
+
+def _skipped(reading: _Reading, column: str, number: int, cell: str) -> TableError:
+    return TableError(
+        f"{reading.source.path}: column {column!r}, row {number}: {cell!r} is no time in {reading.dialect.zone}: its clocks are set "
+        "forward across it. If the historian's are not, name a zone without: --zone Etc/GMT-1 is an hour ahead of UTC all the year."
+    )
 
 
 def _parsed(dialect: Dialect, cell: str) -> datetime:
@@ -608,7 +661,8 @@ def _arrow_numbers(reading: _Reading, column: str, values: Any, before: int, pa:
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))  # null is NaN
     cells = values.to_pylist()
-    return np.array([math.nan if cell is None else _number(reading, column, i, str(cell)) for i, cell in enumerate(cells, before + 1)])
+    decimal = reading.dialect.decimal
+    return np.array([_number(reading, column, i, _as_written(cell, decimal)) for i, cell in enumerate(cells, before + 1)])
 
 
 def _arrow_moments(source: Source, column: str, values: Any, pa: Any) -> list[object]:
@@ -728,7 +782,14 @@ def _time_column(source: Source, names: list[str], options: ReadOptions) -> str 
             raise TableError(f"{source.path} has no column {options.timestamp!r}; it has {_listed(names)}.")
         return options.timestamp
     by_name = {name.lower(): name for name in reversed(names)}
-    return next((by_name[name] for name in TIMESTAMP_COLUMNS if name in by_name), None)
+    found = next((by_name[name] for name in TIMESTAMP_COLUMNS if name in by_name), None)
+    if found is None and options.timed:
+        raise _untimed(source, names)
+    return found
+
+
+def _untimed(source: Source, names: list[str]) -> TableError:
+    return TableError(f"{source.path} has no column of times by a name that is known: name it with --timestamp; it has {_listed(names)}.")
 
 
 def _coded_columns(reading: _Reading, names: list[str], wanted: Sequence[str] | None) -> tuple[str, dict[str, int]]:
@@ -737,9 +798,7 @@ def _coded_columns(reading: _Reading, names: list[str], wanted: Sequence[str] | 
     _refuse_twins(source, names)
     time = _time_column(source, names, reading.options)
     if time is None:
-        raise TableError(
-            f"{source.path} has no column of times by a name that is known: name it with --timestamp; it has {_listed(names)}."
-        )
+        raise _untimed(source, names)
     wanted = [name for name in names if name != time] if wanted is None else wanted
     absent = [name for name in wanted if name not in names]
     if absent:
@@ -766,6 +825,8 @@ def _kept_columns(source: Source, names: list[str], time_column: str | None, opt
 
 def _numbered(reading: _Reading, columns: dict[str, Float64], before: int, rows: int) -> Table:
     """A table without times: its rows are a second apart, from 0 on."""
+    if before == 0 and reading.source.path.suffix.lower() != ".npz":
+        reading.notify(UNTIMED)
     written = [str(row) for row in range(before, before + rows)] if reading.texts else ()
     return Table(reading.source.name, np.arange(before, before + rows, dtype=np.float64), columns, written)
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from service.__main__ import app
 from service.errors import TableError
+from service.long_tables import Long
 from service.split import split
 from service.tables import Dialect, ReadOptions, Source, Table, read_table
 
@@ -48,7 +49,7 @@ def test_columns_of_a_machine_become_one_file_with_words_left_out_or_missing(tmp
     assert len(two) == 2  # of the minute in which it said nothing there is no row
     assert math.isnan(two.columns["Druck"][0])
     assert done.report() == [
-        "2 streams, 5 rows; features a stream: 2 (2 streams).",
+        "2 streams, 5 rows from 2026-11-23T23:00:00Z to 2026-11-23T23:02:00Z; features a stream: 2 (2 streams).",
         "Left out, words alone: M1.status ('ok'), note ('x').",
         "Words among numbers were taken for missing: M2.Druck (1).",
     ]
@@ -94,6 +95,69 @@ def test_the_hour_that_a_clock_set_back_has_twice_stays_in_order(tmp_path: Path)
     text = "time,a\n" + "".join(f"{minute},{i}\n" for i, minute in enumerate(minutes))
     split([written(tmp_path, text, "back.csv")], tmp_path / "back", "{stream}", ReadOptions(), Dialect(zone=BERLIN))
     assert list(stream(tmp_path / "back", "a").written) == ["2026-10-25T00:50:00Z", "2026-10-25T01:10:00Z", "2026-10-25T01:20:00Z"]
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_time_that_its_zone_has_not_is_refused_for_it_is_another_zones(tmp_path: Path, long: bool) -> None:
+    rows = "\n".join(f"2026-03-29 {at},A,1" for at in ("01:50", "02:10", "03:10"))
+    path = written(tmp_path, f"time,tag,a\n{rows}\n")
+    asked = Long(("tag",), ("a",)) if long else None
+    dialect = Dialect(zone=BERLIN)
+    with pytest.raises(TableError, match=r"row 2: '2026-03-29 02:10' is no time in Europe/Berlin.*--zone Etc/GMT-1"):
+        split([path], tmp_path / "out", "{stream}", ReadOptions(exclude=frozenset() if long else frozenset({"tag"})), dialect, long=asked)
+    split([path], tmp_path / "all-year", "{stream}", ReadOptions(), Dialect(zone=ZoneInfo("Etc/GMT-1")), long=Long(("tag",), ("a",)))
+    assert stream(tmp_path / "all-year", "A").written[1] == "2026-03-29T01:10:00Z"
+
+
+def test_a_table_whose_times_are_not_found_is_refused_and_not_numbered(tmp_path: Path) -> None:
+    for header in ("Zeit", "Zeitstempel"):
+        with pytest.raises(TableError, match=f"no column of times by a name that is known: name it with --timestamp; it has '{header}'"):
+            split([written(tmp_path, f"{header};a\n1789336800000;1\n")], tmp_path / "out", "{stream}", ReadOptions())
+
+
+@pytest.mark.parametrize(
+    ("decimal", "cells", "numbers"),
+    [
+        (",", ["1.234,50", "12", "-1.234.567", "1 234,5", "1'234", "12,5E-3"], [1234.5, 12.0, -1234567.0, 1234.5, 1234.0, 0.0125]),
+        (",", ["12.5", "1.2345", "1.234,5,6", "0,1"], [math.nan, math.nan, math.nan, 0.1]),
+        (".", ['"1,234.50"', "1 234", "12.5"], [1234.5, 1234.0, 12.5]),
+        (".", ['"1,234"', '"1,2.5"', "3"], [math.nan, math.nan, 3.0]),
+    ],
+)
+@pytest.mark.parametrize("long", [False, True])
+def test_marks_between_thousands_are_read_and_other_marks_make_no_number(
+    tmp_path: Path, decimal: str, cells: list[str], numbers: list[float], long: bool
+) -> None:
+    separator = ";" if decimal == "," else ","
+    lines = [separator.join(["time", "tag", "a"])]
+    lines += [separator.join([f"2026-11-24T00:{minute:02}", "A", cell]) for minute, cell in enumerate([*cells, "7"])]
+    path = written(tmp_path, "\n".join(lines))
+    asked = Long(("tag",), ("a",)) if long else None
+    done = split([path], tmp_path / "out", "{stream}", ReadOptions(), Dialect(decimal), long=asked)
+    one = stream(tmp_path / "out", "A" if long else "a")
+    at = dict(zip(one.written, one.columns["value"].tolist(), strict=True))
+    assert [at.get(f"2026-11-24T00:{minute:02}:00Z", math.nan) for minute in range(len(cells))] == pytest.approx(numbers, nan_ok=True)
+    assert sum(done.missing.values()) == sum(map(math.isnan, numbers))
+
+
+def test_grouped_thousands_before_a_comma_ask_for_the_decimal_comma(tmp_path: Path) -> None:
+    done = split([written(tmp_path, "time;a\n2026-11-24;1.234,50\n2026-11-25;7\n")], tmp_path / "out", "{stream}", ReadOptions())
+    assert done.report()[-1] == "'1.234,50' in a has a decimal comma: --decimal , reads it."
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+def test_what_excel_writes_is_read_as_it_is(tmp_path: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding.endswith(("le", "be")) else ""
+    for name, text in (("sep.csv", "sep=;\r\nZeit;Öl [°C]\r\n2026-11-24;1,5\r\n"), ("tab.csv", "Zeit\tÖl [°C]\r\n2026-11-24\t1,5\r\n")):
+        (tmp_path / name).write_text(mark + text, encoding=encoding, newline="")
+        done = split([tmp_path / name], tmp_path / f"{name}-out", "{stream}", ReadOptions("Zeit"), Dialect(","))
+        assert done.rows == {"Öl [°C]": 1}
+
+
+def test_a_file_in_another_encoding_is_refused_with_what_makes_it_readable(tmp_path: Path) -> None:
+    (tmp_path / "plant.csv").write_text("time;Öl [°C]\n2026-11-24;1\n", encoding="cp1252")
+    with pytest.raises(TableError, match=r"is not in UTF-8: .*iconv -f WINDOWS-1252 -t UTF-8"):
+        split([tmp_path / "plant.csv"], tmp_path / "out", "{stream}", ReadOptions())
 
 
 def test_files_of_one_stream_each_keep_their_names_and_months_are_put_together(tmp_path: Path) -> None:

@@ -276,3 +276,11 @@ def test_a_matrix_has_the_columns_in_the_asked_order(tmp_path: Path) -> None:
     assert table.matrix(["b", "a"]).tolist() == [[2.0, 1.0]]
     with pytest.raises(TableError, match=r"has no column 'c'; it has 'a', 'b'"):
         table.matrix(["c"])
+
+
+def test_rows_that_are_numbered_for_want_of_times_are_said_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text("Zeitstempel,t\n1789336800000,1\n1789336860000,2\n")
+    assert [table.timestamps.tolist() for table in read_tables([tmp_path], notify=said.append)] == [[0.0, 1.0], [0.0, 1.0]]
+    assert said == ["No column of times by a name that is known (--timestamp names it): rows are taken to be a second apart, from 1970 on."]
