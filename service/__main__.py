@@ -228,13 +228,13 @@ def split(
     """Make a file for each stream of a historian's table, wide or long: what fit, backtest and replay read."""
     from zoneinfo import ZoneInfo  # noqa: PLC0415
 
-    from rich.console import Console  # noqa: PLC0415
     from rich.progress import Progress  # noqa: PLC0415
 
     from service.errors import TableError  # noqa: PLC0415
     from service.long_tables import Long  # noqa: PLC0415
     from service.split import split as split_tables  # noqa: PLC0415
     from service.tables import Dialect, ReadOptions  # noqa: PLC0415
+    from service.terminal import terminal  # noqa: PLC0415
 
     if decimal not in (".", ","):
         _refuse(f"--decimal {decimal!r} is neither . nor a comma.")
@@ -252,7 +252,7 @@ def split(
     quality = qualities[0][0] if qualities else None
     long = Long(tuple(tag), tuple(value), quality, frozenset(word.strip() for _, word in qualities), every) if tag and value else None
     options, dialect = ReadOptions(timestamp, frozenset(exclude or ())), Dialect(decimal, time_format, where, frozenset(missing or ()))
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("reading", total=None)
@@ -272,17 +272,16 @@ def inspect(
     model: Annotated[Path, typer.Argument(help="An .onnx file made by `python -m training fit`, or a folder of them.")],
 ) -> None:
     """Verify model files and print their manifests."""
-    from rich.console import Console  # noqa: PLC0415
-
     from service.artifact import find_artifacts  # noqa: PLC0415
     from service.detector import Detector  # noqa: PLC0415
     from service.errors import OnsetError  # noqa: PLC0415
+    from service.terminal import terminal  # noqa: PLC0415
 
-    console = Console()
+    console = terminal()
     try:
         for file in find_artifacts(model):
             detector = Detector.load(file)
-            console.print(f"[bold]{file}[/] passes its self-test (sha256 {detector.sha256[:16]}…, {', '.join(detector.providers)})")
+            console.print(f"{file} passes its self-test (sha256 {detector.sha256[:16]}…, {', '.join(detector.providers)})")
             console.print_json(detector.manifest.model_dump_json())
     except OnsetError as error:
         _refuse(error.detail)

@@ -38,6 +38,7 @@ from service.features import FLOAT32_MAX
 from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
 from service.tables import Notify, ReadOptions, Source, find_sources, read_for
+from service.terminal import terminal
 
 LISTED = 60
 """Inputs shown in the summary; of more, those with the most alerts."""
@@ -209,7 +210,7 @@ def run(
     limits: Limits = Limits(),
 ) -> Report:
     """Score every file under `inputs` into a CSV of the same relative path under `out`. Raises TableError."""
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
     began = time.perf_counter()
     sources = find_sources(inputs)
     targets = _targets(sources, out)
@@ -330,7 +331,7 @@ def command(
     json_file: Path | None,
 ) -> Done:
     """What `python -m service backtest` does with readings; returns what its report is made from. Raises TableError."""
-    console = plain_width(Console())
+    console = terminal()
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude), unsorted=True)
     policy = replace(policy, tau=detector.manifest.age_constant)
     report = run(inputs, detector, policy, out, options)
@@ -347,11 +348,6 @@ def tell(console: Console, report: Report, out: Path, json_file: Path | None) ->
     console.print(f"{report.rows:,} rows in {report.seconds:.1f} s, {report.rows / report.seconds:,.0f} rows/s, written to {out}")
     if json_file:
         json_file.write_text(json.dumps(report.as_json(), indent=2), encoding="utf-8")
-
-
-def plain_width(console: Console, columns: int = 120) -> Console:
-    """A console wide enough for a table where the output is a file or a pipe, which has no width."""
-    return console if console.is_terminal else Console(file=console.file, width=columns)
 
 
 def load_one(model: Path) -> Detector:

@@ -17,17 +17,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.markup import escape
 
 from service.artifact import Lines
-from service.backtest import Limits, Report, Scored, Series, Tally, plain_width, score, tell
+from service.backtest import Limits, Report, Scored, Series, Tally, score, tell
 from service.detector import Detector
 from service.errors import ArtifactError
 from service.features import coded
 from service.lines import plain
 from service.log_files import Counted, LogFormat, Spoken, by_stream
 from service.policy import THRESHOLD, Policy
+from service.terminal import terminal
 
 COLUMNS = ("timestamp", "stream_id", "anomaly_score", "alert_score", "p_value", "is_anomaly", "template", "likeliest", "chance", "line")
 ALERTS_SHOWN, SHOWN_LENGTH = 20, 160
@@ -35,12 +34,12 @@ ALERTS_SHOWN, SHOWN_LENGTH = 20, 160
 
 def command(paths: Sequence[Path], detector: Detector, out: Path, policy: Policy, format_: LogFormat, json_file: Path | None) -> Report:
     """What `python -m service backtest` does with log files. Raises ArtifactError, TableError."""
-    console, counted = plain_width(Console()), Counted()
+    console, counted = terminal(), Counted()
     report, alerts = run(paths, detector, replace(policy, tau=detector.manifest.age_constant), out, format_, counted)
     for row in alerts[:ALERTS_SHOWN]:
         said = plain(str(row[-1] or row[6]).lstrip().partition("\n")[0])
         scores = f"alert {float(str(row[3])):.2f}  p {float(str(row[4])):.1g}"
-        console.print(escape(f"{row[0]}  ▲ {row[1]}  {scores}  {said}"[:SHOWN_LENGTH]), highlight=False)
+        console.print(f"{row[0]}  ▲ {row[1]}  {scores}  {said}"[:SHOWN_LENGTH], highlight=False)
     if len(alerts) > ALERTS_SHOWN:
         console.print(f"{len(alerts) - ALERTS_SHOWN:,} more alerts: rows of {out / 'lines.csv'} with an alert_score above 1.")
     tell(console, report, out, json_file)

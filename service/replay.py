@@ -36,6 +36,7 @@ from service.artifact import NEW_TEXT
 from service.errors import OnsetError
 from service.log_files import LogFormat, by_stream
 from service.tables import ReadOptions, Source, Table, find_sources, read_for
+from service.terminal import terminal
 
 RETRY_STATUS = frozenset({429, 502, 503, 504})
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
@@ -401,9 +402,7 @@ def run(
     format_: LogFormat = LogFormat(),  # noqa: B008 - frozen
 ) -> dict[str, StreamReport]:
     """Replay `files` and print what happens; what became of each stream. `format_` is of log files. Raises ReplayFailed, TableError."""
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=120)  # a pipe has no width
+    console = console or terminal()
     with ExitStack() as stack:
         client = stack.enter_context(httpx.Client(base_url=options.url, timeout=REQUEST_SECONDS))
         progress = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))

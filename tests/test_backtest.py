@@ -181,6 +181,14 @@ def test_a_lower_rate_gives_fewer_alerts(tmp_path: Path, tiny_model_path: Path) 
     assert alerts[0] > alerts[1] > 0
 
 
+def test_names_in_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
+    write(tmp_path / "data/Druck [bar].csv", series(1, 20), header="timestamp,n [/min]")
+    ran = CliRunner().invoke(app, ["backtest", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
+    assert ran.exit_code == 0, ran.output
+    assert "Column 'n [/min]' is taken for" in ran.output
+    assert "Druck [bar].csv" in ran.stdout
+
+
 def test_a_folder_of_several_models_is_refused_with_their_names(tmp_path: Path) -> None:
     for name in ("one", "two"):
         build_tiny(tmp_path, name=name)

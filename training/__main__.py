@@ -20,6 +20,7 @@ from rich.console import Console
 from service.errors import ArtifactError, OnsetError, TableError
 from service.log_files import Counted, LogFormat
 from service.tables import ReadOptions
+from service.terminal import terminal
 from training.autoencoder import Sizes, Variant
 from training.cache import CACHE, convert, open_cache
 from training.distributed import Device, Precision, join
@@ -36,7 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train an LSTM autoencoder on unlabelled streams and publish it as one self-describing ONNX file.",
 )
-console = Console()
+console = terminal()
 EXAMPLE = (
     "Example: python -m training fit --data sensors/ --out out/pumps, then python -m service serve --model out/pumps. "
     "In several processes: torchrun --nproc-per-node 4 -m training fit ..."
@@ -198,7 +199,7 @@ def lines(
             files,
             LogFormat(timestamp_regex, time_format, stream_regex),
             Mining(masks=masks_of(mask or ()), delimiters=delimiters, similarity=similarity),
-            console,
+            terminal(columns=160),
             most,
             json_file,
             exported(patterns or ()),
@@ -261,7 +262,7 @@ def _run_logs(job: Callable[[], LogJob], out: Path, threads: int) -> None:
 
 
 def _refuse(error: Exception) -> NoReturn:
-    Console(stderr=True).print(str(error), style="red", markup=False, soft_wrap=True)
+    terminal(stderr=True).print(str(error), style="red", soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -21,11 +21,9 @@ from drain3.drain import Drain
 from pydantic import ValidationError
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as Grid
 
 from service.artifact import MAX_TEMPLATES, NEW, WILDCARD, Lines, Mask
-from service.backtest import plain_width
 from service.errors import TableError
 from service.lines import DEFAULT_MASKS, Matcher, Splitter, plain
 from service.log_files import Counted, LogFormat, read
@@ -160,14 +158,14 @@ def preview(
 
     mined = mine(messages(), replace(mining, header=format_.header))
     found = [one for one in patterns(mined, (entry.text for entry in read(paths, format_))) if one.count or one.code]
-    console, splitter = plain_width(console, 160), Splitter(mined.header, mined.masks, mined.delimiters)
+    splitter = Splitter(mined.header, mined.masks, mined.delimiters)
     grid = Grid(title=f"{len(mined.templates)} templates", box=box.SIMPLE)
     for name, how in (("code", "right"), ("lines", "right"), ("template", "left"), ("example", "left")):
         grid.add_column(name, justify=how, overflow="fold")  # type: ignore[arg-type]
     for one in found[:most]:
         example = " ".join(splitter.words(one.example))
         template, example = plain(one.template or "(none)"), plain(example)[:EXAMPLE_LENGTH]
-        grid.add_row(str(one.code), f"{one.count:,}", escape(template), escape(example))
+        grid.add_row(str(one.code), f"{one.count:,}", template, example)
     console.print(grid)
     if len(found) > most:
         console.print(f"{len(found) - most:,} rarer templates are not shown (--most).")

@@ -362,12 +362,10 @@ def _rows(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def _tell(console: Console, job: LogJob, step: LogStep, model: Path, quality: dict[str, Any], odd: Sequence[Odd], seconds: float) -> None:
-    console.print(
-        f"\nPublished [bold]{model}[/bold]: {model.stat().st_size:,} bytes, {4 * step.state_size:,} bytes a stream, {seconds:.0f} s in all."
-    )
+    console.print(f"\nPublished {model}: {model.stat().st_size:,} bytes, {4 * step.state_size:,} bytes a stream, {seconds:.0f} s in all.")
     console.print(f"{_size(job)}, {len(job.lines.templates):,} templates.")
     if "warning" in quality:
-        console.print(f"[yellow]{quality['warning']}[/]")
+        console.print(quality["warning"], style="yellow")
     if measured := quality[HELD_OUT].get("0.001"):
         console.print(
             f"Onsets at α = 0.001 on {measured['lines']:,} lines that neither network nor tail saw: {measured['onsets']}, "
@@ -380,4 +378,4 @@ def _tell(console: Console, job: LogJob, step: LogStep, model: Path, quality: di
         console.print(f"Recommended: ONSET_ALPHA={quality['recommended_alpha']:.2g}, at which most of them are found for the false alarms.")
     console.print(f"Report: {model.parent / 'report.md'}")
     for one in odd[:3]:
-        console.print(f"  p {one.onset_p:.1g}  {one.stream}: {plain(one.line)}"[:200], markup=False, highlight=False)
+        console.print(f"  p {one.onset_p:.1g}  {one.stream}: {plain(one.line)}"[:200], highlight=False)

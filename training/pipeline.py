@@ -356,11 +356,11 @@ def _next_steps(model: Path) -> list[str]:
 def _tell(console: Console, manifest: Manifest, model: Path, seconds: dict[str, float], next_steps: list[str]) -> None:
     measured = manifest.quality["false_onsets_on_unseen_rows"]["0.001"]
     console.print(
-        f"\nPublished [bold]{model}[/bold]: {model.stat().st_size:,} bytes, {4 * manifest.state_size:,} bytes a stream, "
+        f"\nPublished {model}: {model.stat().st_size:,} bytes, {4 * manifest.state_size:,} bytes a stream, "
         f"{sum(seconds.values()):.0f} s in all."
     )
     if "warning" in manifest.quality:
-        console.print(f"[yellow]{manifest.quality['warning']}[/]")
+        console.print(manifest.quality["warning"], style="yellow")
     if "published" in manifest.quality:
         faults = [f"{row['sum']} {name}" for name, row in manifest.quality["injected_faults_average_precision"].items()]
         console.print(f"Average precision on injected faults: {', '.join(faults)}. Published {manifest.quality['published']}.")

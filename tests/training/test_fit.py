@@ -196,6 +196,13 @@ def test_bad_data_is_refused_in_a_sentence(content: str, message: str, tmp_path:
     assert message in result.output
 
 
+def test_units_in_brackets_are_no_markup_of_what_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "pump.csv").write_text("timestamp,n [/min],Druck [bar]\n" + "\n".join(f"{i},1,2" for i in range(20)))
+    result = CliRunner().invoke(app, ["fit", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "20 rows, 2 feature(s): n [/min], Druck [bar]" in result.output
+    assert "too few to train on" in result.output
+
+
 def test_streams_with_other_features_are_refused(tmp_path: Path) -> None:
     rows = "\n".join(f"{i},1" for i in range(300))
     (tmp_path / "a.csv").write_text("timestamp,load\n" + rows)
