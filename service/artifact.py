@@ -93,8 +93,9 @@ class Mask(_Frozen):
     name: str = Field(min_length=1, max_length=64)
     pattern: str = Field(min_length=1, max_length=1000)
     """In RE2's syntax; `^` and `$` are the ends of the word, `\\d` and `\\w` are ASCII."""
-    replacement: str = Field(max_length=64, pattern=r"^[^\s<>]*<[^\s<>]+>[^\s<>]*$")
-    """As it stands, such as <USER> or _<ID>; NUMBER where the replaced text is a number that belongs to the line's parameters."""
+    replacement: str = Field(max_length=64, pattern=r"^([^\s<>]*<[^\s<>]+>[^\s<>]*)?$")
+    """As it stands, such as <USER> or _<ID>; NUMBER where the replaced text is a number that belongs to the line's parameters; "" = none:
+    what is found is a name (an event id, a status), stays as it is, and no other mask replaces it."""
 
     @field_validator("pattern")
     @classmethod

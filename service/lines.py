@@ -286,7 +286,7 @@ class _Both:
     def masked(self, word: str) -> str:
         parts, end = list[str](), 0
         for found in self._each(word):
-            parts += word[end : found.start], self._replacements[found.mask]
+            parts += word[end : found.start], self._replacements[found.mask] or word[found.start : found.end]
             end = found.end
         return "".join([*parts, word[end:]])
 

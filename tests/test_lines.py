@@ -148,12 +148,14 @@ def test_masks_of_others_run_in_an_engine_that_no_line_stops() -> None:
 USERS = Mask(name="user", pattern=r"u(\d+|x)", replacement="<USER>")
 MAILS = Mask(name="mail", pattern=r"\w+@\w+$", replacement="<MAIL>")
 TIMED = Mask(name="timed", pattern=r"^e\d|\dZ", replacement="<E>")
+NAMES = Mask(name="name", pattern=r"\b12\d+\b|e=", replacement="")
 
 
 @given(st.text(st.sampled_from("0123456789abefxuXEz.:-_+/,=@TZ"), max_size=40))
 @example("1u1u12-0x1@ab")
+@example("1234:56-12e=7")
 def test_masks_of_others_and_the_default_ones_mean_what_they_mean_as_one_expression(word: str) -> None:
-    masks = [USERS, MAILS, *DEFAULT_MASKS, TIMED]
+    masks = [USERS, MAILS, NAMES, *DEFAULT_MASKS, TIMED]
     groups = np.cumsum([1, *(re2.compile(mask.pattern).groups + 1 for mask in masks)]).tolist()
     found = [
         (match.span(), next(mask for group, mask in zip(groups, masks, strict=False) if match.start(group) >= 0))
@@ -161,7 +163,7 @@ def test_masks_of_others_and_the_default_ones_mean_what_they_mean_as_one_express
     ]
     expected, end = "", 0
     for (start, after), mask in found:
-        expected, end = expected + word[end:start] + mask.replacement, after
+        expected, end = expected + word[end:start] + (mask.replacement or word[start:after]), after
     splitter = Splitter("", masks, "")
     assert splitter.masked_word[word] == expected + word[end:]
     assert splitter.numbers(word) == [word[slice(*span)] for span, mask in found if mask.replacement == "<NUM>"]

@@ -59,7 +59,11 @@ TimestampRegex = Annotated[
 ]
 Masks = Annotated[
     list[str] | None,
-    typer.Option("--mask", help="REPLACEMENT=REGEX (RE2), such as '<USER>=user-\\w+'. Before the default masks. Repeatable."),
+    typer.Option(
+        "--mask",
+        help="REPLACEMENT=REGEX (RE2), within each word, such as '<USER>=user-\\w+'; =REGEX keeps numbers that are names, such as "
+        "'=^46\\d\\d\\b'. Before the default masks. Repeatable.",
+    ),
 ]
 PatternFiles = Annotated[
     list[Path] | None, typer.Option("--patterns", help="Reply of GET /v1/patterns: its lines get templates, too. Repeatable.")

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import msgspec
+import re2
 from drain3.drain import Drain
 from pydantic import ValidationError
 from rich import box
@@ -112,16 +113,17 @@ def patterns(lines: Lines, messages: Iterable[str]) -> list[Pattern]:
 
 
 def masks_of(written: Sequence[str]) -> tuple[Mask, ...]:
-    """Masks written as REPLACEMENT=REGEX, then the default ones. Raises TableError."""
+    """Masks written as REPLACEMENT=REGEX, or =REGEX of names that stay, then the default ones. Raises TableError."""
     masks = []
     for text in written:
         replacement, _, pattern = text.partition("=")
         try:
-            masks.append(Mask(name=replacement.strip("<>") or replacement, pattern=pattern, replacement=replacement))
+            masks.append(Mask(name=replacement.strip("<>") or replacement or "name", pattern=pattern, replacement=replacement))
         except ValidationError as error:
             first = error.errors()[0]
             raise TableError(
-                f"--mask {text!r}: {first['loc'][0]}: {first['msg']}. It is REPLACEMENT=REGEX, as '<USER>=user-[0-9]+'."
+                f"--mask {text!r}: {first['loc'][0]}: {first['msg']}. It is REPLACEMENT=REGEX, as '<USER>=user-[0-9]+', "
+                "or =REGEX for what is to stay as it is."
             ) from error
     return (*masks, *DEFAULT_MASKS)
 
@@ -149,10 +151,15 @@ def preview(
 ) -> None:
     """Mine the files, and the lines `seen` elsewhere, and print what was found. Raises TableError."""
     counted, streams = Counted(), Counter[str]()
+    idle = [mask for mask in mining.masks if mask not in DEFAULT_MASKS]
+    words_of = Splitter(format_.header, mining.masks, mining.delimiters).words
 
     def messages() -> Iterator[str]:
         for entry in read(paths, format_, counted):
             streams[entry.stream] += 1
+            if idle:
+                words = words_of(entry.text)
+                idle[:] = [mask for mask in idle if not any(re2.search(mask.pattern, word) for word in words)]
             yield entry.text
         yield from seen
 
@@ -174,6 +181,8 @@ def preview(
         f"{counted.entries:,} entries of {counted.lines:,} lines in {len(streams):,} streams; {once:,} templates came once. "
         f"{counted.left_out}"
     )
+    for mask in idle:
+        console.print(escape(f"No word holds what --mask '{mask.replacement}={mask.pattern}' masks: it sees each word by itself."))
     if json_file:
         json_file.write_text(json.dumps([asdict(one) for one in found], indent=2), encoding="utf-8")
 
@@ -188,11 +197,15 @@ def grouping_accuracy(codes: Sequence[int], truth: Sequence[str]) -> float:
 
 
 def _clusters(masked: Iterable[str], mining: Mining) -> list[str]:
-    """Drain's templates; none that is wildcards alone, which says nothing."""
-    drain = Drain(depth=mining.depth, sim_th=mining.similarity, param_str=WILDCARD)
+    """Drain's templates, of lines with the same names in the same places each; none that is wildcards alone, which says nothing."""
+    names = [re2.compile(mask.pattern) for mask in mining.masks if not mask.replacement]
+    drains: dict[tuple[tuple[int, str], ...], Drain] = {}
     for line in masked:
-        drain.add_log_message(line)
-    templates = dict.fromkeys(cluster.get_template() for cluster in drain.clusters)
+        named = tuple((i, token) for i, token in enumerate(line.split()) if any(name.search(token) for name in names)) if names else ()
+        if named not in drains:
+            drains[named] = Drain(depth=mining.depth, sim_th=mining.similarity, param_str=WILDCARD)
+        drains[named].add_log_message(line)
+    templates = dict.fromkeys(cluster.get_template() for drain in drains.values() for cluster in drain.clusters)
     return [template for template in templates if set(template.split()) != {WILDCARD}]
 
 

@@ -195,6 +195,16 @@ def test_own_masks_come_first_and_bad_ones_are_refused() -> None:
         masks_of(["user-[a-z]+"])
 
 
+def test_numbers_that_are_names_stay_as_they_are_and_have_templates_of_their_own() -> None:
+    said = [f"EventID: {event}, user {i} at 10.0.0.{i}" for i in range(20) for event in range(4624, 4636)]
+    assert mine(said).templates == ["EventID: <NUM>, user <NUM> at <IP>"]
+    mined = mine(said, Mining(masks=masks_of([r"=^46\d\d\b"])))
+    assert mined.templates == [f"EventID: {event}, user <NUM> at <IP>" for event in range(4624, 4636)]
+    codes, numbers = Matcher(mined).codes(["EventID: 4625, user 7 at 10.0.0.7", "EventID: 4699, user 7 at 10.0.0.7"])
+    assert codes.tolist() == [2, NEW]
+    assert numbers[0, :2].tolist() == [7, pytest.approx(math.nan, nan_ok=True)]
+
+
 def test_grouping_accuracy_counts_lines_of_groups_that_are_exactly_the_truths() -> None:
     assert grouping_accuracy([1, 1, 2, 3, 3], ["a", "a", "b", "c", "d"]) == 0.6
 
@@ -218,5 +228,9 @@ def test_the_preview_shows_templates_before_anything_is_trained(tmp_path: Path) 
     assert "3 entries of 7 lines in 2 streams" in " ".join(shown.output.split())
     assert "1 that name no stream" in " ".join(shown.output.split())
     assert out.read_text().count('"template"') == 3
+    masks = ["--mask", r"<METHOD>=GET", "--mask", r"<TOOK>=in \d+ ms"]
+    said = " ".join(CliRunner().invoke(app, ["lines", str(path), *options, *masks]).output.split())
+    assert r"No word holds what --mask '<TOOK>=in \d+ ms' masks: it sees each word by itself." in said
+    assert "<METHOD>=GET" not in said
     bad = CliRunner().invoke(app, ["lines", str(path), "--stream-regex", "("])
     assert bad.exit_code == 1
