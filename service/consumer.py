@@ -1,7 +1,8 @@
 """The queue door: receive ─► parse ─► score ─► publish ─► settle. Nothing below knows where events come from.
 
 a batch    entries of one partition, in order; one of each partition is under way at a time
-parse      an entry is one event or several (mapping.py); what is none is a dead letter, its neighbours are not
+parse      an entry is one event or several (mapping.py); what is none is a dead letter, its neighbours are not; without a reading it is
+           passed over
 score      in order, MAX_BATCH events at most at once. Full queue, silent store, lost races: the same events again, after a while,
            and none behind them before; so nothing is lost and nothing overtakes
 publish    results go to the queue before anything behind them is scored: what is delivered again after a crash is in the states' last
@@ -24,7 +25,7 @@ import structlog
 
 from service import tasks, tracing
 from service.claims import StoredClaim
-from service.errors import BadEvent, Fenced, ItemError, OnsetError, Overloaded, StoreUnavailable, Superseded
+from service.errors import BadEvent, Fenced, ItemError, NoReading, OnsetError, Overloaded, StoreUnavailable, Superseded
 from service.events import Delivery, Published
 from service.mapping import Mapper
 from service.metrics import Metrics
@@ -208,6 +209,9 @@ class Consumer:
             entry = message.id if bare and lease is not None else b""
             for i, item in enumerate(items):
                 index = None if bare else i
+                if isinstance(item, NoReading):
+                    self._metrics.source_no_reading.labels(self._source.name).inc()
+                    continue
                 if isinstance(item, ItemError):
                     letters.append(Letter(message, item, index))
                     continue

@@ -63,6 +63,10 @@ class BadEvent(ItemError):
     """A field of an event has a value we cannot use."""
 
 
+class NoReading(BadEvent):
+    """What an event has of readings is declared to be none: it is passed over."""
+
+
 class FutureEvent(BadEvent):
     """The event's time is further ahead of our clock than allowed."""
 

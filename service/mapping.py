@@ -21,7 +21,7 @@ import msgspec
 from msgspec.structs import replace
 
 from service.bodies import Format, checked, decode, decode_one, decode_plain, from_fields, to_number
-from service.errors import BadBody, BadEvent, ItemError, OnsetError
+from service.errors import BadBody, BadEvent, ItemError, NoReading, OnsetError
 from service.events import MAX_NAME_LENGTH, Event, shown
 from service.sources import MAX_EVENTS, POSITIONS, Message
 from service.sources.options import Payload
@@ -36,6 +36,7 @@ _PREFIXES = (b"ce_", b"ce-", b"cloudEvents_", b"cloudEvents:", b"")
 _CONTENT_TYPES = (b"content-type", b"Content-Type", b"content_type")
 _OWN = ("stream_id", "timestamp", "values", "event_id", "sequence", "message", "end")
 _ENDS = {True: True, "true": True, "1": True, False: False, "false": False, "0": False, "": False, None: False}
+_TRUTHS = {"true": 1, "false": 0}
 _MISSING: Any = object()
 
 
@@ -68,6 +69,11 @@ class Mapper:
         self._timestamp = self._optional("timestamp", payload.timestamp)
         self._sequence = self._optional("sequence", payload.sequence)
         self._values = self._values_of(payload.values)
+        self._missing = {_comparable(word) for word in payload.missing}
+        self._good = [
+            (reference, self._reader(reference), {_comparable(word) for word in (words if isinstance(words, tuple) else (words,))})
+            for reference, words in payload.good.items()
+        ]
         self._message = self._template("message", payload.message)
         self._end = self._reader(payload.end) if payload.end else None
         self._own = {name: self._reader(name) for name in _OWN}
@@ -126,7 +132,7 @@ class Mapper:
             fields["stream_id"] = stream_id
         if (line := self._line(item)) is not _MISSING:
             fields["message"] = line
-        elif (values := self._values(item)) is not _MISSING:
+        elif (values := self._readings(item)) is not _MISSING:
             fields["values"] = values
         if (time := self._time(item)) is not _MISSING:
             fields["timestamp"] = time
@@ -148,6 +154,19 @@ class Mapper:
             return self._message(item)
         found = _MISSING if self._payload.values else self._own["message"](item)
         return _MISSING if found is None else found
+
+    def _readings(self, item: _Item) -> Any:
+        """The values; raises NoReading where there are none in what was declared `good`, and without what was declared `missing`."""
+        for reference, reader, words in self._good:
+            said = reader(item)
+            if said is _MISSING:
+                raise BadEvent(f"{reference} is to say whether the reading is good, and is not in the message.", reference)
+            if _comparable(said) not in words:
+                raise NoReading(f"{reference} is {shown(said)}: not good.", reference, shown(said))
+        values = self._values(item)
+        if self._missing and isinstance(values, dict) and values and all(value is None for value in values.values()):
+            raise NoReading("No reading is left without those that are declared missing.", "values", shown(values))
+        return values
 
     def _stream(self, item: _Item) -> Any:
         if self._stream_id:
@@ -183,7 +202,7 @@ class Mapper:
         readers = {feature: (reference, self._reader(reference)) for feature, reference in declared.items()}
 
         def values(item: _Item) -> Any:
-            found = {feature: _number_at(reference, reader(item)) for feature, (reference, reader) in readers.items()}
+            found = {feature: self._number_at(reference, reader(item)) for feature, (reference, reader) in readers.items()}
             if all(number is _MISSING for number in found.values()):
                 raise BadEvent(f"None of {', '.join(declared.values())} is in the message.", next(iter(declared.values())))
             return {feature: None if number is _MISSING else number for feature, number in found.items()}
@@ -198,8 +217,8 @@ class Mapper:
             if found is _MISSING or found is None:
                 raise BadEvent(f"{reference} is not in the message.", reference)
             if not isinstance(found, dict):
-                return {self._payload.feature: _number_at(reference, found)}
-            return {feature: _number_at(f"{reference}.{feature}", number) for feature, number in found.items()}
+                return {self._payload.feature: self._number_at(reference, found)}
+            return {feature: self._number_at(f"{reference}.{feature}", number) for feature, number in found.items()}
 
         return values
 
@@ -207,10 +226,32 @@ class Mapper:
         """What the payload has as `values`; a number by itself; of a CloudEvent, or fields of a queue, all that is there."""
         content = item.payload
         if not isinstance(content, dict):
-            return {self._payload.feature: _number_at(f"values.{self._payload.feature}", content)}
+            return {self._payload.feature: self._number_at(f"values.{self._payload.feature}", content)}
         if "values" in content or (not item.attributes and item.message.payload is not None):
-            return content.get("values", _MISSING)
-        return {str(name): _number_at(str(name), value) for name, value in content.items() if name not in _OWN}
+            found = content.get("values", _MISSING)
+            if not self._missing or not isinstance(found, dict):
+                return found
+            return {str(name): self._number_at(f"values.{name}", value) for name, value in found.items()}
+        return {str(name): self._number_at(str(name), value) for name, value in content.items() if name not in _OWN}
+
+    def _number_at(self, reference: str, found: Any) -> Any:
+        """A number, None or _MISSING; a text that is a number is one, true and false are 1 and 0, as `split` has it. Raises BadEvent."""
+        if found is None or found is _MISSING:
+            return found
+        if self._missing and _comparable(found) in self._missing:
+            return None
+        if isinstance(found, int | float):
+            return int(found) if isinstance(found, bool) else found
+        if found in ("", "null"):
+            return None
+        number = _TRUTHS.get(found.lower(), to_number(found)) if isinstance(found, str) else None
+        if number is None:
+            raise BadEvent(
+                f"{reference[:64]} is {shown(found)}, not a number; send null for a missing value, or name it in payload.missing.",
+                reference[:64],
+                shown(found),
+            )
+        return number
 
     def _template(self, field: str, text: str) -> Reader | None:
         if not text:
@@ -387,16 +428,14 @@ def _path(dotted: str) -> Reader:
     return walk
 
 
-def _number_at(reference: str, found: Any) -> Any:
-    """A number, None or _MISSING; a text that is a number is one. Raises BadEvent."""
-    if found is None or found is _MISSING or (isinstance(found, int | float) and not isinstance(found, bool)):
-        return found
-    if found in ("", "null"):
-        return None
-    number = to_number(found) if isinstance(found, str) else None
-    if number is None:
-        raise BadEvent(f"{reference[:64]} is {shown(found)}, not a number; send null for a missing value.", reference[:64], shown(found))
-    return number
+def _comparable(said: Any) -> Any:
+    """As words and numbers are compared: a text that is a number is one."""
+    if isinstance(said, bool):
+        return str(said).lower()
+    if isinstance(said, str):
+        number = to_number(said.strip())
+        return said.strip() if number is None else float(number)
+    return float(said) if isinstance(said, int | float) else repr(said)
 
 
 def _text_at(field: str, reference: str, found: Any) -> str:

@@ -582,6 +582,13 @@ class Metrics:
         "Grows: read onset_reason in the dead letters.",
         source=RUNNING,
     )
+    source_no_reading = _counter(
+        "onset_source_no_reading_total",
+        "events",
+        "Events without a reading, by what payload.missing and payload.good declare; passed over.",
+        "Grows: sensors are bad, or a gateway has lost them; those that say nothing else for long are silences.",
+        source=RUNNING,
+    )
     source_fenced = _counter(
         "onset_source_fenced_total",
         "partitions",

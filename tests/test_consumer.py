@@ -284,6 +284,20 @@ async def test_a_batch_that_the_fuse_holds_is_published_once_however_often_it_is
     assert line.settled == []
 
 
+async def test_bad_readings_are_passed_over_and_do_not_stop_the_good_ones(scorer: Trying) -> None:
+    line, metrics = Line(), Metrics()
+    mapper = Mapper(Payload(stream_id="stream_id", values="values", missing=("Bad",)), max_events=10)
+    consumer = Consumer(line, scorer, metrics, mapper, fuse=0.5, fuse_seconds=0.02)
+    await consumer.start()
+    bad = {"stream_id": "b", "values": {"value": "Bad"}}
+    line.put(event(1), *[bad] * FUSE_ENTRIES, [event(2), bad, event(3)])
+    await line.until(1, line.settled)
+    await consumer.stop(5)
+    assert line.results() == [("a", 1, False), ("a", 2, False), ("a", 3, False)]
+    assert line.settled[0][1].letters == []
+    assert metrics.source_no_reading.labels(line.name)._value.get() == FUSE_ENTRIES + 1
+
+
 async def test_a_late_event_is_published_as_late_under_an_identity_of_its_own(line: Line) -> None:
     line.put(event(1) | {"timestamp": 1.7e9 + 5}, event(2) | {"timestamp": 1.7e9 + 1}, event(3) | {"timestamp": 1.7e9 + 2})
     await line.until(1, line.settled)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from service.errors import BadEvent, ItemError, TooLarge
+from service.errors import BadEvent, ItemError, NoReading, TooLarge
 from service.events import Event
 from service.mapping import Mapper
 from service.sources import POSITIONS, Message
@@ -120,10 +120,69 @@ def test_what_is_declared_must_be_there_and_a_missing_feature_is_missing() -> No
     assert one(declared, message(good | {"m": {"x": 1, "y": ""}})).values == {"x": 1, "y": None}
     assert wrong(declared, message(good | {"m": {}}))[0] == "m.x"
     assert wrong(declared, message(good | {"m": {"x": "hot"}})) == ("m.x", '"hot"')
-    assert wrong(declared, message(good | {"m": {"x": True}})) == ("m.x", "true")
+    assert wrong(declared, message(good | {"m": {"x": [True]}})) == ("m.x", "[true]")
     for name in ("t", "n"):
         assert wrong(declared, message({field: value for field, value in good.items() if field != name}))[0] == name
     assert wrong(declared, message(good | {"s": "long" * 100}))[0] in ("stream_id", "event_id")
+
+
+def test_true_and_false_are_one_and_nought_as_in_files() -> None:
+    declared = {"stream_id": "s", "values": "m"}
+    assert one(declared, message({"s": "a", "m": {"x": True, "y": False, "z": "True", "u": "false"}})).values == {
+        "x": 1,
+        "y": 0,
+        "z": 1,
+        "u": 0,
+    }
+    for said, number in ((b"true", 1), (b"False", 0)):
+        assert one({"format": "number", "stream_id": "topic"}, message(said)).values == {"value": number}
+
+
+@pytest.mark.parametrize("declared", [{"values": "m"}, {"values": {"x": "m.x", "y": "m.y"}}, {}])
+def test_what_is_declared_missing_is_a_missing_feature_and_not_the_whole_event(declared: dict[str, Any]) -> None:
+    declared = declared | {"stream_id": "s", "missing": ["Bad", "No Data", -9999]}
+
+    def sent(x: Any) -> Message:
+        return message({"s": "a", "m" if "values" in declared else "values": {"x": x, "y": 2}})
+
+    for said in ("Bad", " No Data ", -9999, -9999.0, "-9999"):
+        assert one(declared, sent(said)).values == {"x": None, "y": 2}
+    assert wrong(declared, sent("bad"))[1] == '"bad"'
+    assert one(declared, sent(-99)).values == {"x": -99, "y": 2}
+
+
+def test_an_event_of_which_no_reading_is_left_is_passed_over() -> None:
+    number = {"format": "number", "stream_id": "topic", "missing": ["Bad", 65535]}
+    for said in (b"Bad", b"65535", b"65535.0"):
+        assert isinstance(events(number, message(said))[0], NoReading)
+    assert one(number, message(b"65534")).values == {"value": 65534}
+    assert wrong(number, message(b"Worse")) == ("values.value", '"Worse"')
+    machine = {"stream_id": "s", "values": "m", "missing": ["Bad"]}
+    assert isinstance(events(machine, message({"s": "a", "m": {"x": "Bad", "y": None}}))[0], NoReading)
+
+
+@pytest.mark.parametrize(
+    ("good", "said", "taken"),
+    [
+        ("Good", "Good", True),
+        ("Good", "Bad", False),
+        (["Good", 192], 192, True),
+        (["Good", 192], "192", True),
+        (["Good", 192], 24, False),
+        (True, True, True),
+        (True, False, False),
+        ("Good", None, False),
+    ],
+)
+def test_readings_of_another_quality_are_passed_over_and_not_their_neighbours(good: Any, said: Any, taken: bool) -> None:
+    declared = {"stream_id": "s", "values": "v", "good": {"q": good}}
+    first, second = events(
+        declared, message([{"s": "a", "v": 1, "q": said}, {"s": "b", "v": 2, "q": good if not isinstance(good, list) else good[0]}])
+    )
+    assert (first == Event("a", {"value": 1})) is taken
+    assert isinstance(first, NoReading) is not taken
+    assert second == Event("b", {"value": 2})
+    assert wrong(declared, message({"s": "a", "v": 1}))[0] == "q"
 
 
 def test_an_object_of_numbers_is_the_values() -> None:

@@ -44,6 +44,7 @@ KAFKA_OWN = frozenset(
 )
 """Settings of librdkafka that delivery rests on."""
 NonEmpty = Annotated[str, Field(min_length=1)]
+Word = bool | int | str
 
 
 class Declared(BaseModel):
@@ -72,6 +73,10 @@ class Payload(Declared):
     """Feature → reference, or one reference to an object of numbers. Default: the payload's values."""
     feature: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)] = "value"
     """What a number by itself is the value of."""
+    missing: tuple[float | str, ...] = ()
+    """Numbers and words that stand for no reading: -9999, Bad. An event of which no reading is left is passed over."""
+    good: dict[NonEmpty, tuple[Word, ...] | Word] = Field(default_factory=dict, max_length=1)
+    """Reference to a quality → what it says of a good reading. Events of another are passed over."""
     message: str = ""
     """Reference or template of a log line. Default: the payload's message; of `text` all of it."""
     end: str = ""
@@ -88,7 +93,7 @@ class Payload(Declared):
 
     @property
     def _mapped(self) -> bool:
-        read = self.timestamp or self.values or self.message or self.end or self.event_id or self.sequence
+        read = self.timestamp or self.values or self.missing or self.good or self.message or self.end or self.event_id or self.sequence
         return bool(self.topic or self.stream_id or read)
 
     @field_validator("stream_id", "event_id", "message")
@@ -108,11 +113,13 @@ class Payload(Declared):
     @model_validator(mode="after")
     def _fits_the_format(self) -> Self:
         if self.format == "number":
-            for name in ("values", "timestamp", "sequence", "message"):
+            for name in ("values", "timestamp", "sequence", "message", "good"):
                 if getattr(self, name):
                     raise ValueError(f"a number by itself has no {name}: leave it out, or choose another format")
         if self.format == "text" and (self.values or self.message):
             raise ValueError("a text is the line itself: leave values and message out, or choose another format")
+        if (self.missing or self.good) and (self.message or self.format == "text"):
+            raise ValueError("missing and good are of readings, not of lines: leave them out")
         if self.values and self.message:
             raise ValueError("a message has values or is a line: declare one of values and message")
         if self.timestamp_unit != "s" and self.format == "number":
