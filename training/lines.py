@@ -182,7 +182,7 @@ def preview(
         f"{counted.left_out}"
     )
     for mask in idle:
-        console.print(escape(f"No word holds what --mask '{mask.replacement}={mask.pattern}' masks: it sees each word by itself."))
+        console.print(f"No word holds what --mask '{mask.replacement}={mask.pattern}' masks: it sees each word by itself.")
     if json_file:
         json_file.write_text(json.dumps([asdict(one) for one in found], indent=2), encoding="utf-8")
 
