@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import io
@@ -323,7 +324,7 @@ async def test_a_webhook_that_is_not_there_is_told_when_it_comes_back(office: De
 async def test_a_webhook_whose_answer_cannot_be_read_is_a_dead_letter_in_the_end_and_stops_nobody(office: Desk) -> None:
     async def garble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 3\r\nconnection: close\r\n\r\nno!")
+        writer.write(b"what?\r\n\r\n")
         writer.close()
 
     async with await asyncio.start_server(garble, "127.0.0.1", 0) as server:
@@ -334,7 +335,42 @@ async def test_a_webhook_whose_answer_cannot_be_read_is_a_dead_letter_in_the_end
         await all_told(teller)
         await teller.close()
     [letter] = [json.loads(letter) for letter in await office.book.letters(10)]
-    assert letter["reason"].startswith("The webhook does not answer (DecodingError")
+    assert letter["reason"].startswith("The webhook does not answer (RemoteProtocolError")
+
+
+@pytest.mark.parametrize("part", [b"1\r\nx\r\n", b"100000\r\n" + b"x" * 2**20 + b"\r\n"], ids=["slowly", "fast"])
+@pytest.mark.parametrize(("status", "letters"), [("200 OK", 0), ("400 Bad Request", 1)])
+async def test_an_answer_without_an_end_counts_by_its_status_and_holds_up_nothing(
+    office: Desk, part: bytes, status: str, letters: int
+) -> None:
+    answered: list[asyncio.Event] = []
+
+    async def go_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answered.append(asyncio.Event())
+        ended = answered[-1]
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status}\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        with contextlib.suppress(OSError):
+            while True:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        writer.close()
+        ended.set()
+
+    async with await asyncio.start_server(go_on, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        alertmanager = Alertmanager(url, office.book, Metrics(), clock=lambda: office.now, timeout=0.5)
+        sinks: list[Teller | Alertmanager] = [office.teller(Webhook(url, "", timeout=0.5)), alertmanager]
+        for sink in sinks:
+            await sink.begin(TOKEN)
+        await office.happen(opening("a"))
+        for sink in sinks:
+            assert await asyncio.wait_for(sink.turn(TOKEN), 60)
+            await sink.close()
+        for ended in answered:
+            await ended.wait()
+    assert len(await office.book.letters(10)) == 2 * letters
 
 
 async def test_alertmanager_is_told_again_of_what_is_open_however_much_happens_and_though_the_clock_is_set_back(office: Desk) -> None:

@@ -26,10 +26,11 @@ import structlog
 from service.alerts import EPOCH, Alert, AlertReply
 from service.metrics import Metrics
 from service.names import FOR, LABEL, NAME, labels_of
+from service.sinks.posting import TIMEOUT_SECONDS, post
 from service.sinks.teller import PATIENCE, Patience, Refused, Unreachable, first_cursor, retries, tell_on
 from service.stores.book import AT_ONCE, Book, Told
 
-TIMEOUT_SECONDS = 10.0
+_HEADERS = {"content-type": "application/json", "user-agent": "onset"}
 NAMES = {"anomaly": "OnsetAnomaly", "silence": "OnsetSilence"}
 
 Posted = dict[str, Any]
@@ -53,6 +54,7 @@ class Alertmanager:
         keep_firing: float = 300.0,
         patience: Patience = PATIENCE,
         clock: Callable[[], float] = time.time,
+        timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         parts = urlsplit(url)
         self.name = (
@@ -61,8 +63,8 @@ class Alertmanager:
         self._url = f"{url.rstrip('/')}/api/v2/alerts"
         self._book, self._metrics, self._clock, self._patience = book, metrics, clock, patience
         self._public_url, self._runbook_url = public_url, runbook_url
-        self._resend, self._keep_firing = resend, keep_firing
-        self._client = httpx.AsyncClient(timeout=TIMEOUT_SECONDS)
+        self._resend, self._keep_firing, self._timeout = resend, keep_firing, timeout
+        self._client = httpx.AsyncClient(timeout=timeout)
         self._waiting: Told | None = None
         self._cursor = "0-0"
         self._resent_at = -math.inf
@@ -135,14 +137,12 @@ class Alertmanager:
         return []
 
     async def _post(self, posted: Sequence[Posted]) -> None:
-        try:
-            answer = await self._client.post(self._url, json=posted)
-        except httpx.HTTPError as error:
-            raise Unreachable(f"Alertmanager does not answer ({type(error).__name__}: {error}).") from error
-        if answer.status_code >= 500 or answer.status_code in (404, 408, 429):  # 404: behind a proxy, while it starts
-            raise Unreachable(f"Alertmanager answered {answer.status_code}: {answer.text[:200]}")
-        if not answer.is_success:
-            raise Refused(f"Alertmanager answered {answer.status_code}: {answer.text[:500]}")
+        answer = await post(self._client, "Alertmanager", self._url, msgspec.json.encode(posted), _HEADERS, self._timeout)
+        detail = f"Alertmanager answered {answer.status}: {answer.said}"
+        if answer.status >= 500 or answer.status in (404, 408, 429):  # 404: behind a proxy, while it starts
+            raise Unreachable(detail)
+        if not answer.taken:
+            raise Refused(detail)
 
     def _posted(self, alert: Alert, *, severity: str | None = None, ends: float | None = None) -> Posted:
         reply = AlertReply.of(alert, self._public_url)

@@ -31,14 +31,13 @@ from service.fleet import Judged, Seen
 from service.metrics import Metrics
 from service.names import FOR, MODEL, NAME, STREAM, WRITTEN, Names
 from service.prompb import STALE, encode_labels, pack, series_of, times_of
+from service.sinks.posting import UNANSWERED
 
 REQUEST_SAMPLES = 2000
 LINGER_SECONDS = 0.5
 """How long samples wait for others before they are sent."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 LONGEST_RETRY_AFTER = 60.0
-UNANSWERED = (httpx.HTTPError, OSError, RuntimeError)
-"""What a receiver that does not answer raises; RuntimeError is uvloop's, of a socket that failed a moment ago."""
 TOLD_SECONDS = 60.0
 """A receiver that refuses is told of once in this time."""
 

@@ -23,9 +23,9 @@ import httpx
 import msgspec
 
 from service.errors import BadSetting
+from service.sinks.posting import TIMEOUT_SECONDS, post
 from service.sinks.teller import Notice, Refused, Unreachable
 
-TIMEOUT_SECONDS = 10.0
 ENCODED = "whsec_"
 LEAST_SECRET = 16
 """Bytes."""
@@ -38,23 +38,20 @@ class Webhook:
 
     name = "webhook"
 
-    def __init__(self, url: str, secret: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str, secret: str, clock: Callable[[], float] = time.time, *, timeout: float = TIMEOUT_SECONDS) -> None:
         """Raises BadSetting for a secret that cannot be used."""
-        self._url, self._clock = url, clock
+        self._url, self._clock, self._timeout = url, clock, timeout
         self._key = key_of(secret) if secret else b""
-        self._client = httpx.AsyncClient(timeout=TIMEOUT_SECONDS, follow_redirects=False)
+        self._client = httpx.AsyncClient(timeout=timeout, follow_redirects=False)
 
     async def tell(self, notice: Notice) -> None:
         body = msgspec.json.encode(notice)
-        try:
-            answer = await self._client.post(self._url, content=body, headers=self._headers(notice.id, body))
-        except httpx.HTTPError as error:
-            raise Unreachable(f"The webhook does not answer ({type(error).__name__}: {error}).") from error
-        if answer.is_success:
+        answer = await post(self._client, "The webhook", self._url, body, self._headers(notice.id, body), self._timeout)
+        if answer.taken:
             return
-        detail = f"The webhook answered {answer.status_code}: {answer.text[:200]}"
-        if answer.status_code in AGAIN or answer.status_code >= 500:
-            raise Unreachable(detail, _retry_after(answer.headers.get("retry-after", "")))
+        detail = f"The webhook answered {answer.status}: {answer.said}"
+        if answer.status in AGAIN or answer.status >= 500:
+            raise Unreachable(detail, _retry_after(answer.retry_after))
         raise Refused(detail)
 
     async def close(self) -> None:

@@ -1,0 +1,45 @@
+"""One request to a sink over HTTP, which may answer anything, or nothing, or for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import httpx
+
+from service.sinks.teller import Unreachable
+
+TIMEOUT_SECONDS = 10.0
+SAID = 500
+"""Bytes of an answer that are read: it is for the log."""
+UNANSWERED = (httpx.HTTPError, OSError, RuntimeError)
+"""What a receiver that does not answer raises; RuntimeError is uvloop's, of a socket that failed a moment ago."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    said: str
+    """Its beginning."""
+    retry_after: str
+
+    @property
+    def taken(self) -> bool:
+        return self.status // 100 == 2
+
+
+async def post(client: httpx.AsyncClient, who: str, url: str, body: bytes, headers: Mapping[str, str], seconds: float) -> Answer:
+    """Its status counts, whatever becomes of the text after it. It has so many `seconds` for all of it. Raises Unreachable."""
+    status, said, retry_after = 0, b"", ""
+    try:
+        async with asyncio.timeout(seconds), client.stream("POST", url, content=body, headers=headers) as answer:
+            status, retry_after = answer.status_code, answer.headers.get("retry-after", "")
+            async for part in answer.aiter_raw():
+                said += part[: SAID - len(said)]
+                if len(said) == SAID:
+                    break
+    except UNANSWERED as error:
+        if not status:
+            raise Unreachable(f"{who} does not answer ({type(error).__name__}: {error}).") from error
+    return Answer(status, said.decode(errors="replace"), retry_after)
