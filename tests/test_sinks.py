@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from bench.receiver import Posted, Receiver
+from service import tasks
 from service.alerts import Acknowledgement
 from service.errors import BadSetting, Fenced
 from service.metrics import Metrics
@@ -31,7 +32,7 @@ from service.sinks.webhook import Webhook, key_of, signature
 from service.stores.book import LEASE
 from service.tellers import declared
 from tests.contracts.test_stores import opened
-from tests.test_desk import T0, Office, opening, resolving
+from tests.test_desk import T0, Office, opening, resolving, until
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 QUICK = Patience(give_up=3600, first_wait=0.01, longest_wait=0.05)
@@ -156,6 +157,29 @@ async def test_a_sink_that_is_down_is_told_again_until_it_takes_it(office: Desk)
     assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "retried"}) == 5
     assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "delivered"}) == 2
     assert metrics.registry.get_sample_value("onset_alert_lag_seconds", {"sink": "kept"}) == 0
+
+
+async def test_a_replica_that_keeps_the_book_no_more_says_nothing_of_what_waits(office: Desk) -> None:
+    metrics = Metrics()
+    with Receiver() as gone:
+        url = gone.url
+    alertmanager = Alertmanager(url, office.book, metrics, clock=lambda: office.now)
+    sinks = [office.teller(Webhook(url, ""), metrics), alertmanager]
+    for sink in sinks:
+        await sink.begin(TOKEN)
+    await office.happen(opening("a"))
+
+    def lags() -> list[float | None]:
+        return [metrics.registry.get_sample_value("onset_alert_lag_seconds", {"sink": sink.name}) for sink in sinks]
+
+    telling = [asyncio.create_task(sink.run(TOKEN)) for sink in sinks]
+    office.now += 500
+    await until(lambda: all(lag is not None and lag > 100 for lag in lags()))
+    for task in telling:
+        await tasks.end(task)
+    assert lags() == [0, 0]
+    for sink in sinks:
+        await sink.close()
 
 
 async def test_a_notice_that_was_tried_for_too_long_is_a_dead_letter_and_the_next_one_is_told(office: Desk) -> None:

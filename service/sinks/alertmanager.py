@@ -77,7 +77,10 @@ class Alertmanager:
 
     async def run(self, token: str) -> None:
         """Tell how things stand until cancelled. Returns when the lease is lost."""
-        await tell_on(lambda: self.turn(token), self._metrics, self.name)
+        try:
+            await tell_on(lambda: self.turn(token), self._metrics, self.name)
+        finally:
+            self._waiting = None  # who has the lease now says how long it waits
 
     async def turn(self, token: str) -> bool:
         """Tell of the next changes, and when it is time of all that is open; whether there were any. Raises Fenced, StoreUnavailable."""

@@ -203,7 +203,10 @@ class Teller:
 
     async def run(self, token: str) -> None:
         """Tell of changes until cancelled. Returns when the lease is lost."""
-        await tell_on(lambda: self.turn(token), self._metrics, self._sink.name)
+        try:
+            await tell_on(lambda: self.turn(token), self._metrics, self._sink.name)
+        finally:
+            self._waiting = None  # who has the lease now says how long it waits
 
     async def turn(self, token: str) -> bool:
         """Tell of the next change; whether there was one. Raises Fenced, StoreUnavailable."""
