@@ -10,6 +10,9 @@ import hmac
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -29,7 +32,7 @@ from service.sinks.alertmanager import Alertmanager, labels
 from service.sinks.stdout import Stdout
 from service.sinks.teller import Notice, Patience, Sink, Teller, Unreachable
 from service.sinks.webhook import Webhook, key_of, signature
-from service.stores.book import LEASE
+from service.stores.book import AT_ONCE, LEASE
 from service.tellers import declared
 from tests.contracts.test_stores import opened
 from tests.test_desk import T0, Office, opening, resolving, until
@@ -229,6 +232,26 @@ async def test_a_flood_is_one_notice_and_what_was_withheld_stays_so_until_it_esc
     assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "withheld"}) == 9
 
 
+async def test_what_was_told_is_not_withheld_where_that_could_not_be_kept(office: Desk) -> None:
+    sink = Kept()
+    teller = office.teller(sink, per_minute=1)
+    await teller.begin(TOKEN)
+    await office.happen(opening("a"), opening("b"))
+    for _ in range(2):
+        await office.store.pipe([("SET", LEASE, "another")])
+        with pytest.raises(Fenced):
+            await teller.turn(TOKEN)
+        await office.ours()
+        await teller.turn(TOKEN)
+    await office.happen(resolving("a"), resolving("b"))
+    office.now += 61
+    await all_told(teller)
+    assert [event for event, _ in sink.told] == ["opened", "opened", "flood", "resolved"]
+    flood = sink.notices[2].flood
+    assert flood is not None
+    assert flood.withheld == 1
+
+
 async def test_a_flood_of_minor_alerts_does_not_hide_critical_ones(office: Desk) -> None:
     sink = Kept()
     teller = office.teller(sink, per_minute=2)
@@ -257,7 +280,7 @@ async def test_a_sink_hears_of_an_alert_once_it_is_as_severe_as_asked(office: De
 
 
 async def test_standard_output_has_one_json_line_for_each_notice(office: Desk) -> None:
-    to = io.StringIO()
+    to = io.BytesIO()
     teller = office.teller(Stdout(to))
     await teller.begin(TOKEN)
     await office.happen(opening("line 3/pump"), resolving("line 3/pump"))
@@ -268,6 +291,27 @@ async def test_standard_output_has_one_json_line_for_each_notice(office: Desk) -
         ("resolved", "line 3/pump", "resolved"),
     ]
     assert lines[0]["alert"]["summary"]
+
+
+async def test_a_standard_output_that_nobody_reads_any_more_gets_dead_letters_in_the_end(office: Desk) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with io.FileIO(writes, "w") as to:
+        teller = office.teller(Stdout(to), patience=Patience(give_up=0.1, first_wait=0.01, longest_wait=0.05))
+        await teller.begin(TOKEN)
+        await office.happen(opening("a"))
+        await all_told(teller)
+    [letter] = [json.loads(letter) for letter in await office.book.letters(10)]
+    assert "BrokenPipeError" in letter["reason"]
+
+
+def test_names_of_streams_reach_a_standard_output_of_any_encoding() -> None:
+    told = (
+        "import asyncio; from service.sinks.stdout import Stdout; from service.sinks.teller import Flood, Notice; "
+        "asyncio.run(Stdout().tell(Notice('1', 'flood', 0.0, flood=Flood(1, 0.0, {}, ['größe'], None))))"
+    )
+    done = subprocess.run([sys.executable, "-c", told], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert json.loads(done.stdout)["flood"]["streams"] == ["größe"]
 
 
 # ── webhook ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -413,6 +457,19 @@ async def test_alertmanager_is_told_again_of_what_is_open_however_much_happens_a
         office.now -= 86_400
         assert not await sink.turn(TOKEN)
         assert told() == 1 + 3 + 1
+        await sink.close()
+
+
+async def test_alertmanager_is_not_told_that_an_alert_ends_with_the_one_before_it_however_many_there_are(office: Desk) -> None:
+    with Receiver() as receiver:
+        sink = Alertmanager(receiver.url, office.book, Metrics(), resend=60, clock=lambda: office.now)
+        await sink.begin(TOKEN)
+        await office.happen(opening("s"), resolving("s"), *(opening(f"other-{i}", started_at=T0 + 1) for i in range(AT_ONCE)))
+        await office.happen(opening("s", started_at=T0 + 2))
+        while await sink.turn(TOKEN):
+            pass
+        told = [alert for posted in receiver.posted for alert in posted.json if alert["labels"]["stream"] == "s"]
+        assert ["endsAt" in alert for alert in told] == [True, False, True, False]  # at once, and again as of how things stand
         await sink.close()
 
 

@@ -115,7 +115,8 @@ class Alertmanager:
     async def _tell_again(self) -> None:
         """All that is open, or still held open."""
         now = self._clock()
-        ids = await self._book.open_ids() + await self._book.resolved_since(now - self._keep_firing)
+        # Open ones last: a stream's alert that is held open ends it there, also where the next one has begun.
+        ids = await self._book.resolved_since(now - self._keep_firing) + await self._book.open_ids()
         for i in range(0, len(ids), AT_ONCE):
             some = [alert for alert in await self._book.alerts(ids[i : i + AT_ONCE]) if alert is not None and alert.live]
             firing = [alert for alert in some if alert.open or alert.opened_at + self._keep_firing > now]

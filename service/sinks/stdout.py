@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import TextIO
+from typing import BinaryIO
 
 import msgspec
 
-from service.sinks.teller import Notice
+from service.sinks.teller import Notice, Unreachable
 
 
 class Stdout:
@@ -16,15 +16,18 @@ class Stdout:
 
     name = "stdout"
 
-    def __init__(self, to: TextIO | None = None) -> None:
-        self._to = to or sys.stdout
+    def __init__(self, to: BinaryIO | None = None) -> None:
+        self._to = to or sys.stdout.buffer
 
     async def tell(self, notice: Notice) -> None:
-        await asyncio.to_thread(self._write, msgspec.json.encode(notice).decode())  # a full pipe must not stop the service
+        try:
+            await asyncio.to_thread(self._write, msgspec.json.encode(notice))  # a full pipe must not stop the service
+        except OSError as error:
+            raise Unreachable(f"The standard output takes nothing ({type(error).__name__}: {error}).") from error
 
     async def close(self) -> None:
         return None
 
-    def _write(self, line: str) -> None:
-        self._to.write(line + "\n")
+    def _write(self, line: bytes) -> None:
+        self._to.write(line + b"\n")
         self._to.flush()

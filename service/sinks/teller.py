@@ -192,6 +192,8 @@ class Teller:
         self._sink, self._book, self._metrics, self._clock = sink, book, metrics, clock
         self._public_url, self._least, self._patience = public_url, least, patience
         self._flooding = _Flooding(per_minute)
+        self._decided = ("", True)
+        """The last change that was asked of, and whether there was room for it."""
         self._waiting: Told | None = None
         self._cursor = "0-0"
         self.name = sink.name
@@ -238,7 +240,7 @@ class Teller:
                 self._count("below")
                 await self._book.delivered(token, name, told.id, withhold=[alert.id])
                 return
-            if not self._flooding.takes(alert.severity, now):
+            if not self._admits(told, now):
                 await self._withhold(token, told, now)
                 return
             event = "opened"
@@ -251,9 +253,17 @@ class Teller:
         letters = await self._attempt(notice)
         await self._book.delivered(token, name, told.id, over=[alert.id], letters=letters)
 
+    def _admits(self, told: Told, now: float) -> bool:
+        """Whether there is room for it. That is said once: a change comes again where the store failed to keep that it was told."""
+        if self._decided[0] != told.id:
+            takes = self._flooding.takes(told.change.alert.severity, now)
+            if not takes:
+                self._flooding.withhold(told.change.alert)
+            self._decided = told.id, takes
+        return self._decided[1]
+
     async def _withhold(self, token: str, told: Told, now: float) -> None:
         self._count("withheld")
-        self._flooding.withhold(told.change.alert)
         letters: list[bytes] = []
         if self._flooding.since is None:
             letters = await self._attempt(self._flood_notice(f"flood-{told.id}", now))
