@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     """An alert whose event is older than this when it is scored is of the past: it is kept, and told to no sink."""
     alerts_alertmanagers: str = ""
     """URLs of Alertmanagers, with commas between: each is told of all alerts (docs/alerts.md)."""
-    alerts_keep_firing_seconds: Annotated[float, Field(ge=0)] = 300
+    alerts_keep_firing_seconds: Annotated[float, Field(ge=0, le=86_400)] = 300
     """How long an alert fires in Alertmanager at least: what is over before its group_wait or group_interval, it tells nobody of."""
     alerts_runbook_url: str = ""
     """Annotation runbook_url of alerts in Alertmanager; empty = none."""
@@ -202,6 +202,14 @@ class Settings(BaseSettings):
     def _is_an_address(cls, value: str) -> str:
         if value and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
             raise ValueError("it is an address such as http://prometheus:9090/api/v1/write")
+        return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _begins_links(cls, value: str) -> str:
+        # An Alertmanager refuses all alerts of a request where the link of one is no address.
+        if value and not re.fullmatch(r"https?://[^\s/?#%]+(/[^\s?#%]*)?", value):
+            raise ValueError("it is an address such as https://onset.example.org, without a query")
         return value
 
     @field_validator("remote_write_headers", mode="before")

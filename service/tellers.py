@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+import httpx
+
 from service.desk import Sink
 from service.errors import BadSetting
 from service.metrics import Metrics
@@ -19,7 +21,7 @@ def declared(settings: Settings, book: Book, metrics: Metrics) -> list[Sink]:
     """All sinks of these settings. Raises BadSetting."""
     sinks: list[Sink] = [
         Alertmanager(
-            _http("ONSET_ALERTS_ALERTMANAGERS", url.strip()),
+            _base("ONSET_ALERTS_ALERTMANAGERS", url.strip()),
             book,
             metrics,
             public_url=settings.public_url,
@@ -32,7 +34,7 @@ def declared(settings: Settings, book: Book, metrics: Metrics) -> list[Sink]:
     ]
     told_one_by_one: list[Webhook | Stdout] = [Stdout()] if settings.alerts_stdout else []
     if settings.alerts_webhook:
-        told_one_by_one.append(Webhook(_http("ONSET_ALERTS_WEBHOOK", settings.alerts_webhook), _secret(settings)))
+        told_one_by_one.append(Webhook(_http("ONSET_ALERTS_WEBHOOK", settings.alerts_webhook.strip()), _secret(settings)))
     patience = Patience(give_up=settings.alerts_give_up_seconds)
     sinks += [
         Teller(
@@ -61,17 +63,30 @@ def _secret(settings: Settings) -> str:
     if secret:
         raise BadSetting("ONSET_ALERTS_WEBHOOK_SECRET and ONSET_ALERTS_WEBHOOK_SECRET_FILE are both set: one of them.")
     try:
-        return file.read_text().strip()
+        secret = file.read_text().strip()
     except (OSError, UnicodeError) as error:
         raise BadSetting(f"ONSET_ALERTS_WEBHOOK_SECRET_FILE '{file}' cannot be read: {error}.") from error
+    if not secret:
+        raise BadSetting(f"ONSET_ALERTS_WEBHOOK_SECRET_FILE '{file}' is empty: requests would not be signed.")
+    return secret
+
+
+def _base(setting: str, url: str) -> str:
+    """What a path is put behind."""
+    if "?" in url or "#" in url:
+        raise BadSetting(f"{setting} has an address with a query ('?') or a fragment ('#'): a path comes behind it.")
+    return _http(setting, url)
 
 
 def _http(setting: str, url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts, sent = urlsplit(url), httpx.URL(url)  # by which it is posted to
+    except (ValueError, httpx.InvalidURL) as error:
+        raise BadSetting(f"{setting} has '{url.partition('/')[0]}//…', which cannot be read as an address.") from error
     try:
         port = parts.port
     except ValueError as error:
         raise BadSetting(f"{setting} has '{parts.scheme}://{parts.hostname or ''}…': {error}.") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+    if parts.scheme not in ("http", "https") or not sent.host or port == 0:
         raise BadSetting(f"{setting} has '{parts.scheme}://{parts.hostname or ''}…', which is no http:// or https:// address.")
     return url

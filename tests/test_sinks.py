@@ -516,8 +516,13 @@ async def test_a_clock_that_is_set_back_withholds_nothing(office: Desk) -> None:
         ({"alerts_webhook": "ftp://x"}, "ONSET_ALERTS_WEBHOOK has 'ftp://x"),
         ({"alerts_alertmanagers": "alertmanager:9093"}, "ONSET_ALERTS_ALERTMANAGERS"),
         ({"alerts_alertmanagers": "http://a:9093, http://a:9093"}, "the same Alertmanager twice"),
+        ({"alerts_alertmanagers": "http://a:9093/?tenant=b"}, "with a query"),
+        ({"alerts_webhook": "http://[::1/x"}, "cannot be read as an address"),
+        ({"alerts_webhook": "http://x/\x01"}, "cannot be read as an address"),
         ({"alerts_webhook": "http://x", "alerts_webhook_secret": "short"}, "has 5 bytes"),
         ({"alerts_webhook": "http://x", "alerts_webhook_secret": "whsec_!!"}, "no base64"),
+        ({"alerts_webhook": "http://x", "alerts_webhook_secret": "whsec_größe"}, "no base64"),
+        ({"alerts_webhook": "http://x", "alerts_webhook_secret_file": "/dev/null"}, "is empty"),
         ({"alerts_webhook": "http://x", "alerts_webhook_secret_file": "/nonexistent/secret"}, "cannot be read"),
         ({"alerts_webhook": "http://x", "alerts_webhook_secret": SECRET, "alerts_webhook_secret_file": "x"}, "both set"),
     ],
@@ -525,6 +530,14 @@ async def test_a_clock_that_is_set_back_withholds_nothing(office: Desk) -> None:
 def test_settings_that_cannot_be_used_are_named(office: Desk, setting: dict[str, Any], says: str) -> None:
     with pytest.raises(BadSetting, match=says):
         declared(Settings(**setting), office.book, Metrics())
+
+
+def test_alertmanagers_behind_one_address_are_told_apart_by_their_paths(office: Desk) -> None:
+    settings = Settings(alerts_alertmanagers="https://gateway/north, https://gateway/south/")
+    assert [sink.name for sink in declared(settings, office.book, Metrics())] == [
+        "alertmanager gateway/north",
+        "alertmanager gateway/south",
+    ]
 
 
 def test_a_secret_is_read_from_a_file_and_shown_nowhere(office: Desk, tmp_path: Any) -> None:

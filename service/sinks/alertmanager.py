@@ -57,9 +57,8 @@ class Alertmanager:
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         parts = urlsplit(url)
-        self.name = (
-            f"alertmanager {parts.hostname}:{parts.port}{parts.path.rstrip('/')}" if parts.port else f"alertmanager {parts.hostname}"
-        )
+        port = f":{parts.port}" if parts.port else ""
+        self.name = f"alertmanager {parts.hostname}{port}{parts.path.rstrip('/')}"
         self._url = f"{url.rstrip('/')}/api/v2/alerts"
         self._book, self._metrics, self._clock, self._patience = book, metrics, clock, patience
         self._public_url, self._runbook_url = public_url, runbook_url

@@ -13,7 +13,6 @@ others        never again: a dead letter
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import time
@@ -71,7 +70,7 @@ def key_of(secret: str) -> bytes:
     if secret.startswith(ENCODED):
         try:
             key = base64.b64decode(secret.removeprefix(ENCODED), validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise BadSetting(f"ONSET_ALERTS_WEBHOOK_SECRET begins with {ENCODED} and is no base64 after that.") from error
     if len(key) < LEAST_SECRET:
         raise BadSetting(f"ONSET_ALERTS_WEBHOOK_SECRET has {len(key)} bytes; it needs {LEAST_SECRET} at least.")
