@@ -167,7 +167,7 @@ async def test_a_replica_that_keeps_the_book_no_more_says_nothing_of_what_waits(
     with Receiver() as gone:
         url = gone.url
     alertmanager = Alertmanager(url, office.book, metrics, clock=lambda: office.now)
-    sinks = [office.teller(Webhook(url, ""), metrics), alertmanager]
+    sinks: list[Teller | Alertmanager] = [office.teller(Webhook(url, ""), metrics), alertmanager]
     for sink in sinks:
         await sink.begin(TOKEN)
     await office.happen(opening("a"))
