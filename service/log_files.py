@@ -8,6 +8,7 @@ Files may be gzip'ed; a folder means all files in it. Nothing is held in memory 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import math
 import re
@@ -41,6 +42,9 @@ _LOOKS_LIKE = {13: "ms", 16: "us", 19: "ns"}
 """What so many digits are, these days."""
 _FINER = re.compile(r"([.,]\d{6})\d+")
 """Nanoseconds; strptime knows microseconds at most."""
+_GZIP = b"\x1f\x8b"
+_PACKED = {b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"BZh9": "bzip2", b"PK\x03\x04": "zip"}
+"""How files begin that would be read as one line of garbage."""
 MAX_LINES = 2_000_000
 """Lines held in memory at once by `by_stream`."""
 _DAY = 86_400.0
@@ -226,9 +230,16 @@ def _entries(file: Path, format_: LogFormat, counted: Counted) -> Iterator[tuple
 
 
 def _lines(file: Path) -> Iterator[str]:
+    """Raises TableError."""
     try:
-        opened = gzip.open if file.suffix == ".gz" else open
-        with opened(file, "rt", encoding="utf-8", errors="replace", newline="\n") as lines:
+        with file.open("rb") as raw:
+            begins = raw.read(6)
+        if packed := next((name for magic, name in _PACKED.items() if begins.startswith(magic)), None):
+            raise TableError(f"{file} is packed by {packed}, which is not read here: unpack it, or pack it by gzip.")
+        opened = gzip.open if file.suffix == ".gz" or begins.startswith(_GZIP) else open
+        with opened(file, "rb") as content:  # what Windows writes begins with a mark; it is none of the first line
+            encoding = "utf-16" if content.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        with opened(file, "rt", encoding=encoding, errors="replace", newline="\n") as lines:
             for line in lines:
                 yield line.rstrip("\r\n")
     except (OSError, EOFError) as error:

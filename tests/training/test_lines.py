@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import math
 import os
 from datetime import UTC, datetime
@@ -132,7 +133,21 @@ def test_files_without_a_single_entry_are_refused_with_the_reason(tmp_path: Path
         by_stream([path], format_, None)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["app.log", "app.log.1"])
+def test_a_mark_of_the_encoding_belongs_to_no_line_and_gzip_is_known_by_its_bytes(tmp_path: Path, encoding: str, name: str) -> None:
+    text = LOG.replace("\n", "\r\n").encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("1") else text)
+    counted = Counted()
+    first, *_ = read([tmp_path / name], FORMAT, counted)
+    assert first.text.startswith("2026-11-26 08:00:00,250 [req-1]")
+    assert (counted.entries, counted.headless) == (3, 0)
+
+
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.log.1").write_bytes(lzma.compress(b"x\n"))
+    with pytest.raises(TableError, match=r"a\.log\.1 is packed by xz, which is not read here"):
+        list(read([tmp_path / "a.log.1"], LogFormat()))
     with pytest.raises(TableError, match="does not exist"):
         list(read([tmp_path / "absent"], LogFormat()))
     with pytest.raises(TableError, match=r"a\.gz cannot be read"):
