@@ -34,10 +34,9 @@ from service.artifact import find_artifacts
 from service.detector import Detector
 from service.errors import ArtifactError, TableError
 from service.events import Readings
-from service.features import FLOAT32_MAX
 from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
-from service.tables import Notify, ReadOptions, Source, find_sources, read_for
+from service.tables import Notify, ReadOptions, Source, as_float32, find_sources, once_each, read_for
 from service.terminal import terminal
 
 LISTED = 60
@@ -219,7 +218,7 @@ def run(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("scoring", total=None)
         for first in range(0, len(by_size), limits.group_files):
-            notify = _once(progress.console.print)
+            notify = once_each(progress.console.print)
             series = [read_series(source, detector, options, notify) for source in by_size[first : first + limits.group_files]]
             progress.update(task, total=(progress.tasks[0].total or 0) + sum(map(len, series)))
             written = _score_group(series, detector, policy, targets, limits, lambda rows: progress.advance(task, rows))
@@ -241,27 +240,11 @@ def _targets(sources: Sequence[Source], out: Path) -> dict[str, Path]:
     return targets
 
 
-def _once(notify: Notify) -> Notify:
-    told: set[str] = set()
-
-    def once(message: str) -> None:
-        if message not in told:
-            told.add(message)
-            notify(message)
-
-    return once
-
-
 def read_series(source: Source, detector: Detector, options: ReadOptions, notify: Notify) -> Series:
     """One file for this detector. Raises TableError."""
     table, values = read_for(source, detector.manifest.feature_names, options, notify)
-    if len(beyond := np.argwhere(np.abs(values) > FLOAT32_MAX)):
-        row, j = beyond[0].tolist()
-        place = f"feature {detector.manifest.feature_names[j]!r}, row {row + 1}"
-        raise TableError(
-            f"{source.path}: {place}: {values[row, j]} is beyond the range of float32; leave the cell empty where a value is missing."
-        )
-    return Series(source.name, table.written, table.timestamps, values.astype(np.float32))
+    x = as_float32(source, detector.manifest.feature_names, values)
+    return Series(source.name, table.written, table.timestamps, x)
 
 
 def _score_group(

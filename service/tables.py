@@ -344,6 +344,18 @@ def read_for(
     return table, np.stack([table.columns.get(feature, missing) for feature in features], axis=1)
 
 
+def as_float32(source: Source, features: Sequence[str], values: Float64, before: int = 0) -> NDArray[np.float32]:
+    """Values [T, F], the rows behind the first `before`, as a detector takes them. Raises TableError where one is beyond its range."""
+    beyond = np.argwhere(np.abs(values) > np.finfo(np.float32).max)
+    if len(beyond):
+        row, j = beyond[0].tolist()
+        raise TableError(
+            f"{source.path}: feature {features[j]!r}, row {before + row + 1}: {values[row, j]} is beyond the range of float32; "
+            "leave the cell empty where a value is missing."
+        )
+    return values.astype(np.float32)
+
+
 def _listed(names: Iterable[str]) -> str:
     shown = [f"'{name}'" for name in names]
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")

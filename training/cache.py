@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from service.errors import TableError
-from service.tables import Notify, ReadOptions, Source, find_sources, once_each, read_batches
+from service.tables import Notify, ReadOptions, Source, as_float32, find_sources, once_each, read_batches
 from training.data import Float32, Stream, clock
 
 CACHE = "cache"
 """Its folder, in the folder of the model."""
 FORMAT = 1
+FILES = {"index.json", "x.f32", "t.f32"}
 READ = 1 << 20
 
 
@@ -43,13 +46,15 @@ class Cached:
 
 def convert(paths: Sequence[Path], options: ReadOptions, folder: Path, notify: Notify) -> None:
     """Make `folder` of the files under `paths`, or leave it when it is of these very files. Raises TableError, and leaves nothing then."""
-    sources = find_sources(paths)
+    sources = told_apart(find_sources(paths))
     made_of = _made_of(sources, options)
-    if _index(folder).get("made_of") == made_of:
+    index = _index(folder)
+    if index.get("made_of") == made_of and _whole(folder, index):
         notify(f"Rows are taken from {folder}: the files have not changed.")
         return
     partial = folder.with_name(folder.name + ".partial")
     for old in (folder, partial):
+        _refuse_foreign(old)
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -70,6 +75,24 @@ def open_cache(folder: Path) -> Cached:
     return Cached(features, streams, index["sha256"])
 
 
+def told_apart(sources: Sequence[Source]) -> list[Source]:
+    """Where two folders have files of the same name, all are named by their paths from the folder that holds them all."""
+    paths = [source.path.resolve() for source in sources]
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
+        raise TableError(f"{twice[0]} is given twice: each file is one stream.")
+    if len({source.name for source in sources}) == len(sources):
+        return list(sources)
+    common = os.path.commonpath([path.parent for path in paths])
+    return [replace(source, name=path.relative_to(common).as_posix()) for source, path in zip(sources, paths, strict=True)]
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises TableError where `folder` holds what is not of a cache, and so is not to be removed."""
+    foreign = sorted(path.name for path in folder.glob("*") if path.name not in FILES)
+    if foreign:
+        raise TableError(f"{folder} is where rows are kept, and holds {foreign[0]!r}, which is none of them: choose another --out.")
+
+
 def _mapped(path: Path, width: int) -> Float32:
     # asarray: a slice of a memmap is a memmap, an object of many times the size.
     return np.asarray(np.memmap(path, np.float32, mode="r")).reshape(-1, width)
@@ -78,9 +101,15 @@ def _mapped(path: Path, width: int) -> Float32:
 def _index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads((folder / "index.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return {}
-    return index
+    return index if isinstance(index, dict) else {}
+
+
+def _whole(folder: Path, index: dict[str, Any]) -> bool:
+    """Whether the files are as long as they were written: a disk that was full or a machine that went down may have left less."""
+    widths, rows = {"x.f32": len(index["features"]), "t.f32": 3}, sum(index["lengths"])
+    return all((folder / name).is_file() and (folder / name).stat().st_size == 4 * width * rows for name, width in widths.items())
 
 
 def _made_of(sources: Sequence[Source], options: ReadOptions) -> list[Any]:
@@ -102,7 +131,7 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                     raise TableError(
                         f"{source.name} has the column {unknown[0]!r} that {sources[0].name} lacks: one model, one set of features."
                     )
-                values = table.matrix(features).astype(np.float32).tobytes()
+                values = as_float32(source, features, table.matrix(features), rows).tobytes()
                 sha.update(values)
                 x.write(values)
                 t.write(clock(table.timestamps, before).tobytes())

@@ -106,6 +106,41 @@ def test_a_refused_file_leaves_no_cache(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+def test_files_of_one_name_in_two_folders_are_two_streams(tmp_path: Path) -> None:
+    folders = [small(tmp_path / "north"), small(tmp_path / "south", value=5)]
+    convert(folders, ReadOptions(), tmp_path / "cache", lambda _: None)
+    assert [stream.name for stream in open_cache(tmp_path / "cache").streams] == ["north/a.csv", "south/a.csv"]
+
+
+def test_a_file_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    folder = small(tmp_path / "data")
+    with pytest.raises(TableError, match=r"a\.csv is given twice"):
+        convert([folder, folder / "a.csv"], ReadOptions(), tmp_path / "cache", lambda _: None)
+
+
+def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "mine.txt").write_text("precious")
+    with pytest.raises(TableError, match=r"holds 'mine\.txt'"):
+        converted(small(tmp_path / "data"), tmp_path / "cache")
+    assert (tmp_path / "cache" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["x.f32", "t.f32", "index.json"])
+def test_a_cache_that_was_cut_short_is_made_again(name: str, tmp_path: Path) -> None:
+    data, told = small(tmp_path / "data"), list[str]()
+    first = converted(data, tmp_path / "cache").streams[0].x.copy()
+    os.truncate(tmp_path / "cache" / name, 8)
+    assert np.array_equal(converted(data, tmp_path / "cache", told).streams[0].x, first)
+    assert not told
+
+
+def test_a_number_beyond_float32_is_refused_by_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("timestamp,load\n0,1\n1,1e39\n")
+    with pytest.raises(TableError, match=r"feature 'load', row 2: 1e\+39 is beyond the range of float32"):
+        converted(tmp_path / "a.csv", tmp_path / "cache")
+
+
 def test_the_variance_of_a_stream_is_the_same_by_pieces(rows: tuple[Float64, Float64]) -> None:
     x: Float32 = np.tile(rows[1], (4, 1)).astype(np.float32)
     assert x.size > 2 * PIECE
