@@ -87,7 +87,7 @@ def _draw_feature(axis: Any, shown: Shown, feature: int) -> None:
     if len(given):
         margin = 0.25 * max(float(np.ptp(given)), 1e-9)
         axis.set_ylim(float(given.min()) - margin, float(given.max()) + margin)
-    axis.set_title(f"{shown.stream.name} · {shown.names[feature]}", loc="left", fontsize=10)
+    axis.set_title(f"{shown.stream.name} · {shown.names[feature]}", loc="left", fontsize=10, parse_math=False)
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
     _mark(axis, shown)
     _tidy(axis)

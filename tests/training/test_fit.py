@@ -16,9 +16,10 @@ from service.detector import Detector
 from service.tables import ReadOptions, read_tables
 from tests.training.conftest import TINY, random_step
 from training.__main__ import app
-from training.data import Block, Fleet, clock, streams_of
-from training.evaluate import run_streams
+from training.data import Block, Fleet, Stream, clock, streams_of
+from training.evaluate import Scores, run_streams
 from training.fit import Drawn, Lanes, Plan, Progress, Trainer, learning_rate, prepare, prepare_all
+from training.report import Shown, draw
 from training.synthetic import ANOMALIES, Synthetic, generate, streams
 
 SMALL = Synthetic(0, validation_lanes=8, validation_length=100)
@@ -201,6 +202,13 @@ def test_units_in_brackets_are_no_markup_of_what_is_printed(tmp_path: Path) -> N
     result = CliRunner().invoke(app, ["fit", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "20 rows, 2 feature(s): n [/min], Druck [bar]" in result.output
     assert "too few to train on" in result.output
+
+
+def test_a_name_with_dollars_is_drawn_as_it_is(tmp_path: Path) -> None:
+    rows, stream = np.zeros((20, 1, 1), np.float32), Stream("a", np.zeros((20, 1), np.float32), np.zeros((20, 3), np.float32))
+    scores = Scores(np.ones((20, 1), np.float32), np.ones((20, 1), np.float32), rows, rows, rows, rows)
+    draw(tmp_path / "report.png", Progress(), Shown(stream, scores, ["cost $x_^$"], 0, None, ""))
+    assert (tmp_path / "report.png").stat().st_size
 
 
 def test_streams_with_other_features_are_refused(tmp_path: Path) -> None:
