@@ -284,11 +284,12 @@ RULES: tuple[Rule, ...] = (
         "Requests are refused: {{ $labels.reason }}.",
         "{{ $value | humanize }} requests a second are refused for the reason {{ $labels.reason }}.",
         "*queue*, *bytes*: more arrives than is scored (429 with `Retry-After`). *body*, *batch*: a request is larger than is taken (413). "
-        "*slow*: a body did not arrive in time (408).",
+        "*slow*: a body did not arrive in time (408). *unread*: a client did not read its reply, and its connection was closed.",
         ("The *Service* dashboard: events a second, queue, and the senders' own logs.",),
         (
             "queue, bytes: add replicas, or let senders send larger batches less often; a Prometheus by few shards (docs/prometheus.md).",
             "body, batch: tell the sender the limits (docs/api.md).",
+            "unread: the log's `replies_unread` has the client's address; it is stuck, or on a line slower than 2 kB a second.",
         ),
         (
             Case({'onset_refused_total{job="onset",reason="queue"}': "0+30x40"}, {"job": "onset", "reason": "queue"}),

@@ -312,7 +312,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
 
     from service import logs, memory  # noqa: PLC0415
     from service.openapi import example  # noqa: PLC0415
-    from service.writing import Protocol  # noqa: PLC0415
+    from service.writing import Unread, protocol  # noqa: PLC0415
 
     class Announcing(uvicorn.Server):
         """Says where it listens, once it does."""
@@ -337,10 +337,12 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
             await super().shutdown(sockets)
             logs.log.info("stopped")
 
+    service = asgi.state.service
+    unread = Unread(service.settings.max_inflight_bytes, service.metrics.refused.labels("unread").inc)
     config = uvicorn.Config(
         asgi,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http=Protocol,
+        http=protocol(unread),
         ws="none",
         access_log=False,
         log_config=None,
@@ -350,7 +352,6 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
     server = Announcing(config)
-    service = asgi.state.service
     sample = example(service.detectors[service.default_model].manifest)
     # uvicorn logs a failed start with its traceback; the sentence below is all there is to say.
     logging.getLogger("uvicorn.error").addFilter(lambda record: service.failure is None)

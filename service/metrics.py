@@ -178,8 +178,9 @@ class Metrics:
         "onset_refused_total",
         "requests",
         "Requests refused at the door, by reason.",
-        "queue, bytes: more comes than is scored, add replicas. body, batch: a client sends too much at once. slow: bodies do not arrive.",
-        reason=("queue", "bytes", "body", "batch", "slow"),
+        "queue, bytes: more comes than is scored, add replicas. body, batch: a client sends too much at once. slow: bodies do not arrive. "
+        "unread: clients do not read their replies; the log's replies_unread names one.",
+        reason=("queue", "bytes", "body", "batch", "slow", "unread"),
     )
     latency = _histogram(
         "onset_request_seconds",

@@ -1,18 +1,23 @@
-"""uvicorn's HTTP protocol, with one write for a response where it makes two, and limits for the head of a request.
+"""uvicorn's HTTP protocol, with one write for a response where it makes two, and limits for heads and for replies that nobody reads.
 
 It writes a response's head and its body each by itself, and uvloop sends at once: two packets, two system calls, and a client that is
 woken twice, which together takes a sixth of an empty request's time.
 
 A head of any size it would put together in memory, piece by piece: one client that sends a hundred megabytes of a header stops the event
 loop for seconds. And it waits for ever for one that does not come.
+
+It keeps what a client does not read for ever, too, even after it has closed the connection. `Unread` lets such clients go.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import structlog
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 AT_ONCE_BYTES = 65_536
 """More than this is not kept for the end of the turn."""
@@ -22,10 +27,19 @@ HEAD_BYTES = 65_536
 """Of a request before its body, of what ends it, and of the line before a chunk."""
 HEAD_SECONDS = 60.0
 """How long each of these may take to come. A body has a limit of its own, see intake.py."""
+UNREAD_BYTES, UNREAD_SECONDS = 65_536, 30.0
+"""A client that takes less than this of a reply in this time, and not the rest of it, is let go."""
+PRESSED_SECONDS = 5.0
+"""In place of UNREAD_SECONDS while too much is unread."""
+LOOK_SECONDS = 1.0
+AHEAD_REQUESTS = 256
+"""That a client may send before the one in front of them is answered: each takes some kB."""
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
     b"content-length: 36\r\n\r\nThe head is over 65536 bytes long.\r\n"
 )
+
+log = structlog.get_logger(__name__)
 
 
 class OneWrite:
@@ -58,10 +72,81 @@ class OneWrite:
         return getattr(self._transport, name)
 
 
-class Protocol(HttpToolsProtocol):
-    """For `uvicorn.Config(http=...)`."""
+@dataclass
+class _Mark:
+    """When a connection last was found to have got on, and what was unread of it then."""
 
+    since: float
+    size: int
+
+
+class Unread:
+    """Connections with something written that their clients have not taken: those that do not get on are let go, the slowest first.
+
+    All of them together may hold `most_bytes` for long. `let_go` is told of each. An idle or a reading client costs nothing here.
+    """
+
+    unread_seconds, pressed_seconds, look_seconds = UNREAD_SECONDS, PRESSED_SECONDS, LOOK_SECONDS
+
+    def __init__(self, most_bytes: int, let_go: Callable[[], None]) -> None:
+        self._most_bytes, self._let_go = most_bytes, let_go
+        self._marks: dict[Protocol, _Mark] = {}
+        """In the order of `since`."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, connection: Protocol) -> None:
+        """Not all that was written could be sent."""
+        self._marks[connection] = _Mark(connection.loop.time(), connection.unread_bytes)
+        if self._timer is None:
+            self._look_later(connection.loop)
+
+    def end(self, connection: Protocol) -> None:
+        """All is sent, or the connection is lost."""
+        self._marks.pop(connection, None)
+
+    def _look_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        due = loop.time() + self.look_seconds
+        self._timer = loop.call_at(due, self._look, loop, due)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        now, self._timer = loop.time(), None
+        for mark in self._marks.values():
+            mark.since += now - due  # in which this process itself may have stood still
+        self._got_on(now)
+        held, gone = sum(connection.unread_bytes for connection in self._marks), list[tuple[Protocol, int]]()
+        for connection, mark in list(self._marks.items()):
+            if now - mark.since < (self.unread_seconds if held <= self._most_bytes else self.pressed_seconds):
+                break
+            gone.append((connection, connection.unread_bytes))
+            held -= connection.unread_bytes
+            self.end(connection)
+        if gone:
+            log.warning("replies_unread", closed=len(gone), bytes=sum(size for _, size in gone), first=gone[0][0].client)
+        for connection, _ in gone:
+            connection.transport.abort()  # to close it would wait until all is taken
+            self._let_go()
+        if self._marks:
+            self._look_later(loop)
+
+    def _got_on(self, now: float) -> None:
+        for connection, mark in list(self._marks.items()):
+            size = connection.unread_bytes
+            if size <= mark.size - UNREAD_BYTES:
+                del self._marks[connection]
+                self._marks[connection] = _Mark(now, size)
+
+
+class Protocol(HttpToolsProtocol):
+    """For `uvicorn.Config(http=...)`, as `protocol` makes it."""
+
+    unread: Unread
+    """Of all connections of a server."""
     head_seconds = HEAD_SECONDS
+
+    _answering: RequestResponseCycle | None = None
+    """Of several requests sent at once the one that was begun; `cycle` is the last."""
+    _next: tuple[RequestResponseCycle, Any] | None = None
+    """Waits until the reply before it is taken."""
 
     _read = 0
     """Bytes since the last head or piece of a body was there."""
@@ -70,6 +155,7 @@ class Protocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of all that is left
         super().connection_made(OneWrite(transport))  # type: ignore[arg-type]
         self._waits_since = self.loop.time()
         self._timer = self.loop.call_later(self.head_seconds, self._look)
@@ -77,7 +163,26 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self.unread.end(self)
+        if self._answering is not None and not self._answering.response_complete:  # uvicorn tells the last one alone
+            self._answering.disconnected = True
+            self._answering.message_event.set()
         super().connection_lost(exc)
+
+    @property
+    def unread_bytes(self) -> int:
+        return self.transport.get_write_buffer_size()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread.begin(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.unread.end(self)
+        if self._next is not None:
+            (cycle, app), self._next = self._next, None
+            self._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         self._read += len(data)
@@ -91,7 +196,19 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._whole()
-        super().on_headers_complete()
+        if len(self.pipeline) >= AHEAD_REQUESTS:
+            self.transport.abort()
+        if not self.transport.is_closing():
+            super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Not before the last reply is taken: of a client that does not read one is kept, not two."""
+        if self.flow.write_paused:
+            self.flow.pause_reading()
+            self._next = (cycle, app)
+            return
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         self._whole()
@@ -114,3 +231,8 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
             return
         self._timer = self.loop.call_later(since + self.head_seconds - now, self._look)
+
+
+def protocol(unread: Unread) -> type[Protocol]:
+    """The protocol of one server."""
+    return type("Protocol", (Protocol,), {"unread": unread})

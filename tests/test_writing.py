@@ -1,18 +1,22 @@
-"""The server's side of a connection: a response is written at once, whole, and in order."""
+"""The server's side of a connection: a response is written at once, whole, and in order, and not kept for ever for who does not read it."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.writing import AT_ONCE_BYTES, HEAD_BYTES, Protocol
+from service.writing import AHEAD_REQUESTS, AT_ONCE_BYTES, HEAD_BYTES, Protocol, Unread, protocol
 
+LARGE = 30_000_000
+"""Bytes: more than the kernel takes of an answer for a client that does not read."""
 REQUEST = b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
@@ -24,6 +28,13 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     for start in range(0, max(size, 1), 50_000):
         rest = size - start
         await send({"type": "http.response.body", "body": b"x" * min(rest, 50_000), "more_body": rest > 50_000})
+
+
+async def at_once(scope: Scope, receive: Receive, send: Send) -> None:
+    """The same in one piece."""
+    size = int(scope["path"][1:])
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+    await send({"type": "http.response.body", "body": b"x" * size})
 
 
 class Reader(asyncio.Protocol):
@@ -48,13 +59,44 @@ class Reader(asyncio.Protocol):
         return content
 
 
-class Impatient(Protocol):
+class Counting(Unread):
+    """Soon out of patience; it counts whom it let go."""
+
+    look_seconds = 0.02
+
+    def __init__(self, unread_seconds: float = 3600, most_bytes: int = 10**9, pressed_seconds: float = 3600) -> None:
+        super().__init__(most_bytes, self._count)
+        self.unread_seconds, self.pressed_seconds = unread_seconds, pressed_seconds
+        self.gone = 0
+
+    def _count(self) -> None:
+        self.gone += 1
+
+    @property
+    def waiting(self) -> int:
+        """Connections with something unread."""
+        return len(self._marks)
+
+    def more_than(self, count: int) -> bool:
+        return self.waiting > count
+
+    @property
+    def bytes(self) -> int:
+        """Of them all."""
+        return sum(connection.unread_bytes for connection in self._marks)
+
+
+class Ordinary(Protocol):
+    unread = Counting()
+
+
+class Impatient(Ordinary):
     head_seconds = 0.3
 
 
 @asynccontextmanager
-async def connected(protocol: type[Protocol] = Protocol, app: ASGIApp = echo) -> AsyncIterator[tuple[asyncio.Transport, Reader]]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, ws="none", lifespan="off", log_config=None))
+async def connected(http: type[Protocol] = Ordinary, app: ASGIApp = echo) -> AsyncIterator[tuple[asyncio.Transport, Reader]]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, ws="none", lifespan="off", log_config=None))
     running = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - uvicorn says it in no other way
         await asyncio.sleep(0.01)
@@ -190,3 +232,154 @@ async def test_an_answer_may_take_longer_than_a_head() -> None:
         await asyncio.sleep(1)
         release.set()
         assert (await reader.until(head(5) + 5)).endswith(b"x" * 5)
+
+
+async def another(transport: asyncio.Transport) -> tuple[asyncio.Transport, Reader]:
+    """One more client of the same server."""
+    return await asyncio.get_running_loop().create_connection(Reader, "127.0.0.1", transport.get_extra_info("peername")[1])
+
+
+async def until(true: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not true():  # noqa: ASYNC110 - nobody else says it
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("request_", [REQUEST, REQUEST.replace(b"Host", b"Connection: close\r\nHost")])
+async def test_who_reads_nothing_of_an_answer_is_let_go_and_others_are_answered(request_: bytes) -> None:
+    unread = Counting(unread_seconds=0.3)
+    async with connected(protocol(unread), at_once) as (deaf, reader):
+        deaf.pause_reading()
+        deaf.write(request_ % LARGE)
+        await until(lambda: unread.waiting)
+        transport, other = await another(deaf)
+        transport.write(REQUEST % 9)
+        await other.until(9)
+        await until(lambda: unread.gone)
+        assert unread.waiting == 0
+        deaf.resume_reading()
+        await asyncio.wait_for(reader.lost.wait(), 20)
+        assert len(b"".join(reader.reads)) < LARGE
+        transport.write(REQUEST % 9)
+        await other.until(18)
+        transport.close()
+
+
+async def test_what_is_left_of_an_answer_is_known_however_little_it_is() -> None:
+    unread = Counting()
+
+    async def until_full(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not unread.waiting:
+            await send({"type": "http.response.body", "body": b"x" * 1000, "more_body": True})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b""})
+
+    async with connected(protocol(unread), until_full) as (transport, reader):
+        transport.pause_reading()
+        transport.write(REQUEST % 1)
+        await until(lambda: unread.waiting)
+        assert 0 < unread.bytes < 2000
+        transport.resume_reading()
+        await until(lambda: not unread.waiting)
+        assert not reader.lost.is_set()
+
+
+async def test_who_reads_slowly_gets_all_of_an_answer() -> None:
+    unread = Counting(unread_seconds=1)
+    async with connected(protocol(unread), at_once) as (transport, reader):
+        transport.write(REQUEST % LARGE)
+        began, read = asyncio.get_running_loop().time(), -1
+        while len(b"".join(reader.reads)) > read:
+            read = len(b"".join(reader.reads))
+            transport.pause_reading()
+            await asyncio.sleep(0.3)
+            transport.resume_reading()
+            await reader.until(min(read + LARGE // 6, head(LARGE) + LARGE))
+        assert asyncio.get_running_loop().time() - began > unread.unread_seconds
+        assert (read, unread.gone) == (head(LARGE) + LARGE, 0)
+
+
+async def test_while_too_much_is_unread_those_that_do_not_read_go_sooner_the_first_of_them_first() -> None:
+    unread = Counting(most_bytes=LARGE, pressed_seconds=0.3)
+    async with connected(protocol(unread), at_once) as (first, reader):
+        clients = [(first, reader), await another(first)]
+        for transport, _ in clients:
+            before = unread.waiting
+            transport.pause_reading()
+            transport.write(REQUEST % LARGE)
+            await until(partial(unread.more_than, before))
+        await until(lambda: unread.gone)
+        await asyncio.sleep(0.5)
+        assert (unread.gone, unread.waiting) == (1, 1), "what is left is not too much"
+        for transport, _ in clients:
+            transport.resume_reading()
+        await asyncio.wait_for(reader.lost.wait(), 20)
+        await clients[1][1].until(head(LARGE) + LARGE)
+        clients[1][0].close()
+
+
+async def test_of_several_requests_the_next_is_not_begun_before_the_answer_is_read() -> None:
+    begun: list[str] = []
+
+    async def noting(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.append(scope["path"])
+        await at_once(scope, receive, send)
+
+    unread = Counting()
+    async with connected(protocol(unread), noting) as (transport, reader):
+        transport.pause_reading()
+        transport.write(REQUEST % LARGE + REQUEST % 1 + REQUEST % 2)
+        await until(lambda: unread.waiting)
+        await asyncio.sleep(0.2)
+        assert begun == [f"/{LARGE}"]
+        transport.resume_reading()
+        content = await reader.until(head(LARGE) + LARGE + head(1) + 1 + head(2) + 2)
+        assert content.endswith(b"xx")
+        assert begun == [f"/{LARGE}", "/1", "/2"]
+
+
+async def test_the_request_that_is_answered_learns_that_its_client_left_also_when_others_follow_it() -> None:
+    began, told = asyncio.Event(), asyncio.Event()
+
+    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        began.set()
+        assert (await receive())["type"] == "http.disconnect"
+        told.set()
+
+    async with connected(app=waiting) as (transport, _):
+        transport.write(REQUEST % 1 + REQUEST % 2)
+        await asyncio.wait_for(began.wait(), 20)
+        transport.abort()
+        await asyncio.wait_for(told.wait(), 20)
+
+
+async def test_who_sends_very_many_requests_ahead_of_their_answers_is_let_go() -> None:
+    release = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await release.wait()
+        await echo(scope, receive, send)
+
+    async with connected(app=slow) as (transport, reader):
+        transport.write(REQUEST % 1 * (AHEAD_REQUESTS + 1))
+        await asyncio.sleep(0.1)
+        assert not reader.lost.is_set()
+        other, gone = await another(transport)
+        other.write(REQUEST % 1 * (AHEAD_REQUESTS + 2))
+        await asyncio.wait_for(gone.lost.wait(), 20)
+        release.set()
+        await reader.until((head(1) + 1) * (AHEAD_REQUESTS + 1))
+
+
+async def test_that_the_service_itself_stood_still_is_held_against_no_client() -> None:
+    unread = Counting(unread_seconds=0.5)
+    async with connected(protocol(unread), at_once) as (transport, reader):
+        transport.pause_reading()
+        transport.write(REQUEST % LARGE)
+        await until(lambda: unread.waiting)
+        time.sleep(1)  # noqa: ASYNC251 - the server's loop is this one
+        transport.resume_reading()
+        await reader.until(head(LARGE) + LARGE)
+        assert unread.gone == 0

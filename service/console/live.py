@@ -5,7 +5,7 @@
     stream    event `stream`: what it is of; event `events`: its history, then everything newer, as columns
 
 A watcher takes what is newer than it has, when it can take more: a slow one gets fewer points, and nothing is queued for it. One that
-takes nothing at all for STALLED_SECONDS is let go. What other replicas score is seen too, about a second later (shared.py).
+takes nothing at all is let go (writing.py). What other replicas score is seen too, about a second later (shared.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ RATE = 10
 MEMBERS_SECONDS = 1.0
 """Which streams are shown changes at most this often."""
 HEARTBEAT_SECONDS = 15.0
-STALLED_SECONDS = 30.0
 SPARK_EVENTS = 96
 """Events of a stream's history that the fleet gets."""
 FEATURES_SENT = 8
@@ -166,7 +165,7 @@ class Events:
     async def _guarded(self, send: Send) -> None:
         try:
             await self._send(send)
-        except (TimeoutError, OSError):  # it takes nothing any more
+        except OSError:  # it takes nothing any more
             pass
         except Exception as error:  # a bug ends this answer alone; it is counted and logged
             self._metrics.bugs.inc()
@@ -181,8 +180,7 @@ class Events:
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for message in self._messages:
-            async with asyncio.timeout(STALLED_SECONDS):
-                await send({"type": "http.response.body", "body": message, "more_body": True})
+            await send({"type": "http.response.body", "body": message, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 

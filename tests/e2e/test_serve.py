@@ -151,6 +151,29 @@ def test_a_client_that_hangs_up_in_the_middle_hurts_nobody(tmp_path: Path, tiny_
             time.sleep(0.05)
 
 
+def test_a_client_that_does_not_read_its_reply_is_let_go_and_others_are_answered(tmp_path: Path, tiny_model_path: Path) -> None:
+    body = b"\n".join(b'{"stream_id": "s%d", "values": {"value": 1}}' % i for i in range(10_000))
+    head = b"POST /v1/events HTTP/1.1\r\nhost: a\r\ncontent-type: application/x-ndjson\r\ncontent-length: %d\r\n\r\n" % len(body)
+    unread = 'onset_refused_total{reason="unread"} '
+    with Service(tmp_path / "data", model=tiny_model_path, MAX_INFLIGHT_BYTES="1000000") as service, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.settimeout(20)
+        deaf.connect(("127.0.0.1", service.port))
+        deaf.sendall(head + body)
+        deadline = time.monotonic() + 60
+        while f"{unread}1.0" not in local.get(f"{service.url}/metrics").text:
+            assert time.monotonic() < deadline
+            assert local.post(f"{service.url}/v1/events", content=b'{"stream_id": "a", "values": {"value": 1}}').status_code == 200
+            time.sleep(0.1)
+        reply = b""
+        while piece := deaf.recv(65_536):  # what the kernel had
+            reply += piece
+        stated = re.search(rb"content-length: (\d+)", reply)
+        assert stated, reply[:200]
+        assert len(reply) < int(stated[1])
+        assert '"event": "replies_unread"' in service.log.read_text()
+
+
 def test_a_connection_that_rests_between_two_requests_of_a_sender_is_still_open(tmp_path: Path, tiny_model_path: Path) -> None:
     with Service(tmp_path / "data", model=tiny_model_path) as service:
         connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
