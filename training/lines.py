@@ -2,6 +2,7 @@
 
     entries ─► masked lines, each once with its count ─► Drain: clusters of similar ones, a template each
             ─► words that tell: a wildcard that takes only a few words gets a template for each of them
+            ─► ids: templates that differ by one alone, because some ids happen to have no letter, become one
 
 Drain (He et al., ICWS 2017; the package drain3-improved) merges lines that share most of their words, also where the one that differs is
 what matters: "VM <*> (Lifecycle Event)" for Started, Stopped and Paused. The second step takes these apart again; a word that no line had
@@ -24,7 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 
-from service.artifact import MAX_TEMPLATES, NEW, WILDCARD, Lines, Mask
+from service.artifact import MAX_TEMPLATES, NEW, NUMBER, WILDCARD, Lines, Mask
 from service.errors import TableError
 from service.lines import DEFAULT_MASKS, Matcher, Splitter, plain
 from service.log_files import Counted, LogFormat, read
@@ -34,6 +35,8 @@ MAX_DISTINCT = 2_000_000
 """Masked lines that differ. More would mean that something variable is not masked."""
 MAX_TOKENS = 400
 """Longer lines (dumps, JSON) make no template: what they hold is not said in words."""
+HEXADECIMAL = "<HEX>"
+"""What a default mask writes for it."""
 FEW, LEAST = 8, 3
 """A wildcard is taken apart where it takes at most so many words, each so often on average."""
 
@@ -50,7 +53,7 @@ class Mining:
     similarity: float = 0.5
     """Share of their words that two lines of a cluster have in common at least."""
     depth: int = 4
-    """Of Drain's tree: its leading `depth - 2` words tell lines apart."""
+    """Of Drain's tree: its leading `depth - 3` words tell lines apart."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def mine(messages: Iterable[str], mining: Mining = Mining(), session_seconds: fl
     wider = _clusters(counts, mining)
     while len(wider) > len(templates):  # what one word tells apart may have further words that tell
         templates, wider = wider, _told_apart(wider, counts)
+    templates = _joined(templates, counts)
     if len(templates) > MAX_TEMPLATES:
         raise TableError(f"{len(templates)} templates; there may be {MAX_TEMPLATES}: mask what varies (--mask) or lower --similarity.")
     made = Lines(
@@ -92,9 +96,7 @@ def mine(messages: Iterable[str], mining: Mining = Mining(), session_seconds: fl
         templates=templates,
         session_seconds=session_seconds,
     )
-    matcher, often = Matcher(made), Counter[int]()
-    for line, count in counts.items():
-        often[matcher.code_of(line)] += count
+    often = _often(templates, counts)
     used = [i for i in range(len(templates)) if often[i + 1]]  # a word that no line had is a new pattern
     ordered = sorted(used, key=lambda i: -often[i + 1])
     return made.model_copy(update={"templates": [templates[i] for i in ordered]})
@@ -236,6 +238,28 @@ def _with_words(template: list[str], rows: list[tuple[list[str], int]]) -> list[
         told = dict(zip(places, words, strict=True))
         made.append(" ".join(told.get(i, token) for i, token in enumerate(template)))
     return made
+
+
+def _joined(templates: list[str], counts: Counter[str]) -> list[str]:
+    """`templates`, those that differ by an id alone as one: of hexadecimal digits it is a number where it happens to have no letter."""
+    often = _often(templates, counts)
+    lines = {template: often[code] for code, template in enumerate(templates, NEW + 1)}
+    wider: dict[str, str] = {}
+    for template in templates:
+        tokens = template.split()
+        for i, token in enumerate(tokens):
+            usual = " ".join([*tokens[:i], token.replace(NUMBER, HEXADECIMAL), *tokens[i + 1 :]])
+            if NUMBER in token and lines.get(usual, 0) > lines[template] and any(one != WILDCARD for one in tokens[:i] + tokens[i + 1 :]):
+                wider[template] = wider[usual] = " ".join([*tokens[:i], WILDCARD, *tokens[i + 1 :]])
+    return _joined(list(dict.fromkeys(wider.get(template, template) for template in templates)), counts) if wider else templates
+
+
+def _often(templates: list[str], counts: Counter[str]) -> Counter[int]:
+    """Code → how many lines have it."""
+    matcher, often = Matcher(Lines(templates=templates)), Counter[int]()
+    for line, count in counts.items():
+        often[matcher.code_of(line)] += count
+    return often
 
 
 def _is_word(token: str) -> bool:

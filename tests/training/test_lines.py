@@ -174,6 +174,17 @@ def test_what_one_word_tells_apart_may_have_further_words_that_tell() -> None:
     assert Matcher(mined).codes(["payment declined in 7 ms"])[0].tolist() == [NEW]
 
 
+def test_an_id_that_happens_to_have_no_letter_makes_no_template_of_its_own() -> None:
+    ids = range(0x123456F0, 0x1234571A)
+    said = [f"INFO {what} in {i % 7} ms [req-{i:x}]" for i in ids for what in ("db select took", "card was charged")]
+    assert mine(said).templates == ["INFO db select took in <NUM> ms <*>", "INFO card was charged in <NUM> ms <*>"]
+
+
+def test_numbers_are_no_ids_because_one_of_them_is_hexadecimal() -> None:
+    said = [f"took {i} ms" for i in range(20)] + ["took 0x1f ms"]
+    assert mine(said, Mining(similarity=1.0)).templates == ["took <NUM> ms", "took <HEX> ms"]
+
+
 def test_words_that_are_many_stay_a_wildcard() -> None:
     said = [f"user {chr(97 + i % 26)}{chr(97 + i // 26)} logged in" for i in range(100)]
     assert mine(said).templates == ["user <*> logged in"]
