@@ -269,24 +269,18 @@ class Door:
 
     async def one_alert(self, request: Request) -> Response:
         """One alert."""
-        return _json(self._shown(await self._alert(request)))
+        id_ = request.path_params["alert_id"]
+        [alert] = await self._book.alerts([id_]) if _ALERT_ID.fullmatch(id_) else [None]
+        return _json(self._shown(_known(id_, alert)))
 
     async def acknowledge(self, request: Request) -> Response:
         """Someone looks after an alert, or (DELETE) nobody does any more; the alert as it is then. Safe to repeat."""
         by = _acknowledgement(await self._object(_incoming(request)), time.time()) if request.method == "POST" else None
-        alert = await self._alert(request)
+        id_ = request.path_params["alert_id"]
+        alert = _known(id_, await self._book.acknowledge(id_, by) if _ALERT_ID.fullmatch(id_) else None)
         if not alert.open:
             raise AlertResolved(f"Alert '{alert.id}' of stream '{alert.stream_id}' is resolved ({alert.resolution}).")
-        if by is not None or alert.acknowledgement is not None:
-            alert = await self._book.acknowledge(alert, by)
         return _json(self._shown(alert))
-
-    async def _alert(self, request: Request) -> Alert:
-        id_ = request.path_params["alert_id"]
-        [alert] = await self._book.alerts([id_]) if _ALERT_ID.fullmatch(id_) else [None]
-        if alert is None:
-            raise UnknownAlert(f"No alert '{id_[:64]}' is known: resolved ones are forgotten after a while.")
-        return alert
 
     def _shown(self, alert: Alert) -> alerts.AlertReply:
         return alerts.AlertReply.of(alert, self._public_url)
@@ -667,6 +661,12 @@ def _words(request: Incoming, name: str, known: Sequence[Word], *, most: int = 1
         several = ", several with commas between" if most > 1 else ""
         raise BadParameter(f"{name} is {text[:64]!r}; it is {', '.join(known)}{several}.", name)
     return found
+
+
+def _known(id_: str, alert: Alert | None) -> Alert:
+    if alert is None:
+        raise UnknownAlert(f"No alert '{id_[:64]}' is known: resolved ones are forgotten after a while.")
+    return alert
 
 
 def _acknowledgement(body: Mapping[str, Any], now: float) -> Acknowledgement:

@@ -104,7 +104,7 @@ async def test_each_change_is_told_once_and_in_order_from_the_moment_a_sink_is_n
     await teller.begin(TOKEN)
     await office.happen(opening("a"), opening("a", what="escalated", severity="critical"))
     [alert] = await office.all(stream_id="a")
-    await office.book.acknowledge(alert, Acknowledgement("anna", "", T0))
+    await office.book.acknowledge(alert.id, Acknowledgement("anna", "", T0))
     await office.happen(resolving("a"))
     await all_told(teller)
     assert sink.told == [("opened", "a"), ("escalated", "a"), ("acknowledged", "a"), ("resolved", "a")]

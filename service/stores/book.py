@@ -41,6 +41,11 @@ FENCED_FUNCTION = "onset_fenced_v6"
 LEASE_MS = 5000
 _RENEW: Command = ("PEXPIRE", LEASE, LEASE_MS)
 CHANGES, DEAD_LETTERS = 100_000, 10_000
+# Of an alert that has changed since it was read sinks would be told what it no longer is, after what it became.
+ACKNOWLEDGE = """if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+if ARGV[3] == '' then redis.call('HDEL', KEYS[2], ARGV[1]) else redis.call('HSET', KEYS[2], ARGV[1], ARGV[3]) end
+redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[5], '*', 'change', ARGV[4])
+return 1"""
 AT_ONCE = 500
 """Alerts loaded in one go."""
 SCANNED = 5_000
@@ -152,15 +157,21 @@ class Book:
         """Ids of a stream's latest alerts, of all models."""
         return await self._ids(Wanted(stream_id=stream_id), "", most)
 
-    async def acknowledge(self, alert: Alert, acknowledgement: Acknowledgement | None) -> Alert:
-        """None = nobody looks after it any more. Returns the alert as it is then; sinks are told."""
-        known = replace(alert, acknowledgement=acknowledgement, status="acknowledged" if acknowledgement else "open")
-        change = Change("acknowledged" if acknowledgement else "unacknowledged", known)
-        write: Command = ("HDEL", ACKS, alert.id)
-        if acknowledgement:
-            write = ("HSET", ACKS, alert.id, _json.encode(acknowledgement))
-        await self._store.pipe([write, _added(change)], atomic=True)
-        return known
+    async def acknowledge(self, id_: str, acknowledgement: Acknowledgement | None) -> Alert | None:
+        """None = nobody looks after it any more. Returns the alert as it is then, of which sinks are told; as it was, where it is resolved
+        or nobody did; None where it is not known.
+        """
+        while True:
+            [table], [ack] = await self._store.pipe([("HMGET", TABLE, id_), ("HMGET", ACKS, id_)])
+            alert = _read(table, ack)
+            if alert is None or not alert.open or acknowledgement is alert.acknowledgement is None:
+                return alert
+            known = replace(alert, acknowledgement=acknowledgement, status="acknowledged" if acknowledgement else "open")
+            change = Change("acknowledged" if acknowledgement else "unacknowledged", known)
+            by = _json.encode(acknowledgement) if acknowledgement else b""
+            keys = (TABLE, ACKS, CHANGES_KEY)
+            if (await self._store.pipe([("EVAL", ACKNOWLEDGE, len(keys), *keys, id_, table, by, _json.encode(change), CHANGES)]))[0]:
+                return known
 
     # ── for whoever keeps it ────────────────────────────────────────────────────────────────────────────────────────────────────
 
