@@ -18,7 +18,7 @@ import math
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, get_args
 
@@ -204,11 +204,11 @@ class Desk:
 
     async def _forget(self, left: Sequence[Alert]) -> None:
         now = self._clock()
-        resolved = [alerts.advanced(alert, Transition("forgotten", alert.model, alert.stream_id), now, 0) for alert in left]
-        over = [alert for alert in resolved if alert is not None]
+        forgotten = [alerts.advanced(alert, Transition("forgotten", alert.model, alert.stream_id), now, 0) for alert in left]
+        over = [alert for alert in forgotten if alert is not None]
         if over:
             await self._book.write(self._token, over, [Change("resolved", alert) for alert in over], {})
-            self._told([Change("resolved", alert) for alert in over])
+            self._counted(zip(left, over, strict=True))
 
     async def _tidy(self) -> None:
         while await self._book.forget(self._token, self._clock() - self._keeping.retention, self._keeping.max_resolved) >= AT_ONCE:
@@ -219,7 +219,7 @@ class Desk:
         known = await self._known([transition for _, transition in read])
         room = self._keeping.max_open - await self._book.open_count()
         changed: dict[str, Alert] = {}
-        changes: list[Change] = []
+        moves: list[tuple[Alert | None, Alert]] = []
         for entry, transition in read:
             for id_ in _meant(transition, known):
                 before = known.get(id_)
@@ -234,11 +234,11 @@ class Desk:
                 room += not after.open
                 room -= opens
                 known[id_] = changed[id_] = after
-                changes.append(_change(before, after))
+                moves.append((before, after))
         folded = {entry.shard: entry.id for entry in entries}
-        await self._book.write(self._token, list(changed.values()), changes, folded)
+        await self._book.write(self._token, list(changed.values()), [_change(*move) for move in moves], folded)
         cursors.update({f"log:{shard}": id_ for shard, id_ in folded.items()})
-        self._told(changes)
+        self._counted(moves)
 
     async def _known(self, transitions: Sequence[Transition]) -> dict[str, Alert]:
         """The alerts that these are about, as they are in the book."""
@@ -257,14 +257,17 @@ class Desk:
             log.error("alert_log_unreadable", entry=entry.id, shard=entry.shard, error=str(error))
             return None
 
-    def _told(self, changes: Sequence[Change]) -> None:
-        for change in changes:
-            alert = change.alert
-            self._metrics.alert_transitions.labels(alert.kind, change.event).inc()
-            if change.event in ("opened", "escalated"):
-                self._metrics.alerts_open.labels(alert.kind, alert.severity).inc()
-            if change.event in ("escalated", "resolved"):
-                self._metrics.alerts_open.labels(alert.kind, change.severity_before or alert.severity).dec()
+    def _counted(self, moves: Iterable[tuple[Alert | None, Alert]]) -> None:
+        """What was done to alerts, each before and after."""
+        for before, after in moves:
+            was = before if before is not None and before.open else None
+            if was is None or not after.open or was.severity != after.severity:
+                event = "opened" if was is None else "escalated" if after.open else "resolved"
+                self._metrics.alert_transitions.labels(after.kind, event).inc()
+            if after.open:
+                self._metrics.alerts_open.labels(after.kind, after.severity).inc()
+            if was is not None:
+                self._metrics.alerts_open.labels(was.kind, was.severity).dec()
 
     def _count(self, counted: Counter[tuple[str, str]]) -> None:
         """The open alerts, as they were just looked at."""
@@ -302,4 +305,6 @@ def _change(before: Alert | None, after: Alert) -> Change:
         return Change("opened", after)
     if not after.open:
         return Change("resolved", after)
+    if after.live and not before.live:  # an alert of the past, of which nobody was told
+        return Change("opened", after)
     return Change("escalated", after, before.severity)

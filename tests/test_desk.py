@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -313,6 +314,25 @@ async def test_an_alert_of_the_past_is_told_when_it_catches_up_with_the_present(
         ("opened", False),
         ("opened", True),
     ]
+
+
+async def test_an_alert_of_the_past_that_escalates_in_the_present_is_told_as_opened(office: Office) -> None:
+    metrics = Metrics()
+    office.now = time.time()
+    desk = office.desk(metrics)
+    await desk.turn()
+    past, present = evidence(office.now - 7200), evidence(office.now)
+    await office.log(opening(evidence=past), opening(what="escalated", severity="major", evidence=present))
+    await office.log(opening("t", evidence=past), opening("t", what="escalated", evidence=present), resolving("t", evidence=present))
+    await desk.turn()
+    told = [told.change for told in await office.book.changes(None, 10)]
+    live = [(change.alert.stream_id, change.event, change.severity_before) for change in told if change.alert.live]
+    assert sorted(live) == [("s", "opened", None), ("t", "opened", None), ("t", "resolved", None)]
+    sample = metrics.registry.get_sample_value
+    for event, count in (("opened", 2), ("escalated", 1), ("resolved", 1)):
+        assert sample("onset_alert_transitions_total", {"kind": "anomaly", "event": event}) == count
+    assert sample("onset_alerts_open", {"kind": "anomaly", "severity": "major"}) == 1
+    assert sample("onset_alerts_open", {"kind": "anomaly", "severity": "minor"}) == 0
 
 
 async def test_more_alerts_than_may_be_open_are_dropped_and_counted_until_there_is_room(office: Office) -> None:
