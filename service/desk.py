@@ -175,9 +175,7 @@ class Desk:
         stands = await self._stands(some)
         renewed, changes, gone = [], [], []
         for alert in some:
-            stand = stands.get(alert.id)
-            if stand is None:
-                continue
+            stand = stands[alert.id]
             if not stand.there or (stand.open is not None and alert.id not in stand.open):
                 gone.append(alert.id)
             elif stand.last is not None and alert.kind == "anomaly" and stand.last != alert.last:
@@ -191,15 +189,18 @@ class Desk:
         return gone
 
     async def _stands(self, some: Sequence[Alert]) -> dict[str, Stand]:
-        """How the streams of these alerts stand, by alert; of models that are loaded here."""
+        """How the streams of these alerts stand, by alert; of models that are not loaded here only whether they are there."""
         by_model: dict[str, list[Alert]] = defaultdict(list)
         for alert in some:
             by_model[alert.model].append(alert)
         stands: dict[str, Stand] = {}
         for model, of_model in by_model.items():
+            stream_ids = [alert.stream_id for alert in of_model]
             if (streams := self._streams.get(model)) is not None:
-                found = await streams.stand([alert.stream_id for alert in of_model])
-                stands |= {alert.id: stand for alert, stand in zip(of_model, found, strict=True)}
+                found = await streams.stand(stream_ids)
+            else:
+                found = [Stand(there, None, None) for there in await self._book.there(model, stream_ids)]
+            stands |= {alert.id: stand for alert, stand in zip(of_model, found, strict=True)}
         return stands
 
     async def _forget(self, left: Sequence[Alert]) -> None:

@@ -297,6 +297,18 @@ async def test_a_look_keeps_what_streams_show_and_resolves_alerts_whose_streams_
     assert (await office.all(stream_id="on"))[0].last == evidence(T0 + 70)
 
 
+async def test_an_alert_of_a_model_that_nobody_has_any_more_is_resolved_with_its_streams_state(office: Office, desk: Desk) -> None:
+    transition = opening(model="gone")
+    assert await office.store.commit("gone", [Write("s", b"", value(), log=[encoded(transition)])]) == [1]
+    for then in ("open", "resolved"):
+        office.now += 61
+        await desk.turn()
+        assert [alert.status for alert in await office.all()] == [then]
+        await office.store.delete("gone", "s")  # or it has expired
+    [alert] = await office.all()
+    assert alert.resolution == "forgotten"
+
+
 async def test_an_alert_of_the_past_is_told_when_it_catches_up_with_the_present(office: Office) -> None:
     desk = office.desk()
     await office.log(opening())

@@ -30,7 +30,7 @@ from msgspec.structs import replace
 from service.alerts import Acknowledgement, Alert, Change, Kind, Status
 from service.errors import Fenced, StoreUnavailable
 from service.events import Severity
-from service.stores.redis import SHARDS, Command, Commands, log_key
+from service.stores.redis import SHARDS, Command, Commands, log_key, state_key
 
 PREFIX = b"onset:{alerts}:"
 LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS = (
@@ -148,6 +148,10 @@ class Book:
 
     async def open_ids(self) -> list[str]:
         return [id_.decode() for id_ in (await self._store.pipe([("ZRANGE", OPEN, 0, -1)]))[0]]
+
+    async def there(self, model: str, stream_ids: Sequence[str]) -> list[bool]:
+        """Whether these streams have a state, of a model that need not be loaded."""
+        return [bool(found) for found in await self._store.pipe([("EXISTS", state_key(model, stream_id)) for stream_id in stream_ids])]
 
     async def resolved_since(self, at: float) -> list[str]:
         """Ids of alerts that were resolved after this time."""
