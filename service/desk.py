@@ -2,7 +2,7 @@
 
     fold    every POLL_SECONDS   alert log ─► alerts and what sinks are told of them, with the log's cursors, in one step
     look    every `look` s       the states of all streams with an open alert: what they show by now, and whether they are still there
-    tidy                         forget what was resolved long ago
+    tidy                         forget what was resolved long ago, and what all sinks have been told of
     sinks   each by itself       changes after its cursor ─► told, in order ─► its cursor   (sinks/)
 
 Nothing is lost with its holder: the log, the cursors and the changes are in the store. What a sink was told in the last moment before
@@ -214,6 +214,7 @@ class Desk:
     async def _tidy(self) -> None:
         while await self._book.forget(self._token, self._clock() - self._keeping.retention, self._keeping.max_resolved) >= AT_ONCE:
             await self._book.renew(self._token)
+        await self._book.trim(self._token, [sink.name for sink in self._sinks], self._clock() - self._keeping.retention)
 
     async def _fold(self, entries: Sequence[Entry], cursors: dict[str, str]) -> None:
         read = [(entry, transition) for entry in entries if (transition := self._transition(entry)) is not None]

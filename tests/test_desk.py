@@ -16,6 +16,7 @@ from service.alerts import Acknowledgement, Alert, Evidence, Stand, Transition, 
 from service.desk import Desk, Keeping
 from service.errors import Fenced
 from service.metrics import Metrics
+from service.sinks.teller import first_cursor
 from service.stores import Write
 from service.stores.book import ALL, LEASE, STREAMS, TABLE, Book, Wanted
 from service.stores.cluster import ClusterStore
@@ -36,14 +37,31 @@ class Streams:
         return [self.standing.get(stream_id, Stand(True, None, None)) for stream_id in stream_ids]
 
 
+class Listener:
+    """A sink that has been told up to where `begin` found the changes, or as its test says: all after that are kept for it."""
+
+    def __init__(self, book: Book, name: str) -> None:
+        self._book, self.name = book, name
+
+    async def begin(self, token: str) -> None:
+        await first_cursor(self._book, token, self.name)
+
+    async def run(self, token: str) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None
+
+
 class Office:
     """A desk, or several, over one store."""
 
     def __init__(self, store: RedisStore | ClusterStore) -> None:
         self.store, self.book, self.streams, self.now = store, Book(store), Streams(), 0.0
 
-    def desk(self, metrics: Metrics | None = None, **keeping: Any) -> Desk:
-        return Desk(Book(self.store), {"m": self.streams}, metrics or Metrics(), Keeping(**keeping), clock=lambda: self.now)
+    def desk(self, metrics: Metrics | None = None, sinks: Sequence[str] = ("listener",), **keeping: Any) -> Desk:
+        listeners = [Listener(self.book, name) for name in sinks]
+        return Desk(Book(self.store), {"m": self.streams}, metrics or Metrics(), Keeping(**keeping), listeners, clock=lambda: self.now)
 
     async def log(self, *transitions: Transition) -> None:
         for transition in transitions:
@@ -358,6 +376,33 @@ async def test_more_alerts_than_may_be_open_are_dropped_and_counted_until_there_
     await office.log(resolving(kept.stream_id), opening("d"))
     await desk.turn()
     assert len(await office.all(status=frozenset({"open"}))) == 2
+
+
+async def test_what_all_sinks_have_been_told_of_is_kept_no_longer(office: Office) -> None:
+    office.now = time.time()
+
+    async def kept(*sinks: str, after: float = 61, retention: float = 3600) -> list[str]:
+        office.now += after
+        await office.store.pipe([("DEL", LEASE)])
+        await office.desk(sinks=sinks, retention=retention).turn()
+        return [told.id for told in await office.book.changes(None, 10)]
+
+    await office.log(opening("first"))
+    assert await kept() == []  # where there is no sink
+    await kept("hook", "elsewhere")
+    await office.log(*(opening(f"s{i}") for i in range(5)))
+    ids = await kept("hook", "elsewhere")
+    [token] = await office.store.pipe([("GET", LEASE)])
+    await office.book.delivered(token.decode(), "hook", ids[3])
+    await office.book.delivered(token.decode(), "elsewhere", ids[1])
+    assert await kept("hook", "elsewhere") == ids[2:]
+    assert await kept("hook") == ids[2:]  # another replica may tell it
+    assert await kept("hook", after=3600) == ids[4:]
+    await office.log(opening("new"))
+    assert len(await kept("new one")) == 1  # of which it is to be told
+    assert await kept() == []
+    await office.log(opening("newest"))
+    assert len(await kept("hook")) == 1
 
 
 async def test_resolved_alerts_are_forgotten_by_age_and_by_number(office: Office) -> None:

@@ -9,7 +9,7 @@ Keys (each name once, here), all in one slot of a cluster:
     onset:{alerts}:streams         the same behind a hash of their stream
     onset:{alerts}:resolved        ids by when they were resolved: what is forgotten first
     onset:{alerts}:cursors         a hash: up to which entry each part of the log is folded, and up to which change each sink has been told
-    onset:{alerts}:changes         what sinks are told, a stream of about CHANGES entries at most
+    onset:{alerts}:changes         what sinks are yet to be told, a stream of about CHANGES entries at most
     onset:{alerts}:withheld:SINK   ids of open alerts that a sink was not told of one by one, a set
     onset:{alerts}:dead-letters    what no sink took, a stream of about DEAD_LETTERS entries at most
 
@@ -20,7 +20,7 @@ step, under the lease. So each transition counts once, whoever dies when.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,6 +230,17 @@ class Book:
             await self._under(token, commands)
         return len(ids)
 
+    async def trim(self, token: str, sinks: Collection[str], since: float) -> None:
+        """Take out the changes that all `sinks` have been told of; for others, that may be told elsewhere, those of before `since`, too.
+
+        Raises Fenced.
+        """
+        places = {name.removeprefix("sink:"): _order(id_) for name, id_ in (await self.cursors()).items() if name.startswith("sink:")}
+        earliest = (round(1000 * max(since, 0)), 0)
+        told = [place if name in sinks else max(place, earliest) for name, place in places.items()]
+        ms, number = min(told, default=_order(await self.last_change()))
+        await self._under(token, [("XTRIM", CHANGES_KEY, "MINID", f"{ms}-{number + 1}")])
+
     async def changes(self, cursor: str | None, limit: int) -> list[Told]:
         """What a sink is to be told after its cursor, in order."""
         entries = (await self._store.pipe([("XRANGE", CHANGES_KEY, _after(cursor), "+", "COUNT", limit)]))[0]
@@ -312,9 +323,15 @@ def _after(cursor: str | None) -> str:
     return f"({cursor}" if cursor else "-"
 
 
-def _following(id_: str) -> str:
+def _order(id_: str) -> tuple[int, int]:
+    """By which ids of entries are in their order."""
     ms, _, number = id_.partition("-")
-    return f"{ms}-{int(number) + 1}"
+    return int(ms), int(number)
+
+
+def _following(id_: str) -> str:
+    ms, number = _order(id_)
+    return f"{ms}-{number + 1}"
 
 
 def _seconds(id_: str) -> float:
