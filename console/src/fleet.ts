@@ -136,7 +136,8 @@ class Fleet {
     this.kind = this.fleet.dataset["kind"] = message.kind;
     this.rows.of(message.features, message.kind);
     text(this.what, message.kind === "log" ? "Last line" : "Value");
-    text(this.drawn, message.kind === "log" ? "Score of each line" : "Recent values; score of each event");
+    const single = message.features.length === 1 ? "Recent values; score of each event" : "Score of each event";
+    text(this.drawn, message.kind === "log" ? "Score of each line" : single);
     for (const one of message.new) {
       const trace = new Trace();
       let onset = 0;

@@ -23,6 +23,7 @@ from tests import local
 from tests.e2e.process import Service
 from tests.needs import program
 from tests.servers import Valkey
+from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
 
 ROOT = Path(__file__).parents[2]
@@ -382,6 +383,19 @@ def test_a_page_whose_service_has_gone_says_so_and_finds_it_again(tmp_path: Path
             short_lived.start()
             expect(page.locator(".status")).to_have_text("Live")
             visit.wrong = [said for said in visit.wrong if "ERR_" not in said]  # Chromium's own lines on what it could not reach
+
+
+@pytest.mark.parametrize(
+    ("features", "drawn"), [(("value",), "Recent values; score of each event"), (("load", "heat"), "Score of each event")]
+)
+def test_a_row_says_what_its_picture_shows(tmp_path: Path, browser: Browser, features: tuple[str, ...], drawn: str) -> None:
+    model = build_tiny(tmp_path, features)
+    with Service(tmp_path / "data", model=model) as machines, Visit(browser, machines.url) as page:
+        local.post(f"{machines.url}/v1/events", json={"stream_id": "m", "values": dict.fromkeys(features, 1.0)}).raise_for_status()
+        page.goto(machines.url)
+        expect(page.locator(".rows li")).to_have_count(1)
+        expect(page.locator(".columns")).to_contain_text(drawn)
+        assert ("Recent values" in page.locator(".columns").inner_text()) is (len(features) == 1)
 
 
 def test_the_page_of_one_replica_shows_what_the_others_score(tmp_path: Path, tiny_model_path: Path, browser: Browser) -> None:
