@@ -35,6 +35,9 @@ SINGLE = "value"
 SHOWN = 8
 HALF = 0.5
 COMMA = re.compile(r"\s*[-+]?(?:\d{1,3}(?:\.\d{3})+|\d+),\d+\s*")
+FEATURE_LAST = "(?P<feature>.+)"
+UNIT = re.compile(r"(?<=\S)\s*(?:\[[^\[\]]*\]|\([^()]*\))$")
+"""A unit behind a feature's name, with points of its own: `Druck [bar abs.]`."""
 NO_READING = np.array(
     [-2147483648, -99999, -32768, -9999, -999, -99, 999, 9999, 32767, 65534, 65535, 99999, 2147483647, 4294967295], np.float64
 )
@@ -347,14 +350,17 @@ def _expression(template: str) -> re.Pattern[str]:
 
 def _found(source: Source, name: str, named: re.Pattern[str]) -> tuple[str, str] | None:
     """Stream and feature of a column or tag; without {stream} the file is one. Raises TableError where a stream cannot name a file."""
-    found = named.fullmatch(name)
+    unit = UNIT.search(name) if named.pattern.endswith(FEATURE_LAST) else None
+    bare, behind = (name[: unit.start()], unit[0]) if unit else (name, "")
+    found = named.fullmatch(bare)
     if found is None:
         return None
     stream = found.groupdict().get("stream") or source.name.rpartition(".")[0]
     where = PurePosixPath(stream)
     if where.is_absolute() or ".." in where.parts or "\0" in stream:
         raise TableError(f"{source.path}: {name!r} names the stream {stream!r}, which cannot be the name of a file.")
-    return stream, found.groupdict().get("feature", SINGLE)
+    feature = found.groupdict().get("feature")
+    return stream, SINGLE if feature is None else feature + behind
 
 
 def _places(source: Source, table: Table, alone: dict[str, str], named: re.Pattern[str], done: Done) -> dict[str, dict[str, str]]:

@@ -847,7 +847,7 @@ def _refuse_infinite(source: Source, column: str, values: Float64, before: int) 
     infinite = np.isinf(values)
     if infinite.any():
         row = int(infinite.argmax())
-        raise TableError(f"{source.path}: column {column!r}, row {before + row + 1}: {values[row]!r} is not finite.")
+        raise TableError(f"{source.path}: column {column!r}, row {before + row + 1}: {float(values[row])!r} is not finite.")
 
 
 def _refuse_unsorted(source: Source, timestamps: Float64, before: int) -> None:

@@ -97,6 +97,15 @@ def test_the_hour_that_a_clock_set_back_has_twice_stays_in_order(tmp_path: Path)
     assert list(stream(tmp_path / "back", "a").written) == ["2026-10-25T00:50:00Z", "2026-10-25T01:10:00Z", "2026-10-25T01:20:00Z"]
 
 
+def test_points_of_a_unit_do_not_name_a_machine(tmp_path: Path) -> None:
+    names = ["H.M1.Druck [bar abs.]", "H.M1.Temp. [°C]", "H.M1.Weg (mm v. N.)", "H.M1.p", "H.M1.q [a].r"]
+    path = written(tmp_path, f"time;{';'.join(names)}\n2026-11-24;1;2;3;4;5\n")
+    done = split([path], tmp_path / "out", "{stream}.{feature}", ReadOptions())
+    assert done.features == {"H.M1": ["Druck [bar abs.]", "Temp. [°C]", "Weg (mm v. N.)", "p"], "H.M1.q [a]": ["r"]}
+    split([path], tmp_path / "each", "{stream}", ReadOptions())
+    assert (tmp_path / "each" / "H.M1.Druck [bar abs.].csv").is_file()
+
+
 @pytest.mark.parametrize("long", [False, True])
 def test_a_time_that_its_zone_has_not_is_refused_for_it_is_another_zones(tmp_path: Path, long: bool) -> None:
     rows = "\n".join(f"2026-03-29 {at},A,1" for at in ("01:50", "02:10", "03:10"))
