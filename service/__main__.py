@@ -224,6 +224,12 @@ def split(
         float,
         typer.Option(min=0, help="Of such a table: a row for every so many seconds, with the last readings of each sensor in them."),
     ] = 0.0,
+    hold: Annotated[
+        float,
+        typer.Option(
+            min=0, help="With --every, of sensors that write changes alone: a reading stands for so many seconds, or until the next."
+        ),
+    ] = 0.0,
 ) -> None:
     """Make a file for each stream of a historian's table, wide or long: what fit, backtest and replay read."""
     from zoneinfo import ZoneInfo  # noqa: PLC0415
@@ -246,11 +252,13 @@ def split(
         _refuse("Give both: --tag COLUMN, which names the sensor of each row, and --value COLUMN, which has its reading.")
     if (good or every) and not tag:
         _refuse("--good and --every are for a table with a row for each reading: name its columns with --tag COLUMN and --value COLUMN.")
+    if hold and not 0 < every <= hold:
+        _refuse("--hold SECONDS is how long a reading stands in the rows that --every SECONDS makes: give both, --hold the larger.")
     qualities = [(column, word) for column, equals, word in (pair.rpartition("=") for pair in good or ()) if equals and column]
     if len(qualities) < len(good or ()) or len({column for column, _ in qualities}) > 1:
         _refuse(f"--good {' --good '.join(map(repr, good or ()))} is not COLUMN=WORD, of one column, such as quality=Good.")
     quality = qualities[0][0] if qualities else None
-    long = Long(tuple(tag), tuple(value), quality, frozenset(word.strip() for _, word in qualities), every) if tag and value else None
+    long = Long(tuple(tag), tuple(value), quality, frozenset(word.strip() for _, word in qualities), every, hold) if tag and value else None
     options, dialect = ReadOptions(timestamp, frozenset(exclude or ())), Dialect(decimal, time_format, where, frozenset(missing or ()))
     console = terminal(stderr=True)
     try:

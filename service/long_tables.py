@@ -1,19 +1,21 @@
 """Long tables, a row for each reading (time, tag, value, quality), sorted by stream: what `split` does with them.
 
-    read_coded ──► Readings: tag, second, value ──► Spill (a file without a name) ──► aligned: one stream's rows
+    read_coded ──► Readings: tag, second, value ──► Spill (a file without a name) ──► aligned: one stream's rows ──► held
 
 Rows may be in any order and the table larger than memory: a stream that does not fit is cut by time in the same way.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,7 @@ class Long:
     quality: str | None = None
     good: frozenset[str] = frozenset()  # of that column; a reading of another is missing
     every: float = 0.0  # seconds; > 0: a row has the last numbers of an interval and the time of its end
+    hold: float = 0.0  # seconds; > 0, with `every`: a reading stands for so long, or until the next one, also one that is no number
 
 
 @dataclass
@@ -231,15 +234,49 @@ def _told_apart(named: Int64, records: Records, later: Float64, tags: Tags) -> R
     return Readings(named, records)
 
 
-def aligned(spill: Spill, key: int, features: list[int], twice: Counter[int], every: float = 0.0) -> Iterator[tuple[Float64, Float64]]:
+def aligned(
+    spill: Spill, key: int, features: list[int], twice: Counter[int], every: float = 0.0, hold: float = 0.0
+) -> Iterator[tuple[Float64, Float64]]:
     """A stream's instants [T] in order and its values [T, F], some at a time; of two readings at one instant the one that came last.
 
-    `twice` counts the others by their place in `features`.
+    `twice` counts the others by their place in `features`. `every` and `hold` as in Long.
     """
+    rows = _instants(spill, key, features, twice, every, math.inf if hold else math.nan)
+    yield from held(rows, every, hold) if hold else rows
+
+
+def held(rows: Iterable[tuple[Float64, Float64]], every: float, hold: float) -> Iterator[tuple[Float64, Float64]]:
+    """A row each `every` seconds, with the last readings [T, F] that are `hold` seconds old at most. Infinite in `rows`: no number."""
+    seconds, values, since = np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))  # of the last row, whose next one is not known yet
+    for more, found in rows:
+        seconds, fresh = np.append(seconds, more), np.where(np.isnan(found), -np.inf, more[:, None])
+        values, since = (np.vstack([values, found]), np.vstack([since, fresh])) if len(values) else (found, fresh)
+        last = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))[:, None]), axis=0)
+        values, since = np.take_along_axis(values, last, axis=0), np.take_along_axis(since, last, axis=0)
+        counts = 1 + np.minimum(np.rint(np.diff(seconds) / every) - 1, hold // every).astype(np.int64)
+        cuts = np.unique(np.searchsorted(np.cumsum(counts), np.arange(1, counts.sum() + 1, max(1, SPILL // values.shape[1])))).tolist()
+        for low, high in pairwise([*cuts, len(counts)]):
+            yield _stood(seconds[low:high], values[low:high], since[low:high], counts[low:high], every, hold)
+        seconds, values, since = seconds[-1:], values[-1:], since[-1:]
+    if len(seconds):
+        yield _stood(seconds, values, since, np.ones(1, np.int64), every, hold)
+
+
+def _stood(seconds: Float64, values: Float64, since: Float64, counts: Int64, every: float, hold: float) -> tuple[Float64, Float64]:
+    """Each row as often as is said, `every` seconds apart."""
+    places = np.repeat(np.arange(len(counts)), counts)
+    at = seconds[places] + every * (np.arange(len(places)) - (np.cumsum(counts) - counts)[places])
+    stands = (at[:, None] - since[places] <= hold) & np.isfinite(values[places])
+    return at, np.where(stands, values[places], np.nan)
+
+
+def _instants(
+    spill: Spill, key: int, features: list[int], twice: Counter[int], every: float, nothing: float
+) -> Iterator[tuple[Float64, Float64]]:
     total = spill.count(key)
     if total <= SPILL:
         if total:
-            yield from _rows(np.concatenate(list(spill.read(key))), features, twice, every)
+            yield from _rows(np.concatenate(list(spill.read(key))), features, twice, every, nothing)
         return
     sample = np.concatenate([records["second"][:: max(1, len(records) // 1024)] for records in spill.read(key)])
     edges = np.unique(_ends(np.quantile(sample, np.linspace(0, 1, 2 * total // SPILL + 2)[1:-1]), every))
@@ -248,14 +285,15 @@ def aligned(spill: Spill, key: int, features: list[int], twice: Counter[int], ev
             by_time.add(np.searchsorted(edges, _ends(records["second"], every), side="right"), records)
         for part in range(len(edges) + 1):
             if by_time.count(part):
-                yield from _rows(np.concatenate(list(by_time.read(part))), features, twice, every)
+                yield from _rows(np.concatenate(list(by_time.read(part))), features, twice, every, nothing)
 
 
 def _ends(seconds: Float64, every: float) -> Float64:
     return np.ceil(seconds / every) * every if every else seconds
 
 
-def _rows(records: Records, features: list[int], twice: Counter[int], every: float) -> Iterator[tuple[Float64, Float64]]:
+def _rows(records: Records, features: list[int], twice: Counter[int], every: float, nothing: float) -> Iterator[tuple[Float64, Float64]]:
+    """`nothing`: what a reading that is no number is as the last one of an interval; NaN: the last number counts."""
     local = np.full(int(records["feature"].max()) + 1, -1, dtype=np.int64)
     within = [feature for feature in features if feature < len(local)]
     local[within] = np.arange(len(within))
@@ -267,6 +305,7 @@ def _rows(records: Records, features: list[int], twice: Counter[int], every: flo
     twice.update(feature[:-1][again].tolist())
     kept = np.append(~again, True)
     if every:
+        values = np.where(np.isnan(values), nothing, values)
         kept &= ~np.isnan(values)
         seconds, values, feature = _ends(seconds[kept], every), values[kept], feature[kept]
         kept = np.append((np.diff(seconds) != 0) | (np.diff(feature) != 0), True)[: len(seconds)]

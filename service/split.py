@@ -251,7 +251,7 @@ def _split_long(
                     spill.add(streams[streams >= 0], readings.records[streams >= 0])
                     rows += len(streams)
                     show(f"rows of {source.name}", rows, None)
-            return _write_long(out, spill, tags, plan, long.every, show)
+            return _write_long(out, spill, tags, plan, long, show)
     except OSError as error:
         raise TableError(f"{out} cannot be written: {error}.") from error
 
@@ -280,7 +280,7 @@ class Plan:
                 self.places.append((stream, feature))
 
 
-def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, every: float, show: Show) -> Done:
+def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, long: Long, show: Show) -> Done:
     """A feature that is words alone in all streams is left out; in one of several it is a sensor that is off."""
     if not plan.streams:
         raise TableError(f"No tag is of the form {plan.named.pattern!r}; there are {_some(plan.unnamed)}.")
@@ -309,16 +309,23 @@ def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, every: float, s
         known = done.features[name] = [names[place] for place in places]
         done.rows[name] += 0
         twice: Counter[int] = Counter()
-        for seconds, values in aligned(spill, key, places, twice, every):
+        for seconds, values in aligned(spill, key, places, twice, long.every, long.hold):
             done.look([tags.names[columns[key][place]] for place in places], values)
             _write(out, name, known, seconds, values, done)
         done.twice.update({tags.names[columns[key][places[i]]]: count for i, count in twice.items()})
         show("streams written", written + 1, len(plan.streams))
     if done.cells and done.numbers < HALF * done.cells:
-        done.hints.append(
-            f"Of the cells {done.numbers / done.cells:.0%} have a number: sensors of a stream are seldom written at the same instant. "
-            "--every SECONDS makes a row of the last readings of every so many seconds."
-        )
+        few = f"Of the cells {done.numbers / done.cells:.0%} have a number: "
+        if not long.every:
+            few += (
+                "sensors of a stream are seldom written at the same instant. --every SECONDS makes a row of the last readings of every so "
+            )
+            done.hints.append(f"{few}many seconds.")
+        elif not long.hold:
+            few += (
+                f"sensors write less often than every {long.every:g} s. If they write changes alone, --hold SECONDS lets a reading stand "
+            )
+            done.hints.append(f"{few}for so long.")
     return done
 
 

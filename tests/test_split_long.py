@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -258,6 +259,58 @@ def test_sensors_written_at_instants_of_their_own_are_put_into_rows_by_intervals
     assert files(tmp_path / "out")["M.csv"] == "timestamp,a,b\n2026-11-24T00:01:00Z,3.0,2.0\n2026-11-24T00:02:00Z,4.0,\n"
     lone = csv_of([(f"2026-11-24T00:00:0{i}", f"M.{tag}", "1") for i, tag in enumerate("abcd")], tmp_path / "lone.csv")
     assert "--every SECONDS" in taken(lone, tmp_path / "lone").report()[-1]
+    assert "--hold SECONDS" in taken(lone, tmp_path / "each", long=replace(TAG, every=1)).report()[-1]
+
+
+@pytest.mark.parametrize("piece", [3, 1 << 22])
+def test_a_reading_stands_until_the_next_one_or_for_as_long_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr("service.long_tables.SPILL", piece)
+    rows = [
+        ("00:00:30", "M.a", "1"),
+        ("00:00:40", "M.b", "5"),
+        ("00:03:00", "M.b", "6"),
+        ("00:03:30", "M.a", "7"),
+        ("00:03:40", "M.a", "Bad"),
+        ("00:20:00", "M.a", "2"),
+        ("00:20:10", "M.b", "8"),
+    ]
+    path = csv_of([(f"2026-11-24T{time}", tag, value) for time, tag, value in rows], tmp_path / "t.csv")
+    taken(path, tmp_path / "out", long=replace(TAG, every=60, hold=240))
+    assert files(tmp_path / "out")["M.csv"].splitlines() == [
+        "timestamp,a,b",
+        "2026-11-24T00:01:00Z,1.0,5.0",
+        "2026-11-24T00:02:00Z,1.0,5.0",
+        "2026-11-24T00:03:00Z,1.0,6.0",
+        "2026-11-24T00:04:00Z,,6.0",
+        "2026-11-24T00:05:00Z,,6.0",
+        "2026-11-24T00:06:00Z,,6.0",
+        "2026-11-24T00:07:00Z,,6.0",
+        "2026-11-24T00:20:00Z,2.0,",
+        "2026-11-24T00:21:00Z,2.0,8.0",
+    ]
+
+
+@pytest.mark.parametrize("piece", [7, 50, 1 << 22])
+def test_what_stands_is_the_last_reading_however_the_table_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr("service.long_tables.SPILL", piece)
+    chance = np.random.default_rng(3)
+    known: dict[str, dict[int, float]] = {tag: {} for tag in "abc"}
+    for minute in np.cumsum(chance.geometric(0.3, 200)).tolist():
+        known[str(chance.choice(list("abc")))][minute] = math.nan if chance.random() < 0.1 else float(minute % 7)
+    first, last = min(min(of) for of in known.values()), max(max(of) for of in known.values())
+    lines = ["time,tag,value"]
+    lines += [f"{60 * minute},M.{tag},{'Bad' if math.isnan(x) else x}" for tag, of in known.items() for minute, x in of.items()]
+    taken(text(tmp_path, "\n".join(lines)), tmp_path / "out", long=replace(TAG, every=60, hold=1200))
+
+    def standing(tag: str, minute: int) -> float:
+        before = [at for at in known[tag] if minute - 20 <= at <= minute]
+        return known[tag][max(before)] if before else math.nan
+
+    wanted = {60.0 * minute: [standing(tag, minute) for tag in "abc"] for minute in range(first, last + 1)}
+    wanted = {at: row for at, row in wanted.items() if not all(map(math.isnan, row))}
+    found = stream(tmp_path / "out", "M")
+    assert found.timestamps.tolist() == list(wanted)
+    np.testing.assert_array_equal(found.matrix(["a", "b", "c"]), np.array(list(wanted.values())))
 
 
 def test_streams_that_lack_what_the_others_have_are_named(tmp_path: Path) -> None:
@@ -338,6 +391,9 @@ def test_a_table_larger_than_what_is_held_takes_no_more_memory_than_a_small_one(
         (["--good", "quality=Good"], 2, "--good and --every are for a table with a row for each reading"),
         (["--tag", "tag"], 2, "Give both: --tag COLUMN"),
         (["--tag", "tag", "--value", "value", "--every", "60"], 0, "2 streams, 2 rows"),
+        (["--tag", "tag", "--value", "value", "--every", "60", "--hold", "600"], 0, "2 streams, 2 rows"),
+        (["--tag", "tag", "--value", "value", "--hold", "600"], 2, "--hold SECONDS is how long a reading stands"),
+        (["--tag", "tag", "--value", "value", "--every", "60", "--hold", "6"], 2, "give both, --hold the larger"),
     ],
 )
 def test_the_command_takes_a_long_table(tmp_path: Path, options: list[str], status: int, said: str) -> None:
