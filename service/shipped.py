@@ -43,6 +43,10 @@ LONG = 32_768
 RETRY_SECONDS = 1
 BILLION = 10**9
 """Nanoseconds of a second. Whole, as they are: a time is then the float next to it, as it is in a file or over REST; 1e9 rounds twice."""
+EARLIEST = 10**17
+"""Nanoseconds, in 1973: before that there are no lines, but times of a sender that counts in a larger unit."""
+_LARGER = {"microseconds": 10**14, "milliseconds": 10**11, "seconds": 10**8}
+"""What a time looks like that is at least so much."""
 
 Read = TypeVar("Read")
 
@@ -204,6 +208,9 @@ class Shipping:
                 continue
             event_id = None
             if moment is not None:
+                if moment < EARLIEST:
+                    tally.refuse(_of_another_unit(moment))
+                    continue
                 equals[key := (stream_id, moment, line)] += 1
                 event_id = _identity(moment, line, equals[key])
             if len(line) > MAX_MESSAGE_LENGTH:  # as those in files are read: nobody would see what was refused, or could send it otherwise
@@ -211,6 +218,11 @@ class Shipping:
                 line = line[:MAX_MESSAGE_LENGTH]
             event = Event(stream_id, None, line, None if moment is None else moment / BILLION, event_id)
             yield Delivery(event, 0, 0, now)
+
+
+def _of_another_unit(moment: int) -> BadEvent:
+    unit = next((f": it looks like {name}" for name, least in _LARGER.items() if moment >= least), "")
+    return BadEvent(f"time {moment} is no time of a line in nanoseconds since 1970{unit}.", "timestamp", str(moment))
 
 
 def _identity(nanoseconds: int, line: str, nth: int) -> str:
