@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from service.console.live import FleetQuery, Live, carrying, series, short
-from service.console.recent import ANOMALY, COLD, LEVEL_SHIFT, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Recent, Room, event_dtype
+from service.console.recent import ANOMALY, COLD, LEVEL_SHIFT, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Put, Recent, Room, event_dtype
 from service.console.shared import Shared
 from service.console.trial import Trial, TrialLimits, Trials
 from service.detector import Detector
@@ -217,6 +218,44 @@ async def test_an_anomalous_stream_finds_room_at_once_but_never_another_ones_tha
         fleet.now += 1
         await fleet.score(("c", 99.0), ("a", 10.0))
         assert set(fleet.listed(most=10)) == {"a", "c"}
+
+
+def put_of(recent: Recent, at: float, **streams: tuple[list[float], int]) -> Put:
+    """Scored at `at`; of each stream the times and the bits of its events, whose values say whose they are."""
+    names = [name for name, (times, _) in streams.items() for _ in times]
+    events = np.zeros(len(names), recent.dtype)
+    events["t"] = [time for times, _ in streams.values() for time in times]
+    events["bits"] = [bits for times, bits in streams.values() for _ in times]
+    events["x"][:, 0] = [ord(name) for name in names]
+    events["version"] = np.arange(1, len(names) + 1)
+    return Put(names, events, at)
+
+
+@pytest.mark.parametrize("aged", [True, False])
+def test_streams_that_come_together_and_find_the_memory_full_never_get_each_others_events(tiny_detector: Detector, aged: bool) -> None:
+    wall = time.time()
+    one = event_dtype(tiny_detector.manifest).itemsize * DEPTH
+    recent = Recent(tiny_detector.manifest, Room(2 * one, [tiny_detector.name]), DEPTH, clock=lambda: 10_000.0)
+    recent.put(put_of(recent, 1000.0, k=([wall - 9000], 0), l=([wall - 9000], 0)))
+    puts = [
+        put_of(recent, 10_000.0, f=([wall - 2, wall - 1], 0)),
+        put_of(recent, 9999.9, s=([wall - 3000, wall - 1500, wall - 1], 0)),  # a slow one
+        put_of(recent, 10_000.0, z=([wall - 5, wall - 1], ANOMALY)),
+    ]
+    recent.merge(puts, aged=aged)
+    held = {recent.name(slot): {chr(int(value)) for value in recent.events(slot)["x"][:, 0]} for slot in range(2)}
+    assert held == {"f": {"f"}, "s": {"s"}}
+    assert recent.counts().left_out == 2
+
+
+def test_watches_that_ended_are_forgotten_where_there_is_nobody_to_ask(tiny_detector: Detector) -> None:
+    fleet = Fleet(tiny_detector)
+    tracemalloc.start()
+    for i in range(2000):
+        fleet.shared.watch(tiny_detector.name, f"stream {i} {'x' * 200}")()
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 100_000
 
 
 async def test_batches_are_put_aside_and_written_before_they_are_too_many(tiny_detector: Detector) -> None:

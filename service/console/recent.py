@@ -339,8 +339,9 @@ class Recent:
         get = self._slots.get
         slots = np.array([get(name, -1) for name in names], np.intp)
         known = slots >= 0
-        np.maximum.at(self._spoke, slots[known], at[known])  # so that none of these is pushed out below
-        begin, tries = float(at[0]), ADMISSIONS
+        speaks = np.zeros(len(self._ring), bool)  # none of these is pushed out below
+        speaks[slots[known]] = True
+        newest, tries = float(at.max()), ADMISSIONS
         for i in np.flatnonzero(~known).tolist():
             slot = get(names[i], -1)
             if slot < 0 and len(self._names) < self.capacity:
@@ -350,23 +351,27 @@ class Recent:
                 self._begin(slot, float(at[i]))
             elif slot < 0 and tries > 0:
                 tries -= 1
-                slot = self._pushed(bool(events["bits"][i] & (ANOMALY | OPEN)), begin)
+                slot = self._pushed(bool(events["bits"][i] & (ANOMALY | OPEN)), newest, speaks)
                 if slot >= 0:
                     del self._slots[self._names[slot]]
                     self._names[slot] = names[i]
                     self._begin(slot, float(at[i]))
             slots[i] = slot
+            if slot >= 0:
+                speaks[slot] = True
+        placed = slots >= 0
+        np.maximum.at(self._spoke, slots[placed], at[placed])
         return slots
 
-    def _pushed(self, anomalous: bool, begin: float) -> int:
+    def _pushed(self, anomalous: bool, newest: float, speaks: NDArray[np.bool_]) -> int:
         """The slot of the calm stream that has been quiet longest, or -1: an ordinary stream pushes out only what says nothing any more.
 
-        Streams that spoke at `begin` or later stay.
+        Those that speak now stay, as their events have their slots already; `newest` = when the last of them spoke.
         """
         n = len(self._names)
-        calm = self._bits[:n] & (ANOMALY | OPEN) == 0
+        calm = (self._bits[:n] & (ANOMALY | OPEN) == 0) & ~speaks[:n]
         slot = int(np.where(calm, self._spoke[:n], np.inf).argmin())
-        quiet = begin - self._spoke[slot]
+        quiet = newest - self._spoke[slot]
         return slot if calm[slot] and quiet > (0 if anomalous else QUIET_SECONDS) else -1
 
     def _begin(self, slot: int, at: float) -> None:

@@ -142,6 +142,8 @@ class Shared:
         def end() -> None:
             self._watched[key] -= 1
             self._watched += Counter()  # without those at 0
+            if key not in self._watched:
+                self._history.discard(key)
 
         return end
 
