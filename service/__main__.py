@@ -331,11 +331,13 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
             if self.started:
                 url = _url(*listening.getsockname()[:2])
                 wrong = await service.ready()
+                to = sys.stderr if service.settings.alerts_stdout else sys.stdout  # which has nothing but alerts then
                 print(
                     f"Onset serves {url} (page: {url}/, API: {url}/docs). {f'Not ready yet: {wrong} Then try' if wrong else 'Try'}:",
-                    flush=True,
+                    file=to,
                 )
-                print(f"  curl -s {url}/v1/events -H 'content-type: application/json' -d {shlex.quote(json.dumps(sample))}", flush=True)
+                curl = f"  curl -s {url}/v1/events -H 'content-type: application/json' -d {shlex.quote(json.dumps(sample))}"
+                print(curl, file=to, flush=True)
                 models = {name: detector.manifest.version for name, detector in service.detectors.items()}
                 logs.log.info("serving", url=url, version=asgi.version, models=models, not_ready=wrong)
 

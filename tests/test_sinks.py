@@ -359,6 +359,18 @@ async def test_a_webhook_that_says_when_to_come_again_is_waited_for(office: Desk
         assert second.at - first.at >= 1
 
 
+async def test_a_webhook_that_says_to_come_again_at_once_is_not_run_down(office: Desk) -> None:
+    with Receiver(*[503] * 10_000, retry_after="0") as receiver:
+        teller = office.teller(Webhook(receiver.url, SECRET), patience=Patience(give_up=1.0, first_wait=0.2))
+        await teller.begin(TOKEN)
+        await office.happen(opening("a"))
+        [told] = await office.book.changes(None, 1)
+        office.now = told.at
+        await all_told(teller)
+        await teller.close()
+        assert len(receiver.posted) <= 6
+
+
 async def test_what_a_webhook_refuses_is_a_dead_letter_at_once(office: Desk) -> None:
     with Receiver(400) as receiver:
         teller = office.teller(Webhook(receiver.url, ""))

@@ -111,7 +111,7 @@ def retries(sink: str, patience: Patience, *, attempts: int | None, timeout: flo
         if not told:
             told = True
             log.warning("sink_waits", sink=sink, reason=error.detail)
-        return True if error.after is None else error.after
+        return error.after or True  # after 0 s: with back-off all the same
 
     stamina.instrumentation.set_on_retry_hooks(())  # its own line is one for each attempt, and names no sink
     context = stamina.retry_context(

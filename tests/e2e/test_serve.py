@@ -62,6 +62,18 @@ def test_port_0_is_any_free_one_and_the_line_it_prints_can_be_pasted(tmp_path: P
         assert process.wait(20) == 0
 
 
+def test_where_alerts_go_to_the_standard_output_nothing_else_does(tmp_path: Path, tiny_model_path: Path) -> None:
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--model", str(tiny_model_path), "--data-dir", str(tmp_path / "d")]
+    environment = os.environ | {"ONSET_ALERTS_STDOUT": "true"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("  curl -s http://"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=20)
+    assert said == ""
+
+
 def test_the_detector_that_ships_is_ready_within_seconds(tmp_path: Path) -> None:
     started = time.monotonic()
     with Service(tmp_path / "data", forked=False) as service:
