@@ -172,12 +172,15 @@ def to_readings(
 
 def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
     """RFC 3339 or seconds since 1970 → seconds since 1970, UTC. A time without zone is UTC. Raises BadEvent."""
+    hint = ""
     if isinstance(value, str):
         try:
             if not value.isascii():  # Python takes any character between date and time, also half of one, which no reply can hold
                 raise ValueError("not ASCII")
             moment = datetime.fromisoformat(value)
-            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+            if moment.tzinfo is None:
+                moment, hint = moment.replace(tzinfo=UTC), " It names no zone, so it is taken for UTC."
+            seconds = moment.timestamp()
         except (ValueError, OverflowError) as error:
             raise BadEvent(
                 f"timestamp {value[:64]!r} is neither RFC 3339 (2026-11-23T08:00:00Z) nor seconds since 1970.", "timestamp", shown(value)
@@ -186,10 +189,12 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
         seconds = float(value)
     limit = LATEST_WRITTEN_SECONDS if isinstance(value, str) else LATEST_SECONDS  # a written year is no mistaken unit
     if not EARLIEST_SECONDS <= seconds <= limit:
-        hint = " It looks like milliseconds: send seconds." if LATEST_SECONDS < seconds < 1e15 else ""
+        hint = ""
+        if LATEST_SECONDS < seconds < 1e15:
+            hint = " It looks like milliseconds: send seconds, or declare the queue's payload.timestamp_unit."
         raise BadEvent(f"timestamp {value} is not a time in seconds since 1970.{hint}", "timestamp", shown(value))
     if seconds > latest:
-        detail = f"timestamp {value} is too far in the future: every later event of the stream would count as late."
+        detail = f"timestamp {value} is too far in the future: every later event of the stream would count as late.{hint}"
         raise FutureEvent(detail, "timestamp", shown(value))
     return seconds
 

@@ -74,7 +74,13 @@ def test_bad_events_do_not_touch_their_neighbours() -> None:
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=-1e11), "timestamp", "since 1970"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=float("nan")), "timestamp", "since 1970"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=NOW + 61), "timestamp", "too far in the future"),
-        (Event(stream_id="a", values={"flow": 1.0}, timestamp="6980-08-19T17:56:26Z"), "timestamp", "too far in the future"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp="6980-08-19T17:56:26Z"), "timestamp", "would count as late."),
+        (
+            Event(stream_id="a", values={"flow": 1.0}, timestamp="2026-08-19 17:56:26"),
+            "timestamp",
+            "late. It names no zone, so it is taken for UTC.",
+        ),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=1.7e12), "timestamp", "or declare the queue's payload.timestamp_unit."),
     ],
 )
 def test_a_bad_event_is_refused_by_field_and_reason(event: Event, field: str, says: str) -> None:
