@@ -267,8 +267,10 @@ class _Times:
         try:
             seconds = self._parsed(said) if self._per_second is None else self._counted(said, self._per_second)
         except (ValueError, BadEvent) as error:
-            form = f" of the form {self._format!r}" if self._format else ""
-            hint = f" It looks like --time-format {_LOOKS_LIKE[len(said)]}." if said.isdigit() and len(said) in _LOOKS_LIKE else ""
+            form = f" of the form {self._format!r}" if self._format else " of ISO 8601, and no seconds since 1970"
+            hint = "" if self._format else " Give --time-format."
+            if said.isdigit() and len(said) in _LOOKS_LIKE:
+                hint = f" It looks like --time-format {_LOOKS_LIKE[len(said)]}."
             raise TableError(f"{self._file}: {said[:64]!r} is no time{form}.{hint}") from error
         self._last = seconds
         return seconds
