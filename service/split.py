@@ -11,6 +11,7 @@ A historian writes one table with a column for each sensor, or with a row for ea
 
 from __future__ import annotations
 
+import csv
 import gc
 import math
 import re
@@ -20,6 +21,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -56,6 +58,7 @@ class Done:
     last: dict[str, float] = field(default_factory=dict)  # stream → time of its last row
     begin: float = math.inf  # time of the first row of all
     unnamed: list[str] = field(default_factory=list)  # columns that the template does not fit
+    partly: dict[str, None] = field(default_factory=dict)  # features that some files of their stream lack
     words: dict[str, str] = field(default_factory=dict)  # columns of words alone → one of them
     missing: Counter[str] = field(default_factory=Counter)  # column → cells that are no number among those that are
     comma: tuple[str, str] | None = None  # a column and its first word that is a number with a decimal comma
@@ -82,6 +85,8 @@ class Done:
             said.append(f"Without a single number, so without a file: {_some(empty)}.")
         if self.words:
             said.append(f"Left out, words alone: {_some(f'{name} ({word!r})' for name, word in self.words.items())}.")
+        if self.partly:
+            said.append(f"Not in all files, and missing in the rows of the others: {_some(self.partly)}.")
         if self.missing:
             said.append(f"Words among numbers were taken for missing: {_counts(self.missing)}.")
         if self.blanked:
@@ -382,6 +387,7 @@ def _places(source: Source, table: Table, alone: dict[str, str], named: re.Patte
             done.unnamed.append(name)
         else:
             places.setdefault(place[0], {})[place[1]] = name
+            done.words.pop(name, None)  # a sensor that a file before had words alone of
     names = [name for name in table.columns if name not in alone]
     if not places and names:
         raise TableError(f"{source.path}: no column is of the form {named.pattern!r}; there are {_some(names)}.")
@@ -391,10 +397,15 @@ def _places(source: Source, table: Table, alone: dict[str, str], named: re.Patte
 def _append(out: Path, stream: str, columns: dict[str, str], table: Table, missing: frozenset[float], done: Done) -> None:
     """Those rows of the batch that have a number."""
     known = done.features.setdefault(stream, list(columns))
-    if known != list(columns):
-        raise TableError(f"{table.name}: stream {stream!r} has the features {_some(columns)}, in a file before {_some(known)}.")
-    names = list(columns.values())
-    values = table.matrix(names)
+    if new := [feature for feature in columns if feature not in known]:
+        if done.rows[stream]:
+            _widen(out, stream, new)
+        known += new
+    done.partly.update(dict.fromkeys(f"{stream}: {feature}" for feature in known if feature in new or feature not in columns))
+    names = [columns.get(feature, feature) for feature in known]
+    values = np.full((len(table), len(known)), np.nan)
+    there = [feature in columns for feature in known]
+    values[:, there] = table.matrix([name for name, found in zip(names, there, strict=True) if found])
     blank = np.isin(values, list(missing))
     values[blank] = np.nan
     done.blanked.update({name: count for name, count in zip(names, blank.sum(axis=0).tolist(), strict=True) if count})
@@ -404,6 +415,16 @@ def _append(out: Path, stream: str, columns: dict[str, str], table: Table, missi
         raise TableError(
             f"{table.name}: stream {stream!r} begins at {_time(begin)}, before the end of the file before: name them in order of time."
         )
+
+
+def _widen(out: Path, stream: str, new: list[str]) -> None:
+    """Give the rows that are written these features, as missing."""
+    path = out / f"{stream}.csv"
+    wider = path.with_suffix(".csv.wider")
+    with path.open(encoding="utf-8", newline="") as file, wider.open("w", encoding="utf-8", newline="") as to:
+        rows = csv.reader(file)
+        csv.writer(to, lineterminator="\n").writerows(chain([[*next(rows), *new]], ([*row, *[""] * len(new)] for row in rows)))
+    wider.replace(path)
 
 
 def _write(out: Path, stream: str, columns: list[str], seconds: Float64, values: Float64, done: Done) -> float | None:

@@ -180,6 +180,26 @@ def test_files_of_one_stream_each_keep_their_names_and_months_are_put_together(t
         split(months[::-1], tmp_path / "wrong", "{stream}", ReadOptions())
 
 
+def test_files_of_a_stream_may_have_other_columns_in_another_order(tmp_path: Path) -> None:
+    contents = [
+        "time,M.b [x,y],M.a,M.c,N.a\n2026-10-01,2,1,Bad,1\n2026-10-02,,1,Bad,1\n",
+        "time,N.a,M.a,M.b [x,y]\n2026-11-01,1,10,20\n",
+        "time,M.a,M.c,M.d,N.a\n2026-12-01,1,3,4,1\n",
+    ]
+    months = [
+        written(tmp_path, content.replace("b [x,y]", '"M.b [x,y]"').replace('M."M.', '"M.'), f"{i}.csv")
+        for i, content in enumerate(contents)
+    ]
+    done = split(months, tmp_path / "out", "{stream}.{feature}", ReadOptions())
+    assert (tmp_path / "out" / "M.csv").read_text() == (
+        'timestamp,"b [x,y]",a,c,d\n'
+        "2026-10-01T00:00:00Z,2.0,1.0,,\n2026-10-02T00:00:00Z,,1.0,,\n2026-11-01T00:00:00Z,20.0,10.0,,\n2026-12-01T00:00:00Z,,1.0,3.0,4.0\n"
+    )
+    assert list(stream(tmp_path / "out", "N").columns) == ["a"]
+    assert not done.words
+    assert "Not in all files, and missing in the rows of the others: M: b [x,y], M: c, M: d." in done.report()
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
