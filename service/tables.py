@@ -552,13 +552,17 @@ def _times(reading: _Reading, column: str, cells: Sequence[str], before: int, ep
 
 
 def _moments(reading: _Reading, column: str, cells: Sequence[str], before: int, last: float) -> Float64:
-    """Local times that a clock set back has twice are the later ones where they go back from the row before."""
+    """Local times that a clock set back has twice are the later ones where they go back from the row before, or where rows an hour or more
+    apart say the same time again.
+    """
     seconds = np.empty(len(cells))
+    step = 0.0
     for i, cell in enumerate(cells):
         moment = _moment(reading, column, before + i + 1, cell)
         second = moment.timestamp()
-        if second < last:
+        if second < last or (second == last and step >= 3600):
             second = moment.replace(fold=1).timestamp()
+        step = second - last if last > -math.inf else 0.0
         seconds[i] = last = second
     return seconds
 
@@ -855,9 +859,12 @@ def _refuse_unsorted(source: Source, timestamps: Float64, before: int) -> None:
     back = timestamps[1:] < timestamps[:-1]
     if back.any():
         row = int(back.argmax()) + 1
+        how = "sort the file by time"
+        if timestamps[row - 1] - timestamps[row] <= 3600:
+            how += ", unless clocks were set back here: `python -m service split --zone Europe/Berlin` tells the two hours apart"
         raise Unsorted(
             f"{source.path}: row {before + row} has timestamp {_shown(timestamps[row])}, before row {before + row - 1}'s "
-            f"{_shown(timestamps[row - 1])}: sort the file by time."
+            f"{_shown(timestamps[row - 1])}: {how}."
         )
 
 

@@ -90,11 +90,21 @@ def test_the_hour_that_a_clock_set_back_has_twice_stays_in_order(tmp_path: Path)
     hours = ["2026-10-25T01:30:00", "2026-10-25T02:30:00", "2026-10-25T02:30:00", "2026-10-25T03:30:00"]
     text = "time,a\n" + "".join(f"{hour},{i}\n" for i, hour in enumerate(hours))
     split([written(tmp_path, text)], tmp_path / "same", "{stream}", ReadOptions(), Dialect(zone=BERLIN))
-    assert len(stream(tmp_path / "same", "a")) == 4
+    utc = ["2026-10-24T23:30:00Z", "2026-10-25T00:30:00Z", "2026-10-25T01:30:00Z", "2026-10-25T02:30:00Z"]
+    assert list(stream(tmp_path / "same", "a").written) == utc
     minutes = ["2026-10-25T02:50:00", "2026-10-25T02:10:00", "2026-10-25T02:20:00"]
     text = "time,a\n" + "".join(f"{minute},{i}\n" for i, minute in enumerate(minutes))
     split([written(tmp_path, text, "back.csv")], tmp_path / "back", "{stream}", ReadOptions(), Dialect(zone=BERLIN))
     assert list(stream(tmp_path / "back", "a").written) == ["2026-10-25T00:50:00Z", "2026-10-25T01:10:00Z", "2026-10-25T01:20:00Z"]
+
+
+def test_a_time_that_is_there_twice_is_no_hour_of_a_clock_set_back_where_rows_are_closer(tmp_path: Path) -> None:
+    minutes = ["01:50", "02:10", "02:10", "02:20", "02:10"]
+    text = "time,a\n" + "".join(f"2026-10-25T{minute}:00,{i}\n" for i, minute in enumerate(minutes))
+    split([written(tmp_path, text)], tmp_path / "out", "{stream}", ReadOptions(), Dialect(zone=BERLIN))
+    assert [time[11:16] for time in stream(tmp_path / "out", "a").written] == ["23:50", "00:10", "00:10", "00:20", "01:10"]
+    with pytest.raises(TableError, match="unless clocks were set back here: `python -m service split --zone Europe/Berlin`"):
+        split([written(tmp_path, text)], tmp_path / "utc", "{stream}", ReadOptions())
 
 
 def test_points_of_a_unit_do_not_name_a_machine(tmp_path: Path) -> None:
