@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data import Float32, Stream, cut, pad
+from training.data import Float32, Stream, cut, pad, variance_of
 from training.detector import WARMUP
 from training.synthetic import ANOMALIES
 from training.verify import StepFunction
@@ -99,7 +99,9 @@ def false_onsets_by_age(onset_p: Float32, asked: float = 1e-3) -> dict[str, floa
     return ages
 
 
-def detection(step: StepFunction, state_size: int, streams: Sequence[Stream], at: int, seed: int, asked: float = 1e-3) -> dict[str, Any]:
+def detection(
+    step: StepFunction, state_size: int, streams: Sequence[Stream], scored: Sequence[bool], at: int, seed: int, asked: float = 1e-3
+) -> dict[str, Any]:
     """Each named anomaly injected at event `at` into every stream: share found within REACTION events, and the median delay.
 
     `at_random` is the share of the same streams, untouched, that raise an onset in as many events: the floor of the table.
@@ -108,7 +110,7 @@ def detection(step: StepFunction, state_size: int, streams: Sequence[Stream], at
     pieces = [cut(stream, 0, at + REACTION) for stream in streams]
     changed = list(pieces)
     for make in ANOMALIES.values():
-        changed += [Stream(piece.name, _injected(rng, piece.x, at, make), piece.t) for piece in pieces]
+        changed += [Stream(piece.name, _injected(rng, piece.x, np.array(scored), at, make), piece.t) for piece in pieces]
     scores = run_streams(step, state_size, *pad(changed, at + REACTION))
     hits = (scores.onset_p[at:] < asked).reshape(REACTION, len(ANOMALIES) + 1, len(pieces))
     found = {}
@@ -119,9 +121,11 @@ def detection(step: StepFunction, state_size: int, streams: Sequence[Stream], at
     return found
 
 
-def _injected(rng: np.random.Generator, x: Float32, at: int, make: Callable[..., Any]) -> Float32:
-    """One feature changed, the others as they were."""
+def _injected(rng: np.random.Generator, x: Float32, scored: NDArray[np.bool_], at: int, make: Callable[..., Any]) -> Float32:
+    """One scored feature changed, that has moved if there is one, the others as they were."""
     y = x.copy()
-    feature = int(rng.integers(x.shape[1]))
+    moving = scored & (variance_of(x[:at]) > 0)
+    able = np.flatnonzero(moving if moving.any() else scored)
+    feature = int(able[rng.integers(len(able))])
     y[:, feature] = make(rng, x[:, feature].astype(np.float64), at)
     return y

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 from rich.console import Console
 
 from training.data import pad
 from training.detector import DetectorStep
-from training.evaluate import ASKED, run_streams
+from training.evaluate import ASKED, _injected, run_streams
 from training.fit import Plan
 from training.pipeline import _evaluate, default_job
+from training.synthetic import level_shift
 from training.verify import Runner
 
 STREAMS, ROWS = 32, 2500
+
+
+def test_anomalies_are_injected_into_what_is_scored_and_moves() -> None:
+    """Context raises no alert, and a constant times the range of a constant is nothing: both counted as not found."""
+    x = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    x[:, 1], x[:, 2] = 50.0, np.nan
+    for seed in range(20):
+        changed = _injected(np.random.default_rng(seed), x, np.array([False, True, True, True]), 180, level_shift)
+        assert np.array_equal(changed[:, :3], x[:, :3], equal_nan=True)
+        assert not np.array_equal(changed[:, 3], x[:, 3])
 
 
 def test_each_rate_is_measured_where_it_is_asked_for(univariate: DetectorStep, run: Runner) -> None:
