@@ -163,15 +163,20 @@ class Training(_Frozen):
     created: str
 
 
-class Manifest(_Frozen):
+class Outset(_Frozen):
+    """What of a detector is known before it is trained."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    version: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+_-]{0,31}$")
+    features: list[Feature] = Field(min_length=1, max_length=MAX_FEATURES)
+
+
+class Manifest(Outset):
     """What the service has to know of a detector. Everything else is inside the graph."""
 
     format: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
-    version: str = Field(pattern=r"^[0-9A-Za-z][0-9A-Za-z.+_-]{0,31}$")
     kind: Literal["sensor", "log"] = "sensor"
     description: str = ""
-    features: list[Feature] = Field(min_length=1, max_length=MAX_FEATURES)
     lines: Lines | None = None
     """Exactly where `kind` is "log"."""
     state_size: int = Field(gt=0, le=65536)

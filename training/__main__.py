@@ -9,7 +9,8 @@ import gc
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -17,13 +18,15 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from service.artifact import TEMPLATE
 from service.errors import ArtifactError, OnsetError, TableError
 from service.log_files import Counted, LogFormat
 from service.tables import ReadOptions
 from service.terminal import terminal
 from training.autoencoder import Sizes, Variant
-from training.cache import CACHE, convert, open_cache
+from training.cache import CACHE, alone_in, convert, open_cache
 from training.distributed import Device, Precision, join
+from training.export import refuse_unfit
 from training.fit import WAVEFORM_PLAN, Plan
 from training.lines import Mining, exported, masks_of, preview
 from training.logfit import LOG_SIZES, LogPlan
@@ -73,8 +76,15 @@ Similarity = Annotated[float, typer.Option(min=0.05, max=1.0, help="Share of wor
 Version = Annotated[str, typer.Option(help="Version of the published file.")]
 
 
+OF_READINGS = ("timestamp", "exclude", "array", "context", "waveform", "validation", "lanes", "device", "precision", "resume")
+OF_LINES = ("stream_regex", "time_format", "timestamp_regex", "mask", "delimiters", "similarity", "patterns")
+OF_LOGS = (*OF_LINES, "session_seconds")
+"""Parameters of `fit` that mean nothing with other data than these."""
+
+
 @app.command(epilog=EXAMPLE)
 def fit(
+    context_: typer.Context,
     out: Out,
     data: Annotated[
         list[Path] | None,
@@ -145,9 +155,10 @@ def fit(
     given = [paths for paths in (data, logs, sessions) if paths]
     if len(given) != 1:
         _refuse(TableError("Give one of --data (readings), --logs (log files) and --sessions (files of key sequences)."))
+    _refuse_others(context_, *((OF_LOGS, "--data") if data else (OF_READINGS, "--logs" if logs else "--sessions")))
+    if sessions:
+        _refuse_others(context_, OF_LINES, "--sessions")
     if logs or sessions:
-        if resume or waveform:
-            _refuse(TableError("--resume and --waveform are for readings (--data)."))
 
         def log_job() -> LogJob:
             if sessions:
@@ -160,9 +171,10 @@ def fit(
                 console.print(counted.left_out)
             chosen = Sizes(hidden or LOG_SIZES.hidden, layers, code, decoder_hidden or LOG_SIZES.decoder_hidden, cell)
             log_plan, files = LogPlan(steps=steps or LogPlan.steps, seed=seed), ", ".join(path.name for path in given[0])
-            return LogJob(name or slug(given[0][0]), version, read, templates, chosen, log_plan, _command(), files, keep_network)
+            return LogJob(model, version, read, templates, chosen, log_plan, _command(), files, keep_network)
 
-        _run_logs(log_job, out, threads)
+        model = name or slug(given[0][0])
+        _run_logs(log_job, out, model, version, threads)
         return
     data = given[0]
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude or ()), array=array)
@@ -250,7 +262,8 @@ def _run(
         world = join(device, precision)
         if world.size > 1 or world.device.type != "cpu":
             said.print(f"Training in {world}.")
-        produce(world.in_turn(lambda: job(said)), out, threads=threads, resume=resume, console=said, world=world)
+        with alone_in(out) if world.first else nullcontext():
+            produce(world.in_turn(lambda: job(said)), out, threads=threads, resume=resume, console=said, world=world)
     except (OnsetError, ValueError) as error:
         _refuse(error)
     except KeyboardInterrupt:
@@ -258,11 +271,23 @@ def _run(
         raise typer.Exit(130) from None
 
 
-def _run_logs(job: Callable[[], LogJob], out: Path, threads: int) -> None:
+def _run_logs(job: Callable[[], LogJob], out: Path, name: str, version: str, threads: int) -> None:
     try:
-        produce_log(job(), out, threads=threads, console=console)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise TableError("A log model is trained in one process: leave torchrun out.")
+        refuse_unfit(name, version, [TEMPLATE])
+        with alone_in(out):
+            produce_log(job(), out, threads=threads, console=console)
     except (OnsetError, ValueError) as error:
         _refuse(error)
+
+
+def _refuse_others(given: typer.Context, parameters: Sequence[str], data: str) -> None:
+    """Refuses those of `parameters` that are on the command line: an option that does nothing there is a mistake."""
+    for name in parameters:
+        source = given.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            _refuse(TableError(f"--{name.replace('_', '-')} means nothing with {data}."))
 
 
 def _refuse(error: Exception) -> NoReturn:

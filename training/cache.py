@@ -1,4 +1,5 @@
-"""The user's files, converted once into two files of float32 that are mapped, not loaded: data may be larger than memory.
+"""The folder of a run, and in it the user's files, converted once into two files of float32 that are mapped, not loaded: data may be
+larger than memory.
 
     cache/x.f32 [rows, F]    cache/t.f32 [rows, 3]    cache/index.json: names, rows, features, SHA-256, and what they were made of
 
@@ -7,12 +8,14 @@ All streams lie in the same two files, one after the other: a fleet may have mor
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +28,7 @@ from training.data import Float32, Stream, clock
 
 CACHE = "cache"
 """Its folder, in the folder of the model."""
+LOCK = ".fit.lock"
 FORMAT = 1
 FILES = {"index.json", "x.f32", "t.f32"}
 READ = 1 << 20
@@ -42,6 +46,18 @@ class Cached:
     def summary(self) -> str:
         names = ", ".join(self.features[:8]) + " …" * (len(self.features) > 8)
         return f"Read {len(self.streams)} stream(s), {sum(map(len, self.streams)):,} rows, {len(self.features)} feature(s): {names}"
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Makes the folder of a run. Raises TableError while another is in it: they would replace each other's checkpoint, model and report."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TableError(f"Another run makes a model in {out}: wait for it, or choose another --out.") from None
+        yield
 
 
 def convert(paths: Sequence[Path], options: ReadOptions, folder: Path, notify: Notify) -> None:

@@ -123,6 +123,12 @@ class Fleet:
             pieces.append(cut(self.streams[index], start, min(self.splits[index], start + length)))
         return Block(*pad(pieces, max(len(piece) for piece in pieces)))
 
+    @property
+    def validates(self) -> bool:
+        """Whether there is a value in the rows of `validation` that count: without one every network is as good as any other."""
+        block = self.validation()
+        return bool(np.isfinite(block.x[block.counts_from :]).any())
+
     def validation(self) -> Block:
         order = np.argsort([-len(stream) for stream in self.streams])[:32]
         pieces = [

@@ -10,6 +10,7 @@ import io
 import logging
 import subprocess
 import warnings
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from pydantic import ValidationError
 
 from service.artifact import (
     MANIFEST_KEY,
@@ -29,12 +31,14 @@ from service.artifact import (
     Feature,
     Lines,
     Manifest,
+    Outset,
     SelfTest,
     Slice,
     Training,
     seal,
 )
 from service.detector import Detector, StepOutput, session_of
+from service.errors import TableError
 from training.detector import ArtifactStep, StepModule, example_inputs
 from training.verify import Runner, inputs_of, verify_manifest, verify_step
 
@@ -123,6 +127,16 @@ def manifest_of(
 def _signals(step: ArtifactStep) -> dict[str, Any]:
     """Each signal's name with its pooled tail."""
     return dict(zip(step.signal_names, step.calibration.as_dict()["signals"], strict=True))
+
+
+def refuse_unfit(name: str, version: str, features: Sequence[str]) -> None:
+    """Raises TableError where no artifact could be named so or have these features: at the outset, not after hours of training."""
+    try:
+        Outset(name=name, version=version, features=[Feature(name=feature) for feature in features])
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = "features" if first["loc"][0] == "features" else f"{first['loc'][0]} {first['input']!r}"
+        raise TableError(f"No model can be published with the {what}: {first['msg']}.") from None
 
 
 def publish(step: ArtifactStep, graph: bytes, manifest: Manifest, folder: Path) -> Path:

@@ -418,10 +418,17 @@ class Trainer:
         """Continue from the checkpoint, if there is one; `run` tells the other processes. Raises ValueError when it is of another run."""
         if self.checkpoint is None or not self.checkpoint.is_file():
             return False
-        content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        if content["identity"] != self.identity:
+        try:
+            content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+            identity = content["identity"]
+        except Exception as error:  # zip, pickle and torch each have errors of their own; all mean the same here
             raise ValueError(
-                f"{self.checkpoint} belongs to a run with other settings or data: {content['identity']}, now {self.identity}. "
+                f"{self.checkpoint} cannot be read, so there is nothing to continue from: leave --resume out to begin anew. "
+                f"({type(error).__name__})"
+            ) from error
+        if identity != self.identity:
+            raise ValueError(
+                f"{self.checkpoint} belongs to a run with other settings or data: {identity}, now {self.identity}. "
                 "Use the same ones, or leave --resume out to begin anew."
             )
         self._restore(content)

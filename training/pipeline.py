@@ -29,7 +29,7 @@ from training.data import Fleet, Float32, Source, Stream, cut, pad, variance_of
 from training.detector import DetectorStep
 from training.distributed import ALONE, World
 from training.evaluate import ASKED, Scores, detection, false_onsets, false_onsets_by_age, onset_p_at, run_streams
-from training.export import manifest_of, publish, to_onnx, training_record
+from training.export import manifest_of, publish, refuse_unfit, to_onnx, training_record
 from training.faults import faulty_streams, found
 from training.fit import Lanes, Plan, Trainer, prepare
 from training.fit import Progress as Reached
@@ -71,6 +71,7 @@ class Job:
     streams: int = 0
     rows: int = 0
     context: frozenset[str] = frozenset()  # features that are not scored
+    validation: float = 0.0  # share of each stream's last rows that the network does not learn from
     network: Literal["keep", "if it pays"] = "keep"  # what to publish where injected faults are found as well without it
 
     @property
@@ -90,8 +91,10 @@ def fleet_job(
     context: frozenset[str] = frozenset(),
     keep_network: bool = False,
 ) -> Job:
-    """A detector for the user's own streams. Raises TableError when they are too short, or nothing is left to score."""
+    """A detector for the user's own streams. Raises TableError when it could not be made of them, or not be published."""
     streams, features = cached.streams, cached.features
+    name = name or slug(paths[0])
+    refuse_unfit(name, version, features)
     unknown = sorted(context - set(features))
     if unknown:
         raise TableError(f"There is no column {unknown[0]!r} to be context; there are {', '.join(features)}.")
@@ -104,10 +107,15 @@ def fleet_job(
     fleet = Fleet(streams, validation)
     if max(fleet.splits) < plan.chunk:
         raise TableError(f"The longest stream has {max(map(len, streams))} rows: too few to train on ({plan.chunk} at least).")
+    if sizes.cell != "none" and not fleet.validates:
+        raise TableError(
+            f"Nothing says when to stop learning: the rows behind the first {100 * (1 - validation):g} % of the streams have no values. "
+            "Leave them out, or look elsewhere with --validation."
+        )
     longest = sorted(range(len(streams)), key=lambda i: -len(streams[i]))[:MAX_CALIBRATION_LANES]
     evaluation = [cut(streams[i], max(0, fleet.splits[i] - 4000), fleet.splits[i] + MAX_EVALUATION_ROWS) for i in longest]
     return Job(
-        name=name or slug(paths[0]),
+        name=name,
         version=version,
         description=f"One detector for {len(streams)} stream(s) of {len(features)} feature(s).",
         features=features,
@@ -126,12 +134,14 @@ def fleet_job(
         streams=len(streams),
         rows=sum(map(len, streams)),
         context=context,
+        validation=validation,
         network="keep" if keep_network or sizes.waveform else "if it pays",
     )
 
 
 def default_job(plan: Plan, version: str, command: str, lanes: int = 192, length: int = 6000) -> Job:
     """The shipped default: one feature named `value`, the synthetic generator and nothing else."""
+    refuse_unfit("default", version, ["value"])
     held_out = synthetic.streams(np.random.default_rng([plan.seed, EVALUATION_SEED]), lanes, length)
     return Job(
         name="default",
@@ -229,7 +239,7 @@ def _what_pays(step: DetectorStep, job: Job) -> tuple[DetectorStep, dict[str, An
 def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console: Console, world: World) -> Reached:
     if isinstance(step.autoencoder, NoNetwork):
         return Reached()
-    identity = f"{job.data_sha256 or job.data} {job.features} {type(step.autoencoder).__name__} {job.sizes}"
+    identity = f"{job.data_sha256 or job.data} {job.features} {type(step.autoencoder).__name__} {job.sizes} validation={job.validation:g}"
     trainer = Trainer(step, job.source, job.plan, checkpoint, identity, world)
     if resume:
         world.in_turn(trainer.resume)
@@ -301,7 +311,7 @@ def _evaluate(step: DetectorStep, job: Job, run: Runner, console: Console) -> tu
     if at:
         longer = [stream for stream in job.evaluation if len(stream) >= at + 20][:64]
         with console.status("Measuring how injected anomalies are found"):
-            quality["injected_anomalies_found_in_20_events"] = detection(run, step.state_size, longer, at, job.plan.seed)
+            quality["injected_anomalies_found_in_20_events"] = detection(run, step.state_size, longer, job.scored, at, job.plan.seed)
     return quality, _shown(step, job, run)
 
 
@@ -311,7 +321,7 @@ def _shown(step: DetectorStep, job: Job, run: Runner) -> report.Shown:
     stream = cut(stream, max(0, len(stream) - 2500), len(stream))
     changed_at = len(stream) - min(150, len(stream) // 3)
     x = stream.x.copy()
-    feature = int(np.isfinite(x).sum(axis=0).argmax())
+    feature = int(np.where(job.scored, np.isfinite(x).sum(axis=0), -1).argmax())
     past = x[:changed_at, feature][np.isfinite(x[:changed_at, feature])]
     x[changed_at : changed_at + 60, feature] += 1.5 * float(np.ptp(past)) if len(past) and np.ptp(past) > 0 else 1.0
     stream = Stream(stream.name, x, stream.t)

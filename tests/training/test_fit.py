@@ -9,16 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from service.__main__ import app as service_app
 from service.detector import Detector
+from service.errors import TableError
 from service.tables import ReadOptions, read_tables
 from tests.training.conftest import TINY, random_step
 from training.__main__ import app
+from training.cache import alone_in, convert, open_cache
 from training.data import Block, Fleet, Stream, clock, streams_of
+from training.distributed import ALONE
 from training.evaluate import Scores, run_streams
 from training.fit import Drawn, Lanes, Plan, Progress, Trainer, learning_rate, prepare, prepare_all
+from training.pipeline import _step, _train, fleet_job
 from training.report import Shown, draw
 from training.synthetic import ANOMALIES, Synthetic, generate, streams
 
@@ -125,6 +130,27 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
         Trainer(random_step(1), SMALL, PLAN, path).resume()
 
 
+def test_rows_that_were_learned_from_are_not_validated_on_by_a_run_that_continues(fleet_folder: Path, tmp_path: Path) -> None:
+    steps, out = Plan(steps=4, chunk=24, chunks=2), tmp_path / "out"
+    convert([fleet_folder], ReadOptions(), out / "cache", lambda _: None)
+
+    def train(validation: float, *, resume: bool) -> None:
+        job = fleet_job(open_cache(out / "cache"), [fleet_folder], TINY, steps, validation, None, "1", "")
+        _train(_step(job, TINY), job, out / "checkpoint.pt", resume, Console(quiet=True), ALONE)
+
+    train(0.15, resume=False)
+    train(0.15, resume=True)
+    with pytest.raises(ValueError, match="belongs to a run with other settings"):
+        train(0.4, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04"])
+def test_a_damaged_checkpoint_is_refused_in_a_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read, so there is nothing to continue from"):
+        Trainer(random_step(1), SMALL, PLAN, tmp_path / "checkpoint.pt").resume()
+
+
 def test_there_is_nothing_to_resume_without_a_checkpoint(tmp_path: Path) -> None:
     assert not Trainer(random_step(1), SMALL, PLAN, tmp_path / "none.pt").resume()
 
@@ -209,6 +235,45 @@ def test_a_name_with_dollars_is_drawn_as_it_is(tmp_path: Path) -> None:
     scores = Scores(np.ones((20, 1), np.float32), np.ones((20, 1), np.float32), rows, rows, rows, rows)
     draw(tmp_path / "report.png", Progress(), Shown(stream, scores, ["cost $x_^$"], 0, None, ""))
     assert (tmp_path / "report.png").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "sensors", "--name", "Pumps"], "No model can be published with the name 'Pumps'"),
+        (["--data", "sensors", "--version", "1/2"], "No model can be published with the version '1/2'"),
+        (["--logs", "app.log", "--name", "Pumps"], "No model can be published with the name 'Pumps'"),
+        (["--data", "sensors", "--time-format", "%d"], "--time-format means nothing with --data"),
+        (["--logs", "app.log", "--device", "cpu"], "--device means nothing with --logs"),
+        (["--sessions", "keys.txt", "--mask", "a=b"], "--mask means nothing with --sessions"),
+    ],
+)
+def test_what_could_not_be_published_or_means_nothing_is_refused_before_training(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sensors").mkdir()
+    Path("sensors/a.csv").write_text("timestamp,load\n" + "\n".join(f"{i},{i % 3}" for i in range(300)))
+    result = CliRunner().invoke(app, ["fit", "--out", "out", *arguments])
+    assert result.exit_code == 1, result.output
+    assert message in " ".join(result.output.split())
+    assert not list(tmp_path.glob("out/checkpoint.pt"))
+
+
+def test_history_without_a_value_to_stop_by_is_refused(tmp_path: Path) -> None:
+    """It had published the network as it was before its first step: that one was never bettered."""
+    (tmp_path / "a.csv").write_text("timestamp,load\n" + "\n".join(f"{i},{i % 3 if i < 300 else ''}" for i in range(400)))
+    arguments = ["fit", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--validation", "0.25"])
+    assert result.exit_code == 1, result.output
+    assert "Nothing says when to stop learning: the rows behind the first 75 %" in " ".join(result.output.split())
+
+
+def test_two_runs_are_not_in_one_folder_at_once(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "out"), pytest.raises(TableError, match="Another run makes a model in"), alone_in(tmp_path / "out"):
+        pass
+    with alone_in(tmp_path / "out"):
+        pass
 
 
 def test_streams_with_other_features_are_refused(tmp_path: Path) -> None:
