@@ -184,6 +184,8 @@ class Service:
                 stack.push_async_callback(tasks.end, asyncio.create_task(self.console.shared.run(), name="live"))
             stack.push_async_callback(tasks.end, asyncio.create_task(self.patterns.run(), name="patterns"))
             streams = {name: scorer.streams for name, scorer in self.scorers.items()}
+            if self.console:
+                stack.push_async_callback(tasks.end, asyncio.create_task(self.console.over.run(streams), name="over"))
             desk = Desk(self.book, streams, self.metrics, _keeping(self.settings), self.sinks)
             stack.push_async_callback(tasks.end, asyncio.create_task(desk.run(), name="alerts"))
             for tap in taps:

@@ -102,6 +102,16 @@ class Streams:
             for i, value in enumerate(values)
         ]
 
+    async def calm(self, stream_ids: Sequence[str]) -> list[bool]:
+        """Whether no anomaly of theirs is open; of a state that cannot be read that is not known."""
+        values = await self._store.load(self._model, stream_ids)
+        origins = self._codec.decode(values).origins.tolist()
+        readable = (Origin.STORED, Origin.OTHER_MODEL)
+        return [
+            value is None or (origin in readable and not int(header_of(value)["flags"]) & ALERT_OPEN)
+            for value, origin in zip(values, origins, strict=True)
+        ]
+
     async def accept(self, stream_id: str) -> Result:
         """Take what the stream is alerted about for its new normal; without an open alert nothing changes. Returns the stream's summary.
 

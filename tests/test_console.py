@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from service.console.live import FleetQuery, Live, carrying, series, short
+from service.console.over import Over
 from service.console.recent import ANOMALY, COLD, LEVEL_SHIFT, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Put, Recent, Room, event_dtype
 from service.console.shared import Shared
 from service.console.trial import Trial, TrialLimits, Trials
@@ -184,6 +185,29 @@ async def test_open_alerts_stand_in_the_order_of_their_severity_however_long_ago
         assert fleet.listed(most=10) == ["c", "a", "b"]
 
 
+async def test_an_alert_that_ended_without_an_event_is_taken_from_the_page(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.warm("deleted", "accepted", "speaks", "open")
+        await fleet.score(("deleted", 99.0), ("accepted", 99.0), ("speaks", 99.0), ("open", 99.0))
+        watcher = Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10, bits=OPEN)))
+        assert {shown["id"] for shown in (await watcher.data("fleet"))["new"]} == {"deleted", "accepted", "speaks", "open"}
+        streams, over = fleet.scorer.streams, Over(fleet.live.recent, fleet.metrics, fleet.live.news)
+        for name in ("deleted", "speaks"):
+            assert await streams.forget(name)
+        await streams.accept("accepted")
+        await over.look(fleet.recent, streams)
+        assert len(fleet.listed(most=10, bits=OPEN)) == 4  # each may speak yet
+        fleet.now += QUIET_SECONDS + 1
+        [rest] = [rest for rest in fleet.recent.resting() if rest.stream_id == "speaks"]
+        await fleet.score(("speaks", 99.0))
+        assert fleet.recent.over([rest]) == 0
+        await over.look(fleet.recent, streams)
+        assert fleet.listed(most=10, bits=OPEN) == ["open"]
+        assert fleet.recent.counts().alerting == 1
+        assert len((await watcher.data("fleet"))["keys"]) == 1
+        await watcher.leave()
+
+
 def test_models_share_the_memory_and_none_is_left_without_a_part(tiny_detector: Detector) -> None:
     room = Room(1600, ["large", "small"])
     assert room.left("large") == 1500
@@ -246,6 +270,22 @@ def test_streams_that_come_together_and_find_the_memory_full_never_get_each_othe
     held = {recent.name(slot): {chr(int(value)) for value in recent.events(slot)["x"][:, 0]} for slot in range(2)}
     assert held == {"f": {"f"}, "s": {"s"}}
     assert recent.counts().left_out == 2
+
+
+@pytest.mark.parametrize(("bits", "held"), [(ANOMALY, ["new"]), (ANOMALY | OPEN, ["old"])])
+def test_a_stream_that_went_quiet_makes_room_though_its_last_event_was_anomalous_but_not_with_an_open_alert(
+    tiny_detector: Detector, bits: int, held: list[str]
+) -> None:
+    one = event_dtype(tiny_detector.manifest).itemsize * DEPTH
+    now = 1000.0
+    recent = Recent(tiny_detector.manifest, Room(one, [tiny_detector.name]), DEPTH, clock=lambda: now)
+    for name, its in (("old", bits), ("new", 0)):
+        events = np.zeros(1, recent.dtype)
+        events["bits"] = its
+        recent.put(Put([name], events, now))
+        recent.write()
+        now += QUIET_SECONDS + 1
+    assert [recent.name(slot) for slot in recent.top(10)] == held
 
 
 def test_watches_that_ended_are_forgotten_where_there_is_nobody_to_ask(tiny_detector: Detector) -> None:

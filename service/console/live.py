@@ -83,7 +83,7 @@ class Live:
         self._metrics = metrics
         self._watchers: set[asyncio.Event] = set()
         self._closing = False
-        shared.news = self._news
+        shared.news = self.news
 
     @property
     def watchers(self) -> int:
@@ -95,12 +95,12 @@ class Live:
         if put is None:
             return
         self.shared.take(batch.model, put)
-        self._news()
+        self.news()
 
     def close(self) -> None:
         """End every watcher's answer, so that a stopping server need not wait for them; new ones are refused."""
         self._closing = True
-        self._news()
+        self.news()
 
     def fleet(self, model: str, query: FleetQuery) -> Events:
         """An endless answer. Raises Overloaded."""
@@ -110,7 +110,8 @@ class Live:
         """The same for one stream, which may be yet to come. Raises Overloaded."""
         return self._events(model, stream_id, lambda: _Stream(self.recent[model], stream_id, features, self.replica))
 
-    def _news(self) -> None:
+    def news(self) -> None:
+        """Wake all that watch."""
         for news in self._watchers:
             news.set()
 

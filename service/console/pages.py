@@ -26,6 +26,7 @@ from service.asking import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA
 from service.backtest import TAIL
 from service.console import table
 from service.console.live import STATES, Events, FleetQuery, Live
+from service.console.over import Over
 from service.console.recent import Recent, Room
 from service.console.shared import Shared
 from service.console.trial import Trial, TrialLimits, Trials
@@ -86,6 +87,7 @@ class Console:
         self.log = LiveLog()
         self.shared = Shared(recent, replica, self.log, metrics)
         self.live = Live(recent, limits.most_watchers, replica, metrics, self.shared)
+        self.over = Over(recent, metrics, self.live.news)
         self.trials = Trials(limits.trial)
         self._detectors = detectors
         self._models = models

@@ -101,6 +101,16 @@ class Put:
     at: float
 
 
+@dataclass(frozen=True)
+class Resting:
+    """A stream whose last event has an open alert, and that has been quiet since."""
+
+    stream_id: str
+    slot: int
+    written: int
+    """Events ever written of it."""
+
+
 class Room:
     """Bytes that the rings of all `models` have together. An eighth is kept for them in equal parts; who comes first has the rest."""
 
@@ -324,6 +334,27 @@ class Recent:
         events: NDArray[Any] = self._ring[slot, np.arange(first, written) % self.depth]
         return events
 
+    def resting(self) -> list[Resting]:
+        """Streams that have been quiet for QUIET_SECONDS with an alert open."""
+        self.write()
+        n = len(self._names)
+        quiet = self._clock() - self._spoke[:n] > QUIET_SECONDS
+        slots = np.flatnonzero(quiet & (self._bits[:n] & OPEN != 0)).tolist()
+        return [Resting(self._names[slot], slot, int(self._written[slot])) for slot in slots]
+
+    def over(self, resting: Sequence[Resting]) -> int:
+        """The alerts of these are over, but for those that have spoken meanwhile; how many that were."""
+        self.write()
+        slots = [rest.slot for rest in resting if self._names[rest.slot] == rest.stream_id and self._written[rest.slot] == rest.written]
+        if slots:
+            self.writes += 1
+            self.pushes += 1
+            self._mixed[slots] += 1
+            self._changed[slots] = self.writes
+            self._bits[slots] &= ANOMALY | ONSET | COLD
+            self._ring["bits"][slots, (self._written[slots] - 1) % self.depth] &= ANOMALY | ONSET | COLD
+        return len(slots)
+
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _placed(self, puts: Sequence[Put], at: NDArray[np.float64]) -> tuple[NDArray[Any], ...]:
@@ -369,7 +400,8 @@ class Recent:
         Those that speak now stay, as their events have their slots already; `newest` = when the last of them spoke.
         """
         n = len(self._names)
-        calm = (self._bits[:n] & (ANOMALY | OPEN) == 0) & ~speaks[:n]
+        lately = newest - self._spoke[:n] <= QUIET_SECONDS
+        calm = (self._bits[:n] & np.where(lately, ANOMALY | OPEN, OPEN) == 0) & ~speaks[:n]
         slot = int(np.where(calm, self._spoke[:n], np.inf).argmin())
         quiet = newest - self._spoke[slot]
         return slot if calm[slot] and quiet > (0 if anomalous else QUIET_SECONDS) else -1
