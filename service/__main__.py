@@ -200,7 +200,7 @@ def split(
             "Default: ISO 8601 or seconds since 1970."
         ),
     ] = None,
-    zone: Annotated[str, typer.Option(help="Time zone of times that name none, such as Europe/Berlin.")] = "UTC",
+    zone: Annotated[str | None, typer.Option(help="Time zone of times that name none, such as Europe/Berlin. Default: UTC.")] = None,
     decimal: Annotated[str, typer.Option(help="What stands before the decimals: . or ,")] = ".",
     exclude: Annotated[
         list[str] | None, typer.Option(help="A column or tag to leave out, or a pattern such as '*.status'. Repeatable.")
@@ -232,6 +232,7 @@ def split(
     ] = 0.0,
 ) -> None:
     """Make a file for each stream of a historian's table, wide or long: what fit, backtest and replay read."""
+    from datetime import UTC  # noqa: PLC0415
     from zoneinfo import ZoneInfo  # noqa: PLC0415
 
     from rich.progress import Progress  # noqa: PLC0415
@@ -245,7 +246,7 @@ def split(
     if decimal not in (".", ","):
         _refuse(f"--decimal {decimal!r} is neither . nor a comma.")
     try:
-        where = ZoneInfo(zone)
+        where = UTC if zone is None else ZoneInfo(zone)
     except (ValueError, OSError, LookupError):
         _refuse(f"--zone {zone!r} is no time zone, such as Europe/Berlin or UTC.")
     if bool(tag) != bool(value):

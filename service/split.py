@@ -57,6 +57,7 @@ class Done:
     features: dict[str, list[str]] = field(default_factory=dict)  # stream → its features
     last: dict[str, float] = field(default_factory=dict)  # stream → time of its last row
     begin: float = math.inf  # time of the first row of all
+    unzoned: bool = False  # times named no zone, and neither did --zone
     unnamed: list[str] = field(default_factory=list)  # columns that the template does not fit
     partly: dict[str, None] = field(default_factory=dict)  # features that some files of their stream lack
     words: dict[str, str] = field(default_factory=dict)  # columns of words alone → one of them
@@ -79,6 +80,7 @@ class Done:
         written = {name: rows for name, rows in self.rows.items() if rows}
         shapes = Counter(len(self.features[name]) for name in written)
         span = f" from {_time(self.begin)} to {_time(max(self.last.values()))}" if self.last else ""
+        span += ", taken for UTC as they name no zone (--zone)" if self.unzoned else ""
         said = [f"{len(written):,} streams, {sum(written.values()):,} rows{span}; features a stream: {_counted(shapes)}."]
         empty = [name for name, rows in self.rows.items() if not rows]
         if empty:
@@ -164,11 +166,15 @@ def split(
     if out.exists() and any(out.iterdir()):
         raise TableError(f"{out} is not empty: name another --out, or empty it.")
     named, sources, options = _expression(template), find_sources(paths), replace(options, timed=True)
+    unzoned: set[bool] = set()
+    if dialect.zone is UTC:
+        dialect = replace(dialect, unzoned=lambda: unzoned.add(True))
     with _uncollected():
         if long is not None:
             done = _split_long(sources, out, named, options, dialect, long, show)
         else:
             done = _split_all_wide(sources, out, named, options, dialect, notify, show)
+    done.unzoned = bool(unzoned)
     if not any(done.rows.values()):
         raise TableError(" ".join([f"There is no number in {_some(str(source.path) for source in sources)}.", *done.report()[1:]]))
     return done

@@ -114,6 +114,7 @@ class Dialect:
     time_format: str | None = None  # of times, as in strptime, or one of UNITS; default: ISO 8601 or epoch seconds
     zone: tzinfo = UTC  # of times that name none
     missing: frozenset[float] = frozenset()  # numbers that stand for no reading; heeded by `split`
+    unzoned: Callable[[], None] | None = None  # told of each time that names no zone
     strange: Callable[[str, str], None] | None = None  # told column and cell of what is no number, and so missing; None: it is refused
 
 
@@ -268,6 +269,8 @@ def _coded_times(reading: _Reading, time: Coded, before: int) -> tuple[Float64, 
             except ValueError:
                 moment = _moment(reading, time.name, before + time.first(i), str(cell))
         if moment.tzinfo is None:
+            if dialect.unzoned:
+                dialect.unzoned()
             moment = moment.replace(tzinfo=dialect.zone)
             if dialect.zone is not UTC:
                 later[i] = moment.replace(fold=1).timestamp() - moment.timestamp()
@@ -578,6 +581,8 @@ def _moment(reading: _Reading, column: str, number: int, cell: str) -> datetime:
             "`python -m service split --time-format` reads times of other forms)."
         ) from None
     if moment.tzinfo is None:
+        if dialect.unzoned:
+            dialect.unzoned()
         moment = moment.replace(tzinfo=dialect.zone)
         if dialect.zone is not UTC and moment.replace(fold=1).timestamp() < moment.timestamp():
             raise _skipped(reading, column, number, cell)

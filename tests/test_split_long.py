@@ -105,7 +105,10 @@ def test_in_whatever_order_and_cut_a_long_table_gives_the_files_of_a_wide_one(
         parquet.write_table(pa.table({"time": times, "tag": named, "value": [float(value) for _, _, value in rows]}), path)
     done = taken(path, tmp_path / "long")
     assert files(tmp_path / "long") == files(tmp_path / "wide")
-    assert done.report() == ["2 streams, 180 rows from 2026-11-24T00:00:00Z to 2026-11-24T01:29:00Z; features a stream: 2 (2 streams)."]
+    assert done.report() == [
+        "2 streams, 180 rows from 2026-11-24T00:00:00Z to 2026-11-24T01:29:00Z, taken for UTC as they name no zone (--zone); "
+        "features a stream: 2 (2 streams)."
+    ]
 
 
 def test_words_commas_zones_and_bad_quality_are_as_in_wide_tables(tmp_path: Path) -> None:
@@ -149,7 +152,8 @@ def test_a_sensor_that_is_off_to_the_end_stays_a_feature_of_its_machine(tmp_path
         done = split([text(tmp_path, wide)], tmp_path / "out", "{stream}.{feature}", ReadOptions())
     assert list(stream(tmp_path / "out", "M2").columns) == ["a", "b"]
     assert done.report() == [
-        "2 streams, 6 rows from 2026-11-24T00:00:00Z to 2026-11-24T00:02:00Z; features a stream: 2 (2 streams).",
+        "2 streams, 6 rows from 2026-11-24T00:00:00Z to 2026-11-24T00:02:00Z, taken for UTC as they name no zone (--zone); "
+        "features a stream: 2 (2 streams).",
         "Words among numbers were taken for missing: M2.b (3).",
     ]
 
@@ -216,7 +220,10 @@ def test_a_table_with_a_row_for_each_machine_and_instant_is_split_by_several_col
     with pytest.raises(TableError, match=r"--tag 'machine' --value 'temp' --value 'flow' --columns '\{stream\}.\{feature\}'"):
         split([path], tmp_path / "no", "{stream}", PLAIN)
     done = taken(path, tmp_path / "out", long=Long(("machine",), ("temp", "flow")))
-    assert done.report() == ["2 streams, 12 rows from 2026-11-24T00:00:00Z to 2026-11-24T00:05:00Z; features a stream: 2 (2 streams)."]
+    assert done.report() == [
+        "2 streams, 12 rows from 2026-11-24T00:00:00Z to 2026-11-24T00:05:00Z, taken for UTC as they name no zone (--zone); "
+        "features a stream: 2 (2 streams)."
+    ]
     assert stream(tmp_path / "out", "M2").matrix(["temp", "flow"]).tolist() == [[i + 0.5, 2.0] for i in range(6)]
 
 
@@ -392,6 +399,8 @@ def test_a_table_larger_than_what_is_held_takes_no_more_memory_than_a_small_one(
         (["--tag", "tag"], 2, "Give both: --tag COLUMN"),
         (["--tag", "tag", "--value", "value", "--every", "60"], 0, "2 streams, 2 rows"),
         (["--tag", "tag", "--value", "value", "--every", "60", "--hold", "600"], 0, "2 streams, 2 rows"),
+        (["--tag", "tag", "--value", "value"], 0, "2026-11-24T00:00:00Z, taken for UTC as they name no zone (--zone); features"),
+        (["--tag", "tag", "--value", "value", "--zone", "UTC"], 0, "to 2026-11-24T00:00:00Z; features"),
         (["--tag", "tag", "--value", "value", "--hold", "600"], 2, "--hold SECONDS is how long a reading stands"),
         (["--tag", "tag", "--value", "value", "--every", "60", "--hold", "6"], 2, "give both, --hold the larger"),
     ],
