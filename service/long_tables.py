@@ -37,6 +37,8 @@ GLANCE = 20_000
 FEW = 12
 """Columns of a long table at most, where nobody said that it is one."""
 SELDOM = 0.7
+ORDERED = 0.1
+"""Share of steps against the others, at most, in a file that is in order; where each tag's rows are together, there is one a tag."""
 VALUES = frozenset({"value", "val", "wert", "reading", "floatvalue"})
 """What the column of readings is called."""
 
@@ -145,7 +147,10 @@ def read_long(source: Source, options: ReadOptions, long: Long, dialect: Dialect
     """One file in its order, without the tags that `options` exclude. Raises TableError when it gets to what is wrong."""
     asked = [*long.tags, *long.values, *([long.quality] if long.quality else [])]
     doubtful: list[tuple[Readings, Float64]] = []
+    ups = downs = 0
     for rows in read_coded(source, options, asked, dialect, CELLS):
+        steps = np.diff(rows.seconds)
+        ups, downs = ups + np.count_nonzero(steps > 0), downs + np.count_nonzero(steps < 0)
         for value in long.values:
             named = _named(rows, long, options, tags, f".{value}" if len(long.values) > 1 else "")
             values = _values(source, rows, value, long, dialect, tags, named)
@@ -163,6 +168,7 @@ def read_long(source: Source, options: ReadOptions, long: Long, dialect: Dialect
             np.concatenate([readings.records for readings, _ in doubtful]),
             np.concatenate([later for _, later in doubtful]),
             tags,
+            1 if downs < ORDERED * ups else -1 if ups < ORDERED * downs else 0,
         )
 
 
@@ -217,8 +223,11 @@ def _count(counts: Counter[int], firsts: dict[int, str], tags: Int64, cells: Cod
         firsts.setdefault(tag, str(cells.distinct[cells.codes[rows[at]]]))
 
 
-def _told_apart(named: Int64, records: Records, later: Float64, tags: Tags) -> Readings:
-    """Readings of an hour that a clock set back has twice: the second time begins where it goes back, or ends there if newest is first."""
+def _told_apart(named: Int64, records: Records, later: Float64, tags: Tags, order_of_file: int) -> Readings:
+    """Readings of an hour that a clock set back has twice: the second time begins where it goes back, or ends there if newest is first.
+
+    Of two alone, and of two at the same time, as in hourly tables, the order of the file tells which is later: 1, or -1 for newest first.
+    """
     order = np.lexsort((np.arange(len(named)), np.floor(records["second"] / 86_400), named))
     named, records, later = named[order], records[order], later[order]
     hours = np.flatnonzero(np.diff(named, prepend=-1) | (np.diff(np.floor(records["second"] / 86_400), prepend=-1) != 0))
@@ -229,6 +238,11 @@ def _told_apart(named: Int64, records: Records, later: Float64, tags: Tags) -> R
             records["second"][start + downs[0] + 1 : end] += later[start + downs[0] + 1 : end]
         elif len(ups) == 1 and len(downs):
             records["second"][start : start + ups[0] + 1] += later[start : start + ups[0] + 1]
+        elif len(steps) == 1 and order_of_file:
+            step, values = steps[0] * order_of_file, records["value"][start:end]
+            if step < 0 or (step == 0 and values[0] != values[1]):
+                second = start + 1 if order_of_file > 0 else start
+                records["second"][second] += later[second]
         elif len(ups) and len(downs):
             tags.unclear += end - start
     return Readings(named, records)

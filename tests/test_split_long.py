@@ -194,6 +194,26 @@ def test_the_hour_that_a_clock_set_back_has_twice_is_told_apart_within_each_tag(
         assert table.columns["value"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("by_tag", [False, True])
+@pytest.mark.parametrize(
+    ("twice", "utc"),
+    [(("02:00", "02:00"), ("00:00", "01:00")), (("02:40", "02:10"), ("00:40", "01:10")), (("02:10", "02:40"), ("00:10", "00:40"))],
+)
+def test_two_readings_in_that_hour_are_told_apart_by_the_order_of_the_file(
+    tmp_path: Path, newest_first: bool, by_tag: bool, twice: tuple[str, str], utc: tuple[str, str]
+) -> None:
+    hours = [f"2026-10-24T{hour:02}:00" for hour in range(24)] + [f"2026-10-25T{hour}" for hour in ("00:00", "01:00", *twice, "03:00")]
+    rows = [(hour, tag, str(i)) for i, hour in enumerate(hours) for tag in "ab"]
+    if by_tag:
+        rows.sort(key=lambda row: row[1])
+    taken(csv_of(rows[::-1] if newest_first else rows, tmp_path / "t.csv"), tmp_path / "out", "{stream}", dialect=Dialect(zone=BERLIN))
+    for tag in "ab":
+        table = stream(tmp_path / "out", tag)
+        assert [time[11:16] for time in table.written[-5:]] == ["22:00", "23:00", *utc, "02:00"]
+        assert table.columns["value"].tolist() == list(range(len(hours)))
+
+
 def test_where_the_order_does_not_tell_the_hours_apart_it_is_said(tmp_path: Path) -> None:
     rows = [(f"2026-10-25T02:{minute}:00", "a", "1") for minute in ("10", "40", "20", "50", "30")]
     done = taken(csv_of(rows, tmp_path / "t.csv"), tmp_path / "out", "{stream}", dialect=Dialect(zone=BERLIN))
