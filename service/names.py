@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -176,6 +176,17 @@ def labels_of(stream_id: str) -> dict[str, str] | None:
         labels[label] = _unquoted(value)
         at = pair.end()
     return labels if labels and stream_id_of(labels) == stream_id else None
+
+
+def exported(labels: Labels, ours: Collection[str]) -> dict[str, str]:
+    """Labels to stand beside `ours`: one called as one of these becomes exported_…, and again while another one is called so."""
+    named: dict[str, str] = {}
+    for name, value in labels.items():
+        other = name
+        while other in ours or (other != name and other in labels):
+            other = f"exported_{other}"
+        named[other] = value
+    return named
 
 
 def _meta(labels: Labels, metric_type: str) -> dict[str, str]:

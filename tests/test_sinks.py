@@ -494,6 +494,10 @@ async def test_alertmanager_is_not_told_that_an_alert_ends_with_the_one_before_i
             {"for": "load", "exported_for": "w", "exported_model": "x", "exported_severity": "y", "exported_stream": "z"},
         ),
         (
+            'load{exported_severity="y",severity="z"}',
+            {"for": "load", "exported_severity": "y", "exported_exported_severity": "z"},
+        ),
+        (
             'load{a="q\\"\\n","größe"="1"}',
             {"for": "load", "a": 'q"\n'},
         ),  # an Alertmanager that does not take such a name would refuse all alerts

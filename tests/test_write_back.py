@@ -165,7 +165,8 @@ async def test_a_stream_that_is_no_series_has_the_labels_of_metrics_and_labels_o
         await back.score("temperature", *[1.0, 1.1] * 5)
         await back.score('x{Zone="1",for="b",model="c"}', *[1.0, 1.1] * 5)
         await back.score('{"http.requests","http.route"="/"}', *[1.0, 1.1] * 5)
-        await back.sent(40)
+        await back.score('y{exported_model="d",model="c"}', *[1.0, 1.1] * 5)
+        await back.sent(50)
     assert set(receiver.samples()) == {
         labelled("onset_anomaly", stream="pump-7/temperature"),
         labelled("yhat", stream="pump-7/temperature", feature="value"),
@@ -175,6 +176,8 @@ async def test_a_stream_that_is_no_series_has_the_labels_of_metrics_and_labels_o
         labelled("yhat", exported_for="b", exported_model="c", **{"for": "x", "Zone": "1"}),
         labelled("onset_anomaly", **{"for": "http.requests", "http.route": "/"}),
         labelled("yhat", **{"for": "http.requests", "http.route": "/"}),
+        labelled("onset_anomaly", exported_model="d", exported_exported_model="c", **{"for": "y"}),
+        labelled("yhat", exported_model="d", exported_exported_model="c", **{"for": "y"}),
     }
 
 

@@ -25,7 +25,7 @@ import structlog
 
 from service.alerts import EPOCH, Alert, AlertReply
 from service.metrics import Metrics
-from service.names import FOR, LABEL, NAME, labels_of
+from service.names import FOR, LABEL, NAME, exported, labels_of
 from service.sinks.posting import TIMEOUT_SECONDS, post
 from service.sinks.teller import PATIENCE, Patience, Refused, Unreachable, first_cursor, retries, tell_on
 from service.stores.book import AT_ONCE, Book, Told
@@ -187,12 +187,8 @@ def labels(alertname: str, stream_id: str, model: str, severity: str) -> dict[st
     ours = {"alertname": alertname, "stream": stream_id, "model": model, "severity": severity}
     series = (labels_of(stream_id) if "{" in stream_id else None) or {}
     metric = {FOR: series[NAME]} if NAME in series else {}
-    theirs = {
-        f"exported_{name}" if name in ours or name == FOR else name: value
-        for name, value in series.items()
-        if name != NAME and LABEL.fullmatch(name)
-    }
-    return theirs | metric | ours
+    theirs = {name: value for name, value in series.items() if name != NAME and LABEL.fullmatch(name)}
+    return exported(theirs, {*ours, FOR}) | metric | ours
 
 
 def _one_each(posted: Sequence[Posted]) -> list[Posted]:

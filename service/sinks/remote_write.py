@@ -29,7 +29,7 @@ import structlog
 from service.feed import Batch
 from service.fleet import Judged, Seen
 from service.metrics import Metrics
-from service.names import FOR, MODEL, NAME, STREAM, WRITTEN, Names
+from service.names import FOR, MODEL, NAME, STREAM, WRITTEN, Names, exported
 from service.prompb import STALE, encode_labels, pack, series_of, times_of
 from service.sinks.posting import UNANSWERED
 
@@ -240,7 +240,7 @@ class WriteBack:
         if sent is None or sent.keys() == {NAME}:  # a word alone may be any stream's id
             stream = {STREAM: stream_id, MODEL: model}
             return _Labels(_place(stream), [_place(stream | {"feature": feature}) for feature in self._features[model]])
-        labels = {f"exported_{name}" if name in (MODEL, FOR) else name: value for name, value in sent.items() if name != NAME}
+        labels = exported({name: value for name, value in sent.items() if name != NAME}, (MODEL, FOR))
         labels |= {MODEL: model} | ({FOR: sent[NAME]} if NAME in sent else {})
         place = _place(labels)
         return _Labels(place, [place])
