@@ -150,7 +150,7 @@ def read_long(source: Source, options: ReadOptions, long: Long, dialect: Dialect
     ups = downs = 0
     for rows in read_coded(source, options, asked, dialect, CELLS):
         steps = np.diff(rows.seconds)
-        ups, downs = ups + np.count_nonzero(steps > 0), downs + np.count_nonzero(steps < 0)
+        ups, downs = ups + int(np.count_nonzero(steps > 0)), downs + int(np.count_nonzero(steps < 0))
         for value in long.values:
             named = _named(rows, long, options, tags, f".{value}" if len(long.values) > 1 else "")
             values = _values(source, rows, value, long, dialect, tags, named)
