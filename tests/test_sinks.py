@@ -472,6 +472,30 @@ async def test_alertmanager_is_told_again_of_what_is_open_however_much_happens_a
         await sink.close()
 
 
+async def test_alerts_that_are_too_many_for_a_proxy_before_alertmanager_are_told_in_parts(office: Desk) -> None:
+    taken: list[int] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        [length] = [int(line.split(b":")[1]) for line in head.splitlines() if line.lower().startswith(b"content-length")]
+        alerts = json.loads(await reader.readexactly(length))
+        too_large = length > 10_000
+        taken.extend([] if too_large else [len(alerts)])
+        status = b"413 Request Entity Too Large" if too_large else b"200 OK"
+        writer.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(proxy, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        sink = Alertmanager(url, office.book, Metrics(), clock=lambda: office.now)
+        await sink.begin(TOKEN)
+        await office.happen(*(opening(f"s{i}") for i in range(100)))
+        assert await sink.turn(TOKEN)
+        await sink.close()
+    assert sum(taken) == 2 * 100  # at once, and again as of how things stand
+    assert await office.book.letters(1) == []
+
+
 async def test_alertmanager_is_not_told_that_an_alert_ends_with_the_one_before_it_however_many_there_are(office: Desk) -> None:
     with Receiver() as receiver:
         sink = Alertmanager(receiver.url, office.book, Metrics(), resend=60, clock=lambda: office.now)

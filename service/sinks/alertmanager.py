@@ -30,6 +30,7 @@ from service.sinks.posting import TIMEOUT_SECONDS, post
 from service.sinks.teller import PATIENCE, Patience, Refused, Unreachable, first_cursor, retries, tell_on
 from service.stores.book import AT_ONCE, Book, Told
 
+TOO_LARGE = 413
 _HEADERS = {"content-type": "application/json", "user-agent": "onset"}
 NAMES = {"anomaly": "OnsetAnomaly", "silence": "OnsetSilence"}
 
@@ -141,6 +142,11 @@ class Alertmanager:
 
     async def _post(self, posted: Sequence[Posted]) -> None:
         answer = await post(self._client, "Alertmanager", self._url, msgspec.json.encode(posted), _HEADERS, self._timeout)
+        if answer.status == TOO_LARGE and len(posted) > 1:  # a proxy before it, of 1 MB as a rule
+            half = len(posted) // 2
+            await self._post(posted[:half])
+            await self._post(posted[half:])
+            return
         detail = f"Alertmanager answered {answer.status}: {answer.said}"
         if answer.status >= 500 or answer.status in (404, 408, 429):  # 404: behind a proxy, while it starts
             raise Unreachable(detail)
