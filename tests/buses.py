@@ -164,6 +164,9 @@ class MqttRig:
     async def results(self) -> list[Result]:
         return self.plant.results(f"{self.name}/out/results")
 
+    async def named(self) -> list[tuple[str, bytes]]:
+        return [(heard.properties["id"], heard.content) for heard in self.plant.on(f"{self.name}/out/results")]
+
     async def dead(self) -> list[dict[str, str]]:
         return [heard.properties for heard in self.plant.on(f"{self.name}/out/dead")]
 
@@ -255,6 +258,9 @@ class AmqpRig:
         """Without the identities that `put` gave their events."""
         results = [msgspec.json.decode(sent.body, type=Result) for sent in await self.sent_results()]
         return [replace(result, event_id=None) if (result.event_id or "").startswith(OURS) else result for result in results]
+
+    async def named(self) -> list[tuple[str, bytes]]:
+        return [(sent.message_id or "", sent.body) for sent in await self.sent_results()]
 
     async def dead(self) -> list[dict[str, str]]:
         return [{name: str(value) for name, value in (letter.headers or {}).items()} for letter in await self.letters()]

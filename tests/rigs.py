@@ -56,6 +56,9 @@ class Rig(Protocol):
     async def results(self) -> list[Result]:
         """All that came out so far, each stream's in order."""
 
+    async def named(self) -> list[tuple[str, bytes]]:
+        """The same as they came, each under its identity; of a queue outside the store."""
+
     async def dead(self) -> list[dict[str, str]]:
         """Headers of the dead letters."""
 
@@ -102,6 +105,9 @@ class RedisRig(Shared):
 
     async def results(self) -> list[Result]:
         return [msgspec.json.decode(fields[b"result"], type=Result) for _, fields in await self._client.xrange("onset:results")]
+
+    async def named(self) -> list[tuple[str, bytes]]:
+        raise NotImplementedError("They come out once.")
 
     async def dead(self) -> list[dict[str, str]]:
         entries = await self._client.xrange("onset:dead-letters")
@@ -159,6 +165,10 @@ class KafkaRig(Shared):
         records = await asyncio.to_thread(self._read, self._out)
         assert all((record.key() or b"").decode() == msgspec.json.decode(record.value() or b"")["stream_id"] for record in records)
         return [msgspec.json.decode(record.value() or b"", type=Result) for record in records]
+
+    async def named(self) -> list[tuple[str, bytes]]:
+        records = await asyncio.to_thread(self._read, self._out)
+        return [(dict(record.headers() or [])["onset_id"].decode(), record.value() or b"") for record in records]  # type: ignore[union-attr]
 
     async def dead(self) -> list[dict[str, str]]:
         records = await asyncio.to_thread(self._read, self._dead)
@@ -267,6 +277,9 @@ class NatsRig(Shared):
 
     async def results(self) -> list[Result]:
         return [msgspec.json.decode(content, type=Result) for content in await self.outputs()]
+
+    async def named(self) -> list[tuple[str, bytes]]:
+        return [(headers["Nats-Msg-Id"], content) for content, headers in await self._read(f"out{self.at}.results")]
 
     async def dead(self) -> list[dict[str, str]]:
         return [headers for _, headers in await self._read(f"out{self.at}.dead")]

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 from urllib.parse import urlsplit
 
 import aio_pika
@@ -282,8 +282,19 @@ class _Session:
         return session
 
     async def depth(self) -> int:
-        """Messages that wait in the queue; whatever was sent on the channel before, the broker has it. Raises what aio-pika does."""
-        declared = await (await self._queue.channel.get_underlay_channel()).queue_declare(self._queue.name, passive=True)
+        """Messages that wait in the queue; whatever was sent on the channel before, the broker has it. Raises what aio-pika does.
+
+        Who is cancelled waits no longer; the question itself goes on, as aiormq closes the channel of one that is given up.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._ask_depth()))
+
+    async def _ask_depth(self) -> int:
+        try:
+            declared = await (await self._queue.channel.get_underlay_channel()).queue_declare(self._queue.name, passive=True)
+        except Exception as error:
+            if _is_closing(error):
+                raise ConnectionError("the channel was closed") from error
+            raise
         return declared.message_count or 0
 
     async def publish_results(self, results: Sequence[Published]) -> None:
@@ -309,7 +320,7 @@ class _Session:
         except TimeoutError as error:
             raise _unavailable(self._declared.url, error) from error
         for outcome in outcomes:
-            if isinstance(outcome, _UNAVAILABLE):
+            if isinstance(outcome, _UNAVAILABLE) or _is_closing(outcome):
                 raise _unavailable(self._declared.url, outcome) from outcome
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -455,6 +466,11 @@ def _identity(name: str) -> str:
 def _key(template: str, stream_id: str) -> str:
     """A routing key; a stream id that is too long for one loses its end."""
     return template.replace("{stream_id}", stream_id).encode()[:MAX_KEY_BYTES].decode(errors="ignore")
+
+
+def _is_closing(outcome: object) -> TypeGuard[Exception]:
+    """Whether it is what aiormq raises of what waits for an answer on a channel that is closed without a reason."""
+    return type(outcome) is Exception
 
 
 def _unavailable(url: str, error: BaseException) -> StoreUnavailable:

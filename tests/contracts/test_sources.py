@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from pydantic import TypeAdapter
 
@@ -20,7 +21,7 @@ from service import queues
 from service.app import Service
 from service.consumer import FUSE_ENTRIES, Consumer
 from service.detector import Detector
-from service.events import Published
+from service.events import Published, Result
 from service.mapping import Mapper
 from service.metrics import Metrics
 from service.policy import Policy
@@ -39,6 +40,7 @@ from tests.buses import amqp_rig, mqtt_rig
 from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import KafkaRig, Rig, each_once, nats_rig, redis_rig
 from tests.servers import Valkey
+from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
 
 OUTSIDE = ("kafka", "nats", "mqtt", "amqp")
@@ -361,6 +363,61 @@ async def test_replicas_share_the_partitions_or_one_has_all_and_one_that_leaves_
     await until(lambda: metric(second.metrics, "partitions") == rig.partitions)
     await until(rig.drained)
     assert in_order(each_once(await rig.results())) == await uninterrupted(tiny_detector, events)
+
+
+@pytest.mark.parametrize("rig", OUTSIDE, indirect=True)
+async def test_under_load_the_queue_goes_over_to_another_file_and_back_with_nothing_lost_and_each_result_under_a_name_of_its_own(
+    rig: Rig, tmp_path: Path
+) -> None:
+    """What one file has scored may be delivered to the other again: both results have names, and neither has the other's."""
+    files = [build_tiny(tmp_path, version=version) for version in ("1", "2")]
+    events, enough = recorded(1000, 6), asyncio.Event()
+    async with AsyncExitStack() as stack:
+        old = await Replicas(rig, files[0], stack).start()
+        await until(lambda: metric(old.metrics, "partitions") == rig.partitions)
+        sending = asyncio.create_task(_sent_until(enough, rig, events, 6))
+        await until(lambda: outcome(old.metrics, "scored") > 60)
+        new = await Replicas(rig, files[1], stack).start()
+        await until(lambda: outcome(new.metrics, "scored") > 60)
+        await until(lambda: metric(new.metrics, "partitions") == rig.partitions)
+        before = outcome(old.metrics, "scored")
+        undone = await Replicas(rig, files[0], stack).start()
+        await until(lambda: outcome(old.metrics, "scored") + outcome(undone.metrics, "scored") > before + 60)
+        await until(lambda: metric(new.metrics, "partitions") == 0)
+        enough.set()
+        wanted = {(event["stream_id"], event["timestamp"]) for event in await sending}
+
+        async def out() -> bool:
+            return {(result.stream_id, result.timestamp) for result in await rig.results()} == wanted
+
+        await until(out)
+        assert [service.metrics.registry.get_sample_value("onset_unexpected_errors_total") for service in (old, new, undone)] == [0, 0, 0]
+    named = await rig.named()
+    once = dict(named)
+    assert all(once[name] == content for name, content in named)
+    results = [msgspec.json.decode(content, type=Result) for content in once.values()]
+    for stream in range(6):
+        lives: list[list[Result]] = []
+        for result in results:
+            if result.stream_id == f"s{stream}":
+                if result.state_version == 1:
+                    lives.append([])
+                lives[-1].append(result)
+        assert [life[0].model_version for life in lives] == ["1", "2", "1"]
+        for life in lives:
+            assert [result.state_version for result in life] == list(range(1, len(life) + 1))
+            assert [float(result.timestamp) for result in life] == [float(life[0].timestamp) + i for i in range(len(life))]
+            assert {result.model_version for result in life} == {life[0].model_version}
+
+
+async def _sent_until(enough: asyncio.Event, rig: Rig, events: Sequence[dict[str, Any]], streams: int) -> Sequence[dict[str, Any]]:
+    """A round of all streams at a time; those that were sent."""
+    for start in range(0, len(events), streams):
+        if enough.is_set():
+            return events[:start]
+        await rig.put(*events[start : start + streams])
+        await asyncio.sleep(0.01)
+    raise AssertionError("The load ended before the queue had gone over and back.")
 
 
 async def test_a_broker_that_is_gone_for_a_moment_costs_nothing(rig: Rig, replicas: Replicas, tiny_detector: Detector) -> None:

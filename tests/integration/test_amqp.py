@@ -14,9 +14,12 @@ from typing import Any
 import aio_pika
 import pytest
 
+from service import tasks
 from service.app import Service
 from service.consumer import Consumer
 from service.detector import Detector
+from service.errors import Fenced, StoreUnavailable
+from service.events import Published
 from service.mapping import Mapper
 from service.metrics import Metrics
 from service.sources import Batch, Settlement, options
@@ -198,3 +201,40 @@ async def test_dead_letters_that_no_queue_takes_are_not_acknowledged(
         await channel.declare_queue(f"{rig.name}.dead", durable=True)
     await q.until(partial(done, service, 1))
     assert [letter.body for letter in await rig.letters()] == [b"nonsense"]
+
+
+async def test_the_question_for_the_depth_may_be_given_up_without_losing_the_consumer(rig: AmqpRig, q: Queue) -> None:
+    [declared] = options.read(json.dumps([rig.declared | {"queues": rig.queues[:1]}]))
+    assert isinstance(declared, AmqpSource)
+    source = Amqp(declared, Metrics())
+    await source.open()
+    try:
+        await q.until(lambda: source.metrics.registry.get_sample_value("onset_source_partitions", {"source": "amqp"}) == 1)
+        await rig.put({"stream_id": "s0", "values": {"value": 1.0}}, partition=0)
+        batch = await source.receive()
+        for turns in range(20):
+            asking = asyncio.create_task(source.lag())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await tasks.end(asking)
+        await source.publish(batch, [Published("s0", "name", b"{}")])
+        await source.settle(batch, Settlement())
+        assert [sent.message_id for sent in await rig.sent_results()] == ["name"]
+    finally:
+        await source.close()
+
+
+async def test_a_connection_that_ends_amid_a_publication_is_no_bug(rig: AmqpRig, q: Queue) -> None:
+    [declared] = options.read(json.dumps([rig.declared | {"queues": rig.queues[:1]}]))
+    assert isinstance(declared, AmqpSource)
+    await rig.put({"stream_id": "s0", "values": {"value": 1.0}}, partition=0)
+    for turns in range(12):
+        source = Amqp(declared, Metrics())
+        await source.open()
+        batch = await source.receive()
+        publishing = asyncio.create_task(source.publish(batch, [Published("s0", "name", b"{}")]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await source.close()
+        outcome = (await asyncio.gather(publishing, return_exceptions=True))[0]
+        assert outcome is None or isinstance(outcome, StoreUnavailable | Fenced), repr(outcome)
