@@ -263,5 +263,6 @@ def _often(templates: list[str], counts: Counter[str]) -> Counter[int]:
 
 
 def _is_word(token: str) -> bool:
-    """Neither masked nor an identity."""
-    return "<" not in token and any(map(str.isalpha, token)) and not any(map(str.isdigit, token))
+    """Neither an identity nor masked, but for one number in it: where that is missing ("-"), the others are still numbers."""
+    token = token.replace(NUMBER, "", 1)
+    return "<" not in token and not any(map(str.isdigit, token))

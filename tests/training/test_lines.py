@@ -185,6 +185,14 @@ def test_numbers_are_no_ids_because_one_of_them_is_hexadecimal() -> None:
     assert mine(said, Mining(similarity=1.0)).templates == ["took <NUM> ms", "took <HEX> ms"]
 
 
+@pytest.mark.parametrize("odd", ["-", "long"])
+def test_a_number_that_is_missing_now_and_then_is_a_number_still(odd: str) -> None:
+    said = [f"answered in {odd if i % 10 == 0 else i} ms" for i in range(100)]
+    mined = mine(said)
+    assert mined.templates == ["answered in <NUM> ms", f"answered in {odd} ms"]
+    assert Matcher(mined).codes(["answered in 7 ms"])[1][0, 0] == 7
+
+
 def test_words_that_are_many_stay_a_wildcard() -> None:
     said = [f"user {chr(97 + i % 26)}{chr(97 + i // 26)} logged in" for i in range(100)]
     assert mine(said).templates == ["user <*> logged in"]
