@@ -7,7 +7,8 @@
     template  Took <NUM> ms for <*> of <IP>                          as many tokens, each the same one or a wildcard
     numbers   12.5                                                   what <NUM> stands for in the template, in order
 
-Of several templates that match, one with the fewest wildcards is taken, always the same one. Pure, and deterministic: it depends
+Of several templates that match, one with the fewest wildcards is taken, always the same one; where none does, <HEX> of a template takes
+a number, too: an id of hexadecimal digits has no letter now and then. Pure, and deterministic: it depends
 on `Lines` and the line alone. Words that were seen are known, and so are masked lines; both memories are bounded.
 
 Masks run in Python's own engine where they are those below, which take linear time there on any input, and in RE2 where they are
@@ -64,9 +65,14 @@ NUMBERED = 4_096
 """Words that hold numbers and more, kept with them, twice over."""
 KNOWN, KNOWN_LENGTH = 8_192, 1_000
 """Masked lines that are kept with their code, twice over, and the longest that is."""
+HEXADECIMAL = "<HEX>"
+"""What a default mask writes for an id of hexadecimal digits."""
+MOST_IDS = 4
+"""Ids in one token of which each may be a number by itself."""
 MOST_NUMBERS = len(NUMBERS)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
+_NUMERIC = re.compile(f"{HEXADECIMAL}|{NUMBER}")
 _EDGE, _SIX = r"\b", "(?=[0-9a-fA-F]{6})"
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -105,6 +111,7 @@ class Matcher:
     def __init__(self, lines: Lines) -> None:
         self.splitter = Splitter(lines.header, lines.masks, lines.delimiters)
         self._index = _index(lines.templates)
+        self._with_ids = _with_ids(lines.templates)
         self._templates = [template.split() for template in lines.templates]
         self._known = _Memory(self._matched, KNOWN, KNOWN_LENGTH)
         self._numbers = _Memory(self._numbers_of, NUMBERED, WORD_LENGTH)
@@ -132,6 +139,10 @@ class Matcher:
             code = codes.get(literals(tokens))
             if code is not None:
                 return Matched(code, self._picks(masked, self._templates[code - 1]))
+        if NUMBER in masked:
+            for code, taken in self._with_ids.get(len(tokens), ()):
+                if all(token in one for token, one in zip(tokens, taken, strict=True) if one):
+                    return Matched(code, self._picks(masked, self._templates[code - 1]))
         return _UNKNOWN
 
     def _picks(self, masked: str, template: list[str]) -> tuple[Pick, ...]:
@@ -141,8 +152,10 @@ class Matcher:
         for i, word in enumerate(masked.split("\n")):
             nth, where = 0, _only(word)
             for token, known in zip(word.split(), tokens, strict=False):
-                picks += [(i, where, nth + k) for k in range(known.count(NUMBER))]
-                nth += token.count(NUMBER)
+                found = _NUMERIC.findall(token)
+                wanted = [k for k, mask in enumerate(_NUMERIC.findall(known)) if mask == NUMBER]
+                picks += [(i, where, nth + found[:k].count(NUMBER)) for k in wanted]
+                nth += found.count(NUMBER)
         return tuple(picks[:MOST_NUMBERS])
 
     def _number(self, word: str, where: slice | None, nth: int) -> float:
@@ -360,6 +373,23 @@ def _index(templates: Sequence[str]) -> dict[int, list[tuple[Callable[[list[str]
         length: [(_picker(places), codes) for places, codes in sorted(sets.items(), key=lambda one: (-len(one[0]), min(one[1].values())))]
         for length, sets in found.items()
     }
+
+
+def _with_ids(templates: Sequence[str]) -> dict[int, list[tuple[int, list[frozenset[str]]]]]:
+    """Number of tokens → templates with HEXADECIMAL, the fewest wildcards first: code, and what each token takes; nothing = anything."""
+    found: dict[int, list[tuple[int, list[frozenset[str]]]]] = {}
+    for code, template in enumerate(templates, NEW + 1):
+        if HEXADECIMAL in template:
+            tokens = template.split()
+            found.setdefault(len(tokens), []).append((code, [frozenset() if one == WILDCARD else _taken(one) for one in tokens]))
+    return {length: sorted(some, key=lambda one: (one[1].count(frozenset()), one[0])) for length, some in found.items()}
+
+
+def _taken(token: str) -> frozenset[str]:
+    """The token itself, and with numbers in place of hexadecimal digits; of many only with all of them."""
+    parts = token.split(HEXADECIMAL)
+    masks = itertools.product((HEXADECIMAL, NUMBER), repeat=len(parts) - 1) if len(parts) <= MOST_IDS + 1 else [[NUMBER] * (len(parts) - 1)]
+    return frozenset({token, *("".join(itertools.chain.from_iterable(zip(parts, [*some, ""], strict=True))) for some in masks)})
 
 
 def _picker(places: tuple[int, ...]) -> Callable[[list[str]], Any]:

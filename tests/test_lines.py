@@ -109,6 +109,19 @@ def test_numbers_are_those_that_the_template_knows_in_order() -> None:
     assert numbers(found, "a 1 of size=2.5, 77 (3/4) 5") == [1, 2.5, 3, 4]
 
 
+def test_an_id_without_a_letter_is_an_id_where_nothing_else_matches() -> None:
+    found = matcher("took <NUM> ms", "at <HEX> of <HEX>:<NUM> in <NUM> s", "at <*> of <HEX> in <NUM> s", "code <HEX>", "code <NUM>")
+    said = [
+        "at 12ab34cd of 12ab34cd:5 in 7 s",
+        "at 12345678 of 12ab34cd:5 in 7 s",
+        "at 12345678 of 87654321:5 in 7 s",
+        "at x of 87654321 in 7 s",
+    ]
+    assert codes(found, *said) == [2, 2, 2, 3]
+    assert [numbers(found, line) for line in said] == [[5, 7], [5, 7], [5, 7], [7]]
+    assert codes(found, "took 0x1f ms", "code 12", "code 0x1f", "at 12345678 of 87654321:x in 7 s") == [0, 5, 4, 0]
+
+
 def test_numbers_beyond_float32_or_that_are_none_are_missing() -> None:
     masks = [{"name": "any", "pattern": "#.*", "replacement": "<NUM>"}]
     assert numbers(matcher("at <NUM>", masks=masks), "at #x") == []

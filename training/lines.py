@@ -27,7 +27,7 @@ from rich.table import Table as Grid
 
 from service.artifact import MAX_TEMPLATES, NEW, NUMBER, WILDCARD, Lines, Mask
 from service.errors import TableError
-from service.lines import DEFAULT_MASKS, Matcher, Splitter, plain
+from service.lines import DEFAULT_MASKS, HEXADECIMAL, Matcher, Splitter, plain
 from service.log_files import Counted, LogFormat, read
 from service.patterns import PatternPage
 
@@ -35,8 +35,6 @@ MAX_DISTINCT = 2_000_000
 """Masked lines that differ. More would mean that something variable is not masked."""
 MAX_TOKENS = 400
 """Longer lines (dumps, JSON) make no template: what they hold is not said in words."""
-HEXADECIMAL = "<HEX>"
-"""What a default mask writes for it."""
 FEW, LEAST = 8, 3
 """A wildcard is taken apart where it takes at most so many words, each so often on average."""
 
