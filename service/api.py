@@ -329,7 +329,7 @@ class Door:
     async def get_metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
         await self._health.ready()  # keeps its gauge true where no probe asks
-        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     def add_post(self, app: FastAPI, path: str, handler: Callable[[Incoming], Awaitable[Response]], name: str) -> None:
         """Register a route of another module, with the same answers to errors."""

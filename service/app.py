@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import structlog
 from fastapi import FastAPI
@@ -105,7 +106,7 @@ class Service:
                 shown.append(Series(name, detector.manifest.feature_names, most, self.metrics))
                 self.feed.watch(shown[-1].gathered.see)
         if shown:
-            self.metrics.also(lambda: series.exposition(shown))
+            self.metrics.also(lambda: partial(series.exposition, [one.now() for one in shown]))
 
     def _write_back(self) -> WriteBack:
         settings = self.settings

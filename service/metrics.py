@@ -11,6 +11,7 @@ registry and its own /metrics, and queries sum over them.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -623,7 +624,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._before: list[Callable[[], None]] = []
-        self._writers: list[Callable[[], bytes]] = []
+        self._others: list[Callable[[], Callable[[], bytes]]] = []
         for entry in ENTRIES:
             self.__dict__[entry.attribute] = entry.build(entry.metric, self.registry)
 
@@ -631,15 +632,20 @@ class Metrics:
         """Call this before anyone looks: what was put aside is to be counted by then."""
         self._before.append(flush)
 
-    def also(self, write: Callable[[], bytes]) -> None:
-        """Show what `write` returns, too: metrics in the text format, of other names."""
-        self._writers.append(write)
+    def also(self, now: Callable[[], Callable[[], bytes]]) -> None:
+        """Show metrics of other names, too: `now` takes down what they are; what it returns writes that as text, in a thread."""
+        self._others.append(now)
 
-    def exposition(self) -> bytes:
-        """Everything in Prometheus' text format."""
+    def flush(self) -> None:
+        """Count what was put aside."""
         for flush in self._before:
             flush()
-        return b"".join([generate_latest(self.registry), *(write() for write in self._writers)])
+
+    async def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        self.flush()
+        ours, others = generate_latest(self.registry), [now() for now in self._others]
+        return b"".join([ours, *[await asyncio.to_thread(write) for write in others]])
 
     def begin(self, **known: Sequence[str]) -> None:
         """Begin all counters and histograms at zero whose labels' values are in the catalogue or `known`, such as model=("default",)."""

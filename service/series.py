@@ -1,16 +1,18 @@
 """Series of single streams, for those who ask for them (ONSET_STREAM_METRICS): reading, expectation, band and score at /metrics.
 
 The names are vmanomaly's, so that its dashboards fit. A stream gets a place while there is one and keeps it until it has not been heard
-of for RECENT_SECONDS; then its series end. Written as text by itself: 5,000 streams are some 35,000 lines a scrape.
+of for RECENT_SECONDS; then its series end. Written as text by itself, in a thread: 5,000 streams are some 35,000 lines a scrape.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.fleet import RECENT_SECONDS, Gathered, Judged
 from service.metrics import Metric, Metrics
@@ -50,6 +52,27 @@ _COLUMNS = (("y", "x"), ("yhat", "expected"), ("yhat_lower", "lower"), ("yhat_up
 LOOK_SECONDS = 10.0
 
 
+class Now(NamedTuple):
+    """N streams of F features at one moment."""
+
+    labels: Sequence[tuple[str, Sequence[str]]]
+    """[N] of the stream, and [F] of its features."""
+    single: Mapping[str, NDArray[np.float64]]
+    """[N] each."""
+    numbers: NDArray[np.float32]
+    """[_COLUMNS, N, F]"""
+
+    def lines(self, name: str) -> list[str]:
+        """The samples of one of SERIES; what is missing has none."""
+        columns = [shown for shown, _ in _COLUMNS]
+        if name not in columns:
+            numbers, labels = self.single[name], [stream for stream, _ in self.labels]
+        else:
+            numbers = self.numbers[columns.index(name)].astype(np.float64).ravel()
+            labels = [label for _, features in self.labels for label in features]
+        return [f"{name}{{{label}}} {number!r}" for label, number in zip(labels, numbers.tolist(), strict=True) if not math.isnan(number)]
+
+
 class Series:
     """The series of one model's streams, at most `most` of them. `clock` is monotonic."""
 
@@ -86,17 +109,12 @@ class Series:
         opened = judged.verdict("alert_score")[there] > THRESHOLD
         self._single["anomaly_onset_timestamp_seconds"][slots[opened]] = judged.record("timestamp")[there][opened]
 
-    def lines(self, name: str) -> list[str]:
-        """The samples of one of SERIES; streams not heard of have none, and what is missing neither."""
+    def now(self) -> Now:
+        """What is to be shown at this moment; streams not heard of are not."""
         since = self._clock() - RECENT_SECONDS
-        slots = np.array([slot for slot in self._slots.values() if self._heard[slot] >= since], np.intp)
-        columns = [shown for shown, _ in _COLUMNS]
-        if name not in columns:
-            numbers, labels = self._single[name][slots], [self._labels[i][0] for i in slots.tolist()]
-        else:
-            numbers = self._numbers[columns.index(name), slots].astype(np.float64).ravel()
-            labels = [label for i in slots.tolist() for label in self._labels[i][1]]
-        return [f"{name}{{{label}}} {number!r}" for label, number in zip(labels, numbers.tolist(), strict=True) if not math.isnan(number)]
+        slots = [slot for slot in self._slots.values() if self._heard[slot] >= since]
+        labels = [self._labels[slot] for slot in slots]
+        return Now(labels, {name: numbers[slots] for name, numbers in self._single.items()}, self._numbers[:, slots])
 
     def _slot(self, stream_id: str) -> int:
         """Its place; -1 = there is none left."""
@@ -123,13 +141,13 @@ class Series:
             self._free.append(self._slots.pop(stream_id))
 
 
-def exposition(shown: Sequence[Series]) -> bytes:
-    """The series of several models in Prometheus' text format."""
+def exposition(shown: Sequence[Now]) -> bytes:
+    """The series of several models in Prometheus' text format. It takes its time, and may be called in a thread of its own."""
     lines: list[str] = []
     for metric in SERIES:
         lines += [f"# HELP {metric.name} {metric.meaning}", f"# TYPE {metric.name} gauge"]
-        for series in shown:
-            lines += series.lines(metric.name)
+        for now in shown:
+            lines += now.lines(metric.name)
     return "\n".join([*lines, ""]).encode()
 
 

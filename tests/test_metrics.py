@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -47,12 +49,12 @@ class World:
         await self.scorer.score([Event(stream_id=stream_id, values={"value": value}) for value in values])
 
     def sample(self, name: str, **labels: str) -> float | None:
-        self.metrics.exposition()
+        self.metrics.flush()
         return self.metrics.registry.get_sample_value(name, labels or {"model": "tiny"})
 
     def shown(self, name: str) -> dict[str, float]:
-        self.metrics.exposition()
-        families = text_string_to_metric_families(exposition([self.series]).decode())
+        self.metrics.flush()
+        families = text_string_to_metric_families(exposition([self.series.now()]).decode())
         return {sample.labels["stream"]: sample.value for family in families for sample in family.samples if sample.name == name}
 
 
@@ -218,3 +220,19 @@ async def test_the_time_a_request_waits_is_a_stage_of_its_batch(tiny_detector: D
     assert world.sample("onset_stage_seconds_count", stage="queue") == 1
     assert world.sample("onset_stage_seconds_count", stage="step") == 1
     await world.scorer.drain(5)
+
+
+async def test_the_series_of_single_streams_are_written_beside_the_event_loop() -> None:
+    metrics, written = Metrics(), threading.Event()
+
+    def write() -> bytes:
+        assert written.wait(20), "the event loop waits for it"
+        return b"other 1\n"
+
+    metrics.also(lambda: write)
+    scrape = asyncio.create_task(metrics.exposition())
+    await asyncio.sleep(0)
+    written.set()
+    content = await scrape
+    assert content.endswith(b"other 1\n")
+    assert b"onset_events_total" in content
