@@ -29,6 +29,7 @@ from service.metrics import Metrics
 from service.names import bounded
 from service.settings import Settings
 from service.sinks.alertmanager import Alertmanager, labels
+from service.sinks.posting import retry_after
 from service.sinks.stdout import Stdout
 from service.sinks.teller import Notice, Patience, Sink, Teller, Unreachable
 from service.sinks.webhook import Webhook, key_of, signature
@@ -348,9 +349,26 @@ async def test_the_webhook_gets_signed_notices_and_again_after_failures_under_th
         assert receiver.posted[0].headers["content-type"] == "application/json"
 
 
-async def test_a_webhook_that_says_when_to_come_again_is_waited_for(office: Desk) -> None:
-    with Receiver(429, retry_after="1") as receiver:
-        teller = office.teller(Webhook(receiver.url, SECRET))
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("", None),
+        ("7", 7.0),
+        ("99999999999", 60.0),
+        ("soon", None),
+        ("Mon, 21 Sep 2026 13:46:50 GMT", 10.0),
+        ("Mon, 21 Sep 2020 13:46:50 GMT", 0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(header: str, seconds: float | None) -> None:
+    assert retry_after(header, 1_789_998_400.0, 60.0) == seconds
+
+
+@pytest.mark.parametrize("after", ["1", "Fri, 27 Nov 2026 12:00:02 GMT"])
+async def test_a_webhook_that_says_when_to_come_again_is_waited_for(office: Desk, after: str) -> None:
+    noon = 1_795_780_800.0
+    with Receiver(429, retry_after=after) as receiver:
+        teller = office.teller(Webhook(receiver.url, SECRET, clock=lambda: noon))
         await teller.begin(TOKEN)
         await office.happen(opening("a"))
         await all_told(teller)

@@ -25,7 +25,7 @@ from service.names import WRITTEN, Names
 from service.policy import Policy
 from service.prompb import STALE, unpack
 from service.scorer import Limits, Scorer
-from service.sinks.remote_write import LONGEST_RETRY_AFTER, Target, WriteBack, retry_after
+from service.sinks.remote_write import Target, WriteBack
 from service.stores.memory import MemoryStore
 
 NOW = 1_790_000_000.0
@@ -301,12 +301,3 @@ async def test_what_was_written_of_a_stream_ends_with_it(tiny_detector: Detector
         *_, (time, value) = series
         assert [at for at, _ in series].count(time) == 1
         assert (time, struct.pack("<d", value)) == (int(NOW * 1000) + 5000, STALE.to_bytes(8, "little"))
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [(None, None), ("7", 7.0), ("99999999999", LONGEST_RETRY_AFTER), ("soon", None), ("Mon, 21 Sep 2026 13:46:50 GMT", 10.0)],
-)
-def test_retry_after_is_seconds_or_a_date(header: str | None, seconds: float | None) -> None:
-    assert retry_after(header, 1_789_998_400.0) == seconds
-    assert retry_after("Mon, 21 Sep 2020 13:46:50 GMT", NOW) == 0.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import httpx
 
@@ -31,10 +33,10 @@ class Answer:
 
 async def post(client: httpx.AsyncClient, who: str, url: str, body: bytes, headers: Mapping[str, str], seconds: float) -> Answer:
     """Its status counts, whatever becomes of the text after it. It has so many `seconds` for all of it. Raises Unreachable."""
-    status, said, retry_after = 0, b"", ""
+    status, said, again = 0, b"", ""
     try:
         async with asyncio.timeout(seconds), client.stream("POST", url, content=body, headers=headers) as answer:
-            status, retry_after = answer.status_code, answer.headers.get("retry-after", "")
+            status, again = answer.status_code, answer.headers.get("retry-after", "")
             async for part in answer.aiter_raw():
                 said += part[: SAID - len(said)]
                 if len(said) == SAID:
@@ -42,4 +44,16 @@ async def post(client: httpx.AsyncClient, who: str, url: str, body: bytes, heade
     except UNANSWERED as error:
         if not status:
             raise Unreachable(f"{who} does not answer ({type(error).__name__}: {error}).") from error
-    return Answer(status, said.decode(errors="replace"), retry_after)
+    return Answer(status, said.decode(errors="replace"), again)
+
+
+def retry_after(header: str, now: float, longest: float) -> float | None:
+    """Seconds that a Retry-After header asks for, `longest` at most; None = it is none."""
+    if header.isascii() and header.isdigit():
+        return min(float(header[:9]), longest)
+    try:
+        moment = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime.fromtimestamp(now, UTC)
+    return min(max(seconds.total_seconds(), 0.0), longest)

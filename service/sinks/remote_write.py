@@ -19,8 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 import httpx
 import numpy as np
@@ -31,7 +29,7 @@ from service.fleet import Judged, Seen
 from service.metrics import Metrics
 from service.names import FOR, MODEL, NAME, STREAM, WRITTEN, Names, exported
 from service.prompb import STALE, encode_labels, pack, series_of, times_of
-from service.sinks.posting import UNANSWERED
+from service.sinks.posting import UNANSWERED, retry_after
 
 REQUEST_SAMPLES = 2000
 LINGER_SECONDS = 0.5
@@ -270,7 +268,7 @@ class WriteBack:
                     self._events.labels("refused").inc(request.sent)
                     self._tell("write_back_refused", why)
                     return
-                wait = retry_after(answer.headers.get("retry-after"), self._clock())
+                wait = retry_after(answer.headers.get("retry-after", ""), self._clock(), LONGEST_RETRY_AFTER)
             self._retries.inc()
             self._tell("write_back_waits", why)
             await asyncio.sleep(wait if wait is not None else pause * random.uniform(0.5, 1.0))
@@ -290,20 +288,6 @@ _HEADERS = {
     "x-prometheus-remote-write-version": "0.1.0",
     "user-agent": "onset",
 }
-
-
-def retry_after(header: str | None, now: float) -> float | None:
-    """Seconds that a Retry-After header asks for, LONGEST_RETRY_AFTER at most; None = it is none."""
-    if header is None:
-        return None
-    if header.isascii() and header.isdigit():
-        return min(float(header[:9]), LONGEST_RETRY_AFTER)
-    try:
-        moment = parsedate_to_datetime(header)
-    except ValueError:
-        return None
-    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime.fromtimestamp(now, UTC)
-    return min(max(seconds.total_seconds(), 0.0), LONGEST_RETRY_AFTER)
 
 
 def _named(place: _Place, name: str) -> bytes:

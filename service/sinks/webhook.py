@@ -22,7 +22,7 @@ import httpx
 import msgspec
 
 from service.errors import BadSetting
-from service.sinks.posting import TIMEOUT_SECONDS, post
+from service.sinks.posting import TIMEOUT_SECONDS, post, retry_after
 from service.sinks.teller import Notice, Refused, Unreachable
 
 ENCODED = "whsec_"
@@ -50,7 +50,7 @@ class Webhook:
             return
         detail = f"The webhook answered {answer.status}: {answer.said}"
         if answer.status in AGAIN or answer.status >= 500:
-            raise Unreachable(detail, _retry_after(answer.retry_after))
+            raise Unreachable(detail, retry_after(answer.retry_after, self._clock(), LONGEST_RETRY_AFTER))
         raise Refused(detail)
 
     async def close(self) -> None:
@@ -80,7 +80,3 @@ def key_of(secret: str) -> bytes:
 def signature(key: bytes, id_: str, seconds: str, body: bytes) -> str:
     signed = hmac.new(key, f"{id_}.{seconds}.".encode() + body, hashlib.sha256)
     return f"v1,{base64.b64encode(signed.digest()).decode()}"
-
-
-def _retry_after(text: str) -> float | None:
-    return min(float(text), LONGEST_RETRY_AFTER) if text.isascii() and text.isdigit() and len(text) < 10 else None
