@@ -647,7 +647,7 @@ _TENANT = _parameter(
     {"type": "string", "pattern": VISIBLE},
     "Whose turn the request takes, and whose share of the queue; without it, that of the address it comes from.",
 )
-_NANOSECONDS = {"type": "string", "pattern": "^[0-9]{1,19}$", "description": "Nanoseconds since 1970."}
+_NANOSECONDS = {"type": "string", "pattern": "^[1-9][0-9]{17,18}$", "description": "Nanoseconds since 1970, of 1973 or later."}
 _LOGS_MODEL = _parameter("model", "query", {"type": "string"}, "Which loaded model; if left out, the one of ONSET_LOGS_MODEL.")
 _PAGE = {"streams": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}}, "next_cursor": {"type": ["string", "null"]}}
 _MODELS = {"type": "object", "required": ["models"], "properties": {"models": {"type": "array", "items": {"type": "object"}}}}
