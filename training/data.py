@@ -22,6 +22,8 @@ Float64 = NDArray[np.float64]
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
 CONTEXT = 256
 """Rows before the split that lead a validation lane into the stream; they do not count."""
+FEWEST = 16
+"""Rows of a stream that is learned from: of lanes that are all shorter than the lags nothing is."""
 PIECE = 1 << 18
 """Numbers that are read at a time where all rows of a stream are."""
 
@@ -114,7 +116,8 @@ class Fleet:
 
         Streams are chosen in proportion to their rows up to one lane's, so that a long recording does not drown the short ones.
         """
-        weights = np.minimum(np.array(self.splits, float), length)
+        rows = np.minimum(np.array(self.splits, float), length)
+        weights = np.where(rows >= min(FEWEST, rows.max()), rows, 0)
         chosen = rng.choice(len(self.streams), size=lanes, p=weights / weights.sum())
         pieces = []
         for index in chosen:
@@ -130,12 +133,13 @@ class Fleet:
         return bool(np.isfinite(block.x[block.counts_from :]).any())
 
     def validation(self) -> Block:
-        order = np.argsort([-len(stream) for stream in self.streams])[:32]
+        by_length = np.argsort([-len(stream) for stream in self.streams])[:32].tolist()
+        longest = min(CONTEXT, max(self.splits[i] for i in by_length))
+        # All lanes have the shortest one's lead: a file of three rows must not take theirs from all others.
+        order = [i for i in by_length if 2 * self.splits[i] >= longest]
         pieces = [
             cut(self.streams[i], max(0, self.splits[i] - CONTEXT), min(len(self.streams[i]), self.splits[i] + 2 * CONTEXT)) for i in order
         ]
         leads = [min(CONTEXT, self.splits[i]) for i in order]
-        longest = max(leads)
         shifted = [cut(piece, lead - min(leads), len(piece)) for piece, lead in zip(pieces, leads, strict=True)]
-        counts_from = min(leads) if longest else 0
-        return Block(*pad(shifted, max(len(piece) for piece in shifted)), counts_from=max(1, min(counts_from, CONTEXT)))
+        return Block(*pad(shifted, max(len(piece) for piece in shifted)), counts_from=min(leads))

@@ -19,7 +19,7 @@ from service.tables import ReadOptions, read_tables
 from tests.training.conftest import TINY, random_step
 from training.__main__ import app
 from training.cache import alone_in, convert, open_cache
-from training.data import Block, Fleet, Stream, clock, streams_of
+from training.data import CONTEXT, Block, Fleet, Stream, clock, streams_of
 from training.distributed import ALONE
 from training.evaluate import Scores, run_streams
 from training.fit import Drawn, Lanes, Plan, Progress, Trainer, learning_rate, prepare, prepare_all
@@ -184,6 +184,17 @@ def test_training_lanes_never_reach_into_the_validation_part(fleet_folder: Path)
         assert np.nanmax(fleet.block(np.random.default_rng(seed), 8, 96).x) < fleet.splits[0]
     validation = fleet.validation()
     assert validation.x[validation.counts_from :].min() >= fleet.splits[0]
+
+
+def test_a_file_of_a_few_rows_takes_nothing_from_the_others() -> None:
+    """All lanes that are validated on had its lead, and a block that drew nothing but it had a loss that is no number."""
+    x = np.arange(900, dtype=np.float32)[:, None]
+    streams = [Stream(str(rows), x[:rows], clock(np.arange(float(rows)))) for rows in (900, 800, 3)]
+    alone, beside = Fleet(streams[:2]), Fleet(streams)
+    assert beside.validation().counts_from == alone.validation().counts_from == CONTEXT
+    assert np.array_equal(beside.validation().x, alone.validation().x, equal_nan=True)
+    for index in range(200):
+        assert len(beside.block(np.random.default_rng(index), 1, 50).x) == 50
 
 
 def test_the_clock_knows_gaps_days_and_weekdays() -> None:
