@@ -65,6 +65,7 @@ class Observed:
     ended: Bool | None = None  # [T, B] a session ends with this event, and emissions with it
     margin: float = 0.0  # see `Calibration`
     runs: Float32 | None = None  # [T, B, F] see `Runs.signed`; 0 of a single feature
+    upheld: Bool | None = None  # [T, B, K] whether a strength counts in the event's p-value; None = all do
 
 
 @torch.no_grad()
@@ -74,6 +75,7 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
     state = step.fresh_state(B)
     learn = torch.ones(B, dtype=torch.bool)
     strengths, ratios = np.zeros((T, B, len(step.signals.names)), np.float32), np.zeros(x.shape, np.float32)
+    upheld = np.ones(strengths.shape, bool)
     valid, ages, runs = np.zeros((T, B), bool), np.zeros((T, B), np.float32), np.zeros(x.shape, np.float32)
     for i in range(T):
         parts = step.layout.split(state)
@@ -85,10 +87,12 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
         ratio = judged.residual.abs() / judged.spread.clamp(min=1e-18)
         ratios[i] = torch.where(present & judged.event.known, ratio, torch.nan).t().numpy()
         valid[i] = step.judges(judged.event)[0].numpy()
+        if judged.upheld is not None:
+            upheld[i] = judged.upheld.t().numpy() > 0
         if judged.runs is not None:
             runs[i] = judged.runs.signed()
         on_step()
-    return Observed(strengths, ratios, valid, ages, runs=runs)
+    return Observed(strengths, ratios, valid, ages, runs=runs, upheld=upheld)
 
 
 def calibrate(observed: Observed, burn: int, streams: int | None = None, rules: Rules = SENSORS) -> Calibration:
@@ -105,7 +109,7 @@ def calibrate(observed: Observed, burn: int, streams: int | None = None, rules: 
     draft = replace(draft, signals=tuple(watched.onsets(evidence[:, :, k], rules.steepest) for k in range(K)))
     heights = heights_of(evidence, observed, draft, burn)
     onsets = watched.onsets(heights, rules.steepest_sum)
-    total = evidence.sum(axis=2)
+    total = (evidence if observed.upheld is None else evidence * observed.upheld).sum(axis=2)
     exposure = watched.exposure(onsets.tau)
     events = _aged_tail(total[(total > 0) & _live(observed, burn)], exposure.sum(), rules, rules.steepest)
     emitted = int((onsets_of(heights, observed) > 0).sum())

@@ -40,6 +40,7 @@ class Judged:
 
     event: Normalised
     strengths: Tensor  # [K, B]
+    upheld: Tensor | None  # [K, B] 1 where a strength counts in the event's p-value, 0 where not; None = all do
     weights: Tensor  # [F, B]
     forecast: Tensor  # [F, B] relative to the reference; means nothing where not known
     residual: Tensor  # [F, B] raw
@@ -187,7 +188,7 @@ class DetectorStep(ArtifactStep):
         judged, after = self.judge(parts, x.t(), t.t(), learn > 0.5)
         event = judged.event
         judges = self.judges(event) & (parts["events"] >= WARMUP)
-        answer, tail_parts = self.tail(judged.strengths, judges, self.age(parts), alpha, parts)
+        answer, tail_parts = self.tail(judged.strengths, judges, self.age(parts), alpha, parts, judged.upheld)
         overdue: Overdue | None = None
         if self.stillness is not None and judged.runs is not None:
             overdue = self.stillness.overdue(judged.runs, parts["events"] >= WARMUP, learn > 0.5, alpha)
@@ -240,7 +241,7 @@ class DetectorStep(ArtifactStep):
         )
         location, outlook, network_parts = self._next(self.inputs(event, clock, parts["previous_z"]), parts)
         residual = replace(residual, outlook=outlook)
-        strengths, weights, signal_parts = self._signals(event, residual, parts)
+        strengths, weights, upheld, signal_parts = self._signals(event, residual, parts)
         spread, band_parts = self.band(residual.raw, parts["seen"], parts)
         runs, still_parts = (None, {}) if self.stillness is None else self.stillness.follow(event, parts, may_learn)
         after = {
@@ -255,16 +256,16 @@ class DetectorStep(ArtifactStep):
             "previous_z": torch.where(event.present, event.z, parts["previous_z"]),
             "forecast": location.t(),
         }
-        return Judged(event, strengths, weights, forecast, residual.raw, spread, runs), after
+        return Judged(event, strengths, upheld, weights, forecast, residual.raw, spread, runs), after
 
-    def _signals(self, event: Normalised, residual: Residual, parts: Parts) -> tuple[Tensor, Tensor, Parts]:
+    def _signals(self, event: Normalised, residual: Residual, parts: Parts) -> tuple[Tensor, Tensor, Tensor | None, Parts]:
         if isinstance(self.signals, MemorySignals):
             return self.signals.forward(event, residual, parts, self.age(parts))
         columns = {slot.name for slot in self.signals.slots if slot.keeps is not Keeps.ROWS}
         by_rows = {slot.name: parts[slot.name].t() if slot.name in columns else parts[slot.name] for slot in self.signals.slots}
-        strengths, weights, after = self.signals.forward(_turned(event), _turned(residual), by_rows, self.age(parts).t())
+        strengths, weights, upheld, after = self.signals.forward(_turned(event), _turned(residual), by_rows, self.age(parts).t())
         strengths = torch.where(self.judges(event), strengths.t(), 0.0)
-        return strengths, weights.t(), {name: part.t() if name in columns else part for name, part in after.items()}
+        return strengths, weights.t(), upheld, {name: part.t() if name in columns else part for name, part in after.items()}
 
     def _next(self, inputs: Tensor, parts: Parts) -> tuple[Tensor, Outlook | None, Parts]:
         """Forecast of the next event [B, F], a waveform's outlook, and the network's parts after this event."""

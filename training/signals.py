@@ -27,6 +27,8 @@ MOTION_MEMORY, USUAL_MEMORY = 10.0, 2000.0
 """Events over which a stream's motion is averaged, now and usually."""
 MOST_MOTION = 10.0
 """Times the usual motion that one change counts for at most in it."""
+STEADY = 2.0
+"""Deviations, or times the usual motion, that one event counts for at most in the steady level and motion."""
 STILL = 0.02
 """Of the usual motion: less of it is as good as none."""
 SCALED_LIMIT = 50.0
@@ -56,10 +58,11 @@ class Signals(Protocol):
     @property
     def slots(self) -> tuple[Slot, ...]: ...
 
-    def __call__(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
-        """Strengths, 0 where no feature is present; weights of the features for attribution; the parts after the event.
+    def __call__(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Parts]:
+        """Strengths, 0 where no feature is present; weights of the features for attribution; 1 where a strength counts in the event's
+        p-value and 0 where not, None = all do; the parts after the event.
 
-        [K, B] and [F, B], or [B, K] and [B, F] where the batch is first (`DetectorStep` turns them).
+        [K, B], [F, B] and [K, B], or [B, K] and [B, F] where the batch is first (`DetectorStep` turns them).
         """
         ...
 
@@ -77,6 +80,9 @@ class MemorySignals(nn.Module):
     of the rest. A value extends the nearest interval if that stays within `widest` of the range (or no slot is free),
     else it opens its own. The range grows at most by its own width per event.
 
+    Level and motion have steady twins, for which no event counts for more than STEADY. A single reading far off moves level and motion for
+    tens of events that are as they always were: of them the p-value hears nothing (`upheld`), because the twins have not gone half as far.
+
     Stored so that both ends are one tensor and every comparison has the same sign: low with -high [2, M, K, B], the range likewise;
     `debt` = -life, which grows by 1 with every event that is no visit (0: dead, as in a fresh stream).
     """
@@ -85,8 +91,14 @@ class MemorySignals(nn.Module):
     sides: Tensor
     far: Tensor
     rates: Tensor
+    bounds: Tensor
     motion: Tensor
     least: Tensor
+    gone: Tensor
+    usual_gone: Tensor
+    halfway: Tensor
+    slow: Tensor
+    at_once: Tensor
 
     def __init__(self, intervals: int = 6, burn: int = 100, widest: float = 0.3, forget: float = 1000.0) -> None:
         super().__init__()
@@ -94,39 +106,57 @@ class MemorySignals(nn.Module):
         self.register_buffer("sides", torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1), persistent=False)
         # Each slot has a distance of its own when it is dead, so that of several dead ones exactly one is the farthest: the free one.
         self.register_buffer("far", FAR * (1 + torch.arange(intervals) / 16).reshape(1, -1, 1, 1), persistent=False)
-        rates = torch.tensor([[1 / LEVEL_MEMORY], [1 / MOTION_MEMORY], [1 / USUAL_MEMORY]])
-        self.register_buffer("rates", rates, persistent=False)
-        self.register_buffer("motion", torch.tensor([[0.0, 1.0, STILL], [0.0, 0.0, 1.0]]), persistent=False)  # of the same three
-        self.register_buffer("least", torch.full((2, 1), TINY), persistent=False)
+        steady, usual = [1 / LEVEL_MEMORY] * 2 + [1 / MOTION_MEMORY] * 2, [1 / USUAL_MEMORY]
+        for name, table in (
+            ("rates", [[rate] for rate in steady + usual]),  # of level, steady level, motion, steady motion, usual motion
+            ("bounds", [[STEADY, 0], [0, STEADY], [0, MOST_MOTION]]),  # of scale and usual motion
+            ("motion", [[0, 0, 1, 0, STILL], [0, 0, 0, 1, STILL], [0, 0, 0, 0, 1]]),
+            # How far level and motion have gone, and their twins, in STEADY; then twice how much farther than halfway the twins are.
+            ("gone", [[1 / STEADY, 0, 0, 0], [0, 0, 1, 0], [0, 1 / STEADY, 0, 0], [0, 0, 0, 1]]),
+            ("usual_gone", [[0], [-1], [0], [-1]]),
+            ("halfway", [[-1, 0, 2, 0], [0, -1, 0, 2], [1, 0, 0, 0], [0, 1, 0, 0]]),
+            ("slow", [[0, 0], [1, 0], [0, 0], [0, 1]]),
+            ("at_once", [[1], [0], [1], [0]]),
+        ):
+            self.register_buffer(name, torch.tensor(table, dtype=torch.float32), persistent=False)
+        self.register_buffer("least", torch.full((3, 1), TINY), persistent=False)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
         K, M = len(self.names), self.intervals
         memory = (("ends", 2 * M * K), ("debt", M * K))
         return (
-            *(Slot(name, 1) for name in ("level", "motion", "previous")),
+            *(Slot(name, 1) for name in ("level", "steady_level", "motion", "steady_motion", "previous")),
             *(Slot(name, size, Keeps.ITSELF) for name, size in memory),
             Slot("usual_motion", 1, Keeps.FEATURE),
             Slot("range", 2 * K, Keeps.STREAM),
         )
 
-    def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
+    def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Parts]:
         """Age [1, B]: events learned before this one."""
         present = event.present.to(event.u.dtype)
-        change = (event.u - parts["previous"]).abs()
-        # A burst must not make all that follows look calm.
-        counted = torch.minimum(change, torch.where(event.settled, MOST_MOTION * parts["usual_motion"], 4 * LIMIT))
-        means = torch.cat([parts["level"], parts["motion"], parts["usual_motion"]])
-        news = torch.cat([event.u, change, counted])
+        steps = event.u - torch.cat([parts["steady_level"], parts["previous"], parts["previous"]])
+        most = torch.mm(self.bounds, torch.cat([event.scale, parts["usual_motion"]]))
+        sizes = steps.abs()
+        # A burst must not make all that follows look calm, nor a single reading all that follows unusual.
+        step, moved, counted = torch.split(torch.minimum(sizes, torch.where(event.settled, most, 4 * LIMIT)), 1)
+        names = ("level", "steady_level", "motion", "steady_motion", "usual_motion")
+        means = torch.cat([parts[name] for name in names])
+        steady = parts["steady_level"] + torch.sign(steps[:1]) * step
+        news = torch.cat([event.u, steady, sizes[1:2], moved, counted])
         means = means + torch.maximum(torch.reciprocal(age + 1), self.rates) * present * (news - means)
-        level, motion, usual_motion = torch.split(means, 1)
-        now, usually = torch.split(torch.addmm(self.least, self.motion, means), 1)
-        activity = torch.log(now / usually)
+        levels, _ = torch.split(means, [2, 3])
+        now, usually = torch.split(torch.addmm(self.least, self.motion, means), [2, 1])
+        ratios = now / usually
+        level, activity = levels[:1], torch.log(ratios[:1])
+        gone = torch.addmm(self.usual_gone, self.gone, torch.cat([(levels - event.mean) / event.scale, ratios])).clamp(-1, 1)
+        beyond, side = torch.split(torch.mm(self.halfway, gone), 2)
+        upheld = torch.addmm(self.at_once, self.slow, (beyond * side >= 0).to(means.dtype))
         values = torch.cat([event.u, level, residual.raw, activity])
         strengths, memory = self.visit(values, parts, (age >= self.burn) & event.present, event.learns)
         previous = torch.where(event.present, event.u, parts["previous"])
-        after = {"level": level, "motion": motion, "usual_motion": usual_motion, "previous": previous}
-        return strengths, present, {**after, **memory}
+        after = dict(zip(names, torch.split(means, 1), strict=True))
+        return strengths, present, upheld, {"previous": previous, **after, **memory}
 
     def visit(self, values: Tensor, parts: Parts, live: Tensor, learns: Tensor) -> tuple[Tensor, Parts]:
         """Values [K, B], live and learns [1, B] bool → novelty [K, B], 0 where not live, and the memory's parts after the visit.
@@ -185,7 +215,7 @@ class WaveformSignals(nn.Module):
         errors = [Slot(f"errors_{h}", self.SMOOTHED, Keeps.ROWS) for h in self.JUDGED]
         return (Slot("recent", WINDOW, Keeps.ROWS), *pending, *errors)
 
-    def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
+    def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Parts]:
         """Age [B, 1]: events learned before this one. Where the value is missing, the last one stands for it, and the last error."""
         outlook = residual.outlook
         if outlook is None:
@@ -206,7 +236,7 @@ class WaveformSignals(nn.Module):
             }
         strengths = torch.cat([window, torch.exp(logs / len(self.JUDGED)) - 1], dim=1)
         strengths = torch.where(event.present & (age >= self.burn), strengths, 0.0)
-        return strengths, torch.ones_like(event.u), after
+        return strengths, torch.ones_like(event.u), None, after
 
 
 def _pushed(newest: Tensor, ring: Tensor) -> Tensor:
@@ -288,7 +318,7 @@ class ResidualSignals(nn.Module):
         self.usual_mean.copy_(mean)
         self.usual_precision.copy_(precision[self.first, self.second])
 
-    def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Parts]:
+    def forward(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Parts]:
         """Age [B, 1]: events learned before this one. Scale, mean and precision are kept as differences from the pooled ones."""
         judged = event.present & self.scored
         present = judged.to(residual.scaled.dtype)
@@ -303,7 +333,7 @@ class ResidualSignals(nn.Module):
         sums = torch.sqrt(torch.cat([row_sum(squares), row_sum(level_squares)], dim=1) / given)
         strengths = torch.where(age >= self.burn, torch.cat([sums, distance], dim=1), 0.0)
         after = {"residual_level": level, "distance": distance, "residual_scale": scale, **learned}
-        return strengths, squares + level_squares, after
+        return strengths, squares + level_squares, None, after
 
     def _against_scale(self, value: Tensor, learned: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """Squared size of values [B, F] over their scale, and the scale's new difference from the pooled one."""

@@ -1,7 +1,7 @@
 """From strengths to probabilities: what makes the score a p-value. Method and figures: LOG.md, "Calibration" and "A rate for each signal".
 
     strength ─► evidence     e_k = max(log1p(strength_k / c_k) - LEAST, 0)     c_k the stream's own scale, shrunk to the pooled one
-             ─► event p      pooled tail of Σ e_k, corrected for the stream's age
+             ─► event p      pooled tail of Σ e_k, of the e_k that the event upholds, corrected for the stream's age
              ─► decades      d_k = -log10 of this stream's own rate of onsets of e_k as large
              ─► onset        T = Σ w_k·max(d_k - floor, 0) above the last emission of the past 125 events
              ─► onset p      this stream's rate of onsets T as large, at its age;
@@ -124,6 +124,7 @@ class Tail(nn.Module):
         self._keep("most", 3 * quantile)
         self._keep("tau", torch.tensor([[c.onsets.tau]]))
         self._keep("one", torch.ones(1, 1))
+        self._keep("together", torch.ones(1, signals))
         self._curves_of_signals()
         self._decades_of_signals()
         self._curves_of_sums()
@@ -229,10 +230,12 @@ class Tail(nn.Module):
         counts = Slot("counts", C * (LEVELS + 1) + 2 + self.signals, Keeps.STREAM)
         return (Slot("onset_height", C), Slot("onset_hold", C), counts, Slot("audit", 1, Keeps.STREAM))
 
-    def forward(self, strengths: Tensor, judge: Tensor, age: Tensor, alpha: Tensor, parts: Parts) -> tuple[Tail.Answer, Parts]:
+    def forward(
+        self, strengths: Tensor, judge: Tensor, age: Tensor, alpha: Tensor, parts: Parts, upheld: Tensor | None = None
+    ) -> tuple[Tail.Answer, Parts]:
         """Strengths [K, B], 0 where the event has no value and before `burn`; age [1, B] events learned before; alpha [B] asked.
 
-        Where not `judge` [1, B] bool, the probabilities are NaN.
+        Where not `judge` [1, B] bool, the probabilities are NaN. `upheld` [K, B] = 0 where a strength counts towards an onset alone.
         """
         K, C, L = self.signals, self.signals + 1, LEVELS
         live = (age >= self.burn).to(strengths.dtype)
@@ -243,7 +246,7 @@ class Tail(nn.Module):
         asked = alpha.clamp(1e-12, 1.0).unsqueeze(0)
         logs = torch.log(torch.cat([ratio / sums + 1, asked, growth, passed / tried]))
         evidence, own_chains, chain = torch.split(logs, [K + 2, K * L, L])
-        own_places, summed = self._above_floor(evidence, own_chains)
+        own_places, summed = self._above_floor(evidence, own_chains, upheld)
         places, beyond, event, heights, total, factor, growths = self._sums(summed)
 
         last = parts["onset_height"] * parts["onset_hold"].clamp(max=1.0)
@@ -272,7 +275,7 @@ class Tail(nn.Module):
         onset = heights > last + margin
         return onset, torch.where(onset, heights, last)
 
-    def _above_floor(self, logs: Tensor, chains: Tensor) -> tuple[Tensor, Tensor]:
+    def _above_floor(self, logs: Tensor, chains: Tensor, upheld: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logarithms [K + 2, B] → places on the signals' levels, 0 to 1 [K·L, B]; and what `_sums` takes: decades above the floor, ..."""
         K, L = self.signals, LEVELS
         hinged = torch.relu(torch.addmm(self.signal_knots, self.signal_pick, logs))
@@ -280,7 +283,10 @@ class Tail(nn.Module):
         places = places.clamp(0.0, 1.0)
         terms = torch.cat([places * chains, beyond.clamp(min=0.0)])
         above = torch.relu(torch.addmm(self.above_start, self.above, terms)) * torch.sign(evidence)
-        return places, torch.cat([above, evidence, rest])
+        if upheld is None:
+            return places, torch.cat([above, evidence, rest])
+        _, rest = torch.split(rest, [1, 3])
+        return places, torch.cat([above, evidence, torch.mm(self.together, evidence * upheld), rest])
 
     def _sums(self, summed: Tensor) -> tuple[Tensor, ...]:
         """Places on the levels of the sum [L, B]; decades beyond the last, and of the event; the heights [K + 1, B]; Σ evidence; factor;
@@ -300,6 +306,7 @@ class Tail(nn.Module):
     most: Tensor
     tau: Tensor
     one: Tensor
+    together: Tensor
     signal_pick: Tensor
     signal_knots: Tensor
     own: Tensor

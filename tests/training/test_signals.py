@@ -136,7 +136,7 @@ def test_frozen_learning_keeps_a_fault_from_becoming_normal(features: int) -> No
             state, *_ = step(state, torch.full((2, features), 40.0), t, torch.zeros(2), torch.full((2,), 1e-3))
     before, after = step.layout.split(normal), step.layout.split(state)
     running = {"events", "level", "motion", "previous", "residual_level", "distance", "previous_z", "forecast", "cadence"}
-    running |= {"onset_height", "onset_hold", "still"}
+    running |= {"onset_height", "onset_hold", "still", "steady_level", "steady_motion"}
     learned = [name for name in before if name not in running and not name.startswith(("encoder", "decoder"))]
     assert len(learned) > 8
     for name in learned:
@@ -207,7 +207,7 @@ def run_signals(signals: ResidualSignals, values: Float64) -> tuple[Float64, dic
     parts = {slot.name: torch.zeros(B, slot.size) for slot in signals.slots}
     strengths = []
     for age, row in enumerate(torch.from_numpy(values).float()):
-        strength, _, parts = signals(*of_residual(row), parts, torch.full((B, 1), float(age)))
+        strength, _, _, parts = signals(*of_residual(row), parts, torch.full((B, 1), float(age)))
         strengths.append(strength.numpy())
     return np.stack(strengths).astype(np.float64), parts
 
