@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from service.asking import SHIPPED_MODELS
 from service.detector import Detector
 from service.events import Readings
-from service.policy import Policy
+from service.policy import Policy, judge
 from service.rounds import advance
 from service.state import ALERT_OPEN, FROZEN, LEARNER, Rows, StateCodec
 
@@ -62,6 +62,10 @@ def play(detector: Detector, policy: Policy, x: NDArray[np.float64], rows: Rows 
 
 def flagged(records: Rows, flag: int) -> NDArray[np.bool_]:
     return np.asarray(records["flags"] & flag != 0)
+
+
+def anomalous(records: Rows) -> NDArray[np.bool_]:
+    return judge(records.reshape(-1)).is_anomaly.reshape(records.shape)
 
 
 def stuck(x: NDArray[np.float64], how: str) -> NDArray[np.float64]:
@@ -167,3 +171,15 @@ def test_a_smaller_rate_takes_back_what_quiet_earned_at_a_larger_one_and_nothing
     assert (again["p_value"] == records["p_value"]).all()
     more, _ = play(detector, loud_policy, x[:, 400:401], quiet.copy(), start=400)
     assert (more["vector"][:, audit] < quiet["vector"][:, audit]).all()  # earned at a smaller rate, it holds for a larger one
+
+
+@pytest.mark.parametrize("deviations", [20.0, 100.0, 1000.0])
+def test_a_single_reading_far_off_leaves_what_follows_ordinary(detector: Detector, deviations: float) -> None:
+    """It had been anomalous for 16 to 100 readings that were as they always were, for as long as means remembered it."""
+    x = np.concatenate([normal(3, NORMAL + 200), normal(4, NORMAL + 200)])
+    quiet = anomalous(play(detector, Policy(), x)[1][:, NORMAL:]).sum()
+    x[:, NORMAL] += deviations * x[:, :NORMAL].std(axis=1)
+    told = anomalous(play(detector, Policy(), x)[1][:, NORMAL:])
+    assert told[:, 0].all()
+    assert (told[:, 1:100].sum(axis=1) <= 10).all(), "its alert ends with ten ordinary readings"
+    assert told[:, 1:].sum() <= quiet + 4 * len(x)

@@ -193,6 +193,31 @@ def test_a_burst_does_not_make_what_follows_look_still() -> None:
     assert activity(burst)[620:].max() < 0.02
 
 
+def test_level_and_motion_are_upheld_by_what_lasts_and_not_by_a_single_reading() -> None:
+    rng = np.random.default_rng(10)
+    x = rng.normal(size=(900, 3))
+    x[500, 0] += 50  # a spike
+    x[500:, 1] += 4  # a shift
+    x[500:600, 2] = 6 * rng.normal(size=100)  # a burst
+    step = random_step(1)
+    state, t = step.fresh_state(3), torch.tensor([[60.0, 3600.0, 2.0]]).expand(3, 3)
+    found = []
+    with torch.no_grad():
+        for row in torch.from_numpy(x).float():
+            parts = step.layout.split(state)
+            judged, after = step.judge(parts, row[None], t.t(), torch.ones(3, dtype=torch.bool))
+            state = step.layout.join(parts, {**parts, **after}, judged.event.learns)
+            assert judged.upheld is not None
+            found.append(judged.upheld.numpy().copy())
+    level, motion = (np.array(found)[:, MemorySignals.names.index(name)] > 0 for name in ("level", "activity"))
+    assert not level[500:560, 0].any()
+    assert not motion[500:530, 0].any()
+    assert level[530:700, 1].all()
+    assert motion[520:600, 2].mean() > 0.8  # some changes of a burst are small
+    of_itself = np.array(found)[:, [MemorySignals.names.index(name) for name in ("value", "residual")]]
+    assert (of_itself == 1).all()
+
+
 def of_residual(values: torch.Tensor) -> tuple[Normalised, Residual]:
     """An event whose residuals are `values` [B, F], in whatever units; NaN = missing."""
     present = ~torch.isnan(values)
