@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -378,11 +378,10 @@ async def test_under_load_the_queue_goes_over_to_another_file_and_back_with_noth
         sending = asyncio.create_task(_sent_until(enough, rig, events, 6))
         await until(lambda: outcome(old.metrics, "scored") > 60)
         new = await Replicas(rig, files[1], stack).start()
-        await until(lambda: outcome(new.metrics, "scored") > 60)
+        await until(_scored_by(rig, 6, ["1", "2"]))
         await until(lambda: metric(new.metrics, "partitions") == rig.partitions)
-        before = outcome(old.metrics, "scored")
         undone = await Replicas(rig, files[0], stack).start()
-        await until(lambda: outcome(old.metrics, "scored") + outcome(undone.metrics, "scored") > before + 60)
+        await until(_scored_by(rig, 6, ["1", "2", "1"]))
         await until(lambda: metric(new.metrics, "partitions") == 0)
         enough.set()
         wanted = {(event["stream_id"], event["timestamp"]) for event in await sending}
@@ -395,19 +394,33 @@ async def test_under_load_the_queue_goes_over_to_another_file_and_back_with_noth
     named = await rig.named()
     once = dict(named)
     assert all(once[name] == content for name, content in named)
-    results = [msgspec.json.decode(content, type=Result) for content in once.values()]
-    for stream in range(6):
-        lives: list[list[Result]] = []
-        for result in results:
-            if result.stream_id == f"s{stream}":
-                if result.state_version == 1:
-                    lives.append([])
-                lives[-1].append(result)
+    for lives in _lives(named, 6):
         assert [life[0].model_version for life in lives] == ["1", "2", "1"]
         for life in lives:
             assert [result.state_version for result in life] == list(range(1, len(life) + 1))
             assert [float(result.timestamp) for result in life] == [float(life[0].timestamp) + i for i in range(len(life))]
             assert {result.model_version for result in life} == {life[0].model_version}
+
+
+def _lives(named: Sequence[tuple[str, bytes]], streams: int) -> list[list[list[Result]]]:
+    """Of each stream the results of its lives, one after the other: it starts afresh with another file."""
+    results = [msgspec.json.decode(content, type=Result) for content in dict(named).values()]
+    found: list[list[list[Result]]] = [[] for _ in range(streams)]
+    for result in results:
+        lives = found[int(result.stream_id.removeprefix("s"))]
+        if result.state_version == 1:
+            lives.append([])
+        lives[-1].append(result)
+    return found
+
+
+def _scored_by(rig: Rig, streams: int, versions: list[str]) -> Callable[[], Awaitable[bool]]:
+    """Whether each stream has been scored by these files, one after the other."""
+
+    async def scored() -> bool:
+        return all([life[0].model_version for life in lives] == versions for lives in _lives(await rig.named(), streams))
+
+    return scored
 
 
 async def _sent_until(enough: asyncio.Event, rig: Rig, events: Sequence[dict[str, Any]], streams: int) -> Sequence[dict[str, Any]]:

@@ -44,7 +44,7 @@ def judged(signals: WaveformSignals, said: list[Outlook], present: NDArray[np.bo
     for outlook, given in zip(said, present, strict=True):
         there = torch.from_numpy(given).unsqueeze(1)
         event = Normalised(zeros, zeros, there, there, there, zeros, zeros, zeros, there)
-        strength, _, parts = signals(event, Residual(zeros, zeros, zeros, outlook), parts, torch.full((rows, 1), age))
+        strength, _, _, parts = signals(event, Residual(zeros, zeros, zeros, outlook), parts, torch.full((rows, 1), age))
         strengths.append(strength.numpy())
     return np.stack(strengths)
 
