@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import uvicorn
@@ -27,7 +27,7 @@ from service.events import Contributor, Event, Result
 from service.intake import DoorLimits
 from service.metrics import Metrics
 from service.scorer import Scorer
-from service.writing import Protocol
+from service.writing import Unread, protocol
 
 BODY = b'{"status":"ok"}'
 HEADERS = [(b"content-length", b"%d" % len(BODY)), (b"content-type", b"application/json")]
@@ -130,5 +130,6 @@ def application(door: type[Door]) -> Application:
 
 if __name__ == "__main__":
     app = application({"constant": Door, "empty": EmptyDoor, "bare": BareDoor}[sys.argv[1]])
-    protocol = "auto" if sys.argv[1] == "empty" else Protocol  # uvicorn's own, or the service's
-    uvicorn.run(app, host="127.0.0.1", port=int(os.environ["ONSET_PORT"]), http=protocol, log_level="warning", access_log=False)
+    ours = protocol(Unread(64 * 1024 * 1024, lambda: None))
+    http: Any = "auto" if sys.argv[1] == "empty" else ours  # uvicorn's own, or the service's
+    uvicorn.run(app, host="127.0.0.1", port=int(os.environ["ONSET_PORT"]), http=http, log_level="warning", access_log=False)

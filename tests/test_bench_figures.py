@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from bench import engine, gpu, http, memory, overload, peers
 from bench.fleet import default_model
 from bench.load import Tally, drive, offer, post
 from bench.report import Goal, Latency, Machine, report, table
+from bench.servers import started
 from bench.traffic import BODY_EVENTS, bodies, requests, sent, singles
 from bench.warm import fill, policy_of, warm_rows
 from service.detector import Detector
@@ -233,3 +235,13 @@ def test_warm_rows_are_beyond_the_learning_allowance_and_calm() -> None:
     rows = warm_rows(detector, 50)
     assert (policy_of(detector).onset_alpha(rows["version"]) < 1.5 * Policy.alpha).all()
     assert (rows["flags"] != 0).mean() < 0.1, "at a thousandth an event some alerts are open at any time"
+
+
+@pytest.mark.parametrize("kind", ["constant", "empty", "bare"])
+def test_a_baseline_answers_and_lets_its_clients_go_without_a_word(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with started([sys.executable, "-m", "bench.empty", kind], {}, ready="/health/live") as server:
+        make = requests(singles(range(10)), "application/json")
+        tally = asyncio.run(drive(server.port, make, connections=4, seconds=0.3))
+    assert tally.failures == 0
+    assert tally.rate > 0
+    assert capfd.readouterr().err == ""
