@@ -268,15 +268,12 @@ def _coded_times(reading: _Reading, time: Coded, before: int) -> tuple[Float64, 
                 moment = _parsed(dialect, str(cell))
             except ValueError:
                 moment = _moment(reading, time.name, before + time.first(i), str(cell))
-        if moment.tzinfo is None:
-            if dialect.unzoned:
-                dialect.unzoned()
-            moment = moment.replace(tzinfo=dialect.zone)
-            if dialect.zone is not UTC:
-                later[i] = moment.replace(fold=1).timestamp() - moment.timestamp()
-                if later[i] < 0:
-                    raise _skipped(reading, time.name, before + time.first(i), str(cell))
-        seconds[i] = moment.timestamp()
+        zoned = _zoned(dialect, moment)
+        if zoned is None:
+            raise _skipped(reading, time.name, before + time.first(i), str(cell))
+        seconds[i] = zoned.timestamp()
+        if dialect.zone is not UTC:
+            later[i] = zoned.replace(fold=1).timestamp() - seconds[i]
     return seconds, later
 
 
@@ -580,13 +577,21 @@ def _moment(reading: _Reading, column: str, number: int, cell: str) -> datetime:
             f"{reading.source.path}: column {column!r}, row {number}: {cell!r} {wanted} (name the time column with --timestamp; "
             "`python -m service split --time-format` reads times of other forms)."
         ) from None
-    if moment.tzinfo is None:
-        if dialect.unzoned:
-            dialect.unzoned()
-        moment = moment.replace(tzinfo=dialect.zone)
-        if dialect.zone is not UTC and moment.replace(fold=1).timestamp() < moment.timestamp():
-            raise _skipped(reading, column, number, cell)
-    return moment
+    zoned = _zoned(dialect, moment)
+    if zoned is None:
+        raise _skipped(reading, column, number, cell)
+    return zoned
+
+
+def _zoned(dialect: Dialect, moment: datetime) -> datetime | None:
+    """In the dialect's zone where it names none; None = its clocks are set forward across that time."""
+    if moment.tzinfo is not None:
+        return moment
+    if dialect.unzoned:
+        dialect.unzoned()
+    moment = moment.replace(tzinfo=dialect.zone)
+    skipped = dialect.zone is not UTC and moment.replace(fold=1).timestamp() < moment.timestamp()
+    return None if skipped else moment
 
 
 def _skipped(reading: _Reading, column: str, number: int, cell: str) -> TableError:
