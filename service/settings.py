@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     """Empty: an embedded valkey-server is started and supervised."""
     redis_cluster: bool = False
     """Whether `redis_url` is of a Redis Cluster: of one of its nodes, or of several with commas between. Not for Redis Streams."""
-    instance: Annotated[str, Field(max_length=256, pattern=r"^[!-~]*$")] = ""
+    instance: str = ""
     """What is restarted by itself after a crash: a pod's uid. Such a restart brings no old model file back into force (docs/deploy.md)."""
     data_dir: Path = Path("onset-data")
     """Where the embedded store keeps its data."""
@@ -196,6 +196,13 @@ class Settings(BaseSettings):
     def asked_alpha(self) -> float:
         """False onsets per event: `alpha`, or what `false_alarms` means at the stated cadence."""
         return per_event(self.false_alarms, self.cadence_seconds or 0) if self.false_alarms else self.alpha
+
+    @field_validator("instance")
+    @classmethod
+    def _is_one_word(cls, value: str) -> str:
+        if not re.fullmatch("[!-~]{0,256}", value):
+            raise ValueError("it is one word of at most 256 visible ASCII characters, such as a pod's uid")
+        return value
 
     @field_validator("remote_write_url")
     @classmethod

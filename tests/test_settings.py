@@ -58,6 +58,7 @@ def test_settings_that_name_no_metrics_to_write_back_import_nothing_of_the_servi
     [
         ({"ONSET_PUBLIC_URL": "onset.example.org"}, "ONSET_PUBLIC_URL or its option is 'onset.example.org': it is an address"),
         ({"ONSET_PUBLIC_URL": "https://onset.example.org/?page=1"}, "without a query"),
+        ({"ONSET_INSTANCE": "pod a"}, "ONSET_INSTANCE or its option is 'pod a': it is one word"),
         ({"ONSET_ALERTS_KEEP_FIRING_SECONDS": "inf"}, "less than or equal to 86400"),
         ({"ONSET_REMOTE_WRITE_HEADERS": "authorization: Bearer hush"}, "ONSET_REMOTE_WRITE_HEADERS cannot be used: it is not JSON"),
         ({"ONSET_REMOTE_WRITE_HEADERS": '{"a b": "hush"}'}, "names and values of headers"),
