@@ -100,7 +100,9 @@ def example(manifest: Manifest) -> dict[str, Any]:
 def _event(schema: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, Any]:
     """The event that the loaded models take: msgspec's schema, and what features.py checks beyond it."""
     name = {"type": "string", "pattern": PRINTABLE}
-    time = [{"type": "number", "minimum": EARLIEST_SECONDS, "maximum": LATEST_SECONDS}, {"type": "string", "format": "date-time"}]
+    # Without the first and the last day that a calendar has: in some zone they are of another year.
+    written = {"type": "string", "format": "date-time", "pattern": "^(?!0001-01-01|9999-12-31)"}
+    time = [{"type": "number", "minimum": EARLIEST_SECONDS, "maximum": LATEST_SECONDS}, written]
     shared = schema["properties"] | {
         "stream_id": name,
         "timestamp": {"anyOf": [*time, {"type": "null"}]},

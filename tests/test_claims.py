@@ -511,7 +511,7 @@ async def test_however_two_files_are_interleaved_a_stream_starts_afresh_once_for
         nonlocal changes
         file = 1
         while any(len(answers) < EACH for answers in answered.values()):
-            for _ in range(chance.randrange(100, 400)):
+            for _ in range(chance.randrange(30, 150)):
                 await asyncio.sleep(0)
             if chance.random() < 0.5:
                 await chance.choice(replicas).claim.beat()

@@ -378,10 +378,10 @@ async def test_under_load_the_queue_goes_over_to_another_file_and_back_with_noth
         sending = asyncio.create_task(_sent_until(enough, rig, events, 6))
         await until(lambda: outcome(old.metrics, "scored") > 60)
         new = await Replicas(rig, files[1], stack).start()
-        await until(_scored_by(rig, 6, ["1", "2"]))
+        await until(_scored_by(rig, 6, ["1", "2"]), 180)
         await until(lambda: metric(new.metrics, "partitions") == rig.partitions)
         undone = await Replicas(rig, files[0], stack).start()
-        await until(_scored_by(rig, 6, ["1", "2", "1"]))
+        await until(_scored_by(rig, 6, ["1", "2", "1"]), 180)
         await until(lambda: metric(new.metrics, "partitions") == 0)
         enough.set()
         wanted = {(event["stream_id"], event["timestamp"]) for event in await sending}
