@@ -226,13 +226,13 @@ class Door:
         scorer = self._scorer(asked)
         silent = asked.query("silent")
         if silent not in (None, "true", "false"):
-            raise BadParameter(f"silent is {silent[:64]!r}; it is true or false.", "silent")
+            raise BadParameter(f"silent is {silent[:64]!r}; it is true or false.", "silent", shown(silent))
         if silent == "true":
             found = await scorer.streams.silent(_number(asked, "limit", 100, 1, MAX_PAGE))
             return Response(msgspec.json.encode({"streams": found, "next_cursor": None}), media_type=JSON)
         cursor = asked.query("cursor") or ""
         if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= CURSOR_DIGITS):
-            raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor")
+            raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor", shown(cursor))
         results, following = await scorer.streams.page(cursor, _number(asked, "limit", 100, 1, MAX_PAGE))
         return Response(msgspec.json.encode({"streams": results, "next_cursor": following or None}), media_type=JSON)
 
@@ -263,7 +263,7 @@ class Door:
         )
         cursor = asked.query("cursor") or ""
         if cursor and not _ALERT_ID.fullmatch(cursor):
-            raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor")
+            raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor", shown(cursor))
         found, following = await self._book.page(wanted, cursor, _number(asked, "limit", 100, 1, MAX_PAGE))
         return _json(alerts.AlertPage([self._shown(alert) for alert in found], following or None))
 
@@ -372,7 +372,9 @@ class Door:
         """The reply's body and its media type; or a whole response, of a single event that is refused."""
         started = time.perf_counter()
         if stream_id is not None and not 0 < len(stream_id) <= MAX_NAME_LENGTH:
-            raise BadParameter(f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id")
+            raise BadParameter(
+                f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id", shown(stream_id)
+            )
         scorer = self._scorer(request)
         top = _number(request, "top_contributors", TOP, 0, MAX_TOP)
         form = _format(request)
@@ -410,12 +412,13 @@ class Door:
             self._metrics.refused.labels("queue").inc()
             raise
         if bare:
-            [answer] = answers
+            [answer], [item] = answers, items
             self._events[_outcome(answer)].inc()
             if isinstance(answer, ItemError):
                 return respond(problem_of(answer))
             if answer.late:
-                return respond(late_problem(answer.stream_id, f"{answer.state_version} events scored"))
+                sequence = item.sequence if isinstance(item, Event) else None
+                return respond(late_problem(answer.stream_id, sequence, answer.timestamp, answer.state_version))
         else:
             self._count(Counter(map(_outcome, answers)))
             _some_committed(answers)
@@ -570,7 +573,7 @@ class _Address:
 
     def __post_init__(self) -> None:
         if self.key is not None and not _VISIBLE.fullmatch(self.key):
-            raise BadParameter(f"Idempotency-Key has 1 to {MAX_NAME_LENGTH} visible ASCII characters.", "Idempotency-Key")
+            raise BadParameter(f"Idempotency-Key has 1 to {MAX_NAME_LENGTH} visible ASCII characters.", "Idempotency-Key", shown(self.key))
 
     def items(self, items: Items) -> Items:
         if self.stream_id is None and self.key is None:
@@ -647,7 +650,7 @@ def _number(request: Incoming, name: str, default: int, least: int, most: int) -
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-        raise BadParameter(f"{name} is {text[:64]!r}; it is a whole number from {least} to {most}.", name)
+        raise BadParameter(f"{name} is {text[:64]!r}; it is a whole number from {least} to {most}.", name, shown(text))
     return int(text)
 
 
@@ -659,7 +662,7 @@ def _words(request: Incoming, name: str, known: Sequence[Word], *, most: int = 1
     found = [word for word in known if word in text.split(",")]
     if not found or set(text.split(",")) - set(known) or len(found) > most:
         several = ", several with commas between" if most > 1 else ""
-        raise BadParameter(f"{name} is {text[:64]!r}; it is {', '.join(known)}{several}.", name)
+        raise BadParameter(f"{name} is {text[:64]!r}; it is {', '.join(known)}{several}.", name, shown(text))
     return found
 
 

@@ -183,15 +183,18 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
             seconds = moment.timestamp()
         except (ValueError, OverflowError) as error:
             raise BadEvent(
-                f"timestamp {value[:64]!r} is neither RFC 3339 (2026-11-23T08:00:00Z) nor seconds since 1970.", "timestamp", shown(value)
+                f"timestamp {value[:64]!r} is neither RFC 3339 (2026-11-23T08:00:00Z) nor a number of seconds since 1970.",
+                "timestamp",
+                shown(value),
             ) from error
     else:
         seconds = float(value)
     limit = LATEST_WRITTEN_SECONDS if isinstance(value, str) else LATEST_SECONDS  # a written year is no mistaken unit
     if not EARLIEST_SECONDS <= seconds <= limit:
         hint = ""
-        if LATEST_SECONDS < seconds < 1e15:
-            hint = " It looks like milliseconds: send seconds, or declare the queue's payload.timestamp_unit."
+        if LATEST_SECONDS < seconds < 1e20:
+            unit = "milliseconds" if seconds < 1e14 else "microseconds" if seconds < 1e17 else "nanoseconds"
+            hint = f" It looks like {unit}: send seconds, or declare the queue's payload.timestamp_unit."
         raise BadEvent(f"timestamp {value} is not a time in seconds since 1970.{hint}", "timestamp", shown(value))
     if seconds > latest:
         detail = f"timestamp {value} is too far in the future: every later event of the stream would count as late.{hint}"

@@ -55,9 +55,31 @@ def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
         spec["components"]["schemas"] |= {"Health": _HEALTH, "Event": event, "StreamEvent": _without_stream(event), "PolicyChange": _CHANGE}
         others = {path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))}
-        spec["paths"] = _paths(example(manifests[0])) | (_live_paths() if live else {}) | others
+        spec["paths"] = _paths(example(manifests[0]) | {"stream_id": "example-1"}) | (_live_paths() if live else {}) | others
+        _simplify(spec)
         app.openapi_schema = spec
     return app.openapi_schema
+
+
+def _simplify(node: Any) -> None:
+    """The same in words that generators of clients read.
+
+    They take a property with a default for one that is always there, an `enum` without a type for anything, and stop at `items: false`,
+    which says no more than `maxItems` beside it.
+    """
+    if isinstance(node, dict):
+        if isinstance(node.get("properties"), dict):
+            for schema in node["properties"].values():
+                schema.pop("default", None)
+        if node.get("items") is False:
+            del node["items"]
+        if isinstance(node.get("enum"), list) and "type" not in node:
+            node["type"] = "integer" if isinstance(node["enum"][0], int) else "string"
+        for inner in node.values():
+            _simplify(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            _simplify(inner)
 
 
 def add_docs(app: FastAPI) -> None:
@@ -132,7 +154,7 @@ def _readings(shared: dict[str, Any], manifests: Sequence[Manifest]) -> list[dic
     ]
     if not values:
         return []
-    properties = shared | {"values": values[0] if len(values) == 1 else {"anyOf": values}, "end": {"const": False}}
+    properties = shared | {"values": values[0] if len(values) == 1 else {"anyOf": values}}
     return [{"properties": properties, "required": ["stream_id", "values"]}]
 
 
@@ -146,10 +168,9 @@ def _lines(shared: dict[str, Any], manifests: Sequence[Manifest]) -> list[dict[s
             "maxLength": MAX_MESSAGE_LENGTH,
             "pattern": r"\S",
             "description": "A log line; the lines that follow its first one (a stack trace) belong to it.",
-        },
-        "end": {"const": False},
+        }
     }
-    end = {"end": {"const": True, "description": "The stream's session ends here: an event of its own."}}
+    end = {"end": {"type": "boolean", "const": True, "description": "The stream's session ends here: an event of its own."}}
     return [
         {"properties": shared | line, "required": ["stream_id", "message"]},
         {"properties": shared | end, "required": ["stream_id", "end"]},
@@ -582,7 +603,7 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, 
         },
         "409": _problem("A single event older than the stream's last one, or ahead of the service's clock."),
     }
-    slugs = [slug for _, slug, _, _ in TABLE.values() if slug != "unknown-stream"]
+    slugs = [slug for _, slug, _, _ in TABLE.values() if slug not in ("unknown-stream", "unknown-alert", "alert-resolved")]
     top = _parameter(
         "top_contributors", "query", {"type": "integer", "minimum": 0, "maximum": MAX_TOP, "default": TOP}, "Features to explain by."
     )
@@ -594,10 +615,12 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, 
     )
     operation = _operation(name, summary, [*parameters, top, key, _TENANT], answers, slugs)
     event: dict[str, Any] = _ref(event_schema)
+    # All are timed, so that none is late after another, whichever is tried first.
     timed = sample | {"timestamp": "2026-11-23T08:00:00Z", "event_id": "a-17"}
+    two = [timed, timed | {"timestamp": "2026-11-23T08:01:00Z", "event_id": "a-18"}]
     examples = {
-        "one": {"summary": "One event", "value": sample},
-        "several": {"summary": "Two events with an identity, safe to send again", "value": [timed, timed | {"event_id": "a-18"}]},
+        "one": {"summary": "One event", "value": timed},
+        "several": {"summary": "Two events with an identity, safe to send again", "value": two},
     }
     operation["requestBody"] = {
         "required": True,
@@ -605,7 +628,10 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, 
             Format.JSON.value: {"schema": {"anyOf": [event, {"type": "array", "items": event}]}, "examples": examples},
             Format.MSGPACK.value: {"schema": {**_BINARY, "description": "The same as in JSON: a map, or an array of maps."}},
             Format.ARROW.value: {"schema": {**_BINARY, "description": _ARROW}},
-            Format.NDJSON.value: {"schema": {"type": "string"}, "example": msgspec.json.encode(sample).decode() + "\n"},
+            Format.NDJSON.value: {
+                "schema": {"type": "string"},
+                "example": "".join(msgspec.json.encode(one).decode() + "\n" for one in two),
+            },
         },
     }
     return operation

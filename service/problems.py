@@ -30,6 +30,7 @@ from service.errors import (
     UnknownStream,
     UnsupportedMedia,
 )
+from service.events import shown
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -81,10 +82,12 @@ def problem_of(error: OnsetError, index: int | None = None) -> Problem:
     return Problem(f"urn:onset:{slug}", title, status, _utf8(error.detail), _utf8(field), _utf8(value), index, retry_after=retry_after)
 
 
-def late_problem(stream_id: str, last: str) -> Problem:
+def late_problem(stream_id: str, sequence: int | None, timestamp: float | str, scored: int) -> Problem:
+    """Of an event with this place in its stream, of which `scored` events were scored."""
     status, slug, title = LATE
-    detail = f"Stream '{stream_id}' is past this event ({last}): it was counted as late and not scored."
-    return Problem(f"urn:onset:{slug}", title, status, detail, "timestamp", late=True)
+    field, value = ("timestamp", shown(timestamp)) if sequence is None else ("sequence", str(sequence))
+    detail = f"Stream '{stream_id}' is past {field} {value} ({scored} events scored): the event was counted as late and not scored."
+    return Problem(f"urn:onset:{slug}", title, status, _utf8(detail), field, value, late=True)
 
 
 def respond(problem: Problem) -> Response:

@@ -304,6 +304,10 @@ async def test_a_late_event_is_a_conflict_alone_and_marked_in_a_bulk(client: Cli
     await client.score(event(timestamp=1000))
     problem = assert_problem(await client.raw(json.dumps(event(timestamp=999))), 409, "counted as late", "timestamp")
     assert problem["late"] is True
+    assert problem["value"] == "999.0"
+    await client.score(event("b", sequence=7))
+    problem = assert_problem(await client.raw(json.dumps(event("b", sequence=7, event_id="x"))), 409, "past sequence 7", "sequence")
+    assert problem["value"] == "7"
     late, fine = await client.score([event(timestamp=999), event(timestamp=1001)])
     assert late["late"]
     assert late["p_value"] is None
@@ -330,8 +334,15 @@ async def test_an_idempotency_key_makes_a_request_repeatable(client: Client) -> 
 async def test_unknown_models_and_bad_parameters_are_named(client: Client) -> None:
     assert_problem(await client.raw("{}", path="/v1/events?model=nope"), 404, "No model 'nope' is loaded; there is tiny")
     assert_problem(await client.raw("{}", path="/v1/events?top_contributors=many"), 422, "whole number from 0 to 300", "top_contributors")
-    assert_problem(await client.get("/v1/streams?limit=0"), 422, "from 1 to 1000", "limit")
-    assert_problem(await client.get("/v1/streams?cursor=x"), 422, "none of ours", "cursor")
+    for path, name, value, says in (
+        ("streams", "limit", "0", "from 1 to 1000"),
+        ("streams", "cursor", "x", "none of ours"),
+        ("streams", "silent", "perhaps", "true or false"),
+        ("alerts", "cursor", "x", "none of ours"),
+        ("alerts", "status", "opened", "open, acknowledged, resolved"),
+    ):
+        problem = assert_problem(await client.get(f"/v1/{path}?{name}={value}"), 422, says, name)
+        assert problem["value"] == json.dumps(value)
 
 
 async def test_streams_are_listed_shown_and_forgotten(client: Client) -> None:
@@ -545,7 +556,6 @@ async def test_silent_streams_can_be_listed(client: Client) -> None:
     assert (await client.get("/v1/streams?silent=true")).json() == {"streams": [], "next_cursor": None}
     await client.score(event())
     assert len((await client.get("/v1/streams?silent=false")).json()["streams"]) == 1
-    assert_problem(await client.get("/v1/streams?silent=perhaps"), 422, "true or false", "silent")
 
 
 async def test_the_policy_is_shown_changed_and_put_back(tiny_detector: Detector) -> None:

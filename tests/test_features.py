@@ -71,6 +71,8 @@ def test_bad_events_do_not_touch_their_neighbours() -> None:
             r"'2023-11-14\ud80000:00:00' is neither",
         ),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=1.7e12), "timestamp", "looks like milliseconds"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=1.7e15), "timestamp", "looks like microseconds"),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=1.7e18), "timestamp", "looks like nanoseconds"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=-1e11), "timestamp", "since 1970"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=float("nan")), "timestamp", "since 1970"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp=NOW + 61), "timestamp", "too far in the future"),

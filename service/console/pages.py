@@ -32,7 +32,7 @@ from service.console.shared import Shared
 from service.console.trial import Trial, TrialLimits, Trials
 from service.detector import Detector
 from service.errors import ArtifactError, BadParameter, OnsetError, TooLarge, TooSlow, UnknownModel, UnsupportedMedia
-from service.events import MAX_NAME_LENGTH
+from service.events import MAX_NAME_LENGTH, shown
 from service.feed import Feed
 from service.metrics import Metrics
 from service.policy import Policy
@@ -131,19 +131,21 @@ class Console:
         query = request.query_params
         limit, state = query.get("limit", str(DEFAULT_SHOWN)), query.get("state", "")
         if not (limit.isascii() and limit.isdigit() and len(limit) < 5 and 1 <= int(limit) <= MOST_SHOWN):
-            raise BadParameter(f"limit is {limit[:64]!r}; it is a whole number from 1 to {MOST_SHOWN}.", "limit")
+            raise BadParameter(f"limit is {limit[:64]!r}; it is a whole number from 1 to {MOST_SHOWN}.", "limit", shown(limit))
         if state and state not in STATES:
-            raise BadParameter(f"state is {state[:64]!r}; it is one of {', '.join(STATES)}.", "state")
+            raise BadParameter(f"state is {state[:64]!r}; it is one of {', '.join(STATES)}.", "state", shown(state))
         holds = query.get("q", "")
         if len(holds) > MAX_NAME_LENGTH:
-            raise BadParameter(f"q has {len(holds)} characters, names have {MAX_NAME_LENGTH} at most.", "q")
+            raise BadParameter(f"q has {len(holds)} characters, names have {MAX_NAME_LENGTH} at most.", "q", shown(holds))
         return self.live.fleet(self._model(request), FleetQuery(int(limit), holds, STATES.get(state, 0)))
 
     async def stream(self, request: Request) -> Events:
         """Every event of one stream."""
         stream_id = request.path_params["stream_id"]
         if not 0 < len(stream_id) <= MAX_NAME_LENGTH:
-            raise BadParameter(f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id")
+            raise BadParameter(
+                f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id", shown(stream_id)
+            )
         return self.live.stream(self._model(request), stream_id, request.query_params.getlist("feature"))
 
     async def backtest(self, request: Request) -> Response:
@@ -157,9 +159,9 @@ class Console:
         query, policy = request.query_params, self._policy_of(model)
         strict, name = query.get("strict", str(policy.strict).lower()), query.get("name", "upload.csv")
         if strict not in ("true", "false"):
-            raise BadParameter(f"strict is {strict[:64]!r}; it is true or false.", "strict")
+            raise BadParameter(f"strict is {strict[:64]!r}; it is true or false.", "strict", shown(strict))
         if not 0 < len(name) <= MAX_NAME_LENGTH:
-            raise BadParameter(f"name has {len(name)} characters; it has 1 to {MAX_NAME_LENGTH}.", "name")
+            raise BadParameter(f"name has {len(name)} characters; it has 1 to {MAX_NAME_LENGTH}.", "name", shown(name))
         alpha = _alpha(query["alpha"]) if "alpha" in query else policy.alpha
         trial = Trial(name, str(self._models), model, alpha, strict == "true", query.get("timestamp"))
         return Response(await self.trials.run(trial, lambda: self._body(request)), media_type=JSON)
@@ -230,7 +232,7 @@ def _alpha(text: str) -> float:
     except ValueError:
         alpha = math.nan
     if not SMALLEST_ALPHA <= alpha < LARGEST_ALPHA:
-        raise BadParameter(f"alpha is {text[:64]!r}; it is a number {ALPHA_RANGE}.", "alpha")
+        raise BadParameter(f"alpha is {text[:64]!r}; it is a number {ALPHA_RANGE}.", "alpha", shown(text))
     return alpha
 
 

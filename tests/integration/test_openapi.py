@@ -225,8 +225,31 @@ def test_the_examples_of_the_document_are_scored(served: str) -> None:
     for path in ("/v1/events", "/v1/streams/{stream_id}/events"):
         content = paths[path]["post"]["requestBody"]["content"]
         url = served + path.format(stream_id="pump-7")
-        for example in content["application/json"]["examples"].values():
-            assert local.post(url, json=example["value"]).status_code == 200
+        for example in 2 * list(content["application/json"]["examples"].values()):
+            answer = local.post(url, json=example["value"])
+            assert answer.status_code == 200
+            for result in answer.json() if isinstance(example["value"], list) else [answer.json()]:
+                assert result["state_version"] > 0
+                assert not result["late"]
         lines = local.post(url, content=content["application/x-ndjson"]["example"], headers={"content-type": "application/x-ndjson"})
         assert lines.status_code == 200
-        assert lines.json()["stream_id"] == "pump-7"
+        assert [json.loads(line)["duplicate"] for line in lines.text.splitlines()] == [True, True]
+
+
+def test_generators_of_clients_read_the_document(served: str, schema_of_lines: Any) -> None:
+    """They stop at a boolean in the place of a schema and at a constant that may be left out, and take what has a default for sent."""
+    for document in (local.get(f"{served}/openapi.json").json(), schema_of_lines.raw_schema):
+        for schema in schemas(document):
+            assert not isinstance(schema.get("items"), bool)
+            assert "type" in schema or "enum" not in schema, schema
+            for name, inner in (schema["properties"] if isinstance(schema.get("properties"), dict) else {}).items():
+                assert "default" not in inner, name
+                assert "const" not in inner or name in schema["required"], name
+
+
+def schemas(node: Any) -> Iterator[dict[str, Any]]:
+    """Every object within a document, among them its schemas."""
+    if isinstance(node, dict):
+        yield node
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from schemas(inner)
