@@ -509,8 +509,7 @@ class Door:
     def _bug(self, path: str, error: Exception) -> Response:
         """The client gets a reference, the log the rest."""
         reference = uuid.uuid4().hex[:12]
-        self._metrics.bugs.inc()
-        log.error("unexpected_error", reference=reference, path=path[:256], exc_info=error)
+        self._metrics.bug(error, reference=reference, path=path[:256])
         return respond(plain(500, "A bug of ours", f"This is a bug; its reference in the service's log is {reference}."))
 
     def _count(self, outcomes: Mapping[str, int]) -> None:

@@ -96,8 +96,7 @@ class Canary:
         except OnsetError as error:
             return Finding("failed", reason=error.detail)
         except Exception as error:  # a bug must not end the watch; it is counted and logged
-            self._metrics.bugs.inc()
-            log.error("unexpected_error", task="canary", exc_info=error)
+            self._metrics.bug(error, task="canary")
             return Finding("failed", reason=repr(error))
 
     async def _scored(self, store: StateStore) -> list[Result | ItemError]:

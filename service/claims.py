@@ -164,8 +164,7 @@ class StoredClaim:
                     log.warning("claim_not_renewed", model=self._model, error=error.detail)
                 self._unreached = True
             except Exception as error:  # a bug must not lose the claim for good; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", model=self._model, exc_info=error)
+                self._metrics.bug(error, model=self._model)
 
     async def beat(self) -> None:
         """Renew our claim, or see whether another's still is. Raises StoreUnavailable."""

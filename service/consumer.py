@@ -130,8 +130,7 @@ class Consumer:
             except StoreUnavailable:
                 lag.set(float("nan"))
             except Exception as error:  # a bug must not end the watch for good; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", source=self._source.name, exc_info=error)
+                self._metrics.bug(error, source=self._source.name)
             await asyncio.sleep(LAG_SECONDS)
 
     async def _process(self, batch: Batch) -> None:
@@ -148,7 +147,7 @@ class Consumer:
             self._source.abandon(batch)
             raise
         except Exception as error:  # the door outlives any bug; the entries are delivered again
-            self._bug(batch, error)
+            self._metrics.bug(error, partition=batch.partition)
             await asyncio.sleep(MAX_BACKOFF)
             self._source.abandon(batch)
 
@@ -203,7 +202,7 @@ class Consumer:
                 letters.append(Letter(message, named))
                 continue
             except Exception as error:  # a bug that one message brings out must not stop those behind it for ever
-                self._bug(batch, error)
+                self._metrics.bug(error, partition=batch.partition)
                 letters.append(Letter(message, _unexpected(error)))
                 continue
             entry = message.id if bare and lease is not None else b""
@@ -235,7 +234,7 @@ class Consumer:
                 log.debug("batch_waits", partition=batch.partition, reason=error.detail)
             except Exception as error:  # a bug that one event brings out must not stop those behind it for ever
                 bugs += 1
-                self._bug(batch, error)
+                self._metrics.bug(error, partition=batch.partition)
                 if bugs == BUG_ATTEMPTS:
                     await self._score_apart(batch, work, places, error)
                     return
@@ -297,10 +296,6 @@ class Consumer:
         for outcome, count in outcomes.items():
             self._metrics.events.labels(self._source.name, outcome).inc(count)
 
-    def _bug(self, batch: Batch, error: Exception) -> None:
-        self._metrics.bugs.inc()
-        log.error("unexpected_error", partition=batch.partition, exc_info=error)
-
 
 class Tap:
     """Reads a source while its model's file is in force, each time by a consumer of its own; in between others have its partitions."""
@@ -329,8 +324,7 @@ class Tap:
                 await self._until(self._claim.superseded)
                 await consumer.stop(self._seconds)
             except Exception as error:  # a bug must not end the reading for good; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", task="tap", exc_info=error)
+                self._metrics.bug(error, task="tap")
                 await asyncio.sleep(MAX_BACKOFF)
 
     async def _until(self, event: asyncio.Event) -> bool:

@@ -161,8 +161,7 @@ class Control:
                     log.warning("policy_not_refreshed", error=error.detail, alpha=self._asked.alpha.value, strict=self._asked.strict.value)
                     self._reached = False
             except Exception as error:  # a bug must not cut this replica off from later changes; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", task="policy", exc_info=error)
+                self._metrics.bug(error, task="policy")
 
     async def reply(self) -> PolicyReply:
         """What is in force here, and what it means for the streams there are now."""

@@ -119,8 +119,7 @@ class Desk:
                     log.warning("alerts_lost_to_another_replica")
                     await self._lose()
                 except Exception as error:  # a bug must not end the alerts of all streams; it is counted and logged
-                    self._metrics.bugs.inc()
-                    log.error("unexpected_error", task="alerts", exc_info=error)
+                    self._metrics.bug(error, task="alerts")
                     await asyncio.sleep(PAUSE_SECONDS)
                 await asyncio.sleep(POLL_SECONDS)
         finally:

@@ -8,12 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import structlog
-
 from service.metrics import Metrics
 from service.results import Answers
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,5 +51,4 @@ class Feed:
             try:
                 watcher(batch)
             except Exception as error:
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", watcher=getattr(watcher, "__qualname__", repr(watcher)), exc_info=error)
+                self._metrics.bug(error, watcher=getattr(watcher, "__qualname__", repr(watcher)))

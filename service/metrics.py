@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, overload
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import HistogramMetricFamily
@@ -34,6 +35,8 @@ STAGES = ("queue", "load", "step", "commit")
 OUTCOMES = ("scored", "duplicate", "late", "rejected", "failed")
 RUNNING: tuple[str, ...] = ()
 """Values that only the running service knows: models, doors, sources."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -640,6 +643,11 @@ class Metrics:
         """Count what was put aside."""
         for flush in self._before:
             flush()
+
+    def bug(self, error: Exception, **where: str) -> None:
+        """Count and log an error of ours that must not end what met it."""
+        self.bugs.inc()
+        log.error("unexpected_error", **where, exc_info=error)
 
     async def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""

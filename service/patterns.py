@@ -122,8 +122,7 @@ class Patterns:
             except StoreUnavailable as error:
                 log.warning("patterns_not_written", error=error.detail)
             except Exception as error:  # a bug must not end the collection; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", task="patterns", exc_info=error)
+                self._metrics.bug(error, task="patterns")
 
     async def stop(self) -> None:
         """Write what is left, once nothing more is scored."""

@@ -188,8 +188,7 @@ class Sweep(ABC):
                     log.warning("sweep_failed", model=self._model, error=error.detail)
                 failing, self._listening_since = True, None
             except Exception as error:  # a bug must not end the watch for all streams; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", model=self._model, exc_info=error)
+                self._metrics.bug(error, model=self._model)
             asleep = self._clock()
             await asyncio.sleep(every)
             now = self._clock()

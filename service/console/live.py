@@ -20,7 +20,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
@@ -59,7 +58,6 @@ TOP_SENT = 8
 """Contributors to the last event."""
 STATES = {"anomalous": ANOMALY | OPEN, "alerting": OPEN, "warming_up": COLD}
 
-log = structlog.get_logger(__name__)
 _encoder = msgspec.json.Encoder()
 
 
@@ -169,8 +167,7 @@ class Events:
         except OSError:  # it takes nothing any more
             pass
         except Exception as error:  # a bug ends this answer alone; it is counted and logged
-            self._metrics.bugs.inc()
-            log.error("unexpected_error", watcher="console", exc_info=error)
+            self._metrics.bug(error, watcher="console")
 
     async def _send(self, send: Send) -> None:
         headers = [

@@ -11,8 +11,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-import structlog
-
 from service.console.recent import Recent
 from service.errors import StoreUnavailable
 from service.metrics import Metrics
@@ -22,8 +20,6 @@ AT_ONCE = 500
 """States loaded in one go."""
 PAUSE_SECONDS = 60.0
 """After a bug."""
-
-log = structlog.get_logger(__name__)
 
 
 class Streams(Protocol):
@@ -48,8 +44,7 @@ class Over:
             except StoreUnavailable:
                 continue
             except Exception as error:  # a bug must not end the page; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", task="over", exc_info=error)
+                self._metrics.bug(error, task="over")
                 await asyncio.sleep(PAUSE_SECONDS)
 
     async def look(self, recent: Recent, streams: Streams) -> None:

@@ -182,8 +182,7 @@ class Shared:
                 away = True
                 self._alone()
             except Exception as error:  # a bug must not end the page; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", task="live", exc_info=error)
+                self._metrics.bug(error, task="live")
                 self._alone()
                 pause = PAUSE_SECONDS
             with contextlib.suppress(TimeoutError):

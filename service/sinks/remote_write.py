@@ -109,7 +109,7 @@ class WriteBack:
     ) -> None:
         """`features` of each model."""
         self._target, self._names, self._features, self._clock = target, names, features, clock
-        self._events, self._retries, self._bugs = metrics.written_back, metrics.write_back_retries, metrics.bugs
+        self._events, self._retries, self._bug = metrics.written_back, metrics.write_back_retries, metrics.bug
         self._queue: deque[Seen | _Ended] = deque()
         self._waiting = 0
         self._wake = asyncio.Event()
@@ -176,8 +176,7 @@ class WriteBack:
         try:
             return list(self._ends(item) if isinstance(item, _Ended) else self._scores(item))
         except Exception as error:  # a bug must not end the writing for all streams; it is counted and logged
-            self._bugs.inc()
-            log.error("unexpected_error", exc_info=error)
+            self._bug(error)
             return [[]] * _events_of(item)
 
     def _scores(self, batch: Seen) -> Iterator[list[bytes]]:
@@ -247,9 +246,8 @@ class WriteBack:
         try:
             await self._send(client, request)
         except Exception as error:  # a bug must not end the writing for all streams; it is counted and logged
-            self._bugs.inc()
             self._events.labels("lost").inc(request.sent)
-            log.error("unexpected_error", exc_info=error)
+            self._bug(error)
 
     async def _send(self, client: httpx.AsyncClient, request: _Request) -> None:
         """Until it is taken or refused."""

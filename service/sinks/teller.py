@@ -136,8 +136,7 @@ async def tell_on(turn: Callable[[], Awaitable[bool]], metrics: Metrics, sink: s
         except StoreUnavailable:
             await asyncio.sleep(POLL_SECONDS)
         except Exception as error:  # a bug must not silence the sink for good; it is counted and logged
-            metrics.bugs.inc()
-            log.error("unexpected_error", sink=sink, exc_info=error)
+            metrics.bug(error, sink=sink)
             await asyncio.sleep(1.0)
 
 

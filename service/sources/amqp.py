@@ -200,8 +200,7 @@ class _Reader:
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, MAX_BACKOFF)
             except Exception as error:  # a bug must not end the queue for good; it is counted and logged
-                self._source.metrics.bugs.inc()
-                log.error("unexpected_error", source=self._source.name, exc_info=error)
+                self._source.metrics.bug(error, source=self._source.name)
                 await asyncio.sleep(MAX_BACKOFF)
 
     @asynccontextmanager

@@ -125,7 +125,7 @@ class Kafka:
 
     async def open(self) -> None:
         producing, shared, consuming = self._configs()
-        self._sender = _Sender(producing, asyncio.get_running_loop(), self._bug)
+        self._sender = _Sender(producing, asyncio.get_running_loop(), self.bug)
         self._admin = admin.AdminClient(shared)
         self._reader = _Reader(self, self._options, consuming, asyncio.get_running_loop())
         self._sender.start()
@@ -204,10 +204,6 @@ class Kafka:
             raise RuntimeError("A source that is not open has a batch: this is a bug.")
         await self._sender.send(records)
 
-    def _bug(self, error: Exception) -> None:
-        self._metrics.bugs.inc()
-        log.error("unexpected_error", source=self.name, exc_info=error)
-
     # ── for the reader, in its thread ───────────────────────────────────────────────────────────────────────────────────────────
 
     def message(self, record: Record) -> Message:
@@ -224,8 +220,8 @@ class Kafka:
             record.topic() or "",
         )
 
-    def failed(self, error: Exception) -> None:
-        self._bug(error)
+    def bug(self, error: Exception) -> None:
+        self._metrics.bug(error, source=self.name)
 
 
 class _Reader:
@@ -259,7 +255,7 @@ class _Reader:
             except KafkaException as error:
                 log.warning("kafka_unavailable", source=self._source.name, error=_reason(error))
             except Exception as error:  # a bug must not end the thread for good; it is counted and logged
-                self._tell(self._source.failed, error)
+                self._tell(self._source.bug, error)
             self._stopping.wait(BACKOFF_SECONDS)
 
     def _read(self) -> None:

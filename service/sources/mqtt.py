@@ -204,8 +204,7 @@ class Mqtt:
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, MAX_BACKOFF)
             except Exception as error:  # a bug must not end the source for good; it is counted and logged
-                self._metrics.bugs.inc()
-                log.error("unexpected_error", source=self.name, exc_info=error)
+                self._metrics.bug(error, source=self.name)
                 await asyncio.sleep(MAX_BACKOFF)
 
     async def _hold(self) -> bool:

@@ -264,8 +264,7 @@ class Nats:
         )
 
     def bug(self, error: Exception) -> None:
-        self._metrics.bugs.inc()
-        log.error("unexpected_error", source=self.name, exc_info=error)
+        self._metrics.bug(error, source=self.name)
 
     async def _acknowledge(self, partition: _Subject, batch: Batch) -> None:
         """All of them; the last one's ack is confirmed, those before it went the same way. Raises Fenced where it is refused."""

@@ -303,8 +303,7 @@ class RedisStreams:
         self._metrics.source_claimed.labels(self.name).inc(entries)
 
     def bug(self, error: Exception) -> None:
-        self._metrics.bugs.inc()
-        log.error("unexpected_error", source=self.name, exc_info=error)
+        self._metrics.bug(error, source=self.name)
 
     async def wait(self, key: str, last: bytes, ms: int) -> None:
         """Until there is an entry after `last`, or for `ms`."""
