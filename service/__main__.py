@@ -237,7 +237,7 @@ def split(
 
     from rich.progress import Progress  # noqa: PLC0415
 
-    from service.errors import TableError  # noqa: PLC0415
+    from service.errors import OnsetError  # noqa: PLC0415
     from service.long_tables import Long  # noqa: PLC0415
     from service.split import split as split_tables  # noqa: PLC0415
     from service.tables import Dialect, ReadOptions  # noqa: PLC0415
@@ -270,7 +270,7 @@ def split(
                 progress.update(task, description=f"{done:,} {doing}", completed=done, total=of)
 
             done = split_tables(files, out, columns, options, dialect, typer.echo, long, show)
-    except TableError as error:
+    except OnsetError as error:
         _refuse(error.detail)
     for sentence in done.report():
         typer.echo(sentence)

@@ -34,6 +34,7 @@ from service.artifact import find_artifacts
 from service.detector import Detector
 from service.errors import ArtifactError, TableError
 from service.events import Readings
+from service.outputs import naming, whole, write_text
 from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
 from service.tables import Notify, ReadOptions, Source, as_float32, find_sources, once_each, read_for
@@ -208,7 +209,7 @@ def run(
     console: Console | None = None,
     limits: Limits = Limits(),
 ) -> Report:
-    """Score every file under `inputs` into a CSV of the same relative path under `out`. Raises TableError."""
+    """Score every file under `inputs` into a CSV of the same relative path under `out`. Raises TableError, NotWritten."""
     console = console or terminal(stderr=True)
     began = time.perf_counter()
     sources = find_sources(inputs)
@@ -260,15 +261,15 @@ def _score_group(
     with ExitStack() as files:
         writers = []
         for one in series:
-            target = targets[one.name]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            writer = csv.writer(files.enter_context(target.open("w", newline="", encoding="utf-8")), lineterminator="\n")
+            place = files.enter_context(whole(targets[one.name]))
+            writer = csv.writer(files.enter_context(place.open("w", newline="", encoding="utf-8")), lineterminator="\n")
             writer.writerow([*SCORE_COLUMNS, *(f"{name}_expected" for name in detector.manifest.feature_names)])
             writers.append(writer)
 
         def sink(i: int, first: int, scored: Scored) -> None:
             rows = len(scored.kinds)
-            writers[i].writerows(csv_rows(series[i].timestamps[first : first + rows], scored))
+            with naming(targets[series[i].name]):
+                writers[i].writerows(csv_rows(series[i].timestamps[first : first + rows], scored))
             tallies[i].add(first, scored)
             advanced(rows)
 
@@ -313,7 +314,7 @@ def command(
     exclude: Sequence[str],
     json_file: Path | None,
 ) -> Done:
-    """What `python -m service backtest` does with readings; returns what its report is made from. Raises TableError."""
+    """What `python -m service backtest` does with readings; returns what its report is made from. Raises TableError, NotWritten."""
     console = terminal()
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude), unsorted=True)
     policy = replace(policy, tau=detector.manifest.age_constant)
@@ -326,11 +327,11 @@ def command(
 
 
 def tell(console: Console, report: Report, out: Path, json_file: Path | None) -> None:
-    """The summary, and where the scores are."""
+    """The summary, and where the scores are. Raises NotWritten."""
     console.print(_summary(report))
     console.print(f"{report.rows:,} rows in {report.seconds:.1f} s, {report.rows / report.seconds:,.0f} rows/s, written to {out}")
     if json_file:
-        json_file.write_text(json.dumps(report.as_json(), indent=2), encoding="utf-8")
+        write_text(json_file, json.dumps(report.as_json(), indent=2))
 
 
 def load_one(model: Path) -> Detector:

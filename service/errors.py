@@ -4,6 +4,7 @@ OnsetError
 ├── BadSetting           a setting has a value that turns out to be unusable
 ├── ArtifactError        a model file that is not what it says, or answers differently from what it says
 ├── TableError           a file of rows that cannot be read as a stream
+├── NotWritten           a file that a command makes cannot be written
 ├── ItemError            one event is refused; its neighbours in the batch are not
 │   ├── BadEvent             a field has a value we cannot use
 │   ├── FutureEvent          ahead of our clock: it would make every later event late
@@ -48,6 +49,10 @@ class ArtifactError(OnsetError):
 
 class TableError(OnsetError):
     """A file of rows is refused: what it lacks, or the column, row and value that cannot be used."""
+
+
+class NotWritten(OnsetError):
+    """A file that a command makes cannot be written: which one, why, and what helps."""
 
 
 class ItemError(OnsetError):

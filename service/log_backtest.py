@@ -25,6 +25,7 @@ from service.errors import ArtifactError
 from service.features import coded
 from service.lines import plain
 from service.log_files import Counted, LogFormat, Spoken, by_stream
+from service.outputs import whole
 from service.policy import THRESHOLD, Policy
 from service.terminal import terminal
 
@@ -33,7 +34,7 @@ ALERTS_SHOWN, SHOWN_LENGTH = 20, 160
 
 
 def command(paths: Sequence[Path], detector: Detector, out: Path, policy: Policy, format_: LogFormat, json_file: Path | None) -> Report:
-    """What `python -m service backtest` does with log files. Raises ArtifactError, TableError."""
+    """What `python -m service backtest` does with log files. Raises ArtifactError, TableError, NotWritten."""
     console, counted = terminal(), Counted()
     report, alerts = run(paths, detector, replace(policy, tau=detector.manifest.age_constant), out, format_, counted)
     for row in alerts[:ALERTS_SHOWN]:
@@ -59,7 +60,9 @@ def run(
     counted: Counted | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> tuple[Report, list[Row]]:
-    """Score all lines into OUT/lines.csv; a tally for each stream, and the rows at which alerts open. Raises ArtifactError, TableError."""
+    """Score all lines into OUT/lines.csv; a tally for each stream, and the rows at which alerts open. Raises ArtifactError, TableError,
+    NotWritten.
+    """
     lines, matcher = detector.manifest.lines, detector.matcher
     if lines is None or matcher is None:
         raise ArtifactError(f"Model '{detector.manifest.name}' takes readings, not log lines: give one that was trained on logs.")
@@ -85,10 +88,9 @@ def run(
 def _write(out: Path, spoken: Sequence[Spoken], series: Sequence[Series], pieces: Sequence[Sequence[Scored]], lines: Lines) -> list[Row]:
     """OUT/lines.csv; returns its rows at which alerts open."""
     alerts: list[Row] = []
-    out.mkdir(parents=True, exist_ok=True)
     seconds = np.concatenate([one.seconds for one in spoken])
     rows = [row for which in range(len(spoken)) for row in _rows(spoken[which], series[which].x[:, 0], pieces[which], lines)]
-    with (out / "lines.csv").open("w", newline="", encoding="utf-8") as file:
+    with whole(out / "lines.csv") as place, place.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for i in np.argsort(seconds, kind="stable").tolist():

@@ -9,8 +9,10 @@ before is answered from the store and never scored twice.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import heapq
+import io
 import itertools
 import json
 import random
@@ -35,6 +37,7 @@ from rich.table import Table as Grid
 from service.artifact import NEW_TEXT
 from service.errors import OnsetError
 from service.log_files import LogFormat, by_stream
+from service.outputs import naming
 from service.tables import ReadOptions, Source, Table, find_sources, read_for
 from service.terminal import terminal
 
@@ -355,20 +358,42 @@ def _of_line(reply: dict[str, Any]) -> tuple[object, ...]:
 
 
 class Output:
-    """Replies as a CSV, in the order they came; empty where there is no score."""
+    """Replies as a CSV, in the order they came; empty where there is no score. It is as long as the replay got, in whole lines: what was
+    answered is not answered so again.
+    """
 
     COLUMNS = ("stream_id", "event_id", "timestamp", "anomaly_score", "alert_score", "p_value", "is_anomaly", "duplicate", "late")
 
     def __init__(self, path: Path, model: Served, files: ExitStack) -> None:
-        self._features, self._log = model.features, model.log
-        self._writer = csv.writer(files.enter_context(path.open("w", newline="", encoding="utf-8")), lineterminator="\n")
-        self._writer.writerow([*self.COLUMNS, *(LINE_COLUMNS if model.log else (f"{name}_expected" for name in model.features))])
+        self._path, self._features, self._log = path, model.features, model.log
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = files.enter_context(path.open("wb", buffering=0))
+        self._bytes = 0
+        self._append([[*self.COLUMNS, *(LINE_COLUMNS if model.log else (f"{name}_expected" for name in model.features))]])
 
-    def write(self, reply: dict[str, Any]) -> None:
-        if problem_status(reply):
-            return
+    def write(self, replies: Sequence[dict[str, Any]]) -> None:
+        """Raises NotWritten; then none of them is in the file."""
+        self._append([self._row(reply) for reply in replies if not problem_status(reply)])
+
+    def _row(self, reply: dict[str, Any]) -> list[Any]:
         cells = [str(cell).lower() if isinstance(cell, bool) else cell for cell in (reply[name] for name in self.COLUMNS)]
-        self._writer.writerow([*cells, *(_of_line(reply) if self._log else (reply["expected"].get(name) for name in self._features))])
+        return [*cells, *(_of_line(reply) if self._log else (reply["expected"].get(name) for name in self._features))]
+
+    def _append(self, rows: Sequence[Sequence[Any]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        left = memoryview(text.getvalue().encode())
+        whole = self._bytes + len(left)
+        with naming(self._path):
+            try:
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # a pipe or a device has no end to cut
+                    self._file.truncate(self._bytes)
+                raise
+        self._bytes = whole
 
 
 # ── command ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -401,7 +426,9 @@ def run(
     console: Console | None = None,
     format_: LogFormat = LogFormat(),  # noqa: B008 - frozen
 ) -> dict[str, StreamReport]:
-    """Replay `files` and print what happens; what became of each stream. `format_` is of log files. Raises ReplayFailed, TableError."""
+    """Replay `files` and print what happens; what became of each stream. `format_` is of log files. Raises ReplayFailed, TableError,
+    NotWritten.
+    """
     console = console or terminal()
     with ExitStack() as stack:
         client = stack.enter_context(httpx.Client(base_url=options.url, timeout=REQUEST_SECONDS))
@@ -442,8 +469,8 @@ def _play(
         replies = door.score(encoder.lines(portion))
         for (one, _), reply in zip(portion, replies, strict=True):
             screen.show(reply, opens=reports[one.stream].add(reply))
-            if output:
-                output.write(reply)
+        if output:
+            output.write(replies)
         screen.advance(len(replies))
     return reports
 

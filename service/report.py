@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from service.backtest import TAIL, Series, Tally, total
 from service.detector import Detector
+from service.outputs import whole
 from service.policy import Policy
 from service.sketch import EARLIEST_TIME, Onset, Sketch, allowed, axis, sketch
 
@@ -71,17 +72,15 @@ class Subject:
 
 
 def write(path: Path, subject: Subject, tallies: Sequence[Tally], load: Load) -> None:
-    """The report of a run whose inputs were tallied. Reads and scores again what it draws, at most SHOWN of them."""
+    """The report of a run whose inputs were tallied. Reads and scores again what it draws, at most SHOWN of them. Raises NotWritten."""
     shown = sorted(range(len(tallies)), key=lambda i: tallies[i].rank, reverse=True)[:SHOWN]
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(_head(subject, tallies, len(shown)))
         for first in range(0, len(shown), GROUP):
             group = shown[first : first + GROUP]
             for place, one in enumerate(sketch([load(i) for i in group], subject.detector, subject.policy, BUCKETS), first):
                 file.write(_section(one, place))
         file.write("</main></body></html>\n")
-    partial.replace(path)
 
 
 def _head(subject: Subject, tallies: Sequence[Tally], shown: int) -> str:

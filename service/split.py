@@ -28,6 +28,7 @@ import numpy as np
 
 from service.errors import TableError
 from service.long_tables import Long, Spill, Suggestion, Tags, aligned, read_long, suggestion
+from service.outputs import naming
 from service.tables import Dialect, Float64, Notify, ReadOptions, Source, Table, Unsorted, find_sources, read_batches
 
 CELLS = 1 << 22
@@ -162,14 +163,15 @@ def split(
     long: Long | None = None,
     show: Show = lambda _doing, _done, _of: None,
 ) -> Done:
-    """Write the streams of these tables under `out`. Raises TableError; what was written by then stays."""
-    if out.exists() and any(out.iterdir()):
-        raise TableError(f"{out} is not empty: name another --out, or empty it.")
+    """Write the streams of these tables under `out`. Raises TableError, NotWritten; what was written by then stays."""
+    with naming(out):
+        if out.exists() and any(out.iterdir()):
+            raise TableError(f"{out} is not empty: name another --out, or empty it.")
     named, sources, options = _expression(template), find_sources(paths), replace(options, timed=True)
     unzoned: set[bool] = set()
     if dialect.zone is UTC:
         dialect = replace(dialect, unzoned=lambda: unzoned.add(True))
-    with _uncollected():
+    with _uncollected(), naming(out):
         if long is not None:
             done = _split_long(sources, out, named, options, dialect, long, show)
         else:
@@ -249,22 +251,19 @@ def _split_long(
     sources: list[Source], out: Path, named: re.Pattern[str], options: ReadOptions, dialect: Dialect, long: Long, show: Show
 ) -> Done:
     tags, plan = Tags(), Plan(named)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with closing(Spill(out.parent)) as spill:
-            for source in sources:
-                tags.file = "" if "stream" in named.groupindex else source.name
-                rows = 0
-                for readings in read_long(source, options, long, dialect, tags):
-                    plan.learn(source, tags)
-                    streams, features = np.array(plan.places, dtype=np.int64).reshape(-1, 2)[readings.tags].T
-                    readings.records["feature"] = features
-                    spill.add(streams[streams >= 0], readings.records[streams >= 0])
-                    rows += len(streams)
-                    show(f"rows of {source.name}", rows, None)
-            return _write_long(out, spill, tags, plan, long, show)
-    except OSError as error:
-        raise TableError(f"{out} cannot be written: {error}.") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with closing(Spill(out.parent)) as spill:
+        for source in sources:
+            tags.file = "" if "stream" in named.groupindex else source.name
+            rows = 0
+            for readings in read_long(source, options, long, dialect, tags):
+                plan.learn(source, tags)
+                streams, features = np.array(plan.places, dtype=np.int64).reshape(-1, 2)[readings.tags].T
+                readings.records["feature"] = features
+                spill.add(streams[streams >= 0], readings.records[streams >= 0])
+                rows += len(streams)
+                show(f"rows of {source.name}", rows, None)
+        return _write_long(out, spill, tags, plan, long, show)
 
 
 @dataclass

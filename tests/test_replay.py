@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from service.__main__ import app
+from service.errors import NotWritten
 from service.replay import (
     LISTED,
     Door,
     Encoder,
     Options,
+    Output,
     Pace,
     Recording,
     ReplayFailed,
+    Served,
     StreamReport,
     _summary,
     in_order,
@@ -35,6 +39,7 @@ from service.replay import (
     run,
 )
 from service.tables import ReadOptions, Source, Table
+from tests.limits import files_of_at_most
 
 
 def recording(stream: str, *seconds: float) -> Recording:
@@ -136,6 +141,26 @@ def test_speed_is_a_factor_or_max(text: str, speed: float) -> None:
 def test_a_speed_that_is_no_factor_is_refused(text: str) -> None:
     with pytest.raises(ReplayFailed, match="--speed"):
         parse_speed(text)
+
+
+def told(event: int) -> dict[str, Any]:
+    return dict.fromkeys(Output.COLUMNS) | {"status": "ready", "event_id": f"a.csv:{event}", "expected": {}}
+
+
+def test_replies_that_no_longer_fit_onto_the_disk_are_told_and_those_before_are_whole(tmp_path: Path) -> None:
+    path = tmp_path / "replies.csv"
+
+    def write(output: Output) -> None:
+        for first in range(0, 400, 20):
+            output.write([told(event) for event in range(first, first + 20)])
+
+    with files_of_at_most(5000), ExitStack() as files, pytest.raises(NotWritten, match=r"replies\.csv cannot be written: File too large"):
+        write(Output(path, Served("pump", ["value"], log=False), files))
+    with path.open(newline="") as file:
+        kept = [row["event_id"] for row in csv.DictReader(file)]
+    assert 0 < len(kept) < 400
+    assert len(kept) % 20 == 0
+    assert kept == [f"a.csv:{event}" for event in range(len(kept))]
 
 
 # ── patience, against a real server that misbehaves as it is told ─────────────────────────────────────────────────────────────

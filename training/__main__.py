@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from service.artifact import TEMPLATE
-from service.errors import ArtifactError, OnsetError, TableError
+from service.errors import ArtifactError, NotWritten, OnsetError, TableError
 from service.log_files import Counted, LogFormat
 from service.tables import ReadOptions
 from service.terminal import terminal
@@ -257,17 +257,20 @@ def _run(
 ) -> None:
     """`job` reads the data, in process 0 first; only that process prints."""
     first = os.environ.get("RANK", "0") == "0"
-    said = console if first else Console(quiet=True)
+    said, checkpoint = console if first else Console(quiet=True), out / "checkpoint.pt"
     try:
         world = join(device, precision)
         if world.size > 1 or world.device.type != "cpu":
             said.print(f"Training in {world}.")
         with alone_in(out) if world.first else nullcontext():
             produce(world.in_turn(lambda: job(said)), out, threads=threads, resume=resume, console=said, world=world)
+    except NotWritten as error:
+        again = f" The same command with --resume continues from {checkpoint}." if checkpoint.is_file() else ""
+        _refuse(NotWritten(error.detail + again))
     except (OnsetError, ValueError) as error:
         _refuse(error)
     except KeyboardInterrupt:
-        said.print(f"Stopped. The same command with --resume continues from {out / 'checkpoint.pt'}.", soft_wrap=True)
+        said.print(f"Stopped. The same command with --resume continues from {checkpoint}.", soft_wrap=True)
         raise typer.Exit(130) from None
 
 

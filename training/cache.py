@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from service.errors import TableError
+from service.outputs import naming
 from service.tables import Notify, ReadOptions, Source, as_float32, find_sources, once_each, read_batches
 from training.data import Float32, Stream, clock
 
@@ -50,9 +51,13 @@ class Cached:
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Makes the folder of a run. Raises TableError while another is in it: they would replace each other's checkpoint, model and report."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as lock:
+    """Makes the folder of a run. Raises TableError while another is in it: they would replace each other's checkpoint, model and report;
+    NotWritten where it cannot be made.
+    """
+    with naming(out / LOCK):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK).open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -61,7 +66,9 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def convert(paths: Sequence[Path], options: ReadOptions, folder: Path, notify: Notify) -> None:
-    """Make `folder` of the files under `paths`, or leave it when it is of these very files. Raises TableError, and leaves nothing then."""
+    """Make `folder` of the files under `paths`, or leave it when it is of these very files. Raises TableError, NotWritten, and
+    leaves nothing then.
+    """
     sources = told_apart(find_sources(paths))
     made_of = _made_of(sources, options)
     index = _index(folder)
@@ -72,11 +79,12 @@ def convert(paths: Sequence[Path], options: ReadOptions, folder: Path, notify: N
     for old in (folder, partial):
         _refuse_foreign(old)
         shutil.rmtree(old, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        index = _write(sources, options, partial, once_each(notify))
-        (partial / "index.json").write_text(json.dumps({**index, "made_of": made_of}))
-        partial.rename(folder)
+        with naming(folder):
+            partial.mkdir(parents=True)
+            index = _write(sources, options, partial, once_each(notify))
+            (partial / "index.json").write_text(json.dumps({**index, "made_of": made_of}))
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

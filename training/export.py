@@ -39,6 +39,7 @@ from service.artifact import (
 )
 from service.detector import Detector, StepOutput, session_of
 from service.errors import TableError
+from service.outputs import whole
 from training.detector import ArtifactStep, StepModule, example_inputs
 from training.verify import Runner, inputs_of, verify_manifest, verify_step
 
@@ -140,21 +141,19 @@ def refuse_unfit(name: str, version: str, features: Sequence[str]) -> None:
 
 
 def publish(step: ArtifactStep, graph: bytes, manifest: Manifest, folder: Path) -> Path:
-    """Verify, describe, seal and write NAME-VERSION.onnx. Raises ArtifactError that says why a model is refused; then nothing is left."""
+    """Verify, describe, seal and write NAME-VERSION.onnx. Raises ArtifactError that says why a model is refused, and NotWritten; then
+    nothing is left.
+    """
     run = Runner(session_of(graph))
     verify_step(step, run)
     verify_manifest(manifest)
     model = onnx.load_from_string(graph)
     entries = {MANIFEST_KEY: manifest.model_dump_json(), SELFTEST_KEY: selftest(run, step).encode(), SHA256_KEY: UNSEALED}
     onnx.helper.set_model_props(model, entries)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / manifest.filename, folder / f".{manifest.filename}.partial"
-    try:
-        partial.write_bytes(seal(model.SerializeToString()))
-        Detector.load(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path, sealed = folder / manifest.filename, seal(model.SerializeToString())
+    with whole(path, len(sealed)) as place:
+        place.write_bytes(sealed)
+        Detector.load(place)
     return path
 
 

@@ -9,6 +9,7 @@ their lanes of it, so that they end, up to the rounding of sums, with the weight
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from service.outputs import write_bytes
 from training.autoencoder import HORIZONS, LAGS, WINDOW, Outlook, Outputs, WaveformOutputs
 from training.data import Block, Float32, Source
 from training.detector import DetectorStep
@@ -407,12 +409,12 @@ class Trainer:
         self.best, self.progress = content["best"], Progress(**content["progress"])
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all; process 0 does."""
+        """Write the checkpoint, whole or not at all; process 0 does. Raises NotWritten."""
         if self.checkpoint is None or not self.world.first:
             return
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(self._content(), partial)
-        partial.replace(self.checkpoint)
+        content = io.BytesIO()  # torch has errors of its own where a disk is full
+        torch.save(self._content(), content)
+        write_bytes(self.checkpoint, content.getvalue())
 
     def resume(self) -> bool:
         """Continue from the checkpoint, if there is one; `run` tells the other processes. Raises ValueError when it is of another run."""

@@ -29,6 +29,7 @@ from service.artifact import MAX_TEMPLATES, NEW, NUMBER, WILDCARD, Lines, Mask
 from service.errors import TableError
 from service.lines import DEFAULT_MASKS, HEXADECIMAL, Matcher, Splitter, plain
 from service.log_files import Counted, LogFormat, read
+from service.outputs import write_text
 from service.patterns import PatternPage
 
 MAX_DISTINCT = 2_000_000
@@ -184,7 +185,7 @@ def preview(
     for mask in idle:
         console.print(f"No word holds what --mask '{mask.replacement}={mask.pattern}' masks: it sees each word by itself.")
     if json_file:
-        json_file.write_text(json.dumps([asdict(one) for one in found], indent=2), encoding="utf-8")
+        write_text(json_file, json.dumps([asdict(one) for one in found], indent=2))
 
 
 def grouping_accuracy(codes: Sequence[int], truth: Sequence[str]) -> float:

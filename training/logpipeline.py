@@ -23,6 +23,7 @@ from service.artifact import GAP, NUMBERS, TEMPLATE, Feature, Lines
 from service.errors import TableError
 from service.lines import Matcher, plain
 from service.log_files import Counted, Entry, LogFormat, files_of, read
+from service.outputs import write_text
 from training import report
 from training.autoencoder import Sizes
 from training.data import Float32, Float64
@@ -217,7 +218,7 @@ def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None
     _draw(out / "report.png", last, validated[1e-3].onset_p)
     next_steps = [f"python -m service serve --model {out}"]
     report.write(out, manifest, reached, model, seconds, next_steps)
-    (out / "report.html").write_text(_page(job, manifest.name, quality, odd), encoding="utf-8")
+    write_text(out / "report.html", _page(job, manifest.name, quality, odd))
     _tell(console, job, step, model, quality, odd, seconds["in all"])
     return model
 
@@ -321,7 +322,7 @@ def _draw(path: Path, losses: Sequence[float], onset_p: Float64) -> None:
         right.xaxis.set_minor_formatter(NullFormatter())  # over less than a decade they would lie over each other
         right.legend(frameon=False, fontsize=8)
     right.set_title("Share of lines held out that begin an anomaly, by p", loc="left", fontsize=10)
-    figure.savefig(path, dpi=110)
+    report.save_figure(figure, path)
 
 
 def _page(job: LogJob, name: str, quality: dict[str, Any], odd: Sequence[Odd]) -> str:

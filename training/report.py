@@ -16,6 +16,7 @@ import numpy as np
 from service.artifact import Manifest
 from service.backtest import Series, Tally, score
 from service.detector import Detector
+from service.outputs import whole, write_text
 from service.policy import Policy
 from service.report import Subject
 from service.report import write as write_page
@@ -56,7 +57,13 @@ def draw(path: Path, progress: Progress, shown: Shown, alpha: float = 1e-3) -> N
         axis.set_xlim(shown.first, len(shown.stream) - 1)
         axis.sharex(axes[1])
     axes[-1].set_xlabel("event of the stream")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """As a PNG. Raises NotWritten."""
+    with whole(path) as place:
+        figure.savefig(place, dpi=110, format="png")
 
 
 def _most_telling(shown: Shown) -> list[int]:
@@ -139,7 +146,7 @@ def _series(stream: Stream) -> Series:
 
 
 def write(folder: Path, manifest: Manifest, progress: Progress, model: Path, seconds: dict[str, float], next_steps: list[str]) -> None:
-    """report.json for machines, report.md for people."""
+    """report.json for machines, report.md for people. Raises NotWritten."""
     content = {
         "model": model.name,
         "bytes": model.stat().st_size,
@@ -153,8 +160,8 @@ def write(folder: Path, manifest: Manifest, progress: Progress, model: Path, sec
         "quality": manifest.quality,
         "training": manifest.training.model_dump(),
     }
-    (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n")
-    (folder / "report.md").write_text("\n".join(_markdown(manifest, progress, content, next_steps)) + "\n")
+    write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
+    write_text(folder / "report.md", "\n".join(_markdown(manifest, progress, content, next_steps)) + "\n")
 
 
 def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], next_steps: list[str]) -> list[str]:

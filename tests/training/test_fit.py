@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from service.__main__ import app as service_app
 from service.detector import Detector
 from service.errors import TableError
 from service.tables import ReadOptions, read_tables
+from tests.limits import files_of_at_most
 from tests.training.conftest import TINY, random_step
 from training.__main__ import app
 from training.cache import alone_in, convert, open_cache
@@ -149,6 +151,47 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence(content: bytes, tmp_path:
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(ValueError, match="cannot be read, so there is nothing to continue from"):
         Trainer(random_step(1), SMALL, PLAN, tmp_path / "checkpoint.pt").resume()
+
+
+@pytest.mark.parametrize(("room", "named", "left"), [(4000, "cache", {".fit.lock"}), (12_000, "checkpoint.pt", {".fit.lock", "cache"})])
+def test_a_fit_onto_a_full_disk_names_the_file_and_leaves_no_half_of_one(
+    tmp_path: Path, fleet_folder: Path, room: int, named: str, left: set[str]
+) -> None:
+    with files_of_at_most(room):
+        result = CliRunner().invoke(app, ["fit", "--data", str(fleet_folder), "--out", str(tmp_path), "--name", "pumps", "--steps", "8"])
+    assert result.exit_code == 1
+    printed = " ".join(result.output.split())
+    assert f"{named} cannot be written: File too large." in printed
+    assert "--resume" not in printed
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_a_fit_that_filled_the_disk_late_says_how_it_goes_on(fitted: tuple[Path, str], fleet_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(fitted[0], out)
+    before = (out / "pumps-1.onnx").read_bytes()
+    arguments = [
+        "fit",
+        "--data",
+        str(fleet_folder),
+        "--out",
+        str(out),
+        "--name",
+        "pumps",
+        "--steps",
+        "8",
+        "--cell",
+        FITTED,
+        "--layers",
+        "2",
+    ]
+    arguments += ["--keep-network", "--hidden", "6", "--code", "3", "--decoder-hidden", "4", "--resume"]
+    with files_of_at_most(len(before) // 2):
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "pumps-1.onnx cannot be written: File too large. It takes " in " ".join(result.output.split())
+    assert "with --resume continues from" in " ".join(result.output.split())
+    assert (out / "pumps-1.onnx").read_bytes() == before
 
 
 def test_there_is_nothing_to_resume_without_a_checkpoint(tmp_path: Path) -> None:
