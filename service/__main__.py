@@ -104,7 +104,12 @@ def replay(
     batch: Annotated[int, typer.Option(min=1, max=10_000, help="Events of a request at most.")] = 1000,
     top: Annotated[int, typer.Option(min=1, max=300, help="Contributors shown.")] = 3,
     model: Annotated[str | None, typer.Option(help="Name of the served model. Default: the service's own default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the replies to this CSV.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the replies to this CSV. Started again, name another: what was answered long before has no score any more."
+        ),
+    ] = None,
     timestamp: Annotated[str | None, typer.Option(help="Name of the timestamp column. Default: found by name.")] = None,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to go on trying while the service does not answer.")] = 120.0,
     time_format: TimeFormat = "",
@@ -129,7 +134,8 @@ def replay(
     except OnsetError as error:
         _refuse(error.detail)
     except KeyboardInterrupt:
-        _refuse("Interrupted. Start the same replay again and it goes on where it was.")
+        kept = "" if out is None else f" Then name another --out: {out} has scores that are not told again."
+        _refuse(f"Interrupted. Start the same replay again and it goes on where it was.{kept}")
 
 
 @app.command()
