@@ -162,11 +162,12 @@ def _columns(table: Any, names: list[str], pa: ModuleType, max_bytes: int) -> Co
     timestamp, wrong = _times(column["timestamp"], pa) if "timestamp" in column else (np.full(N, np.nan), np.zeros(N, np.bool_))
     sequence, beyond = _sequence(column["sequence"], pa) if "sequence" in column else (np.full(N, -1), np.zeros(N, np.bool_))
     wrong = wrong | beyond
-    values = {}
-    for name in names:
+    values, blamed = {}, np.full(N, -1)  # the first feature of a row that is no number
+    for j, name in enumerate(names):
         if name not in _OWN:
             values[name.removeprefix(PREFIX)], infinite = _numbers(name, column[name], pa)
             wrong |= infinite
+            blamed[infinite & (blamed < 0)] = j
     messages = _texts("message", column["message"], pa, max_bytes) if "message" in column else None
     if messages is not None:
         wrong |= np.array([text is not None and len(text) > MAX_MESSAGE_LENGTH for text in messages], np.bool_)
@@ -174,17 +175,18 @@ def _columns(table: Any, names: list[str], pa: ModuleType, max_bytes: int) -> Co
     for texts in (stream_ids, event_ids):
         if not all(texts) or max(map(len, texts), default=0) > MAX_NAME_LENGTH:  # type: ignore[arg-type]
             wrong |= np.array([text is not None and not 0 < len(text) <= MAX_NAME_LENGTH for text in texts], np.bool_)
-    bad: dict[int, ItemError] = {i: error for i in np.flatnonzero(wrong).tolist() if (error := _error(column, i, pa)) is not None}
+    features = [names[j] if j >= 0 else None for j in blamed[wrong].tolist()]
+    judged = ((i, _error(column, i, feature, pa)) for i, feature in zip(np.flatnonzero(wrong).tolist(), features, strict=True))
+    bad: dict[int, ItemError] = {i: error for i, error in judged if error is not None}
     return Columns(stream_ids, event_ids, values, timestamp, sequence, bad, messages=messages, ends=ends)
 
 
-def _error(column: dict[str, Any], i: int, pa: ModuleType) -> BadEvent | None:
-    """What is wrong with a row, found and said as for any other event."""
+def _error(column: dict[str, Any], i: int, feature: str | None, pa: ModuleType) -> BadEvent | None:
+    """What is wrong with a row, found and said as for any other event; of its features this one is looked at."""
     own = {name: column[name][i].as_py() for name in _OWN if name in column and name not in ("timestamp", "end")}
-    sent = {name.removeprefix(PREFIX): data[i].as_py() for name, data in column.items() if name not in _OWN}
     time = column["timestamp"][i].as_py() if "timestamp" in column and pa.types.is_floating(column["timestamp"].type) else None
     try:
-        checked({**own, "values": {name: None if number is None else float(number) for name, number in sent.items()}})
+        checked({**own, "values": {} if feature is None else {feature.removeprefix(PREFIX): float(column[feature][i].as_py())}})
         if time is not None and not math.isfinite(time):
             parse_timestamp(time)
     except BadEvent as error:
@@ -193,7 +195,7 @@ def _error(column: dict[str, Any], i: int, pa: ModuleType) -> BadEvent | None:
 
 
 def _texts(name: str, column: Any, pa: ModuleType, max_bytes: int) -> list[str | None]:
-    """One string for each row; equal ones of a dictionary are one object."""
+    """One string for each row; equal ones of a dictionary are one object. Raises TooLarge: any number of rows may have the same one."""
     texts: list[str | None] = []
     for chunk in column.chunks:
         if pa.types.is_dictionary(chunk.type) and pa.types.is_string_view(chunk.type.value_type):
@@ -205,7 +207,13 @@ def _texts(name: str, column: Any, pa: ModuleType, max_bytes: int) -> list[str |
             texts += [words[i] for i in chunk.indices.to_pylist()]
         else:
             texts += _plain_texts(name, chunk, pa, max_bytes)
+    if sum(len(text) for text in texts if text) > max_bytes:
+        raise _too_long(name, max_bytes)
     return texts
+
+
+def _too_long(name: str, max_bytes: int) -> TooLarge:
+    return TooLarge(f"Column '{name}' is over {max_bytes} bytes when unpacked (ONSET_MAX_BODY_BYTES).")
 
 
 def _plain_texts(name: str, array: Any, pa: ModuleType, max_bytes: int) -> list[str | None]:
@@ -214,7 +222,7 @@ def _plain_texts(name: str, array: Any, pa: ModuleType, max_bytes: int) -> list[
         views = array.buffers()[1]
         lengths = np.frombuffer(views, "<i4")[4 * array.offset : 4 * (array.offset + len(array)) : 4]
         if int(lengths.sum(dtype=np.int64)) > max_bytes:
-            raise TooLarge(f"Column '{name}' is over {max_bytes} bytes when unpacked (ONSET_MAX_BODY_BYTES).")
+            raise _too_long(name, max_bytes)
     elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise BadEvent(f"Column '{name}' holds {kind}; it is one of utf8, or a dictionary of it.", name, str(kind)[:64])
     texts: list[str | None] = array.to_pylist()

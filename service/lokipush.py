@@ -137,7 +137,7 @@ def _stream(content: bytes, start: int, end: int, left: int, most: int) -> Pushe
 
 
 def _entry(content: bytes, start: int, end: int) -> Entry:
-    nanoseconds, line, metadata = 0, "", _NOTHING
+    nanoseconds, line, metadata = 0, "", dict[str, str]()
     for number, kind, here, there in fields(content, start, end):
         if kind != LENGTH:
             continue
@@ -146,8 +146,8 @@ def _entry(content: bytes, start: int, end: int) -> Entry:
         elif number == 2:
             line = content[here:there].decode(errors="replace")
         elif number == 3:
-            metadata = {**metadata, **_pair(content, here, there)}
-    return Entry(nanoseconds, line, metadata)
+            metadata |= _pair(content, here, there)
+    return Entry(nanoseconds, line, metadata or _NOTHING)
 
 
 def _nanoseconds(content: bytes, start: int, end: int) -> int:

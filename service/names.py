@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from service.errors import BadEvent
 from service.events import MAX_NAME_LENGTH, UNPRINTABLE
@@ -32,6 +33,8 @@ COUNTERS = ("_total", "_bucket", "_count", "_sum")
 GAUGE_TYPES = ("gauge", "gaugehistogram", "info", "stateset")
 MAX_LABELS, MAX_LABEL_NAME, MAX_LABEL_VALUE = 64, 1024, 4096
 """Of one series; lengths in bytes."""
+REMEMBERED_BYTES = 4096
+"""Of labels, on average for each series that may be remembered: of longer ones fewer are, so that memory stays bounded."""
 HASH_DIGITS = 32
 
 WRITTEN = ("anomaly_score", "alert_score", "onset_anomaly", "y", "yhat", "yhat_lower", "yhat_upper")
@@ -68,26 +71,51 @@ class Series:
     """Why its samples are refused."""
 
 
+class _Memory(Generic[K, V]):
+    """What was kept last: `most` entries at most, which come to `most` · REMEMBERED_BYTES by `size`."""
+
+    def __init__(self, most: int, size: Callable[[K, V], int]) -> None:
+        self.entries: dict[K, V] = {}
+        self._most, self._size, self._bytes = most, size, 0
+
+    def keep(self, key: K, value: V) -> None:
+        """Those kept longest ago make room."""
+        self._forget(key)
+        self.entries[key] = value
+        self._bytes += self._size(key, value)
+        while len(self.entries) > self._most or self._bytes > self._most * REMEMBERED_BYTES:
+            self._forget(next(iter(self.entries)))
+
+    def _forget(self, key: K) -> None:
+        if (value := self.entries.pop(key, None)) is not None:
+            self._bytes -= self._size(key, value)
+
+
 class Names:
-    """What series come to, remembered: the `most` keys seen last (about 1 kB each), so that rules and names cost once."""
+    """What series come to, remembered: the `most` keys seen last (about 1 kB each), so that rules and names cost once.
+
+    May be asked by several threads.
+    """
 
     def __init__(self, rules: Sequence[Rule], most: int) -> None:
-        self._rules, self._most = rules, most
-        self._series: dict[bytes, Series] = {}
-        self._hashed: dict[str, Labels] = {}
-        self.find = self._series.get
+        self._rules = rules
+        self._series = _Memory[bytes, Series](most, lambda key, _: len(key))
+        self._hashed = _Memory[str, Labels](most, lambda _, labels: sum(map(len, labels)) + sum(map(len, labels.values())))
+        self._remembering = threading.Lock()
+        self.find = self._series.entries.get
 
     def name(self, key: bytes, labels: Sequence[Label], metric_type: str) -> Series:
         """The series of a key that is not remembered."""
         series, kept = resolve(labels, metric_type, self._rules)
-        _remember(self._series, key, series, self._most)
-        if len(series.stream_id) == MAX_NAME_LENGTH:
-            _remember(self._hashed, series.stream_id, kept, self._most)
+        with self._remembering:
+            self._series.keep(key, series)
+            if len(series.stream_id) == MAX_NAME_LENGTH:
+                self._hashed.keep(series.stream_id, kept)
         return series
 
     def labels(self, stream_id: str) -> Labels | None:
         """The labels that a stream is named by; None = it is no series, or one whose name is hashed and was not seen lately."""
-        return self._hashed.get(stream_id) or labels_of(stream_id)
+        return self._hashed.entries.get(stream_id) or labels_of(stream_id)
 
 
 def resolve(sent: Sequence[Label], metric_type: str, rules: Sequence[Rule]) -> tuple[Series, dict[str, str]]:
@@ -201,10 +229,3 @@ def _quoted(text: str) -> str:
 
 def _unquoted(text: str) -> str:
     return _UNESCAPED.sub(lambda match: match[1] or ("\n" if match[2] else chr(int(match[3], 16))), text[1:-1])
-
-
-def _remember(memory: dict[K, V], key: K, value: V, most: int) -> None:
-    """Keep it; the one kept longest ago makes room."""
-    if len(memory) >= most:
-        del memory[next(iter(memory))]
-    memory[key] = value

@@ -30,6 +30,8 @@ from service.wire import FIXED64, LENGTH, VARINT, Malformed, cut_off, field, fie
 STALE = 0x7FF0_0000_0000_0002
 """The bits of the NaN that ends a series; any other NaN is a value."""
 MAX_SYMBOLS = 250_000
+MAX_LABEL_BYTES = 64 * 1024 * 1024
+"""Of the labels of a 2.0 request, a symbol counted each time that a series refers to it: a few bytes can do so a million times."""
 TYPES = ("", "counter", "gauge", "histogram", "gaugehistogram", "summary", "info", "stateset")
 """Names of Metadata.MetricType of 2.0, by number."""
 
@@ -233,7 +235,7 @@ class _Reader2(_Reader[S]):
         if b"\xff" in b"".join(symbols):
             raise BadBody("symbols has one that is not UTF-8.")
         symbol = symbols.__getitem__
-        for positions, kind in zip(_refs(packed, len(symbols)), types, strict=True):
+        for positions, kind in zip(_refs(packed, list(map(len, symbols))), types, strict=True):
             texts = list(map(symbol, positions))
             key = b"\x02%d%s" % (kind, b"\xff".join(texts))  # 0xFF is in no UTF-8, and 0x02 begins no key of 1.0
             found = self.find(key)
@@ -244,12 +246,12 @@ class _Reader2(_Reader[S]):
 
     def _series(self, owner: int, start: int, end: int) -> tuple[bytes, int]:
         """Note the samples of a series; returns its labels_refs as they are, and its type."""
-        refs, metric_type = b"", 0
+        refs, metric_type = list[bytes](), 0
         for number, kind, here, there in fields(self.content, start, end):
             if number == _SAMPLES and kind == LENGTH:
                 self.sample(owner, here, there)
             elif number == _LABELS and kind in (LENGTH, VARINT):  # packed or not, it is the same varints
-                refs += self.content[here:there]
+                refs.append(self.content[here:there])
             elif number == 3:
                 self.written.histograms += 1
             elif number == 4:
@@ -257,7 +259,7 @@ class _Reader2(_Reader[S]):
             elif number == 5 and kind == LENGTH:
                 self.written.metadata += 1
                 metric_type = next((self.content[a] for n, k, a, _ in fields(self.content, here, there) if (n, k) == (1, VARINT)), 0)
-        return refs, metric_type
+        return b"".join(refs), metric_type
 
 
 def _decoded(reader: _Reader[S]) -> Written[S]:
@@ -315,8 +317,8 @@ def _label(content: bytes, start: int, end: int) -> Label:
     return name, value
 
 
-def _refs(packed: Sequence[bytes], symbols: int) -> Iterator[list[int]]:
-    """The labels_refs of each series."""
+def _refs(packed: Sequence[bytes], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """The labels_refs of each series; `lengths` of the symbols. Raises TooLarge before any symbol is repeated."""
     data = np.frombuffer(b"".join(packed), np.uint8)
     last = np.flatnonzero(data < 0x80)
     if len(data) and (len(last) == 0 or last[-1] != len(data) - 1):
@@ -329,8 +331,10 @@ def _refs(packed: Sequence[bytes], symbols: int) -> Iterator[list[int]]:
     for k in range(1, int(length.max(initial=1))):
         more = length > k
         numbers[more] |= (data[first[more] + k] & 0x7F).astype(np.int64) << (7 * k)
-    if len(numbers) and numbers.max() >= symbols:
-        raise Malformed(f"labels_refs points to symbol {numbers.max()}, of {symbols}")
+    if len(numbers) and numbers.max() >= len(lengths):
+        raise Malformed(f"labels_refs points to symbol {numbers.max()}, of {len(lengths)}")
+    if (size := int(np.array(lengths, np.int64)[numbers].sum())) > MAX_LABEL_BYTES:
+        raise TooLarge(f"The labels come to {size} bytes, symbols counted as often as series refer to them; at most {MAX_LABEL_BYTES}.")
     ends = np.searchsorted(last, np.cumsum([len(part) for part in packed]) - 1, side="right").tolist()
     flat, start = numbers.tolist(), 0
     for part, end in zip(packed, ends, strict=True):

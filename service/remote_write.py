@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,12 +52,17 @@ from service.prompb import STALE, Written, decode_1, decode_2, unpack, unpacked_
 from service.results import Scored
 from service.rounds import Kind
 from service.scorer import Scorer
+from service.shipped import beside
 
 DOOR = "remote_write"
 PATH = "/api/v1/write"
 MEDIA_TYPE = "application/x-protobuf"
 MESSAGE_1, MESSAGE_2 = "prometheus.WriteRequest", "io.prometheus.write.v2.Request"
 RETRY_SECONDS = 1
+LARGE = 2 * 1024 * 1024
+"""Bytes of a body, unpacked, from which it is read beside the event loop. A sender's usual one is smaller, and read in a few ms; one of
+millions of fields that mean nothing here takes seconds.
+"""
 AHEAD_SECONDS = 5.0
 """A stream's last sample that is further ahead of this clock is told as such: its sender's clock was wrong."""
 
@@ -121,15 +127,16 @@ class RemoteWrite:
 
     async def _take(self, sent: Sent, message: str) -> tuple[_Tally, Written[Series]]:
         feature = _feature(sent.scorer)
-        content = unpack(sent.content)
-        written = _DECODERS[message](content, self._names.find, self._names.name, most=self._max_events)
-        del content
+        written = await beside(partial(self._read, sent.content, message), unpacked_size(sent.content), LARGE)
         tally = _Tally(unscored=Counter(histogram=written.histograms, exemplar=written.exemplars, metadata=written.metadata))
         taken = _taken(written, tally)
         ends = written.bits == STALE
         await self._score(sent, written, np.flatnonzero(taken & ~ends), feature, tally)
         await self._end(sent.scorer, written, np.flatnonzero(taken & ends), tally)
         return tally, written
+
+    def _read(self, content: bytes, message: str) -> Written[Series]:
+        return _DECODERS[message](unpack(content), self._names.find, self._names.name, most=self._max_events)
 
     async def _score(self, sent: Sent, written: Written[Series], places: NDArray[np.intp], feature: str, tally: _Tally) -> None:
         if len(places) == 0:

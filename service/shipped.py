@@ -106,9 +106,9 @@ class Naming:
         return bounded(self._template.filled(found))
 
 
-async def beside(read: Callable[[], Read], size: int) -> Read:
-    """What `read` makes of a body of so many bytes; others get their turn meanwhile."""
-    return await asyncio.to_thread(read) if size > LONG else read()
+async def beside(read: Callable[[], Read], size: int, large: int = LONG) -> Read:
+    """What `read` makes of a body of so many bytes; others get their turn meanwhile, where it is larger than `large`."""
+    return await asyncio.to_thread(read) if size > large else read()
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,13 @@ def test_every_cut_of_a_request_is_refused_or_read_and_nothing_else_is_raised() 
         decode_protobuf(whole[:-1], most=10)
 
 
+@pytest.mark.timeout(120)  # it takes two seconds; to put them together one by one took half an hour
+def test_as_much_metadata_of_a_line_as_a_body_holds_is_read_in_one_go() -> None:
+    metadata = {f"{i:06}": "" for i in range(500_000)}
+    [pushed] = decode_protobuf(push_protobuf({'{a="b"}': [(NOW, "line", metadata)]}), most=10)
+    assert pushed.entries[0].metadata == metadata
+
+
 @settings(max_examples=300)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(content: bytes) -> None:

@@ -14,6 +14,7 @@ from service.names import (
     MAX_LABEL_VALUE,
     MAX_LABELS,
     OURS,
+    REMEMBERED_BYTES,
     Names,
     Series,
     is_counter,
@@ -85,6 +86,20 @@ def test_the_labels_of_a_hashed_name_are_remembered() -> None:
         names.name(b"%d" % i, sent(__name__="up", x=f"{i}" * 300), "")
     assert names.find(b"key") is None
     assert names.labels(series.stream_id) is None
+
+
+def test_long_labels_take_no_more_memory_than_short_ones() -> None:
+    names = Names((), most=100)
+    for i in range(200):
+        labels = sent(__name__="up", **{f"x{n}": f"{i:04}" * 1000 for n in range(50)})
+        names.name(b"".join(name + value for name, value in labels), labels, "")
+    kept = [len(key) for key in names._series.entries]
+    assert sum(kept) <= 100 * REMEMBERED_BYTES
+    assert len(names._hashed.entries) == len(kept) == 2  # the latest
+    names.name(bytes(101 * REMEMBERED_BYTES), sent(__name__="up"), "")  # more than all may take
+    assert not names._series.entries
+    names.name(b"key", sent(__name__="up"), "")
+    assert list(names._series.entries) == [b"key"]
 
 
 def test_our_own_scores_are_never_scored() -> None:

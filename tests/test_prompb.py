@@ -28,6 +28,7 @@ from service.prompb import (
     unpack,
     unpacked_size,
 )
+from service.wire import varint
 
 NOW = 1_790_000_000_000
 
@@ -210,6 +211,29 @@ def test_more_series_or_samples_than_allowed_are_refused_before_they_are_made(
         read(decode, body([up(i, 1.0) for i in range(5)]), most=4)
     with pytest.raises(TooLarge, match="More than 4 samples"):
         read(decode, body([up(1, 1.0, 2.0, 3.0, 4.0, 5.0)]), most=4)
+
+
+@pytest.mark.parametrize("refs", [1, 100])
+def test_a_few_symbols_referred_to_a_million_times_are_refused_before_they_are_repeated(refs: int) -> None:
+    made = message("io.prometheus.write.v2", "Request")(symbols=["x" * 1_000_000])
+    for _ in range(2 * 10_000 // refs):
+        made.timeseries.add(labels_refs=[0] * refs)
+    content = made.SerializeToString()
+    assert len(content) < 1_200_000
+    book = Book()
+    with pytest.raises(TooLarge, match="The labels come to 20000000000 bytes"):
+        read(decode_2, content, book, most=20_000)
+    assert not book.known
+
+
+@pytest.mark.timeout(120)  # it takes two seconds; to put them together one by one took an hour
+def test_as_many_unpacked_refs_as_a_body_holds_are_read_in_one_go() -> None:
+    inner = b"\x08\x00" * 3_000_000
+    content = b"\x22\x00\x2a" + varint(len(inner)) + inner
+    book = Book()
+    read(decode_2, content, book)
+    [key] = book.known
+    assert len(key) > 3_000_000
 
 
 def test_more_symbols_than_allowed_are_refused() -> None:
