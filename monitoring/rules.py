@@ -279,7 +279,7 @@ RULES: tuple[Rule, ...] = (
         "OnsetRefusing",
         "onset-issues",
         "sum by (job, reason) (rate(onset_refused_total[5m]))",
-        "5m",
+        "10m",
         "warning",
         "Requests are refused: {{ $labels.reason }}.",
         "{{ $value | humanize }} requests a second are refused for the reason {{ $labels.reason }}.",
@@ -294,6 +294,7 @@ RULES: tuple[Rule, ...] = (
         (
             Case({'onset_refused_total{job="onset",reason="queue"}': "0+30x40"}, {"job": "onset", "reason": "queue"}),
             Case({'onset_refused_total{job="onset",reason="queue"}': "30x40"}),
+            Case({'onset_refused_total{job="onset",reason="queue"}': "0x33 30 60 90x4"}),
         ),
         above=0,
     ),
@@ -301,7 +302,7 @@ RULES: tuple[Rule, ...] = (
         "OnsetEventsFailing",
         "onset-issues",
         _events("failed"),
-        "5m",
+        "10m",  # longer than the rate looks back: a failover of seconds is over when it would fire
         "critical",
         "{{ $value | humanizePercentage }} of the events fail.",
         "They are not scored and must be sent again; senders that do are not hurt, others have gaps.",
@@ -311,7 +312,15 @@ RULES: tuple[Rule, ...] = (
             "`onset_state_conflicts_total`: do replicas share streams?",
         ),
         ("Bring the store back.", "Route a stream's events to one replica (by stream id), or through a queue."),
-        _share_cases("failed", 30),
+        [
+            *_share_cases("failed", 30),
+            Case(
+                {
+                    'onset_events_total{job="onset",door="http",outcome="scored"}': "0+600x40",
+                    'onset_events_total{job="onset",door="http",outcome="failed"}': "0x33 300 600 900x4",
+                }
+            ),
+        ],
         above=0.01,
     ),
     Rule(

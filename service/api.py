@@ -24,8 +24,8 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar, get_args
@@ -406,11 +406,8 @@ class Door:
     async def _answer(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str, *, bare: bool) -> bytes | Response:
         if not bare and reply in (Format.JSON, Format.NDJSON):
             return await self._answer_in_json(scorer, items, reply, top, sender)
-        try:
+        with self._answering(len(items)):
             answers = await scorer.score(items, top_contributors=top, sender=sender)
-        except Overloaded:
-            self._metrics.refused.labels("queue").inc()
-            raise
         if bare:
             [answer], [item] = answers, items
             self._events[_outcome(answer)].inc()
@@ -428,11 +425,8 @@ class Door:
         return encode(answers, reply, bare=bare)
 
     async def _answer_in_json(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str) -> bytes:
-        try:
+        with self._answering(len(items)):
             answers, kinds = await scorer.score_as_json(items, top_contributors=top, sender=sender)
-        except Overloaded:
-            self._metrics.refused.labels("queue").inc()
-            raise
         self._count(_of_kinds([kinds.count(kind) for kind in Kind]))
         self._count(Counter(_outcome(answer) for answer in answers if isinstance(answer, ItemError)))
         _some_committed(answers)
@@ -441,15 +435,24 @@ class Door:
     async def _answer_columns(self, scorer: Scorer, columns: Columns, reply: Format, top: int, sender: str) -> bytes | Response:
         if reply is not Format.ARROW or scorer.detector.manifest.kind == "log":
             return await self._answer(scorer, columns.items(), reply, top, sender, bare=False)
-        try:
+        with self._answering(len(columns)):
             scored = await scorer.score_columns(columns, sender=sender)
-        except Overloaded:
-            self._metrics.refused.labels("queue").inc()
-            raise
         self._count(_outcomes(scored))
         manifest = scorer.detector.manifest
         model = (manifest.name, manifest.version)
         return arrow.encode(scored, manifest.feature_names, model, len(columns), top_contributors=top)
+
+    @contextmanager
+    def _answering(self, events: int) -> Iterator[None]:
+        """Count what becomes of a request that is refused as a whole."""
+        try:
+            yield
+        except Overloaded:
+            self._metrics.refused.labels("queue").inc()
+            raise
+        except StoreUnavailable:
+            self._events["failed"].inc(events)
+            raise
 
     def _decoded(self, content: bytes, form: Format) -> tuple[Items, bool]:
         try:

@@ -36,6 +36,7 @@ from service.errors import (
     ItemError,
     NotCommitted,
     StateConflict,
+    StoreUnavailable,
     TooManyStreams,
     TooSlow,
     Unfinished,
@@ -142,7 +143,11 @@ class RemoteWrite:
         if len(places) == 0:
             return
         columns = _columns(written, places, feature, tally)
-        scored = await sent.scorer.score_columns(columns, sender=sent.sender)
+        try:
+            scored = await sent.scorer.score_columns(columns, sender=sent.sender)
+        except StoreUnavailable:
+            self._metrics.events.labels(DOOR, "failed").inc(len(places))
+            raise
         for error in scored.errors.values():
             tally.refuse(_REASONS[type(error)], 1, error.detail, again=isinstance(error, _AGAIN))
         kinds = scored.scores.kinds

@@ -27,6 +27,7 @@ from service.errors import (
     BadSetting,
     FutureEvent,
     ItemError,
+    StoreUnavailable,
     TooManyStreams,
 )
 from service.events import MAX_MESSAGE_LENGTH, Delivery, Event
@@ -177,11 +178,15 @@ class Shipping:
                 f"Model '{sent.scorer.detector.name}' takes numbers, not log lines: add ?model=NAME of one that does.", "model"
             )
         deliveries = self._deliveries(shipped, tally)
+        part: list[Delivery] = []
         try:
             while part := list(islice(deliveries, self._part)):
                 kinds, _ = await sent.scorer.consume(part, sent.sender)
                 for delivery, kind in zip(part, kinds, strict=True):
                     _tell(tally, delivery.event, kind)
+        except StoreUnavailable:
+            tally.outcomes["failed"] += len(part) + sum(1 for _ in deliveries)
+            raise
         finally:  # also of a request of which a part was scored
             self._count(tally)
 

@@ -443,6 +443,7 @@ async def test_a_store_that_is_down_is_503_and_the_door_recovers_with_it(client:
         response = await client.raw(json.dumps(body))
         assert_problem(response, 503, "does not answer")
         assert int(response.headers["retry-after"]) >= 1
+    assert client.metrics.registry.get_sample_value("onset_events_total", {"door": "http", "outcome": "failed"}) == 3
     client.store.down = False
     assert (await client.score(event()))["state_version"] == 1
 

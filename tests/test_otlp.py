@@ -139,6 +139,7 @@ async def test_while_the_store_does_not_answer_the_exporter_is_to_send_again(exp
     request = export(*records(*LINES), resource=SHOP)
     reply = await exporter.post(otlp.PATH, content=request.SerializeToString(), headers=PROTOBUF)
     assert (reply.status_code, reply.headers["retry-after"], status_of(reply)[0]) == (503, "1", 14)
+    assert exporter.count("failed") == 4
     exporter.store.commits = 1e9
     await send(exporter, request)
     assert exporter.count("scored") == 4

@@ -207,6 +207,7 @@ async def test_while_the_store_does_not_answer_the_sender_is_to_send_again(prome
     reply = await prometheus.write(up(1, 1.0))
     assert_refused(reply, 503, "The state store does not answer")
     assert reply.headers["retry-after"] == "1"
+    assert prometheus.count("failed") == 1
     prometheus.store.commits = math.inf
     assert (await prometheus.write(up(1, 1.0))).status_code == 204
     assert (await prometheus.last(name(1))).state_version == 1
