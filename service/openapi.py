@@ -51,9 +51,9 @@ def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict
             [Event, Result, Problem, PolicyReply, LevelReply, alerts.AlertPage, patterns.PatternPage, *(_LIVE_DATA if live else ())],
             ref_template=_COMPONENT,
         )
-        event = _event(components.pop("Event"), manifests)
+        events = _events(components.pop("Event"), manifests)
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
-        spec["components"]["schemas"] |= {"Health": _HEALTH, "Event": event, "StreamEvent": _without_stream(event), "PolicyChange": _CHANGE}
+        spec["components"]["schemas"] |= {"Health": _HEALTH, "PolicyChange": _CHANGE} | events
         others = {path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))}
         spec["paths"] = _paths(example(manifests[0]) | {"stream_id": "example-1"}) | (_live_paths() if live else {}) | others
         _simplify(spec)
@@ -119,8 +119,11 @@ def example(manifest: Manifest) -> dict[str, Any]:
     return {"stream_id": "pump-7", "values": dict.fromkeys(manifest.feature_names[:8], 1.0)}
 
 
-def _event(schema: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """The event that the loaded models take: msgspec's schema, and what features.py checks beyond it."""
+def _events(schema: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """The event that the loaded models take, and the same without its stream: msgspec's schema, and what features.py checks beyond it.
+
+    Each of several kinds is a component of its own, for its name is what generated clients call it.
+    """
     name = {"type": "string", "pattern": PRINTABLE}
     # Without the first and the last day that a calendar has: in some zone they are of another year.
     written = {"type": "string", "format": "date-time", "pattern": "^(?!0001-01-01|9999-12-31)"}
@@ -132,36 +135,38 @@ def _event(schema: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, A
     }
     for field in ("values", "message", "end"):
         del shared[field]
-    bodies = [
-        {"type": "object", "additionalProperties": False, **kind} for kind in (*_readings(shared, manifests), *_lines(shared, manifests))
-    ]
-    return {"title": "Event", "description": schema["description"], **(bodies[0] if len(bodies) == 1 else {"anyOf": bodies})}
+    values = {f"Values-{manifest.name}": _values(manifest) for manifest in manifests if manifest.kind == "sensor"}
+    kinds = _readings(shared, values) | (_lines(shared) if any(manifest.kind == "log" for manifest in manifests) else {})
+    found = values if len(values) > 1 else {}
+    for prefix, bodies in (("", kinds), ("Stream", {kind: _without_stream(body) for kind, body in kinds.items()})):
+        own = {f"{prefix}{kind}": {"type": "object", "additionalProperties": False, **body} for kind, body in bodies.items()}
+        event = {"anyOf": [_ref(kind) for kind in own]} if len(own) > 1 else own.popitem()[1]
+        found |= own | {f"{prefix}Event": {"description": schema["description"], **event}}
+    return found
 
 
-def _readings(shared: dict[str, Any], manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
-    """What sensor models take, if there are any."""
+def _values(manifest: Manifest) -> dict[str, Any]:
+    """What a sensor model takes."""
     number = {"anyOf": [{"type": "number", "minimum": -FLOAT32_MAX, "maximum": FLOAT32_MAX}, {"type": "null"}]}
-    values = [
-        {
-            "type": "object",
-            "description": f"Features of model '{manifest.name}'; null or left out = missing.",
-            "properties": dict.fromkeys(manifest.feature_names, number),
-            "additionalProperties": False,
-            "minProperties": 1,
-        }
-        for manifest in manifests
-        if manifest.kind == "sensor"
-    ]
+    return {
+        "type": "object",
+        "description": f"Features of model '{manifest.name}'; null or left out = missing.",
+        "properties": dict.fromkeys(manifest.feature_names, number),
+        "additionalProperties": False,
+        "minProperties": 1,
+    }
+
+
+def _readings(shared: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What sensor models take, if there are any."""
     if not values:
-        return []
-    properties = shared | {"values": values[0] if len(values) == 1 else {"anyOf": values}}
-    return [{"properties": properties, "required": ["stream_id", "values"]}]
+        return {}
+    properties = shared | {"values": {"anyOf": [_ref(name) for name in values]} if len(values) > 1 else next(iter(values.values()))}
+    return {"Reading": {"properties": properties, "required": ["stream_id", "values"]}}
 
 
-def _lines(shared: dict[str, Any], manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
-    """What log models take, if there are any: a line, or the end of a session."""
-    if not any(manifest.kind == "log" for manifest in manifests):
-        return []
+def _lines(shared: dict[str, Any]) -> dict[str, Any]:
+    """What log models take: a line, or the end of a session."""
     line = {
         "message": {
             "type": "string",
@@ -171,21 +176,15 @@ def _lines(shared: dict[str, Any], manifests: Sequence[Manifest]) -> list[dict[s
         }
     }
     end = {"end": {"type": "boolean", "const": True, "description": "The stream's session ends here: an event of its own."}}
-    return [
-        {"properties": shared | line, "required": ["stream_id", "message"]},
-        {"properties": shared | end, "required": ["stream_id", "end"]},
-    ]
-
-
-def _without_stream(event: dict[str, Any]) -> dict[str, Any]:
-    if "anyOf" in event:
-        return event | {"title": "StreamEvent", "anyOf": [_without_stream(body) for body in event["anyOf"]]}
-    properties = {name: schema for name, schema in event["properties"].items() if name != "stream_id"}
-    return event | {
-        "title": "StreamEvent",
-        "properties": properties,
-        "required": [name for name in event["required"] if name != "stream_id"],
+    return {
+        "LogLine": {"properties": shared | line, "required": ["stream_id", "message"]},
+        "SessionEnd": {"properties": shared | end, "required": ["stream_id", "end"]},
     }
+
+
+def _without_stream(body: dict[str, Any]) -> dict[str, Any]:
+    properties = {name: schema for name, schema in body["properties"].items() if name != "stream_id"}
+    return {"properties": properties, "required": [name for name in body["required"] if name != "stream_id"]}
 
 
 _CHANGES = {

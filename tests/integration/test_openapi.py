@@ -17,16 +17,19 @@ import jsonschema_rs
 import pytest
 import schemathesis
 import uvicorn
+from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
 from bench.prompb import Sent, body_1
+from service import openapi
 from service.app import create_app
 from service.asking import per_event
 from service.prompb import pack
 from service.settings import Settings
 from tests import local
 from tests.pushes import export, push_protobuf, record
-from tests.tiny_log import build_tiny_log
+from tests.tiny import tiny_manifest
+from tests.tiny_log import build_tiny_log, tiny_log_manifest
 
 ROUTES = {
     ("POST", "/v1/events"),
@@ -236,6 +239,12 @@ def test_the_examples_of_the_document_are_scored(served: str) -> None:
         assert [json.loads(line)["duplicate"] for line in lines.text.splitlines()] == [True, True]
 
 
+def test_what_the_bits_of_a_live_event_mean_is_in_the_document(served: str) -> None:
+    components = local.get(f"{served}/openapi.json").json()["components"]["schemas"]
+    for name in ("LiveShown", "LiveEvents"):
+        assert "8 = an alert begins" in components[name]["properties"]["bits"]["description"]
+
+
 def test_generators_of_clients_read_the_document(served: str, schema_of_lines: Any) -> None:
     """They stop at a boolean in the place of a schema and at a constant that may be left out, and take what has a default for sent."""
     for document in (local.get(f"{served}/openapi.json").json(), schema_of_lines.raw_schema):
@@ -245,6 +254,24 @@ def test_generators_of_clients_read_the_document(served: str, schema_of_lines: A
             for name, inner in (schema["properties"] if isinstance(schema.get("properties"), dict) else {}).items():
                 assert "default" not in inner, name
                 assert "const" not in inner or name in schema["required"], name
+
+
+def test_kinds_of_events_have_names_of_their_own_where_models_take_several() -> None:
+    manifests = [tiny_manifest(("value",), "one"), tiny_manifest(("flow", "level"), "two"), tiny_log_manifest("web")]
+    made = openapi.document(FastAPI(), manifests, live=False)
+    titles = [schema["title"] for schema in schemas(made["components"]) if isinstance(schema.get("title"), str)]
+    assert sorted(titles) == sorted(set(titles))
+    taken: list[Any] = [{"values": {"value": 1.0}}, {"values": {"flow": 1.0, "level": None}}, {"message": "Took 3 ms for /"}, {"end": True}]
+    refused: list[Any] = [{"values": {"flow": 1.0, "value": 1.0}}, {"end": False}, {"message": " "}]
+    named: dict[str, Any] = {"stream_id": "a"}
+    for component, beside in (("Event", named), ("StreamEvent", {})):
+        schema = made["components"]["schemas"][component]
+        assert all(list(kind) == ["$ref"] for kind in schema["anyOf"])
+        for event in taken:
+            valid(made, schema, event | beside)
+        for event in refused:
+            with pytest.raises(jsonschema_rs.ValidationError):
+                valid(made, schema, event | beside)
 
 
 def schemas(node: Any) -> Iterator[dict[str, Any]]:
