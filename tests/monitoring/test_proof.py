@@ -64,6 +64,8 @@ class Received:
     """What Alertmanager told its receivers."""
 
     alerts: list[dict[str, Any]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    """The receiver of each notification."""
 
     def of(self, status: str) -> list[dict[str, Any]]:
         """The service's alerts of the stream that is off."""
@@ -111,7 +113,9 @@ def receiver(received: Received) -> Iterator[str]:
 
     class Hook(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            received.alerts += json.loads(self.rfile.read(int(self.headers["content-length"])))["alerts"]
+            notice = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            received.notices.append(notice["receiver"])
+            received.alerts += notice["alerts"]
             self.send_response(200)
             self.end_headers()
 
@@ -185,8 +189,8 @@ def prometheus_config(folder: Path, target: str, alertmanager: str) -> Path:
     return path
 
 
-def alertmanager_config(folder: Path, hook: str) -> Path:
-    """The one that ships, with a receiver, and without its patience."""
+def alertmanager_config(folder: Path, hook: str, *, patient: bool = False) -> Path:
+    """The one that ships, with a receiver, and without its patience unless it is `patient`."""
     config = yaml.safe_load((ROOT / "monitoring/alertmanager/alertmanager.yml").read_text())
 
     def hasten(route: dict[str, Any]) -> None:
@@ -194,7 +198,8 @@ def alertmanager_config(folder: Path, hook: str) -> Path:
         for child in route.get("routes", []):
             hasten(child)
 
-    hasten(config["route"])
+    if not patient:
+        hasten(config["route"])
     for named in config["receivers"]:
         named["webhook_configs"] = [{"url": hook, "send_resolved": True}]
     path = folder / "alertmanager.yml"
@@ -303,3 +308,38 @@ def test_no_rule_complains_about_the_service_itself(world: World) -> None:
     assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
     health = [group for group in reply["data"]["groups"] if group["name"] == "onset-health"]
     assert [rule["name"] for group in health for rule in group["rules"] if rule["state"] == "firing"] == []
+
+
+@pytest.fixture(name="told")
+def told_fixture(tmp_path: Path) -> Iterator[tuple[str, Received]]:
+    """A patient Alertmanager's address, and what it told."""
+    received, url = Received(), f"http://127.0.0.1:{free_port()}"
+    with (
+        receiver(received) as hook,
+        process(
+            program("prometheus-alertmanager", "prometheus-alertmanager"),
+            f"--config.file={alertmanager_config(tmp_path, hook, patient=True)}",
+            f"--storage.path={tmp_path / 'alertmanager'}",
+            f"--web.listen-address={url.removeprefix('http://')}",
+            "--cluster.listen-address=",
+            ready=f"{url}/-/ready",
+        ),
+    ):
+        yield url, received
+
+
+def test_a_hundred_critical_anomalies_at_once_are_one_page(told: tuple[str, Received]) -> None:
+    url, received = told
+    labels = {"alertname": "OnsetAnomaly", "model": "default", "severity": "critical"}
+    local.post(f"{url}/api/v2/alerts", json=[{"labels": labels | {"stream": f"pump-{i}"}} for i in range(100)]).raise_for_status()
+    until(lambda: len(received.alerts) >= 100, "all alerts")
+    assert received.notices == ["onset-pager"]
+
+
+def test_while_the_store_is_away_one_page_says_so(told: tuple[str, Received]) -> None:
+    url, received = told
+    names = ("OnsetUnavailable", "OnsetAlertsNotKept", "OnsetEventsFailing")
+    local.post(f"{url}/api/v2/alerts", json=[{"labels": {"alertname": name, "severity": "critical"}} for name in names]).raise_for_status()
+    until(lambda: received.alerts, "a page")
+    time.sleep(2)  # the others' groups wait as long
+    assert [alert["labels"]["alertname"] for alert in received.alerts] == ["OnsetUnavailable"]
