@@ -37,7 +37,7 @@ from service.events import Readings
 from service.outputs import naming, whole, write_text
 from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
-from service.tables import Notify, ReadOptions, Source, as_float32, find_sources, once_each, read_for
+from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, once_each, read_for
 from service.terminal import terminal
 
 LISTED = 60
@@ -191,13 +191,21 @@ class Report:
     alpha: float
     seconds: float
     tallies: list[Tally]
+    rowless: list[str] = field(default_factory=list)
+    """Inputs that have no rows; they have no tally."""
 
     @property
     def rows(self) -> int:
         return sum(tally.rows for tally in self.tallies)
 
     def as_json(self) -> dict[str, Any]:
-        return {"model": self.model, "alpha": self.alpha, "seconds": self.seconds, "inputs": [asdict(tally) for tally in self.tallies]}
+        return {
+            "model": self.model,
+            "alpha": self.alpha,
+            "seconds": self.seconds,
+            "inputs": [asdict(tally) for tally in self.tallies],
+            "without_rows": self.rowless,
+        }
 
 
 def run(
@@ -209,7 +217,7 @@ def run(
     console: Console | None = None,
     limits: Limits = Limits(),
 ) -> Report:
-    """Score every file under `inputs` into a CSV of the same relative path under `out`. Raises TableError, NotWritten."""
+    """Score every file under `inputs` that has rows into a CSV of the same relative path under `out`. Raises TableError, NotWritten."""
     console = console or terminal(stderr=True)
     began = time.perf_counter()
     sources = find_sources(inputs)
@@ -217,15 +225,19 @@ def run(
     by_size = sorted(sources, key=lambda source: source.path.stat().st_size, reverse=True)
     tallies: dict[str, Tally] = {}
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("scoring", total=None)
+        task, rowless = progress.add_task("scoring", total=None), Rowless(sources, progress.console.print)
         for first in range(0, len(by_size), limits.group_files):
             notify = once_each(progress.console.print)
-            series = [read_series(source, detector, options, notify) for source in by_size[first : first + limits.group_files]]
+            series = []
+            for source in by_size[first : first + limits.group_files]:
+                with rowless.left_out(source):
+                    series.append(read_series(source, detector, options, notify))
             progress.update(task, total=(progress.tasks[0].total or 0) + sum(map(len, series)))
             written = _score_group(series, detector, policy, targets, limits, lambda rows: progress.advance(task, rows))
             tallies |= {tally.name: tally for tally in written}
-    ordered = [tallies[source.name] for source in sources]
-    return Report(detector.manifest.filename, policy.alpha, time.perf_counter() - began, ordered)
+    rowless.refuse_all()
+    ordered = [tallies[source.name] for source in sources if source.name in tallies]
+    return Report(detector.manifest.filename, policy.alpha, time.perf_counter() - began, ordered, rowless.names)
 
 
 def _targets(sources: Sequence[Source], out: Path) -> dict[str, Path]:
@@ -323,13 +335,16 @@ def command(
     late = sum(tally.late for tally in report.tallies)
     if late:
         console.print(f"{late:,} rows are late (older than a row before them): never stepped, score 0.")
-    return Done(report, find_sources(inputs), detector, policy, options)
+    with_rows = [source for source in find_sources(inputs) if source.name not in report.rowless]
+    return Done(report, with_rows, detector, policy, options)
 
 
 def tell(console: Console, report: Report, out: Path, json_file: Path | None) -> None:
     """The summary, and where the scores are. Raises NotWritten."""
     console.print(_summary(report))
     console.print(f"{report.rows:,} rows in {report.seconds:.1f} s, {report.rows / report.seconds:,.0f} rows/s, written to {out}")
+    if report.rowless:
+        console.print(f"{len(report.rowless):,} of {len(report.rowless) + len(report.tallies):,} inputs have no rows and are left out.")
     if json_file:
         write_text(json_file, json.dumps(report.as_json(), indent=2))
 

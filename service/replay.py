@@ -38,7 +38,7 @@ from service.artifact import NEW_TEXT
 from service.errors import OnsetError
 from service.log_files import LogFormat, by_stream
 from service.outputs import naming
-from service.tables import ReadOptions, Source, Table, find_sources, read_for
+from service.tables import ReadOptions, Rowless, Source, Table, find_sources, read_for
 from service.terminal import terminal
 
 RETRY_STATUS = frozenset({429, 502, 503, 504})
@@ -439,8 +439,12 @@ def run(
             recordings = record_lines(files, model, format_, options.stream)
         else:
             sources = find_sources(files)
-            tables = [read_for(source, model.features, read, progress.console.print) for source in sources]
-            recordings = record(sources, tables, options.stream)
+            tables, rowless = [], Rowless(sources, progress.console.print)
+            for source in sources:
+                with rowless.left_out(source):
+                    tables.append((source, read_for(source, model.features, read, progress.console.print)))
+            rowless.refuse_all()
+            recordings = record([source for source, _ in tables], [table for _, table in tables], options.stream)
         output = Output(out, model, stack) if out else None
         total = sum(len(one.seconds) for one in recordings)
         console.print(

@@ -29,7 +29,7 @@ import numpy as np
 from service.errors import TableError
 from service.long_tables import Long, Spill, Suggestion, Tags, aligned, read_long, suggestion
 from service.outputs import naming
-from service.tables import Dialect, Float64, Notify, ReadOptions, Source, Table, Unsorted, find_sources, read_batches
+from service.tables import Dialect, Float64, Notify, ReadOptions, Rowless, Source, Table, Unsorted, find_sources, read_batches
 
 CELLS = 1 << 22
 """Cells of a batch: some 100 MB with the texts they are read from."""
@@ -173,7 +173,7 @@ def split(
         dialect = replace(dialect, unzoned=lambda: unzoned.add(True))
     with _uncollected(), naming(out):
         if long is not None:
-            done = _split_long(sources, out, named, options, dialect, long, show)
+            done = _split_long(sources, out, named, options, dialect, long, notify, show)
         else:
             done = _split_all_wide(sources, out, named, options, dialect, notify, show)
     done.unzoned = bool(unzoned)
@@ -197,17 +197,19 @@ def _uncollected() -> Iterator[None]:
 def _split_all_wide(
     sources: list[Source], out: Path, named: re.Pattern[str], options: ReadOptions, dialect: Dialect, notify: Notify, show: Show
 ) -> Done:
-    done = Done()
+    done, rowless = Done(), Rowless(sources, notify)
     for source in sources:
         maybe = suggestion(source, options, dialect)
         if maybe is not None:
             _suggest(source, maybe, done)
         try:
-            _split_wide(source, out, named, options, dialect, notify, done, show)
+            with rowless.left_out(source):
+                _split_wide(source, out, named, options, dialect, notify, done, show)
         except Unsorted as error:
             if not done.words and maybe is None:
                 raise
             raise TableError(f"{error.detail} If it has a row for each reading, name the columns: --tag COLUMN --value COLUMN.") from None
+    rowless.refuse_all()
     return done
 
 
@@ -248,21 +250,30 @@ def _split_wide(
 
 
 def _split_long(
-    sources: list[Source], out: Path, named: re.Pattern[str], options: ReadOptions, dialect: Dialect, long: Long, show: Show
+    sources: list[Source],
+    out: Path,
+    named: re.Pattern[str],
+    options: ReadOptions,
+    dialect: Dialect,
+    long: Long,
+    notify: Notify,
+    show: Show,
 ) -> Done:
-    tags, plan = Tags(), Plan(named)
+    tags, plan, rowless = Tags(), Plan(named), Rowless(sources, notify)
     out.parent.mkdir(parents=True, exist_ok=True)
     with closing(Spill(out.parent)) as spill:
         for source in sources:
             tags.file = "" if "stream" in named.groupindex else source.name
             rows = 0
-            for readings in read_long(source, options, long, dialect, tags):
-                plan.learn(source, tags)
-                streams, features = np.array(plan.places, dtype=np.int64).reshape(-1, 2)[readings.tags].T
-                readings.records["feature"] = features
-                spill.add(streams[streams >= 0], readings.records[streams >= 0])
-                rows += len(streams)
-                show(f"rows of {source.name}", rows, None)
+            with rowless.left_out(source):
+                for readings in read_long(source, options, long, dialect, tags):
+                    plan.learn(source, tags)
+                    streams, features = np.array(plan.places, dtype=np.int64).reshape(-1, 2)[readings.tags].T
+                    readings.records["feature"] = features
+                    spill.add(streams[streams >= 0], readings.records[streams >= 0])
+                    rows += len(streams)
+                    show(f"rows of {source.name}", rows, None)
+        rowless.refuse_all()
         return _write_long(out, spill, tags, plan, long, show)
 
 

@@ -18,7 +18,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, tzinfo
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -60,6 +60,10 @@ EARLIEST_EPOCH, LATEST_EPOCH = -62_135_510_400.0, 1e11
 
 class NoColumns(TableError):
     """Every column of a file is left out."""
+
+
+class NoRows(TableError):
+    """A file has a header alone, or not even that."""
 
 
 class Unsorted(TableError):
@@ -173,6 +177,32 @@ def once_each(notify: Notify) -> Notify:
     return once
 
 
+@dataclass
+class Rowless:
+    """Files without rows among many, which are told and left out: an export of a sensor that said nothing is such a one."""
+
+    sources: Sequence[Source]
+    """All of them."""
+    notify: Notify
+    names: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def left_out(self, source: Source) -> Iterator[None]:
+        """Around the reading of one of them. Raises NoRows where it is the only one."""
+        try:
+            yield
+        except NoRows as error:
+            if len(self.sources) == 1:
+                raise
+            self.names.append(source.name)
+            self.notify(f"{error.detail} It is left out.")
+
+    def refuse_all(self) -> None:
+        """Raises NoRows where none of them is left."""
+        if len(self.names) == len(self.sources):
+            raise NoRows(f"None of {len(self.sources):,} files has a row.")
+
+
 def read_tables(paths: Iterable[Path], options: ReadOptions = ReadOptions(), notify: Notify = print) -> Iterator[Table]:
     """All tables under `paths`, one at a time. `notify` gets one sentence per set of columns left out."""
     once = once_each(notify)
@@ -220,7 +250,7 @@ def read_coded(
     except OSError as error:
         raise TableError(f"{source.path} cannot be read: {error}.") from error
     if before == 0:
-        raise TableError(f"{source.path} has no rows.")
+        raise NoRows(f"{source.path} has no rows.")
 
 
 def coded_numbers(path: Path, cells: Coded, dialect: Dialect, before: int) -> tuple[Float64, NDArray[np.bool_]]:
@@ -315,7 +345,7 @@ def _batches(reading: _Reading) -> Iterator[Table]:
     except OSError as error:
         raise TableError(f"{source.path} cannot be read: {error}.") from error
     if rows == 0:
-        raise TableError(f"{source.path} has no rows.")
+        raise NoRows(f"{source.path} has no rows.")
 
 
 def read_for(
@@ -402,7 +432,7 @@ def _csv_coded(reading: _Reading, wanted: Sequence[str] | None) -> Iterator[tupl
             rows = (row for row in all_rows if row[0] not in INFLUX_NOTES)
             header = next(rows, None)
         if header is None:
-            raise TableError(f"{source.path} is empty.")
+            raise NoRows(f"{source.path} is empty.")
         names = [name.strip() for name in header]
         time, places = _coded_columns(reading, names, wanted)
         before = 0
@@ -426,7 +456,7 @@ def _csv_tables(reading: _Reading, rows: Iterator[list[str]]) -> Iterator[Table]
     source = reading.source
     first = next(rows, None)
     if first is None:
-        raise TableError(f"{source.path} is empty.")
+        raise NoRows(f"{source.path} is empty.")
     header = _header(first)
     body = rows if header is first else itertools.chain([first], rows)
     names = [name.strip() for name in header]

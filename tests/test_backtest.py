@@ -171,6 +171,32 @@ def test_the_command_prints_a_summary_and_writes_it_as_json(tmp_path: Path, tiny
     assert summary["inputs"][0]["rows"] == len(rows_of(tmp_path / "out/x.csv")) == 60
 
 
+def test_files_without_rows_are_named_counted_and_left_out(tmp_path: Path, tiny_model_path: Path) -> None:
+    write(tmp_path / "data/b.csv", series(1, 60))
+    write(tmp_path / "data/idle.csv", [])
+    (tmp_path / "data/a.csv").write_text("")
+    files = {name: str(tmp_path / name) for name in ("data", "out", "summary.json", "report.html")}
+    arguments = ["backtest", files["data"], "--model", str(tiny_model_path), "--out", files["out"], "--json", files["summary.json"]]
+    ran = CliRunner().invoke(app, [*arguments, "--report", files["report.html"]])
+    assert ran.exit_code == 0, ran.output
+    printed = " ".join(ran.output.split())
+    assert "a.csv is empty. It is left out." in printed
+    assert "idle.csv has no rows. It is left out." in printed
+    assert "2 of 3 inputs have no rows and are left out." in printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [one["name"] for one in summary["inputs"]] == ["b.csv"]
+    assert sorted(summary["without_rows"]) == ["a.csv", "idle.csv"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.csv"]
+    assert "b.csv" in (tmp_path / "report.html").read_text()
+
+
+def test_files_of_which_none_has_rows_are_refused(tmp_path: Path, tiny_detector: Detector) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"data/{name}.csv", [])
+    with pytest.raises(TableError, match="None of 2 files has a row"):
+        score([tmp_path / "data"], tiny_detector, tmp_path / "out")
+
+
 def test_a_lower_rate_gives_fewer_alerts(tmp_path: Path, tiny_model_path: Path) -> None:
     write(tmp_path / "x.csv", series(1, 400))
     alerts = []

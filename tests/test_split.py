@@ -210,6 +210,21 @@ def test_files_of_a_stream_may_have_other_columns_in_another_order(tmp_path: Pat
     assert "Not in all files, and missing in the rows of the others: M: b [x,y], M: c, M: d." in done.report()
 
 
+@pytest.mark.parametrize("long", [Long(("tag",), ("value",)), None])
+def test_files_without_rows_are_told_and_left_out(tmp_path: Path, long: Long | None) -> None:
+    (tmp_path / "in").mkdir()
+    header, row = ("time,tag,value", "2026-01-01T00:00:00Z,M1.a,1") if long else ("time,M1.a", "2026-01-01T00:00:00Z,1")
+    written(tmp_path / "in", f"{header}\n", "idle.csv")
+    full = written(tmp_path / "in", f"{header}\n{row}\n", "jan.csv")
+    told: list[str] = []
+    done = split([tmp_path / "in"], tmp_path / "out", "{stream}.{feature}", ReadOptions(), notify=told.append, long=long)
+    assert done.rows == {"M1": 1}
+    assert [line.rpartition("/")[2] for line in told] == ["idle.csv has no rows. It is left out."]
+    full.write_text("")
+    with pytest.raises(TableError, match="None of 2 files has a row"):
+        split([tmp_path / "in"], tmp_path / "none", "{stream}.{feature}", ReadOptions(), notify=told.append, long=long)
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

@@ -24,7 +24,7 @@ import numpy as np
 
 from service.errors import TableError
 from service.outputs import naming
-from service.tables import Notify, ReadOptions, Source, as_float32, find_sources, once_each, read_batches
+from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, once_each, read_batches
 from training.data import Float32, Stream, clock
 
 CACHE = "cache"
@@ -142,27 +142,31 @@ def _made_of(sources: Sequence[Source], options: ReadOptions) -> list[Any]:
 
 
 def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify: Notify) -> dict[str, Any]:
-    sha, lengths = hashlib.sha256(), []
-    features: list[str] = []
+    sha, rowless = hashlib.sha256(), Rowless(sources, notify)
+    names, lengths, features = list[str](), list[int](), list[str]()
     with (folder / "x.f32").open("wb") as x, (folder / "t.f32").open("w+b") as t:
         for source in sources:
-            sha.update(source.name.encode())
             start, rows, before = t.tell(), 0, np.nan
-            for table in read_batches(source, options, notify):
-                features = features or list(table.columns)
-                unknown = [column for column in table.columns if column not in features]
-                if unknown:
-                    raise TableError(
-                        f"{source.name} has the column {unknown[0]!r} that {sources[0].name} lacks: one model, one set of features."
-                    )
-                values = as_float32(source, features, table.matrix(features), rows).tobytes()
-                sha.update(values)
-                x.write(values)
-                t.write(clock(table.timestamps, before).tobytes())
-                rows, before = rows + len(table), table.timestamps[-1]
-            lengths.append(rows)
-            _hash_from(t, start, sha)
-    return {"names": [source.name for source in sources], "lengths": lengths, "features": features, "sha256": sha.hexdigest()}
+            with rowless.left_out(source):
+                for table in read_batches(source, options, notify):
+                    if rows == 0:
+                        names.append(source.name)
+                        sha.update(source.name.encode())
+                    features = features or list(table.columns)
+                    unknown = [column for column in table.columns if column not in features]
+                    if unknown:
+                        raise TableError(
+                            f"{source.name} has the column {unknown[0]!r} that {names[0]} lacks: one model, one set of features."
+                        )
+                    values = as_float32(source, features, table.matrix(features), rows).tobytes()
+                    sha.update(values)
+                    x.write(values)
+                    t.write(clock(table.timestamps, before).tobytes())
+                    rows, before = rows + len(table), table.timestamps[-1]
+                lengths.append(rows)
+                _hash_from(t, start, sha)
+    rowless.refuse_all()
+    return {"names": names, "lengths": lengths, "features": features, "sha256": sha.hexdigest()}
 
 
 def _hash_from(file: BinaryIO, start: int, sha: Any) -> None:

@@ -47,9 +47,10 @@ def service(tmp_path: Path, model: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    """Two files with gaps, missing numbers, equal timestamps, rows out of order and a label that must not be sent."""
+    """Two files with gaps, missing numbers, equal timestamps, rows out of order and a label that must not be sent; and one without rows."""
     folder = tmp_path / "recorded"
     (folder / "hall").mkdir(parents=True)
+    (folder / "idle.csv").write_text("timestamp,flow,pressure,anomaly\n")
     rng = np.random.default_rng(5)
     for name, rows in (("a.csv", 300), ("hall/b.csv", 120)):
         seconds = 1.6e9 + np.cumsum(rng.choice([0, 0.5, 1, 60, -3], rows, p=[0.05, 0.3, 0.6, 0.04, 0.01]))

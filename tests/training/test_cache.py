@@ -35,6 +35,20 @@ def small(folder: Path, name: str = "a.csv", value: float = 1.0) -> Path:
     return folder
 
 
+def test_files_without_rows_are_told_and_left_out(tmp_path: Path) -> None:
+    alone = converted(small(tmp_path / "alone", "b.csv"), tmp_path / "cache-alone")
+    (small(tmp_path / "data", "b.csv") / "a.csv").write_text("timestamp,load,what is not in any other\n")
+    (tmp_path / "data" / "c.csv").write_text("")
+    told: list[str] = []
+    cached = converted(tmp_path / "data", tmp_path / "cache", told)
+    assert [stream.name for stream in cached.streams] == ["b.csv"]
+    assert cached.sha256 == alone.sha256
+    assert [line.rpartition("/")[2] for line in told] == ["a.csv has no rows. It is left out.", "c.csv is empty. It is left out."]
+    (tmp_path / "data" / "b.csv").write_text("timestamp,load\n")
+    with pytest.raises(TableError, match="None of 3 files has a row"):
+        converted(tmp_path / "data", tmp_path / "cache")
+
+
 @pytest.fixture(scope="module")
 def rows() -> tuple[Float64, Float64]:
     """Times [T] and values [T, F] of a file of several batches."""
