@@ -7,9 +7,9 @@
 A stream that is said to have ended while its alert is open (`begin_end`) is swept in the same way: at its deadline it has ended.
 
 So a silence is raised once, however many replicas there are. The next event clears it and is judged as any other. Only streams whose
-events are about now are waited for (`waits`). After a start, an outage of the store, a pause of this process or a change of its clock every
-stream gets its patience anew, and RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take a
-while to come back to it.
+events are not of the past are waited for (`waits`). After a start, an outage of the store, a pause of this process or a change of its clock
+every stream gets its patience anew, and RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take
+a while to come back to it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SWEPT = 1000
 ROUNDS = 10
 """Goes of one sweep, at most."""
 LIVE_SECONDS = 300.0
-"""A stream is live while its events' times are within this (or its patience) of the time they arrive."""
+"""A stream is live while its events are no older than this (or its patience) when they arrive. One that is ahead of us has a wrong clock."""
 RETURN_SECONDS = 10.0
 """How long those that were turned away while the service was down wait at most before they come again, or catch up from a queue."""
 GRACE_SECONDS = 30.0
@@ -95,7 +95,7 @@ def waits(rows: Rows, alpha: float, now: float, ended: NDArray[np.bool_] | None 
     if len(learned):
         patience[learned] = cadence.patience(rows[learned], alpha)
     known = np.isfinite(patience)
-    about_now = np.abs(now - rows["last"]["timestamp"]) <= np.where(known, np.maximum(patience, LIVE_SECONDS), LIVE_SECONDS)
+    about_now = now - rows["last"]["timestamp"] <= np.where(known, np.maximum(patience, LIVE_SECONDS), LIVE_SECONDS)
     if ended is not None:
         about_now &= ~ended
     same = (before < 0) & (gap < 0.5 * np.exp(rows["pace"].astype(np.float64)))  # a part of what arrived then

@@ -243,6 +243,16 @@ async def test_a_stream_that_ended_after_one_delivery_has_not_paused_since_then(
     assert silence.patience < 1000
 
 
+async def test_a_stream_whose_clock_is_ahead_is_missed_as_any_other(world: World) -> None:
+    spoken = await world.speak("s", 100, behind=-3600)
+    world.clock.now += 20
+    await world.sweep()
+    assert world.raised == []
+    world.clock.now += 60
+    await world.sweep()
+    assert [(silence.stream_id, silence.last_event) for silence in world.raised] == [("s", spoken.timestamp)]
+
+
 async def test_nobody_waits_for_the_past_or_for_a_stream_too_new(world: World) -> None:
     await world.speak("old", 100, behind=86_400)
     await world.speak("new", 20)
