@@ -29,7 +29,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar, get_args
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import msgspec
 import numpy as np
@@ -51,6 +51,7 @@ from service.errors import (
     AlertResolved,
     BadEvent,
     BadParameter,
+    CrossSite,
     ItemError,
     NotCommitted,
     OnsetError,
@@ -100,6 +101,12 @@ OUTCOMES = ("scored", "duplicate", "late", "rejected", "failed")
 VISIBLE = f"^[!-~]{{1,{MAX_NAME_LENGTH}}}$"
 _VISIBLE = re.compile(VISIBLE)
 _ALERT_ID = re.compile(alerts.ID)
+_READING = ("GET", "HEAD", "OPTIONS")
+_OF_PAGES = (b"sec-fetch-site", b"origin", b"host", b"x-forwarded-host")
+_ANOTHER_SITE = (
+    "A browser sends this for a page of '{}', which is not this service's. Where a proxy changes the Host header, let it pass it on as it "
+    "came, or set ONSET_PUBLIC_URL to where people reach the service."
+)
 _UNPRINTABLE, _SURROGATE = re.compile(UNPRINTABLE), re.compile(r"[\ud800-\udfff]")
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
@@ -143,6 +150,8 @@ class Application(FastAPI):
         if "\ufffd" in path and not _is_utf8(scope["raw_path"]):  # else all names that only differ there would be one stream
             shown = scope["raw_path"][:256].decode("latin-1")
             return await respond(problem_of(BadParameter("The address is not UTF-8.", "path", shown)))(scope, receive, send)
+        if scope["method"] not in _READING and (page := _stranger(scope["headers"], self.door.origin if self.door else None)):
+            return await respond(problem_of(CrossSite(_ANOTHER_SITE.format(page[:256]))))(scope, receive, send)
         if self.door is not None and scope["method"] == "POST":
             if path == EVENTS:
                 return await self.door.answer(scope, receive, send)
@@ -176,6 +185,7 @@ class Door:
         self._intake = Intake(limits, metrics)
         self._book = book or Book()
         self._public_url = public_url
+        self.origin = _origin(public_url)
         self._level = level or Level("info")
         self._latency = metrics.latency.labels(DOOR)
         self._events = {outcome: metrics.events.labels(DOOR, outcome) for outcome in OUTCOMES}
@@ -518,6 +528,27 @@ class Door:
     def _count(self, outcomes: Mapping[str, int]) -> None:
         for outcome, count in outcomes.items():
             self._events[outcome].inc(count)
+
+
+def _stranger(headers: Sequence[tuple[bytes, bytes]], ours: bytes | None) -> str:
+    """The origin of another site's page that a browser sends a request for; "" = it is our own page, or no browser. `ours` is our own, too.
+
+    There are no passwords here, so any page that someone looks at could close alerts, if the browser reaches the service. What only reads
+    is not asked: no page sees the answer. Sec-Fetch-Site comes over https and to loopback alone, Origin always.
+    """
+    told = {name: value for name, value in headers if name in _OF_PAGES}
+    site, origin = told.get(b"sec-fetch-site"), told.get(b"origin")
+    if site is None:
+        own = origin is None or origin.partition(b"://")[2] in (told.get(b"host"), told.get(b"x-forwarded-host"))
+    else:
+        own = site in (b"same-origin", b"none")
+    return "" if own or (ours is not None and origin == ours) else (origin or b"another site").decode("latin-1")
+
+
+def _origin(url: str) -> bytes | None:
+    """What browsers call pages under this address; None = it is not known."""
+    parts = urlsplit(url.lower())
+    return f"{parts.scheme}://{parts.netloc}".encode() if url else None
 
 
 def _is_utf8(path: bytes) -> bool:

@@ -17,6 +17,7 @@ OnsetError
 ├── UnknownModel         no detector of this name is loaded
 ├── BadBody              a body whose items cannot even be told apart
 ├── BadParameter         a parameter of a request has a value we cannot use
+├── CrossSite            a browser asks for it on behalf of a page that is not ours
 ├── UnsupportedMedia     a content type or encoding we do not read
 ├── TooLarge             a body or a batch is over a stated limit
 ├── TooSlow              a body did not arrive in time
@@ -115,6 +116,10 @@ class BadParameter(OnsetError):
         super().__init__(detail)
         self.field = field
         self.value = value
+
+
+class CrossSite(OnsetError):
+    """A browser asks for it on behalf of a page that is not ours."""
 
 
 class UnsupportedMedia(OnsetError):

@@ -36,6 +36,8 @@ from service.stores import CURSOR_DIGITS
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 PRINTABLE = f"^[^\\u0000-\\u001F\\u007F]{{1,{MAX_NAME_LENGTH}}}$"
 CURSOR_PATTERN = f"^[0-9]{{1,{CURSOR_DIGITS}}}$"
+_NOT_FRAMED = {"content-security-policy": "frame-ancestors 'none'", "x-frame-options": "DENY", "x-content-type-options": "nosniff"}
+"""The page's buttons change things: nobody is led to press them within a page of somebody else."""
 _COMPONENT = "#/components/schemas/{name}"
 _DESCRIPTION = """Scores each event of a stream the moment it arrives, with the stream's recurrent state in Redis.
 
@@ -56,9 +58,19 @@ def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict
         spec["components"]["schemas"] |= {"Health": _HEALTH, "PolicyChange": _CHANGE} | events
         others = {path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))}
         spec["paths"] = _paths(example(manifests[0]) | {"stream_id": "example-1"}) | (_live_paths() if live else {}) | others
+        _add_cross_site(spec["paths"])
         _simplify(spec)
         app.openapi_schema = spec
     return app.openapi_schema
+
+
+def _add_cross_site(paths: dict[str, Any]) -> None:
+    """What all operations answer that change something."""
+    [(status, title)] = _failures(["cross-site"])
+    for item in paths.values():
+        for method, operation in item.items():
+            if method != "get":
+                operation["responses"][str(status)] = _problem(title)
 
 
 def _simplify(node: Any) -> None:
@@ -91,7 +103,7 @@ def add_docs(app: FastAPI) -> None:
     script, style, icon = (f"docs/{name}" for name in _ASSETS)  # relative, so that a proxy may move the service under a path
 
     async def page(request: object) -> Response:
-        return get_swagger_ui_html(
+        shown = get_swagger_ui_html(
             openapi_url="openapi.json",
             title="Onset: the REST API",
             swagger_js_url=script,
@@ -99,6 +111,8 @@ def add_docs(app: FastAPI) -> None:
             swagger_favicon_url=icon,
             swagger_ui_parameters={"validatorUrl": None, "displayRequestDuration": True},
         )
+        shown.headers.update(_NOT_FRAMED)
+        return shown
 
     app.router.routes.append(Route("/docs", page, include_in_schema=False))
     for name in _ASSETS:

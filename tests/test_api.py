@@ -73,14 +73,14 @@ class Client(httpx.AsyncClient):
 
 
 @asynccontextmanager
-async def door(detector: Detector, limits: DoorLimits = LIMITS, queue: int = 5000) -> AsyncIterator[Client]:
+async def door(detector: Detector, limits: DoorLimits = LIMITS, queue: int = 5000, public_url: str = "") -> AsyncIterator[Client]:
     metrics, store = Metrics(), Gated()
     scorer = Scorer(detector, Policy(), store, metrics, Limits(max_queue_events=queue, max_streams=500))
     scorer.start()
     app = Application()
     control = Control(Asked(Alpha(1e-3), Strict(False)), None, {"tiny": scorer}, metrics)
     control.connect(store)
-    Door({"tiny": scorer}, "tiny", limits, metrics, Healthy(), control).add_to(app)
+    Door({"tiny": scorer}, "tiny", limits, metrics, Healthy(), control, public_url=public_url).add_to(app)
     async with Client(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         client.store, client.metrics, client.app = store, metrics, app
         yield client
@@ -108,6 +108,59 @@ def assert_problem(response: httpx.Response, status: int, says: str, field: str 
     if field is not None:
         assert problem.get("field", "") == field
     return problem
+
+
+HOME = {"host": "onset.example.org"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://evil.example", "sec-fetch-site": "cross-site"},
+        {"origin": "https://wiki.example.org", "sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "cross-site"},
+        {"origin": "http://evil.example"},  # browsers say no more to http that is not loopback
+        {"origin": "http://onset.example.org:8081"},
+        {"origin": "null"},  # a sandbox, a file
+        {"origin": "http://\xe9"},
+    ],
+)
+async def test_a_page_of_another_site_changes_nothing(client: Client, headers: dict[str, str]) -> None:
+    sent = [(name.encode(), value.encode("latin-1")) for name, value in {**HOME, **headers}.items()]
+    for method, path in [
+        ("POST", "/v1/events"),  # fetch sends a Blob without type without asking first, and what has no type is JSON
+        ("POST", "/v1/streams/a/events"),
+        ("POST", "/v1/streams/a/accept"),
+        ("DELETE", "/v1/streams/a"),
+        ("PUT", "/v1/policy"),
+        ("POST", "/v1/alerts/x/acknowledge"),
+        ("POST", "/nowhere"),
+    ]:
+        refused = await client.request(method, path, content=json.dumps(event()), headers=sent)
+        assert_problem(refused, 403, "let it pass it on as it came, or set ONSET_PUBLIC_URL")
+    assert (await client.get("/v1/streams", headers=sent)).json()["streams"] == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"origin": "https://onset.example.org", "sec-fetch-site": "same-origin", "host": "10.0.0.7:8080"},  # behind a proxy with https
+        {"sec-fetch-site": "none"},  # an address that someone typed
+        {"origin": "http://onset.example.org"},
+        {"origin": "http://onset.example.org:8080", "host": "onset.example.org:8080"},
+        {"origin": "http://people.example.org", "x-forwarded-host": "people.example.org"},
+    ],
+)
+async def test_our_own_page_and_what_is_no_browser_may_change_things(client: Client, headers: dict[str, str]) -> None:
+    await client.score(event(), **{**HOME, **headers})
+
+
+async def test_the_page_may_be_where_people_are_told_that_it_is(tiny_detector: Detector) -> None:
+    async with door(tiny_detector, public_url="https://People.example.org/onset/") as client:
+        await client.score(event(), origin="https://people.example.org", host="10.0.0.7")
+        refused = await client.raw(json.dumps(event()), JSON | {"origin": "http://people.example.org", "host": "10.0.0.7"})
+        assert_problem(refused, 403, "of 'http://people.example.org', which is not this service's")
 
 
 async def test_the_reply_has_the_shape_of_the_request(client: Client) -> None:

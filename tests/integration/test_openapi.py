@@ -211,8 +211,18 @@ def test_every_route_is_documented(served: str) -> None:
     assert {(method.upper(), path) for path, item in paths.items() for method in item} == ROUTES | LOG_DOORS | LIVE
 
 
+def test_what_a_page_of_another_site_asks_for_is_refused_as_documented(served: str) -> None:
+    for path, item in local.get(f"{served}/openapi.json").json()["paths"].items():
+        for method, operation in item.items():
+            if method != "get":
+                refused = local.request(method, served + path, headers={"origin": "https://evil.example", "sec-fetch-site": "cross-site"})
+                assert refused.status_code == 403, path
+                assert "403" in operation["responses"], path
+
+
 def test_the_page_at_docs_needs_nothing_from_elsewhere(served: str) -> None:
     page = local.get(f"{served}/docs")
+    assert page.headers["content-security-policy"] == "frame-ancestors 'none'"
     assert "://" not in page.text
     files = re.findall(r'(?:src|href)="([^"]+)"', page.text)
     assert len(files) == 3
