@@ -43,7 +43,7 @@ SWEPT = 1000
 ROUNDS = 10
 """Goes of one sweep, at most."""
 LIVE_SECONDS = 300.0
-"""A stream is live while its events are no older than this (or its patience) when they arrive. One that is ahead of us has a wrong clock."""
+"""A stream is live while its events are no older than this (or its patience) when they arrive. One that is ahead has a wrong clock."""
 RETURN_SECONDS = 10.0
 """How long those that were turned away while the service was down wait at most before they come again, or catch up from a queue."""
 GRACE_SECONDS = 30.0
