@@ -324,6 +324,27 @@ async def test_a_watcher_of_the_fleet_gets_the_history_and_then_what_is_new(tiny
         assert fleet.live.watchers == 0
 
 
+async def test_a_stream_that_comes_to_be_shown_after_its_event_was_told_has_its_row_without_another_event(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.warm("a", "b")
+        await fleet.score(("b", 11.0))
+        watcher = Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(1)))
+        [shown] = (await watcher.data("fleet"))["new"]
+        assert shown["id"] == "b"
+        await fleet.score(("a", 99.0))
+        *told, members, changes = await watcher.messages("fleet")
+        assert all(one["data"]["rows"] == [] for one in told)
+        assert [one["id"] for one in members["data"]["new"]] == ["a"]
+        [row] = changes["data"]["rows"]
+        key, _, value, expected, score, bits, rank, *_ = row
+        assert [key] == members["data"]["keys"]
+        assert (value, bits & ONSET) == (99.0, ONSET)
+        assert expected is not None
+        assert score > 1
+        assert rank > 0
+        await watcher.leave()
+
+
 async def test_a_spike_between_two_messages_is_not_lost(tiny_detector: Detector) -> None:
     async with fleet_of(tiny_detector) as fleet:
         await fleet.warm("a")

@@ -212,18 +212,18 @@ class _Fleet:
         recent = self._recent
         recent.write()
         now = time.monotonic()
-        message = b""
+        message, new = b"", list[int]()
         if now - self._members_at >= MEMBERS_SECONDS or recent.pushes != self._pushes:
             first, self._members_at, self._pushes = self._members_at < 0, now, recent.pushes
             slots = recent.top(self._query.limit, self._query.holds, self._query.bits)
             named = {slot: (recent.name(slot), recent.mixed(slot)) for slot in slots.tolist()}
             if first or named != self._known:
-                message = self._members(slots, named)
-        return message + self._changes()
+                new = [slot for slot, known in named.items() if self._known.get(slot) != known]
+                message = self._members(slots, named, new)
+        return message + self._changes(new)
 
-    def _members(self, slots: NDArray[np.intp], named: dict[int, tuple[str, int]]) -> bytes:
+    def _members(self, slots: NDArray[np.intp], named: dict[int, tuple[str, int]], new: list[int]) -> bytes:
         recent = self._recent
-        new = [slot for slot, known in named.items() if self._known.get(slot) != known]
         self._slots, self._known = slots, named
         self._seen = {slot: self._seen.get(slot, 0) if slot not in new else 0 for slot in named}
         manifest, shown = recent.manifest, [self._shown(slot, named[slot][0]) for slot in new]
@@ -238,11 +238,12 @@ class _Fleet:
         times, bits = np.round(events["t"], 3).tolist(), events["bits"].tolist()
         return LiveShown(slot, name, times, value, series(events["score"], 4), bits, said)
 
-    def _changes(self) -> bytes:
+    def _changes(self, new: list[int]) -> bytes:
+        """Of those that are `new` to the watcher the last event too, which may have been told before they were shown."""
         recent = self._recent
-        changed = recent.changed_since(self._writes, self._slots)
+        changed = np.union1d(recent.changed_since(self._writes, self._slots), np.array(new, np.intp))
         state = (recent.writes, self._shared.replicas)
-        if state == self._told:
+        if state == self._told and not new:
             return b""
         self._told, self._writes = state, recent.writes
         last, rank = recent.last(changed), recent.rank(changed)
