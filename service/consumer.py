@@ -117,6 +117,7 @@ class Consumer:
     async def _receive(self) -> None:
         while True:
             batch = await self._source.receive()
+            self._metrics.source_received.labels(self._source.name).inc(len(batch.messages))
             task = asyncio.create_task(self._process(batch), name=f"batch-{batch.partition}")
             self._working.add(task)
             task.add_done_callback(self._working.discard)
@@ -161,6 +162,8 @@ class Consumer:
             return
         self._count(Counter({"rejected": len(work.settlement.letters)}))
         await self._insist(lambda: self._source.settle(batch, work.settlement))
+        self._metrics.source_acknowledged.labels(self._source.name).inc(len(batch.messages))
+        self._metrics.source_dead_lettered.labels(self._source.name).inc(len(work.settlement.letters))
         self._published.pop(batch.partition, None)
         self._told = False
 

@@ -81,8 +81,6 @@ class Amqp:
 
     async def settle(self, batch: Batch, settlement: Settlement) -> None:
         await self._readers[batch.partition].settle(batch, settlement)
-        self.metrics.source_acknowledged.labels(self.name).inc(len(batch.messages))
-        self.metrics.source_dead_lettered.labels(self.name).inc(len(settlement.letters))
 
     def abandon(self, batch: Batch) -> None:
         self._readers[batch.partition].abandon()
@@ -96,7 +94,6 @@ class Amqp:
 
     def hand_out(self, batch: Batch) -> None:
         """Its queue has no other batch under way."""
-        self.metrics.source_received.labels(self.name).inc(len(batch.messages))
         self._ready.put_nowait(batch)
 
     def owned(self) -> None:

@@ -142,7 +142,7 @@ class Kafka:
         self._partitions.ours(batch)
         if settlement.letters:
             await self._send([_letter(self._options.dead_letters, batch, letter) for letter in settlement.letters])
-        self._partitions.settle(self._partitions.ours(batch), batch, settlement)
+        self._partitions.settle(batch)
 
     def abandon(self, batch: Batch) -> None:
         self._partitions.abandon(batch)

@@ -131,8 +131,6 @@ class Mqtt:
         letters = [_letter(self._declared.dead_letters, letter, of_message[letter.message.id]) for letter in settlement.letters]
         await self._send(letters)
         session.link.acknowledge([arrival.message for arrival in arrivals])
-        self._metrics.source_acknowledged.labels(self.name).inc(len(arrivals))
-        self._metrics.source_dead_lettered.labels(self.name).inc(len(letters))
         self._done()
 
     def abandon(self, batch: Batch) -> None:
@@ -270,7 +268,6 @@ class Mqtt:
                 raise
             self._free.clear()
             self._under_way = (session, arrivals)
-            self._metrics.source_received.labels(self.name).inc(len(arrivals))
             source = 0 if session.reused else self._identity
             self._ready.put_nowait(Batch(self.partition, source, [_message(arrival) for arrival in arrivals]))
 

@@ -108,7 +108,7 @@ class Nats:
         if settlement.letters:
             await self._send([(self._options.dead_letters, *_letter(batch, letter)) for letter in settlement.letters])
         await self._ask(lambda: self._acknowledge(partition, batch))
-        self._partitions.settle(self._partitions.ours(batch), batch, settlement)
+        self._partitions.settle(batch)
         partition.wake.set()
 
     def abandon(self, batch: Batch) -> None:

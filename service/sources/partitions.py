@@ -15,7 +15,7 @@ import structlog
 
 from service.errors import Fenced
 from service.metrics import Metrics
-from service.sources import Batch, Message, Settlement
+from service.sources import Batch, Message
 
 AHEAD = 4
 """Batches of a partition that wait at most; at half of them more is asked for."""
@@ -112,10 +112,8 @@ class Partitions(Generic[P]):
         """A batch, unless one is under way."""
         if partition.leaving or partition.batch is not None or not partition.waiting:
             return
-        messages = partition.take(self._most)
-        partition.batch = Batch(partition.name, partition.identity, messages)
+        partition.batch = Batch(partition.name, partition.identity, partition.take(self._most))
         partition.free.clear()
-        self._metrics.source_received.labels(self._source).inc(len(messages))
         self._ready.put_nowait(partition.batch)
 
     async def receive(self) -> Batch:
@@ -126,11 +124,10 @@ class Partitions(Generic[P]):
                 partition.received = True
                 return batch
 
-    def settle(self, partition: P, batch: Batch, settlement: Settlement) -> None:
-        """All of the batch is done."""
+    def settle(self, batch: Batch) -> None:
+        """All of the batch is done. Raises Fenced."""
+        partition = self.ours(batch)
         partition.settled = batch.messages[-1].position
-        self._metrics.source_acknowledged.labels(self._source).inc(len(batch.messages))
-        self._metrics.source_dead_lettered.labels(self._source).inc(len(settlement.letters))
         self._done(partition)
 
     def abandon(self, batch: Batch) -> None:

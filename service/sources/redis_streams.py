@@ -154,8 +154,6 @@ class RedisStreams:
             arguments = [lease.group, int(lease.keep), self._streams.max_dead_letters, len(ids), *ids, *letters]
             if await self.call("settle", [lease.stream, lease.key, self._streams.dead_letters], lease.token, *arguments) is None:
                 raise Fenced(f"Partition '{batch.partition}' is another replica's by now.")
-        self._metrics.source_acknowledged.labels(self.name).inc(len(batch.messages))
-        self._metrics.source_dead_lettered.labels(self.name).inc(len(settlement.letters))
         if partition := self._of(batch):
             partition.done()
 
@@ -293,7 +291,6 @@ class RedisStreams:
 
     def hand_out(self, batch: Batch) -> None:
         """The partition has no other batch under way."""
-        self._metrics.source_received.labels(self.name).inc(len(batch.messages))
         self._ready.put_nowait(batch)
 
     def messages(self, entries: Sequence[Any]) -> list[Message]:
