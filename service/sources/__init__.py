@@ -15,10 +15,12 @@ event's own identity. Results are out before the entries are acknowledged, at le
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -90,6 +92,17 @@ class Settlement:
     committed: set[bytes] = field(default_factory=set)
     """Entries that the commit has acknowledged."""
     letters: list[Letter] = field(default_factory=list)
+
+
+def identity(name: str) -> int:
+    """Of a partition, from what names it for ever: a Batch's `source`, never 0."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") or 1
+
+
+def address(url: str) -> str:
+    """Of a broker, without user and password."""
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
 
 
 def printable(text: str) -> str:

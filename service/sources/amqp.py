@@ -23,7 +23,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from typing import Any, TypeGuard, TypeVar
-from urllib.parse import urlsplit
 
 import aio_pika
 import structlog
@@ -35,7 +34,7 @@ from service import tasks
 from service.errors import Fenced, StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
-from service.sources import Batch, Letter, Message, Settlement
+from service.sources import Batch, Letter, Message, Settlement, address
 from service.sources.options import AmqpSource
 
 ANSWER_SECONDS = 10.0
@@ -470,6 +469,4 @@ def _is_closing(outcome: object) -> TypeGuard[Exception]:
 
 
 def _unavailable(url: str, error: BaseException) -> StoreUnavailable:
-    parts = urlsplit(url)
-    where = f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
-    return StoreUnavailable(f"{where} does not answer ({type(error).__name__}: {error}).")
+    return StoreUnavailable(f"{address(url)} does not answer ({type(error).__name__}: {error}).")

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import threading
 import time
@@ -45,7 +44,7 @@ from service import tasks
 from service.errors import BadSetting, StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
-from service.sources import Batch, Letter, Message, Settlement
+from service.sources import Batch, Letter, Message, Settlement, identity
 from service.sources.options import KafkaSource
 from service.sources.partitions import HANDOVER_SECONDS, Partition, Partitions
 
@@ -89,8 +88,7 @@ class _Partition(Partition):
 
     def __init__(self, topic: str, index: int, start: int, incarnation: str) -> None:
         """`start` is the offset of the first message that is not done."""
-        identity = hashlib.blake2b(f"kafka\0{topic}\0{index}\0{incarnation}".encode(), digest_size=4)
-        super().__init__(f"{topic}-{index}", int.from_bytes(identity.digest(), "little") or 1, start - 1)
+        super().__init__(f"{topic}-{index}", identity(f"kafka\0{topic}\0{index}\0{incarnation}"), start - 1)
         self.topic, self.index, self.incarnation = topic, index, incarnation
         self.committed = self.settled
         self.paused = False

@@ -46,7 +46,7 @@ from service import tasks
 from service.errors import Fenced, StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
-from service.sources import Batch, Letter, Message, Settlement, printable
+from service.sources import Batch, Letter, Message, Settlement, address, identity, printable
 from service.sources.options import MqttSource
 
 ANSWER_SECONDS = 5.0
@@ -94,9 +94,9 @@ class Mqtt:
         self.name = declared.called
         self.publishes = bool(declared.output)
         self._declared, self._leases, self._metrics, self._clock = declared, leases, metrics, clock
-        self.partition = f"{declared.session}@{_address(declared.url)}"
+        self.partition = f"{declared.session}@{address(declared.url)}"
         self._lease = f"mqtt/{self.partition}"
-        self._identity = int.from_bytes(hashlib.blake2b(self._lease.encode(), digest_size=4).digest(), "little") or 1
+        self._identity = identity(self._lease)
         self._member = uuid.uuid4().hex[:16]
         self._last = 0  # position
         self._notes: deque[int] = deque()  # messages in each of the last notes, and in all of them
@@ -431,7 +431,7 @@ class _Link:
             connecting.add_done_callback(self._given_up)
             raise
         except (OSError, ValueError) as error:
-            raise StoreUnavailable(f"{_address(self._declared.url)} does not answer ({type(error).__name__}: {error}).") from error
+            raise StoreUnavailable(f"{address(self._declared.url)} does not answer ({type(error).__name__}: {error}).") from error
         try:
             self._drive()
             await self._answered(self._accepted, "CONNECT")
@@ -500,7 +500,7 @@ class _Link:
         for topic, answer in reversed(sent):  # after the last answer the others are there
             code = await self._answered(answer, "PUBLISH")
             if code.is_failure:
-                raise StoreUnavailable(f"{_address(self._declared.url)} refuses a message to '{topic}': {code}.")
+                raise StoreUnavailable(f"{address(self._declared.url)} refuses a message to '{topic}': {code}.")
 
     def acknowledge(self, messages: Sequence[MQTTMessage]) -> None:
         for message in messages:
@@ -605,7 +605,7 @@ class _Link:
         if answer.done():
             return answer.result()
         reason = self.lost.result() if self.lost.done() else f"no answer to {to} within {ANSWER_SECONDS:g} seconds"
-        raise StoreUnavailable(f"{_address(self._declared.url)} does not answer ({reason}).")
+        raise StoreUnavailable(f"{address(self._declared.url)} does not answer ({reason}).")
 
 
 # ── messages ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -636,9 +636,3 @@ def _digest(message: MQTTMessage) -> bytes:
 def _level(stream_id: str) -> str:
     """As a part of a topic to publish to, which must hold no wildcards and no control characters."""
     return printable(stream_id).replace("+", "_").replace("#", "_")
-
-
-def _address(url: str) -> str:
-    """Without user and password."""
-    parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import time
 import uuid
@@ -45,7 +44,7 @@ from service import tasks
 from service.errors import BadSetting, Fenced, StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
-from service.sources import Batch, Letter, Message, Settlement
+from service.sources import Batch, Letter, Message, Settlement, identity
 from service.sources.options import NatsSource
 from service.sources.partitions import AHEAD, Partition, Partitions
 
@@ -464,8 +463,7 @@ class _Subject(Partition):
         except NotFoundError as error:
             about = f"is called '{self._stream}'" if self._stream else f"takes '{self.subject}'"
             raise BadSetting(f"No JetStream stream {about}: make it first.") from error
-        identity = hashlib.blake2b(f"nats\0{self._stream}\0{stream.created}".encode(), digest_size=4)
-        self.identity = int.from_bytes(identity.digest(), "little") or 1
+        self.identity = identity(f"nats\0{self._stream}\0{stream.created}")
         try:
             info = await _whole(js.consumer_info(self._stream, self.consumer))
         except NotFoundError:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -42,7 +41,7 @@ from service.errors import Fenced, StoreUnavailable
 from service.events import Lease, Published
 from service.metrics import Metrics
 from service.refusals import refusal
-from service.sources import POSITIONS, Batch, Letter, Message, Settlement
+from service.sources import POSITIONS, Batch, Letter, Message, Settlement, identity
 
 LIBRARY = Path(__file__).with_name("streams.lua")
 VERSION = "v1"
@@ -345,7 +344,7 @@ class _Partition:
         self.free.set()
         self.leaving = False
         self._source, self._streams = source, streams
-        self._identity = int.from_bytes(hashlib.blake2b(self.lease.stream, digest_size=4).digest(), "little") or 1
+        self._identity = identity(self.key)
         self._again = False
         self._task: asyncio.Task[None] | None = None
 
