@@ -16,7 +16,7 @@ from service.metrics import Metrics
 from service.scorer import Scorer
 from service.settings import Settings
 from service.sources import Source, options
-from service.sources.redis_streams import RedisStreams, Streams
+from service.sources.redis_streams import RedisStreams
 from service.stores import StateStore
 
 
@@ -69,7 +69,7 @@ def queue(source: options.AnySource, store_url: str, store: StateStore, metrics:
     try:
         match source:
             case options.RedisStreamsSource():
-                return RedisStreams(store_url, _streams(source), metrics, name=source.called)
+                return RedisStreams(store_url, source, metrics)
             case options.KafkaSource():
                 from service.sources.kafka import Kafka  # noqa: PLC0415
 
@@ -90,19 +90,6 @@ def queue(source: options.AnySource, store_url: str, store: StateStore, metrics:
         raise BadSetting(
             f"Source '{source.called}' needs the extra '{source.type}': pip install 'onset[{source.type}]' ({error})."
         ) from error
-
-
-def _streams(source: options.RedisStreamsSource) -> Streams:
-    return Streams(
-        source.key,
-        source.partitions,
-        source.group,
-        source.dead_letters,
-        source.max_dead_letters,
-        source.keep,
-        source.batch,
-        source.lease_seconds,
-    )
 
 
 def _short(settings: Settings) -> options.RedisStreamsSource:

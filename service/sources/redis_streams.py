@@ -42,6 +42,7 @@ from service.events import Lease, Published
 from service.metrics import Metrics
 from service.refusals import refusal
 from service.sources import POSITIONS, Batch, Letter, Message, Settlement, identity
+from service.sources.options import RedisStreamsSource
 
 LIBRARY = Path(__file__).with_name("streams.lua")
 VERSION = "v1"
@@ -67,23 +68,13 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Streams:
-    """Where the queue lies and how it is read."""
+class Keys:
+    """Of a queue, by the key and the number of partitions that are declared."""
 
-    key: str = "onset:events"
-    partitions: int = 1
-    group: str = "onset"
-    dead_letters: str = "onset:dead-letters"
-    max_dead_letters: int = 100_000
-    keep: bool = False
-    """Whether acknowledged entries stay in their stream."""
-    count: int = 1000
-    """Entries read at once."""
-    lease_seconds: float = 5.0
-    """A replica that is not heard of for this long has lost its partitions."""
+    key: str
+    partitions: int
 
     def partition(self, index: int) -> str:
-        """Key of a partition."""
         return self.key if self.partitions == 1 else f"{self.key}:{{{index}}}"
 
     def lease(self, index: int) -> str:
@@ -97,27 +88,23 @@ class Streams:
     def changes(self) -> str:
         return _beside(self.key, "changes")
 
-    @property
-    def lease_ms(self) -> int:
-        return round(1000 * self.lease_seconds)
-
 
 class RedisStreams:
     """Implements Source. `clock` gives seconds since 1970."""
 
     publishes = False
 
-    def __init__(
-        self, url: str, streams: Streams, metrics: Metrics, clock: Callable[[], float] = time.time, *, name: str = "redis_streams"
-    ) -> None:
+    def __init__(self, url: str, declared: RedisStreamsSource, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
         """`url` as redis-py takes it; the server must be the state store's."""
-        self.name = name
-        self._streams, self._metrics, self._clock = streams, metrics, clock
+        self.name = declared.called
+        self.declared, self._metrics, self._clock = declared, metrics, clock
+        self.keys = Keys(declared.key, declared.partitions)
+        self.lease_ms = round(1000 * declared.lease_seconds)
         self._pool = redis.BlockingConnectionPool.from_url(
             url,
             socket_timeout=TIMEOUT_SECONDS,
             socket_connect_timeout=TIMEOUT_SECONDS,
-            max_connections=2 * streams.partitions + 8,
+            max_connections=2 * declared.partitions + 8,
             timeout=TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),
             health_check_interval=0,
@@ -150,8 +137,8 @@ class RedisStreams:
         ids = [message.id for message in batch.messages if message.id not in settlement.committed]
         if ids or settlement.letters:
             letters = [part for letter in settlement.letters for part in _letter(batch, letter)]
-            arguments = [lease.group, int(lease.keep), self._streams.max_dead_letters, len(ids), *ids, *letters]
-            if await self.call("settle", [lease.stream, lease.key, self._streams.dead_letters], lease.token, *arguments) is None:
+            arguments = [lease.group, int(lease.keep), self.declared.max_dead_letters, len(ids), *ids, *letters]
+            if await self.call("settle", [lease.stream, lease.key, self.declared.dead_letters], lease.token, *arguments) is None:
                 raise Fenced(f"Partition '{batch.partition}' is another replica's by now.")
         if partition := self._of(batch):
             partition.done()
@@ -161,21 +148,21 @@ class RedisStreams:
             partition.start_again()
 
     async def lag(self) -> int | None:
-        streams, owned = self._streams, self.partitions
+        declared, owned = self.declared, self.partitions
 
         async def ask() -> list[Any]:
             async with self._client.pipeline(transaction=False) as pipeline:
                 for index in owned:
-                    if streams.keep:
-                        pipeline.xinfo_groups(streams.partition(index))
+                    if declared.keep:
+                        pipeline.xinfo_groups(self.keys.partition(index))
                     else:
-                        pipeline.xlen(streams.partition(index))
+                        pipeline.xlen(self.keys.partition(index))
                 return await pipeline.execute()
 
         answers = await self.ask(ask) if owned else []
-        if not streams.keep:
+        if not declared.keep:
             return sum(map(int, answers))
-        groups = [group for answer in answers for group in answer if group["name"] == streams.group.encode()]
+        groups = [group for answer in answers for group in answer if group["name"] == declared.group.encode()]
         if any(group["lag"] is None for group in groups):
             return None
         return sum(int(group["lag"]) + int(group["pending"]) for group in groups)
@@ -189,7 +176,7 @@ class RedisStreams:
         if releases or self._releases:
             await asyncio.wait([*releases, *self._releases])
         with contextlib.suppress(StoreUnavailable):
-            await self.ask(lambda: self._client.zrem(self._streams.members, self.member))
+            await self.ask(lambda: self._client.zrem(self.keys.members, self.member))
             await self._tell()
         await self._client.aclose()
         await self._pool.disconnect()
@@ -201,23 +188,23 @@ class RedisStreams:
         failed = False
         while True:
             try:
-                keys = [self._streams.members, self._streams.changes]
-                members, rank, last = await self.call("attend", keys, self.member, self._streams.lease_ms)
+                keys = [self.keys.members, self.keys.changes]
+                members, rank, last = await self.call("attend", keys, self.member, self.lease_ms)
                 await self._share(members, rank)
                 failed = False
-                await self.wait(self._streams.changes, last, self._streams.lease_ms // 3)
+                await self.wait(self.keys.changes, last, self.lease_ms // 3)
             except StoreUnavailable as error:
                 if not failed:
                     log.warning("streams_unavailable", error=error.detail)
                 failed = True
-                await asyncio.sleep(min(MAX_BACKOFF, self._streams.lease_seconds / 3))
+                await asyncio.sleep(min(MAX_BACKOFF, self.declared.lease_seconds / 3))
             except Exception as error:  # a bug must not end the heartbeat for good; it is counted and logged
                 self.bug(error)
                 await asyncio.sleep(MAX_BACKOFF)
 
     async def _share(self, members: int, rank: int) -> None:
         """Renew, release or take, so that every live member has the same number of partitions, give or take one."""
-        count = self._streams.partitions
+        count = self.declared.partitions
         target = count // members + (rank < count % members)
         for partition in list(self._owned.values()):
             if not await partition.hold(take=False) and not partition.leaving:
@@ -238,7 +225,7 @@ class RedisStreams:
         if index in self._owned:
             return False
         self._leases += 1
-        partition = _Partition(self, self._streams, index, f"{self.member}#{self._leases}")
+        partition = _Partition(self, index, f"{self.member}#{self._leases}")
         if not await partition.hold(take=True):
             return False
         self._own(partition)
@@ -258,7 +245,7 @@ class RedisStreams:
         partition.leaving = True
         await partition.end()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._streams.lease_seconds):
+            async with asyncio.timeout(self.declared.lease_seconds):
                 await partition.free.wait()
         with contextlib.suppress(StoreUnavailable):  # then it expires
             await partition.release()
@@ -281,7 +268,7 @@ class RedisStreams:
     async def _tell(self) -> None:
         """Wake the other members."""
         fields: dict[Any, Any] = {"member": self.member}
-        await self.ask(lambda: cast("Awaitable[bytes]", self._client.xadd(self._streams.changes, fields, maxlen=1, approximate=False)))
+        await self.ask(lambda: cast("Awaitable[bytes]", self._client.xadd(self.keys.changes, fields, maxlen=1, approximate=False)))
 
     def _of(self, batch: Batch) -> _Partition | None:
         return next((partition for partition in self._owned.values() if partition.lease == batch.lease), None)
@@ -336,14 +323,15 @@ class _StartAgain(Exception):
 class _Partition:
     """One partition while it is ours: its entries in order, one batch under way, one read ahead."""
 
-    def __init__(self, source: RedisStreams, streams: Streams, index: int, token: str) -> None:
-        self.index, self.key = index, streams.partition(index)
-        self.lease = Lease(self.key.encode(), streams.lease(index).encode(), token.encode(), streams.group.encode(), streams.keep)
+    def __init__(self, source: RedisStreams, index: int, token: str) -> None:
+        declared, keys = source.declared, source.keys
+        self.index, self.key = index, keys.partition(index)
+        self.lease = Lease(self.key.encode(), keys.lease(index).encode(), token.encode(), declared.group.encode(), declared.keep)
         self.free = asyncio.Event()
         """No batch is under way."""
         self.free.set()
         self.leaving = False
-        self._source, self._streams = source, streams
+        self._source = source
         self._identity = identity(self.key)
         self._again = False
         self._task: asyncio.Task[None] | None = None
@@ -402,7 +390,7 @@ class _Partition:
         """All entries that were delivered and not acknowledged, ours among them."""
         cursor = b"0-0"
         while True:
-            cursor, entries = await self._owners("claim", self.lease.group, self._source.member, self._streams.count, cursor)
+            cursor, entries = await self._owners("claim", self.lease.group, self._source.member, self._source.declared.batch, cursor)
             if entries:
                 self._source.claimed(len(entries))
                 await self._hand_out(entries)
@@ -410,7 +398,7 @@ class _Partition:
                 return
 
     async def _read(self) -> None:
-        entries, last = await self._owners("read", self.lease.group, self._source.member, self._streams.count)
+        entries, last = await self._owners("read", self.lease.group, self._source.member, self._source.declared.batch)
         if entries:
             await self._hand_out(entries)
         else:
@@ -434,7 +422,7 @@ class _Partition:
         return answer
 
     async def _call(self, function: str, *arguments: Any) -> Any:
-        return await self._source.call(function, [self.lease.stream, self.lease.key], self.lease.token, self._streams.lease_ms, *arguments)
+        return await self._source.call(function, [self.lease.stream, self.lease.key], self.lease.token, self._source.lease_ms, *arguments)
 
 
 def _message(entry: Any, clock: Callable[[], float]) -> Message:

@@ -23,8 +23,8 @@ from service.metrics import Metrics
 from service.rounds import Kind
 from service.settings import Settings
 from service.sources import Batch, Settlement
-from service.sources.options import Payload
-from service.sources.redis_streams import RedisStreams, Streams
+from service.sources.options import Payload, RedisStreamsSource
+from service.sources.redis_streams import Keys, RedisStreams
 from tests.queues import Queue, in_order, queue, recorded, uninterrupted
 from tests.servers import Valkey
 
@@ -277,7 +277,7 @@ def _acknowledged(q: Queue) -> Any:
 
 async def test_who_lost_a_lease_can_neither_read_nor_commit_nor_settle(replicas: Replicas, q: Queue, empty_server: str) -> None:
     service = await replicas.start(streams_input="other")  # its scorer is used with a source of our own
-    zombie = RedisStreams(empty_server, Streams(lease_seconds=60), Metrics())
+    zombie = RedisStreams(empty_server, RedisStreamsSource(lease_seconds=60), Metrics())
     await zombie.open()
     await q.add({"stream_id": "a", "values": {"value": 1.0}}, {"stream_id": "a", "values": {"value": 2.0}})
     batch = await asyncio.wait_for(zombie.receive(), 60)
@@ -325,7 +325,7 @@ async def test_a_paused_partition_goes_on_once_the_bad_entries_are_gone(
     empty_server: str, tiny_model_path: Path, q: Queue, replicas: Replicas
 ) -> None:
     service = await replicas.start(streams_input="other")
-    source = RedisStreams(empty_server, Streams(), service.metrics)
+    source = RedisStreams(empty_server, RedisStreamsSource(), service.metrics)
     mapper = Mapper(Payload(), max_events=1000)
     consumer = Consumer(source, next(iter(service.scorers.values())), service.metrics, mapper, fuse=0.5, fuse_seconds=0.2)
     bad = [await q.client.xadd(KEY, {"event": "nonsense"}) for _ in range(150)]
@@ -383,7 +383,7 @@ async def test_a_group_or_functions_that_are_lost_are_made_again(replicas: Repli
 
 
 async def test_a_key_of_another_kind_is_told(empty_server: str, q: Queue) -> None:
-    source = RedisStreams(empty_server, Streams(), Metrics())
+    source = RedisStreams(empty_server, RedisStreamsSource(), Metrics())
     await source.open()
     await q.add({"stream_id": "a", "values": {"value": 1.0}})
     batch: Batch = await asyncio.wait_for(source.receive(), 60)
@@ -404,8 +404,8 @@ def test_a_partition_and_its_lease_share_a_slot(valkey_server: str) -> None:
         end = key.find("}", start + 1)
         return (key[start + 1 : end] if start >= 0 and end > start + 1 else key).encode()
 
-    for streams in (Streams(), Streams(partitions=3), Streams("plant {7}:in"), Streams("plant {7}:in", partitions=3)):
-        for p in range(streams.partitions):
-            assert slot(streams.partition(p)) == slot(streams.lease(p))
-        assert slot(streams.members) == slot(streams.changes)
-    assert key_slot(Streams().lease(0).encode()) == key_slot(Streams().partition(0).encode())
+    for keys in (Keys("onset:events", 1), Keys("onset:events", 3), Keys("plant {7}:in", 1), Keys("plant {7}:in", 3)):
+        for p in range(keys.partitions):
+            assert slot(keys.partition(p)) == slot(keys.lease(p))
+        assert slot(keys.members) == slot(keys.changes)
+    assert key_slot(Keys("onset:events", 1).lease(0).encode()) == key_slot(b"onset:events")
