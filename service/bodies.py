@@ -1,4 +1,4 @@
-"""Bodies ⇄ events and results: one object or an array of them, as JSON or msgpack, or NDJSON. Arrow's columns are in columns.py.
+"""Bodies ⇄ events and results: one object or an array of them, as JSON or msgpack, or NDJSON. Arrow's columns are in arrow.py.
 
 The whole body is decoded at once; only when that fails is it read again item by item, so that the neighbours of a bad item are
 scored and the error names its field and value. The number of items is checked before that: looking at a bad item costs a

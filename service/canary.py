@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import structlog
@@ -45,7 +45,6 @@ SOON_SECONDS = 10.0
 _CADENCE = 60.0
 
 CanaryResult = Literal["ok", "blind", "inverted", "differs", "failed"]
-RESULTS: tuple[CanaryResult, ...] = get_args(CanaryResult)
 
 log = structlog.get_logger(__name__)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from service.artifact import Lines, Manifest
 from service.errors import BadEvent, FutureEvent
-from service.events import UNPRINTABLE, Columns, Event, Parsed, Readings, shown
+from service.events import UNPRINTABLE, Columns, Event, Parsed, shown
 from service.lines import Matcher
 from service.state import event_key
 
@@ -160,14 +160,6 @@ def _suspects(columns: Columns, x: NDArray[np.float64], seconds: NDArray[np.floa
     if not all(columns.stream_ids):
         found |= np.array([not stream_id for stream_id in columns.stream_ids])
     return found
-
-
-def to_readings(
-    events: Sequence[Event], manifest: Manifest, *, now: float, matcher: Matcher | None = None
-) -> tuple[Readings, dict[int, BadEvent]]:
-    """The same as arrays, for one lot of events that needs no batching."""
-    parsed, errors = parse(events, manifest, now=now, matcher=matcher)
-    return Readings.of([parsed], len(manifest.features)), errors
 
 
 def parse_timestamp(value: float | str, latest: float = math.inf) -> float:

@@ -306,7 +306,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
         PATH: {"post": _remote_write(model)},
         loki.PATH: {"post": _loki()},
         otlp.PATH: {"post": _otlp()},
-        **_alert_paths(model),
+        **_alert_paths(),
         patterns.PATH: {"get": _patterns(model)},
         "/v1/policy": _policy_operations(),
         "/v1/log-level": _level_operations(),
@@ -368,7 +368,7 @@ def _patterns(model: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _alert_paths(model: dict[str, Any]) -> dict[str, Any]:
+def _alert_paths() -> dict[str, Any]:
     identity = _parameter("alert_id", "path", {"type": "string", "pattern": alerts.ID}, "Of the alert.")
     several = {"type": "array", "minItems": 1, "uniqueItems": True}
     filters = [

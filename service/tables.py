@@ -203,13 +203,6 @@ class Rowless:
             raise NoRows(f"None of {len(self.sources):,} files has a row.")
 
 
-def read_tables(paths: Iterable[Path], options: ReadOptions = ReadOptions(), notify: Notify = print) -> Iterator[Table]:
-    """All tables under `paths`, one at a time. `notify` gets one sentence per set of columns left out."""
-    once = once_each(notify)
-    for source in find_sources(paths):
-        yield read_table(source, options, once)
-
-
 def read_table(source: Source, options: ReadOptions = ReadOptions(), notify: Notify = print) -> Table:
     """One file. Raises TableError that names file, column, row (the first after the header is 1) and value."""
     batches = list(_batches(_Reading(source, options, notify, texts=True)))
@@ -462,7 +455,7 @@ def _csv_tables(reading: _Reading, rows: Iterator[list[str]]) -> Iterator[Table]
     names = [name.strip() for name in header]
     _refuse_twins(source, names)
     time_column = _time_column(source, names, reading.options)
-    kept = _kept_columns(source, names, time_column, reading.options, reading.notify)
+    kept = _kept_columns(names, time_column, reading.options, reading.notify)
     before, epoch, last = 0, True, -math.inf
     while (batch := list(itertools.islice(body, reading.rows(len(names))))) or before == 0:
         _refuse_ragged(source, batch, len(names), before)
@@ -695,7 +688,7 @@ def _parquet_tables(reading: _Reading, file: Any, pa: Any) -> Iterator[Table]:
     source, names = reading.source, file.schema_arrow.names
     _refuse_twins(source, names)
     time_column = _time_column(source, names, reading.options)
-    kept = _kept_columns(source, names, time_column, reading.options, reading.notify)
+    kept = _kept_columns(names, time_column, reading.options, reading.notify)
     wanted = kept if time_column is None else [time_column, *kept]
     before, last = 0, -math.inf
     # One thread: each more holds a decoded column.
@@ -797,7 +790,7 @@ def _npz_tables(reading: _Reading, arrays: dict[str, _Member]) -> Iterator[Table
     if len(names) != width:
         raise TableError(f"{source.path}: `features` has {len(names)} names for {width} columns.")
     _refuse_twins(source, names)
-    kept = _kept_columns(source, names, None, reading.options, reading.notify)
+    kept = _kept_columns(names, None, reading.options, reading.notify)
     times = arrays.get("timestamps")
     if times is not None and times.shape != (rows,):
         raise TableError(f"{source.path}: `timestamps` has shape {times.shape}, the array has {rows} rows.")
@@ -868,7 +861,7 @@ def _refuse_twins(source: Source, names: list[str]) -> None:
         raise TableError(f"{source.path} has more than one column {', '.join(map(repr, twice))}.")
 
 
-def _kept_columns(source: Source, names: list[str], time_column: str | None, options: ReadOptions, notify: Notify) -> list[str]:
+def _kept_columns(names: list[str], time_column: str | None, options: ReadOptions, notify: Notify) -> list[str]:
     out = {name for name in names if name in options.exclude or any(fnmatchcase(name, pattern) for pattern in options.exclude)}
     candidates = [name for name in names if name != time_column and name not in out]
     if options.only is not None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from service.errors import BadEvent
 from service.events import Event, Parsed
-from service.features import EARLIEST_SECONDS, LATEST_SECONDS, LATEST_WRITTEN_SECONDS, TOGETHER, parse, parse_timestamp, to_readings
+from service.features import EARLIEST_SECONDS, LATEST_SECONDS, LATEST_WRITTEN_SECONDS, TOGETHER, parse, parse_timestamp
+from tests.readings import to_readings
 from tests.tiny import tiny_manifest
 
 MANIFEST = tiny_manifest(("temperature", "flow"))

@@ -21,10 +21,10 @@ from service.artifact import Manifest
 from service.detector import Detector
 from service.errors import ArtifactError, BadEvent
 from service.events import Event
-from service.features import to_readings
 from service.policy import Policy
 from service.rounds import advance
 from service.settings import Settings
+from tests.readings import to_readings
 from tests.tiny import build_tiny
 from tests.tiny_log import BEFORE, LIKELY, TEMPLATES, build_tiny_log, tiny_log_manifest
 

@@ -7,13 +7,13 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import structlog
 
 from service import logs, tracing
-from service.canary import RESULTS
+from service.canary import CanaryResult
 from service.errors import BadParameter
 from tests import local
 from tests.e2e.process import Service
@@ -141,7 +141,7 @@ def test_every_event_of_the_log_is_explained_and_none_that_there_is_not() -> Non
     sources = "\n".join(path.read_text() for path in sorted((root / "service").rglob("*.py")))
     calls = re.findall(r"\blog\.(?:debug|info|warning|error|exception)\(\s*([^,)]+)", sources)
     written = {event for call in calls for event in re.findall(r'"([a-z_]+)"', call)}
-    written |= set(re.findall(r'\b_tell\(\s*"([a-z_]+)"', sources)) | {f"canary_{result}" for result in RESULTS}
+    written |= set(re.findall(r'\b_tell\(\s*"([a-z_]+)"', sources)) | {f"canary_{result}" for result in get_args(CanaryResult)}
     page = (root / "docs/log-events.md").read_text()
     explained = {event for row in re.findall(r"^\| (`[^|]+) \|", page, re.MULTILINE) for event in re.findall(r"`([a-z_]+)`", row)}
     assert explained == written

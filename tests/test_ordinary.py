@@ -12,7 +12,6 @@ from service.bodies import Format, encode
 from service.detector import Detector
 from service.errors import BadEvent, ItemError
 from service.events import Event
-from service.features import to_readings
 from service.metrics import Metrics
 from service.policy import Policy
 from service.results import TOGETHER, TOP, Answers, Replies
@@ -20,6 +19,7 @@ from service.rounds import Kind, advance
 from service.scorer import Limits, Scorer
 from service.state import ACCEPTED, EXPIRED, FROZEN, LASTING
 from service.stores.memory import MemoryStore
+from tests.readings import to_readings
 from tests.tiny import build_tiny
 
 FEATURES = (("value",), ('50 % "x"', "%b", "c,\u00e9"), tuple(f"f{i:02}" for i in range(TOP + 2)))

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from service.detector import Detector
 from service.events import PLACE, Event, Readings
-from service.features import to_readings
 from service.order import turns
 from service.policy import Policy
 from service.rounds import Kind, Outcomes, advance
 from service.state import Rows, StateCodec
+from tests.readings import to_readings
 
 POLICY = Policy()
 

@@ -12,12 +12,17 @@ import pytest
 from pyarrow import parquet
 
 from service.errors import TableError
-from service.tables import BATCH_CELLS, ReadOptions, Source, Table, find_sources, read_batches, read_table, read_tables
+from service.tables import BATCH_CELLS, Notify, ReadOptions, Source, Table, find_sources, once_each, read_batches, read_table
 
 NOON = datetime(2024, 1, 1, 12, tzinfo=UTC).timestamp()
 
 
 DEFAULTS = ReadOptions()
+
+
+def read_all(folder: Path, notify: Notify) -> list[Table]:
+    once = once_each(notify)
+    return [read_table(source, notify=once) for source in find_sources([folder])]
 
 
 def read(path: Path, options: ReadOptions = DEFAULTS, told: list[str] | None = None) -> Table:
@@ -257,7 +262,7 @@ def test_folders_are_walked_and_named_by_relative_path(tmp_path: Path) -> None:
     csv_of(tmp_path, "time,v,label\n1,1,0\n", "a.csv")
     csv_of(tmp_path, "nothing to read", "readme.txt")
     told: list[str] = []
-    tables = list(read_tables([tmp_path], notify=told.append))
+    tables = read_all(tmp_path, told.append)
     assert [table.name for table in tables] == ["a.csv", "site/b.csv"]
     assert len(told) == 1
 
@@ -282,5 +287,5 @@ def test_rows_that_are_numbered_for_want_of_times_are_said_once(tmp_path: Path) 
     said: list[str] = []
     for name in ("a", "b"):
         (tmp_path / f"{name}.csv").write_text("Zeitstempel,t\n1789336800000,1\n1789336860000,2\n")
-    assert [table.timestamps.tolist() for table in read_tables([tmp_path], notify=said.append)] == [[0.0, 1.0], [0.0, 1.0]]
+    assert [table.timestamps.tolist() for table in read_all(tmp_path, said.append)] == [[0.0, 1.0], [0.0, 1.0]]
     assert said == ["No column of times by a name that is known (--timestamp names it): rows are taken to be a second apart, from 1970 on."]

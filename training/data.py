@@ -15,8 +15,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.tables import Table
-
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 EPOCH_WEEKDAY = 3  # 1970-01-01 was a Thursday; Monday is 0
@@ -62,10 +60,6 @@ def clock(timestamps: Float64, before: float = np.nan) -> Float32:
     gap = np.diff(timestamps, prepend=before)
     day = np.floor(timestamps / 86400)
     return np.stack([gap, timestamps - day * 86400, (day + EPOCH_WEEKDAY) % 7], axis=-1).astype(np.float32)
-
-
-def streams_of(tables: Sequence[Table], features: Sequence[str]) -> list[Stream]:
-    return [Stream(table.name, table.matrix(features).astype(np.float32), clock(table.timestamps)) for table in tables]
 
 
 def variance_of(x: Float32) -> Float64:

@@ -142,7 +142,7 @@ def _side_by_side(parts: Sequence[Float32], rows: int) -> Tensor:
     return torch.from_numpy(np.concatenate(whole, axis=1))
 
 
-def corrupted(prepared: Prepared, features: int, rng: np.random.Generator, lanes: int, own: slice) -> Tensor:
+def corrupted(prepared: Prepared, rng: np.random.Generator, lanes: int, own: slice) -> Tensor:
     """Inputs [T, B, I] with anomalies and gaps; the targets stay what they were. `prepared` holds the lanes `own` of a block of `lanes`.
 
     Random numbers are drawn for the whole block: however it is split over processes, a lane gets the same ones.
@@ -327,7 +327,7 @@ class Trainer:
         for number, start in enumerate(range(0, len(whole.z) - len(LAGS), self.plan.chunk)):
             prepared = whole.part(slice(start, start + self.plan.chunk))
             if drawn.shaken is None:
-                inputs = corrupted(prepared, self.step.features, drawn.rng, width, own)
+                inputs = corrupted(prepared, drawn.rng, width, own)
             else:
                 prepared = drawn.shaken.apply(prepared)
                 inputs = noisy(prepared, drawn.rng, width, own)

@@ -17,11 +17,11 @@ import pytest
 
 from service.detector import Detector
 from service.events import Event
-from service.features import to_readings
 from service.policy import Policy
 from service.rounds import advance
 from service.state import StateCodec
 from tests.e2e.process import Service
+from tests.readings import to_readings
 
 STREAMS = 5
 EVENTS = 40

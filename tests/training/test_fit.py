@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from typer.testing import CliRunner
 from service.__main__ import app as service_app
 from service.detector import Detector
 from service.errors import TableError
-from service.tables import ReadOptions, read_tables
+from service.tables import ReadOptions, find_sources, read_table
 from tests.limits import files_of_at_most
 from tests.training.conftest import TINY, random_step
 from training.__main__ import app
 from training.cache import alone_in, convert, open_cache
-from training.data import CONTEXT, Block, Fleet, Stream, clock, streams_of
+from training.data import CONTEXT, Block, Fleet, Stream, clock
 from training.distributed import ALONE
 from training.evaluate import Scores, run_streams
 from training.fit import Drawn, Lanes, Plan, Progress, Trainer, learning_rate, prepare, prepare_all
@@ -32,6 +33,11 @@ from training.synthetic import ANOMALIES, Synthetic, generate, streams
 SMALL = Synthetic(0, validation_lanes=8, validation_length=100)
 FITTED = "peephole"
 PLAN = Plan(steps=8, lanes=4, chunk=24, chunks=2, check_every=1, patience=50)
+
+
+def streams_of(folder: Path, features: Sequence[str]) -> list[Stream]:
+    tables = [read_table(source, notify=lambda _: None) for source in find_sources([folder])]
+    return [Stream(table.name, table.matrix(features).astype(np.float32), clock(table.timestamps)) for table in tables]
 
 
 def fit(data: Path, out: Path, cell: str) -> str:
@@ -75,8 +81,7 @@ def test_the_report_shows_the_loss_and_a_stream(fitted: tuple[Path, str]) -> Non
 
 def test_the_published_model_finds_an_offset_and_names_its_feature(fitted: tuple[Path, str], fleet_folder: Path) -> None:
     detector = Detector.load(fitted[0] / "pumps-1.onnx")
-    table = next(read_tables([fleet_folder], notify=lambda _: None))
-    stream = streams_of([table], detector.manifest.feature_names)[0]
+    stream = streams_of(fleet_folder, detector.manifest.feature_names)[0]
     x = stream.x.copy()
     x[300:, 1] += 4000
     scores = run_streams(detector.step, detector.state_size, x[:310, None], stream.t[:310, None])
@@ -219,8 +224,7 @@ def test_the_learning_rate_rises_then_falls() -> None:
 
 
 def test_training_lanes_never_reach_into_the_validation_part(fleet_folder: Path) -> None:
-    tables = list(read_tables([fleet_folder], ReadOptions(exclude=frozenset({"label"}))))
-    source = streams_of(tables, ["load", "heat"])
+    source = streams_of(fleet_folder, ["load", "heat"])
     numbered = [replace(stream, x=np.stack([np.arange(len(stream))] * 2, axis=1).astype(np.float32)) for stream in source]
     fleet = Fleet(numbered, validation_share=0.25)
     for seed in range(20):

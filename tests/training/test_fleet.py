@@ -49,7 +49,7 @@ def test_a_missing_value_is_shown_as_the_last_one_where_it_is_served_and_where_i
     last = torch.gather(z, 0, seen.clamp(min=0))
     assert torch.equal(shown, torch.where(seen < 0, 0.0, last))
 
-    hidden = corrupted(clean, F, np.random.default_rng(1), B, slice(0, B))
+    hidden = corrupted(clean, np.random.default_rng(1), B, slice(0, B))
     covered = hidden[:, :, 2 * F : 3 * F] == 0
     assert (covered & given).any()
     same_as_before = hidden[1:, :, :F] == hidden[:-1, :, :F]
