@@ -159,6 +159,7 @@ class StreamPage {
     this.figures.replaceChildren();
     this.plots.replaceChildren();
     this.content.hidden = true;
+    this.accept.disabled = false; // an alert may be open though: of one that opened before the service was started again
     fill(this.said, h("p", { class: "notice" }, `Nothing of this stream has been scored lately, as far as this replica (${about.replica}) knows. Its next event is shown here.`));
     this.showPicker(about);
   }

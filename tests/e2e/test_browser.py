@@ -385,6 +385,22 @@ def test_a_page_whose_service_has_gone_says_so_and_finds_it_again(tmp_path: Path
             visit.wrong = [said for said in visit.wrong if "ERR_" not in said]  # Chromium's own lines on what it could not reach
 
 
+def test_an_alert_that_opened_before_a_restart_can_be_accepted_before_its_stream_speaks_again(
+    tmp_path: Path, tiny_model_path: Path, browser: Browser
+) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path) as restarted, Visit(browser, restarted.url) as page:
+        events = [{"stream_id": "m", "values": {"value": value}} for value in [1.0, 1.1] * 300 + [99.0]]
+        assert local.post(f"{restarted.url}/v1/events", json=events).json()[-1]["status"] == "frozen"
+        restarted.terminate()
+        restarted.start()
+        page.goto(f"{restarted.url}/#/stream/m")
+        expect(page.locator(".notice")).to_contain_text("Nothing of this stream has been scored lately")
+        page.get_by_role("button", name="Accept as normal").click()
+        page.locator("dialog[open] .primary").click()
+        expect(page.locator("dialog[open]")).to_have_count(0)
+        assert local.get(f"{restarted.url}/v1/streams/m").json()["status"] == "ready"
+
+
 @pytest.mark.parametrize(
     ("features", "drawn"), [(("value",), "Recent values; score of each event"), (("load", "heat"), "Score of each event")]
 )
