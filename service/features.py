@@ -258,7 +258,8 @@ def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: 
         )
     for name, number in values.items():
         if number is not None and not -FLOAT32_MAX <= number <= FLOAT32_MAX:
-            detail = f"values.{name} is {number}, beyond the range of float32; send null for a missing value."
+            beyond = "" if math.isnan(number) else ", beyond the range of float32"
+            detail = f"values.{name} is {shown(number)}{beyond}; send null for a missing value."
             raise BadEvent(detail, f"values.{name}", shown(number))
     return [values.get(name, _NAN) for name in names]
 

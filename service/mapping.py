@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -429,13 +430,13 @@ def _path(dotted: str) -> Reader:
 
 
 def _comparable(said: Any) -> Any:
-    """As words and numbers are compared: a text that is a number is one."""
+    """As words and numbers are compared: a text that is a number is one, and NaN is NaN however it is written."""
     if isinstance(said, bool):
         return str(said).lower()
-    if isinstance(said, str):
-        number = to_number(said.strip())
-        return said.strip() if number is None else float(number)
-    return float(said) if isinstance(said, int | float) else repr(said)
+    number = to_number(said.strip()) if isinstance(said, str) else said
+    if isinstance(number, int | float):
+        return "NaN" if math.isnan(number) else float(number)
+    return said.strip() if isinstance(said, str) else repr(said)
 
 
 def _text_at(field: str, reference: str, found: Any) -> str:

@@ -62,7 +62,7 @@ def test_bad_events_do_not_touch_their_neighbours() -> None:
         (Event(stream_id="a", values={}), "values", "empty"),
         (Event(stream_id="a", values={"flow": 1.0, "speed": 2.0}), "values.speed", "knows 'temperature', 'flow'"),
         (Event(stream_id="a", values={"flow": 1e39}), "values.flow", "range of float32"),
-        (Event(stream_id="a", values={"flow": float("nan")}), "values.flow", "send null"),
+        (Event(stream_id="a", values={"flow": float("nan")}), "values.flow", "flow is NaN; send null"),
         (Event(stream_id="a", values={"flow": float("-inf")}), "values.flow", "send null"),
         (Event(stream_id="a", message="GET /"), "message", "not a log line"),
         (Event(stream_id="a", values={"flow": 1.0}, timestamp="yesterday"), "timestamp", "'yesterday' is neither"),

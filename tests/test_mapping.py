@@ -157,6 +157,11 @@ def test_an_event_of_which_no_reading_is_left_is_passed_over() -> None:
         assert isinstance(events(number, message(said))[0], NoReading)
     assert one(number, message(b"65534")).values == {"value": 65534}
     assert wrong(number, message(b"Worse")) == ("values.value", '"Worse"')
+    for named in ("NaN", "nan", float("nan")):
+        number = {"format": "number", "stream_id": "topic", "missing": [named]}
+        for said in (b"NaN", b"nan"):
+            assert isinstance(events(number, message(said))[0], NoReading)
+        assert isinstance(events({"stream_id": "s", "missing": [named]}, message({"s": "a", "values": {"x": float("nan")}}))[0], NoReading)
     machine = {"stream_id": "s", "values": "m", "missing": ["Bad"]}
     assert isinstance(events(machine, message({"s": "a", "m": {"x": "Bad", "y": None}}))[0], NoReading)
 
