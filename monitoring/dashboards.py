@@ -87,7 +87,7 @@ def overview() -> dashboard.Dashboard:
                 ),
                 number(
                     "Onsets today",
-                    "Alerts opened within 24 hours.",
+                    "Onsets within 24 hours: an alert opens, or its anomaly goes far beyond all before.",
                     Query(f"sum(increase(onset_onsets_total{{{_MODEL}}}[1d]))"),
                     "short",
                 ),
@@ -116,8 +116,8 @@ def overview() -> dashboard.Dashboard:
                     "short",
                 ),
                 bars(
-                    "Alerts over time",
-                    "Alerts opened and silences raised in each interval.",
+                    "Onsets and silences",
+                    "Onsets, with which alerts open or go far beyond what they were, and silences raised in each interval.",
                     [Query(onsets, "onsets {{model}}"), Query(f"sum(increase(onset_silences_total{{{_MODEL}}}[$__interval]))", "silences")],
                     "short",
                 ),
@@ -597,7 +597,7 @@ def calibration() -> dashboard.Dashboard:
             [
                 number(
                     "Onsets",
-                    "Alerts opened in the time that is shown, true and false ones.",
+                    "Onsets in the time that is shown, true and false ones: an alert opens, or its anomaly goes far beyond all before.",
                     Query(f"sum(increase(onset_onsets_total{{{_MODEL}}}[$__range]))", instant=True),
                     "short",
                     width=6,
@@ -631,7 +631,7 @@ def calibration() -> dashboard.Dashboard:
                 ),
                 line(
                     "Onsets and allowance by hour",
-                    "Alerts opened within the hour before, and how many false ones the asked rate allows for the events of that hour.",
+                    "Onsets within the hour before, and how many false ones the asked rate allows for the events of that hour.",
                     [Query(onsets, "onsets {{model}}"), Query(allowed, "allowed {{model}}")],
                     "short",
                 ),
@@ -747,8 +747,8 @@ def logs() -> dashboard.Dashboard:
                     width=6,
                 ),
                 number(
-                    "Alerts of logs today",
-                    "Alerts that a line opened within 24 hours.",
+                    "Onsets in logs today",
+                    "Lines within 24 hours with which an alert opened, or went far beyond what it was.",
                     Query(f"sum(increase(onset_onsets_total{{{_MODEL}}}[1d]) {_LOGS})"),
                     "short",
                     width=6,
@@ -773,8 +773,8 @@ def logs() -> dashboard.Dashboard:
                     steps,
                 ),
                 bars(
-                    "Alerts of logs over time",
-                    "Alerts that a line opened in each interval.",
+                    "Onsets in logs over time",
+                    "Lines with which an alert opened, or went far beyond what it was, in each interval.",
                     [Query(f"sum by (model) (increase(onset_onsets_total{{{_MODEL}}}[$__interval]) {_LOGS})", "{{model}}")],
                     "short",
                 ),

@@ -37,6 +37,7 @@ from service.events import Readings
 from service.outputs import naming, whole, write_text
 from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
+from service.state import ALERT_OPEN
 from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, once_each, read_for
 from service.terminal import terminal
 
@@ -78,6 +79,7 @@ class Scored:
     alert_score: NDArray[np.float64]  # [n]
     p_value: NDArray[np.float32]  # [n]
     is_anomaly: NDArray[np.bool_]  # [n]
+    alerting: NDArray[np.bool_]  # [n] whether the stream's alert is open with this row
     expected: NDArray[np.float32]  # [n, F], NaN = nothing to expect yet; the same for the band
     lower: NDArray[np.float32]
     upper: NDArray[np.float32]
@@ -97,9 +99,13 @@ class Tally:
     """Rows stepped but without a p-value: the first of a stream, and those with every feature missing."""
     late: int = 0
     anomalous: int = 0
+    onsets: int = 0
+    """Rows with an alert score above 1: that open an alert, or go far beyond all before within an open one."""
     alerts: int = 0
     alert_rows: list[int] = field(default_factory=list)
     """Where alerts open; the first row is 0."""
+    alerting: bool = False
+    """Whether one is open with the last row."""
     greatest: float = 0.0
     """The greatest alert score."""
     rarer: list[int] = field(default_factory=lambda: [0] * len(TAIL))
@@ -107,12 +113,16 @@ class Tally:
 
     def add(self, first: int, scored: Scored) -> None:
         late = scored.kinds == Kind.LATE
-        opened = np.flatnonzero(scored.alert_score > THRESHOLD)
+        stepped = np.flatnonzero(scored.kinds == Kind.SCORED)
+        alerting = scored.alerting[stepped]
+        opened = stepped[alerting & ~np.r_[self.alerting, alerting[:-1]][: len(alerting)]]
         self.rows += len(scored.kinds)
         self.late += int(late.sum())
         self.warming_up += int((~scored.judged & ~late).sum())
         self.anomalous += int(scored.is_anomaly.sum())
+        self.onsets += int((scored.alert_score > THRESHOLD).sum())
         self.alerts += len(opened)
+        self.alerting = bool(alerting[-1]) if len(alerting) else self.alerting
         self.greatest = max(self.greatest, float(scored.alert_score.max(initial=0.0)))
         self.alert_rows += (first + opened).tolist()
         p_value = scored.p_value[scored.judged]
@@ -170,6 +180,7 @@ def finite(outcomes: Outcomes, part: slice) -> Scored:
         np.nan_to_num(verdicts.alert_score, nan=0.0),
         np.where(np.isnan(p_value), np.float32(1), p_value),
         verdicts.is_anomaly,
+        records["flags"] & ALERT_OPEN != 0,
         expected,
         lower,
         upper,
@@ -360,12 +371,14 @@ def load_one(model: Path) -> Detector:
 def _summary(report: Report) -> Grid:
     grid = Grid(title=f"Backtest with {report.model} at a false-alarm rate of {report.alpha:g}", box=box.SIMPLE)
     grid.add_column("input", overflow="fold")
-    for column in ("rows", "late", "alerts", "alerts per 1000 rows", "anomalous rows"):
+    for column in ("rows", "late", "alerts", "alerts per 1000 rows", "onsets", "anomalous rows"):
         grid.add_column(column, justify="right")
     shown = sorted(report.tallies, key=lambda tally: tally.rank, reverse=True)[:LISTED] if len(report.tallies) > LISTED else report.tallies
     for tally in [*shown, total(report.tallies)]:
         rate, share = 1000 * tally.alerts / max(1, tally.rows), 100 * tally.anomalous / max(1, tally.rows)
-        grid.add_row(tally.name, f"{tally.rows:,}", f"{tally.late:,}", f"{tally.alerts:,}", f"{rate:.2f}", f"{share:.2f} %")
+        grid.add_row(
+            tally.name, f"{tally.rows:,}", f"{tally.late:,}", f"{tally.alerts:,}", f"{rate:.2f}", f"{tally.onsets:,}", f"{share:.2f} %"
+        )
     return grid
 
 
@@ -373,7 +386,7 @@ def total(tallies: Sequence[Tally]) -> Tally:
     """Of all inputs together; without their rows of alerts."""
     whole = Tally("all")
     for tally in tallies:
-        for name in ("rows", "warming_up", "late", "anomalous", "alerts"):
+        for name in ("rows", "warming_up", "late", "anomalous", "onsets", "alerts"):
             setattr(whole, name, getattr(whole, name) + getattr(tally, name))
         whole.greatest = max(whole.greatest, tally.greatest)
         whole.rarer = [mine + other for mine, other in zip(whole.rarer, tally.rarer, strict=True)]

@@ -26,7 +26,7 @@ from service.features import coded
 from service.lines import plain
 from service.log_files import Counted, LogFormat, Spoken, by_stream
 from service.outputs import whole
-from service.policy import THRESHOLD, Policy
+from service.policy import Policy
 from service.terminal import terminal
 
 COLUMNS = ("timestamp", "stream_id", "anomaly_score", "alert_score", "p_value", "is_anomaly", "template", "likeliest", "chance", "line")
@@ -42,7 +42,9 @@ def command(paths: Sequence[Path], detector: Detector, out: Path, policy: Policy
         scores = f"alert {float(str(row[3])):.2f}  p {float(str(row[4])):.1g}"
         console.print(f"{row[0]}  ▲ {row[1]}  {scores}  {said}"[:SHOWN_LENGTH], highlight=False)
     if len(alerts) > ALERTS_SHOWN:
-        console.print(f"{len(alerts) - ALERTS_SHOWN:,} more alerts: rows of {out / 'lines.csv'} with an alert_score above 1.")
+        console.print(
+            f"{len(alerts) - ALERTS_SHOWN:,} more alerts: each opens at a row of {out / 'lines.csv'} with an alert_score above 1."
+        )
     tell(console, report, out, json_file)
     console.print(counted.left_out)
     return report
@@ -81,13 +83,22 @@ def run(
             tallies[group[i]].add(at, scored)
 
         score([series[i] for i in group], detector, policy, sink, limits)
-    alerts = _write(out, spoken, series, pieces, lines)
+    alerts = _write(out, spoken, series, pieces, lines, tallies)
     return Report(detector.manifest.filename, policy.alpha, time.perf_counter() - began, tallies), alerts
 
 
-def _write(out: Path, spoken: Sequence[Spoken], series: Sequence[Series], pieces: Sequence[Sequence[Scored]], lines: Lines) -> list[Row]:
+def _write(
+    out: Path,
+    spoken: Sequence[Spoken],
+    series: Sequence[Series],
+    pieces: Sequence[Sequence[Scored]],
+    lines: Lines,
+    tallies: Sequence[Tally],
+) -> list[Row]:
     """OUT/lines.csv; returns its rows at which alerts open."""
     alerts: list[Row] = []
+    starts = np.cumsum([0, *(len(one) for one in series)]).tolist()
+    opening = {start + row for start, tally in zip(starts, tallies, strict=False) for row in tally.alert_rows}
     seconds = np.concatenate([one.seconds for one in spoken])
     rows = [row for which in range(len(spoken)) for row in _rows(spoken[which], series[which].x[:, 0], pieces[which], lines)]
     with whole(out / "lines.csv") as place, place.open("w", newline="", encoding="utf-8") as file:
@@ -95,7 +106,7 @@ def _write(out: Path, spoken: Sequence[Spoken], series: Sequence[Series], pieces
         writer.writerow(COLUMNS)
         for i in np.argsort(seconds, kind="stable").tolist():
             writer.writerow(rows[i])
-            if rows[i][3] > THRESHOLD:
+            if i in opening:
                 alerts.append(rows[i])
     return alerts
 

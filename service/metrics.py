@@ -294,8 +294,8 @@ class Metrics:
     )
     onsets = _counter(
         "onset_onsets_total",
-        "alerts",
-        "Alerts opened: each is the beginning of an anomaly, true or false.",
+        "onsets",
+        "Onsets: an anomaly begins and its alert opens, or it goes far beyond all before within an open one; true or false.",
         "Over onset_expected_false_alarms_total it is the measured rate beside the asked one: beyond twice, over days, something is really "
         "wrong, or alpha does not hold for these streams.",
         model=RUNNING,

@@ -95,24 +95,37 @@ def _head(subject: Subject, tallies: Sequence[Tally], shown: int) -> str:
         f"<h1>{html.escape(subject.title)}</h1><p>{html.escape(subject.said)} Made {made}.</p>"
         f"<p>{len(tallies):,} input{'s' if len(tallies) != 1 else ''}, {whole.rows:,} rows scored by {html.escape(manifest.name)} "
         f"{html.escape(manifest.version)} at α = {policy.alpha:g}{', strict' if policy.strict else ''}: "
-        f'<span class="alarm">{whole.alerts:,} alert{"s" if whole.alerts != 1 else ""}</span>. If nothing were wrong with these streams, '
-        f"about {expected:,.1f} would be expected.{more}</p>{_table(tallies, whole)}"
+        f'<span class="alarm">{_counted(whole.alerts, "alert")}</span> of {_counted(whole.onsets, "onset")}. If nothing were wrong with '
+        f"these streams, about {expected:,.1f} onsets would be expected.{more}</p>{_table(tallies, whole)}"
         f"<h2>Calibration</h2><p>How often a p-value below p came, anomalies included. On the dashed line: as often as it means. Hollow: "
         f"fewer than ten rows.</p>{_tail(whole)}"
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number != 1 else ''}"
 
 
 def _table(tallies: Sequence[Tally], whole: Tally) -> str:
     ranked = sorted(enumerate(tallies), key=lambda pair: pair[1].rank, reverse=True)[:SHOWN]
     rows = "".join(_row(f'<a href="#i{place}">{html.escape(tally.name)}</a>', tally) for place, (_, tally) in enumerate(ranked))
     last = _row("all", whole) if len(tallies) > 1 else ""
-    head = "<tr><th>Input</th><th>Rows</th><th>Judged</th><th>Late</th><th>Alerts</th><th>Greatest score</th><th>Anomalous rows</th></tr>"
+    names = ("Input", "Rows", "Judged", "Late", "Alerts", "Onsets", "Greatest score", "Anomalous rows")
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     return f"<table><thead>{head}</thead><tbody>{rows}{last}</tbody></table>"
 
 
 def _row(name: str, tally: Tally) -> str:
     greatest = f"{tally.greatest:.2f}" if tally.alerts else ""
-    cells = (f"{tally.rows:,}", f"{tally.judged:,}", f"{tally.late:,}", f"{tally.alerts:,}", greatest, f"{tally.anomalous:,}")
+    cells = (
+        f"{tally.rows:,}",
+        f"{tally.judged:,}",
+        f"{tally.late:,}",
+        f"{tally.alerts:,}",
+        f"{tally.onsets:,}",
+        greatest,
+        f"{tally.anomalous:,}",
+    )
     return f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
@@ -128,7 +141,7 @@ def _section(one: Sketch, place: int) -> str:
     )
     thin = " Each pixel shows the least and the greatest of its rows." if one.thinned else ""
     return (
-        f'<section><h2 id="i{place}">{html.escape(tally.name)}</h2><p>{tally.rows:,} rows, {tally.alerts:,} alerts, '
+        f'<section><h2 id="i{place}">{html.escape(tally.name)}</h2><p>{tally.rows:,} rows, {_counted(tally.alerts, "alert")}, '
         f"{tally.anomalous:,} anomalous rows.{thin}{many}</p>{_drawing(one)}{_onsets(one)}</section>"
     )
 
@@ -197,7 +210,7 @@ def _drawing(one: Sketch) -> str:
     parts.append(f'<line class="threshold" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{frame.y(1):.1f}" y2="{frame.y(1):.1f}"/>')
     parts += [_mark(frame, at, False, "") for at, _ in marks]
     parts.append(_times(over, is_time, top + SCORE_HEIGHT + 16))
-    label = html.escape(f"{one.tally.name}: values with what was expected, and the score; {one.tally.alerts} onsets")
+    label = html.escape(f"{one.tally.name}: values with what was expected, and the score; {one.tally.onsets} onsets")
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
@@ -279,7 +292,7 @@ def _onsets(one: Sketch) -> str:
         f'<td>{onset.p_value:.2g}</td><td class="text">{_carried(onset)}</td></tr>'
         for onset in one.onsets[:ONSETS_LISTED]
     )
-    more = one.tally.alerts - ONSETS_LISTED
+    more = one.tally.onsets - ONSETS_LISTED
     said = f"<p>{more:,} more onsets are not listed.</p>" if more > 0 else ""
     head = '<tr><th>Onset</th><th>Row</th><th>Alert score</th><th>p-value</th><th class="text">Carried by</th></tr>'
     return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>{said}"

@@ -40,7 +40,7 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Onset:
-    """Where an alert opens."""
+    """Where an alert opens, or goes far beyond what it was."""
 
     row: int
     timestamp: str

@@ -76,7 +76,7 @@ def test_the_spike_is_an_anomaly_whose_onset_alone_has_an_alert_score(tmp_path: 
     assert rows[50]["is_anomaly"] == "true"
     assert float(rows[50]["alert_score"]) > 1
     assert 50 in report.tallies[0].alert_rows
-    assert report.tallies[0].alerts == sum(float(row["alert_score"]) > 1 for row in rows)
+    assert report.tallies[0].onsets == sum(float(row["alert_score"]) > 1 for row in rows)
     assert report.tallies[0].anomalous == sum(row["is_anomaly"] == "true" for row in rows)
 
 

@@ -78,10 +78,21 @@ def test_onsets_beyond_the_limit_are_counted_and_not_listed(tiny_detector: Detec
     n, nan = 500, np.full((500, 1), np.nan, np.float32)
     flags = np.ones(n, np.bool_)
     every = Scored(
-        np.full(n, 2.0), np.full(n, 2.0), np.full(n, 1e-6, np.float32), flags, nan, nan, nan, nan, flags, np.zeros(n, np.uint8), nan[:, :0]
+        np.full(n, 2.0),
+        np.full(n, 2.0),
+        np.full(n, 1e-6, np.float32),
+        flags,
+        flags,
+        nan,
+        nan,
+        nan,
+        nan,
+        flags,
+        np.zeros(n, np.uint8),
+        nan[:, :0],
     )
     drawn.add(0, every)
-    assert (len(drawn.onsets), drawn.tally.alerts) == (ONSETS, 500)
+    assert (len(drawn.onsets), drawn.tally.onsets, drawn.tally.alerts) == (ONSETS, 500, 1)
     assert drawn.tally.rarer == [500 if level > 1e-6 else 0 for level in TAIL]
 
 

@@ -200,7 +200,7 @@ class BacktestPage {
 
   private summary(result: Result): HTMLElement {
     const boxes: [string, string, string][] = [
-      ["Alerts", count(result.alerts), `${number(result.allowed)} false ones allowed by α`],
+      ["Alerts", count(result.alerts), `${count(onsetsOf(result))} onsets, ${number(result.allowed)} false ones allowed by α`],
       ["Anomalous rows", count(result.anomalous), `${number((100 * result.anomalous) / Math.max(1, result.rows))} %`],
       ["Rows", count(result.rows), result.late ? `${count(result.late)} late, not scored` : `${count(result.warming_up)} without a score`],
       ["Asked rate α", String(result.alpha), `${chance(result.alpha)} events${result.strict ? ", strict" : ""}`],
@@ -223,11 +223,16 @@ class BacktestPage {
     return h(
       "section",
       { class: "card" },
-      h("header", {}, h("h2", {}, `Onsets (${count(result.alerts)})`)),
+      h("header", {}, h("h2", {}, `Onsets (${count(onsetsOf(result))})`)),
       rows.length ? scrolling("Onsets", h("table", {}, h("thead", {}, head), h("tbody", {}, ...rows))) : h("p", { class: "quiet" }, "No alert would have opened."),
       result.onsets_left_out ? h("p", { class: "quiet" }, `${count(result.onsets_left_out)} more are not listed.`) : null,
     );
   }
+}
+
+/** All of them: one that goes far beyond all before within an open alert opens none. */
+function onsetsOf(result: Result): number {
+  return result.onsets.length + result.onsets_left_out;
 }
 
 function lowerBound(sorted: number[], value: number): number {

@@ -162,7 +162,7 @@ def reply(drawn: Sketch, policy: Policy) -> dict[str, Any]:
         ],
         "all_features": len(drawn.names),
         "onsets": [{**asdict(onset), "x": float(x[_place(points, onset.row)])} for onset in drawn.onsets],
-        "onsets_left_out": max(0, tally.alerts - ONSETS),
+        "onsets_left_out": max(0, tally.onsets - ONSETS),
         "tail": [{"p": level, "rows": rows} for level, rows in zip(TAIL, tally.rarer, strict=True)],
     }
 

@@ -8,6 +8,8 @@ import json
 import math
 import random
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,6 +108,31 @@ def test_a_replayed_file_is_answered_with_the_numbers_of_the_backtest(
 ) -> None:
     want = backtested(recorded, model, tmp_path / "scores")
     assert_same(replayed(service, recorded, tmp_path / "replies.csv", batch=64), want)
+
+
+def test_the_backtest_counts_the_alerts_that_the_service_opens(service: Service, model: Path, tmp_path: Path) -> None:
+    """Of anomalies that grow: each has several onsets, and opens one alert."""
+    growing, rng = tmp_path / "growing", np.random.default_rng(5)
+    growing.mkdir()
+    for name, faults in (("a", [150, 220]), ("b", [60])):
+        values = rng.normal(10, 1, (300, 2))
+        for at in faults:
+            values[at : at + 8] += np.array([5, 6, 8, 12, 20, 30, 45, 60])[:, None]
+        rows = (f"{1.6e9 + i!r},{x!r},{y!r}" for i, (x, y) in enumerate(values.tolist()))
+        (growing / f"{name}.csv").write_text("\n".join(["timestamp,flow,pressure", *rows, ""]))
+    detector = Detector.load(model)
+    policy = Policy(tau=detector.manifest.age_constant)
+    tallies = backtest.run([growing], detector, policy, tmp_path / "out", UNSORTED, Console(file=io.StringIO())).tallies
+    assert all(tally.onsets > tally.alerts == len(tally.alert_rows) > 0 for tally in tallies)
+    want = {tally.name.removesuffix(".csv"): tally.alerts for tally in tallies}
+    replayed(service, growing, tmp_path / "replies.csv", batch=64)
+    for _ in range(100):
+        alerts = httpx.get(f"{service.url}/v1/alerts", params={"limit": 1000}).raise_for_status().json()["alerts"]
+        opened = Counter(alert["stream_id"] for alert in alerts if alert["kind"] == "anomaly")
+        if opened == want:
+            break
+        time.sleep(0.2)
+    assert opened == want
 
 
 def test_numbers_do_not_depend_on_how_events_are_cut_into_requests(service: Service, recorded: Path, model: Path, tmp_path: Path) -> None:
