@@ -220,7 +220,11 @@ def test_a_pattern_that_means_nothing_is_refused(bad: str) -> None:
         Pattern(bad)
 
 
-def test_the_examples_for_log_lines_are_sources_that_start(tmp_path: Path) -> None:
+def test_the_examples_of_the_documentation_are_sources_that_start(tmp_path: Path) -> None:
     docs = Path(__file__).parents[1] / "docs" / "queues.md"
-    (tmp_path / "sources.yaml").write_text(docs.read_text().partition("### Log lines")[2].partition("```yaml\n")[2].partition("```")[0])
-    assert [source.type for source in options.read(str(tmp_path / "sources.yaml"))] == ["kafka", "nats", "mqtt"]
+    started = []
+    for example in docs.read_text().split("```yaml\n")[1:]:
+        (tmp_path / "sources.yaml").write_text(example.partition("```")[0])
+        passwords = dict.fromkeys(("KAFKA_PASSWORD", "MQTT_PASSWORD", "AMQP_PASSWORD"), "secret")
+        started.append([source.type for source in options.read(str(tmp_path / "sources.yaml"), passwords)])
+    assert started == [["redis_streams"], ["kafka", "nats", "mqtt"], ["kafka"], ["nats"], ["mqtt"], ["amqp"]]
