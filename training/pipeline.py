@@ -197,8 +197,8 @@ def produce(
         manifest = _manifest(step, job, quality)
         model = publish(step, graph, manifest, out)
 
-    with _timed(seconds, "report"), console.status("Drawing the validation streams"):
-        report.page(out / "report.html", model, job.evaluation)
+    with _timed(seconds, "report"), console.status("Drawing the report"):
+        report.page(out / "report.html", model, job.evaluation, job.counted_from)
     next_steps = _next_steps(model)
     report.draw(out / "report.png", reached, shown)
     report.write(out, manifest, reached, model, seconds, next_steps)

@@ -1,6 +1,6 @@
 """The report of a run: report.png (loss curve, a stream with its band and scores), report.md and report.json.
 
-report.html is what the backtest would write of the streams that the model was validated on.
+report.html is what the backtest would write of the last rows of the streams.
 """
 
 from __future__ import annotations
@@ -126,14 +126,22 @@ def _tidy(axis: Any) -> None:
     axis.tick_params(labelsize=8)
 
 
-def page(path: Path, model: Path, streams: Sequence[Stream]) -> None:
-    """The published model's backtest of its validation streams, as `python -m service backtest --report` draws it."""
+def page(path: Path, model: Path, streams: Sequence[Stream], fitted: Sequence[int]) -> None:
+    """The published model's backtest of these streams, as `python -m service backtest --report` draws it.
+
+    The model was fitted to the first `fitted` rows of each. Raises NotWritten.
+    """
     detector = Detector.load(model)
     policy = Policy(tau=detector.manifest.age_constant)
     series = [_series(cut(stream, max(0, len(stream) - PAGE_ROWS), len(stream))) for stream in streams[:PAGE_STREAMS]]
     tallies = [Tally(one.name) for one in series]
     score(series, detector, policy, lambda i, first, scored: tallies[i].add(first, scored))
-    said = f"The last {PAGE_ROWS:,} rows at most of {len(series)} of {len(streams)} validation streams, as the published model scores them."
+    rows, left_out = sum(map(len, series)), [len(whole) - len(shown) for whole, shown in zip(streams, series, strict=False)]
+    known = sum(max(0, first - before) for first, before in zip(fitted, left_out, strict=False))
+    said = (
+        f"{rows:,} rows of {len(series)} of {len(streams)} streams, {PAGE_ROWS:,} at most of each, as the published model scores them. "
+        f"It was fitted to {f'{known:,}' if known else 'none'} of them{', the first of each stream' if known else ''}."
+    )
     write_page(path, Subject(f"{detector.manifest.name} {detector.manifest.version}", said, detector, policy), tallies, series.__getitem__)
 
 
@@ -169,7 +177,7 @@ def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], n
     network = f"{cell.variant}, {cell.layers} × {cell.hidden} → code {cell.code} → {cell.decoder_hidden}"
     if cell.variant == "none":
         network = "none"
-    shown = ("loss, a stream with its band, scores", "The validation streams, their onsets and the calibration")
+    shown = ("loss, a stream with its band, scores", "The last rows of its streams, their onsets and the calibration")
     if manifest.kind == "log":
         shown = ("loss, onsets measured against asked", "The most surprising lines held out, and the templates")
     best = f"Best validation loss {progress.best_loss:.4f}; " if progress.validation else ""

@@ -76,7 +76,10 @@ def test_the_report_shows_the_loss_and_a_stream(fitted: tuple[Path, str]) -> Non
     assert content["quality"]["false_onsets_on_unseen_rows"]["0.001"]["events"] > 0
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "![" in (out / "report.md").read_text()
-    assert 'class="value"' in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert 'class="value"' in page
+    assert "840 rows of 2 of 2 streams, 5,000 at most of each" in page
+    assert "It was fitted to 714 of them, the first of each stream." in page
 
 
 def test_the_published_model_finds_an_offset_and_names_its_feature(fitted: tuple[Path, str], fleet_folder: Path) -> None:
