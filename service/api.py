@@ -688,10 +688,11 @@ def _number(request: Incoming, name: str, default: int, least: int, most: int) -
 
 
 def _words(request: Incoming, name: str, known: Sequence[Word], *, most: int = 10) -> list[Word]:
-    """Those of the known words that a parameter names, with commas between."""
-    text = request.query(name)
-    if text is None:
+    """Those of the known words that a parameter names, with commas between or given again for each."""
+    given = request.queries(name)
+    if not given:
         return []
+    text = ",".join(given)
     found = [word for word in known if word in text.split(",")]
     if not found or set(text.split(",")) - set(known) or len(found) > most:
         several = ", several with commas between" if most > 1 else ""

@@ -48,11 +48,17 @@ class Incoming:
 
     def query(self, name: str) -> str | None:
         """A parameter of the address."""
-        if not self.scope["query_string"]:
-            return None
+        return self._parameters.get(name) if self.scope["query_string"] else None
+
+    def queries(self, name: str) -> list[str]:
+        """Each value of a parameter that may be given again."""
+        return self._parameters.getlist(name)
+
+    @property
+    def _parameters(self) -> QueryParams:
         if self._query is None:
             self._query = QueryParams(self.scope["query_string"])
-        return self._query.get(name)
+        return self._query
 
 
 class Intake:
