@@ -69,6 +69,9 @@ def _grows(series: str, labels: Mapping[str, str]) -> list[Case]:
 _REPLICA = {"job": "onset", "instance": "a:8080"}
 _A = 'job="onset",instance="a:8080"'
 
+_OFF = "onset_time_seconds - timestamp(onset_time_seconds)"
+"""By how much a replica's clock is ahead of the Prometheus', and what a scrape takes."""
+
 MANY_NEW = 0.05
 """Share of lines of new patterns from which on a log model is out of date."""
 _LINES = 'onset_lines_total{job="onset",instance="a:8080",model="m",match="%s"}'
@@ -488,6 +491,30 @@ RULES: tuple[Rule, ...] = (
             Case({f"onset_alpha{{{_A}}}": "0.001x40", 'onset_alpha{job="onset",instance="b:8080"}': "0.001x40"}),
         ),
         above=0,
+    ),
+    Rule(
+        "OnsetClocksDiffer",
+        "onset-issues",
+        f"max by (job) ({_OFF}) - min by (job) ({_OFF})",
+        "5m",
+        "warning",
+        "Clocks of replicas are {{ $value | humanizeDuration }} apart.",
+        "Streams that speak are raised as silent, again and again.",
+        "By when a stream has to speak is reckoned by the clock of the replica that scored it, and every one looks by its own. Clocks that "
+        "are further apart than a stream's patience (a few of its intervals) raise it after each event: OnsetSilence by the thousand.",
+        (
+            "Which one: `onset_time_seconds - timestamp(onset_time_seconds)`, by `instance`.",
+            "Its node's clock: `chronyc tracking`, `timedatectl`; of node_exporter's metrics `node_timex_offset_seconds`.",
+        ),
+        ("Set the node's clock right; until then take the replica off it (`kubectl cordon`, then delete the pod).",),
+        (
+            Case(
+                {f"onset_time_seconds{{{_A}}}": "0+60x40", 'onset_time_seconds{job="onset",instance="b:8080"}': "20+60x40"},
+                {"job": "onset"},
+            ),
+            Case({f"onset_time_seconds{{{_A}}}": "0+60x40", 'onset_time_seconds{job="onset",instance="b:8080"}': "1+60x40"}),
+        ),
+        above=2,
     ),
     Rule(
         "OnsetModelsDiffer",

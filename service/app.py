@@ -88,6 +88,7 @@ class Service:
         self._closing = False
         self._counted_at = -math.inf
         self.metrics.build.info({"version": VERSION})
+        self.metrics.time.set_function(time.time)
         self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR, loki.DOOR, otlp.DOOR])
         self.patterns = patterns.Patterns(self.detectors, self.metrics)
         self._watch_streams()

@@ -153,6 +153,12 @@ class Metrics:
         "Whether events can be scored and committed now.",
         "0 for longer than a start takes: /health/ready says why; mostly the store does not answer.",
     )
+    time = _gauge(
+        "onset_time_seconds",
+        "seconds",
+        "This replica's clock, since 1970.",
+        "Differs between replicas by more than a second or two: streams that speak are taken for silent.",
+    )
     model = _info(
         "onset_model_info",
         "Version, hash and execution provider of a loaded model.",
