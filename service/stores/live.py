@@ -8,7 +8,8 @@ Keys (each name once, here), both in one slot of a cluster; each is gone EXPIRY_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ KEPT_SECONDS = 5
 EXPIRY_SECONDS = 30
 READ = 32
 """Entries read in one go."""
+START = "0-0"
+"""Before all of a stream."""
 
 
 @dataclass(frozen=True)
@@ -34,39 +37,63 @@ class Exchanged:
     """Whether there are more of either already."""
 
 
-class LiveLog:
-    """One replica's place in it: what it reads is what came after it read last, its own entries among them."""
+class _Place:
+    """Up to where a stream was read. Ids follow the store's clock: after a pause in which a stream expires they may begin at less."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: bytes, clock: Callable[[], float]) -> None:
+        self._key, self._clock, self._after = key, clock, START
+        self._moved_at = clock()
+
+    def next(self) -> Command:
+        if self._clock() - self._moved_at > 2 * EXPIRY_SECONDS:
+            self.move(START)
+        return "XRANGE", self._key, f"({self._after}", "+", "COUNT", READ
+
+    def move(self, to: str) -> None:
+        self._after, self._moved_at = to, self._clock()
+
+    def read(self, entries: Sequence[Any]) -> None:
+        """What `next` brought."""
+        if entries:
+            self.move(entries[-1][0].decode())
+
+
+class LiveLog:
+    """One replica's place in it: what it reads is what came after it read last, its own entries among them. `clock` gives monotonic
+    seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._store: Commands | None = None
-        self._asks_after = "0-0"
-        self._parts_after = ""
+        self._asks, self._parts = _Place(ASKS_KEY, clock), _Place(EVENTS_KEY, clock)
+        self._reads = False
         self._told = 0
 
     def connect(self, store: Commands) -> None:
         self._store = store
 
     async def exchange(self, ask: bytes | None, parts: Sequence[bytes], *, reads: bool) -> Exchanged:
-        """Add an ask and parts of at most some hundred kB each, and read what is new; of the parts only with `reads`: from the first
-        exchange with it on. That one needs an ask, whose id says when it was. Raises StoreUnavailable.
+        """Add an ask and parts of at most some hundred kB each, and read what is new; of the parts only with `reads`, from the first
+        exchange with it on. Raises StoreUnavailable.
         """
         if self._store is None:
             raise StoreUnavailable("The state store has not been opened yet.")
-        if not reads:
-            self._parts_after = ""
-        commands = self._adding(ask, parts)
+        begins = reads and not self._reads
+        commands: list[Command] = [("XREVRANGE", EVENTS_KEY, "+", "-", "COUNT", 1)] if begins else []  # before it is asked
+        commands += self._adding(ask, parts)
         added = len(commands)
-        commands.append(_range(ASKS_KEY, self._asks_after))
-        if self._parts_after:
-            commands.append(_range(EVENTS_KEY, self._parts_after))
+        commands.append(self._asks.next())
+        if reads and not begins:
+            commands.append(self._parts.next())
         replies = await self._store.pipe(commands)
-        if ask is not None and reads and not self._parts_after:
-            self._parts_after = replies[0].decode()
+        self._reads = reads
+        if begins:
+            self._parts.move(replies[0][0][0].decode() if replies[0] else START)
         if parts:
             self._told = int(replies[added - 2].partition(b"-")[0])
         asks, new = replies[added], replies[added + 1] if len(replies) > added + 1 else []
-        self._asks_after = asks[-1][0].decode() if asks else self._asks_after
-        self._parts_after = new[-1][0].decode() if new else self._parts_after
+        self._asks.read(asks)
+        self._parts.read(new)
         return Exchanged(_values(asks), _values(new), READ in (len(asks), len(new)))
 
     def _adding(self, ask: bytes | None, parts: Sequence[bytes]) -> list[Command]:
@@ -77,10 +104,6 @@ class LiveLog:
         for part in parts:
             commands += [("XADD", EVENTS_KEY, "MINID", "=", oldest, "*", "part", part), ("EXPIRE", EVENTS_KEY, EXPIRY_SECONDS)]
         return commands
-
-
-def _range(key: bytes, after: str) -> Command:
-    return "XRANGE", key, f"({after}", "+", "COUNT", READ
 
 
 def _values(entries: Sequence[Any]) -> list[bytes]:

@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from service.console.recent import ANOMALY, ONSET, Recent, Room
-from service.console.shared import ASK_SECONDS, ASKED_SECONDS, FLEET, HEARD_SECONDS, HOLD_SECONDS, TELL_BYTES, Shared
+from service.console.shared import ASK_SECONDS, ASKED_SECONDS, FLEET, HEARD_SECONDS, HOLD_SECONDS, TELL_BYTES, Ask, Part, Shared
 from service.detector import Detector
 from service.errors import StoreUnavailable
 from service.events import Event
@@ -18,7 +19,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.stores.cluster import ClusterStore
-from service.stores.live import ASKS_KEY, EVENTS_KEY, LiveLog
+from service.stores.live import ASKS_KEY, EVENTS_KEY, EXPIRY_SECONDS, LiveLog
 from service.stores.redis import Commands, RedisStore
 from tests.servers import ValkeyCluster
 from tests.tiny_log import build_tiny_log
@@ -33,7 +34,7 @@ class Replica:
     def __init__(self, name: str, detector: Detector, store: RedisStore | ClusterStore, clock: Clock) -> None:
         metrics = Metrics()
         self.recent = Recent(detector.manifest, Room(STREAMS * DEPTH * 64, [detector.name]), DEPTH, clock=clock)
-        log = LiveLog()
+        log = LiveLog(clock)
         log.connect(store)
         self.shared = Shared({detector.name: self.recent}, name, log, metrics, clock)
         self.model = detector.name
@@ -249,6 +250,47 @@ async def test_what_is_told_is_gone_from_the_store_when_nobody_adds_to_it(pair: 
     await pair.turn()
     lives = await pair.store.pipe([("TTL", ASKS_KEY), ("TTL", EVENTS_KEY)])
     assert all(0 < seconds <= 30 for seconds in lives)
+
+
+async def ahead(pair: Pair) -> None:
+    """The store's clock was ahead when a replica asked: what is added to that stream has ids of then."""
+    ask = msgspec.msgpack.encode(Ask("gone", {}, {}))
+    await pair.store.pipe([("XADD", ASKS_KEY, f"{10**13}-1", "ask", ask), ("EXPIRE", ASKS_KEY, 30)])
+
+
+async def test_asks_are_heard_after_the_stores_clock_was_set_back(pair: Pair) -> None:
+    await ahead(pair)
+    await pair.turn()
+    await pair.store.pipe([("DEL", ASKS_KEY)])  # as it is by itself once nobody watches
+    await pair.turn(2 * EXPIRY_SECONDS + 1)
+    pair.here.shared.watch(pair.here.model, FLEET)
+    await pair.turn()
+    await pair.there.score(("theirs", 1.0, 5.0))
+    await pair.settle()
+    assert pair.here.times("theirs") == [1.0]
+
+
+async def test_what_others_tell_is_heard_where_asks_began_before_the_stores_clock_was_set_back(pair: Pair) -> None:
+    await ahead(pair)
+    pair.here.shared.watch(pair.here.model, FLEET)
+    await pair.turn()
+    await pair.there.score(("theirs", 1.0, 5.0))
+    await pair.settle()
+    assert pair.here.times("theirs") == [1.0]
+
+
+async def test_what_others_tell_is_heard_again_after_a_pause_in_which_the_stores_clock_was_set_back(pair: Pair) -> None:
+    pair.here.shared.watch(pair.here.model, FLEET)
+    await pair.turn()
+    part = msgspec.msgpack.encode(Part("gone", "", pair.here.model, "", [], b"", b""))
+    await pair.store.pipe([("XADD", EVENTS_KEY, f"{10**13}-1", "part", part)])
+    await pair.here.shared.turn()
+    await pair.store.pipe([("DEL", EVENTS_KEY)])
+    pair.clock.now += 2 * EXPIRY_SECONDS + 1
+    await pair.turn()
+    await pair.there.score(("theirs", 1.0, 5.0))
+    await pair.settle()
+    assert pair.here.times("theirs") == [1.0]
 
 
 async def test_lines_of_a_log_that_another_replica_scored_are_seen_with_their_text(redis_store: RedisStore, tmp_path: Path) -> None:
