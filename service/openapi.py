@@ -59,6 +59,7 @@ def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict
         others = {path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))}
         spec["paths"] = _paths(example(manifests[0]) | {"stream_id": "example-1"}) | (_live_paths() if live else {}) | others
         _add_cross_site(spec["paths"])
+        spec["servers"] = [{"url": "."}]  # where the document is, so that a proxy may move the service under a path
         _simplify(spec)
         app.openapi_schema = spec
     return app.openapi_schema

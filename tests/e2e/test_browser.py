@@ -369,6 +369,12 @@ def test_the_page_works_under_a_path_and_opens_a_linked_stream(service: Service,
         expect(page.locator("h1")).to_have_text(STREAMS[0])
         page.goto(f"{service.url}/onset/#/model")
         expect(page.locator("h1")).to_contain_text("default")
+        page.goto(f"{service.url}/onset/docs")
+        policy = page.locator("#operations-default-getPolicy")
+        policy.locator(".opblock-summary").click()
+        policy.get_by_role("button", name="Try it out").click()
+        policy.get_by_role("button", name="Execute").click()
+        expect(policy.locator(".live-responses-table .response-col_status").nth(1)).to_contain_text("200")
         assert all(path.startswith("/onset/") for path in asked), asked
 
 
