@@ -26,7 +26,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from bench.servers import free_port
-from bench.victims import Child, Victim
+from bench.victims import Child, Server, Victim, listens
 from bench.wires import ANSWER_SECONDS, READ, NotSentError
 from service.events import Event, Result
 
@@ -194,36 +194,25 @@ class AmqpWire:
             raise NotSentError from error
 
 
-class Mosquitto(Victim):
+class Mosquitto(Server):
     """It is restarted by SIGTERM, which has it save what it holds: a mosquitto that is killed loses what came since it last saved."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__("mosquitto (SIGTERM)", folder)
         self.port = free_port()
-        self._child: Child | None = None
 
-    def start(self) -> None:
+    def _command(self) -> Sequence[str]:
         conf = self.folder / "mosquitto.conf"
         lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "max_queued_messages 1000000", "set_tcp_nodelay true"]
         lines += ["persistence true", f"persistence_location {self.folder}/", *(["user root"] if os.geteuid() == 0 else [])]
         conf.write_text("\n".join(lines) + "\n")
-        self._child = Child([_program("mosquitto"), "-c", str(conf)], {}, self.log)
-        self.starts += 1
+        return [_program("mosquitto"), "-c", str(conf)]
 
     def kill(self) -> None:
-        if self._child is not None:
-            self._child.stop()
-
-    def stop(self) -> None:
-        self.kill()
+        self.stop()
 
     async def ready(self) -> bool:
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        except OSError:
-            return False
-        writer.close()
-        return True
+        return await listens(self.port)
 
 
 class MqttWire:

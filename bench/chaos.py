@@ -34,7 +34,7 @@ from bench import soak as soaks
 from bench.clients import Client, Kind, Pool, RestDoor, Source, UnexpectedAnswerError, Vandal
 from bench.ledger import Ledger, Reference, Violation
 from bench.nursery import Nursery
-from bench.soak import SHOWN, Plan, Shown, bugs_in, conduct, unseen
+from bench.soak import SHOWN, JsonFile, Model, Plan, Rate, Seconds, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from service.artifact import UNSEALED, find_artifacts, seal, verify_seal
 from service.asking import SHIPPED_MODELS
@@ -67,14 +67,12 @@ class Report(soaks.Report):
 
 def main(
     kills: Annotated[int, typer.Option(min=1, max=100_000)] = 1000,
-    seconds: Annotated[
-        float, typer.Option(min=1, max=36_000, help="Longest time for the kills; it stops earlier when all are done.")
-    ] = 3600,
-    rate: Annotated[float, typer.Option(min=0.1, max=10, help="Kills a second that are tried for.")] = 1.5,
+    seconds: Seconds = 3600,
+    rate: Rate = 1.5,
     streams: Annotated[int, typer.Option(min=CLIENTS, max=2000)] = 120,
     seed: Annotated[int, typer.Option(help="Of events, damage and choices; the moments also depend on the machine.")] = 1,
-    model: Annotated[Path, typer.Option(help="A detector of one feature, `value`. Default: the one that ships.")] = SHIPPED_MODELS,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    model: Model = SHIPPED_MODELS,
+    json_file: JsonFile = None,
 ) -> None:
     """Kill, restart and damage while events flow; every answer is checked."""
     plan = Plan(kills, seconds, rate, streams, seed, find_artifacts(model)[0])
@@ -186,14 +184,9 @@ def _other_version(path: Path, folder: Path) -> Path:
 async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Shown) -> None:
     killer = Killer([scene.store], scene.replicas, random.Random(plan.seed), plan.rate)
     stopped = asyncio.Event()
-    began = time.monotonic()
 
     async def kill() -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(killer.run(plan.kills), plan.seconds)
-        report.kill_seconds = time.monotonic() - began
-        for victim in scene.victims:
-            await victim.wait_ready()
+        report.kill_seconds = await killer.run(plan.kills, plan.seconds)
         stopped.set()
 
     async def watch() -> None:

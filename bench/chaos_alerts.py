@@ -33,7 +33,7 @@ from bench.ledger import Violation
 from bench.nursery import Nursery
 from bench.receiver import Receiver
 from bench.report import Machine, table
-from bench.soak import Plan, Shown, bugs_in, conduct, unseen
+from bench.soak import JsonFile, Model, Plan, Rate, Seconds, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store
 from service import alerts
 from service.artifact import find_artifacts
@@ -73,12 +73,12 @@ class Report(soaks.Report):
 
 def main(
     kills: Annotated[int, typer.Option(min=1, max=100_000)] = 100,
-    seconds: Annotated[float, typer.Option(min=1, max=36_000, help="Longest time for the kills.")] = 600,
-    rate: Annotated[float, typer.Option(min=0.1, max=10, help="Kills a second that are tried for.")] = 0.5,
+    seconds: Seconds = 600,
+    rate: Rate = 0.5,
     streams: Annotated[int, typer.Option(min=1, max=2000)] = 60,
     seed: Annotated[int, typer.Option(help="Of events and choices; the moments also depend on the machine.")] = 1,
-    model: Annotated[Path, typer.Option(help="A detector of one feature, `value`. Default: the one that ships.")] = SHIPPED_MODELS,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    model: Model = SHIPPED_MODELS,
+    json_file: JsonFile = None,
 ) -> None:
     """Kill while anomalies come and go; every alert is checked."""
     plan = Plan(kills, seconds, rate, streams, seed, find_artifacts(model)[0])
@@ -166,7 +166,7 @@ async def _under_kills(
     client: httpx.AsyncClient,
     shown: Shown,
 ) -> None:
-    killer, stopped, began = Killer([store], replicas, rng, plan.rate), asyncio.Event(), time.monotonic()
+    killer, stopped = Killer([store], replicas, rng, plan.rate), asyncio.Event()
     async with asyncio.TaskGroup() as group:
         for sender in senders:
             group.create_task(sender.run(replicas, client, stopped))
@@ -177,12 +177,8 @@ async def _under_kills(
                 await asyncio.sleep(0.5)
 
         group.create_task(watch())
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(killer.run(plan.kills), plan.seconds)
-        for victim in (store, *replicas):
-            await victim.wait_ready()
+        report.seconds = await killer.run(plan.kills, plan.seconds)
         stopped.set()
-    report.seconds = time.monotonic() - began
     report.kills = dict(killer.kills)
     report.events = sum(len(sender.sent) for sender in senders)
 

@@ -43,7 +43,7 @@ from bench.bus_wires import AmqpWire, MqttWire
 from bench.clients import Kind, Source
 from bench.ledger import Reference, Violation, differing
 from bench.nursery import Nursery
-from bench.soak import SHOWN, Shown, bugs_in, conduct, unseen
+from bench.soak import SHOWN, JsonFile, Model, Rate, Seconds, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from bench.wires import KafkaWire, NatsWire, NotSentError, RedisStreamsWire, Wire
 from service.artifact import find_artifacts
@@ -117,14 +117,12 @@ WIRES: dict[str, Callable[[Path, Store], Wire]] = {
 def main(
     source: Annotated[str, typer.Option(help=f"Which queue: {', '.join(WIRES)}.")] = "redis_streams",
     kills: Annotated[int, typer.Option(min=1, max=100_000)] = 300,
-    seconds: Annotated[
-        float, typer.Option(min=1, max=36_000, help="Longest time for the kills; it stops earlier when all are done.")
-    ] = 1800,
-    rate: Annotated[float, typer.Option(min=0.1, max=10, help="Kills a second that are tried for.")] = 1.0,
+    seconds: Seconds = 1800,
+    rate: Rate = 1.0,
     streams: Annotated[int, typer.Option(min=PRODUCERS, max=2000)] = 60,
     seed: Annotated[int, typer.Option(help="Of events and choices; the moments also depend on the machine.")] = 1,
-    model: Annotated[Path, typer.Option(help="A detector of one feature, `value`. Default: the one that ships.")] = SHIPPED_MODELS,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")] = None,
+    model: Model = SHIPPED_MODELS,
+    json_file: JsonFile = None,
 ) -> None:
     """Kill and restart while events flow through a queue; every result is checked."""
     if source not in WIRES:
@@ -343,14 +341,9 @@ async def _running(plan: Plan, folder: Path) -> AsyncIterator[Scene]:
 async def _under_kills(scene: Scene, plan: Plan, report: Report, progress: Shown) -> None:
     killer = Killer([scene.store, *scene.wire.victims], scene.replicas, random.Random(plan.seed), plan.rate, lambda: scene.counts["result"])
     stopped = asyncio.Event()
-    began = time.monotonic()
 
     async def kill() -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(killer.run(plan.kills), plan.seconds)
-        report.kill_seconds = time.monotonic() - began
-        for victim in scene.victims:
-            await victim.wait_ready()
+        report.kill_seconds = await killer.run(plan.kills, plan.seconds)
         stopped.set()
 
     async def sample() -> None:

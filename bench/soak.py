@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,6 +23,11 @@ from bench.victims import Replica
 SHOWN = 20
 """Violations that are printed, and after which a soak need not go on."""
 BUGS = re.compile(r"unexpected_error|batch_failed|Traceback")
+
+Seconds = Annotated[float, typer.Option(min=1, max=36_000, help="Longest time for the kills; it stops earlier when all are done.")]
+Rate = Annotated[float, typer.Option(min=0.1, max=10, help="Kills a second that are tried for.")]
+Model = Annotated[Path, typer.Option(help="A detector of one feature, `value`. Default: the one that ships.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")]
 
 Shown = Callable[[int, str], None]
 """Told how many kills are done, and how things stand."""

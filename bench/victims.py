@@ -98,19 +98,19 @@ class Victim(ABC):
             await asyncio.sleep(POLL_SECONDS)
 
 
-class Store(Victim):
-    """A valkey-server configured as the service's embedded one."""
+class Server(Victim):
+    """One process."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__("store", folder)
-        self._socket = folder / "store.sock"
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__(name, folder)
         self._child: Child | None = None
-        self.url = f"unix://{self._socket}"
-        self.client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=2.0)
+
+    @abstractmethod
+    def _command(self) -> Sequence[str]:
+        """That starts it."""
 
     def start(self) -> None:
-        options = server_options(self.folder, self._socket)
-        self._child = Child([find_server(), *(part for name, value in options.items() for part in (f"--{name}", value))], {}, self.log)
+        self._child = Child(self._command(), {}, self.log)
         self.starts += 1
 
     def kill(self) -> None:
@@ -120,6 +120,20 @@ class Store(Victim):
     def stop(self) -> None:
         if self._child is not None:
             self._child.stop()
+
+
+class Store(Server):
+    """A valkey-server configured as the service's embedded one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("store", folder)
+        self._socket = folder / "store.sock"
+        self.url = f"unix://{self._socket}"
+        self.client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=2.0)
+
+    def _command(self) -> Sequence[str]:
+        options = server_options(self.folder, self._socket)
+        return [find_server(), *(part for name, value in options.items() for part in (f"--{name}", value))]
 
     async def ready(self) -> bool:
         try:
@@ -217,6 +231,16 @@ class Replica(Victim):
         return Serving(self._nursery.serve(environment, self.log), f"http://127.0.0.1:{port}")
 
 
+async def listens(port: int) -> bool:
+    """Whether somebody takes connections there."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
 class Killer:
     """Kills one of the processes at random moments, about `rate` a second, and starts it again at once."""
 
@@ -234,8 +258,17 @@ class Killer:
         """Killed before any other, from the last on, so that also a short soak has had one of each kind."""
         self.kills: Counter[str] = Counter()
 
-    async def run(self, kills: int) -> None:
-        """Returns after so many kills."""
+    async def run(self, kills: int, seconds: float) -> float:
+        """So many kills, or as many as the seconds are enough for; returns once all are at work again, with how long the kills took."""
+        began = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._kill(kills), seconds)
+        took = time.monotonic() - began
+        for victim in (*self._servers, *self._replicas):
+            await victim.wait_ready()
+        return took
+
+    async def _kill(self, kills: int) -> None:
         due, before, anyhow = time.monotonic(), 0, False
         while self.kills.total() < kills:
             due = max(due + self._rng.expovariate(self._rate), time.monotonic())

@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 
 from bench.kafka_mock import MockKafka
 from bench.servers import free_port
-from bench.victims import Child, Store, Victim
+from bench.victims import Server, Store, Victim, listens
 from service.events import Event, Result
 
 READ = 1000
@@ -225,38 +225,22 @@ class KafkaWire:
             raise NotSentError from error
 
 
-class NatsServer(Victim):
+class NatsServer(Server):
     """nats-server with JetStream. What it has confirmed is in the files of its machine's system."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__("nats", folder)
         self.port = free_port()
         self.url = f"nats://127.0.0.1:{self.port}"
-        self._child: Child | None = None
 
-    def start(self) -> None:
+    def _command(self) -> Sequence[str]:
         program = shutil.which("nats-server", path="/usr/sbin:/usr/local/bin:/usr/bin")
         if program is None:
             raise SystemExit("nats-server is not on this machine: apt-get install nats-server")
-        command = [program, "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.folder / "jetstream")]
-        self._child = Child(command, {}, self.log)
-        self.starts += 1
-
-    def kill(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-
-    def stop(self) -> None:
-        if self._child is not None:
-            self._child.stop()
+        return [program, "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.folder / "jetstream")]
 
     async def ready(self) -> bool:
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        except OSError:
-            return False
-        writer.close()
-        return True
+        return await listens(self.port)
 
 
 class NatsWire:
