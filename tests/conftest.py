@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import structlog
 
 from bench.kafka_mock import MockKafka
 from service.detector import Detector
+from service.stores import StateStore
+from service.stores.memory import MemoryStore
 from service.stores.redis import RedisStore
 from tests.brokers import Mosquitto, RabbitMQ
 from tests.rigs import NatsServer, nats_server
@@ -141,11 +144,27 @@ def empty_cluster(valkey_cluster: ValkeyCluster) -> ValkeyCluster:
 
 
 @pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    """What a test enters is left with it."""
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
 async def redis_store(empty_server: str) -> AsyncIterator[RedisStore]:
     store = RedisStore(empty_server, state_ttl=3600, result_ttl=600)
     await store.open()
     yield store
     await store.close()
+
+
+@pytest.fixture(params=["memory", "redis"])
+def any_store(request: pytest.FixtureRequest) -> StateStore:
+    """One of memory, and a real one."""
+    if request.param == "memory":
+        return MemoryStore(state_ttl=3600, result_ttl=600)
+    store: RedisStore = request.getfixturevalue("redis_store")
+    return store
 
 
 @pytest.fixture(scope="session")

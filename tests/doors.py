@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
+import httpx
+
+from service.app import create_app
 from service.errors import StoreUnavailable
+from service.settings import Settings
 from service.stores import Write
 from service.stores.memory import MemoryStore
 
@@ -35,3 +40,11 @@ class Healthy:
 
     async def ready(self) -> str | None:
         return None
+
+
+@asynccontextmanager
+async def serving(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a whole service in this process, which ends with it: by then every span is sent, for example."""
+    app = create_app(Settings(canary_seconds=0, **settings))  # type: ignore[arg-type]
+    async with app.state.service.running(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client

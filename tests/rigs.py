@@ -23,12 +23,19 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 
 from bench.kafka_mock import MockKafka
+from service.app import Service
 from service.events import Result
+from service.settings import Settings
 from tests.needs import program
 from tests.servers import Valkey, free_port
 
 PARTITIONS = 3
 _number = itertools.count()
+
+
+def service(rig: Rig, model: Path, **declared: Any) -> Service:
+    """That reads the rig, with some of what it declares in place of its own."""
+    return Service(Settings(sources=json.dumps([rig.declared | declared]), redis_url=rig.store, model=model, drain_seconds=5))
 
 
 class Rig(Protocol):

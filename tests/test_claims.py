@@ -103,7 +103,7 @@ class Replica:
     """A scorer of one file, and its claim."""
 
     def __init__(self, detector: Detector, store: StateStore, clock: Clock, instance: str = "") -> None:
-        self.metrics, self.clock = Metrics(), clock
+        self.metrics, self.clock, self._store = Metrics(), clock, store
         self.claim = StoredClaim(detector, store, self.metrics, clock, instance=instance)
         self.scorer = Scorer(detector, Policy(), store, self.metrics, Limits(), clock, claim=self.claim)
         self.scorer.start()
@@ -118,6 +118,12 @@ class Replica:
         answers = await self.scorer.score(events)
         assert not any(isinstance(answer, ItemError) for answer in answers)
         return [answer for answer in answers if isinstance(answer, Result)]
+
+    def sweeper(self, raised: list[tuple[str, str]], name: str = "") -> Sweeper:
+        """Adds to `raised` its name and each stream that it finds silent."""
+        codec = self.scorer.detector.codec()
+        store, metrics, clock = self._store, self.metrics, self.clock
+        return Sweeper(MODEL, codec, Policy, store, metrics, 3600, lambda it: raised.append((name, it.stream_id)), clock, claim=self.claim)
 
     def afresh(self, reason: str = "other_model") -> float:
         return float(self.metrics.fresh.labels(reason)._value.get())
@@ -559,13 +565,7 @@ async def test_sweepers_of_a_superseded_file_leave_the_watches_of_the_other_alon
     old, new = await start(0), await start(1)
     raised: list[tuple[str, str]] = []
 
-    def sweeper(name: str, replica: Replica) -> Sweeper:
-        codec, claim = replica.scorer.detector.codec(), replica.claim
-        return Sweeper(
-            MODEL, codec, Policy, store, replica.metrics, 3600, lambda it: raised.append((name, it.stream_id)), clock, claim=claim
-        )
-
-    of_old, of_new = sweeper("old", old), sweeper("new", new)
+    of_old, of_new = old.sweeper(raised, "old"), new.sweeper(raised, "new")
     for each in (of_old, of_new):
         await each.sweep()
     for i in range(60):
@@ -583,16 +583,15 @@ async def test_sweepers_of_a_superseded_file_leave_the_watches_of_the_other_alon
 
 async def test_after_it_was_superseded_a_file_gives_its_streams_their_patience_anew(start: Start, store: Store, clock: Clock) -> None:
     old = await start(0)
-    raised: list[str] = []
-    codec = old.scorer.detector.codec()
-    sweeper = Sweeper(MODEL, codec, Policy, store, old.metrics, 3600, lambda it: raised.append(it.stream_id), clock, claim=old.claim)
-    await sweeper.sweep()
+    raised: list[tuple[str, str]] = []
+    of_old = old.sweeper(raised)
+    await of_old.sweep()
     for i in range(60):
         clock.now += 10
         await old.send(Event(stream_id="s", values={"value": float(i % 3)}, timestamp=clock.now))
     await start(1)
     await old.claim.beat()
-    task = asyncio.create_task(sweeper.run(every=0))
+    task = asyncio.create_task(of_old.run(every=0))
     for i in range(400):  # nobody could send to it
         clock.now += RETURN_SECONDS / 2
         await asyncio.sleep(0.0001)
@@ -602,8 +601,8 @@ async def test_after_it_was_superseded_a_file_gives_its_streams_their_patience_a
     task.cancel()
     assert raised == []
     clock.now += 4000
-    await sweeper.sweep()
-    assert raised == ["s"]
+    await of_old.sweep()
+    assert raised == [("", "s")]
 
 
 async def test_a_stream_that_fell_silent_while_another_file_was_in_force_is_raised_when_its_own_is_again(
@@ -615,19 +614,13 @@ async def test_a_stream_that_fell_silent_while_another_file_was_in_force_is_rais
         await old.send(Event(stream_id="s", values={"value": float(i % 3)}, timestamp=clock.now))
     raised: list[tuple[str, str]] = []
 
-    def sweeper(name: str, replica: Replica) -> Sweeper:
-        codec, claim = replica.scorer.detector.codec(), replica.claim
-        return Sweeper(
-            MODEL, codec, Policy, store, replica.metrics, 3600, lambda it: raised.append((name, it.stream_id)), clock, claim=claim
-        )
-
     new = await start(1)
-    of_new = sweeper("new", new)
+    of_new = new.sweeper(raised, "new")
     for _ in range(2):
         clock.now += 600
         await of_new.sweep()
     assert raised == [], "it cannot say for how long silence is ordinary"
-    of_old = sweeper("old", await start(0))
+    of_old = (await start(0)).sweeper(raised, "old")
     await of_old.sweep()
     clock.now += 600
     await of_old.sweep()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from service.app import create_app
 from service.artifact import Manifest
 from service.detector import Detector
 from service.errors import ArtifactError, BadEvent
 from service.events import Event
 from service.policy import Policy
 from service.rounds import advance
-from service.settings import Settings
+from tests.doors import serving
 from tests.readings import to_readings
 from tests.tiny import build_tiny
 from tests.tiny_log import BEFORE, LIKELY, TEMPLATES, build_tiny_log, tiny_log_manifest
@@ -31,13 +29,6 @@ from tests.tiny_log import BEFORE, LIKELY, TEMPLATES, build_tiny_log, tiny_log_m
 ACCEPTED, TOOK, CLOSED = "Accepted connection from 10.0.0.7:4711", "Took 12.5 ms for /a?id=77", "Closed connection from 10.0.0.7:4711"
 NOW = 1_795_420_800.0
 SESSION = [ACCEPTED, TOOK, "Took 7 ms for /b", CLOSED]
-
-
-@asynccontextmanager
-async def serving(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(Settings(canary_seconds=0, **settings))  # type: ignore[arg-type]
-    async with app.state.service.running(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        yield client
 
 
 @pytest.fixture

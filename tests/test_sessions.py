@@ -87,14 +87,6 @@ class World:
         return sum(metrics.registry.get_sample_value(name, {"model": "tiny-log"}) or 0 for metrics in self.metrics)
 
 
-@pytest.fixture(params=["memory", "redis"])
-def any_store(request: pytest.FixtureRequest) -> StateStore:
-    if request.param == "memory":
-        return MemoryStore(state_ttl=TTL, result_ttl=600)
-    store: RedisStore = request.getfixturevalue("redis_store")
-    return store
-
-
 @pytest.fixture
 async def world(log_detector: Detector, any_store: StateStore) -> AsyncIterator[World]:
     world = World(log_detector, any_store)

@@ -22,7 +22,7 @@ from service.silence import RETURN_SECONDS, SWEPT, Silence, Sweeper
 from service.state import StateCodec
 from service.stores import StateStore
 from service.stores.memory import MemoryStore
-from service.stores.redis import SHARDS, RedisStore, shard_of
+from service.stores.redis import SHARDS, shard_of
 
 TTL = 3600
 CODEC = StateCodec(features=1, state_size=1, model=1)
@@ -129,14 +129,6 @@ class World:
 
     def sample(self, name: str) -> float:
         return sum(metrics.registry.get_sample_value(name, {"model": "tiny"}) or 0 for metrics in self.metrics)
-
-
-@pytest.fixture(params=["memory", "redis"])
-def any_store(request: pytest.FixtureRequest) -> StateStore:
-    if request.param == "memory":
-        return MemoryStore(state_ttl=TTL, result_ttl=600)
-    store: RedisStore = request.getfixturevalue("redis_store")
-    return store
 
 
 @pytest.fixture

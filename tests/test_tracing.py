@@ -8,8 +8,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -22,6 +21,7 @@ from service import tracing
 from service.app import create_app
 from service.errors import BadSetting
 from service.settings import Settings
+from tests.doors import serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -67,14 +67,6 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
         yield found
         server.shutdown()
         thread.join()
-
-
-@asynccontextmanager
-async def serving(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
-    """Until it is closed; by then every span is sent."""
-    app = create_app(Settings(canary_seconds=0, **settings))  # type: ignore[arg-type]
-    async with app.state.service.running(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        yield client
 
 
 def attributes(span: Span) -> dict[str, str | int]:

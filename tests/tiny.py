@@ -16,6 +16,9 @@ import onnxruntime as ort
 from service.artifact import MANIFEST_KEY, SELFTEST_KEY, SHA256_KEY, UNSEALED, Cell, Feature, Manifest, SelfTest, Slice, Training, seal
 
 WARMUP = 5
+UNTRAINED = Training(
+    command="none", seed=0, data="none", data_sha256="", streams=0, rows=0, commit="", torch_version="", created="2026-01-01"
+)
 
 # e = largest |x - mean| / deviation; p = exp(-e). State: n, mean [F], deviation [F].
 GRAPH = """
@@ -85,9 +88,7 @@ def tiny_manifest(features: tuple[str, ...], name: str = "tiny", version: str = 
         layout=[Slice(name="events", size=1), Slice(name="mean", size=F), Slice(name="deviation", size=F)],
         warmup=WARMUP,
         cell=Cell(variant="none", layers=1, hidden=1, code=1, decoder_hidden=1),
-        training=Training(
-            command="none", seed=0, data="none", data_sha256="", streams=0, rows=0, commit="", torch_version="", created="2026-01-01"
-        ),
+        training=UNTRAINED,
     )
 
 
@@ -95,8 +96,12 @@ def build_tiny(folder: Path, features: tuple[str, ...] = ("value",), name: str =
     """Write a sealed artifact into `folder` and return its path."""
     manifest = tiny_manifest(features, name, version)
     model = onnx.parser.parse_model(_text(len(features), graph))
+    return sealed(folder, manifest, model, _answers(model, manifest))
+
+
+def sealed(folder: Path, manifest: Manifest, model: onnx.ModelProto, vectors: SelfTest) -> Path:
+    """The artifact in `folder`."""
     onnx.checker.check_model(model)
-    vectors = _answers(model, manifest)
     set_metadata(model, {MANIFEST_KEY: manifest.model_dump_json(), SELFTEST_KEY: vectors.encode(), SHA256_KEY: UNSEALED})
     path = folder / manifest.filename
     path.write_bytes(seal(model.SerializeToString()))

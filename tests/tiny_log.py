@@ -13,21 +13,15 @@ import onnx.parser
 import onnxruntime as ort
 
 from service.artifact import (
-    MANIFEST_KEY,
-    SELFTEST_KEY,
-    SHA256_KEY,
-    UNSEALED,
     Cell,
     Feature,
     Lines,
     Manifest,
     SelfTest,
     Slice,
-    Training,
-    seal,
 )
 from service.lines import DEFAULT_MASKS
-from tests.tiny import set_metadata
+from tests.tiny import UNTRAINED, sealed
 
 TEMPLATES = ["Accepted connection from <IP>", "Took <NUM> ms for <*>", "Closed connection from <IP>", "Disk <*> is <NUM> percent full"]
 LIKELY, BEFORE = 3, 4
@@ -81,12 +75,7 @@ def build_tiny_log(folder: Path, name: str = "tiny-log", **lines: object) -> Pat
     model = onnx.parser.parse_model(_text(manifest))
     table = onnx.numpy_helper.from_array(chances(manifest), "table")
     model.graph.initializer.append(table)
-    onnx.checker.check_model(model)
-    vectors = _answers(model, manifest)
-    set_metadata(model, {MANIFEST_KEY: manifest.model_dump_json(), SELFTEST_KEY: vectors.encode(), SHA256_KEY: UNSEALED})
-    path = folder / manifest.filename
-    path.write_bytes(seal(model.SerializeToString()))
-    return path
+    return sealed(folder, manifest, model, _answers(model, manifest))
 
 
 def tiny_log_manifest(name: str = "tiny-log", **lines: object) -> Manifest:
@@ -100,9 +89,7 @@ def tiny_log_manifest(name: str = "tiny-log", **lines: object) -> Manifest:
         layout=[Slice(name="ring", size=BEFORE)],
         warmup=0,
         cell=Cell(variant="none", layers=1, hidden=1, code=1, decoder_hidden=1),
-        training=Training(
-            command="none", seed=0, data="none", data_sha256="", streams=0, rows=0, commit="", torch_version="", created="2026-01-01"
-        ),
+        training=UNTRAINED,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,38 +12,20 @@ import httpx
 import psutil
 import pytest
 
-from service.embedded import find_server
 from tests import local
 from tests.e2e.process import Service
+from tests.servers import Valkey
 
 JSON = {"content-type": "application/json"}
 
 
-class Valkey:
-    """A server of its own, on a unix socket, that can be stopped and started with its data."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._folder = folder
-        self.url = f"unix://{folder}/v.sock"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        options = ["--port", "0", "--unixsocket", f"{self._folder}/v.sock", "--dir", str(self._folder), "--appendonly", "yes", "--save", ""]
-        self._process = subprocess.Popen([find_server(), *options, "--logfile", f"{self._folder}/log"])
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture
 def valkey(tmp_path: Path) -> Iterator[Valkey]:
-    server = Valkey(tmp_path / "v")
+    """Not started yet; keeps its data when it is killed."""
+    (tmp_path / "v").mkdir()
+    server = Valkey(tmp_path / "v", appendonly="yes")
     yield server
-    server.stop()
+    server.kill()
 
 
 def post(service: Service, value: float, event_id: str) -> httpx.Response:
@@ -73,7 +54,7 @@ def test_readiness_follows_the_store_and_scoring_recovers_without_a_restart(valk
         assert last["duplicate"]
         pid = service.pid
         for _ in range(2):
-            valkey.stop()
+            valkey.kill()
             down = post(service, 7.0, "7")
             assert down.status_code == 503
             assert down.headers["content-type"] == "application/problem+json"

@@ -38,12 +38,6 @@ async def rig(rabbitmq: RabbitMQ, empty_server: str) -> AsyncIterator[AmqpRig]:
 
 
 @pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
 async def q(empty_server: str) -> AsyncIterator[Queue]:
     async with queue(empty_server) as opened:
         yield opened

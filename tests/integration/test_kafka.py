@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 from bench.kafka_mock import MockKafka
-from service.app import Service
 from service.errors import BadSetting
-from service.settings import Settings
-from tests.rigs import KafkaRig, partition_of
-
-
-def service(rig: KafkaRig, model: Path, **declared: Any) -> Service:
-    return Service(Settings(sources=json.dumps([rig.declared | declared]), redis_url=rig.store, model=model, drain_seconds=5))
+from tests.rigs import KafkaRig, partition_of, service
 
 
 async def until_drained(rig: KafkaRig) -> None:

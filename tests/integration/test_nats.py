@@ -16,27 +16,21 @@ from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, ConsumerInfo
 from nats.js.errors import NotFoundError, ServerError
 
-from service.app import Service
 from service.detector import Detector
 from service.errors import StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
-from service.settings import Settings
 from service.sources import Settlement
 from service.sources.nats import Nats, _whole
 from service.sources.options import NatsSource
 from tests.queues import in_order, recorded, uninterrupted
-from tests.rigs import NatsRig, NatsServer, content_of, each_once, nats_rig
+from tests.rigs import NatsRig, NatsServer, content_of, each_once, nats_rig, service
 
 
 @pytest.fixture
 async def rig(jetstream: NatsServer, empty_server: str) -> AsyncIterator[NatsRig]:
     async with nats_rig(jetstream, empty_server) as made:
         yield cast("NatsRig", made)
-
-
-def service(rig: NatsRig, model: Path, **declared: Any) -> Service:
-    return Service(Settings(sources=json.dumps([rig.declared | declared]), redis_url=rig.store, model=model, drain_seconds=5))
 
 
 class Relay:
