@@ -239,18 +239,18 @@ class Door:
             raise BadParameter(f"silent is {silent[:64]!r}; it is true or false.", "silent", shown(silent))
         if silent == "true":
             found = await scorer.streams.silent(_number(asked, "limit", 100, 1, MAX_PAGE))
-            return Response(msgspec.json.encode({"streams": found, "next_cursor": None}), media_type=JSON)
+            return _json({"streams": found, "next_cursor": None})
         cursor = asked.query("cursor") or ""
         if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= CURSOR_DIGITS):
-            raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor", shown(cursor))
+            raise _no_cursor(cursor)
         results, following = await scorer.streams.page(cursor, _number(asked, "limit", 100, 1, MAX_PAGE))
-        return Response(msgspec.json.encode({"streams": results, "next_cursor": following or None}), media_type=JSON)
+        return _json({"streams": results, "next_cursor": following or None})
 
     async def one_stream(self, request: Request) -> Response:
         """The last result of a stream; or forget it."""
         scorer, stream_id = self._scorer(_incoming(request)), request.path_params["stream_id"]
         if request.method != "DELETE":
-            return Response(msgspec.json.encode(await scorer.streams.last(stream_id)), media_type=JSON)
+            return _json(await scorer.streams.last(stream_id))
         if not await scorer.streams.forget(stream_id):
             await scorer.streams.last(stream_id)  # raises UnknownStream
         log.info("stream_forgotten", stream_id=stream_id, model=scorer.detector.name)
@@ -259,7 +259,7 @@ class Door:
     async def post_accept(self, request: Request) -> Response:
         """Close a stream's alert and learn what it was about; its summary. Safe to repeat."""
         result = await self._scorer(_incoming(request)).streams.accept(request.path_params["stream_id"])
-        return Response(msgspec.json.encode(result), media_type=JSON)
+        return _json(result)
 
     async def list_alerts(self, request: Request) -> Response:
         """A page of alerts, the latest first."""
@@ -273,7 +273,7 @@ class Door:
         )
         cursor = asked.query("cursor") or ""
         if cursor and not _ALERT_ID.fullmatch(cursor):
-            raise BadParameter(f"cursor {cursor[:64]!r} is none of ours: take next_cursor of the page before.", "cursor", shown(cursor))
+            raise _no_cursor(cursor)
         found, following = await self._book.page(wanted, cursor, _number(asked, "limit", 100, 1, MAX_PAGE))
         return _json(alerts.AlertPage([self._shown(alert) for alert in found], following or None))
 
@@ -301,7 +301,7 @@ class Door:
             await self._control.change(await self._object(_incoming(request)))
         elif request.method == "DELETE":
             await self._control.reset()
-        return Response(msgspec.json.encode(await self._control.reply()), media_type=JSON)
+        return _json(await self._control.reply())
 
     async def log_level(self, request: Request) -> Response:
         """The level of this replica's log; changed by PUT, for a while if it says so, the environment's again by DELETE."""
@@ -309,7 +309,7 @@ class Door:
             self._level.change(await self._object(_incoming(request)))
         elif request.method == "DELETE":
             self._level.reset()
-        return Response(msgspec.json.encode(self._level.reply()), media_type=JSON)
+        return _json(self._level.reply())
 
     async def list_models(self) -> Response:
         """The manifests of the loaded detectors, with the hash of their files and where they run."""
@@ -326,7 +326,7 @@ class Door:
             }
             for name, scorer in self._scorers.items()
         ]
-        return Response(msgspec.json.encode({"models": models}), media_type=JSON)
+        return _json({"models": models})
 
     async def get_live(self) -> Response:
         """Whether the process should go on: its batch loops turn."""
@@ -698,6 +698,10 @@ def _words(request: Incoming, name: str, known: Sequence[Word], *, most: int = 1
         several = ", several with commas between" if most > 1 else ""
         raise BadParameter(f"{name} is {text[:64]!r}; it is {', '.join(known)}{several}.", name, shown(text))
     return found
+
+
+def _no_cursor(text: str) -> BadParameter:
+    return BadParameter(f"cursor {text[:64]!r} is none of ours: take next_cursor of the page before.", "cursor", shown(text))
 
 
 def _known(id_: str, alert: Alert | None) -> Alert:

@@ -33,6 +33,8 @@ _packed_events = msgspec.msgpack.Decoder(list[Event])
 _packed_parts = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _unpacker = msgspec.msgpack.Decoder()
 _packer = msgspec.msgpack.Encoder()
+_UNDECODED = (msgspec.MsgspecError, RecursionError, UnicodeError)
+"""What decoders raise."""
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
 _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _MAX_DIGITS = 400
@@ -65,7 +67,7 @@ def decode(content: bytes, form: Format, *, max_events: int) -> tuple[Items, boo
         return _decode_array(content, max_events), False
     try:
         return [_event.decode(content)], True
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+    except _UNDECODED:
         return [checked(_parse(content))], True
 
 
@@ -75,7 +77,7 @@ def decode_one(content: bytes, form: Format) -> Event | None:
         return None
     try:
         return _packed_event.decode(content) if form is Format.MSGPACK else _event.decode(content)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+    except _UNDECODED:
         return None
 
 
@@ -94,7 +96,7 @@ def decode_plain(content: bytes, form: Format, *, max_events: int) -> tuple[list
     else:
         try:
             body = _plain.decode(content)
-        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        except _UNDECODED:
             body = _parse(content)
     return (_limited(body, max_events), False) if isinstance(body, list) else ([body], True)
 
@@ -142,7 +144,7 @@ def inflate(content: bytes, max_bytes: int) -> bytes:
 def _decode_array(content: bytes, max_events: int) -> Items:
     try:
         return list(_limited(_events.decode(content), max_events))
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+    except _UNDECODED:
         return [_try(item) for item in _limited(_parse(content), max_events)]
 
 
@@ -151,7 +153,7 @@ def _decode_lines(content: bytes, max_events: int) -> Items:
     lines = _limited([line.group() for line in found], max_events)
     try:
         return [_event.decode(line) for line in lines]
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+    except _UNDECODED:
         return [_try_line(line) for line in lines]
 
 
@@ -162,13 +164,13 @@ def _decode_packed(content: bytes, max_events: int) -> tuple[Items, bool]:
     if count is None:
         try:
             return [_packed_event.decode(content)], True
-        except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        except _UNDECODED:
             return [checked(_unpack(content))], True
     if count > max_events:  # before an object is made for each of them
         raise _too_many(max_events)
     try:
         return list(_packed_events.decode(content)), False
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+    except _UNDECODED:
         return [_try_packed(part) for part in _unpack(content, _packed_parts)], False
 
 
@@ -183,7 +185,7 @@ def _packed_length(content: bytes) -> int | None:
 def _try_packed(part: msgspec.Raw) -> Event | ItemError:
     try:
         return _packed_event.decode(part)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+    except _UNDECODED:
         try:
             return _try(_unpack(part))
         except BadBody as error:
@@ -215,7 +217,7 @@ def _too_many(max_events: int) -> TooLarge:
 def _try_line(line: bytes) -> Event | ItemError:
     try:
         return _event.decode(line)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+    except _UNDECODED:
         try:
             return _try(_parse(line, "line"))
         except BadBody as error:
@@ -225,7 +227,7 @@ def _try_line(line: bytes) -> Event | ItemError:
 def _plain_line(line: bytes) -> Any:
     try:
         return _plain.decode(line)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+    except _UNDECODED:
         try:
             return _parse(line, "line")
         except BadBody as error:

@@ -16,7 +16,7 @@ _Key = tuple[str, str]
 class MemoryStore:
     """Implements StateStore. `clock` gives seconds; values older than their time to live are gone.
 
-        The alert log is `log`. Of a queue there are `leases` (key → token), the entries `pending` of each stream's group and those `kept`
+    The alert log is `log`. Of a queue there are `leases` (key → token), the entries `pending` of each stream's group and those `kept`
     in it, and the `results`.
     """
 
