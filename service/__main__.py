@@ -18,6 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from service.embedded import EmbeddedStore
+    from service.long_tables import Long
 
 app = typer.Typer(
     name="service",
@@ -244,7 +245,6 @@ def split(
     from rich.progress import Progress  # noqa: PLC0415
 
     from service.errors import OnsetError  # noqa: PLC0415
-    from service.long_tables import Long  # noqa: PLC0415
     from service.split import split as split_tables  # noqa: PLC0415
     from service.tables import Dialect, ReadOptions  # noqa: PLC0415
     from service.terminal import terminal  # noqa: PLC0415
@@ -255,17 +255,7 @@ def split(
         where = UTC if zone is None else ZoneInfo(zone)
     except (ValueError, OSError, LookupError):
         _refuse(f"--zone {zone!r} is no time zone, such as Europe/Berlin or UTC.")
-    if bool(tag) != bool(value):
-        _refuse("Give both: --tag COLUMN, which names the sensor of each row, and --value COLUMN, which has its reading.")
-    if (good or every) and not tag:
-        _refuse("--good and --every are for a table with a row for each reading: name its columns with --tag COLUMN and --value COLUMN.")
-    if hold and not 0 < every <= hold:
-        _refuse("--hold SECONDS is how long a reading stands in the rows that --every SECONDS makes: give both, --hold the larger.")
-    qualities = [(column, word) for column, equals, word in (pair.rpartition("=") for pair in good or ()) if equals and column]
-    if len(qualities) < len(good or ()) or len({column for column, _ in qualities}) > 1:
-        _refuse(f"--good {' --good '.join(map(repr, good or ()))} is not COLUMN=WORD, of one column, such as quality=Good.")
-    quality = qualities[0][0] if qualities else None
-    long = Long(tuple(tag), tuple(value), quality, frozenset(word.strip() for _, word in qualities), every, hold) if tag and value else None
+    long = _long(tag or [], value or [], good or [], every, hold)
     options, dialect = ReadOptions(timestamp, frozenset(exclude or ())), Dialect(decimal, time_format, where, frozenset(missing or ()))
     console = terminal(stderr=True)
     try:
@@ -280,6 +270,25 @@ def split(
         _refuse(error.detail)
     for sentence in done.report():
         typer.echo(sentence)
+
+
+def _long(tag: list[str], value: list[str], good: list[str], every: float, hold: float) -> Long | None:
+    """A table with a row for each reading, by the options of `split`; None = it has a column for each sensor."""
+    from service.long_tables import Long  # noqa: PLC0415
+
+    if bool(tag) != bool(value):
+        _refuse("Give both: --tag COLUMN, which names the sensor of each row, and --value COLUMN, which has its reading.")
+    if (good or every) and not tag:
+        _refuse("--good and --every are for a table with a row for each reading: name its columns with --tag COLUMN and --value COLUMN.")
+    if hold and not 0 < every <= hold:
+        _refuse("--hold SECONDS is how long a reading stands in the rows that --every SECONDS makes: give both, --hold the larger.")
+    qualities = [(column, word) for column, equals, word in (pair.rpartition("=") for pair in good) if equals and column]
+    if len(qualities) < len(good) or len({column for column, _ in qualities}) > 1:
+        _refuse(f"--good {' --good '.join(map(repr, good))} is not COLUMN=WORD, of one column, such as quality=Good.")
+    if not tag:
+        return None
+    quality = qualities[0][0] if qualities else None
+    return Long(tuple(tag), tuple(value), quality, frozenset(word.strip() for _, word in qualities), every, hold)
 
 
 @app.command()

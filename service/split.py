@@ -302,27 +302,10 @@ class Plan:
 
 
 def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, long: Long, show: Show) -> Done:
-    """A feature that is words alone in all streams is left out; in one of several it is a sensor that is off."""
     if not plan.streams:
         raise TableError(f"No tag is of the form {plan.named.pattern!r}; there are {_some(plan.unnamed)}.")
     done = Done(unnamed=plan.unnamed, unclear=tags.unclear)
-    live = {feature for tag, (_, feature) in enumerate(plan.places) if tags.numbers[tag] or not tags.words[tag]}
-    columns: dict[int, dict[int, int]] = {stream: {} for stream in plan.streams.values()}  # stream → feature → tag
-    for tag, (stream, feature) in enumerate(plan.places):
-        if stream < 0:
-            continue
-        alone = not tags.numbers[tag] and tags.words[tag]
-        if alone and (feature not in live or "feature" not in plan.named.groupindex):
-            done.words[tags.names[tag]] = tags.first_word[tag]
-            continue
-        columns[stream][feature] = tag
-        done.missing.update({tags.names[tag]: tags.words[tag]} if tags.words[tag] else {})
-        done.bad.update({tags.names[tag]: tags.bad[tag]} if tags.bad[tag] else {})
-        done.blanked.update({tags.names[tag]: tags.blanked[tag]} if tags.blanked[tag] else {})
-    done.bad_word = next((word for tag, word in tags.first_bad.items() if tags.names[tag] in done.bad), "")
-    for tag, cell in tags.first_word.items():
-        done.word(tags.names[tag], cell)
-    names = list(plan.features)
+    columns, names = _tags_of(plan, tags, done), list(plan.features)
     for written, (name, key) in enumerate(plan.streams.items()):
         places = sorted(columns[key])
         if not places:
@@ -335,19 +318,46 @@ def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, long: Long, sho
             _write(out, name, known, seconds, values, done)
         done.twice.update({tags.names[columns[key][places[i]]]: count for i, count in twice.items()})
         show("streams written", written + 1, len(plan.streams))
-    if done.cells and done.numbers < HALF * done.cells:
-        few = f"Of the cells {done.numbers / done.cells:.0%} have a number: "
-        if not long.every:
-            few += (
-                "sensors of a stream are seldom written at the same instant. --every SECONDS makes a row of the last readings of every so "
-            )
-            done.hints.append(f"{few}many seconds.")
-        elif not long.hold:
-            few += (
-                f"sensors write less often than every {long.every:g} s. If they write changes alone, --hold SECONDS lets a reading stand "
-            )
-            done.hints.append(f"{few}for so long.")
+    if done.cells and done.numbers < HALF * done.cells and (advice := _fuller(long)):
+        done.hints.append(f"Of the cells {done.numbers / done.cells:.0%} have a number: {advice}")
     return done
+
+
+def _tags_of(plan: Plan, tags: Tags, done: Done) -> dict[int, dict[int, int]]:
+    """Stream → feature → tag. A feature that is words alone in all streams is left out; in one of several it is a sensor that is off."""
+    alone = [bool(tags.words[tag]) and not tags.numbers[tag] for tag in range(len(plan.places))]
+    named = "feature" in plan.named.groupindex
+    live = {place[1] for place, is_alone in zip(plan.places, alone, strict=True) if named and not is_alone}
+    columns: dict[int, dict[int, int]] = {stream: {} for stream in plan.streams.values()}
+    for tag, (stream, feature) in enumerate(plan.places):
+        if stream < 0:
+            continue
+        name = tags.names[tag]
+        if alone[tag] and feature not in live:
+            done.words[name] = tags.first_word[tag]
+            continue
+        columns[stream][feature] = tag
+        for lacks, counts in ((done.missing, tags.words), (done.bad, tags.bad), (done.blanked, tags.blanked)):
+            lacks.update({name: counts[tag]} if counts[tag] else {})
+    done.bad_word = next((word for tag, word in tags.first_bad.items() if tags.names[tag] in done.bad), "")
+    for tag, cell in tags.first_word.items():
+        done.word(tags.names[tag], cell)
+    return columns
+
+
+def _fuller(long: Long) -> str:
+    """What would make rows with more numbers; "" = nothing that we know."""
+    if not long.every:
+        return (
+            "sensors of a stream are seldom written at the same instant. --every SECONDS makes a row of the last readings of every so many "
+            "seconds."
+        )
+    if not long.hold:
+        return (
+            f"sensors write less often than every {long.every:g} s. If they write changes alone, --hold SECONDS lets a reading stand for "
+            "so long."
+        )
+    return ""
 
 
 def _words_alone(source: Source, options: ReadOptions, dialect: Dialect) -> dict[str, str]:
