@@ -12,10 +12,11 @@ import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import structlog
 from fastapi import FastAPI
@@ -149,6 +150,11 @@ class Service:
     async def running(self) -> AsyncIterator[Service]:
         """Open everything; close it in reverse."""
         async with contextlib.AsyncExitStack() as stack:
+
+            def beside(run: Coroutine[Any, Any, None], name: str) -> None:
+                """Runs until its turn to be closed."""
+                stack.push_async_callback(tasks.end, asyncio.create_task(run, name=name))
+
             await stack.enter_async_context(tracing.exporting(VERSION))
             _check_cluster(self.settings)
             url = self.settings.redis_url
@@ -173,23 +179,23 @@ class Service:
             taps = queues.taps(self.sources, url, store, self._claimed, self.metrics, max_events=most, drain_seconds=drain)
             await self._open(store, stack)
             for name, claim in self.claims.items():
-                stack.push_async_callback(tasks.end, asyncio.create_task(claim.run(), name=f"claim-{name}"))
-            stack.push_async_callback(tasks.end, asyncio.create_task(self.control.run(), name="policy"))
+                beside(claim.run(), f"claim-{name}")
+            beside(self.control.run(), "policy")
             for scorer in self.scorers.values():
                 silent = scorer.sweeper(self.settings.state_ttl_seconds) if self.settings.silence else None
                 if sweeper := scorer.session_sweeper() or silent:
-                    stack.push_async_callback(tasks.end, asyncio.create_task(sweeper.run(), name=f"sweep-{scorer.detector.name}"))
+                    beside(sweeper.run(), f"sweep-{scorer.detector.name}")
             for canary in self._canaries(store):
-                stack.push_async_callback(tasks.end, asyncio.create_task(canary.run(), name="canary"))
+                beside(canary.run(), "canary")
             if self.console and self.settings.redis_url:  # an embedded store is of one replica
                 self.console.log.connect(store)
-                stack.push_async_callback(tasks.end, asyncio.create_task(self.console.shared.run(), name="live"))
-            stack.push_async_callback(tasks.end, asyncio.create_task(self.patterns.run(), name="patterns"))
+                beside(self.console.shared.run(), "live")
+            beside(self.patterns.run(), "patterns")
             streams = {name: scorer.streams for name, scorer in self.scorers.items()}
             if self.console:
-                stack.push_async_callback(tasks.end, asyncio.create_task(self.console.over.run(streams), name="over"))
+                beside(self.console.over.run(streams), "over")
             desk = Desk(self.book, streams, self.metrics, _keeping(self.settings), self.sinks)
-            stack.push_async_callback(tasks.end, asyncio.create_task(desk.run(), name="alerts"))
+            beside(desk.run(), "alerts")
             for tap in taps:
                 tap.start()
                 stack.push_async_callback(tap.stop)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
@@ -127,13 +127,18 @@ class Reorder(Generic[Answer]):
             task.add_done_callback(self._sending.discard)
 
     async def _answer(self, waiting: Sequence[_Held[Answer]]) -> None:
+        answers: Sequence[Answer | Exception]
         try:
             answers = await self._submit(Parsed.joined(held.event for held in waiting))
         except Exception as error:  # whatever it is, it is the clients' to hear
-            _settle(waiting, error)
-            return
+            answers = [error] * len(waiting)
         for held, answer in zip(waiting, answers, strict=True):
-            _settle([held], answer if isinstance(answer, Exception) else None, answer)
+            if held.future.done():
+                continue
+            if isinstance(answer, Exception):
+                held.future.set_exception(answer)
+            else:
+                held.future.set_result(answer)
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -150,13 +155,3 @@ class Reorder(Generic[Answer]):
         ready = [held for stream_id in due for held in self._turns(stream_id, now)]
         self._send(ready)
         self._set_timer()
-
-
-def _settle(waiting: Iterable[_Held[Answer]], error: Exception | None, answer: Answer | None = None) -> None:
-    for held in waiting:
-        if held.future.done():
-            continue
-        if error is not None:
-            held.future.set_exception(error)
-        else:
-            held.future.set_result(answer)  # type: ignore[arg-type]
