@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, compress, islice
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ class Fleet:
         metrics.before(self.gathered.flush)
         metrics.warming.labels(model).set_function(lambda: self._recent.count(_WARMING))
         for i, severity in enumerate(SEVERITIES[1:], 1):
-            metrics.anomalous.labels(model, severity).set_function(lambda i=i: self._recent.count(i))  # type: ignore[misc]
+            metrics.anomalous.labels(model, severity).set_function(partial(self._recent.count, i))
 
     def _take(self, judged: Judged) -> None:
         p_value = judged.record("p_value").astype(np.float64)

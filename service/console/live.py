@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from service import tasks
-from service.artifact import END_TEXT, NEW_TEXT, Lines, Manifest
+from service.artifact import NEW_TEXT, Lines, Manifest
 from service.console.messages import (
     LiveChanges,
     LiveContributor,
@@ -344,7 +344,7 @@ class _Patterns:
     """The lines of a log model's events, as a watcher gets them; it is told each pattern's text once."""
 
     def __init__(self, lines: Lines) -> None:
-        self._texts = [NEW_TEXT, *lines.templates, END_TEXT]
+        self._texts = lines.texts
         self._likely = lines.likely
         self._told: set[int] = set()
 
