@@ -525,11 +525,12 @@ RULES: tuple[Rule, ...] = (
         "Replicas serve different files of {{ $labels.model }}.",
         "{{ $value | humanize }} files of the model have been on replicas for half an hour: only those of the one started last score.",
         "A rollout stopped half way. The file that was started last is in force (`onset_model_in_force`); replicas with another one answer "
-        "503 and are not ready. A replica of the old file that was restarted meanwhile counts as started last, too.",
+        "503 and are not ready. A pod of the old file that began meanwhile (the autoscaler's, or in place of an evicted one) counts, too.",
         ("The *Service* dashboard: models by replica, and which are in force.",),
         (
             "Finish the rollout, or undo it.",
-            "Where the wrong file is in force, start a replica of the right one anew (`kubectl delete pod`), then remove the others.",
+            "Where the wrong file is in force, start a replica of the right one anew (`kubectl delete pod`): the rollout goes on. "
+            "Let the autoscaler add nothing meanwhile (docs/deploy.md, *Another model file*).",
         ),
         (
             Case(

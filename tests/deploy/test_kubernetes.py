@@ -1,6 +1,10 @@
 """The manifests, read as files; and, where kubectl is, as kustomize builds them."""
 
+import json
+import re
+import shlex
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -274,3 +278,72 @@ def test_the_built_kafka_overlay_has_its_sources_and_one_autoscaler() -> None:
     assert settings["ONSET_PORT"] == "8080"
     ports = [port["port"] for rule in find(documents, "NetworkPolicy", "onset")["spec"]["egress"] for port in rule["ports"]]
     assert 9092 in ports
+
+
+def documented(page: str, language: str, begins: str) -> str:
+    """A block of a page of docs/, by its language and how it begins."""
+    blocks = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", (K8S.parent / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    (found,) = [text for text in (textwrap.dedent(block) for _, block in blocks) if text.startswith(begins)]
+    return found
+
+
+def test_what_keeps_the_autoscaler_still_amid_a_rollout_patches_the_one_that_is_there(tmp_path: Path) -> None:
+    scaler, policies = BASE / "horizontalpodautoscaler.yaml", []
+    before = yaml.safe_load(scaler.read_text())
+    for command in documented("deploy.md", "sh", "kubectl --namespace onset patch hpa").splitlines():
+        words = shlex.split(command)
+        if "patch" in words:
+            kind, name = words[words.index("patch") + 1 :][:2]
+            assert (kind, name, words[words.index("--type") + 1]) == ("hpa", before["metadata"]["name"], "merge")
+            local = f"patch --local --type merge --output yaml --filename {scaler} -p".split()
+            done = subprocess.run(
+                [program("kubectl", "kubectl"), *local, words[-1]], capture_output=True, text=True, check=True, timeout=60
+            )
+            patched = yaml.safe_load(done.stdout)
+            policies.append(patched["spec"]["behavior"]["scaleUp"].pop("selectPolicy"))
+            assert patched["spec"] == before["spec"], "nothing else is changed"
+            scaler = tmp_path / "patched.yaml"
+            scaler.write_text(yaml.safe_dump(patched))
+    assert policies == ["Disabled", "Max"]
+
+
+def test_the_documented_scrape_job_finds_the_pods_that_run_under_the_name_that_the_rules_ask_for(
+    deployment: Document, tmp_path: Path
+) -> None:
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    found = {f"__meta_kubernetes_pod_label_{re.sub('[^a-z]', '_', name)}": value for name, value in labels.items()}
+    found |= {"__meta_kubernetes_pod_container_port_name": "http", "__meta_kubernetes_pod_phase": "Running"}
+    strangers = [
+        {"__meta_kubernetes_pod_label_app_kubernetes_io_component": "store"},
+        {"__meta_kubernetes_pod_container_port_name": "other"},
+        {"__meta_kubernetes_pod_phase": "Failed"},
+    ]
+    pods = {f"pod-{i}": found | changes for i, changes in enumerate([{}, *strangers])}
+    [job] = yaml.safe_load(documented("monitoring.md", "yaml", "scrape_configs:"))["scrape_configs"]
+    assert job.pop("kubernetes_sd_configs")[0]["role"] == "pod"  # Debian's Prometheus knows no Kubernetes: what it would find is given
+    job["static_configs"] = [
+        {"targets": [f"{name}:8080"], "labels": about | {"__meta_kubernetes_pod_name": name}} for name, about in pods.items()
+    ]
+    config = tmp_path / "prometheus.yml"
+    config.write_text(yaml.safe_dump({"scrape_configs": [job]}))
+    look = [program("promtool", "prometheus"), "check", "service-discovery", "--timeout=3s", str(config), job["job_name"]]
+    targets = json.loads(subprocess.run(look, capture_output=True, text=True, check=True, timeout=60).stdout)
+    kept = [{name: target["labels"][name] for name in ("job", "pod")} for target in targets if target["labels"]]
+    assert kept == [{"job": "onset", "pod": "pod-0"}]
+
+
+def test_the_documented_pod_monitor_finds_the_pods_under_the_name_that_the_rules_ask_for(deployment: Document, container: Document) -> None:
+    monitor = yaml.safe_load(documented("monitoring.md", "yaml", "apiVersion: monitoring.coreos.com/v1"))["spec"]
+    [endpoint] = monitor["podMetricsEndpoints"]
+    assert monitor["selector"]["matchLabels"] == deployment["spec"]["template"]["metadata"]["labels"]
+    assert endpoint == {"port": container["ports"][0]["name"], "relabelings": [{"targetLabel": "job", "replacement": "onset"}]}
+
+
+def test_the_documented_command_makes_a_prometheus_rule_of_the_rules(tmp_path: Path) -> None:
+    make = (
+        documented("monitoring.md", "sh", "(printf").partition("kubectl")[0].replace("> onset-rules.yaml", f"> {tmp_path / 'rules.yaml'}")
+    )
+    subprocess.run(["sh", "-ec", make], cwd=K8S.parent, check=True, timeout=60)
+    made = yaml.safe_load((tmp_path / "rules.yaml").read_text())
+    assert (made["kind"], made["metadata"]["name"]) == ("PrometheusRule", "onset")
+    assert made["spec"] == yaml.safe_load((K8S.parent / "monitoring/prometheus/rules.yml").read_text())
