@@ -38,7 +38,7 @@ class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     message: Annotated[str, Meta(max_length=MAX_MESSAGE_LENGTH)] | None = None
     """A log line, in place of `values`; the lines that follow its first one (a stack trace) belong to it."""
     timestamp: float | str | None = None
-    """RFC 3339, or seconds since 1970; left out = the time of arrival."""
+    """RFC 3339 (without a zone UTC), or seconds since 1970; left out = the time of arrival."""
     event_id: Name | None = None
     """Identity: the same id on the same stream is never scored twice."""
     sequence: Sequence_ | None = None
@@ -60,9 +60,13 @@ class Line(msgspec.Struct, frozen=True, gc=False):
 
 
 class Contributor(msgspec.Struct, frozen=True, gc=False):
+    """A feature that carries the error."""
+
     feature: str
     contribution: float
+    """Its share; those of all features add up to 1."""
     actual: float | None
+    """Null where it is missing: then that is what is improbable."""
     expected: float | None
 
 
@@ -72,29 +76,49 @@ class Result(msgspec.Struct, frozen=True, gc=False):
     stream_id: str
     event_id: str | None
     timestamp: float | str
+    """As it was sent; without one, when the event came, in seconds since 1970."""
     anomaly_score: float | None
+    """log p / log α: above 1 = rarer than asked."""
     p_value: float | None
+    """Chance of an event this unusual while the stream is normal."""
     alert_score: float | None
+    """As anomaly_score where an anomaly begins, 0 elsewhere; above 1 opens an alert."""
     is_anomaly: bool
+    """The decision: a score above 1, or p below 0.01 while the stream is frozen."""
     anomaly_grade: float | None
+    """0 = ordinary, up to 1."""
     severity: Severity
     confidence: float
+    """0 to 1, grows with the events that the stream has given."""
     threshold: float
+    """Of both scores: 1."""
     alpha: float
+    """The false-alarm rate in force when it was judged, per event."""
     direction: Direction
+    """On which side of the band the features that carry the error lie."""
     expected: dict[str, float | None]
+    """What each feature was expected to be."""
     lower: dict[str, float | None]
+    """Of the band at alpha."""
     upper: dict[str, float | None]
     contributors: list[Contributor]
+    """What carries the error, the most first; as many as top_contributors asks for."""
     anomaly_started_at: float | None
+    """When the running anomaly began, seconds since 1970."""
     imputed: list[str]
+    """Features that were missing."""
     status: Status
+    """warming_up = scores are null; frozen = an alert is open, and nothing is learned."""
     samples_until_ready: int
+    """Events until the stream is scored."""
     model: str
     model_version: str
     state_version: int
+    """Events of the stream that were scored, this one among them."""
     duplicate: bool
+    """Sent before: it was not scored again. The scores are those of then, null where they are not kept any more."""
     late: bool
+    """Older than the stream's last event: not scored."""
     silent_since: float | None = None
     """Of a stream looked up or listed: time of its last event, where it has been silent for improbably long since."""
     line: Line | msgspec.UnsetType = msgspec.UNSET

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,11 +17,12 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from service import alerts, loki, otlp, patterns
+from service import alerts, control, events, logs, loki, otlp, patterns, problems
 from service.api import MAX_NOTE, MAX_TOP, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.asking import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.bodies import Format
+from service.console import messages
 from service.console.live import STATES
 from service.console.messages import LIVE_EVENTS
 from service.console.pages import DEFAULT_SHOWN, MOST_SHOWN
@@ -53,9 +57,10 @@ def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict
             [Event, Result, Problem, PolicyReply, LevelReply, alerts.AlertPage, patterns.PatternPage, *(_LIVE_DATA if live else ())],
             ref_template=_COMPONENT,
         )
-        events = _events(components.pop("Event"), manifests)
+        _describe(components)
+        kinds = _events(components.pop("Event"), manifests)
         spec.setdefault("components", {}).setdefault("schemas", {}).update(components)
-        spec["components"]["schemas"] |= {"Health": _HEALTH, "PolicyChange": _CHANGE} | events
+        spec["components"]["schemas"] |= {"Health": _HEALTH, "Model": _MODEL, "PolicyChange": _CHANGE} | kinds
         others = {path: item for path, item in spec.get("paths", {}).items() if not path.startswith(("/health", "/v1/models"))}
         spec["paths"] = _paths(example(manifests[0]) | {"stream_id": "example-1"}) | (_live_paths() if live else {}) | others
         _add_cross_site(spec["paths"])
@@ -72,6 +77,19 @@ def _add_cross_site(paths: dict[str, Any]) -> None:
         for method, operation in item.items():
             if method != "get":
                 operation["responses"][str(status)] = _problem(title)
+
+
+def _describe(components: dict[str, Any]) -> None:
+    """Each field's docstring as its description: msgspec reads that of the class alone."""
+    modules = (events, problems, control, logs, alerts, patterns, messages)
+    for name, schema in components.items():
+        [struct] = {vars(module)[name] for module in modules if name in vars(module)}
+        for kind in struct.__mro__[: struct.__mro__.index(msgspec.Struct)]:
+            [written] = (node for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+            for field, text in pairwise(written.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    description = inspect.cleandoc(ast.literal_eval(text.value)).replace("\n", " ")
+                    schema["properties"][ast.unparse(field.target)]["description"] = description
 
 
 def _simplify(node: Any) -> None:
@@ -145,8 +163,8 @@ def _events(schema: dict[str, Any], manifests: Sequence[Manifest]) -> dict[str, 
     time = [{"type": "number", "minimum": EARLIEST_SECONDS, "maximum": LATEST_SECONDS}, written]
     shared = schema["properties"] | {
         "stream_id": name,
-        "timestamp": {"anyOf": [*time, {"type": "null"}]},
-        "event_id": {"anyOf": [name, {"type": "null"}]},
+        "timestamp": schema["properties"]["timestamp"] | {"anyOf": [*time, {"type": "null"}]},
+        "event_id": schema["properties"]["event_id"] | {"anyOf": [name, {"type": "null"}]},
     }
     for field in ("values", "message", "end"):
         del shared[field]
@@ -692,5 +710,33 @@ _TENANT = _parameter(
 _NANOSECONDS = {"type": "string", "pattern": "^[1-9][0-9]{17,18}$", "description": "Nanoseconds since 1970, of 1973 or later."}
 _LOGS_MODEL = _parameter("model", "query", {"type": "string"}, "Which loaded model; if left out, the one of ONSET_LOGS_MODEL.")
 _PAGE = {"streams": {"type": "array", "items": {"$ref": "#/components/schemas/Result"}}, "next_cursor": {"type": ["string", "null"]}}
-_MODELS = {"type": "object", "required": ["models"], "properties": {"models": {"type": "array", "items": {"type": "object"}}}}
+_MODELS = {"type": "object", "required": ["models"], "properties": {"models": {"type": "array", "items": _ref("Model")}}}
+_TEXT: dict[str, Any] = {"type": "string"}
+_FEATURE = {
+    "type": "object",
+    "required": ["name", "unit", "role"],
+    "properties": {
+        "name": _TEXT,
+        "unit": {"type": ["string", "null"]},
+        "role": {"enum": ["scored", "context"], "description": "Context is given to the network and never scored."},
+    },
+}
+_MODEL = {
+    "type": "object",
+    "description": "A loaded model: its file's manifest, of which this names what clients ask for, and how it runs here.",
+    "required": ["name", "version", "kind", "features", "warmup", "sha256", "alpha", "strict", "default", "in_force"],
+    "properties": {
+        "name": _TEXT | {"description": "For the parameter model."},
+        "version": _TEXT,
+        "kind": {"enum": ["sensor", "log"], "description": "Whether it takes values or messages."},
+        "description": _TEXT,
+        "features": {"type": "array", "items": _FEATURE},
+        "warmup": {"type": "integer", "description": "Events of a stream until it is scored."},
+        "sha256": _TEXT,
+        "alpha": {"type": "number", "description": "The false-alarm rate in force, per event."},
+        "strict": _STRICT,
+        "default": {"type": "boolean", "description": "Whether it scores where no model is named."},
+        "in_force": {"type": "boolean", "description": "Whether this file is; if not, another one of its name scores, on other replicas."},
+    },
+}
 _HEALTH_ANSWERS = {"200": _json(_ref("Health"), "Yes."), "503": _json(_ref("Health"), "No, and why.")}

@@ -9,7 +9,7 @@ both                         bye       {}: the service stops
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
@@ -18,9 +18,6 @@ from service.events import Direction, Severity
 Kind = Literal["sensor", "log"]
 Number = float | None
 Column = list[Number]
-_BITS = """Of each event, the sum of 1 = anomalous, 2 = an alert is open, 4 = the state is frozen, 8 = an alert begins, 16 = warming up, \
-32, 64, 96 = the open alert is minor, major, critical."""
-Bits = Annotated[list[int], msgspec.Meta(description=_BITS)]
 
 
 class LiveFeature(msgspec.Struct, frozen=True):
@@ -41,7 +38,9 @@ class LiveShown(msgspec.Struct, frozen=True):
     """Null where a model has several features."""
     score: Column
     """None while warming up."""
-    bits: Bits
+    bits: list[int]
+    """Sums of 1 = anomalous, 2 = an alert is open, 4 = the state is frozen, 8 = an alert begins, 16 = warming up,
+    32, 64, 96 = the open alert is minor, major, critical."""
     said: str | None
     """The last line of a log stream; while an alert is open and that is an ordinary one, or the session has ended, the one at its onset."""
 
@@ -144,7 +143,8 @@ class LiveEvents(msgspec.Struct, frozen=True):
     score: Column
     alert: Column
     p: Column
-    bits: Bits
+    bits: list[int]
+    """As of LiveShown."""
     x: list[Column]
     """Values, a column for each of `chosen`; the next four likewise."""
     expected: list[Column]

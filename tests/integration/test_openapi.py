@@ -249,10 +249,16 @@ def test_the_examples_of_the_document_are_scored(served: str) -> None:
         assert [json.loads(line)["duplicate"] for line in lines.text.splitlines()] == [True, True]
 
 
-def test_what_the_bits_of_a_live_event_mean_is_in_the_document(served: str) -> None:
+def test_what_is_written_beside_a_field_is_in_the_document(served: str) -> None:
     components = local.get(f"{served}/openapi.json").json()["components"]["schemas"]
-    for name in ("LiveShown", "LiveEvents"):
-        assert "8 = an alert begins" in components[name]["properties"]["bits"]["description"]
+    for name, field, says in (
+        ("Result", "p_value", "while the stream is normal"),
+        ("Event", "timestamp", "RFC 3339"),
+        ("AlertReply", "severity", "The highest it has reached"),
+        ("AlertReply", "summary", "One sentence"),
+        ("LiveShown", "bits", "8 = an alert begins"),
+    ):
+        assert says in components[name]["properties"][field]["description"]
 
 
 def test_generators_of_clients_read_the_document(served: str, schema_of_lines: Any) -> None:
