@@ -656,7 +656,9 @@ RULES: tuple[Rule, ...] = (
         "OnsetManyStreamsAnomalous",
         "onset-anomalies",
         "sum by (job, model) (onset_streams_anomalous) * (sum by (job, model) (onset_streams_anomalous) / "
-        "clamp_min(max by (job, model) (onset_streams_live), 1) > bool 0.1)",
+        # Without ONSET_SILENCE nobody knows which are live: of all that there are.
+        "clamp_min(max by (job, model) (onset_streams_live) or "
+        "0 * sum by (job, model) (onset_streams_anomalous) + on (job) group_left () max by (job) (onset_streams), 1) > bool 0.1)",
         "2m",
         "critical",
         "{{ $value | humanize }} streams of {{ $labels.model }} are anomalous at once.",
@@ -679,6 +681,19 @@ RULES: tuple[Rule, ...] = (
                 {
                     'onset_streams_anomalous{job="onset",model="m",severity="major"}': "0x10 30x30",
                     'onset_streams_live{job="onset",model="m"}': "5000x40",
+                }
+            ),
+            Case(
+                {
+                    'onset_streams_anomalous{job="onset",model="m",severity="major"}': "0x10 30x30",
+                    'onset_streams{job="onset"}': "100x40",
+                },
+                {"job": "onset", "model": "m"},
+            ),
+            Case(
+                {
+                    'onset_streams_anomalous{job="onset",model="m",severity="major"}': "0x10 30x30",
+                    'onset_streams{job="onset"}': "5000x40",
                 }
             ),
         ),
