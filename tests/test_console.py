@@ -484,8 +484,23 @@ async def test_one_upload_is_read_at_a_time_and_a_second_one_is_refused_unread(t
     with pytest.raises(TooLarge, match="ONSET_BACKTEST_ROWS"):
         await first
     assert read == 1
-    with pytest.raises(TooLarge):
-        await trials.run(trial, upload)
+    for end in (b"\n", b"\r", b"\r\n"):
+        with pytest.raises(TooLarge, match="some 2,000 rows"):
+            await trials.run(trial, lambda end=end: uploaded((b"value" + end) * 2_000))  # type: ignore[misc]
+
+
+async def uploaded(content: bytes) -> bytes:
+    return content
+
+
+async def test_an_upload_takes_no_more_memory_than_it_may(tiny_model_path: Path) -> None:
+    trials = Trials(TrialLimits(4_000_000, 1_000, 60))
+    trial = Trial("a.csv", str(tiny_model_path), "tiny", 1e-3, strict=False, timestamp=None)
+    names = b",".join(b"%x" % i for i in range(600_000))
+    assert len(names) < 4_000_000
+    with pytest.raises(TooLarge, match=r"takes more than 61 MiB of memory \(16 times ONSET_BACKTEST_BYTES\)"):
+        await trials.run(trial, lambda: uploaded(names + b"\n1\n"))
+    assert json.loads(await trials.run(trial, lambda: uploaded(b"value\n" + b"1\n" * 900)))["rows"] == 900
 
 
 async def test_counting_small_p_values_takes_a_part_of_the_memory_that_the_rings_have(tiny_detector: Detector) -> None:

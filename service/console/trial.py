@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +23,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from service.backtest import TAIL, read_series
@@ -32,8 +35,10 @@ from service.sketch import ONSETS, Sketch, allowed, axis, sketch
 from service.tables import ReadOptions, Source
 
 BUCKETS = 1200
-REFUSED = 3
-"""Exit status of a process that says why on standard output."""
+REFUSED, TOO_MUCH = 3, 4
+"""Exit status of a process that says why on standard output; of one that would have taken more memory than it may."""
+MEMORY_FACTOR = 16
+"""Bytes of memory for each byte of the largest upload: a cell of two bytes may be an object of 50."""
 NICE = 10
 
 
@@ -44,6 +49,11 @@ class TrialLimits:
     max_bytes: int
     max_rows: int
     max_seconds: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the process may take for the file."""
+        return MEMORY_FACTOR * self.max_bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Trials:
             self._running = False
 
     def _limited(self, content: bytes) -> bytes:
-        rows = content.count(b"\n")
+        rows = content.count(b"\n") + content.count(b"\r") - content.count(b"\r\n")  # any of the three ends one
         if rows > self.limits.max_rows + 1:
             raise TooLarge(
                 f"The file has some {rows:,} rows, this page takes {self.limits.max_rows:,} (ONSET_BACKTEST_ROWS). "
@@ -90,7 +100,7 @@ class Trials:
         with tempfile.TemporaryDirectory(prefix="onset-backtest-") as folder:
             file = Path(folder) / "upload.csv"
             await asyncio.to_thread(file.write_bytes, content)
-            command = [sys.executable, "-m", "service.console.trial", str(file), json.dumps(asdict(trial))]
+            command = [sys.executable, "-m", "service.console.trial", str(file), json.dumps(asdict(trial)), str(self.limits.memory)]
             process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
             try:
                 async with asyncio.timeout(self.limits.max_seconds):
@@ -106,6 +116,11 @@ class Trials:
                 await process.wait()
         if process.returncode == REFUSED:
             raise BadBody(output.decode())
+        if process.returncode in (TOO_MUCH, -signal.SIGKILL):  # the latter is the kernel's way
+            raise TooLarge(
+                f"The backtest takes more than {self.limits.memory >> 20} MiB of memory ({MEMORY_FACTOR} times ONSET_BACKTEST_BYTES). "
+                "Send fewer rows or columns, or run `python -m service backtest`, which has no such limit."
+            )
         if process.returncode != 0:
             raise RuntimeError(f"the backtest ended with {process.returncode}: {errors.decode(errors='replace')[-2000:]}")
         return output
@@ -114,12 +129,23 @@ class Trials:
 # ── in the other process ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def main(file: Path, trial: Trial) -> int:
+def main(file: Path, trial: Trial, memory: int) -> int:
+    """`memory` is what the file may take: where a container's is used up, the kernel may end the service with this process."""
     os.nice(NICE)
+    try:
+        return _run(file, trial, memory)
+    except MemoryError:
+        return TOO_MUCH
+
+
+def _run(file: Path, trial: Trial, memory: int) -> int:
     began = time.perf_counter()
     notes: list[str] = []
     try:
         detector = load_detectors(Path(trial.models))[trial.model]
+        if sys.platform == "linux":  # elsewhere the limit is of something else
+            most = psutil.Process().memory_info().data + memory
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         options = ReadOptions(timestamp=trial.timestamp or None, unsorted=True)
         one = read_series(Source(file, trial.name), detector, options, notes.append)
         policy = Policy(alpha=trial.alpha, strict=trial.strict)
@@ -172,4 +198,4 @@ def _place(points: NDArray[np.intp], row: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Trial(**json.loads(sys.argv[2]))))
+    sys.exit(main(Path(sys.argv[1]), Trial(**json.loads(sys.argv[2])), int(sys.argv[3])))
