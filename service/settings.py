@@ -20,6 +20,10 @@ CENTURY = 100 * 365 * 24 * 3600
 TEBIBYTE = 1024**4
 
 
+_PASSWORD = re.compile(r"//[^/]*@")
+"""What stands before the host of an address."""
+
+
 class Settings(BaseSettings):
     """Validated at start; an unusable value stops the service with a message that names it."""
 
@@ -261,7 +265,7 @@ def refusal(error: ValidationError) -> str:
     name = str(first["loc"][0])
     message = first["msg"].removeprefix("Value error, ")
     secret = name in Settings.model_fields and "SecretStr" in str(Settings.model_fields[name].annotation)
-    value = "cannot be used" if secret else f"or its option is {first.get('input')!r}"
+    value = "cannot be used" if secret else f"or its option is {_PASSWORD.sub('//…@', repr(first.get('input')))}"
     return f"ONSET_{name.upper()} {value}: {message}."
 
 

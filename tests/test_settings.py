@@ -68,6 +68,10 @@ def test_settings_that_name_no_metrics_to_write_back_import_nothing_of_the_servi
         ({"ONSET_DRAIN_SECONDS": "inf"}, "ONSET_DRAIN_SECONDS or its option is 'inf'"),
         ({"ONSET_CONSOLE_BYTES": str(2**40)}, "ONSET_CONSOLE_BYTES is 1099511627776"),
         ({"ONSET_COPIES_BYTES": str(2**40)}, "ONSET_COPIES_BYTES is 1099511627776"),
+        (
+            {"ONSET_REMOTE_WRITE_URL": "tcp://anna:hush@prometheus/"},
+            "ONSET_REMOTE_WRITE_URL or its option is 'tcp://…@prometheus/': it is",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_used_stops_the_service_with_a_sentence_that_names_it_and_no_secret(
