@@ -364,7 +364,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
             logs.log.info("stopped")
 
     service = asgi.state.service
-    unread = Unread(service.settings.max_inflight_bytes, service.metrics.refused.labels("unread").inc)
+    unread = Unread(service.settings.max_inflight_bytes, service.metrics.refused.labels("unread").inc, memory.give_back)
     config = uvicorn.Config(
         asgi,
         loop="uvloop" if sys.platform != "win32" else "asyncio",

@@ -83,13 +83,14 @@ class _Mark:
 class Unread:
     """Connections with something written that their clients have not taken: those that do not get on are let go, the slowest first.
 
-    All of them together may hold `most_bytes` for long. `let_go` is told of each. An idle or a reading client costs nothing here.
+    All of them together may hold `most_bytes` for long. `let_go` is told of each, and `freed` called once what they held is free. An idle
+    or a reading client costs nothing here.
     """
 
     unread_seconds, pressed_seconds, look_seconds = UNREAD_SECONDS, PRESSED_SECONDS, LOOK_SECONDS
 
-    def __init__(self, most_bytes: int, let_go: Callable[[], None]) -> None:
-        self._most_bytes, self._let_go = most_bytes, let_go
+    def __init__(self, most_bytes: int, let_go: Callable[[], None], freed: Callable[[], None]) -> None:
+        self._most_bytes, self._let_go, self._freed = most_bytes, let_go, freed
         self._marks: dict[Protocol, _Mark] = {}
         """In the order of `since`."""
         self._timer: asyncio.TimerHandle | None = None
@@ -125,6 +126,8 @@ class Unread:
         for connection, _ in gone:
             connection.transport.abort()  # to close it would wait until all is taken
             self._let_go()
+        if gone:
+            loop.call_later(self.look_seconds, self._freed)  # the loop drops what was unread in a turn of its own
         if self._marks:
             self._look_later(loop)
 

@@ -65,12 +65,15 @@ class Counting(Unread):
     look_seconds = 0.02
 
     def __init__(self, unread_seconds: float = 3600, most_bytes: int = 10**9, pressed_seconds: float = 3600) -> None:
-        super().__init__(most_bytes, self._count)
+        super().__init__(most_bytes, self._count, self._count_freed)
         self.unread_seconds, self.pressed_seconds = unread_seconds, pressed_seconds
-        self.gone = 0
+        self.gone = self.freed = 0
 
     def _count(self) -> None:
         self.gone += 1
+
+    def _count_freed(self) -> None:
+        self.freed += 1
 
     @property
     def waiting(self) -> int:
@@ -257,6 +260,7 @@ async def test_who_reads_nothing_of_an_answer_is_let_go_and_others_are_answered(
         await other.until(9)
         await until(lambda: unread.gone)
         assert unread.waiting == 0
+        await until(lambda: unread.freed)
         deaf.resume_reading()
         await asyncio.wait_for(reader.lost.wait(), 20)
         assert len(b"".join(reader.reads)) < LARGE
