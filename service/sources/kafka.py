@@ -228,12 +228,14 @@ class _Reader:
     def __init__(self, source: Kafka, options: KafkaSource, config: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
         """Raises what librdkafka says of its options."""
         self._source, self._options, self._loop = source, options, loop
-        self._config = config | {"on_commit": self._on_commit}
+        self._config = config | {"on_commit": self._on_commit, "error_cb": self._on_error}
         self._consumer: Consumer | None = Consumer(self._config)
         self._partitions: dict[tuple[str, int], _Partition] = {}
         self._stopping = threading.Event()
         self._commit_at = 0.0
         self._said: set[int] = set()
+        self._why = ""
+        """What the client last said of a broker."""
         self._raised: Exception | None = None
         """By a callback: what passes through the client comes out as no exception that can be caught."""
         self._thread = threading.Thread(target=self._run, name=f"kafka-{source.name}", daemon=True)
@@ -310,6 +312,14 @@ class _Reader:
         if error.code() not in self._said:  # once each: librdkafka goes on by itself
             self._said.add(error.code())
             log.warning("kafka_error", source=self._source.name, error=error.str())
+
+    def _on_error(self, error: KafkaError) -> None:
+        """Many times a second while a broker is gone; librdkafka tries again by itself. Told where none is left, every 10 s."""
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self._why = error.str()
+            return
+        log.warning("kafka_unavailable", source=self._source.name, error=self._why or error.str())
+        self._why = ""
 
     def _flow(self, consumer: Consumer) -> None:
         """Pause the partitions that have enough waiting, resume those that have not."""

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from structlog.testing import capture_logs
 
 from bench.kafka_mock import MockKafka
 from service.errors import BadSetting
 from tests.rigs import KafkaRig, partition_of, service
+from tests.servers import free_port
 
 
 async def until_drained(rig: KafkaRig) -> None:
@@ -61,6 +63,16 @@ async def test_options_that_librdkafka_does_not_take_stop_the_service(kafka: Moc
     with pytest.raises(BadSetting, match=r"Source 'kafka': librdkafka does not take these options: .*nonsense"):
         async with service(rig, tiny_model_path, options={"nonsense": "1"}).running():
             pass
+
+
+async def test_brokers_that_do_not_answer_are_told_with_the_reason(kafka: MockKafka, empty_server: str, tiny_model_path: Path) -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    with capture_logs() as logs:
+        async with service(KafkaRig(kafka, empty_server), tiny_model_path, brokers=nobody).running(), asyncio.timeout(60):
+            while not (told := [line for line in logs if line["event"] == "kafka_unavailable"]):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    assert nobody in told[0]["error"]
+    assert "Connection refused" in told[0]["error"]
 
 
 async def test_the_key_is_the_stream_and_what_is_too_large_for_a_dead_letter_loses_its_payload(
