@@ -20,6 +20,7 @@ const WORDS: Record<string, string> = {
   accepted: "accepted as the new normal",
   accepted_by_age: "accepted as the new normal because of its age",
   spoke: "the stream speaks again",
+  ended: "the stream has ended",
   forgotten: "the stream was forgotten",
 };
 const NAME_KEY = "onset-name";

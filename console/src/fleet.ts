@@ -246,7 +246,7 @@ class Fleet {
       warming_up: this.counts?.warming_up,
     };
     if (!this.choice.childElementCount)
-      for (const [state, name] of FILTERS) append(this.choice, [h("button", { type: "button", "data-state": state, onclick: () => this.filter(state) }, name, " ", h("b"))]);
+      for (const [state, name] of FILTERS) append(this.choice, [h("button", { type: "button", "data-state": state, title: state === "alerting" ? "Of an anomaly; silences are among Alerts" : "", onclick: () => this.filter(state) }, name, " ", h("b"))]);
     for (const button of this.choice.querySelectorAll("button")) {
       const state = button.dataset["state"] ?? "";
       const n = numbers[state];
