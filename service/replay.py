@@ -35,7 +35,7 @@ from rich.progress import Progress
 from rich.table import Table as Grid
 
 from service.artifact import NEW_TEXT
-from service.errors import OnsetError
+from service.errors import NotWritten, OnsetError
 from service.log_files import LogFormat, by_stream
 from service.outputs import naming
 from service.tables import ReadOptions, Rowless, Source, Table, find_sources, read_for
@@ -385,14 +385,14 @@ class Output:
         csv.writer(text, lineterminator="\n").writerows(rows)
         left = memoryview(text.getvalue().encode())
         whole = self._bytes + len(left)
-        with naming(self._path):
-            try:
+        try:
+            with naming(self._path, whole):
                 while left:
                     left = left[self._file.write(left) :]
-            except OSError:
-                with contextlib.suppress(OSError):  # a pipe or a device has no end to cut
-                    self._file.truncate(self._bytes)
-                raise
+        except NotWritten:
+            with contextlib.suppress(OSError):  # a pipe or a device has no end to cut
+                self._file.truncate(self._bytes)
+            raise
         self._bytes = whole
 
 
