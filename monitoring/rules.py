@@ -69,6 +69,9 @@ def _grows(series: str, labels: Mapping[str, str]) -> list[Case]:
 _REPLICA = {"job": "onset", "instance": "a:8080"}
 _A = 'job="onset",instance="a:8080"'
 
+_M = 'job="onset",model="m"'
+_WAITED = "max by (job, model) (onset_streams_live) + max by (job, model) (onset_streams_silent)"
+"""Streams whose next event is waited for, or overdue."""
 _OFF = "onset_time_seconds - timestamp(onset_time_seconds)"
 """By how much a replica's clock is ahead of the Prometheus', and what a scrape takes."""
 
@@ -188,6 +191,34 @@ RULES: tuple[Rule, ...] = (
         ("Look for a failing disk or memory of the store's machine at once, and for another program on the same server.",),
         _grows('onset_fresh_states_total{job="onset",reason="corrupt"}', {"job": "onset"}),
         above=0,
+        range="1h",
+    ),
+    Rule(
+        "OnsetStreamsLost",
+        "onset-health",
+        f"({_WAITED} + 10) / ((max_over_time(({_WAITED})[1h:1m]) or {_WAITED}) + 10)",  # the last: of a Prometheus that has just begun
+        "1m",
+        "warning",
+        "More than half of the streams of {{ $labels.model }} are gone.",
+        "Within an hour the streams that are waited for have become fewer than half: {{ $value | humanizePercentage }} are left.",
+        "What the store has forgotten starts afresh with its next event, and is not judged before it has had as many as a new stream "
+        "needs. The same is seen where streams were deleted or ended (a Prometheus scrapes them no more), or another file was rolled out.",
+        (
+            "`onset_fresh_states_total`: *new* grows by as many as were lost where the store forgot them; *other_model* after a rollout.",
+            "The store: was it emptied, restored or replaced, does it evict (`INFO stats`: `evicted_keys`; the log line `store_evicts`)? "
+            "Does `ONSET_REDIS_URL` name the database that it named?",
+            '`onset_remote_write_unscored_total{what="ended"}`: a Prometheus has ended them.',
+        ),
+        (
+            "Forgotten: stop what empties the store (`maxmemory-policy noeviction`). A backup brings back the states as they were then.",
+            "Ended or deleted, and meant to be: nothing.",
+        ),
+        (
+            Case({f"onset_streams_live{{{_M}}}": "100x35 0x5", f"onset_streams_silent{{{_M}}}": "0x40"}, {"job": "onset", "model": "m"}),
+            Case({f"onset_streams_live{{{_M}}}": "100x35 0x5", f"onset_streams_silent{{{_M}}}": "0x35 100x5"}),
+            Case({f"onset_streams_live{{{_M}}}": "8x35 0x5", f"onset_streams_silent{{{_M}}}": "0x40"}),
+        ),
+        below=0.5,
         range="1h",
     ),
     Rule(

@@ -392,14 +392,16 @@ class Metrics:
     warming = _gauge(
         "onset_streams_warming",
         "streams",
-        "Streams scored here within five minutes that have no p-values yet; with the anomalous ones 20,000 at most.",
+        "Streams scored here within five minutes that have no p-values yet; with the anomalous ones 20,000 at most. One whose events are "
+        "spread over replicas counts on each.",
         "High long after a deploy: streams start afresh (onset_fresh_states_total says why) or come once only.",
         model=RUNNING,
     )
     anomalous = _gauge(
         "onset_streams_anomalous",
         "streams",
-        "Streams scored here within five minutes whose last event was anomalous, by its severity; with the warming ones 20,000 at most.",
+        "Streams scored here within five minutes whose last event here was anomalous, by its severity; with the warming ones 20,000 at "
+        "most. One whose events are spread over replicas may count on each.",
         "Many at once: a common cause, or a change of regime that wants to be accepted.",
         model=RUNNING,
         severity=("minor", "major", "critical"),
@@ -408,7 +410,8 @@ class Metrics:
         "onset_fresh_states_total",
         "streams",
         "Streams that started afresh, by reason.",
-        "other_model grows once a stream after a deploy of another model file (docs/deploy.md). corrupt: investigate the store at once.",
+        "other_model grows once a stream after a deploy of another model file (docs/deploy.md). corrupt: investigate the store at once. "
+        "new grows by as many streams as there were: the store was emptied, or evicts.",
         reason=("new", "other_model", "corrupt"),
     )
     state_bytes = _gauge(
