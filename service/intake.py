@@ -109,7 +109,7 @@ class Intake:
         stated = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
         if stated > self._limits.max_body_bytes:
             raise self._too_large()
-        self._reserve(request, stated)
+        self._check(request, stated)
         try:
             return await self._read(request)
         except BaseException:
@@ -158,16 +158,20 @@ class Intake:
     def _reserve(self, request: Incoming, size: int) -> None:
         """Count `size` bytes in all for this request, so that memory stays bounded however many clients there are.
 
-        A stated length is counted before its body is read, any other as it arrives.
+        A body is counted as it arrives, also one of a stated length: who states much and sends nothing keeps nobody out.
         """
         if size <= request.held:
             return
+        self._check(request, size)
+        self._inflight += size - request.held
+        request.held = size
+
+    def _check(self, request: Incoming, size: int) -> None:
+        """Raises Overloaded where so many bytes of a request would be too many with those of all others."""
         others = self._inflight - request.held
         if others and others + size > self._limits.max_inflight_bytes:
             self._refused.labels("bytes").inc()
             raise Overloaded(f"{others} bytes of requests and wide replies are being scored (ONSET_MAX_INFLIGHT_BYTES).", retry_after=1)
-        self._inflight += size - request.held
-        request.held = size
 
     def _too_large(self) -> TooLarge:
         self._refused.labels("body").inc()

@@ -268,21 +268,44 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read(client: Client
     await client.score(event())
 
 
-async def test_a_body_that_does_not_arrive_is_given_up_and_its_place_is_free_again(tiny_detector: Detector) -> None:
+async def test_a_body_that_does_not_arrive_is_given_up_and_what_came_of_it_counts_until_then(tiny_detector: Detector) -> None:
+    came = asyncio.Event()
+
     async def stuck() -> AsyncIterator[bytes]:
-        yield b"["
+        yield b"[".ljust(60_000)
+        came.set()
         await asyncio.sleep(60)
 
-    limits = DoorLimits(100_000, 1000, max_inflight_bytes=100_000, max_body_seconds=0.1)
+    limits = DoorLimits(100_000, 1000, max_inflight_bytes=100_000, max_body_seconds=2)
     async with door(tiny_detector, limits) as client:
-        hanging = asyncio.create_task(client.post("/v1/events", content=stuck(), headers=JSON | {"content-length": "100000"}))
-        await asyncio.sleep(0.05)
-        assert_problem(await client.raw(json.dumps(event())), 429, "ONSET_MAX_INFLIGHT_BYTES")
+        hanging = asyncio.create_task(client.post("/v1/events", content=stuck(), headers=JSON | {"content-length": "90000"}))
+        await came.wait()
+        body = json.dumps(event()).ljust(40_001)
+        assert_problem(await client.raw(body), 429, "60000 bytes of requests and wide replies are being scored (ONSET_MAX_INFLIGHT_BYTES)")
         response = await hanging
-        assert_problem(response, 408, "within 0.1 s (ONSET_MAX_BODY_SECONDS)")
+        assert_problem(response, 408, "within 2 s (ONSET_MAX_BODY_SECONDS)")
         assert response.headers["connection"] == "close"
-        assert (await client.raw(json.dumps(event()))).status_code == 200
+        assert (await client.raw(body)).status_code == 200
         assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "slow"}) == 1
+
+
+async def test_who_states_a_long_body_and_sends_none_of_it_keeps_nobody_out(tiny_detector: Detector) -> None:
+    came: asyncio.Queue[None] = asyncio.Queue()
+
+    async def silent() -> AsyncIterator[bytes]:
+        yield b"["
+        came.put_nowait(None)
+        await asyncio.sleep(60)
+
+    async with door(tiny_detector, DoorLimits(100_000, 1000, max_inflight_bytes=200_000)) as client:
+        headers = JSON | {"content-length": "100000"}
+        hanging = [asyncio.create_task(client.post("/v1/events", content=silent(), headers=headers)) for _ in range(20)]
+        for _ in hanging:
+            await came.get()
+        assert (await client.raw(json.dumps(event()).ljust(90_000))).status_code == 200
+        for one in hanging:
+            one.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
 
 
 async def test_a_body_that_comes_slowly_but_in_time_is_read_whole(client: Client) -> None:
@@ -299,7 +322,7 @@ async def test_a_client_that_leaves_before_its_body_came_holds_nothing(tiny_dete
         came = asyncio.Event()
 
         async def stuck() -> AsyncIterator[bytes]:
-            yield b"["
+            yield b"[".ljust(2999)
             came.set()
             await asyncio.sleep(60)
 
