@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from typing import Any, TypeGuard, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import aio_pika
 import structlog
@@ -365,6 +366,8 @@ async def _made(connection: AbstractConnection, declared: AmqpSource, name: str)
     arguments: dict[str, Any] = {"x-single-active-consumer": True} if declared.single_active_consumer else {}
     if await _missing(connection, lambda channel: channel.declare_queue(name, passive=True)):
         async with connection.channel() as channel:
+            if declared.exchange:  # before the queue is made: one without its binding would be taken as it is the next time
+                await channel.declare_exchange(declared.exchange, passive=True)
             queue = await channel.declare_queue(name, durable=True, arguments=arguments)
             for key in declared.binding_keys if declared.exchange else []:
                 await queue.bind(declared.exchange, key)
@@ -469,4 +472,7 @@ def _is_closing(outcome: object) -> TypeGuard[Exception]:
 
 
 def _unavailable(url: str, error: BaseException) -> StoreUnavailable:
+    if "Connection.OpenOk" in str(error):  # what came in its place, the client keeps to itself
+        host = unquote(urlsplit(url).path[1:]) or "/"
+        return StoreUnavailable(f"{address(url)} refuses the virtual host '{host}': there is none, or not for this user.")
     return StoreUnavailable(f"{address(url)} does not answer ({type(error).__name__}: {error}).")

@@ -13,6 +13,7 @@ from typing import Any
 
 import aio_pika
 import pytest
+from structlog.testing import capture_logs
 
 from service import tasks
 from service.app import Service
@@ -177,6 +178,27 @@ async def test_a_queue_is_made_and_bound_where_it_is_missing(rig: AmqpRig, tiny_
     async with rig.connection.channel() as channel:
         exchange = await channel.get_exchange("amq.topic", ensure=False)
         await exchange.publish(message({"stream_id": "s0", "values": {"value": 1}}), f"{rig.name}.line.7")
+    await q.until(partial(done, service, 1))
+
+
+async def test_a_queue_is_not_made_before_the_exchange_that_it_is_to_be_bound_to(
+    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+) -> None:
+    named, host = f"{rig.name}.late", rig.declared["url"].rstrip("/").rpartition("@")[2]
+    source = rig.declared | {"queues": [named], "exchange": named, "binding_keys": ["#"]}
+    nowhere = rig.declared | {"name": "nowhere", "url": f"{rig.declared['url'].rstrip('/')}/none%2Fsuch"}
+    with capture_logs() as logs:
+        service = await Replicas(rig.store, tiny_model_path, stack, source, nowhere).start()
+
+        def told(part: str) -> bool:
+            return any(part in line["error"] for line in logs if line["event"] == "amqp_unavailable")
+
+        await q.until(lambda: told(f"no exchange '{named}'"))
+        await q.until(lambda: told(f"{host} refuses the virtual host 'none/such'"))
+    async with rig.connection.channel() as channel:
+        exchange = await channel.declare_exchange(named, "topic")
+        await consuming(q, service, queues=1)
+        await exchange.publish(message({"stream_id": "s0", "values": {"value": 1}}), "line.7")
     await q.until(partial(done, service, 1))
 
 
