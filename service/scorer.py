@@ -122,6 +122,23 @@ class _Settled(NamedTuple):
 _NOTHING = _Settled([], [])
 
 
+@dataclass(slots=True)
+class _Work:
+    """N readings that are stepped together, and the B streams that they are of."""
+
+    policy: Policy
+    readings: Readings
+    slots: Positions
+    """[N] which of the streams each is of."""
+    stream_ids: Sequence[str]
+    """[B] each once."""
+    loaded: Loaded
+    copied: NDArray[np.bool_]
+    """[B] whose states are our copies."""
+    standing: Standing
+    """Their alerts, before anything was stepped."""
+
+
 class Scorer:
     """Scores events with one detector; `feed` is told of every batch. `clock` gives seconds since 1970.
 
@@ -363,15 +380,14 @@ class Scorer:
         lines = self.detector.manifest.lines
         if lines is None or self._held:  # without the policy nothing is judged
             return
-        N, policy, messages = len(stream_ids), self.policy, [None] * len(stream_ids)
+        N, messages = len(stream_ids), [None] * len(stream_ids)
         x = np.full((N, self.detector.features), np.nan, np.float32)
         x[:, 0] = lines.end
         times, nothing = loaded.rows["last"]["timestamp"].copy(), np.zeros(N, np.bool_)
         readings = Readings(stream_ids, x, times, ~nothing, np.full(N, -1), np.zeros(N, np.uint64), messages=messages)
-        slots, standing = np.arange(N), Standing.of(loaded.rows)
-        outcomes = await self._step(policy, loaded.rows, readings, slots, nothing, {})
-        answers = self._replies.judged(outcomes)
-        became = await self._commit(list(stream_ids), loaded, nothing, answers, slots, policy, {}, standing, messages)
+        work = _Work(self.policy, readings, np.arange(N), stream_ids, loaded, nothing, Standing.of(loaded.rows))
+        outcomes = await self._step(work, nothing, {})
+        became = await self._commit(work, self._replies.judged(outcomes), {})
         won = np.flatnonzero(became == WRITTEN)
         if len(won):
             self._metrics.ended.labels(self.detector.name).inc(len(won))
@@ -473,17 +489,17 @@ class Scorer:
         with self._stage["load"].time(), tracing.span("load"):
             loaded, copied = await self._load(stream_ids)
             await self.claim.confirm(loaded.origins)
-            trails = await self._trails_of_ageless(readings, slots, stream_ids, loaded)
+            work = _Work(policy, readings, slots, stream_ids, loaded, copied, Standing.of(loaded.rows))
+            trails = await self._trails_of_ageless(work)
         refused = (await self._refused(loaded.origins))[slots]
-        standing = Standing.of(loaded.rows)
         with self._stage["step"].time(), tracing.span("step"):
-            outcomes = await self._step(policy, loaded.rows, readings, slots, refused, trails)
-        await self._answer_from_trails(readings, slots, stream_ids, outcomes, trails)
+            outcomes = await self._step(work, refused, trails)
+        await self._answer_from_trails(work, outcomes, trails)
         answers = self._replies.judged(outcomes)
         with self._stage["commit"].time(), tracing.span("commit"):
-            settled = self._settled(readings, slots, answers)
+            settled = self._settled(work, answers)
             waits()  # heard of once the next line has sent its call
-            became = await self._commit(stream_ids, loaded, copied, answers, slots, policy, settled, standing, readings.messages)
+            became = await self._commit(work, answers, settled)
         if (became == WRITTEN).all():
             return answers, np.zeros(len(readings), np.bool_)
         became = became[slots]
@@ -511,26 +527,23 @@ class Scorer:
                 tokens[i] = token
         return Loaded(rows, tokens, origins), copied
 
-    async def _step(
-        self, policy: Policy, rows: Rows, readings: Readings, slots: Positions, refused: NDArray[np.bool_], trails: dict[int, Rows]
-    ) -> Outcomes:
-        """Step `rows` in place by what is not refused; many events in the worker thread, which other batches use between their parts."""
-        outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
+    async def _step(self, work: _Work, refused: NDArray[np.bool_], trails: dict[int, Rows]) -> Outcomes:
+        """Step the states in place by what is not refused [N]; many events in the worker thread, which other batches use between parts."""
+        outcomes = Outcomes.unscored(work.readings, self._codec.record, work.policy.alpha)
         if not refused.any():
-            await self._advance(policy, rows, readings, slots, trails, outcomes)
+            await self._advance(work, trails, outcomes)
             return outcomes
         outcomes.kinds[refused] = Kind.REFUSED
         go = np.flatnonzero(~refused)
         stepped = Outcomes(outcomes.records[go], outcomes.kinds[go])
-        await self._advance(policy, rows, readings.take(go), slots[go], trails, stepped)
+        await self._advance(changed(work, readings=work.readings.take(go), slots=work.slots[go]), trails, stepped)
         outcomes.records[go], outcomes.kinds[go] = stepped.records, stepped.kinds
         return outcomes
 
-    async def _advance(
-        self, policy: Policy, rows: Rows, readings: Readings, slots: Positions, trails: dict[int, Rows], outcomes: Outcomes
-    ) -> None:
+    async def _advance(self, work: _Work, trails: dict[int, Rows], outcomes: Outcomes) -> None:
+        readings, slots, rows = work.readings, work.slots, work.loaded.rows
         repeated = _known(trails, slots, readings.key) if trails else None
-        parts = advancing(self.detector, policy, rows, readings, slots, repeated, outcomes)
+        parts = advancing(self.detector, work.policy, rows, readings, slots, repeated, outcomes)
         if len(slots) <= AT_ONCE_EVENTS and len(slots) == len(rows):
             while _goes_on(parts):
                 pass
@@ -538,20 +551,9 @@ class Scorer:
         while await asyncio.get_running_loop().run_in_executor(self._worker, _goes_on, parts):
             pass
 
-    async def _commit(
-        self,
-        stream_ids: list[str],
-        loaded: Loaded,
-        copied: NDArray[np.bool_],
-        answers: Answers,
-        slots: Positions,
-        policy: Policy,
-        settled: dict[int, _Settled],
-        standing: Standing,
-        messages: Sequence[str | None] | None,
-    ) -> NDArray[np.uint8]:
+    async def _commit(self, work: _Work, answers: Answers, settled: dict[int, _Settled]) -> NDArray[np.uint8]:
         """Write the states that were stepped, and what queues are told; [B] WRITTEN, LOST or FENCED."""
-        outcomes = answers.batch.outcomes
+        stream_ids, loaded, copied, slots, outcomes = work.stream_ids, work.loaded, work.copied, work.slots, answers.batch.outcomes
         scored = np.flatnonzero(outcomes.kinds == Kind.SCORED)
         events = np.bincount(slots[scored], minlength=len(stream_ids))
         changed = np.flatnonzero(events)
@@ -567,10 +569,10 @@ class Scorer:
         rows = loaded.rows if len(changed) == len(stream_ids) else loaded.rows[changed]
         # A stream that another replica wrote last is likely to be written by it again: a copy would be stale.
         stays = copied[changed] | (loaded.origins[changed] != Origin.STORED) | self._codec.ours(rows)
-        watches, ttls = self._waits(rows, policy), self._ttls(rows)
+        watches, ttls = self._waits(rows, work.policy), self._ttls(rows)
         values = self._codec.encode(rows)
         trails = self._new_trails(trailed, slots, outcomes)
-        logs = self._moved(standing, stream_ids, scored, slots, answers, messages)
+        logs = self._moved(work, scored, answers)
         writes = [
             Write(
                 stream_ids[slot],
@@ -606,15 +608,15 @@ class Scorer:
                 self.streams.accepted(stream_ids[slots[i]], outcomes.records[i], by="age")
         return became
 
-    def _settled(self, readings: Readings, slots: Positions, answers: Answers) -> dict[int, _Settled]:
+    def _settled(self, work: _Work, answers: Answers) -> dict[int, _Settled]:
         """Slot → what its write does in queues of the store: results of events that are scored or late, acks of all that are done."""
         settled: dict[int, _Settled] = {}
-        if readings.deliveries is None:
+        if work.readings.deliveries is None:
             return settled
-        kinds, slot_of = answers.kinds, slots.tolist()
+        kinds, slot_of = answers.kinds, work.slots.tolist()
         done = [
             (i, delivery)
-            for i, delivery in enumerate(readings.deliveries)
+            for i, delivery in enumerate(work.readings.deliveries)
             if delivery is not None and delivery.lease is not None and kinds[i] <= _DONE
         ]
         told = [i for i, _ in done if kinds[i] in _TOLD]
@@ -643,17 +645,10 @@ class Scorer:
         ended: list[bool] = (rows["last"]["x"][:, 0] == lines.end).tolist()
         return [self._limits.session_ttl_seconds if over else 0 for over in ended]
 
-    def _moved(
-        self,
-        standing: Standing,
-        stream_ids: list[str],
-        scored: Positions,
-        slots: Positions,
-        answers: Answers,
-        messages: Sequence[str | None] | None,
-    ) -> dict[int, list[bytes]]:
+    def _moved(self, work: _Work, scored: Positions, answers: Answers) -> dict[int, list[bytes]]:
         """Slot → what this batch did to its alerts, for the log."""
-        moves = list(standing.moves(slots[scored], answers.batch.outcomes.records[scored])) if self._alerting else []
+        stream_ids, messages = work.stream_ids, work.readings.messages
+        moves = list(work.standing.moves(work.slots[scored], answers.batch.outcomes.records[scored])) if self._alerting else []
         if not moves:
             return {}
         places = scored[[move.event for move in moves]].tolist()
@@ -685,37 +680,37 @@ class Scorer:
         changed, sizes = np.unique(slots[ordered], return_counts=True)
         return dict(zip(changed.tolist(), self._codec.encode_trails(outcomes.records[ordered], sizes.tolist()), strict=True))
 
-    async def _trails_of_ageless(self, readings: Readings, slots: Positions, stream_ids: list[str], loaded: Loaded) -> dict[int, Rows]:
+    async def _trails_of_ageless(self, work: _Work) -> dict[int, Rows]:
         """Trails that must be known before stepping: of streams with an event that has an id, and neither a sequence nor an age.
 
         Such an event sent again cannot be told from a new one: it has no time, or that of the stream's last event (many lines of a log
         have the same).
         """
-        ageless = ~readings.timed | (readings.timestamp == loaded.rows["last"]["timestamp"][slots])
+        readings, slots, rows = work.readings, work.slots, work.loaded.rows
+        ageless = ~readings.timed | (readings.timestamp == rows["last"]["timestamp"][slots])
         ageless &= (readings.key != 0) & (readings.sequence < 0)
         if not ageless.any():
             return {}
         if readings.place is not None:  # a position tells it
             ageless &= readings.place["source"] == 0
-        return await self._load_trails(np.unique(slots[ageless & (loaded.rows["trail_until"][slots] > self._clock())]), stream_ids)
+        return await self._load_trails(np.unique(slots[ageless & (rows["trail_until"][slots] > self._clock())]), work.stream_ids)
 
-    async def _answer_from_trails(
-        self, readings: Readings, slots: Positions, stream_ids: list[str], outcomes: Outcomes, trails: dict[int, Rows]
-    ) -> None:
+    async def _answer_from_trails(self, work: _Work, outcomes: Outcomes, trails: dict[int, Rows]) -> None:
         """Events that were not stepped because they are old get their stored result where a trail still holds it."""
         if not outcomes.kinds.any():  # all SCORED
             return
+        readings, slots = work.readings, work.slots
         old = np.flatnonzero(np.isin(outcomes.kinds, (Kind.REPEATED, Kind.LATE)) & (readings.key != 0))
         if len(old) == 0:
             return
-        trails = trails | await self._load_trails(np.setdiff1d(slots[old], list(trails)), stream_ids)
+        trails = trails | await self._load_trails(np.setdiff1d(slots[old], list(trails)), work.stream_ids)
         found = {(slot, int(record["key"])): record for slot, records in trails.items() for record in records}
         for i in old.tolist():
             record = found.get((int(slots[i]), int(readings.key[i])))
             if record is not None:
                 outcomes.records[i], outcomes.kinds[i] = record, Kind.DUPLICATE
 
-    async def _load_trails(self, slots: Positions, stream_ids: list[str]) -> dict[int, Rows]:
+    async def _load_trails(self, slots: Positions, stream_ids: Sequence[str]) -> dict[int, Rows]:
         """Slot → records of its trail."""
         if len(slots) == 0:
             return {}
@@ -768,7 +763,7 @@ class Scorer:
             "stream_id",
         )
 
-    def _count_fresh(self, stream_ids: list[str], origins: NDArray[np.uint8], written: Positions) -> None:
+    def _count_fresh(self, stream_ids: Sequence[str], origins: NDArray[np.uint8], written: Positions) -> None:
         """Count streams that started afresh, once they are committed; what should not happen is logged with the stream."""
         for slot in written[origins[written] != Origin.STORED].tolist():
             origin = Origin(origins[slot])
