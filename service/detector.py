@@ -7,6 +7,7 @@ whatever its batch-mates only at such sizes. Loading checks this on the machine 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -291,6 +292,8 @@ def session_of(graph: bytes, intra_op_threads: int = 1, provider: Provider = "cp
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # Weights in another file, which the seal does not cover, would be looked for where the service was started. There is no such folder.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     name, settings = _EXECUTION[provider]
     if name not in ort.get_available_providers():
         raise BadSetting(f"ONSET_PROVIDER is '{provider}', but this ONNX Runtime was built without {name}: install onset[gpu].")

@@ -51,6 +51,33 @@ def test_a_file_that_was_never_sealed_is_refused(tmp_path: Path) -> None:
         Detector.load(path)
 
 
+def test_weights_in_another_file_are_refused_as_the_seal_does_not_cover_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build_tiny(tmp_path)
+    model, weights = onnx.load(path), np.zeros(4096, np.float32)
+    monkeypatch.chdir(tmp_path)
+    Path("weights.bin").write_bytes(weights.tobytes())  # where the service was started, and beside the model file
+    outside = onnx.TensorProto(
+        name="outside", data_type=onnx.TensorProto.FLOAT, dims=weights.shape, data_location=onnx.TensorProto.EXTERNAL
+    )
+    outside.external_data.add(key="location", value="weights.bin")
+    model.graph.initializer.append(outside)
+    [last] = [node for node in model.graph.node if "p_value" in node.output]
+    last.output[:] = ["p_inside" if name == "p_value" else name for name in last.output]
+    made = onnx.helper.make_node
+    model.graph.node.extend(
+        [
+            made("IsNaN", ["alpha"], ["never"]),
+            made("Cast", ["never"], ["place"], to=onnx.TensorProto.INT64),
+            made("Gather", ["outside", "place"], ["taken"]),
+            made("Add", ["p_inside", "taken"], ["p_value"]),
+        ]
+    )
+    set_metadata(model, {entry.key: entry.value for entry in model.metadata_props} | {SHA256_KEY: UNSEALED})
+    path.write_bytes(seal(model.SerializeToString()))
+    with pytest.raises(ArtifactError, match="External data path does not exist"):
+        Detector.load(path)
+
+
 def test_other_answers_than_the_self_test_are_refused(tmp_path: Path) -> None:
     path = build_tiny(tmp_path)
     props = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
