@@ -38,7 +38,7 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo, DeliverPolicy, DiscardPolicy, StorageType, StreamConfig
-from nats.js.errors import APIError, NotFoundError
+from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from service import tasks
 from service.errors import BadSetting, Fenced, StoreUnavailable
@@ -289,7 +289,11 @@ class Nats:
                     for subject, content, headers in records
                     for payload, about in [_fitting(content, headers, self.client.max_payload)]
                 ]
-                await asyncio.gather(*sent)
+                try:
+                    await asyncio.gather(*sent)
+                except NoStreamResponseError as error:
+                    detail = f"No JetStream stream takes '{records[0][0]}' now: make one that does, if there is none."
+                    raise StoreUnavailable(detail) from error
 
         await self._ask(send)
 

@@ -15,6 +15,7 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, ConsumerInfo
 from nats.js.errors import NotFoundError, ServerError
+from structlog.testing import capture_logs
 
 from service.detector import Detector
 from service.errors import StoreUnavailable
@@ -113,6 +114,20 @@ async def test_a_message_that_leaves_no_room_for_a_reason_is_a_dead_letter_witho
     [letter] = await rig.dead()
     assert (letter["onset_field"], letter["onset_omitted_bytes"]) == ("payload", str(size))
     assert [result.stream_id for result in await rig.results()] == ["behind"]
+
+
+async def test_results_that_no_stream_takes_are_waited_with_and_their_subject_is_told(rig: NatsRig, tiny_model_path: Path) -> None:
+    output = f"nowhere{rig.at}.results"
+    with capture_logs() as logs:
+        async with service(rig, tiny_model_path, output=output).running():
+            await rig.put({"stream_id": "a", "values": {"value": 1.0}})
+            async with asyncio.timeout(60):
+                while not (waits := [line["reason"] for line in logs if line["event"] == "source_waits"]):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            assert waits[0].startswith(f"No JetStream stream takes '{output}'")
+            assert not await rig.drained()
+            await rig.js.add_stream(name=f"LATE{rig.at}", subjects=[output])
+            await until(rig.drained)
 
 
 async def test_a_client_that_the_server_has_turned_out_for_good_is_made_anew(rig: NatsRig) -> None:
