@@ -366,6 +366,7 @@ class Door:
         BadParameter.
         """
         scorer, sender = self._scorer(request, model), _sender(request)
+        request.sender = sender
         content = await (self._intake.body(request) if unpacked is None else self._intake.packed(request, unpacked))
         try:
             yield Sent(content, scorer, sender)
@@ -391,10 +392,10 @@ class Door:
         reply = _accepted(request, form)
         if form is Format.ARROW or reply is Format.ARROW:
             arrow.pyarrow()  # says what is missing before anything is scored
+        request.sender = sender = _sender(request)
         content = await self._intake.body(request)
         try:
             address = _Address(stream_id, request.header(b"idempotency-key"))
-            sender = _sender(request)
             if form is Format.ARROW:
                 columns = address.columns(self._columns(content))
                 self._expect(request, scorer, len(columns))

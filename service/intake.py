@@ -31,13 +31,13 @@ class DoorLimits:
 
 
 class Incoming:
-    """One HTTP request. `held` are the bytes that are counted for it."""
+    """One HTTP request. `held` are the bytes that are counted for it, and for its `sender`, who is named before its body is read."""
 
-    __slots__ = ("_headers", "_query", "held", "receive", "scope")
+    __slots__ = ("_headers", "_query", "held", "receive", "scope", "sender")
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.scope, self.receive = scope, receive
-        self.held = 0
+        self.held, self.sender = 0, ""
         self._headers: dict[bytes, bytes] = dict(reversed(list(scope["headers"])))  # of several by one name the first counts
         self._query: QueryParams | None = None
 
@@ -68,6 +68,7 @@ class Intake:
         self._limits = limits
         self._refused = metrics.refused
         self._inflight = 0
+        self._by_sender: dict[str, int] = {}
 
     async def body(self, request: Incoming) -> bytes:
         """The body, unpacked. Raises TooLarge, TooSlow, Overloaded, UnsupportedMedia, BadBody, ClientDisconnect; then nothing is held."""
@@ -101,8 +102,7 @@ class Intake:
         self._reserve(request, request.held + size)
 
     def release(self, request: Incoming) -> None:
-        self._inflight -= request.held
-        request.held = 0
+        self._count(request, 0)
 
     async def _sent(self, request: Incoming) -> bytes:
         length = request.header(b"content-length") or ""
@@ -163,15 +163,30 @@ class Intake:
         if size <= request.held:
             return
         self._check(request, size)
-        self._inflight += size - request.held
+        self._count(request, size)
+
+    def _count(self, request: Incoming, size: int) -> None:
+        more = size - request.held
+        self._inflight += more
         request.held = size
+        self._by_sender[request.sender] = theirs = self._by_sender.get(request.sender, 0) + more
+        if not theirs:
+            del self._by_sender[request.sender]
 
     def _check(self, request: Incoming, size: int) -> None:
-        """Raises Overloaded where so many bytes of a request would be too many with those of all others."""
-        others = self._inflight - request.held
-        if others and others + size > self._limits.max_inflight_bytes:
+        """Raises Overloaded where so many bytes of a request would be too many with those of all others.
+
+        An eighth is kept for those who have nothing under way: one sender with many slow bodies does not shut all others out.
+        """
+        others, most = self._inflight - request.held, self._limits.max_inflight_bytes
+        mine = self._by_sender.get(request.sender, 0) - request.held
+        if mine:
+            most -= most // 8
+        if others and others + size > most:
             self._refused.labels("bytes").inc()
-            raise Overloaded(f"{others} bytes of requests and wide replies are being scored (ONSET_MAX_INFLIGHT_BYTES).", retry_after=1)
+            whose = f", {mine} of them from this sender" if mine else ""
+            detail = f"{others} bytes of requests and wide replies are being scored{whose} (ONSET_MAX_INFLIGHT_BYTES)."
+            raise Overloaded(detail, retry_after=1)
 
     def _too_large(self) -> TooLarge:
         self._refused.labels("body").inc()

@@ -281,7 +281,11 @@ async def test_a_body_that_does_not_arrive_is_given_up_and_what_came_of_it_count
         hanging = asyncio.create_task(client.post("/v1/events", content=stuck(), headers=JSON | {"content-length": "90000"}))
         await came.wait()
         body = json.dumps(event()).ljust(40_001)
-        assert_problem(await client.raw(body), 429, "60000 bytes of requests and wide replies are being scored (ONSET_MAX_INFLIGHT_BYTES)")
+        assert_problem(
+            await client.raw(body),
+            429,
+            "60000 bytes of requests and wide replies are being scored, 60000 of them from this sender (ONSET_MAX_INFLIGHT",
+        )
         response = await hanging
         assert_problem(response, 408, "within 2 s (ONSET_MAX_BODY_SECONDS)")
         assert response.headers["connection"] == "close"
@@ -306,6 +310,31 @@ async def test_who_states_a_long_body_and_sends_none_of_it_keeps_nobody_out(tiny
         for one in hanging:
             one.cancel()
         await asyncio.gather(*hanging, return_exceptions=True)
+
+
+async def test_one_senders_slow_bodies_leave_room_for_a_sender_that_has_nothing_under_way(tiny_detector: Detector) -> None:
+    came: asyncio.Queue[None] = asyncio.Queue()
+
+    async def stuck(size: int) -> AsyncIterator[bytes]:
+        yield b"[".ljust(size)
+        came.put_nowait(None)
+        await asyncio.sleep(60)
+
+    async with door(tiny_detector, DoorLimits(100_000, 1000, max_inflight_bytes=80_000)) as client:
+        noisy, quiet = JSON | {"x-scope-orgid": "noisy"}, JSON | {"x-scope-orgid": "quiet"}
+        hanging = [asyncio.create_task(client.post("/v1/events", content=stuck(35_000), headers=noisy)) for _ in range(2)]
+        for _ in hanging:
+            await came.get()
+        body = json.dumps(event()).ljust(9_000)
+        assert_problem(
+            await client.raw(body, noisy), 429, "70000 bytes of requests and wide replies are being scored, 70000 of them from this"
+        )
+        assert (await client.raw(body, quiet)).status_code == 200
+        assert_problem(await client.raw(json.dumps(event()).ljust(11_000), quiet), 429, "70000 bytes of requests and wide replies are")
+        for one in hanging:
+            one.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
+        assert (await client.raw(json.dumps(event()).ljust(79_000), noisy)).status_code == 200  # all is given back
 
 
 async def test_a_body_that_comes_slowly_but_in_time_is_read_whole(client: Client) -> None:
