@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from service.artifact import Manifest
 from service.claims import StoredClaim
 from service.consumer import Consumer, Tap
 from service.errors import BadSetting
@@ -35,6 +36,12 @@ def declared(settings: Settings) -> Sequence[options.AnySource]:
             if isinstance(source, options.RedisStreamsSource):
                 detail = f"Source '{source.called}' reads '{source.key}' and ONSET_REDIS_CLUSTER is set"
                 raise BadSetting(f"{detail}: Redis Streams need a single server for now.")
+    for source in sources:
+        if isinstance(source, options.RedisStreamsSource):
+            read = {source.key} if source.partitions == 1 else {f"{source.key}:{{{i}}}" for i in range(source.partitions)}
+            for what, key in (("dead letters", source.dead_letters), ("results", settings.streams_output)):
+                if key in read:
+                    raise BadSetting(f"Source '{source.called}' reads '{key}', which its {what} go to: they would be its events.")
     return sources
 
 
@@ -55,9 +62,26 @@ def taps(
             scorer, claim = scorer_of(source.model)
         except KeyError as error:
             raise BadSetting(f"Source '{source.called}' names the model '{source.model}', which is not loaded.") from error
+        _fits(source, scorer.detector.manifest)
         mapper = Mapper(source.payload, max_events=max_events)
         made.append(Tap(partial(_consumer, source, store_url, store, scorer, metrics, mapper), claim, metrics, drain_seconds))
     return made
+
+
+def _fits(source: options.AnySource, manifest: Manifest) -> None:
+    """Raises BadSetting where no message could ever be an event of its model."""
+    payload, model = source.payload, f"Source '{source.called}': model '{manifest.name}'"
+    if manifest.kind == "log":
+        if payload.values or payload.format == "number":
+            raise BadSetting(f"{model} takes log lines, and payload declares numbers: declare message, or format: text.")
+    elif payload.message or payload.format == "text":
+        raise BadSetting(f"{model} takes numbers, and payload declares a log line: declare values.")
+    else:
+        named = payload.values if isinstance(payload.values, dict) else [payload.feature] if payload.format == "number" else []
+        for feature in named:
+            if feature not in manifest.feature_names:
+                known = ", ".join(f"'{name}'" for name in manifest.feature_names[:10])
+                raise BadSetting(f"{model} has no feature '{feature}', which payload declares; it knows {known}.")
 
 
 def _consumer(source: options.AnySource, store_url: str, store: StateStore, scorer: Scorer, metrics: Metrics, mapper: Mapper) -> Consumer:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service import queues
+from service.app import Service
 from service.errors import BadSetting
 from service.settings import Settings
 from service.sources import options
 from service.sources.options import MqttSource, RedisStreamsSource
 from service.sources.templates import Pattern, Template
+from tests.tiny import build_tiny
+from tests.tiny_log import build_tiny_log
 
 
 def test_a_file_and_inline_json_say_the_same(tmp_path: Path) -> None:
@@ -218,6 +222,31 @@ def test_a_pattern_names_levels_of_a_topic(pattern: str, topic: str, levels: dic
 def test_a_pattern_that_means_nothing_is_refused(bad: str) -> None:
     with pytest.raises(ValueError, match="has"):
         Pattern(bad)
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [
+        (
+            {"payload": {"values": {"temp": "t", "value": "v"}}},
+            "model 'tiny' has no feature 'temp', which payload declares; it knows 'value'.",
+        ),
+        ({"payload": {"format": "number", "feature": "temp", "stream_id": "key"}}, "model 'tiny' has no feature 'temp'"),
+        ({"payload": {"message": "m"}}, "model 'tiny' takes numbers, and payload declares a log line"),
+        ({"payload": {"format": "text", "stream_id": "key"}}, "model 'tiny' takes numbers"),
+        ({"model": "tiny-log", "payload": {"values": "v"}}, "model 'tiny-log' takes log lines, and payload declares numbers"),
+        ({"model": "other"}, "names the model 'other', which is not loaded."),
+        ({"key": "onset:results"}, "reads 'onset:results', which its results go to: they would be its events."),
+        ({"key": "in", "partitions": 2, "dead_letters": "in:{1}"}, "reads 'in:{1}', which its dead letters go to"),
+    ],
+)
+async def test_a_source_of_which_nothing_could_be_scored_stops_the_service(tmp_path: Path, declared: dict[str, Any], says: str) -> None:
+    build_tiny(tmp_path)
+    build_tiny_log(tmp_path)
+    sources = json.dumps([{"type": "redis_streams"} | declared])
+    with pytest.raises(BadSetting, match=re.escape(says)):
+        async with Service(Settings(sources=sources, model=tmp_path, default_model="tiny", data_dir=tmp_path / "data")).running():
+            pass
 
 
 def test_the_examples_of_the_documentation_are_sources_that_start(tmp_path: Path) -> None:
