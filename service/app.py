@@ -87,6 +87,8 @@ class Service:
         self.failure: str | None = None
         """Why the service could not be opened."""
         self._closing = False
+        self._was_ready: bool | None = None
+        """As far as it was told; None = not yet: `serving` tells it."""
         self._counted_at = -math.inf
         self.metrics.build.info({"version": VERSION})
         self.metrics.time.set_function(time.time)
@@ -134,12 +136,23 @@ class Service:
         usable = wrong is None
         wrong = wrong or next((claim.wrong for claim in self.claims.values() if claim.wrong), None)
         self.metrics.ready.set(wrong is None)
+        self._tell(wrong)
         if usable and self.store is not None and time.monotonic() - self._counted_at > COUNT_SECONDS:
             self._counted_at = time.monotonic()
             with contextlib.suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(PING_SECONDS):
                     self.metrics.streams.set(await self.store.count())
         return wrong
+
+    def _tell(self, wrong: str | None) -> None:
+        """In the log, when readiness turns: an outage is two lines, whatever else complains meanwhile."""
+        before, self._was_ready = self._was_ready, wrong is None
+        if before is None or before == self._was_ready or self._closing:
+            return
+        if wrong is None:
+            log.info("ready")
+        else:
+            log.warning("not_ready", reason=wrong)
 
     def stopping(self) -> None:
         """Called when the server begins to stop, before it waits for answers under way: endless ones end here."""

@@ -67,6 +67,12 @@ def test_readiness_follows_the_store_and_scoring_recovers_without_a_restart(valk
         assert (again["p_value"], again["state_version"]) == (last["p_value"], last["state_version"])
         assert post(service, 7.0, "7").json()["state_version"] == 8
         assert service.pid == pid
+        lines = [json.loads(line) for line in service.log.read_text().splitlines() if line.startswith("{")]
+        turns = [line for line in lines if line["event"] in ("ready", "not_ready")]
+        assert {line["event"] for line in turns[::2]} == {"ready"}, "it was not at first"
+        assert {line["event"] for line in turns[1::2]} == {"not_ready"}, "each turn is told once, however often it is asked"
+        assert len(turns) >= 5
+        assert "does not answer" in turns[1]["reason"]
 
 
 def test_a_service_without_its_store_starts_and_waits(tmp_path: Path, tiny_model_path: Path) -> None:
