@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -18,6 +17,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.stores.memory import MemoryStore
+from tests.times import until
 
 
 def recorded(count: int, streams: int, seed: int = 7) -> list[dict[str, Any]]:
@@ -71,13 +71,7 @@ class Queue:
         return [{name.decode(): value.decode(errors="replace") for name, value in fields.items()} for _, fields in entries]
 
     async def until(self, true: Callable[[], Any], seconds: float = 30) -> None:
-        """Wait for a condition, which may be a coroutine's."""
-        async with asyncio.timeout(seconds):
-            while True:
-                answer = true()
-                if await answer if asyncio.iscoroutine(answer) else answer:
-                    return
-                await asyncio.sleep(0.01)
+        await until(true, seconds)
 
     async def empty(self, *keys: str, seconds: float = 30) -> None:
         """Wait until all entries are acknowledged, and so deleted."""

@@ -30,18 +30,11 @@ from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.silence import Sweeper
 from service.stores.memory import MemoryStore
+from tests.times import Clock
 
 T0 = 1e9
 SETTLED = 600
 """Events after which a stream's state may be frozen."""
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = T0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -50,7 +43,7 @@ def store() -> MemoryStore:
 
 
 def make(detector: Detector, store: MemoryStore, **policy: Any) -> Scorer:
-    scorer = Scorer(detector, Policy(**policy), store, Metrics(), Limits(), Clock())
+    scorer = Scorer(detector, Policy(**policy), store, Metrics(), Limits(), Clock(T0))
     scorer.start()
     return scorer
 

@@ -27,6 +27,7 @@ from service.state import Origin
 from service.stores import StateStore, Write
 from service.stores.memory import MemoryStore
 from tests.test_consumer import MAPPER, Line
+from tests.times import Clock, until
 from tests.tiny import build_tiny
 
 T = TypeVar("T")
@@ -38,14 +39,6 @@ OURS = np.array([Origin.STORED, Origin.NEW], np.uint8)
 
 class Start(Protocol):
     async def __call__(self, file: int, instance: str = "") -> Replica: ...
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1.8e9
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Store(MemoryStore):
@@ -653,12 +646,6 @@ class Counted(Line):
 
     async def open(self) -> None:
         self.open_ = True
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
 
 
 async def test_a_queue_is_read_while_the_file_is_in_force_and_let_go_of_at_once_when_it_is_not(

@@ -21,18 +21,10 @@ from service.policy import Policy
 from service.scorer import MAX_BATCH, Limits, Scorer
 from service.stores import StateStore
 from service.stores.memory import MemoryStore
-from service.stores.redis import RedisStore
+from tests.times import Clock
 
 START = 1.8e9
 MARKED = 4.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Replica:
@@ -68,17 +60,9 @@ class Replica:
         return self.metrics.registry.get_sample_value(name, labels)
 
 
-@pytest.fixture(params=["memory", "redis"])
-def any_store(request: pytest.FixtureRequest) -> StateStore:
-    if request.param == "memory":
-        return MemoryStore(state_ttl=3600, result_ttl=600)
-    store: RedisStore = request.getfixturevalue("redis_store")
-    return store
-
-
 @pytest.fixture
 async def replicas(tiny_detector: Detector, any_store: StateStore) -> AsyncIterator[tuple[Replica, Replica]]:
-    clock = Clock()
+    clock = Clock(START)
     pair = Replica(tiny_detector, any_store, clock), Replica(tiny_detector, any_store, clock)
     for replica in pair:
         await replica.control.refresh()
@@ -129,7 +113,7 @@ async def test_what_cannot_be_asked_is_refused_by_field_and_value_and_changes_no
     tiny_detector: Detector, body: dict[str, Any], field: str, value: str, said: str
 ) -> None:
     store = MemoryStore(state_ttl=60, result_ttl=60)
-    replica = Replica(tiny_detector, store, Clock())
+    replica = Replica(tiny_detector, store, Clock(START))
     with pytest.raises(BadParameter) as caught:
         await replica.control.change(body)
     assert caught.value.field == field
@@ -153,7 +137,7 @@ async def test_a_rate_in_words_is_kept_with_its_words(replicas: tuple[Replica, R
 
 
 async def test_the_words_need_no_cadence_where_one_is_configured(tiny_detector: Detector) -> None:
-    replica = Replica(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60), Clock(), cadence=60.0)
+    replica = Replica(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60), Clock(START), cadence=60.0)
     await replica.change(false_alarms="1 per day")
     assert replica.scorer.policy.alpha == pytest.approx(1 / 1440)
     await replica.scorer.drain(1)
@@ -193,7 +177,7 @@ async def test_changes_of_different_values_on_two_replicas_both_hold(replicas: t
 
 
 async def test_after_a_restart_nothing_is_scored_before_the_change_is_known(tiny_detector: Detector, any_store: StateStore) -> None:
-    clock = Clock()
+    clock = Clock(START)
     before = Replica(tiny_detector, any_store, clock)
     await before.change(alpha=0.02)
     after = Replica(tiny_detector, any_store, clock)
@@ -247,7 +231,7 @@ async def refreshed(store: Unsteady) -> None:
 
 async def test_while_the_store_is_lost_the_last_policy_holds_and_the_refresh_goes_on(tiny_detector: Detector) -> None:
     store = Unsteady()
-    replica = Replica(tiny_detector, store, Clock())
+    replica = Replica(tiny_detector, store, Clock(START))
     await replica.change(alpha=0.02)
     task = asyncio.create_task(replica.control.run(every=0.005))
     with capture_logs() as lines:
@@ -268,7 +252,7 @@ async def test_while_the_store_is_lost_the_last_policy_holds_and_the_refresh_goe
 
 async def test_a_refresh_that_began_before_a_change_does_not_undo_it(tiny_detector: Detector) -> None:
     store = Unsteady()
-    replica = Replica(tiny_detector, store, Clock())
+    replica = Replica(tiny_detector, store, Clock(START))
     await replica.control.refresh()
     store.gate.clear()
     refresh = asyncio.create_task(replica.control.refresh())
@@ -286,7 +270,7 @@ async def test_a_refresh_that_began_before_a_change_does_not_undo_it(tiny_detect
 @pytest.mark.parametrize("kept", [b"", b"nonsense", b'{"value": 0.7}', b'{"value": 1e-20}', b'{"value": "0.1"}', b"\xff", b"[1]"])
 async def test_a_kept_value_that_cannot_be_used_leaves_the_last_one_and_is_logged_once(tiny_detector: Detector, kept: bytes) -> None:
     store = MemoryStore(state_ttl=60, result_ttl=60)
-    replica = Replica(tiny_detector, store, Clock())
+    replica = Replica(tiny_detector, store, Clock(START))
     await replica.change(alpha=0.02)
     with capture_logs() as lines:
         await store.change_policy({"alpha": kept, "of a newer version": b"?", "strict": b'{"value": true, "new": 1}'})
@@ -345,7 +329,7 @@ async def test_a_request_is_judged_by_one_policy_even_when_it_waits_in_pieces(ti
             return await super().load(model, stream_ids)
 
     store = Slow()
-    replica = Replica(tiny_detector, store, Clock())
+    replica = Replica(tiny_detector, store, Clock(START))
     await replica.control.refresh()
     store.gate.clear()
     values = [Event(stream_id=f"s{i % 7}", values={"value": float(i % 5)}, timestamp=START + i) for i in range(2 * MAX_BATCH + 100)]
@@ -407,7 +391,7 @@ async def test_who_asks_for_less_than_the_calibration_could_see_is_cautioned(tin
     manifest = tiny_detector.manifest.model_copy(update={"calibration": calibration})
     assert manifest.rarest == 1e-5
     seen = Detector(manifest, tiny_detector.sha256, tiny_detector._session)
-    replica = Replica(seen, MemoryStore(state_ttl=60, result_ttl=60), Clock())
+    replica = Replica(seen, MemoryStore(state_ttl=60, result_ttl=60), Clock(START))
     for alpha, cautioned in ((1e-5, False), (9e-6, True)):
         await replica.change(alpha=alpha)
         caution = (await replica.control.reply()).expected_false_alarms["tiny"].caution
@@ -417,7 +401,7 @@ async def test_who_asks_for_less_than_the_calibration_could_see_is_cautioned(tin
 
 
 async def test_with_silence_off_the_fleet_is_unknown_and_says_so(tiny_detector: Detector) -> None:
-    replica = Replica(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60), Clock(), cadence=60.0, silence=False)
+    replica = Replica(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60), Clock(START), cadence=60.0, silence=False)
     meant = (await replica.control.reply()).expected_false_alarms["tiny"]
     assert meant.per_stream_and_day == pytest.approx(1.44)
     assert (meant.active_streams, meant.fleet_per_day) == (None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from service.stores.cluster import ClusterStore
 from service.stores.redis import Command, Commands, RedisStore, log_key
 from tests.contracts.test_stores import opened, opened_cluster, value
 from tests.servers import ValkeyCluster
+from tests.times import until
 
 T0 = 1e9
 
@@ -92,12 +93,6 @@ async def desk(office: Office) -> Desk:
     desk = office.desk()
     await desk.turn()
     return desk
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 def evidence(timestamp: float = T0, **changes: Any) -> Evidence:

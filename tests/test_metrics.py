@@ -22,21 +22,14 @@ from service.scorer import Limits, Scorer
 from service.series import Series, exposition
 from service.settings import Settings
 from service.stores.memory import MemoryStore
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.times import Clock
 
 
 class World:
     """A scorer whose streams are followed and shown."""
 
     def __init__(self, detector: Detector, most: int = 10) -> None:
-        self.metrics, self.clock = Metrics(), Clock()
+        self.metrics, self.clock = Metrics(), Clock(1000.0)
         feed = Feed(self.metrics)
         self.fleet = Fleet(detector.name, detector.manifest.warmup, self.metrics, self.clock)
         self.series = Series(detector.name, detector.manifest.feature_names, most, self.metrics, self.clock)
@@ -152,7 +145,7 @@ async def test_streams_are_counted_as_warming_and_as_anomalous_by_their_last_eve
 
 
 def test_a_bounded_number_of_streams_is_followed() -> None:
-    recent = Recent(Clock())
+    recent = Recent(Clock(1000.0))
     names = [str(i) for i in range(MAX_FOLLOWED + 5)]
     recent.update(names, np.ones(len(names), np.intp))
     assert recent.count(1) == MAX_FOLLOWED

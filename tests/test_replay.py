@@ -40,6 +40,7 @@ from service.replay import (
 )
 from service.tables import ReadOptions, Source, Table
 from tests.limits import files_of_at_most
+from tests.times import Clock
 
 
 def recording(stream: str, *seconds: float) -> Recording:
@@ -47,14 +48,8 @@ def recording(stream: str, *seconds: float) -> Recording:
     return Recording(stream, f"{stream}.csv", np.array(seconds, np.float64), values)
 
 
-class Clock:
+class Sleeping(Clock):
     """Time that passes only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -77,7 +72,7 @@ def test_a_time_that_goes_back_keeps_its_place_in_the_file() -> None:
 
 
 def test_events_are_handed_out_when_they_are_due_at_the_asked_speed() -> None:
-    clock = Clock()
+    clock = Sleeping(100.0)
     pace = Pace(10.0, 1000, clock, clock.sleep)
     sent = [
         (round(clock.now - 100, 3), [row for _, row in portion])
@@ -87,7 +82,7 @@ def test_events_are_handed_out_when_they_are_due_at_the_asked_speed() -> None:
 
 
 def test_a_replay_that_fell_behind_catches_up_in_full_portions() -> None:
-    clock = Clock()
+    clock = Sleeping(100.0)
     sizes = []
     for portion in Pace(1.0, 4, clock, clock.sleep).portions(in_order([recording("a", *range(10))], together=True)):
         sizes.append(len(portion))
@@ -96,7 +91,7 @@ def test_a_replay_that_fell_behind_catches_up_in_full_portions() -> None:
 
 
 def test_at_full_speed_nothing_waits() -> None:
-    clock = Clock()
+    clock = Sleeping(100.0)
     portions = list(Pace(math.inf, 3, clock, clock.sleep).portions(in_order([recording("a", *range(7))], together=True)))
     assert [len(portion) for portion in portions] == [3, 3, 1]
     assert clock.now == 100.0

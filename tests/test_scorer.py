@@ -25,14 +25,7 @@ from service.policy import Policy
 from service.scorer import ATTEMPTS, MATCHED_CHARACTERS, MAX_BATCH, Limits, Scorer
 from service.stores import Write
 from service.stores.memory import MemoryStore
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1.8e9
-
-    def __call__(self) -> float:
-        return self.now
+from tests.times import Clock
 
 
 def make(detector: Detector, store: MemoryStore, limits: Limits | None = None, clock: Clock | None = None) -> Scorer:

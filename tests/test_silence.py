@@ -23,6 +23,7 @@ from service.state import StateCodec
 from service.stores import StateStore
 from service.stores.memory import MemoryStore
 from service.stores.redis import SHARDS, shard_of
+from tests.times import Clock
 
 TTL = 3600
 CODEC = StateCodec(features=1, state_size=1, model=1)
@@ -86,14 +87,6 @@ def test_an_outage_does_not_hide_the_next_one() -> None:
 
 
 # ── service ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1.8e9
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class World:

@@ -36,7 +36,8 @@ from service.sinks.webhook import Webhook, key_of, signature
 from service.stores.book import AT_ONCE, LEASE
 from service.tellers import declared
 from tests.contracts.test_stores import opened
-from tests.test_desk import T0, Office, opening, resolving, until
+from tests.test_desk import T0, Office, opening, resolving
+from tests.times import until
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 QUICK = Patience(give_up=3600, first_wait=0.01, longest_wait=0.05)

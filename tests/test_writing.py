@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.writing import AHEAD_REQUESTS, AT_ONCE_BYTES, HEAD_BYTES, Protocol, Unread, protocol
+from tests.times import until
 
 LARGE = 30_000_000
 """Bytes: more than the kernel takes of an answer for a client that does not read."""
@@ -240,12 +241,6 @@ async def test_an_answer_may_take_longer_than_a_head() -> None:
 async def another(transport: asyncio.Transport) -> tuple[asyncio.Transport, Reader]:
     """One more client of the same server."""
     return await asyncio.get_running_loop().create_connection(Reader, "127.0.0.1", transport.get_extra_info("peername")[1])
-
-
-async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not true():  # noqa: ASYNC110 - nobody else says it
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("request_", [REQUEST, REQUEST.replace(b"Host", b"Connection: close\r\nHost")])

@@ -40,6 +40,7 @@ from tests.buses import amqp_rig, mqtt_rig
 from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import KafkaRig, Rig, each_once, nats_rig, redis_rig
 from tests.servers import Valkey
+from tests.times import until
 from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
 
@@ -115,15 +116,6 @@ def lags(rig: Rig, metrics: Metrics, count: int) -> bool:
     """Whether the metric says that so much waits, or that nobody can tell."""
     lag = metric(metrics, "lag")
     return lag == count if rig.has_lag else math.isnan(lag)
-
-
-async def until(true: Callable[[], Any], seconds: float = 60) -> None:
-    async with asyncio.timeout(seconds):
-        while True:
-            answer = true()
-            if await answer if asyncio.iscoroutine(answer) else answer:
-                return
-            await asyncio.sleep(0.02)
 
 
 async def test_every_event_is_scored_once_in_its_streams_order_and_its_result_is_published(

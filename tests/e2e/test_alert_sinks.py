@@ -16,8 +16,9 @@ from bench.receiver import Receiver
 from bench.soak import Plan
 from tests.alertmanager import Alertmanager
 from tests.e2e.process import Service
-from tests.e2e.test_alerts import CALM, NORMAL, STUCK, Sensor, alerts, wait
+from tests.e2e.test_alerts import CALM, NORMAL, STUCK, Sensor, alerts
 from tests.test_sinks import SECRET, verified
+from tests.times import wait
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests import local
 from tests.e2e.process import Service
+from tests.times import wait
 
 _rng = random.Random(3)
 NORMAL = [round(_rng.gauss(10, 1), 3) for _ in range(600)]
@@ -42,13 +42,6 @@ class Sensor:
 def alerts(service: Service, **query: str | list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = local.get(f"{service.url}/v1/alerts", params=query, timeout=60).raise_for_status().json()["alerts"]
     return found
-
-
-def wait(true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_an_anomaly_is_one_alert_that_is_acknowledged_and_resolved(tmp_path: Path, tiny_model_path: Path) -> None:

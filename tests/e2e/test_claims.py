@@ -16,6 +16,7 @@ from service.claims import BEAT_SECONDS, EXPIRY_SECONDS
 from tests import local
 from tests.e2e.process import Service
 from tests.servers import Valkey
+from tests.times import wait
 from tests.tiny import build_tiny
 
 STREAMS = 24
@@ -29,15 +30,6 @@ def metric(service: Service, name: str) -> float:
 
 def afresh(service: Service) -> float:
     return metric(service, 'onset_fresh_states_total{reason="other_model"}')
-
-
-def wait(true: Any, seconds: float) -> float:
-    """Seconds until it is true."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() < began + seconds
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from service.stores.cluster import ClusterStore
 from service.stores.live import ASKS_KEY, EVENTS_KEY, EXPIRY_SECONDS, LiveLog
 from service.stores.redis import Commands, RedisStore
 from tests.servers import ValkeyCluster
+from tests.times import Clock
 from tests.tiny_log import build_tiny_log
 
 DEPTH = 32
@@ -62,19 +63,11 @@ class Replica:
         return [] if slot is None else [float(t) for t in self.recent.events(slot)["t"]]
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Pair:
     """Two replicas, of which pages watch the first."""
 
     def __init__(self, detector: Detector, store: RedisStore | ClusterStore) -> None:
-        self.clock = Clock()
+        self.clock = Clock(1000.0)
         self.here, self.there = (Replica(name, detector, store, self.clock) for name in ("here", "there"))
         self.store: Commands = store
 

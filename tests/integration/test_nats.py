@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from service.sources.nats import Nats, _whole
 from service.sources.options import NatsSource
 from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import NatsRig, NatsServer, content_of, each_once, nats_rig, service
+from tests.times import until
 
 
 @pytest.fixture
@@ -80,12 +81,6 @@ async def delete_consumer(rig: NatsRig, partition: int) -> None:
             return
         await asyncio.sleep(0.1)
     raise AssertionError("the consumer could not be deleted")
-
-
-async def until(true: Callable[[], Any]) -> None:
-    async with asyncio.timeout(30):
-        while not await true():  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
 
 
 async def test_messages_that_another_client_takes_away_are_delivered_again_in_their_order(
