@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 
+from bench.servers import free_port
 from tests import local
 from tests.needs import program
-from tests.servers import free_port
 
 CONFIG = """
 route:

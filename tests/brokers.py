@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
+from bench.servers import free_port
 from tests.needs import program
-from tests.servers import free_port
 
 START_SECONDS = 180
 

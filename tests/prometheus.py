@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 
+from bench.servers import free_port
 from tests import local
 from tests.needs import program
-from tests.servers import free_port
 
 START_SECONDS = 30
 

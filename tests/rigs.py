@@ -23,11 +23,12 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 
 from bench.kafka_mock import MockKafka
+from bench.servers import free_port
 from service.app import Service
 from service.events import Result
 from service.settings import Settings
 from tests.needs import program
-from tests.servers import Valkey, free_port
+from tests.servers import Valkey
 
 PARTITIONS = 3
 _number = itertools.count()

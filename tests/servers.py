@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +15,7 @@ from redis.backoff import NoBackoff
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from redis.retry import Retry
 
+from bench.servers import free_port
 from service.embedded import find_server
 
 START_SECONDS = 20
@@ -217,12 +216,3 @@ class Move:
             target = clients[self.target].execute_command("CLUSTER", "MYID")
             for i in (self.target, self.source, 3 - self.source - self.target):
                 clients[i].execute_command("CLUSTER", "SETSLOT", self._slot, "NODE", target)
-
-
-def free_port() -> int:
-    """Below the ports that outgoing connections get (from 32,768 on), so that none of them takes it before its server does."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

@@ -20,8 +20,8 @@ import httpx
 import psutil
 
 from bench.nursery import Born, Nursery
+from bench.servers import free_port
 from tests import local
-from tests.servers import free_port
 
 START_SECONDS, STOP_SECONDS = 60, 30
 _asking = threading.Lock()

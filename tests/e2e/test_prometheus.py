@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.servers import free_port
 from service.names import OURS
 from tests import local
 from tests.e2e.process import Service
 from tests.needs import program
 from tests.prometheus import Prometheus, Target
-from tests.servers import free_port
 
 CONFIG = """
 global: {{scrape_interval: 250ms, external_labels: {{plant: north}}}}

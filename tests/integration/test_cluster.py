@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from redis.crc import key_slot
 
+from bench.servers import free_port
 from service.errors import StoreUnavailable
 from service.state import TOKEN
 from service.stores import LOST, WRITTEN, Write
 from service.stores.cluster import SLOTS, ClusterStore
 from service.stores.redis import COMMIT_BYTES, POLICY_KEY, TIMEOUT_SECONDS, RedisStore, shard_of, state_key
-from tests.servers import Move, Valkey, ValkeyCluster, free_port
+from tests.servers import Move, Valkey, ValkeyCluster
 
 MODEL = "tiny"
 SHARD = 7

@@ -10,9 +10,9 @@ from confluent_kafka import Consumer, TopicPartition
 from structlog.testing import capture_logs
 
 from bench.kafka_mock import MockKafka
+from bench.servers import free_port
 from service.errors import BadSetting
 from tests.rigs import KafkaRig, partition_of, service
-from tests.servers import free_port
 
 
 async def until_drained(rig: KafkaRig) -> None:

@@ -22,6 +22,7 @@ import pytest
 import redis
 import yaml
 
+from bench.servers import free_port
 from monitoring.generate import ROOT
 from monitoring.queries import Found, ask, queries, table, variables
 from monitoring.rules import RULES
@@ -29,7 +30,7 @@ from service.artifact import find_artifacts
 from tests import local
 from tests.e2e.process import Service
 from tests.needs import program
-from tests.servers import Valkey, free_port
+from tests.servers import Valkey
 from tests.tiny_log import build_tiny_log
 
 NAB = ROOT / "../shared/data/nab/data/realAWSCloudwatch"
