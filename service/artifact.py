@@ -1,7 +1,7 @@
 """The artifact: one ONNX file that describes itself and proves itself.
 
     NAME-VERSION.onnx
-      graph                 the step function (see DESIGN: inputs state, x, t, learn, alpha)
+      graph                 the step function, see `Detector.step`
       metadata_props
         onset.manifest      JSON of `Manifest`
         onset.selftest      base64 of a compressed npz, see `SelfTest`

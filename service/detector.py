@@ -56,7 +56,7 @@ _LOG_OUTPUTS = [*_OUTPUTS, "likely", "before"]
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Answers of one step for B streams of F features; see the artifact's step function in DESIGN."""
+    """Answers of one step for B streams of F features, see `Detector.step`."""
 
     state: Float32  # [B, S]
     p_value: Float32  # [B], NaN while the stream warms up
@@ -170,20 +170,15 @@ class Detector:
         return np.zeros((rows, self.state_size), np.float32)
 
     def step(self, state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
-        """One event for each of B distinct streams: state [B,S], x [B,F] (NaN = missing), t [B,3], learn [B], alpha [B]."""
-        rows = len(x)
+        """One event for each of B distinct streams: state [B,S], x [B,F] (NaN = missing), t [B,3], learn [B], alpha [B].
+
+        `t`: seconds since the stream's previous event (NaN = it is the first), second of the day, day of the week from Monday on, in UTC.
+        `learn`: 0 = the state learns nothing of what is usual from it. `alpha`: false-alarm rate that the band is for.
+        """
+        rows, inputs = len(x), (state, x, t, learn, alpha)
         if rows <= MAX_ROWS:
-            return self._step_padded(state, x, t, learn, alpha)
-        parts = [
-            self._step_padded(
-                state[i : i + MAX_ROWS],
-                x[i : i + MAX_ROWS],
-                t[i : i + MAX_ROWS],
-                learn[i : i + MAX_ROWS],
-                alpha[i : i + MAX_ROWS],
-            )
-            for i in range(0, rows, MAX_ROWS)
-        ]
+            return self._step_padded(*inputs)
+        parts = [self._step_padded(*(part[i : i + MAX_ROWS] for part in inputs)) for i in range(0, rows, MAX_ROWS)]
         return StepOutput(*(np.concatenate([getattr(part, name) for part in parts]) for name in StepOutput.__dataclass_fields__))
 
     def self_test(self, vectors: SelfTest) -> None:

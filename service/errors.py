@@ -7,7 +7,8 @@ OnsetError
 ├── NotWritten           a file that a command makes cannot be written
 ├── ItemError            one event is refused; its neighbours in the batch are not
 │   ├── BadEvent             a field has a value we cannot use
-│   ├── FutureEvent          ahead of our clock: it would make every later event late
+│   │   ├── NoReading            it is declared to be none: the event is passed over
+│   │   └── FutureEvent          ahead of our clock: it would make every later event late
 │   ├── StateConflict        other replicas won the race for this stream three times in a row
 │   ├── TooManyStreams       the store holds as many streams as it may
 │   └── NotCommitted         the store, or the file in force, was gone in the middle of a long request
