@@ -42,10 +42,10 @@ MAX_SOCKET_PATH = 100
 """The kernel takes 107 bytes."""
 FIRST_BACKOFF, MAX_BACKOFF = 0.1, 5.0
 CALM_SECONDS = 10.0
+"""A server that lived this long is not in a crash loop."""
 FULL_BYTES = 4 * 1024 * 1024
 """A disk with less is full: so much may one write want."""
 LOG_TAIL_BYTES = 4096
-"""A server that lived this long is not in a crash loop."""
 SERVERS = ("valkey-server", "redis-server")
 
 log = structlog.get_logger(__name__)
