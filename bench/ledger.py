@@ -190,6 +190,8 @@ class Ledger:
 
     def _judged(self, book: Book, sent: Sent, answer: Answer, asked_at: float) -> bool | None:
         """Enter one answer into its book: None = no step, else whether the step began a life. Raises _WrongError."""
+        if other := _echo(sent, answer):
+            raise _WrongError(other)
         known = book.answers.get(sent.index, ())
         if isinstance(answer, Late) or not answer.expected:
             self.counts["late" if isinstance(answer, Late) or answer.late else "duplicate_without_result"] += 1
@@ -258,7 +260,7 @@ class Ledger:
 
 
 def _echo(sent: Sent, answer: Answer) -> str:
-    """Whether the answer is to this event; "" = it is."""
+    """Which other event the answer is to; "" = it is to this one."""
     if isinstance(answer, Late):
         return ""
     event = sent.event

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -55,6 +56,14 @@ async def test_a_score_that_differs_in_its_last_bit_is_a_violation(served: Refer
     assert result.p_value is not None
     await ledger.enter([*right[:-1], (sent, replace(result, p_value=math.nextafter(result.p_value, 1)))], now())
     assert ["p_value" in violation.what for violation in ledger.violations] == [True]
+
+
+@pytest.mark.parametrize("other", [{"timestamp": 1e9}, {"event_id": "s-1"}, {"stream_id": "t"}])
+async def test_an_answer_to_another_event_is_a_violation(served: Reference, ledger: Ledger, other: dict[str, Any]) -> None:
+    right = await answers(served)
+    sent, result = right[-1]
+    await ledger.enter([*right[:-1], (sent, replace(result, **other))], now())
+    assert ["answered with stream" in violation.what for violation in ledger.violations] == [True]
 
 
 async def test_an_event_that_was_lost_is_a_violation_at_the_next_one(served: Reference, ledger: Ledger) -> None:
