@@ -218,6 +218,23 @@ def test_a_pattern_names_levels_of_a_topic(pattern: str, topic: str, levels: dic
     assert Pattern(pattern).match(topic) == levels
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        ("plant.>", "plant.line1.>", True),
+        ("plant.*.temperature", "plant.line1.>", True),
+        ("plant.*", "*.line1", True),
+        ("plant.line1", "plant.line1", True),
+        ("plant.>", "plant", False),
+        ("plant.*", "plant.line1.a", False),
+        ("plant.*.pressure", "plant.line1.temperature", False),
+        ("plant.>", "other.>", False),
+    ],
+)
+def test_filters_of_subjects_meet_where_some_subject_matches_both(one: str, other: str, both: bool) -> None:
+    assert options.meet(one, other) is options.meet(other, one) is both
+
+
 @pytest.mark.parametrize("bad", ["a/{b", "a/{1}", "a//b", "a/#/b", "a/x+"])
 def test_a_pattern_that_means_nothing_is_refused(bad: str) -> None:
     with pytest.raises(ValueError, match="has"):

@@ -45,7 +45,7 @@ from service.errors import BadSetting, Fenced, StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
 from service.sources import Batch, Letter, Message, Settlement, identity
-from service.sources.options import NatsSource
+from service.sources.options import NatsSource, meet
 from service.sources.partitions import AHEAD, Partition, Partitions
 
 ANSWER_SECONDS = 5.0
@@ -467,6 +467,10 @@ class _Subject(Partition):
         except NotFoundError as error:
             about = f"is called '{self._stream}'" if self._stream else f"takes '{self.subject}'"
             raise BadSetting(f"No JetStream stream {about}: make it first.") from error
+        config = stream.config
+        taken = [] if config.mirror or config.sources else config.subjects or []  # of others' messages the subjects are not known
+        if taken and not any(meet(one, self.subject) for one in taken):
+            raise BadSetting(f"JetStream stream '{self._stream}' takes {', '.join(taken)}, and so nothing of '{self.subject}'.")
         self.identity = identity(f"nats\0{self._stream}\0{stream.created}")
         try:
             info = await _whole(js.consumer_info(self._stream, self.consumer))

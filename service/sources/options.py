@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -243,7 +244,7 @@ class NatsSource(Source):
     @model_validator(mode="after")
     def _does_not_read_itself(self) -> Self:
         for subject in filter(None, (self.output, self.dead_letters)):
-            if any(hears(own, subject) for own in self.subjects):
+            if any(meet(own, subject) for own in self.subjects):
                 raise ValueError(f"'{subject}' is read and written by the same source: its results would be its events")
         return self
 
@@ -351,12 +352,16 @@ AnySource = Annotated[RedisStreamsSource | KafkaSource | NatsSource | MqttSource
 _sources: TypeAdapter[list[AnySource]] = TypeAdapter(list[AnySource])
 
 
-def hears(subjects: str, subject: str) -> bool:
-    """Whether a filter of NATS subjects takes this one."""
-    wanted, given = subjects.split("."), subject.split(".")
-    if wanted[-1] == ">":
-        wanted, given = wanted[:-1], given[: len(wanted) - 1] if len(given) >= len(wanted) else []
-    return len(wanted) == len(given) and all(one in ("*", other) for one, other in zip(wanted, given, strict=True))
+def meet(one: str, other: str) -> bool:
+    """Whether some NATS subject matches both filters; a subject is one, too."""
+    for a, b in zip_longest(one.split("."), other.split(".")):
+        if a is None or b is None:
+            return False
+        if ">" in (a, b):
+            return True
+        if a != b and "*" not in (a, b):
+            return False
+    return True
 
 
 def read(given: str, environment: Mapping[str, str] = os.environ) -> list[AnySource]:

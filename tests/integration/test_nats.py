@@ -125,6 +125,14 @@ async def test_results_that_no_stream_takes_are_waited_with_and_their_subject_is
             await until(rig.drained)
 
 
+async def test_a_subject_that_the_named_stream_does_not_take_is_refused(rig: NatsRig, tiny_model_path: Path) -> None:
+    with capture_logs() as logs:
+        async with service(rig, tiny_model_path, stream=f"IN{rig.at}", subjects=["elsewhere.>"]).running(), asyncio.timeout(60):
+            while not (refused := [line["reason"] for line in logs if line["event"] == "source_refused"]):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    assert refused[0] == f"JetStream stream 'IN{rig.at}' takes in{rig.at}.>, and so nothing of 'elsewhere.>'."
+
+
 async def test_a_client_that_the_server_has_turned_out_for_good_is_made_anew(rig: NatsRig) -> None:
     source = Nats(NatsSource(**(rig.declared | {"subjects": rig.subjects[:1]})), Metrics())
     await source.open()
