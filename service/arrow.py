@@ -220,7 +220,7 @@ def _plain_texts(name: str, array: Any, pa: ModuleType, max_bytes: int) -> list[
     kind = array.type
     if pa.types.is_string_view(kind):  # any number of rows may show the same bytes
         views = array.buffers()[1]
-        lengths = np.frombuffer(views, "<i4")[4 * array.offset : 4 * (array.offset + len(array)) : 4]
+        lengths = np.frombuffer(views, "<i4", 4 * (array.offset + len(array)))[4 * array.offset :: 4]
         if int(lengths.sum(dtype=np.int64)) > max_bytes:
             raise _too_long(name, max_bytes)
     elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):

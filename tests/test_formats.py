@@ -320,6 +320,14 @@ def test_what_unpacks_to_more_than_allowed_is_refused_before_it_is_unpacked() ->
         columns_of(stream(pa.table({"stream_id": views})))
 
 
+def test_views_in_a_buffer_of_any_length_are_read() -> None:
+    names = [f"s{i}" for i in range(23)]
+    whole = stream(pa.table({"stream_id": pa.array(names, pa.string_view()), "flow": pa.array([1.0] * 23)}))
+    length, longer = ((23 * 16 + more).to_bytes(8, "little") for more in (0, 1))
+    assert whole.count(length) == 1
+    assert columns_of(whole.replace(length, longer)).stream_ids == names
+
+
 def test_bytes_after_the_end_and_a_cut_off_stream_are_refused() -> None:
     content = stream(table([{"stream_id": "a", "values": {"flow": 1.0}}] * 5))
     with pytest.raises(BadBody, match="follow the end"):
