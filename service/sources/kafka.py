@@ -450,7 +450,7 @@ class _Sender:
         finally:
             self._under_way -= 1
         if error is not None:
-            raise StoreUnavailable(f"Kafka did not take all records ({error.str()}).")
+            raise StoreUnavailable(f"Kafka did not take all records for '{records[0].topic}' ({error.str()}).")
 
     def _produced(self, record: Outgoing, told: Callable[[KafkaError | None, Record], None]) -> bool:
         """Whether there was room for it. Raises StoreUnavailable."""

@@ -11,7 +11,8 @@ from structlog.testing import capture_logs
 
 from bench.kafka_mock import MockKafka
 from bench.servers import free_port
-from service.errors import BadSetting
+from service.errors import BadSetting, StoreUnavailable
+from service.sources.kafka import Outgoing, _Sender
 from tests.rigs import KafkaRig, partition_of, service
 
 
@@ -73,6 +74,17 @@ async def test_brokers_that_do_not_answer_are_told_with_the_reason(kafka: MockKa
                 await asyncio.sleep(0.05)
     assert nobody in told[0]["error"]
     assert "Connection refused" in told[0]["error"]
+
+
+async def test_the_topic_that_records_do_not_get_to_is_named() -> None:
+    bugs: list[Exception] = []
+    config = {"bootstrap.servers": f"127.0.0.1:{free_port()}", "delivery.timeout.ms": 200}
+    sender = _Sender(config, asyncio.get_running_loop(), bugs.append)
+    sender.start()
+    with pytest.raises(StoreUnavailable, match=r"did not take all records for 'onset-results' \(.*timed out"):
+        await sender.send([Outgoing("onset-results", b"x", None, [])])
+    await sender.end()
+    assert bugs == []
 
 
 async def test_the_key_is_the_stream_and_what_is_too_large_for_a_dead_letter_loses_its_payload(
