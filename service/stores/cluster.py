@@ -45,6 +45,7 @@ from service.stores.redis import (
     Commands,
     asked,
     calls,
+    check_url,
     connect_anew,
     connections,
     counted,
@@ -365,6 +366,7 @@ def _place(cursor: str, place: int) -> tuple[int, int]:
 
 
 def _seed(url: str) -> tuple[Address, str]:
+    check_url(url)
     parts = urlsplit(url)
     if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.path.strip("/") not in ("", "0"):
         raise ValueError(f"a node of a cluster is redis://HOST:PORT or rediss://HOST:PORT, database 0, and this is '{parts.scheme}://…'")

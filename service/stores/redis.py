@@ -89,6 +89,7 @@ T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
+_ADDRESS = re.compile(r"rediss?://([^/?#]*@)?(\[[^/?#\]]*\]|[^/?#@:]+)(:[0-9]+)?(/[0-9]*)?(\?[^=]+=.*)?")
 _GLOB = re.compile(rb"[*?\[\]\\^]")
 _STATE_KEY = re.compile(rb"onset:\{\d{3}\}:[a-z0-9][^:]*:")
 _WATCH, _LOG = struct.Struct("<Id"), struct.Struct("<I")
@@ -391,8 +392,17 @@ class _Packing(AbstractConnection):
             return packed
 
 
+def check_url(url: str) -> None:
+    """Raises ValueError without a word of the URL: redis-py shows a part of its password, and takes what is no number for database 0."""
+    if url.startswith(("redis://", "rediss://")) and not _ADDRESS.fullmatch(url):
+        raise ValueError(
+            "it is to be redis://:PASSWORD@HOST:PORT/DATABASE, with numbers for port and database; in a password / ? # are %2F %3F %23"
+        )
+
+
 def connections(url: str) -> redis.BlockingConnectionPool:
     """To one server, opened when they are needed. Raises ValueError for a URL that redis-py does not take."""
+    check_url(url)
     pool = redis.BlockingConnectionPool.from_url(
         url,
         socket_timeout=TIMEOUT_SECONDS,

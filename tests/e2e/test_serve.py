@@ -115,6 +115,19 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(tmp_path: Path, tiny_m
     assert re.search("ONSET_PORT.*many", refused(PORT="many"))
     assert re.search("ONSET_PROVIDER.*tpu", refused(PROVIDER="tpu"))
     assert re.search("ONSET_REDIS_URL.*redis://", refused("--redis-url", "nonsense", "--model", str(tiny_model_path)))
+    for url in (
+        "redis://:s3cr/et@h",
+        "redis://:s3cr#et@h",
+        "redis://:1?s3cr@h",
+        "redis://a:1?s3cr@h",
+        "redis://a:1/s3cr@h",
+        "redis://h/s3cr",
+    ):
+        said = refused("--redis-url", url, "--model", str(tiny_model_path))
+        assert re.search("ONSET_REDIS_URL.*%2F", said)
+        assert "s3cr" not in said, "no part of a password"
+    said = refused("--redis-url", "redis://:s3cr/et@localhost", "--model", str(tiny_model_path), REDIS_CLUSTER="true")
+    assert re.search("ONSET_REDIS_URL.*%2F", said)
     assert str(broken) in refused("--data-dir", str(broken), "--model", str(tiny_model_path))  # a file where a folder must be
     assert "--host" in refused("--host", "not a host", "--model", str(tiny_model_path))
 
