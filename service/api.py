@@ -641,12 +641,13 @@ class _Address:
 def _format(request: Incoming) -> Format:
     """What the body is written in. Raises UnsupportedMedia."""
     given = request.header(b"content-type")
-    form = Format.JSON if given is None else MEDIA.get(given)
-    if form is None:
-        media = (given or "").partition(";")[0].strip().lower()
+    if given is None:
+        return Format.JSON
+    if (form := MEDIA.get(given)) is None:
+        media = given.partition(";")[0].strip().lower()
         form = MEDIA.get(media)
-    if form is None:
-        raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {', '.join(form.value for form in Format)}.")
+        if form is None:
+            raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {', '.join(form.value for form in Format)}.")
     return form
 
 

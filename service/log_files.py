@@ -284,7 +284,8 @@ class _Times:
             number = said.replace(".", "", 1).isdigit()
             return parse_timestamp(float(said) if number else said.replace(",", "."))
         said = _FINER.sub(r"\1", said)
-        moment = datetime.strptime(f"{self._year} {said}", f"%Y {self._format}") if self._yearless else self._full(said)
+        text, form = (f"{self._year} {said}", f"%Y {self._format}") if self._yearless else (said, self._format)
+        moment = datetime.strptime(text, form)
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         if self._yearless and math.isnan(self._last) and seconds > self._written + _DAY:
             self._year -= 1
@@ -293,9 +294,6 @@ class _Times:
             self._year += 1
             return self._parsed(said)
         return seconds
-
-    def _full(self, said: str) -> datetime:
-        return datetime.strptime(said, self._format)
 
 
 def _named(found: Any, name: str) -> str:
