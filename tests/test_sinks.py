@@ -491,6 +491,30 @@ async def test_alertmanager_is_told_again_of_what_is_open_however_much_happens_a
         await sink.close()
 
 
+async def test_an_alertmanager_that_dies_between_changes_lags_by_what_waits_behind_its_telling_again(office: Desk) -> None:
+    metrics = Metrics()
+    with Receiver() as receiver:
+        sink = Alertmanager(receiver.url, office.book, metrics, resend=60, clock=lambda: office.now)
+        await sink.begin(TOKEN)
+        await office.happen(opening("a"))
+        await sink.turn(TOKEN)
+
+    def lag() -> float:
+        return metrics.registry.get_sample_value("onset_alert_lag_seconds", {"sink": sink.name}) or 0.0
+
+    assert lag() == 0
+    office.now += 60
+    telling = asyncio.create_task(sink.run(TOKEN))
+    retried = {"sink": sink.name, "outcome": "retried"}
+    await until(lambda: metrics.registry.get_sample_value("onset_alert_deliveries_total", retried) or False)
+    await office.happen(opening("b"))
+    office.now += 500
+    assert lag() == 500
+    await tasks.end(telling)
+    assert lag() == 0
+    await sink.close()
+
+
 async def test_alerts_that_are_too_many_for_a_proxy_before_alertmanager_are_told_in_parts(office: Desk) -> None:
     taken: list[int] = []
 

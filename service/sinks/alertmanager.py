@@ -65,10 +65,11 @@ class Alertmanager:
         self._public_url, self._runbook_url = public_url, runbook_url
         self._resend, self._keep_firing, self._timeout = resend, keep_firing, timeout
         self._client = httpx.AsyncClient(timeout=timeout)
-        self._waiting: Told | None = None
+        self._since: float | None = None
+        """When the oldest change that is being told happened; or since when it is told again how things stand: changes wait behind that."""
         self._cursor = "0-0"
         self._resent_at = -math.inf
-        metrics.alert_lag.labels(self.name).set_function(lambda: self._clock() - self._waiting.at if self._waiting else 0.0)
+        metrics.alert_lag.labels(self.name).set_function(lambda: 0.0 if self._since is None else self._clock() - self._since)
 
     async def begin(self, token: str) -> None:
         """Before the first fold under this lease."""
@@ -80,21 +81,22 @@ class Alertmanager:
         try:
             await tell_on(lambda: self.turn(token), self._metrics, self.name)
         finally:
-            self._waiting = None  # who has the lease now says how long it waits
+            self._since = None  # who has the lease now says how long it waits
 
     async def turn(self, token: str) -> bool:
         """Tell of the next changes, and when it is time of all that is open; whether there were any. Raises Fenced, StoreUnavailable."""
         changes = await self._book.changes(self._cursor, AT_ONCE)
-        self._waiting = changes[0] if changes else None
+        self._since = changes[0].at if changes else None
         if changes:
             letters = await self._tell(self._of_changes(changes))
             if not letters:
                 self._delivered(changes)
             await self._book.delivered(token, self.name, changes[-1].id, letters=letters)
-            self._cursor, self._waiting = changes[-1].id, None
+            self._cursor, self._since = changes[-1].id, None
         if len(changes) < AT_ONCE and not 0 <= self._clock() - self._resent_at < self._resend:  # or the clock was set back
-            self._resent_at = self._clock()
+            self._resent_at = self._since = self._clock()
             await self._tell_again()
+            self._since = None
         return bool(changes)
 
     async def close(self) -> None:
