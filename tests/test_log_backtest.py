@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from service.errors import TableError
 from service.log_backtest import run
 from service.log_files import LogFormat, by_stream
 from service.policy import Policy
+from tests.test_backtest import rows_of
 from tests.tiny import build_tiny
 from tests.tiny_log import TEMPLATES, build_tiny_log
 
@@ -46,11 +46,6 @@ def folder(tmp_path: Path) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whose sessions are over after a minute."""
     return build_tiny_log(tmp_path_factory.mktemp("model"), header=r"(\d{4}-\d\d-\d\d \S+) \[\S+\] ", session_seconds=60.0)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_each_line_is_a_row_in_order_of_time_whatever_file_it_is_in_and_a_silence_is_an_end(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -29,6 +28,7 @@ from service.replay import Options, run
 from service.tables import ReadOptions
 from tests import local
 from tests.e2e.process import Service
+from tests.test_backtest import rows_of
 from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
 
@@ -63,11 +63,6 @@ def recorded(tmp_path: Path) -> Path:
         ]
         (folder / name).write_text("\n".join(["timestamp,flow,pressure,anomaly", *lines]) + "\n")
     return folder
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def backtested(recorded: Path, model: Path, out: Path) -> dict[str, list[dict[str, str]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ from service.state import TOKEN
 from service.stores import LOST, WRITTEN, Write
 from service.stores.cluster import SLOTS, ClusterStore
 from service.stores.redis import COMMIT_BYTES, POLICY_KEY, TIMEOUT_SECONDS, RedisStore, shard_of, state_key
+from tests.contracts.test_stores import opened_cluster as opened
+from tests.contracts.test_stores import value
 from tests.servers import Move, Valkey, ValkeyCluster
 
 MODEL = "tiny"
@@ -24,17 +25,6 @@ SHARD = 7
 SLOT = SLOTS[SHARD]
 HERE = [name for name in (f"s{i}" for i in range(40_000)) if shard_of(name) == SHARD]
 """Streams of one shard."""
-
-
-def value(content: bytes = b"state") -> bytes:
-    """A value with a token of its own."""
-    return os.urandom(8) + os.urandom(16) + content
-
-
-async def opened(url: str) -> ClusterStore:
-    store = ClusterStore(url, state_ttl=3600, result_ttl=600)
-    await store.open()
-    return store
 
 
 async def all_of(store: ClusterStore, model: str, limit: int) -> list[str]:
