@@ -114,7 +114,7 @@ async def test_a_cursor_of_nobody_starts_afresh(store: ClusterStore) -> None:
 
 @pytest.mark.parametrize("url", ["unix:///tmp/v.sock", "redis://", "redis://127.0.0.1:6379/1", "nonsense", "redis://a:1,unix:///b"])
 def test_a_url_that_is_of_no_cluster_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="redis://HOST:PORT"):
+    with pytest.raises(ValueError, match="HOST:PORT"):
         ClusterStore(url, state_ttl=60, result_ttl=60)
 
 
