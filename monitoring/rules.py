@@ -72,6 +72,19 @@ _A = 'job="onset",instance="a:8080"'
 _M = 'job="onset",model="m"'
 _WAITED = "max by (job, model) (onset_streams_live) + max by (job, model) (onset_streams_silent)"
 """Streams whose next event is waited for, or overdue."""
+_SAID_TO_END = 'sum by (job) (increase(onset_remote_write_unscored_total{what="ended"}[1h]))'
+_ROLLED_OUT = "count by (job, model) (count by (job, model, sha256) (last_over_time(onset_model_info[1h]))) > 1"
+_OF_SESSIONS = "sum by (job, model) (increase(onset_sessions_ended_total[1h])) > 0"
+
+
+def _waited(live: str, silent: str, ended: str = "0x40") -> dict[str, str]:
+    return {
+        f"onset_streams_live{{{_M}}}": live,
+        f"onset_streams_silent{{{_M}}}": silent,
+        'onset_remote_write_unscored_total{job="onset",what="ended"}': ended,
+    }
+
+
 _OFF = "onset_time_seconds - timestamp(onset_time_seconds)"
 """By how much a replica's clock is ahead of the Prometheus', and what a scrape takes."""
 
@@ -196,27 +209,35 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "OnsetStreamsLost",
         "onset-health",
-        f"({_WAITED} + 10) / ((max_over_time(({_WAITED})[1h:1m]) or {_WAITED}) + 10)",  # the last: of a Prometheus that has just begun
+        # The last of the denominator: of a Prometheus that has just begun.
+        f"(({_WAITED} + on (job) group_left () {_SAID_TO_END} + 10) / ((max_over_time(({_WAITED})[1h:1m]) or {_WAITED}) + 10) "
+        f"unless on (job, model) ({_ROLLED_OUT}) unless on (job, model) ({_OF_SESSIONS}))",
         "1m",
         "warning",
         "More than half of the streams of {{ $labels.model }} are gone.",
         "Within an hour the streams that are waited for have become fewer than half: {{ $value | humanizePercentage }} are left.",
         "What the store has forgotten starts afresh with its next event, and is not judged before it has had as many as a new stream "
-        "needs. The same is seen where streams were deleted or ended (a Prometheus scrapes them no more), or another file was rolled out.",
+        "needs. The same is seen where streams were deleted. Not counted are those that a Prometheus says have ended, models whose "
+        "sessions end, and a model of which another file was rolled out within the hour.",
         (
-            "`onset_fresh_states_total`: *new* grows by as many as were lost where the store forgot them; *other_model* after a rollout.",
+            "`onset_fresh_states_total`: *new* grows by as many as were lost where the store forgot them.",
             "The store: was it emptied, restored or replaced, does it evict (`INFO stats`: `evicted_keys`; the log line `store_evicts`)? "
             "Does `ONSET_REDIS_URL` name the database that it named?",
-            '`onset_remote_write_unscored_total{what="ended"}`: a Prometheus has ended them.',
         ),
         (
             "Forgotten: stop what empties the store (`maxmemory-policy noeviction`). A backup brings back the states as they were then.",
-            "Ended or deleted, and meant to be: nothing.",
+            "Deleted, or not heard of for `ONSET_STATE_TTL_SECONDS`, and meant to be: nothing.",
         ),
         (
-            Case({f"onset_streams_live{{{_M}}}": "100x35 0x5", f"onset_streams_silent{{{_M}}}": "0x40"}, {"job": "onset", "model": "m"}),
-            Case({f"onset_streams_live{{{_M}}}": "100x35 0x5", f"onset_streams_silent{{{_M}}}": "0x35 100x5"}),
-            Case({f"onset_streams_live{{{_M}}}": "8x35 0x5", f"onset_streams_silent{{{_M}}}": "0x40"}),
+            Case(_waited("100x35 0x5", "0x40"), {"job": "onset", "model": "m"}),
+            Case(_waited("100x35 0x5", "0x35 100x5")),
+            Case(_waited("8x35 0x5", "0x40")),
+            Case(_waited("100x35 0x5", "0x40", ended="0x34 100x6")),
+            Case(
+                _waited("100x35 0x5", "0x40")
+                | {f'onset_model_info{{{_M},sha256="{i}"}}': one for i, one in enumerate(("1x35", "_x34 1x6"))}
+            ),
+            Case(_waited("100x35 0x5", "0x40") | {f"onset_sessions_ended_total{{{_M}}}": "0x10 0+20x30"}),
         ),
         below=0.5,
         range="1h",
