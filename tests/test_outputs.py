@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -61,12 +62,63 @@ def test_a_place_that_is_none_is_told(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "scores.csv", "")
 
 
+def test_what_is_refused_is_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(NotWritten, match=r"x{250} cannot be written: File name too long"):
+        write_text(tmp_path / ("x" * 250), "")
+
+
 def test_a_link_leads_to_what_is_written(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     write_text(tmp_path / "link", "1")
     write_text(tmp_path / "link", "2")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "elsewhere").read_text() == "2"
+
+
+def test_who_may_read_a_file_that_is_there_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("")
+    path.chmod(0o666)
+    write_text(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o666
+
+
+WRITES = 'import sys; from pathlib import Path; from service.outputs import write_text; write_text(Path(sys.argv[1]), "new")'
+UNPRIVILEGED = """
+import os, sys
+from pathlib import Path
+from service.outputs import write_text
+if os.getuid() == 0:
+    os.setuid(65534)
+write_text(Path(sys.argv[1]), "new")
+"""
+
+
+def test_a_file_in_a_folder_that_takes_no_other_is_written_to_itself() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's folders are not everybody's
+        folder, path = Path(name), Path(name) / "scores.json"
+        path.write_text("of before")
+        path.chmod(0o666)
+        folder.chmod(0o555)
+        try:
+            subprocess.run([sys.executable, "-c", UNPRIVILEGED, str(path)], check=True, timeout=60)
+        finally:
+            folder.chmod(0o755)
+        assert path.read_text() == "new"
+
+
+def test_a_file_that_is_mounted_by_itself_is_written(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("of before")
+    (tmp_path / "inside").write_text("")
+    mounted = f"mount --bind {tmp_path}/outside {tmp_path}/inside && exec {sys.executable} -c '{WRITES}' {tmp_path}/inside"
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted], check=False, capture_output=True, timeout=60
+    )
+    if b"unshare" in done.stderr or b"mount:" in done.stderr:
+        pytest.skip("no mounts here")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outside").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "outside"]
 
 
 def test_standard_output_may_be_named_and_is_written_to_itself(tmp_path: Path) -> None:
