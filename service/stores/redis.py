@@ -89,7 +89,7 @@ T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
-_ADDRESS = re.compile(r"rediss?://([^/?#]*@)?(\[[^/?#\]]*\]|[^/?#@:]+)(:[0-9]+)?(/[0-9]*)?(\?[^=]+=.*)?")
+_ADDRESS = re.compile(r"rediss?://([^/?#]*@)?(\[[^/?#\]]*\]|[^/?#@:]*)(:[0-9]+)?(/[0-9]*/?)?(\?([^=]+=.*)?)?\s*")
 _GLOB = re.compile(rb"[*?\[\]\\^]")
 _STATE_KEY = re.compile(rb"onset:\{\d{3}\}:[a-z0-9][^:]*:")
 _WATCH, _LOG = struct.Struct("<Id"), struct.Struct("<I")

@@ -24,7 +24,7 @@ from service.scorer import Limits, Scorer
 from service.settings import Settings
 from service.stores import LOST, WRITTEN, Write
 from service.stores.book import Book
-from service.stores.redis import RedisStore, log_key, shard_of, state_key, trail_key
+from service.stores.redis import RedisStore, check_url, log_key, shard_of, state_key, trail_key
 from tests.servers import Valkey
 from tests.tiny import build_tiny
 
@@ -35,6 +35,25 @@ RIGHTS = ("~onset:*", "~{onset:*", "+@all", "-@dangerous", "+info")
 
 def value() -> bytes:
     return os.urandom(100)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://h",
+        "redis://h:6379/0",
+        "redis://h:6379/0\n",  # of a Secret made of a file
+        "redis://h:6379/",
+        "redis://:6379/0",
+        "redis:///0",
+        "redis://h?db=2",
+        "rediss://anna:s3%2Fcr@h:6380/0?ssl_ca_certs=/tls/ca.crt&ssl_check_hostname=no",
+        "redis://[::1]:6379/0",
+        "unix:///run/valkey.sock?db=1",
+    ],
+)
+def test_an_address_that_the_client_takes_is_taken(url: str) -> None:
+    check_url(url)
 
 
 @pytest.fixture
