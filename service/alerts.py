@@ -342,7 +342,8 @@ def advanced(alert: Alert | None, transition: Transition, at: float, max_age: fl
 
 def summary(alert: Alert) -> str:
     """One sentence: which stream, what, since when."""
-    since, until = _clock(alert.started_at, alert.updated_at), _clock(_over(alert), alert.updated_at)
+    began = alert.started_at if alert.kind == "anomaly" else min(alert.started_at, alert.opened_at)  # a sender's clock may be ahead
+    since, until = _clock(began, alert.updated_at), _clock(_over(alert), alert.updated_at)
     if alert.resolution is not None:
         return f"{alert.stream_id} {_ENDS[alert.resolution].format(since=since, until=until)}."
     if alert.kind == "silence":
@@ -371,7 +372,8 @@ def description(alert: Alert) -> str:
     """The evidence, for whoever has to act: values and what was expected, how improbable that is, what carries it."""
     if alert.kind == "silence":
         patience = f" Up to {_number(alert.patience)} s without an event are ordinary for it." if alert.patience is not None else ""
-        return f"The last event of stream {alert.stream_id} was at {_clock(alert.started_at, math.inf)}.{patience}"
+        whose = " by its own clock, which is ahead" if alert.started_at > alert.opened_at else ""
+        return f"The last event of stream {alert.stream_id} was at {_clock(alert.started_at, math.inf)}{whose}.{patience}"
     sentences = []
     for title, evidence in (("At the onset", alert.onset), ("At last", alert.last)):
         if evidence is not None and (title == "At the onset" or evidence != alert.onset):

@@ -260,6 +260,10 @@ def alert_of(*findings: Finding, **changes: Any) -> Alert:
     return replace(alert, **changes)
 
 
+AHEAD: dict[str, Any] = {"kind": "silence", "onset": None, "last": None, "started_at": NOON + 3600}
+"""Of a sender whose clock is an hour ahead."""
+
+
 @pytest.mark.parametrize(
     ("alert", "says"),
     [
@@ -288,6 +292,11 @@ def alert_of(*findings: Finding, **changes: Any) -> Alert:
             "pump-7/temperature is 3.1 above its expected range since 2026-11-26 12:02:10 UTC.",
         ),
         (alert_of(kind="silence", onset=None, last=None), "pump-7/temperature has been silent since 12:02:10 UTC."),
+        (alert_of(**AHEAD), "pump-7/temperature has been silent since 12:02:11 UTC."),
+        (
+            alert_of(**AHEAD, resolution="spoke", resolved_at=NOON + 61, updated_at=NOON + 61),
+            "pump-7/temperature speaks again: it was silent from 12:02:11 UTC to 12:03:11 UTC.",
+        ),
         (
             alert_of(found(28.1), resolution="recovered", resolved_at=NOON + 61, updated_at=NOON + 61, last=evidence(NOON + 60)),
             "pump-7/temperature is back to normal: its anomaly began at 12:02:10 UTC, and was over at 12:03:10 UTC.",
@@ -323,6 +332,9 @@ def test_the_description_has_the_evidence_at_the_onset_and_at_last() -> None:
     silence = alert_of(kind="silence", onset=None, last=None, patience=12.5)
     assert description(silence) == (
         "The last event of stream pump-7/temperature was at 2026-11-26 12:02:10 UTC. Up to 12.5 s without an event are ordinary for it."
+    )
+    assert description(alert_of(**AHEAD)).startswith(
+        "The last event of stream pump-7/temperature was at 2026-11-26 13:02:10 UTC by its own clock, which is ahead."
     )
 
 

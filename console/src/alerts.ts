@@ -143,7 +143,7 @@ class AlertsView {
     const line = onset?.line;
     const way = top && within(top) ? ", within its range: its course is unusual" : onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : "";
     const evidence = line ? ` · ${line.new ? "new pattern · " : ""}chance if normal: ${chance(onset?.p_value)}` : top ? ` · ${top.feature} ${top.actual === null ? "has no value" : number(top.actual)}, expected ${number(top.expected)}${way} · chance if normal: ${chance(onset?.p_value)}` : "";
-    const what = alert.kind === "silence" ? ` · silent for longer than ${duration(Math.ceil(alert.patience ?? 0))} since ${clock(alert.started_at)}` : ` · began ${clock(alert.started_at)}, ${ago(alert.started_at)}${evidence}`;
+    const what = alert.kind === "silence" ? ` · silent for longer than ${duration(Math.ceil(alert.patience ?? 0))} since ${clock(Math.min(alert.started_at, alert.opened_at))}` : ` · began ${clock(alert.started_at)}, ${ago(alert.started_at)}${evidence}`;
     const state =
       alert.status === "resolved"
         ? `Resolved ${alert.resolved_at ? clock(alert.resolved_at) : ""}: ${WORDS[alert.resolution ?? ""] ?? alert.resolution ?? ""}${alert.resolved_at ? `, after ${duration(alert.resolved_at - alert.opened_at)}` : ""}`
