@@ -467,8 +467,7 @@ class _Subject(Partition):
         except NotFoundError as error:
             about = f"is called '{self._stream}'" if self._stream else f"takes '{self.subject}'"
             raise BadSetting(f"No JetStream stream {about}: make it first.") from error
-        config = stream.config
-        taken = [] if config.mirror or config.sources else config.subjects or []  # of others' messages the subjects are not known
+        taken = subjects_of(stream.config)
         if taken and not any(meet(one, self.subject) for one in taken):
             raise BadSetting(f"JetStream stream '{self._stream}' takes {', '.join(taken)}, and so nothing of '{self.subject}'.")
         self.identity = identity(f"nats\0{self._stream}\0{stream.created}")
@@ -602,6 +601,12 @@ class _Subject(Partition):
             with contextlib.suppress(NatsError, OSError, StoreUnavailable):
                 for message in messages:
                     await self._source.client.publish(message.id.decode(), PROGRESS)
+
+
+def subjects_of(config: StreamConfig) -> Sequence[str]:
+    """Filters of all that a stream's messages may be called; none = it is not known: it has those of other streams, or renames its own."""
+    elsewhere = config.mirror or config.sources or config.subject_transform
+    return [] if elsewhere else config.subjects or []
 
 
 async def _whole(answer: Awaitable[T]) -> T:

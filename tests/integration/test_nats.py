@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
-from nats.js.api import ConsumerConfig, ConsumerInfo
+from nats.js.api import ConsumerConfig, ConsumerInfo, StreamConfig, StreamSource, SubjectTransform
 from nats.js.errors import NotFoundError, ServerError
 from structlog.testing import capture_logs
 
@@ -22,7 +22,7 @@ from service.errors import StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
 from service.sources import Settlement
-from service.sources.nats import Nats, _whole
+from service.sources.nats import Nats, _whole, subjects_of
 from service.sources.options import NatsSource
 from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import NatsRig, NatsServer, content_of, each_once, nats_rig, service
@@ -131,6 +131,15 @@ async def test_a_subject_that_the_named_stream_does_not_take_is_refused(rig: Nat
             while not (refused := [line["reason"] for line in logs if line["event"] == "source_refused"]):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
     assert refused[0] == f"JetStream stream 'IN{rig.at}' takes in{rig.at}.>, and so nothing of 'elsewhere.>'."
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [{"mirror": StreamSource("OTHER")}, {"sources": [StreamSource("OTHER")]}, {"subject_transform": SubjectTransform("raw.>", "plant.>")}],
+)
+def test_what_a_stream_takes_is_not_known_where_its_messages_are_another_streams_or_renamed(elsewhere: dict[str, Any]) -> None:
+    assert subjects_of(StreamConfig(subjects=["raw.>"])) == ["raw.>"]
+    assert subjects_of(StreamConfig(subjects=["raw.>"], **elsewhere)) == []  # renamed ones are read by the name they have in the stream
 
 
 async def test_a_client_that_the_server_has_turned_out_for_good_is_made_anew(rig: NatsRig) -> None:
