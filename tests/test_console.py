@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Sequence
@@ -493,14 +494,23 @@ async def uploaded(content: bytes) -> bytes:
     return content
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits with Linux's RLIMIT_DATA")
 async def test_an_upload_takes_no_more_memory_than_it_may(tiny_model_path: Path) -> None:
-    trials = Trials(TrialLimits(4_000_000, 1_000, 60))
+    trials = Trials(TrialLimits(5 * 2**20, 1_000, 60))
     trial = Trial("a.csv", str(tiny_model_path), "tiny", 1e-3, strict=False, timestamp=None)
-    names = b",".join(b"%x" % i for i in range(600_000))
-    assert len(names) < 4_000_000
-    with pytest.raises(TooLarge, match=r"takes more than 61 MiB of memory \(16 times ONSET_BACKTEST_BYTES\)"):
+    names = b",".join(b"%x" % i for i in range(750_000))
+    assert len(names) < 5 * 2**20
+    with pytest.raises(TooLarge, match=r"takes more than 80 MiB of memory \(the larger of 64 MiB and 16 times"):
         await trials.run(trial, lambda: uploaded(names + b"\n1\n"))
     assert json.loads(await trials.run(trial, lambda: uploaded(b"value\n" + b"1\n" * 900)))["rows"] == 900
+
+
+async def test_a_file_as_large_as_a_small_limit_has_the_memory_that_it_takes(tiny_model_path: Path) -> None:
+    trials = Trials(TrialLimits(500_000, 10_000, 60))
+    trial = Trial("a.csv", str(tiny_model_path), "tiny", 1e-3, strict=False, timestamp=None)
+    upload = b"timestamp,value,note\n" + b"".join(b"%d,1.5,%.31d\n" % (1_790_000_000 + i, i) for i in range(10_000))
+    assert 450_000 < len(upload) < 500_000
+    assert json.loads(await trials.run(trial, lambda: uploaded(upload)))["rows"] == 10_000
 
 
 async def test_counting_small_p_values_takes_a_part_of_the_memory_that_the_rings_have(tiny_detector: Detector) -> None:

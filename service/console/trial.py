@@ -37,8 +37,10 @@ from service.tables import ReadOptions, Source
 BUCKETS = 1200
 REFUSED, TOO_MUCH = 3, 4
 """Exit status of a process that says why on standard output; of one that would have taken more memory than it may."""
-MEMORY_FACTOR = 16
-"""Bytes of memory for each byte of the largest upload: a cell of two bytes may be an object of 50."""
+MEMORY_FACTOR, LEAST_MEMORY = 16, 64 * 1024 * 1024
+"""Bytes of memory for each byte of the largest upload: a cell of two bytes may be an object of 50; and what a short file may take, which is
+read in one piece.
+"""
 NICE = 10
 
 
@@ -53,7 +55,7 @@ class TrialLimits:
     @property
     def memory(self) -> int:
         """Bytes that the process may take for the file."""
-        return MEMORY_FACTOR * self.max_bytes
+        return max(MEMORY_FACTOR * self.max_bytes, LEAST_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Trials:
             raise BadBody(output.decode())
         if process.returncode in (TOO_MUCH, -signal.SIGKILL):  # the latter is the kernel's way
             raise TooLarge(
-                f"The backtest takes more than {self.limits.memory >> 20} MiB of memory ({MEMORY_FACTOR} times ONSET_BACKTEST_BYTES). "
+                f"The backtest takes more than {self.limits.memory >> 20} MiB of memory (the larger of {LEAST_MEMORY >> 20} MiB and "
+                f"{MEMORY_FACTOR} times ONSET_BACKTEST_BYTES). "
                 "Send fewer rows or columns, or run `python -m service backtest`, which has no such limit."
             )
         if process.returncode != 0:
