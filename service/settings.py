@@ -20,8 +20,8 @@ CENTURY = 100 * 365 * 24 * 3600
 TEBIBYTE = 1024**4
 
 
-_PASSWORD = re.compile(r"//[^/]*@")
-"""What stands before the host of an address."""
+_PASSWORD = re.compile(r"//.*@")
+"""What stands before the host of an address, or of the last of several; a password may have a / that should have been %2F."""
 
 
 class Settings(BaseSettings):

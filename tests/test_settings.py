@@ -72,6 +72,10 @@ def test_settings_that_name_no_metrics_to_write_back_import_nothing_of_the_servi
             {"ONSET_REMOTE_WRITE_URL": "tcp://anna:hush@prometheus/"},
             "ONSET_REMOTE_WRITE_URL or its option is 'tcp://…@prometheus/': it is",
         ),
+        (
+            {"ONSET_PUBLIC_URL": "https://anna:hu/hush@onset/?x=1"},
+            "ONSET_PUBLIC_URL or its option is 'https://…@onset/?x=1': it is",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_used_stops_the_service_with_a_sentence_that_names_it_and_no_secret(
