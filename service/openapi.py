@@ -99,15 +99,17 @@ def _simplify(node: Any) -> None:
     which says no more than `maxItems` beside it.
     """
     if isinstance(node, dict):
-        if isinstance(node.get("properties"), dict):
-            for schema in node["properties"].values():
-                schema.pop("default", None)
         if node.get("items") is False:
             del node["items"]
         if isinstance(node.get("enum"), list) and "type" not in node:
             node["type"] = "integer" if isinstance(node["enum"][0], int) else "string"
-        for inner in node.values():
-            _simplify(inner)
+        for name, inner in node.items():
+            if name == "properties" and isinstance(inner, dict):  # by name: a feature may be called as a word of the schema is
+                for schema in inner.values():
+                    schema.pop("default", None)
+                _simplify(list(inner.values()))
+            else:
+                _simplify(inner)
     elif isinstance(node, list):
         for inner in node:
             _simplify(inner)

@@ -290,6 +290,14 @@ def test_kinds_of_events_have_names_of_their_own_where_models_take_several() -> 
                 valid(made, schema, event | beside)
 
 
+def test_features_may_be_called_as_words_of_a_schema_are() -> None:
+    features = ("properties", "items", "enum", "default", "type")
+    made = openapi.document(FastAPI(), [tiny_manifest(features)], live=False)
+    values = made["components"]["schemas"]["Event"]["properties"]["values"]
+    assert tuple(values["properties"]) == features
+    valid(made, values, dict.fromkeys(features, 1.0))
+
+
 def schemas(node: Any) -> Iterator[dict[str, Any]]:
     """Every object within a document, among them its schemas."""
     if isinstance(node, dict):
