@@ -16,6 +16,7 @@ from service.__main__ import app
 from service.errors import NotWritten
 from service.outputs import whole, write_text
 from tests.limits import files_of_at_most
+from tests.needs import program
 
 
 def table(path: Path, rows: int) -> Path:
@@ -122,9 +123,9 @@ def test_a_file_that_is_mounted_by_itself_is_written(tmp_path: Path) -> None:
 
 
 def test_standard_output_may_be_named_and_is_written_to_itself(tmp_path: Path) -> None:
-    program = "from pathlib import Path; from service.outputs import write_text; write_text(Path('/dev/stdout'), 'said')"
+    says = "from pathlib import Path; from service.outputs import write_text; write_text(Path('/dev/stdout'), 'said')"
     with (tmp_path / "out").open("w+") as out:
-        subprocess.run([sys.executable, "-c", program], stdout=out, check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", says], stdout=out, check=True, timeout=60)
         out.seek(0)
         assert out.read() == "said"
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
