@@ -113,7 +113,10 @@ def test_a_file_that_is_mounted_by_itself_is_written(tmp_path: Path) -> None:
     (tmp_path / "inside").write_text("")
     mounted = f"mount --bind {tmp_path}/outside {tmp_path}/inside && exec {sys.executable} -c '{WRITES}' {tmp_path}/inside"
     done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted], check=False, capture_output=True, timeout=60
+        [program("unshare", "util-linux"), "--user", "--map-root-user", "--mount", "sh", "-c", mounted],
+        check=False,
+        capture_output=True,
+        timeout=60,
     )
     if b"unshare" in done.stderr or b"mount:" in done.stderr:
         pytest.skip("no mounts here")
