@@ -64,7 +64,7 @@ def _beside(path: Path) -> Path:
 
 
 def _move(place: Path, path: Path) -> None:
-    if path.exists():
+    if path.exists() and path.stat().st_mode != place.stat().st_mode:  # some shared folders know no modes, and refuse to set one
         shutil.copymode(path, place)
     try:
         place.replace(path)
