@@ -369,8 +369,13 @@ async def _made(connection: AbstractConnection, declared: AmqpSource, name: str)
             if declared.exchange:  # before the queue is made: one without its binding would be taken as it is the next time
                 await channel.declare_exchange(declared.exchange, passive=True)
             queue = await channel.declare_queue(name, durable=True, arguments=arguments)
-            for key in declared.binding_keys if declared.exchange else []:
-                await queue.bind(declared.exchange, key)
+            try:
+                for key in declared.binding_keys if declared.exchange else []:
+                    await queue.bind(declared.exchange, key)
+            except AMQPError:  # no right to, for one, which has closed the channel
+                async with connection.channel() as another:
+                    await (await another.get_queue(name, ensure=False)).delete()
+                raise
     if await _missing(connection, lambda channel: channel.declare_queue(declared.dead_letters, passive=True)):
         async with connection.channel() as channel:
             await channel.declare_queue(declared.dead_letters, durable=True)

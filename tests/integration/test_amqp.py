@@ -202,6 +202,23 @@ async def test_a_queue_is_not_made_before_the_exchange_that_it_is_to_be_bound_to
     await q.until(partial(done, service, 1))
 
 
+async def test_a_queue_that_cannot_be_bound_is_not_left_behind(
+    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+) -> None:
+    source = rig.declared | {"queues": [f"{rig.name}.unbound"], "exchange": "amq.topic", "binding_keys": [f"{rig.name}.#"]}
+    source["url"] = await asyncio.to_thread(rig.broker.add_user, rig.name)
+    await asyncio.to_thread(rig.broker.permit, rig.name, read=f"^{rig.name}")
+    with capture_logs() as logs:
+        service = await Replicas(rig.store, tiny_model_path, stack, source).start()
+        await q.until(lambda: any("amq.topic" in line["error"] for line in logs if line["event"] == "amqp_unavailable"))
+        await asyncio.to_thread(rig.broker.permit, rig.name, read=".*")
+        await consuming(q, service, queues=1)
+    async with rig.connection.channel() as channel:
+        exchange = await channel.get_exchange("amq.topic", ensure=False)
+        await exchange.publish(message({"stream_id": "s0", "values": {"value": 1}}), f"{rig.name}.line.7")
+    await q.until(partial(done, service, 1))
+
+
 async def test_dead_letters_that_no_queue_takes_are_not_acknowledged(
     rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
 ) -> None:
