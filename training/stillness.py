@@ -5,7 +5,8 @@
     overdue   a run of twice the usual, LEAST events at least, is as improbable as it was in the history (`fit`), a longer one the more
 
 A run is told once, as an onset. While learning is frozen it stays overdue for as long as it lasts; where learning goes on (no alert, or an
-accepted one) it is known from then on. What a run has reached is learned when it ends. A feature that a stream has never had is not missed.
+accepted one) it is known from then on. What a run has reached is learned when it ends. A feature that a stream has never had is not missed,
+and one that has never moved there is not expected to: of all valves and switches of a fleet some are never used.
 Shapes: B streams, F features, the batch is the last axis; of two kinds of runs the first is of missing values.
 """
 
@@ -51,6 +52,7 @@ class Runs:
     length: Tensor  # with this event, 0 where a feature brought something new
     log_length: Tensor  # natural logarithm where a run goes on, else 0
     missing: Tensor  # bool: what the run is of
+    moved: Tensor  # bool: the feature has had different values in this stream
     known: Tensor  # bool: it goes on, was told before, and learning was not frozen since
     levels: tuple[Tensor, Tensor]  # the longest of this stream's runs that are over, of missing values and of the same ones
 
@@ -105,7 +107,8 @@ class Stillness(nn.Module):
         reached = torch.where(learns & ~goes_on, _level(log_next), 0.0)
         of_missing = torch.maximum(first, torch.where(was_missing, reached, 0.0))
         of_same = torch.maximum(both - STEPS * first, torch.where(was_missing, 0.0, reached))
-        runs = Runs(length, torch.where(goes_on, log_next, 0.0), missing, goes_on & was_known, (of_missing, of_same))
+        moved = parts["variance"] > 0
+        runs = Runs(length, torch.where(goes_on, log_next, 0.0), missing, moved, goes_on & was_known, (of_missing, of_same))
         return runs, {"still": runs.packed(runs.known)}
 
     def _same(self, event: Normalised, parts: Parts) -> Tensor:
@@ -124,7 +127,7 @@ class Stillness(nn.Module):
         # The chance falls with the square of the length: the tail of runs that come in bursts, not of those that come by themselves.
         log_p = log_rate - 2 * (runs.log_length - twice)
         asked = torch.log(alpha.clamp(1e-12, 1.0)) - HAIR
-        over = (runs.log_length >= twice - HAIR) & (log_p < asked) & judges & ~runs.known
+        over = (runs.log_length >= twice - HAIR) & (log_p < asked) & judges & ~runs.known & (runs.missing | runs.moved)
         least = torch.where(over, log_p, 0.0).amin(0)
         return Overdue(over.to(log_p.dtype), least, {"still": runs.packed(runs.known | (over & learns))})
 
@@ -143,7 +146,10 @@ class Stillness(nn.Module):
             longest = np.maximum(own.max(axis=0), longest_ever[kind])  # [B, F]
             others = np.stack([_usual(np.delete(longest, b, axis=0)) for b in range(B)])
             # As often as it happens to a stream of which the other streams are all that is known.
-            found = _told(own, others)[YOUNG:].sum(axis=(0, 1))
+            told = _told(own, others)
+            if sign > 0:
+                told &= ~_since_the_first(own)
+            found = told[YOUNG:].sum(axis=(0, 1))
             usual = np.where(self.scored, _levels(_usual(longest)), NEVER)
             self.usual[kind, :, 0] = torch.from_numpy(usual).float()
             self.log_rate[kind, :, 0] = torch.from_numpy(np.log(np.minimum(number * (found + 0.5) / exposure, 1.0))).float()
@@ -183,6 +189,12 @@ def _usual(longest: NDArray[np.float32]) -> NDArray[np.float32]:
     if len(longest) == 0:
         return np.zeros(longest.shape[1], np.float32)
     return np.asarray(np.quantile(longest, UNUSUAL, axis=0, method="lower"))
+
+
+def _since_the_first(runs: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Where runs [T, B, F] go on since the first row."""
+    rows = np.minimum(np.arange(len(runs)), KNOWN - 1)[:, None, None]
+    return np.asarray(np.logical_and.accumulate(runs == rows, axis=0))
 
 
 def _told(runs: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -234,6 +234,19 @@ def test_a_new_stream_that_moves_little_does_not_stand_still() -> None:
     assert (runs[599, :, 1] >= 450).all()
 
 
+def test_a_switch_that_nobody_uses_is_quiet_and_what_is_still_once_it_has_moved_is_not(detectors: tuple[Detector, Detector]) -> None:
+    rows = NORMAL + FAULT + AFTER
+    x = np.stack([machine(300 + i, rows) for i in range(6)], axis=1)
+    x[:, :, SWITCH] = 1.0  # of the fleet's others it moves some sixty times in a thousand events
+    used = x.copy()
+    used[150:300, :, SWITCH] = x[150:300, :, LOAD] > 50
+    (_, never), (_, no_runs), (_, once) = play(detectors[0], x), play(detectors[1], x), play(detectors[0], used)
+    assert np.array_equal(never["flags"], no_runs["flags"])
+    assert np.array_equal(never["p_value"], no_runs["p_value"], equal_nan=True)
+    named = once["contribution"].argmax(axis=2)[400:] == SWITCH
+    assert (named & (once["flags"][400:] & ALERT_OPEN != 0)).any(axis=0).all()
+
+
 @torch.no_grad()
 def test_runs_are_those_that_a_loop_counts_also_where_learning_is_frozen() -> None:
     step = DetectorStep(2, TINY, clip=50.0)
@@ -284,6 +297,12 @@ def test_what_is_usual_is_of_the_fleet_without_the_one_that_is_dead_and_its_rate
     rate = still.log_rate[:, :, 0].exp() * 10_000 / 6
     assert rate[0].tolist() == pytest.approx([1.5, 0.5, 0.5], rel=1e-3)  # of the dead one its neighbours say that it is unusual
     assert rate[1].tolist() == pytest.approx([0.5, 0.5, 0.5], rel=1e-3)
+    runs[:, 1:, 2] = 0  # the others of the fleet move: a machine in which it never did is none in which it died
+    still.fit(runs, [1000] * 10)
+    assert still.log_rate[1, 2].exp().item() * 10_000 / 6 == pytest.approx(0.5, rel=1e-3)
+    runs[:300, 0, 2], runs[300:, 0, 2] = 0, np.arange(700)
+    still.fit(runs, [1000] * 10)
+    assert still.log_rate[1, 2].exp().item() * 10_000 / 6 == pytest.approx(1.5, rel=1e-3)
     context = Stillness([True, False, True], 1e4)
     context.fit(runs, [1000] * 10)
     assert (context.usual[:, 1] == NEVER).all()
@@ -336,7 +355,7 @@ def test_the_more_often_it_happened_in_history_the_longer_a_run_must_be() -> Non
     for n in range(1, 100):
         length = torch.full((2, 1), float(n))
         missing = torch.ones(2, 1, dtype=torch.bool)
-        runs = Runs(length, length.log(), missing, ~missing, (torch.zeros(2, 1), torch.zeros(2, 1)))
+        runs = Runs(length, length.log(), missing, missing, ~missing, (torch.zeros(2, 1), torch.zeros(2, 1)))
         overdue = still.overdue(runs, torch.tensor([True]), learns, alpha)
         for j in range(2):
             told[j] = told[j] or (n if overdue.features[j, 0] > 0 else 0)
