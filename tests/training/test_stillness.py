@@ -297,7 +297,10 @@ def test_what_is_usual_is_of_the_fleet_without_the_one_that_is_dead_and_its_rate
     rate = still.log_rate[:, :, 0].exp() * 10_000 / 6
     assert rate[0].tolist() == pytest.approx([1.5, 0.5, 0.5], rel=1e-3)  # of the dead one its neighbours say that it is unusual
     assert rate[1].tolist() == pytest.approx([0.5, 0.5, 0.5], rel=1e-3)
-    runs[:, 1:, 2] = 0  # the others of the fleet move: a machine in which it never did is none in which it died
+    # The others of the fleet move, and are still for a hundred events once: a machine in which it never moved is none in which it died.
+    runs[:, :, 2] = 0
+    runs[200:300, 1:, 2] = np.arange(1, 101)[:, None]
+    runs[:, 0, 2] = np.arange(1000)
     still.fit(runs, [1000] * 10)
     assert still.log_rate[1, 2].exp().item() * 10_000 / 6 == pytest.approx(0.5, rel=1e-3)
     runs[:300, 0, 2], runs[300:, 0, 2] = 0, np.arange(700)
