@@ -43,6 +43,8 @@ from service.terminal import terminal
 
 LISTED = 60
 """Inputs shown in the summary; of more, those with the most alerts."""
+SOME = 5
+"""Inputs named in a sentence."""
 TAIL = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003, 0.00001)
 """p-values below which rows are counted: what was asked for beside what came."""
 SCORE_COLUMNS = ("timestamp", "anomaly_score", "alert_score", "p_value", "is_anomaly")
@@ -267,7 +269,7 @@ def _targets(sources: Sequence[Source], out: Path) -> dict[str, Path]:
 def read_series(source: Source, detector: Detector, options: ReadOptions, notify: Notify) -> Series:
     """One file for this detector. Raises TableError."""
     table, values = read_for(source, detector.manifest.feature_names, options, notify)
-    x = as_float32(source, detector.manifest.feature_names, values)
+    x = as_float32(source, detector.manifest.feature_names, values, notify=notify)
     return Series(source.name, table.written, table.timestamps, x)
 
 
@@ -343,11 +345,30 @@ def command(
     policy = replace(policy, tau=detector.manifest.age_constant)
     report = run(inputs, detector, policy, out, options)
     tell(console, report, out, json_file)
-    late = sum(tally.late for tally in report.tallies)
-    if late:
-        console.print(f"{late:,} rows are late (older than a row before them): never stepped, score 0.")
+    for line in _left_unsaid(report, detector.manifest.warmup):
+        console.print(line)
     with_rows = [source for source in find_sources(inputs) if source.name not in report.rowless]
     return Done(report, with_rows, detector, policy, options)
+
+
+def _left_unsaid(report: Report, warmup: int) -> Iterator[str]:
+    """Why rows have no score, where it is more than each stream's first ones."""
+    late = sum(tally.late for tally in report.tallies)
+    if late:
+        yield f"{late:,} rows are late (older than a row before them): never stepped, score 0."
+    backwards = [tally.name for tally in report.tallies if 2 * tally.late > tally.rows]
+    if backwards:
+        yield f"Most rows of {_some(backwards)} are late: where the newest row is the first, sort the file by time."
+    unjudged = [tally.name for tally in report.tallies if not tally.judged and tally.name not in backwards]
+    if unjudged:
+        yield (
+            f"Nothing of {_some(unjudged)} was judged, so that there is no alert says nothing: "
+            f"from the first {warmup:,} rows of a stream the detector only learns."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SOME]) + (f" and {len(names) - SOME:,} more" if len(names) > SOME else "")
 
 
 def tell(console: Console, report: Report, out: Path, json_file: Path | None) -> None:
@@ -371,14 +392,13 @@ def load_one(model: Path) -> Detector:
 def _summary(report: Report) -> Grid:
     grid = Grid(title=f"Backtest with {report.model} at a false-alarm rate of {report.alpha:g}", box=box.SIMPLE)
     grid.add_column("input", overflow="fold")
-    for column in ("rows", "late", "alerts", "alerts per 1000 rows", "onsets", "anomalous rows"):
+    for column in ("rows", "judged", "late", "alerts", "alerts per 1000 judged", "onsets", "anomalous rows"):
         grid.add_column(column, justify="right")
     shown = sorted(report.tallies, key=lambda tally: tally.rank, reverse=True)[:LISTED] if len(report.tallies) > LISTED else report.tallies
     for tally in [*shown, total(report.tallies)]:
-        rate, share = 1000 * tally.alerts / max(1, tally.rows), 100 * tally.anomalous / max(1, tally.rows)
-        grid.add_row(
-            tally.name, f"{tally.rows:,}", f"{tally.late:,}", f"{tally.alerts:,}", f"{rate:.2f}", f"{tally.onsets:,}", f"{share:.2f} %"
-        )
+        rate, share = (per * number / max(1, tally.judged) for per, number in ((1000, tally.alerts), (100, tally.anomalous)))
+        counts = (f"{number:,}" for number in (tally.rows, tally.judged, tally.late, tally.alerts))
+        grid.add_row(tally.name, *counts, f"{rate:.2f}", f"{tally.onsets:,}", f"{share:.2f} %")
     return grid
 
 

@@ -575,3 +575,10 @@ def _closing(reports: dict[str, StreamReport], door: Door, console: Console) -> 
             "start give another --stream, or forget the stream: curl -X DELETE .../v1/streams/NAME",
             style="yellow",
         )
+    backwards = [stream for stream, report in reports.items() if stream not in old and 2 * report.late > report.events]
+    if backwards:
+        console.print(
+            f"Most events of {', '.join(backwards[:5])} were older than one before them: where the newest row of a file is the first, "
+            "sort it by time, forget the stream (curl -X DELETE .../v1/streams/NAME), and replay it again.",
+            style="yellow",
+        )

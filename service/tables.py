@@ -261,7 +261,7 @@ def coded_numbers(path: Path, cells: Coded, dialect: Dialect, before: int) -> tu
     infinite = np.isinf(values)
     if infinite.any():
         place = int(infinite.argmax())
-        raise TableError(f"{path}: column {cells.name!r}, row {before + cells.first(place)}: {cells.distinct[place]!r} is not finite.")
+        raise _infinite(path, cells.name, before + cells.first(place), repr(cells.distinct[place]))
     return values, words
 
 
@@ -367,8 +367,13 @@ def read_for(
     return table, np.stack([table.columns.get(feature, missing) for feature in features], axis=1)
 
 
-def as_float32(source: Source, features: Sequence[str], values: Float64, before: int = 0) -> NDArray[np.float32]:
-    """Values [T, F], the rows behind the first `before`, as a detector takes them. Raises TableError where one is beyond its range."""
+def as_float32(
+    source: Source, features: Sequence[str], values: Float64, before: int = 0, notify: Notify = print
+) -> NDArray[np.float32]:
+    """Values [T, F], the rows behind the first `before`, as a detector takes them. Raises TableError where one is beyond its range.
+
+    Tells of features that hardly move any more as float32: a meter that stands at 123,456,789 and counts by ones moves by eights.
+    """
     beyond = np.argwhere(np.abs(values) > np.finfo(np.float32).max)
     if len(beyond):
         row, j = beyond[0].tolist()
@@ -376,7 +381,21 @@ def as_float32(source: Source, features: Sequence[str], values: Float64, before:
             f"{source.path}: feature {features[j]!r}, row {before + row + 1}: {values[row, j]} is beyond the range of float32; "
             "leave the cell empty where a value is missing."
         )
-    return values.astype(np.float32)
+    x = values.astype(np.float32)
+    lost = [name for name, wide, narrow in zip(features, values.T, x.T, strict=True) if _stands_still(wide, narrow)]
+    if lost:
+        notify(
+            f"{source.path}: of {_listed(lost)} most changes from row to row are too small beside the values: a detector keeps seven "
+            "digits (float32). Take a constant off all values, or give what a counter grows by."
+        )
+    return x
+
+
+def _stands_still(wide: Float64, narrow: NDArray[np.float32]) -> bool:
+    """Whether most changes of a column [T] are lost in its float32."""
+    change = np.diff(wide)
+    moved = np.isfinite(change) & (change != 0)
+    return 2 * int((moved & (np.diff(narrow) == 0)).sum()) > int(moved.sum())
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -884,7 +903,11 @@ def _refuse_infinite(source: Source, column: str, values: Float64, before: int) 
     infinite = np.isinf(values)
     if infinite.any():
         row = int(infinite.argmax())
-        raise TableError(f"{source.path}: column {column!r}, row {before + row + 1}: {float(values[row])!r} is not finite.")
+        raise _infinite(source.path, column, before + row + 1, repr(float(values[row])))
+
+
+def _infinite(path: Path, column: str, row: int, written: str) -> TableError:
+    return TableError(f"{path}: column {column!r}, row {row}: {written} is not finite; leave the cell empty where a value is missing.")
 
 
 def _refuse_unsorted(source: Source, timestamps: Float64, before: int) -> None:

@@ -14,11 +14,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from service.__main__ import app
-from service.backtest import Limits, Report, run
+from service.backtest import Limits, Report, read_series, run
 from service.detector import Detector
 from service.errors import TableError
 from service.policy import Policy
-from service.tables import ReadOptions
+from service.tables import ReadOptions, Source
 from tests.tiny import WARMUP, build_tiny
 
 UNSORTED = ReadOptions(unsorted=True)
@@ -142,6 +142,15 @@ def test_a_number_beyond_float32_is_refused_by_its_place(tmp_path: Path, tiny_de
         score([tmp_path / "x.csv"], tiny_detector, tmp_path / "out")
 
 
+@pytest.mark.parametrize(("first", "told"), [(123_456_789, True), (1_000_000, False)])
+def test_a_column_whose_changes_a_detector_cannot_see_is_told(tmp_path: Path, tiny_detector: Detector, first: int, told: bool) -> None:
+    meter: list[float | str] = [first + 3.0 * i for i in range(40)]
+    source = Source(write(tmp_path / "meter.csv", meter), "meter.csv")
+    notes: list[str] = []
+    read_series(source, tiny_detector, ReadOptions(), notes.append)
+    assert any("of 'value' most changes from row to row are too small" in note for note in notes) == told
+
+
 def test_inputs_are_never_overwritten_and_never_share_an_output(tmp_path: Path, tiny_detector: Detector) -> None:
     one, two = write(tmp_path / "a/x.csv", series(1, 20)), write(tmp_path / "b/x.csv", series(2, 20))
     with pytest.raises(TableError, match="another input"):
@@ -169,6 +178,22 @@ def test_the_command_prints_a_summary_and_writes_it_as_json(tmp_path: Path, tiny
     assert "60 rows in" in ran.output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["inputs"][0]["rows"] == len(rows_of(tmp_path / "out/x.csv")) == 60
+
+
+def test_the_summary_says_of_which_inputs_nothing_was_judged_and_which_seem_to_be_the_newest_first(
+    tmp_path: Path, tiny_model_path: Path
+) -> None:
+    write(tmp_path / "data/short.csv", series(1, WARMUP))
+    write(tmp_path / "data/long.csv", series(1, 60))
+    newest = write(tmp_path / "data/newest.csv", series(1, 60))
+    head, *rows = newest.read_text().splitlines()
+    newest.write_text("\n".join([head, *rows[::-1]]))
+    ran = CliRunner().invoke(app, ["backtest", str(tmp_path / "data"), "--model", str(tiny_model_path), "--out", str(tmp_path / "out")])
+    assert ran.exit_code == 0, ran.output
+    printed = " ".join(ran.output.split())
+    assert "Most rows of newest.csv are late: where the newest row is the first, sort the file by time." in printed
+    assert f"Nothing of short.csv was judged, so that there is no alert says nothing: from the first {WARMUP} rows of a stream" in printed
+    assert f"long.csv 60 {60 - WARMUP} 0 " in printed
 
 
 def test_files_without_rows_are_named_counted_and_left_out(tmp_path: Path, tiny_model_path: Path) -> None:

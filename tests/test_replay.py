@@ -32,6 +32,7 @@ from service.replay import (
     ReplayFailed,
     Served,
     StreamReport,
+    _closing,
     _summary,
     in_order,
     parse_speed,
@@ -319,3 +320,13 @@ def test_the_command_refuses_an_option_with_its_value(option: str, value: str, t
     ran = CliRunner().invoke(app, ["replay", str(tmp_path), option, value])
     assert ran.exit_code == 2
     assert f"{option} is '{value}'" in ran.output
+
+
+def test_a_file_whose_newest_row_is_the_first_is_told_from_one_that_was_replayed_before() -> None:
+    screen = io.StringIO()
+    reports = {"newest": StreamReport(events=730, late=729), "again": StreamReport(events=730, late=700, duplicates=30)}
+    with httpx.Client() as client:
+        _closing(reports, Door(client, Options("http://127.0.0.1:1"), print), Console(file=screen, width=400))
+    before, backwards = screen.getvalue().splitlines()
+    assert before.startswith("All events of again were older than what the service has seen: this was replayed before.")
+    assert backwards.startswith("Most events of newest were older than one before them: where the newest row of a file is the first, sort it")

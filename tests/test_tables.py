@@ -95,7 +95,7 @@ def test_columns_can_be_chosen(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("time,a\n1,1\n2,wet\n", r"a\.csv: column 'a', row 2: 'wet' is not a number .*--exclude"),
-        ("time,a\n1,inf\n", r"column 'a', row 1: .*inf.* is not finite"),
+        ("time,a\n1,inf\n", r"column 'a', row 1: .*inf.* is not finite; leave the cell empty"),
         ("time,a\n2024-01-01,1\nsoon,2\n", r"column 'time', row 2: 'soon' is neither an ISO 8601 time nor epoch seconds"),
         ("time,a\n1704110400000,1\n", r"column 'time', row 1: .* is not a time in epoch seconds"),
         ("time,a\n1,1\n2,2\n1,3\n", r"row 3 has timestamp .* before row 2's .*: sort the file by time"),

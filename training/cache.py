@@ -158,7 +158,7 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                         raise TableError(
                             f"{source.name} has the column {unknown[0]!r} that {names[0]} lacks: one model, one set of features."
                         )
-                    values = as_float32(source, features, table.matrix(features), rows).tobytes()
+                    values = as_float32(source, features, table.matrix(features), rows, notify).tobytes()
                     sha.update(values)
                     x.write(values)
                     t.write(clock(table.timestamps, before).tobytes())

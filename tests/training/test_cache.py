@@ -155,6 +155,17 @@ def test_a_number_beyond_float32_is_refused_by_its_place(tmp_path: Path) -> None
         converted(tmp_path / "a.csv", tmp_path / "cache")
 
 
+def test_a_column_whose_changes_float32_does_not_keep_is_told(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows = "\n".join(f"{i},{123_456_789 + 3 * i},{i % 5}" for i in range(40))
+        (tmp_path / "data" / f"{name}.csv").parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.csv").write_text(f"timestamp,meter,load\n{rows}\n")
+    told: list[str] = []
+    converted(tmp_path / "data", tmp_path / "cache", told)
+    assert len(told) == 2, "one for each file"
+    assert all("of 'meter' most changes from row to row are too small" in line for line in told)
+
+
 def test_the_variance_of_a_stream_is_the_same_by_pieces(rows: tuple[Float64, Float64]) -> None:
     x: Float32 = np.tile(rows[1], (4, 1)).astype(np.float32)
     assert x.size > 2 * PIECE
