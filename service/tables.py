@@ -367,9 +367,7 @@ def read_for(
     return table, np.stack([table.columns.get(feature, missing) for feature in features], axis=1)
 
 
-def as_float32(
-    source: Source, features: Sequence[str], values: Float64, before: int = 0, notify: Notify = print
-) -> NDArray[np.float32]:
+def as_float32(source: Source, features: Sequence[str], values: Float64, before: int = 0, notify: Notify = print) -> NDArray[np.float32]:
     """Values [T, F], the rows behind the first `before`, as a detector takes them. Raises TableError where one is beyond its range.
 
     Tells of features that hardly move any more as float32: a meter that stands at 123,456,789 and counts by ones moves by eights.

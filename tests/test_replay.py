@@ -329,4 +329,4 @@ def test_a_file_whose_newest_row_is_the_first_is_told_from_one_that_was_replayed
         _closing(reports, Door(client, Options("http://127.0.0.1:1"), print), Console(file=screen, width=400))
     before, backwards = screen.getvalue().splitlines()
     assert before.startswith("All events of again were older than what the service has seen: this was replayed before.")
-    assert backwards.startswith("Most events of newest were older than one before them: where the newest row of a file is the first, sort it")
+    assert backwards.startswith("Most events of newest were older than one before them: where the newest row of a file is the first")
