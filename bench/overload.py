@@ -160,7 +160,7 @@ def bound_ms(capacity: float) -> float:
 def _small_bodies() -> list[bytes]:
     """Bodies of EVENTS events, cut from the usual ones."""
     made = []
-    for body in bodies(range(STREAMS), passes=2):
+    for body in bodies(range(STREAMS)):
         lines = body.splitlines(keepends=True)
         made += [b"".join(lines[i : i + EVENTS]) for i in range(0, len(lines), EVENTS)]
     return made

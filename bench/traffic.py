@@ -14,8 +14,10 @@ import numpy as np
 from bench.load import Request, post
 
 BODY_EVENTS = 1000
-PASSES = 8
-"""With one, every stream would repeat one value for ever."""
+VALUES = 32
+"""New values a stream has before they come again. One that comes over and over is a sensor that is stuck: all streams have an alert
+open after a while, of two that take turns half of them, of eight a fifth, and what is measured is the cost of alerts. Of 32 as many as
+of new ones."""
 NDJSON, JSON = "application/x-ndjson", "application/json"
 SPACING_SECONDS = 0.001
 """Between a stream's events in one body; the last is of the time of sending."""
@@ -31,12 +33,15 @@ def event_line(stream: int, values: Iterable[float], names: Sequence[str] = ("va
     return b'{"stream_id":"%s","values":{%s},"timestamp":%s}\n' % (stream_id(stream).encode(), numbers.encode(), _stamp(place))
 
 
-def bodies(streams: Sequence[int], each: int = 1, names: Sequence[str] = ("value",), passes: int = PASSES, seed: int = 0) -> list[bytes]:
-    """NDJSON templates that pass over `streams` with new values each time; in a body `each` events of a stream, in turn as sensors tick."""
+def bodies(streams: Sequence[int], each: int = 1, names: Sequence[str] = ("value",), passes: int = 0, seed: int = 0) -> list[bytes]:
+    """NDJSON templates that pass over `streams` with new values each time; in a body `each` events of a stream, in turn as sensors tick.
+
+    Without `passes` as many as give each stream VALUES of them.
+    """
     width = BODY_EVENTS // each
     rng = np.random.default_rng(seed)
     made = []
-    for _ in range(passes):
+    for _ in range(passes or -(-VALUES // each)):
         for first in range(0, len(streams), width):
             some = streams[first : first + width]
             values = rng.normal(20.0, 1.0, (each, len(some), len(names))).round(3).tolist()
@@ -45,9 +50,9 @@ def bodies(streams: Sequence[int], each: int = 1, names: Sequence[str] = ("value
 
 
 def singles(streams: Sequence[int], names: Sequence[str] = ("value",), seed: int = 1) -> list[bytes]:
-    """One event a template, stream after stream."""
-    values = np.random.default_rng(seed).normal(20.0, 1.0, (len(streams), len(names))).round(3).tolist()
-    return [event_line(i, row, names) for i, row in zip(streams, values, strict=True)]
+    """One event a template, stream after stream, VALUES times with new values."""
+    values = np.random.default_rng(seed).normal(20.0, 1.0, (VALUES, len(streams), len(names))).round(3).tolist()
+    return [event_line(i, row, names) for some in values for i, row in zip(streams, some, strict=True)]
 
 
 def sent(template: bytes, each: int = 1) -> bytes:

@@ -9,8 +9,10 @@ import json
 import math
 import sys
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,10 @@ from bench.servers import started
 from bench.traffic import BODY_EVENTS, bodies, requests, sent, singles
 from bench.warm import fill, policy_of, warm_rows
 from service.detector import Detector
+from service.events import Readings
 from service.policy import Policy
-from service.state import Origin, StateCodec
+from service.rounds import advance
+from service.state import ALERT_OPEN, Origin, StateCodec
 from service.stores.redis import RedisStore
 from tests.servers import Valkey
 
@@ -235,6 +239,24 @@ def test_warm_rows_are_beyond_the_learning_allowance_and_calm() -> None:
     rows = warm_rows(detector, 50)
     assert (policy_of(detector).onset_alpha(rows["version"]) < 1.5 * Policy.alpha).all()
     assert (rows["flags"] != 0).mean() < 0.1, "at a thousandth an event some alerts are open at any time"
+
+
+@pytest.mark.parametrize(("make", "each"), [(singles, 1), (bodies, 1), (partial(bodies, each=10), 10)], ids=["single", "bulk 1", "bulk 10"])
+def test_what_is_sent_again_and_again_is_no_anomaly_as_a_stuck_sensor_would_be(make: Callable[[range], list[bytes]], each: int) -> None:
+    of: defaultdict[str, list[float]] = defaultdict(list)
+    for template in make(range(100)):
+        for event in map(json.loads, sent(template, each).splitlines()):
+            of[event["stream_id"]].append(event["values"]["value"])
+    values = np.array(list(of.values()), np.float32).T  # [events, streams]
+    detector = Detector.load(default_model())
+    rows, policy, slots = warm_rows(detector), policy_of(detector), np.arange(100)
+    began, opened = time.time(), []
+    for i in range(150):
+        x, times = values[i % len(values), :, None], np.full(100, began + i)
+        readings = Readings([""] * 100, x, times, np.ones(100, np.bool_), np.full(100, -1, np.int64), np.zeros(100, np.uint64))
+        advance(detector, policy, rows, readings, slots)
+        opened.append((rows["flags"] & ALERT_OPEN != 0).mean())
+    assert np.mean(opened) < 0.06, "new values have 2 to 5 streams of a hundred alerted at any time"
 
 
 @pytest.mark.parametrize("kind", ["constant", "empty", "bare"])
