@@ -1,7 +1,7 @@
 /** Alerts: open, acknowledged, resolved. */
 
 import { Refused, ask, streamPath, type Alert, type AlertsPage, type Evidence } from "./api";
-import { fill, h } from "./dom";
+import { fill, h, text } from "./dom";
 import { ago, chance, clock, duration, number, share } from "./format";
 import { PARTS, partOf, slots, varying } from "./lines";
 import type { Shell, View } from "./view";
@@ -25,6 +25,13 @@ const WORDS: Record<string, string> = {
 };
 const NAME_KEY = "onset-name";
 
+/** One alert as it is shown, and what of it is renewed as time goes. */
+interface Item {
+  mark: string;
+  element: HTMLElement;
+  age: HTMLElement;
+}
+
 export function alertsView(main: HTMLElement, shell: Shell): View {
   const page = new AlertsView(main, shell);
   return { title: "Alerts", leave: () => page.leave(), key: (event) => page.key(event) };
@@ -42,6 +49,7 @@ class AlertsView {
   private readonly list = h("ul", { class: "alerts" });
   private readonly more = h("div", { class: "more" });
   private readonly said = h("div", { role: "status" });
+  private readonly items = new Map<string, Item>();
 
   constructor(
     main: HTMLElement,
@@ -106,23 +114,37 @@ class AlertsView {
       this.sayMore(page);
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
+      this.shown = ""; // the next answer takes these words away, also where it is the same
       fill(this.said, h("p", { class: "notice wrong" }, error.status === 404 ? "This service keeps no alerts." : error.message));
     }
   }
 
   private fill(alerts: Alert[]): void {
-    const shown = JSON.stringify([this.status, alerts.map((alert) => [alert.id, alert.updated_at, alert.status, ago(alert.started_at)])]);
+    for (const alert of alerts) this.renew(alert);
+    const shown = JSON.stringify([this.status, alerts.map((alert) => [alert.id, alert.updated_at, alert.status])]);
     if (shown === this.shown) return;
     this.shown = shown;
-    const focused = document.activeElement?.closest<HTMLElement>(".alert")?.dataset["id"];
+    const focused = document.activeElement?.closest<HTMLElement>(".alert");
+    const onButton = document.activeElement?.tagName === "BUTTON";
     this.said.replaceChildren();
     if (!alerts.length) {
       const words = { open: "Nothing has begun that is as rare as you asked to be told of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet." }[this.status];
       const severe = SEVERITIES.find(([severity]) => severity === this.severity)![1].toLowerCase();
       fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, this.severity ? `None that is ${severe.replace("and", "or")}.` : words)));
     }
-    fill(this.list, ...alerts.map((alert) => this.item(alert)));
-    if (focused) this.list.querySelector<HTMLElement>(`[data-id="${focused}"] .name a`)?.focus();
+    const held = new Set(alerts.map((alert) => alert.id));
+    for (const id of this.items.keys()) if (!held.has(id)) this.items.delete(id);
+    fill(this.list, ...alerts.map((alert) => this.items.get(alert.id)!.element));
+    const again = focused && this.items.get(focused.dataset["id"]!)?.element;
+    if (again) (again.querySelector<HTMLElement>(onButton ? "button" : ".name a") ?? again.querySelector<HTMLElement>(".name a"))!.focus();
+  }
+
+  /** Made again only where the alert has changed: a button that is being pressed stays the one it was. */
+  private renew(alert: Alert): void {
+    const mark = `${alert.updated_at} ${alert.status}`;
+    let item = this.items.get(alert.id);
+    if (item?.mark !== mark) this.items.set(alert.id, (item = { mark, ...this.item(alert) }));
+    text(item.age, ago(alert.started_at));
   }
 
   /** What is not shown, so that nobody takes the page for all there is. */
@@ -135,7 +157,7 @@ class AlertsView {
     fill(this.more, h("p", {}, `The latest ${shown}; there are more.`), this.most < MOST ? button : null);
   }
 
-  private item(alert: Alert): HTMLElement {
+  private item(alert: Alert): { element: HTMLElement; age: HTMLElement } {
     const onset = alert.onset;
     const top = onset?.contributors[0];
     const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}`;
@@ -143,7 +165,7 @@ class AlertsView {
     const line = onset?.line;
     const way = top && within(top) ? ", within its range: its course is unusual" : onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : "";
     const evidence = line ? ` · ${line.new ? "new pattern · " : ""}chance if normal: ${chance(onset?.p_value)}` : top ? ` · ${top.feature} ${top.actual === null ? "has no value" : number(top.actual)}, expected ${number(top.expected)}${way} · chance if normal: ${chance(onset?.p_value)}` : "";
-    const what = alert.kind === "silence" ? ` · silent for longer than ${duration(Math.ceil(alert.patience ?? 0))} since ${clock(Math.min(alert.started_at, alert.opened_at))}` : ` · began ${clock(alert.started_at)}, ${ago(alert.started_at)}${evidence}`;
+    const what = alert.kind === "silence" ? ` · silent for longer than ${duration(Math.ceil(alert.patience ?? 0))} since ${clock(Math.min(alert.started_at, alert.opened_at))}` : ` · began ${clock(alert.started_at)}, `;
     const state =
       alert.status === "resolved"
         ? `Resolved ${alert.resolved_at ? clock(alert.resolved_at) : ""}: ${WORDS[alert.resolution ?? ""] ?? alert.resolution ?? ""}${alert.resolved_at ? `, after ${duration(alert.resolved_at - alert.opened_at)}` : ""}`
@@ -151,7 +173,10 @@ class AlertsView {
           ? `Acknowledged ${clock(alert.acknowledgement.at)} by ${alert.acknowledgement.by || "someone"}${alert.acknowledgement.note ? `: ${alert.acknowledgement.note}` : ""}`
           : "";
     const button = alert.status === "open" ? h("button", { class: "button", type: "button", "aria-label": `Acknowledge ${alert.stream_id}`, onclick: () => this.acknowledge(alert) }, "Acknowledge") : null;
-    return h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what), line && onset ? lineOf(line, onset) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
+    const age = h("span");
+    const more = alert.kind === "silence" ? [] : [age, evidence];
+    const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what, ...more), line && onset ? lineOf(line, onset) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
+    return { element, age };
   }
 
   private acknowledge(alert: Alert): void {
@@ -166,7 +191,7 @@ class AlertsView {
         void this.load();
       } catch (error) {
         if (!(error instanceof Refused)) throw error;
-        text_(said, error.message);
+        text(said, error.message);
       }
     };
     const dialog = h(
@@ -209,8 +234,4 @@ function lineOf(line: NonNullable<Evidence["line"]>, onset: Evidence): HTMLEleme
     line.before.length ? h("p", { class: "quiet" }, "Before it came") : null,
     line.before.length ? h("ol", { class: "before" }, ...line.before.map((pattern) => h("li", { class: "pattern" }, ...slots(pattern)))) : null,
   );
-}
-
-function text_(element: Element, content: string): void {
-  element.textContent = content;
 }

@@ -206,7 +206,7 @@ class BacktestPage {
       ["Asked rate α", String(result.alpha), `${chance(result.alpha)} events${result.strict ? ", strict" : ""}`],
       ["Model", result.model, `${result.version}, took ${number(result.seconds)} s`],
     ];
-    return h("dl", { class: "figures still" }, ...boxes.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", { class: "more" }, more))));
+    return h("dl", { class: "figures" }, ...boxes.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", { class: "about" }, more))));
   }
 
   private onsets(result: Result): HTMLElement {

@@ -18,6 +18,10 @@ const FILTERS = [
   ["warming_up", "Warming up"],
 ] as const;
 
+/** Where the fleet was left: its search, filter and model, and how far down. */
+let left = { address: "#/fleet", top: 0 };
+export const fleetAddress = (): string => left.address;
+
 export function fleetView(main: HTMLElement, shell: Shell): View {
   const fleet = new Fleet(main, shell);
   return { title: "Fleet", leave: () => fleet.leave(), key: (event) => fleet.key(event) };
@@ -37,7 +41,9 @@ class Fleet {
   private stateFilter: string;
   private model: string;
   private readonly timer: number;
-  private typing = 0;
+  private typing = 0; // timer of a search that has not been asked yet
+  private opening = false; // the first that fits is opened when it is known
+  private returned = location.hash === left.address ? left.top : 0; // to be scrolled to
 
   private readonly search = h("input", { class: "field", type: "search", placeholder: "Search streams", "aria-label": "Search streams", oninput: () => this.searched() });
   private readonly choice = h("div", { class: "choice", role: "group", "aria-label": "Which streams" });
@@ -62,6 +68,7 @@ class Fleet {
     main: HTMLElement,
     private readonly shell: Shell,
   ) {
+    left = { address: location.hash.startsWith("#/fleet") ? location.hash : "#/fleet", top: 0 };
     this.search.value = shell.query.get("q") ?? "";
     this.stateFilter = shell.query.get("state") ?? "";
     this.model = shell.query.get("model") ?? "";
@@ -86,6 +93,7 @@ class Fleet {
   }
 
   leave(): void {
+    left.top = this.rows.element.scrollTop;
     this.live?.close();
     this.rows.leave();
     clearInterval(this.timer);
@@ -103,7 +111,7 @@ class Fleet {
       this.searched();
     } else if ((event.key === "j" && !inSearch) || event.key === "ArrowDown") this.rows.move(1);
     else if ((event.key === "k" && !inSearch) || (event.key === "ArrowUp" && !inSearch)) this.rows.move(-1);
-    else if (event.key === "Enter" && inSearch && this.rows.order[0]) location.hash = this.href(this.rows.order[0]);
+    else if (event.key === "Enter" && inSearch) this.open();
     else return false;
     return true;
   }
@@ -171,6 +179,9 @@ class Fleet {
     this.began = true;
     this.rows.schedule();
     this.say();
+    if (this.opening) this.open();
+    else if (this.returned) this.rows.show(this.returned);
+    this.returned = 0;
   }
 
   private changes(message: ChangesMessage): void {
@@ -221,15 +232,28 @@ class Fleet {
 
   private searched(): void {
     clearTimeout(this.typing);
+    this.opening = false;
     this.typing = window.setTimeout(() => this.remember(), 200);
   }
 
+  /** The first of what is searched for, not of what is shown until that is there. */
+  private open(): void {
+    if (this.typing) this.remember();
+    this.opening = !this.began;
+    if (this.opening) return;
+    this.sort();
+    if (this.rows.order[0]) location.hash = this.href(this.rows.order[0]);
+  }
+
   private remember(): void {
+    clearTimeout(this.typing);
+    this.typing = 0;
     const query = new URLSearchParams();
     if (this.search.value.trim()) query.set("q", this.search.value.trim());
     if (this.stateFilter) query.set("state", this.stateFilter);
     if (this.model) query.set("model", this.model);
     history.replaceState(null, "", `#/fleet${query.size ? `?${query}` : ""}`);
+    left = { address: location.hash, top: 0 };
     this.connect();
   }
 

@@ -94,22 +94,29 @@ function route(): void {
   shell.link(null);
   main.replaceChildren();
   main.scrollTop = 0;
-  const id = rest.map(decodeURIComponent).join("/");
+  const id = rest.map(decoded).join("/");
   const views: Record<string, () => View> = {
     stream: () => streamView(main, shell, id),
     alerts: () => alertsView(main, shell),
     patterns: () => patternsView(main, shell),
     backtest: () => backtestView(main),
-    model: () => modelView(main, rest[0] ? decodeURIComponent(rest[0]) : null),
+    model: () => modelView(main, rest[0] ? decoded(rest[0]) : null),
   };
   current = (views[view] ?? (() => fleetView(main, shell)))();
   document.title = `${current.title} · Onset`;
   for (const tab of tabs) {
     const on = tab.dataset["view"] === view || (tab.dataset["view"] === "fleet" && (view === "stream" || !views[view]));
-    if (on) {
-      tab.setAttribute("aria-current", "page");
-      tab.scrollIntoView({ block: "nearest", inline: "nearest" }); // a phone does not show all of them
-    } else tab.removeAttribute("aria-current");
+    if (on) tab.setAttribute("aria-current", "page");
+    else tab.removeAttribute("aria-current");
+  }
+}
+
+/** A name that someone wrote into the address by hand may hold a bare %. */
+function decoded(part: string): string {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
   }
 }
 

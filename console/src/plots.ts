@@ -47,6 +47,7 @@ function draw(canvas: HTMLCanvasElement, points: Point[], least: number): void {
     pen.textAlign = "right";
     pen.fillText(power === 0 ? "all" : `1 in ${short(1 / value)}`, left - 6, y(value) + 4);
     pen.textAlign = power === 0 ? "right" : power === low ? "left" : "center";
+    if (power === low + 1 && right - left < 300) continue; // no room beside the first
     pen.fillText(power === 0 ? "p = 1" : short(value), x(value), bottom + 17);
   }
   pen.strokeStyle = paint.blue;

@@ -111,6 +111,12 @@ export class Rows {
     this.schedule();
   }
 
+  /** Scrolls so far down, as far as there are streams. */
+  show(top: number): void {
+    this.draw();
+    this.element.scrollTop = top;
+  }
+
   clear(): void {
     this.order = [];
     this.element.scrollTop = this.top = 0; // other streams begin at the top
@@ -285,7 +291,7 @@ export class Rows {
     if (log) return text(row.reading, stream.said ?? "(end of session)");
     const feature = features[stream.feature];
     const value = number(stream.value, feature?.unit);
-    text(row.reading, features.length === 1 ? value : `${feature?.name ?? ""} ${value}`);
+    text(row.reading, features.length === 1 ? value : `${value} ${feature?.name ?? ""}`);
     text(row.expected, stream.expected === null ? "nothing expected yet" : `expected ${number(stream.expected)}`);
   }
 }

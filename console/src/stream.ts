@@ -4,6 +4,7 @@ import uPlot from "uplot";
 import { BITS, Live, Refused, ask, streamPath, type Contributor, type EventsMessage, type Link, type StreamMessage } from "./api";
 import { Chart, legend, scoreChart, valueChart, type Column, type Options } from "./charts";
 import { ICONS, fill, h, icon, scrolling, text } from "./dom";
+import { fleetAddress } from "./fleet";
 import { ago, chance, clock, count, number, score } from "./format";
 import { LineList, PARTS, partOf } from "./lines";
 import { alertOf } from "./rows";
@@ -96,7 +97,7 @@ class StreamPage {
         h(
           "div",
           { class: "head" },
-          h("a", { class: "button bare", href: "#/fleet", "aria-label": "Back to the fleet" }, icon(ICONS.back)),
+          h("a", { class: "button bare", href: fleetAddress(), "aria-label": "Back to the fleet" }, icon(ICONS.back)),
           h("div", { class: "title" }, this.title, this.state),
           h("div", { class: "actions" }, this.picker, this.windows, this.pause, this.accept),
         ),
@@ -122,7 +123,7 @@ class StreamPage {
 
   key(event: KeyboardEvent): boolean {
     if (event.key === " " && !(event.target as HTMLElement).closest("button, a, select")) this.setPaused(!this.paused);
-    else if (event.key === "Escape") location.hash = "#/fleet";
+    else if (event.key === "Escape") location.hash = fleetAddress();
     else if (event.key === "0") this.look(0);
     else return false;
     return true;
@@ -270,7 +271,7 @@ class StreamPage {
       ["Chance if normal", chance(data.p[i]), data.p[i] === null ? "" : `p = ${data.p[i]!.toPrecision(2)}`, false],
       [this.lines ? "Lines seen" : "Events seen", count(version), cold ? `${count(Math.max(0, about!.warmup - version))} more until scored` : "", false],
     ];
-    if (!this.figures.childElementCount) for (const [name] of boxes) this.figures.append(h("div", {}, h("dt", {}, name), h("dd", {}), h("dd", { class: "more" })));
+    if (!this.figures.childElementCount) for (const [name] of boxes) this.figures.append(h("div", {}, h("dt", {}, name), h("dd", {}), h("dd", { class: "about" })));
     boxes.forEach(([name, value, more, hot], place) => {
       const box = this.figures.children[place]!;
       text(box.children[0]!, name);
@@ -391,7 +392,7 @@ class StreamPage {
   }
 
   private showPicker(about: StreamMessage): void {
-    this.picker.hidden = about.kind === "log" || about.features.length <= about.chosen.length && about.features.length < 2;
+    this.picker.hidden = about.kind === "log" || about.features.length < 2;
     fill(this.picker, h("option", { value: "" }, "Features that carry the most"), ...about.features.map((feature) => h("option", { value: feature.name, selected: about.chosen.length === 1 && about.features.length > 1 && about.features[about.chosen[0]!]?.name === feature.name }, feature.name)));
   }
 

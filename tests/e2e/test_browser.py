@@ -70,6 +70,11 @@ PICTURED = """place => {
 """Whether a picture is where a row has room for it."""
 IN_ORDER = "[...document.querySelectorAll('.rows li')].every((row, i, all) => !i || +row.ariaPosInSet === +all[i - 1].ariaPosInSet + 1)"
 """Whether the rows come in the document as they do on the screen."""
+CUT = """() => [...document.querySelectorAll('main, header, main :is(a, button, select, input, dt, dd, th, td, h1, h2), header :is(a, button)')]
+  .filter(one => one.checkVisibility() && !one.matches('.skip'))
+  .filter(one => one.getBoundingClientRect().right > innerWidth || (one.matches('dd, header') && one.scrollWidth > one.clientWidth))
+  .map(one => one.outerHTML.slice(0, 120))"""
+"""What is to be read or pressed and lies beyond the edge of the screen, or is cut off in its place."""
 
 
 def until(page: Page, expression: str, argument: object = None) -> None:
@@ -268,6 +273,39 @@ def test_streams_are_found_and_opened_without_a_mouse(service: Service, plant: P
         expect(page.locator(".empty")).to_contain_text("No stream fits")
 
 
+def test_what_is_searched_for_is_opened_and_left_for_where_one_was(service: Service, plant: Plant, browser: Browser) -> None:
+    with Visit(browser, service.url, viewport={"width": 1280, "height": 300}) as page:
+        page.goto(service.url)
+        expect(page.locator(".rows li").first).to_be_visible()
+        page.keyboard.press("/")
+        page.keyboard.type("pump-5")
+        page.keyboard.press("Enter")  # before the answer to it is there
+        expect(page.locator("h1")).to_have_text("plant-2/pump-5/temperature")
+        for back in (lambda: page.keyboard.press("Escape"), lambda: page.get_by_label("Back to the fleet").click(), page.go_back):
+            back()
+            expect(page.get_by_label("Search streams")).to_have_value("pump-5")
+            expect(page.locator(".rows li")).to_have_count(1)
+            page.locator(".rows a").click()
+            expect(page.locator("h1")).to_have_text("plant-2/pump-5/temperature")
+        page.get_by_role("link", name="Fleet", exact=True).click()
+        expect(page.get_by_label("Search streams")).to_have_value("")
+        expect(page.locator(".rows li").nth(3)).to_be_visible()
+        page.evaluate("document.querySelector('.rows').scrollTop = 150")
+        until(page, "document.querySelector('.rows').scrollTop === 150")
+        page.keyboard.press("j")
+        page.evaluate("document.querySelector('.rows').scrollTop = 150")
+        page.keyboard.press("Enter")
+        expect(page.locator("h1")).to_contain_text("pump")
+        page.go_back()
+        until(page, "document.querySelector('.rows')?.scrollTop === 150")
+
+
+def test_a_name_with_a_bare_percent_in_an_address_is_taken_as_it_stands(service: Service, browser: Browser) -> None:
+    with Visit(browser, service.url) as page:
+        page.goto(f"{service.url}/#/stream/100%")
+        expect(page.locator("h1")).to_have_text("100%")
+
+
 def test_of_many_streams_those_in_view_are_in_the_document_in_order_each_with_its_picture(
     tmp_path: Path, tiny_model_path: Path, browser: Browser
 ) -> None:
@@ -328,20 +366,34 @@ def test_every_view_is_accessible_and_fits_a_phone(service: Service, plant: Plan
 
 
 def check_views(browser: Browser, service: Service, views: list[str], colours: str) -> None:
-    """Each view at three widths: nothing wider than the screen, and nothing that axe finds."""
+    """Each view at four widths: nothing wider than the screen or beyond its edge, and nothing that axe finds."""
     axe = (ROOT / "console" / "node_modules" / "axe-core" / "axe.min.js").read_text()
     with Visit(browser, service.url, color_scheme=colours, viewport={"width": 390, "height": 844}) as page:
         for view in views:
             page.goto(f"{service.url}/#/{view}")
             expect(page.locator("main")).not_to_contain_text(re.compile("Loading …|Connecting"))
-            for width in (320, 390, 1280):
+            for width in (320, 360, 768, 1280):
                 page.set_viewport_size({"width": width, "height": 844})
                 assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{view} is wider than {width}"
+                assert page.evaluate(CUT) == [], f"{view} at {width}"
                 page.evaluate(axe)
                 found = page.evaluate(
                     "axe.run().then(result => result.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 200))]))"
                 )
                 assert found == [], f"{view} at {width}: {json.dumps(found, indent=1)}"
+
+
+def test_a_machine_whose_features_have_long_names_is_read_and_accepted_on_a_phone_too(tmp_path: Path, browser: Browser) -> None:
+    long = "temperature_of_the_bearing_at_the_driven_end_of_the_second_pump"
+    with Service(tmp_path / "data", model=build_tiny(tmp_path, ("load", long)), SILENCE="false") as machines:
+        events = [{"stream_id": "plant/" * 33, "values": {"load": 1.0, long: 123.4 + i % 3}} for i in range(40)]
+        local.post(f"{machines.url}/v1/events", json=events).raise_for_status()
+        check_views(browser, machines, ["fleet", "stream/" + "plant/" * 33, "model"], "light")
+        with Visit(browser, machines.url, viewport={"width": 360, "height": 740}) as page:
+            page.goto(machines.url)
+            row = page.locator(".rows li a")
+            expect(row.locator(".state")).to_be_visible()
+            assert row.locator(".state").evaluate("one => one.clientWidth") >= 90, "the state has no room"
 
 
 def test_a_model_says_whether_it_still_answers_as_published(service: Service, browser: Browser) -> None:
@@ -388,6 +440,45 @@ def test_a_page_whose_service_has_gone_says_so_and_finds_it_again(tmp_path: Path
             expect(page.locator(".status")).to_have_text("Not connected")
             short_lived.start()
             expect(page.locator(".status")).to_have_text("Live")
+            visit.wrong = [said for said in visit.wrong if "ERR_" not in said]  # Chromium's own lines on what it could not reach
+
+
+def test_alerts_stay_as_they_are_for_who_is_about_to_press_a_button_and_are_there_again_after_an_outage(
+    tmp_path: Path, tiny_model_path: Path, browser: Browser
+) -> None:
+    midnight = time.time() // 86400 * 86400
+
+    def at_midnight(route: Route) -> None:
+        reply = route.fetch()
+        alerts = reply.json()
+        for alert in alerts["alerts"]:
+            alert["started_at"] = midnight
+        route.fulfill(response=reply, json=alerts)
+
+    def gone(route: Route) -> None:
+        route.abort()
+
+    with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false") as running:
+        events = [{"stream_id": "m", "values": {"value": value}} for value in [1.0, 1.1] * 300 + [99.0]]
+        local.post(f"{running.url}/v1/events", json=events).raise_for_status()
+        visit = Visit(browser, running.url, locale="en-US", timezone_id="UTC")
+        with visit as page:
+            page.goto(f"{running.url}/#/alerts")
+            button = page.get_by_role("button", name="Acknowledge m")
+            button.focus()
+            page.evaluate("document.activeElement.dataset.same = 'yes'")
+            before = page.locator(".alert").inner_text()
+            expect(page.locator(".alert")).not_to_have_text(before)  # its age has grown
+            expect(button).to_be_focused()
+            expect(button).to_have_attribute("data-same", "yes")
+            page.route("**/v1/alerts?*", at_midnight)
+            page.reload()
+            expect(page.locator(".alert")).to_contain_text("began ")
+            expect(page.locator(".alert")).to_contain_text("00:00:00")
+            page.route("**/v1/alerts?*", gone)
+            expect(page.locator(".notice.wrong")).to_be_visible()
+            page.unroute("**/v1/alerts?*", gone)
+            expect(page.locator(".notice.wrong")).to_have_count(0)
             visit.wrong = [said for said in visit.wrong if "ERR_" not in said]  # Chromium's own lines on what it could not reach
 
 
