@@ -95,6 +95,7 @@ class EmbeddedStore:
         """
         self._take_folder()
         try:
+            _check_backup(self._folder)
             self._binary = find_server()
             self._end_orphans()
             self._spawn()
@@ -329,6 +330,16 @@ def _locked(folder: Path) -> IO[str]:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _check_backup(folder: Path) -> None:
+    """A server with an append-only file reads no other, and would begin empty beside a backup. Raises StoreUnavailable."""
+    backup, plain = folder / "dump.rdb", folder / "appendonly.aof"
+    if backup.exists() and not plain.exists() and not (folder / "appendonlydir").exists():
+        raise StoreUnavailable(
+            f"The data folder has {backup} and no append-only file, which alone is read: the store would begin empty. "
+            f"To begin with what is in it, rename it to {plain.name}; else move it away."
+        )
 
 
 def _short_folder(folder: Path) -> Path:

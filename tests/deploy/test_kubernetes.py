@@ -1,8 +1,10 @@
 """The manifests, read as files; and, where kubectl is, as kustomize builds them."""
 
+import base64
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import textwrap
 from pathlib import Path
@@ -285,6 +287,26 @@ def documented(page: str, language: str, begins: str) -> str:
     blocks = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", (K8S.parent / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
     (found,) = [text for text in (textwrap.dedent(block) for _, block in blocks) if text.startswith(begins)]
     return found
+
+
+def test_the_documented_password_is_the_stores_its_probes_and_the_services(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    mine = tmp_path / "k8s" / "overlays" / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(
+        f"namespace: onset\nresources: [../single]\n{documented('deploy.md', 'yaml', 'secretGenerator:')}"
+    )
+    documents = build(mine)
+    (store,) = find(documents, "StatefulSet", "valkey")["spec"]["template"]["spec"]["containers"]
+    [variable] = store["env"]
+    secret = find(documents, "Secret", variable["valueFrom"]["secretKeyRef"]["name"])
+    password = base64.b64decode(secret["data"][variable["valueFrom"]["secretKeyRef"]["key"]]).decode()
+    assert store["args"][-2:] == ["--requirepass", f"$({variable['name']})"]
+    assert (variable["name"], "valkey-cli ping" in store["readinessProbe"]["exec"]["command"][-1]) == ("REDISCLI_AUTH", True)
+    url = base64.b64decode(find(documents, "Secret", "onset-redis")["data"]["url"]).decode()
+    assert url == f"redis://:{password}@valkey:6379/0"
+    (service,) = find(documents, "Deployment", "onset")["spec"]["template"]["spec"]["containers"]
+    assert service["env"][0]["valueFrom"]["secretKeyRef"]["name"] == find(documents, "Secret", "onset-redis")["metadata"]["name"]
 
 
 def test_what_keeps_the_autoscaler_still_amid_a_rollout_patches_the_one_that_is_there(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -195,6 +196,27 @@ async def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreUnavailable, match=r"file/data cannot be used: .*ONSET_DATA_DIR"):
         await EmbeddedStore(tmp_path / "file" / "data").start()
+
+
+async def test_a_backup_is_begun_with_under_the_name_that_is_read_and_refused_under_its_own(
+    embedded: EmbeddedStore, tmp_path: Path
+) -> None:
+    store = await opened(embedded)
+    assert all(await store.commit("m", WRITES))
+    await store.pipe([("SAVE",)])
+    await store.close()
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    shutil.copy(tmp_path / "data" / "dump.rdb", fresh)
+    with pytest.raises(StoreUnavailable, match=r"the store would begin empty.* rename it to appendonly\.aof"):
+        await EmbeddedStore(fresh).start()
+    (fresh / "dump.rdb").rename(fresh / "appendonly.aof")
+    restored = EmbeddedStore(fresh)
+    await restored.start()
+    store = await opened(restored)
+    assert await store.load("m", IDS) == VALUES
+    await store.close()
+    await restored.stop()
 
 
 def test_no_server_binary_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
