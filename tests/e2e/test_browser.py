@@ -70,7 +70,7 @@ PICTURED = """place => {
 """Whether a picture is where a row has room for it."""
 IN_ORDER = "[...document.querySelectorAll('.rows li')].every((row, i, all) => !i || +row.ariaPosInSet === +all[i - 1].ariaPosInSet + 1)"
 """Whether the rows come in the document as they do on the screen."""
-CUT = """() => [...document.querySelectorAll('header, main, main :is(dt, dd, th, td, h1, h2), :is(header, main) :is(a, button, select, input)')]
+CUT = """() => [...document.querySelectorAll(':is(header, main) :is(a, button, select, input, dt, dd, th, td, h1, h2), header, main')]
   .filter(one => one.checkVisibility() && !one.matches('.skip'))
   .filter(one => one.getBoundingClientRect().right > innerWidth || (one.matches('dd, header') && one.scrollWidth > one.clientWidth))
   .map(one => one.outerHTML.slice(0, 120))"""
