@@ -546,13 +546,14 @@ def _number(reading: _Reading, column: str, number: int, cell: str) -> float:
     try:
         return float(_pointed(cell, reading.dialect.decimal))
     except ValueError:
-        if cell.strip().lower() in MISSING:
+        text = cell.strip().lower()
+        if text in MISSING:
             return math.nan
+        if text in TRUTHS:
+            return TRUTHS[text]
         if reading.dialect.strange is not None:
-            truth = TRUTHS.get(cell.strip().lower())
-            if truth is None:
-                reading.dialect.strange(column, cell)
-            return math.nan if truth is None else truth
+            reading.dialect.strange(column, cell)
+            return math.nan
         raise TableError(
             f"{reading.source.path}: column {column!r}, row {number}: {cell!r} is not a number ({_advice(column, cell)})."
         ) from None
@@ -724,7 +725,7 @@ def _parquet_tables(reading: _Reading, file: Any, pa: Any) -> Iterator[Table]:
 
 
 def _arrow_numbers(reading: _Reading, column: str, values: Any, before: int, pa: Any) -> Float64:
-    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type):
         return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))  # null is NaN
     cells = values.to_pylist()
     decimal = reading.dialect.decimal

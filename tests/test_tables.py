@@ -167,6 +167,16 @@ def test_parquet_is_read_like_csv(tmp_path: Path) -> None:
     assert list(table.columns) == ["load", "count"]
 
 
+def test_true_is_1_and_false_0_as_in_a_payload(tmp_path: Path) -> None:
+    """A valve of a table by pandas: `True` in its CSV, a column of booleans in its Parquet."""
+    wanted = [1.0, 0.0, np.nan, 1.0]
+    path = csv_of(tmp_path, "time,valve\n0,True\n60,False\n120,\n180,true\n")
+    assert np.array_equal(read(path).columns["valve"], wanted, equal_nan=True)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"time": [0.0, 60.0, 120.0, 180.0], "valve": [True, False, None, True]}), path)
+    assert np.array_equal(read(path).columns["valve"], wanted, equal_nan=True)
+
+
 def test_times_of_parquet_in_nanoseconds_are_read_to_the_microsecond(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     for zone in (None, "UTC"):

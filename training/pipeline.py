@@ -36,7 +36,7 @@ from training.fit import Progress as Reached
 from training.normaliser import FORECAST_LIMIT
 from training.signals import SCALED_LIMIT, ResidualSignals
 from training.stillness import ALIKE, longest_runs
-from training.verify import Runner
+from training.verify import Runner, StepFunction
 
 MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
 POOLED_ROWS = 4000
@@ -106,7 +106,10 @@ def fleet_job(
         raise TableError("A waveform is judged by its network: --waveform and --cell none exclude each other.")
     fleet = Fleet(streams, validation)
     if max(fleet.splits) < plan.chunk:
-        raise TableError(f"The longest stream has {max(map(len, streams))} rows: too few to train on ({plan.chunk} at least).")
+        raise TableError(
+            f"The longest stream has {max(map(len, streams))} rows, and the network learns from {max(fleet.splits)} of them, the first "
+            f"{100 * (1 - validation):g} %: too few to train on ({plan.chunk} at least)."
+        )
     if sizes.cell != "none" and not fleet.validates:
         raise TableError(
             f"Nothing says when to stop learning: the rows behind the first {100 * (1 - validation):g} % of the streams have no values. "
@@ -293,12 +296,13 @@ def _residuals(step: DetectorStep, x: Any, t: Any) -> tuple[torch.Tensor, torch.
     return tuple(torch.where(present, part, torch.nan)[settled:].flatten(0, 1) for part in (z - forecast, linear))  # type: ignore[return-value]
 
 
-def _evaluate(step: DetectorStep, job: Job, run: Runner, console: Console) -> tuple[dict[str, Any], report.Shown]:
+def _evaluate(step: DetectorStep, job: Job, run: StepFunction, console: Console) -> tuple[dict[str, Any], report.Shown]:
     x, t = pad(job.evaluation, max(map(len, job.evaluation)))
     with _bar(console) as bar:
         task = bar.add_task("Measuring false onsets on unseen rows", total=len(x))
         onset_p = onset_p_at(run, step.state_size, x, t, on_step=lambda: bar.advance(task))
-    unseen = np.arange(len(x))[:, None] >= np.array(job.counted_from)[None]
+    row, ends = np.arange(len(x))[:, None], [len(stream) for stream in job.evaluation]
+    unseen = (row >= np.array(job.counted_from)) & (row < np.array(ends))  # behind its end a stream is no machine whose sensors died
     support = step.calibration.support
     quality: dict[str, Any] = {"calibrated_on": asdict(support) | {"rows": job.calibrated_on}} if support else {}
     if support and not support.enough:
@@ -315,7 +319,7 @@ def _evaluate(step: DetectorStep, job: Job, run: Runner, console: Console) -> tu
     return quality, _shown(step, job, run)
 
 
-def _shown(step: DetectorStep, job: Job, run: Runner) -> report.Shown:
+def _shown(step: DetectorStep, job: Job, run: StepFunction) -> report.Shown:
     """The longest unseen stream with a level shift in its last part, for the picture."""
     stream = max(job.evaluation, key=len)
     stream = cut(stream, max(0, len(stream) - 2500), len(stream))

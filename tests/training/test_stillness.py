@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 
 from service import arrow
 from service.alerts import Evidence, Transition, advanced, summary
@@ -28,7 +30,8 @@ from training.calibrate import calibrate, observe
 from training.data import Float32, Stream, clock, cut, pad
 from training.detector import DetectorStep
 from training.export import manifest_of, publish, to_onnx, training_record
-from training.pipeline import fit_stillness
+from training.fit import Plan
+from training.pipeline import _evaluate, default_job, fit_stillness
 from training.stillness import LEAST, NEVER, SPAN, STEPS, Runs, Stillness, longest_runs
 
 NAMES = ("load", "heat", "flaky", "switch")
@@ -376,3 +379,17 @@ def test_the_state_of_a_machine_is_no_larger_for_it() -> None:
     names = {slot.name: slot.size for slot in random_step(4).layout.slots}
     assert names["still"] == 4
     assert "forecast" not in names
+
+
+def test_the_end_of_a_file_is_no_machine_whose_sensors_died(detectors: tuple[Detector, Detector]) -> None:
+    """A fit measures false onsets on files side by side: what lies behind the end of a shorter one is not of it."""
+    ends, seen = (1000, 700), 500
+    streams = [
+        Stream(f"m{i}", machine(200 + i, rows).astype(np.float32), clock(1.7e9 + 60 * np.arange(rows, dtype=np.float64)))
+        for i, rows in enumerate(ends)
+    ]
+    job = replace(default_job(Plan(), "1", "", lanes=1, length=200), features=list(NAMES), evaluation=streams, counted_from=[seen, seen])
+    quality, _ = _evaluate(random_step(len(NAMES)), job, detectors[0].step, Console(quiet=True))
+    for row in quality["false_onsets_on_unseen_rows"].values():
+        assert row["events"] == sum(ends) - 2 * seen
+        assert row["onsets"] == 0
