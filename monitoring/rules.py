@@ -85,6 +85,10 @@ def _waited(live: str, silent: str, ended: str = "0x40") -> dict[str, str]:
     }
 
 
+def _judged(live: str, silent: str, warming: str) -> dict[str, str]:
+    return {f"onset_streams_{name}{{{_M}}}": values for name, values in (("live", live), ("silent", silent), ("warming", warming))}
+
+
 _OFF = "onset_time_seconds - timestamp(onset_time_seconds)"
 """By how much a replica's clock is ahead of the Prometheus', and what a scrape takes."""
 
@@ -97,7 +101,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "OnsetUnavailable",
         "onset-health",
-        "(max(onset_ready) or vector(0))",
+        # Of an installation that is not scraped any more, and of one that never was.
+        "(max by (job) (onset_ready) or 0 * max by (job) (max_over_time(onset_ready[1h])) or absent(max_over_time(onset_ready[1h])) - 1)",
         "2m",
         "critical",
         "No replica of Onset can score.",
@@ -106,19 +111,30 @@ RULES: tuple[Rule, ...] = (
         (
             "`/health/ready` of any replica says why it is not ready; no answer at all: the process is down.",
             "The *Service* dashboard: readiness by replica, and when it went.",
-            "The store: does it answer a PING, is its disk full (`MISCONF`), does it load its file (`LOADING`)?",
+            "The store: does it answer a PING, does it load its file (`LOADING`)? Is its disk full (`MISCONF`; with `appendfsync always` it "
+            "ends, and its log says `Can't recover from AOF write error`)?",
         ),
         (
             "Bring the store back; replicas become ready by themselves within a second.",
             "If replicas do not start, their log's last line is one sentence that says why (a setting, a model that does not verify).",
+            "Removed on purpose, or scraped under another job name: it is quiet after an hour. Of the last one take the rules out, too.",
         ),
-        (Case({f"onset_ready{{{_A}}}": "1x10 0x30"}, {}), Case({f"onset_ready{{{_A}}}": "0x40", 'onset_ready{instance="b:8080"}': "1x40"})),
+        (
+            Case({f"onset_ready{{{_A}}}": "1x10 0x30"}, {"job": "onset"}),
+            Case({f"onset_ready{{{_A}}}": "0x40", 'onset_ready{job="onset",instance="b:8080"}': "1x40"}),
+            Case({f"onset_ready{{{_A}}}": "0x40", 'onset_ready{job="onset-b",instance="b:8080"}': "1x40"}, {"job": "onset"}),
+            Case({f"onset_ready{{{_A}}}": "1x10 _x30", 'onset_ready{job="onset-b",instance="b:8080"}': "1x40"}, {"job": "onset"}),
+            Case({f"onset_ready{{{_A}}}": "1x10 _x90", 'onset_ready{job="onset-b",instance="b:8080"}': "1x100"}),
+            Case({f"onset_ready{{{_A}}}": "1x10 _x90"}, {}),
+            Case({"other": "1x40"}, {}),
+        ),
         below=1,
+        range="1h",
     ),
     Rule(
         "OnsetDown",
         "onset-health",
-        'up{job="onset"}',
+        'up{job=~"onset.*"}',
         "5m",
         "warning",
         "Prometheus cannot scrape {{ $labels.instance }}.",
@@ -754,8 +770,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "OnsetManyStreamsSilent",
         "onset-anomalies",
-        "max by (job, model) (onset_streams_silent) / "
-        "clamp_min(max by (job, model) (onset_streams_silent) + max by (job, model) (onset_streams_live), 10)",
+        # Streams that warm up are waited for one after the other, the fastest first: among few of them a single silence is many.
+        f"max by (job, model) (onset_streams_silent) / clamp_min({_WAITED} + max by (job, model) (onset_streams_warming), 10)",
         "2m",
         "critical",
         "{{ $value | humanizePercentage }} of the streams of {{ $labels.model }} are silent.",
@@ -768,10 +784,12 @@ RULES: tuple[Rule, ...] = (
         ("Bring the sender back. The next event of a stream ends its silence.",),
         (
             Case(
-                {'onset_streams_silent{job="onset",model="m"}': "0x10 50x30", 'onset_streams_live{job="onset",model="m"}': "100x10 50x30"},
+                _judged(live="100x10 50x30", silent="0x10 50x30", warming="0x40"),
                 {"job": "onset", "model": "m"},
             ),
-            Case({'onset_streams_silent{job="onset",model="m"}': "1x40", 'onset_streams_live{job="onset",model="m"}': "100x40"}),
+            Case(_judged(live="100x40", silent="1x40", warming="0x40")),
+            Case(_judged(live="10x40", silent="2x40", warming="200x40")),
+            Case(_judged(live="10x40", silent="2x40", warming="200x10 0x30"), {"job": "onset", "model": "m"}),
         ),
         above=0.1,
     ),

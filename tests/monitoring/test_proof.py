@@ -337,10 +337,17 @@ def test_a_hundred_critical_anomalies_at_once_are_one_page(told: tuple[str, Rece
     assert received.notices == ["onset-pager"]
 
 
-def test_while_the_store_is_away_one_page_says_so(told: tuple[str, Received]) -> None:
+def test_while_the_store_is_away_one_page_says_so_and_another_installations_pages_come(told: tuple[str, Received]) -> None:
     url, received = told
-    names = ("OnsetUnavailable", "OnsetAlertsNotKept", "OnsetEventsFailing")
-    local.post(f"{url}/api/v2/alerts", json=[{"labels": {"alertname": name, "severity": "critical"}} for name in names]).raise_for_status()
-    until(lambda: received.alerts, "a page")
+    firing = [
+        ("OnsetUnavailable", "onset"),
+        ("OnsetAlertsNotKept", "onset"),
+        ("OnsetEventsFailing", "onset"),
+        ("OnsetEventsFailing", "onset-b"),
+    ]
+    alerts = [{"labels": {"alertname": name, "severity": "critical", "job": job}} for name, job in firing]
+    local.post(f"{url}/api/v2/alerts", json=alerts).raise_for_status()
+    until(lambda: len(received.alerts) >= 2, "two pages")
     time.sleep(2)  # the others' groups wait as long
-    assert [alert["labels"]["alertname"] for alert in received.alerts] == ["OnsetUnavailable"]
+    paged = {(alert["labels"]["alertname"], alert["labels"]["job"]) for alert in received.alerts}
+    assert paged == {("OnsetUnavailable", "onset"), ("OnsetEventsFailing", "onset-b")}
