@@ -46,7 +46,6 @@ from service.stores.redis import (
     asked,
     calls,
     check_url,
-    connect_anew,
     connections,
     counted,
     first_key,
@@ -321,7 +320,7 @@ class ClusterStore(Commands):
     async def _forget(self) -> None:
         """Nodes that have left."""
         for address in self._nodes.keys() - self._seeds.keys() - set(self._owners.values()):
-            await connect_anew(self._nodes.pop(address).pool)
+            await self._nodes.pop(address).pool.connect_anew()
 
 
 class _Node:
@@ -337,7 +336,7 @@ class _Node:
         except UNANSWERED as error:
             self.failed = True
             if leads_nowhere(error):
-                await connect_anew(self.pool)
+                await self.pool.connect_anew()
             raise
         self.failed = False
         return replies

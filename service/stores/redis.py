@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import contextlib
 import math
 import re
 import struct
@@ -376,7 +375,7 @@ class RedisStore(Commands):
     async def _unavailable(self, error: Exception) -> StoreUnavailable:
         """What the door is told. Where one connection leads nowhere or to a demoted server, the others do too: connect anew."""
         if leads_nowhere(error):
-            await connect_anew(self._pool)
+            await self._pool.connect_anew()
         return self._told(error)
 
 
@@ -400,10 +399,33 @@ def check_url(url: str) -> None:
         )
 
 
-def connections(url: str) -> redis.BlockingConnectionPool:
-    """To one server, opened when they are needed. Raises ValueError for a URL that redis-py does not take."""
+class Connections(redis.BlockingConnectionPool):
+    """To one server, opened when they are needed.
+
+    None waits in line to be given back: in redis-py's own pool it does where others are being closed, and a call that is cancelled there
+    keeps it for good.
+    """
+
+    async def release(self, connection: AbstractConnection) -> None:
+        self._in_use_connections.remove(connection)
+        if connection.should_reconnect():  # type: ignore[no-untyped-call]
+            await connection.disconnect(nowait=True)
+        self._available_connections.append(connection)
+        async with self._condition:  # free: nobody waits while he holds it
+            self._condition.notify()
+
+    async def connect_anew(self) -> None:
+        """Close the idle ones now and the others when they are given back."""
+        for connection in self._in_use_connections:
+            connection.mark_for_reconnect()  # type: ignore[no-untyped-call]
+        for connection in self._available_connections:
+            await connection.disconnect(nowait=True)
+
+
+def connections(url: str) -> Connections:
+    """Raises ValueError for a URL that redis-py does not take."""
     check_url(url)
-    pool = redis.BlockingConnectionPool.from_url(
+    pool = Connections.from_url(
         url,
         socket_timeout=TIMEOUT_SECONDS,
         socket_connect_timeout=TIMEOUT_SECONDS,
@@ -418,7 +440,7 @@ def connections(url: str) -> redis.BlockingConnectionPool:
     return pool
 
 
-async def asked(pool: redis.BlockingConnectionPool, commands: Sequence[Command]) -> list[Any]:
+async def asked(pool: Connections, commands: Sequence[Command]) -> list[Any]:
     """A reply or a ResponseError for each, in one round trip on one connection. Raises UNANSWERED.
 
     redis-py's pipeline has a timer for each reply: with 512 commands every second it took a tenth of the service's processor time.
@@ -441,13 +463,6 @@ async def _reply(connection: Any) -> Any:
         return await connection.read_response(timeout=math.inf)  # `asked` has one for all
     except ResponseError as error:
         return error
-
-
-async def connect_anew(pool: redis.BlockingConnectionPool) -> None:
-    """Close the idle connections now and the others when they are given back."""
-    await pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
-    with contextlib.suppress(*UNANSWERED):
-        await pool.disconnect(inuse_connections=False)
 
 
 def warn_of_evictions(about: Mapping[str, Any], where: str = "") -> None:
