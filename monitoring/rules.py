@@ -111,8 +111,8 @@ RULES: tuple[Rule, ...] = (
         (
             "`/health/ready` of any replica says why it is not ready; no answer at all: the process is down.",
             "The *Service* dashboard: readiness by replica, and when it went.",
-            "The store: does it answer a PING, does it load its file (`LOADING`)? Is its disk full (`MISCONF`; with `appendfsync always` it "
-            "ends, and its log says `Can't recover from AOF write error`)?",
+            "The store: does it answer a PING, does it load its file (`LOADING`)? Is its disk full (`MISCONF`; with `appendfsync always` "
+            "it ends, and its log says `Can't recover from AOF write error`)?",
         ),
         (
             "Bring the store back; replicas become ready by themselves within a second.",
@@ -355,11 +355,14 @@ RULES: tuple[Rule, ...] = (
         "Requests are refused: {{ $labels.reason }}.",
         "{{ $value | humanize }} requests a second are refused for the reason {{ $labels.reason }}.",
         "*queue*, *bytes*: more arrives than is scored (429 with `Retry-After`). *body*, *batch*: a request is larger than is taken (413). "
-        "*slow*: a body did not arrive in time (408). *unread*: a client did not read its reply, and its connection was closed.",
+        "*slow*: a body did not arrive in time (408). *malformed*: a body, content type, parameter or model that is none (400, 404, 415, "
+        "422): no event of it was scored, and few senders send it again. *unread*: a client did not read its reply, and its connection "
+        "was closed.",
         ("The *Service* dashboard: events a second, queue, and the senders' own logs.",),
         (
             "queue, bytes: add replicas, or let senders send larger batches less often; a Prometheus by few shards (docs/prometheus.md).",
             "body, batch: tell the sender the limits (docs/api.md).",
+            "malformed: the answer, in the sender's log, says what cannot be read; mostly a format, or a model that is not there any more.",
             "unread: the log's `replies_unread` has the client's address; it is stuck, or on a line slower than 2 kB a second.",
         ),
         (

@@ -49,6 +49,7 @@ from service.bodies import Format, Items, decode, decode_object, encode
 from service.control import Control
 from service.errors import (
     AlertResolved,
+    BadBody,
     BadEvent,
     BadParameter,
     CrossSite,
@@ -108,6 +109,7 @@ _ANOTHER_SITE = (
     "came, or set ONSET_PUBLIC_URL to where people reach the service."
 )
 _UNPRINTABLE, _SURROGATE = re.compile(UNPRINTABLE), re.compile(r"[\ud800-\udfff]")
+_MALFORMED = (BadBody, BadParameter, UnknownModel, UnsupportedMedia)
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 log = structlog.get_logger(__name__)
@@ -194,8 +196,13 @@ class Door:
         """Register the routes; the most specific first."""
         app.door = self
         app.router.routes += [
-            Route(EVENTS, self._guarded(self.post_events), methods=["POST"], name="post_events"),
-            Route("/v1/streams/{stream_id:path}/events", self._guarded(self.post_events), methods=["POST"], name="post_stream_events"),
+            Route(EVENTS, self._guarded(self.post_events, scores=True), methods=["POST"], name="post_events"),
+            Route(
+                "/v1/streams/{stream_id:path}/events",
+                self._guarded(self.post_events, scores=True),
+                methods=["POST"],
+                name="post_stream_events",
+            ),
             Route("/v1/streams/{stream_id:path}/accept", self._guarded(self.post_accept), methods=["POST"], name="post_accept"),
             Route("/v1/streams", self._guarded(self.list_streams), methods=["GET"], name="list_streams"),
             Route("/v1/streams/{stream_id:path}", self._guarded(self.one_stream), methods=["GET", "DELETE"], name="one_stream"),
@@ -217,6 +224,7 @@ class Door:
         try:
             replied, media = await self._score(Incoming(scope, receive), stream_id)
         except Exception as error:
+            self.refuse(error)
             replied, media = self._failed(scope["path"], error), b""
         if isinstance(replied, Response):
             await replied(scope, receive, send)
@@ -342,12 +350,12 @@ class Door:
         return Response(await self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     def add_post(self, app: FastAPI, path: str, handler: Callable[[Incoming], Awaitable[Response]], name: str) -> None:
-        """Register a route of another module, with the same answers to errors."""
+        """Register a route of another module that scores what it is sent, with the same answers to errors."""
 
         async def handle(request: Request) -> Response:
             return await handler(_incoming(request))
 
-        app.router.routes.append(Route(path, self._guarded(handle), methods=["POST"], name=name))
+        app.router.routes.append(Route(path, self._guarded(handle, scores=True), methods=["POST"], name=name))
 
     def add_get(self, app: FastAPI, path: str, handler: Callable[[str, int], Awaitable[msgspec.Struct]], name: str) -> None:
         """The same of a page that is asked for by `model` ("" = not named) and `limit`."""
@@ -471,12 +479,18 @@ class Door:
         except TooLarge:
             self._metrics.refused.labels("batch").inc()
             raise
+        except BadEvent:  # the one that came
+            self._events["rejected"].inc()
+            raise
 
     def _columns(self, content: bytes) -> Columns:
         try:
             return arrow.decode(content, max_events=self._limits.max_batch_events, max_bytes=self._limits.max_body_bytes)
         except TooLarge:
             self._metrics.refused.labels("batch").inc()
+            raise
+        except BadEvent:  # a column of all of them
+            self._metrics.refused.labels("malformed").inc()
             raise
 
     async def _object(self, request: Incoming) -> dict[str, Any]:
@@ -497,14 +511,21 @@ class Door:
             raise UnknownModel(f"No model '{name[:64]}' is loaded; there is {', '.join(sorted(self._scorers))}.")
         return scorer
 
-    def _guarded(self, handler: Handler) -> Handler:
+    def _guarded(self, handler: Handler, *, scores: bool = False) -> Handler:
         async def guarded(request: Request) -> Response:
             try:
                 return await handler(request)
             except Exception as error:
+                if scores:
+                    self.refuse(error)
                 return self._failed(request.url.path, error)
 
         return guarded
+
+    def refuse(self, error: Exception) -> None:
+        """Count a sender's request that cannot be taken as it is: how many events it was to bring nobody can tell."""
+        if isinstance(error, _MALFORMED):
+            self._metrics.refused.labels("malformed").inc()
 
     def _failed(self, path: str, error: Exception) -> Response:
         """Errors of ours become problem details, here and nowhere else."""

@@ -87,6 +87,7 @@ class Otlp:
             response.headers["connection"] = "close"
             return response
         except OnsetError as error:
+            self._shipping.door.refuse(error)
             return _status(problem_of(error), media)
         self._shipping.answered(time.perf_counter() - started)
         return _answer(tally, count, media)

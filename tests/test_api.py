@@ -256,6 +256,26 @@ async def test_a_line_that_is_not_json_fails_alone(client: Client) -> None:
     assert worse["detail"].startswith("The line is not UTF-8")
 
 
+async def test_what_can_never_be_taken_is_counted_an_event_as_rejected_and_what_is_none_as_malformed(client: Client) -> None:
+    client.metrics.begin(model=["tiny"], door=["http"])
+
+    def counted() -> tuple[float | None, float | None]:
+        value = client.metrics.registry.get_sample_value
+        return value("onset_refused_total", {"reason": "malformed"}), value("onset_events_total", {"door": "http", "outcome": "rejected"})
+
+    bad = {"stream_id": 5, "values": {}}
+    assert (await client.raw(json.dumps(bad))).status_code == 422
+    assert (await client.raw(json.dumps([bad]))).status_code == 200
+    assert counted() == (0, 2)
+    assert (await client.raw("[")).status_code == 400
+    assert (await client.raw("[]", headers={"content-type": "text/plain"})).status_code == 415
+    assert (await client.raw(json.dumps(event()), path="/v1/events?model=none")).status_code == 404
+    assert (await client.raw(json.dumps(event()), path="/v1/events?top_contributors=x")).status_code == 422
+    assert counted() == (4, 2)
+    assert (await client.get("/v1/streams?limit=x")).status_code == 422
+    assert counted() == (4, 2), "nobody's events"
+
+
 async def test_a_body_over_the_limit_is_refused_before_it_is_read(client: Client) -> None:
     assert_problem(await client.raw(b" " * 100_001), 413, "over 100000 bytes")
 

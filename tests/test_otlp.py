@@ -129,6 +129,7 @@ async def test_errors_are_a_status_in_the_format_of_the_request(exporter: Shippe
     assert (reply.status_code, reply.json()["code"]) == (415, 3)
     reply = await exporter.post(f"{otlp.PATH}?model=none", content=b"", headers=PROTOBUF)
     assert (reply.status_code, status_of(reply)[0]) == (404, 5)
+    assert exporter.metrics.registry.get_sample_value("onset_refused_total", {"reason": "malformed"}) == 4
     many = export(*[record("x", NS)] * (MAX_LINES + 1), resource=SHOP)
     reply = await exporter.post(otlp.PATH, content=many.SerializeToString(), headers=PROTOBUF)
     assert (reply.status_code, status_of(reply)[0]) == (413, 8)
