@@ -11,24 +11,29 @@ One owner (a scorer); no locks. Memory is bounded by `most_bytes` and taken from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.state import LEARNER, Rows, StateCodec, bytes_of
 
+LEARNERS = 8
+"""One part in so many of the memory is for states with a learner. Few streams have one, but most batches hold some of these."""
+
 
 class Copies:
-    """A ring of states by stream; the one kept longest ago is overwritten. States with a learner are few and twice as long: not kept."""
+    """Two rings of states, those with a learner in their own: they are twice as long. The one kept longest ago is overwritten."""
 
     def __init__(self, codec: StateCodec, most_bytes: int) -> None:
-        self._bytes = codec.bytes
-        self.capacity = most_bytes // codec.bytes
-        self._ring = np.zeros((self.capacity, codec.bytes), np.uint8)
+        sizes, parts = (codec.bytes, codec.value.itemsize), (most_bytes - most_bytes // LEARNERS, most_bytes // LEARNERS)
+        self._rings = [np.zeros((part // size, size), np.uint8) for size, part in zip(sizes, parts, strict=True)]
+        self._first = [0, len(self._rings[0])]
+        """The place that each ring's first one has among all."""
+        self._next = list(self._first)
+        self.capacity = sum(map(len, self._rings))
         self._owners: list[str | None] = [None] * self.capacity
         self._places: dict[str, int] = {}
-        self._next = 0
 
     def __len__(self) -> int:
         return len(self._places)
@@ -40,21 +45,23 @@ class Copies:
 
     def take(self, places: NDArray[np.intp], rows: Rows, at: NDArray[np.intp]) -> None:
         """Copy the states at `places` into `rows[at]`."""
-        bytes_of(rows)[at, : self._bytes] = self._ring[places]
+        content = bytes_of(rows)
+        for ring, first, mine in self._each(places >= self._first[1]):
+            content[at[mine], : ring.shape[1]] = ring[places[mine] - first]
 
     def keep(self, stream_ids: Sequence[str], rows: Rows) -> None:
         """These distinct streams were just committed with these states [B]."""
         learning = rows["flags"] & LEARNER != 0
-        if learning.any():
-            self.drop([stream_ids[i] for i in np.flatnonzero(learning).tolist()])
-            stream_ids, rows = [stream_ids[i] for i in np.flatnonzero(~learning).tolist()], rows[~learning]
         places = self.find(stream_ids)
-        if (places < 0).any():
-            for i in np.flatnonzero(places < 0).tolist():
-                self._make_room(stream_ids[i])
+        elsewhere = (places < 0) | ((places >= self._first[1]) != learning)
+        if elsewhere.any():
+            for i in np.flatnonzero(elsewhere).tolist():
+                self._make_room(stream_ids[i], int(learning[i]))
             places = self.find(stream_ids)
-        here = places >= 0  # making room may have pushed out some of this batch, too
-        self._ring[places[here]] = bytes_of(rows)[here, : self._bytes]
+        content = bytes_of(rows)
+        for ring, first, mine in self._each(learning):
+            here = mine[places[mine] >= 0]  # making room may have pushed out some of this batch, too
+            ring[places[here] - first] = content[here, : ring.shape[1]]
 
     def drop(self, stream_ids: Sequence[str]) -> None:
         """Forget these streams' copies."""
@@ -63,11 +70,20 @@ class Copies:
             if place is not None:
                 self._owners[place] = None
 
-    def _make_room(self, stream_id: str) -> None:
-        if self.capacity == 0:
+    def _each(self, learning: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.uint8], int, NDArray[np.intp]]]:
+        """Each ring that is meant, the number of its first place, and which of [B] are meant."""
+        for which, ring in enumerate(self._rings):
+            mine = np.flatnonzero(learning == which)
+            if len(mine):
+                yield ring, self._first[which], mine
+
+    def _make_room(self, stream_id: str, which: int) -> None:
+        self.drop([stream_id])
+        first, size = self._first[which], len(self._rings[which])
+        if size == 0:
             return
-        place = self._next
-        self._next = (place + 1) % self.capacity
+        place = self._next[which]
+        self._next[which] = first + (place + 1 - first) % size
         owner = self._owners[place]
         if owner is not None:
             del self._places[owner]
