@@ -223,6 +223,28 @@ RULES: tuple[Rule, ...] = (
         range="1h",
     ),
     Rule(
+        "OnsetStatesSetBack",
+        "onset-health",
+        "sum by (job) (increase(onset_states_set_back_total[1h]))",
+        "0m",
+        "warning",
+        "The store has lost commits that were acknowledged.",
+        "{{ $value | humanize }} states within the hour were older than what a replica had committed; there may be more.",
+        "Their streams go on from the state before, so what they were scored between the two counts for nothing, and an event of that time "
+        "that is sent again is scored again, or late. An alert that opened then may be gone.",
+        (
+            "Was there a failover, to a replica that lagged? Was the store restored from a backup?",
+            "The log line `states_set_back` names a stream, and both versions of its state.",
+        ),
+        (
+            "`min-replicas-to-write` and `min-replicas-max-lag` bound what a failover can lose "
+            "([deploy.md](../deploy.md#a-primary-and-its-replicas)).",
+        ),
+        _grows('onset_states_set_back_total{job="onset"}', {"job": "onset"}),
+        above=0,
+        range="1h",
+    ),
+    Rule(
         "OnsetStreamsLost",
         "onset-health",
         # The last of the denominator: of a Prometheus that has just begun.

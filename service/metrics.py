@@ -415,6 +415,13 @@ class Metrics:
         "new grows by as many streams as there were: the store was emptied, or evicts.",
         reason=("new", "other_model", "corrupt"),
     )
+    set_back = _counter(
+        "onset_states_set_back_total",
+        "states",
+        "States in the store that are older than what this replica had committed and answered, as far as it has copies of them.",
+        "Any: the store has lost acknowledged commits, by a failover to a replica that lagged or by an older backup (docs/deploy.md). "
+        "These streams go on from the state before.",
+    )
     state_bytes = _gauge(
         "onset_state_bytes",
         "bytes",

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,10 @@ AT_ONCE_EVENTS = 64
 another thread and back would cost as much again as stepping a few."""
 MATCHED_CHARACTERS = 65_536
 """Of log lines that are matched within the event loop without a pause: some 10 ms, of lines without blanks and full of numbers some 100."""
+OVERTAKEN = 10_000
+"""Streams whose overtaken copy is remembered, at most."""
+TOLD_SECONDS = 60.0
+"""States that were set back are told of in the log once in this time."""
 COUNT_SECONDS = 1.0
 """How long a count of the store's streams is good for."""
 
@@ -202,6 +207,9 @@ class Scorer:
             metrics.held.labels(detector.name).set_function(lambda: self._reorder.held if self._reorder else 0)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
         self._count, self._counted_at = 0, -COUNT_SECONDS
+        self._overtaken: dict[str, tuple[int, float]] = {}
+        """Streams whose copy was not what the store has, until they are loaded: its version, and the time of its last event."""
+        self._set_back_told_at = -math.inf
         self._stage = {name: metrics.stage.labels(name) for name in ("queue", "load", "step", "commit")}
         self._copied = {name: metrics.copies.labels(name) for name in ("hit", "miss", "stale")}
         self._anomalies, self._onsets = metrics.anomalies.labels(detector.name), metrics.onsets.labels(detector.name)
@@ -515,17 +523,54 @@ class Scorer:
         self._copied["hit"].inc(len(here))
         self._copied["miss"].inc(len(missing))
         if len(here) == 0:
-            return self._codec.decode(await self._store.load(self.detector.name, stream_ids)), copied
+            return await self._load_stored(stream_ids), copied
         rows, origins = self._codec.fresh(len(stream_ids)), np.full(len(stream_ids), Origin.STORED, np.uint8)
         self._copies.take(places[here], rows, here)
         tokens = self._codec.tokens(rows)
         if len(missing):
-            values = await self._store.load(self.detector.name, [stream_ids[i] for i in missing.tolist()])
-            rest = self._codec.decode(values)
+            rest = await self._load_stored([stream_ids[i] for i in missing.tolist()])
             rows[missing], origins[missing] = rest.rows, rest.origins
             for i, token in zip(missing.tolist(), rest.tokens, strict=True):
                 tokens[i] = token
         return Loaded(rows, tokens, origins), copied
+
+    async def _load_stored(self, stream_ids: Sequence[str]) -> Loaded:
+        loaded = self._codec.decode(await self._store.load(self.detector.name, stream_ids))
+        if self._overtaken:
+            self._look_back(stream_ids, loaded)
+        return loaded
+
+    def _look_back(self, stream_ids: Sequence[str], loaded: Loaded) -> None:
+        """Count states that are older than the copy was: the store has lost what it had acknowledged. One that was deleted and has begun
+        again has later events.
+        """
+        last, versions = loaded.rows["last"]["timestamp"].tolist(), loaded.rows["version"].tolist()
+        back = []
+        for i, stream_id in enumerate(stream_ids):
+            version, timestamp = self._overtaken.pop(stream_id, (0, 0.0))
+            if loaded.origins[i] == Origin.STORED and versions[i] < version and last[i] < timestamp:
+                back.append((stream_id, versions[i], version))
+        self._metrics.set_back.inc(len(back))
+        if back and time.monotonic() - self._set_back_told_at >= TOLD_SECONDS:
+            self._set_back_told_at = time.monotonic()
+            stream_id, version, acknowledged = back[0]
+            about = {"model": self.detector.name, "streams": len(back), "stream_id": stream_id}
+            log.error("states_set_back", **about, state_version=version, acknowledged=acknowledged)
+
+    def _drop_overtaken(self, stream_ids: Sequence[str]) -> None:
+        """Drop copies of these distinct streams, which are not what the store has."""
+        if not stream_ids:  # nearly always
+            return
+        places = self._copies.find(stream_ids)
+        here = np.flatnonzero(places >= 0)
+        if len(here):
+            rows = self._codec.fresh(len(here))
+            self._copies.take(places[here], rows, np.arange(len(here)))
+            if len(self._overtaken) > OVERTAKEN:  # of loads that failed
+                self._overtaken.clear()
+            known = zip(here.tolist(), rows["version"].tolist(), rows["last"]["timestamp"].tolist(), strict=True)
+            self._overtaken |= {stream_ids[i]: (version, timestamp) for i, version, timestamp in known}
+        self._copies.drop(stream_ids)
 
     async def _step(self, work: _Work, refused: NDArray[np.bool_], trails: dict[int, Rows]) -> Outcomes:
         """Step the states in place by what is not refused [N]; many events in the worker thread, which other batches use between parts."""
@@ -560,7 +605,7 @@ class Scorer:
         # Without a compare a copy vouches for nothing: what it alone would answer is asked of the store.
         unknown = copied & (events == 0)
         became = np.where(unknown, LOST, WRITTEN).astype(np.uint8)
-        self._copies.drop([stream_ids[slot] for slot in np.flatnonzero(unknown).tolist()])
+        self._drop_overtaken([stream_ids[slot] for slot in np.flatnonzero(unknown).tolist()])
         told = [slot for slot in settled if events[slot] == 0 and not unknown[slot]]
         if len(changed) == 0 and not told:
             return became
@@ -588,17 +633,13 @@ class Scorer:
         ]
         writes += [Write(stream_ids[slot], b"", b"", b"", None, *settled[slot]) for slot in told]
         self._copies.drop([stream_ids[slot] for slot in changed[~stays].tolist()])
-        try:
-            outcome = np.array(await self._store.commit(self.detector.name, writes), np.uint8)
-        except StoreUnavailable:  # whether it was applied is not known
-            self._copies.drop([write.stream_id for write in writes])
-            raise
+        outcome = np.array(await self._store.commit(self.detector.name, writes), np.uint8)
         became[told] = outcome[len(changed) :]
         became[changed] = outcome = outcome[: len(changed)]
         written = outcome == WRITTEN
         kept = np.flatnonzero(written & stays)
         self._copies.keep([writes[i].stream_id for i in kept.tolist()], rows[kept])
-        self._copies.drop([writes[i].stream_id for i in np.flatnonzero(~written).tolist()])
+        self._drop_overtaken([writes[i].stream_id for i in np.flatnonzero(~written).tolist()])
         if not written.all():
             self._copied["stale"].inc(int((copied[changed] & (outcome == LOST)).sum()))
             self._metrics.conflicts.inc(int((~copied[changed] & (outcome == LOST)).sum()))

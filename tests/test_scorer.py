@@ -23,7 +23,8 @@ from service.events import Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import ATTEMPTS, MATCHED_CHARACTERS, MAX_BATCH, Limits, Scorer
-from service.stores import Write
+from service.state import TOKEN
+from service.stores import WRITTEN, Write
 from service.stores.memory import MemoryStore
 from tests.times import Clock
 
@@ -331,6 +332,62 @@ async def test_a_copy_alone_answers_nothing(tiny_detector: Detector, store: Memo
     assert (again.state_version, again.duplicate) == (1, False), "the stream was forgotten elsewhere: its last event is a new one"
     await one.drain(1)
     await two.drain(1)
+
+
+class Replicated(MemoryStore):
+    """Fails over to a replica that has all but the last commits."""
+
+    down = False
+
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
+        if self.down:
+            raise StoreUnavailable("The store does not answer.")
+        return await super().commit(model, writes)
+
+    async def fail_over(self, replica: dict[str, bytes]) -> None:
+        for stream_id, value in replica.items():
+            [now] = await self.load("tiny", [stream_id])
+            assert now is not None
+            assert list(await super().commit("tiny", [Write(stream_id, now[TOKEN], value)])) == [WRITTEN]
+
+
+async def test_states_that_a_failover_set_back_are_counted_and_told_and_go_on_from_there(tiny_detector: Detector) -> None:
+    store = Replicated(state_ttl=3600, result_ttl=600)
+    one, two = make(tiny_detector, store), make(tiny_detector, store)
+    for stream in ("a", "b", "c"):
+        await one.score(events(3, stream))
+    lagging = {stream: value for stream, value in zip("ab", await store.load("tiny", ["a", "b"]), strict=True) if value is not None}
+    for stream in ("a", "b", "c"):
+        await one.score(events(2, stream, 3))
+    store.down = True
+    with pytest.raises(StoreUnavailable):
+        await one.score(events(1, "a", 5))
+    store.down = False
+    await store.fail_over(lagging)
+    with capture_logs() as logs:
+        answers = [(await one.score(events(1, stream, 5)))[0] for stream in ("a", "c")]
+        [again] = results(await one.score(events(1, "b", 4)))
+    assert [result.state_version for result in results(answers)] == [4, 6]
+    assert (again.state_version, again.duplicate) == (4, False), "what was lost and is sent again is a new event"
+    told = [line for line in logs if line["event"] == "states_set_back"]
+    assert [(line["stream_id"], line["state_version"], line["acknowledged"]) for line in told] == [("a", 3, 5)], "once a minute"
+    assert one._metrics.set_back._value.get() == 2
+    for scorer in (one, two):
+        await scorer.drain(1)
+
+
+async def test_a_stream_that_another_replica_scored_or_that_was_forgotten_is_not_set_back(tiny_detector: Detector) -> None:
+    store = MemoryStore(state_ttl=3600, result_ttl=600)
+    one, two = make(tiny_detector, store), make(tiny_detector, store)
+    await one.score(events(5, "scored") + events(5, "forgotten"))
+    await two.score(events(1, "scored", 5))
+    assert await two.streams.forget("forgotten")
+    await two.score(events(1, "forgotten", 5))
+    await one.score(events(1, "scored", 6) + events(1, "forgotten", 6))
+    assert copies_of(one)["stale"] == 2
+    assert one._metrics.set_back._value.get() == 0
+    for scorer in (one, two):
+        await scorer.drain(1)
 
 
 async def test_batches_of_other_streams_do_not_wait_for_a_stream_with_many_events(tiny_detector: Detector, store: MemoryStore) -> None:

@@ -26,7 +26,7 @@ What a crash, of the replica, its connection or the client, leaves (tests/test_p
     before the commit is sent        nothing: the event may be sent again, to any replica
     while it is on its way           nothing yet; it may be applied at any later time, and is LOST if anyone else has committed by then
     applied, its answer is lost      the state with the event's identity and result: sent again it is answered, not stepped again. A copy
-                                     that the replica holds is dropped; a fresh start it was is not in the replica's counter
+                                     that the replica holds is stale; a fresh start it was is not in the replica's counter
     answered, the reply is lost      the same, and the replica's copy is good: the next commit compares it
 
 An event of a queue in the store cannot even be delivered again: its entry is acknowledged, and its result published, by the very step
