@@ -57,7 +57,7 @@ def test_buckets_hold_their_rows_and_are_multiples_of_eight() -> None:
         assert bucket(rows) >= rows
         assert bucket(rows) % 8 == 0
         assert bucket(bucket(rows)) == bucket(rows)
-    assert [bucket(rows) for rows in (1, 8, 9, 33, 64, 65, 520, 1024)] == [8, 8, 16, 64, 64, 128, 576, 1024]
+    assert [bucket(rows) for rows in (1, 8, 9, 33, 64, 65, 520, 1024)] == [8, 8, 16, 48, 64, 80, 528, 1024]
 
 
 def test_a_row_is_the_same_to_the_last_bit_in_every_size_of_batch(detector: Detector) -> None:
