@@ -116,6 +116,20 @@ async def test_a_position_in_another_partition_says_nothing_and_rest_leaves_it_a
     assert (await scorer.streams.last("s")).state_version == 3
 
 
+async def test_a_copy_alone_publishes_and_acknowledges_nothing(scorer: Scorer, store: MemoryStore, tiny_detector: Detector) -> None:
+    """By the copy it is late, but the stream has been forgotten elsewhere."""
+    await kinds(scorer, [delivery(event(10), 1)])
+    other = make(tiny_detector, store)
+    assert await other.streams.forget("s")
+    store.results.clear()
+    again = delivery(event(3), 2)
+    pend(store, [again])
+    assert await kinds(scorer, [again]) == [Kind.SCORED]
+    assert [(result.late, result.state_version) for result in published(store)] == [(False, 1)]
+    assert pending(store) == []
+    await other.drain(1)
+
+
 async def test_a_late_event_is_published_as_late_and_acknowledged(scorer: Scorer, store: MemoryStore) -> None:
     items = [delivery(event(10), 1), delivery(event(3), 2), delivery(event(4), 3)]
     pend(store, items)
