@@ -171,6 +171,7 @@ def _plain(summary: str) -> str:
     return (
         summary.replace("{{ $value | humanize }}", "N")
         .replace("{{ $value | humanizePercentage }}", "N %")
+        .replace("{{ $value | humanizeDuration }}", "N s")
         .replace("{{ $labels.", "`")
         .replace(" }}", "`")
     )

@@ -151,7 +151,9 @@ class Patterns:
             model = next(iter(self._keys))
         if model not in self._keys:
             known = ", ".join(sorted(self._keys)) or "none"
-            which = f"Model {model[:64]!r} is none that reads log lines" if model or not self._keys else "Name a log model by ?model="
+            if not model and not self._keys:
+                raise UnknownModel("None of the loaded models reads log lines, so there are no patterns.")
+            which = f"Model {model[:64]!r} is none that reads log lines" if model else "Name a log model by ?model="
             raise UnknownModel(f"{which}; there is {known}.")
         key = self._keys[model]
         counts, first, last = await self._asked(

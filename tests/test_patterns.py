@@ -99,6 +99,8 @@ async def test_of_several_log_models_one_is_to_be_named(log_path: Path) -> None:
     detector = Detector.load(log_path)
     with pytest.raises(UnknownModel, match=r"^Name a log model by \?model=; there is a, b\.$"):
         await patterns.Patterns({"a": detector, "b": detector}, Metrics()).page("", 10)
+    with pytest.raises(UnknownModel, match=r"^None of the loaded models reads log lines, so there are no patterns\.$"):
+        await patterns.Patterns({}, Metrics()).page("", 10)
 
 
 async def test_they_are_kept_in_a_cluster_too(log_path: Path, empty_cluster: ValkeyCluster) -> None:

@@ -209,6 +209,8 @@ def test_the_examples_of_a_policy_are_taken_and_undone(served: str) -> None:
 def test_every_route_is_documented(served: str) -> None:
     paths = local.get(f"{served}/openapi.json").json()["paths"]
     assert {(method.upper(), path) for path, item in paths.items() for method in item} == ROUTES | LOG_DOORS | LIVE
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    assert [path for path in paths if path.replace("{alert_id}", "{id}") not in page] == []
 
 
 def test_what_a_page_of_another_site_asks_for_is_refused_as_documented(served: str) -> None:

@@ -137,6 +137,7 @@ def test_a_rule_is_complete(rule: Rule) -> None:
     assert rule.summary.endswith(".")
     assert rule.description.endswith(".")
     assert (ROOT / f"docs/runbooks/{rule.name}.md").is_file()
+    assert "$value" not in next(line for line in files()["docs/runbooks/README.md"].splitlines() if f"[{rule.name}]" in line)
 
 
 def test_grafana_evaluates_the_same_rules() -> None:
