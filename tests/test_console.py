@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -503,6 +506,26 @@ async def test_an_upload_takes_no_more_memory_than_it_may(tiny_model_path: Path)
     with pytest.raises(TooLarge, match=r"takes more than 80 MiB of memory \(the larger of 64 MiB and 16 times"):
         await trials.run(trial, lambda: uploaded(names + b"\n1\n"))
     assert json.loads(await trials.run(trial, lambda: uploaded(b"value\n" + b"1\n" * 900)))["rows"] == 900
+
+
+async def test_an_upload_for_which_there_is_no_room_says_where_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Trials(TrialLimits(1_000_000, 1_000, 60))
+    trial = Trial("a.csv", str(tmp_path), "tiny", 1e-3, strict=False, timestamp=None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(Overloaded, match=r"cannot be kept for the backtest: No such file or directory\. Make room in .* \(TMPDIR\)"):
+        await trials.run(trial, lambda: uploaded(b"value\n1\n"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits with Linux's RLIMIT_DATA")
+def test_a_limit_of_memory_from_outside_that_is_smaller_is_kept_to(tiny_model_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"value\n" + b"1\n" * 50)
+    trial = Trial("a.csv", str(tiny_model_path), "tiny", 1e-3, strict=False, timestamp=None)
+    command = [sys.executable, "-m", "service.console.trial", str(file), json.dumps(asdict(trial)), str(2**40)]
+    limited = ["sh", "-c", 'ulimit -d 2097152; exec "$@"', "sh", *command]  # KiB
+    done = subprocess.run(limited, capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout)["rows"] == 50
 
 
 async def test_a_file_as_large_as_a_small_limit_has_the_memory_that_it_takes(tiny_model_path: Path) -> None:

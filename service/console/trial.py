@@ -99,9 +99,13 @@ class Trials:
         return content
 
     async def _run(self, trial: Trial, content: bytes) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="onset-backtest-") as folder:
-            file = Path(folder) / "upload.csv"
-            await asyncio.to_thread(file.write_bytes, content)
+        with contextlib.ExitStack() as stack:
+            try:
+                file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onset-backtest-"))) / "upload.csv"
+                await asyncio.to_thread(file.write_bytes, content)
+            except OSError as error:
+                why = f"The file cannot be kept for the backtest: {error.strerror or error}."
+                raise Overloaded(f"{why} Make room in the folder for temporary files (TMPDIR).", retry_after=60) from error
             command = [sys.executable, "-m", "service.console.trial", str(file), json.dumps(asdict(trial)), str(self.limits.memory)]
             process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
             try:
@@ -147,7 +151,8 @@ def _run(file: Path, trial: Trial, memory: int) -> int:
     try:
         detector = load_detectors(Path(trial.models))[trial.model]
         if sys.platform == "linux":  # elsewhere the limit is of something else
-            most = psutil.Process().memory_info().data + memory
+            most, (_, hard) = psutil.Process().memory_info().data + memory, resource.getrlimit(resource.RLIMIT_DATA)
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         options = ReadOptions(timestamp=trial.timestamp or None, unsorted=True)
         one = read_series(Source(file, trial.name), detector, options, notes.append)
