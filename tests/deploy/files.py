@@ -20,6 +20,9 @@ K8S = ROOT / "k8s"
 BASE = K8S / "base"
 SINGLE = K8S / "overlays" / "single"
 
+STREAM_BYTES = 2500
+"""What a stream of eight features takes in the store (`python -m bench.memory`), and a part of what else is in there."""
+
 Document = dict[str, Any]
 
 

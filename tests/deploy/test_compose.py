@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from service import remote_write
-from tests.deploy.files import COMPOSE, Document, compose, image_environment, settings_from, tool, version
+from tests.deploy.files import COMPOSE, STREAM_BYTES, Document, compose, image_environment, settings_from, tool, version
 
 
 @pytest.fixture(name="services")
@@ -56,6 +56,12 @@ def test_the_store_survives_a_restart_and_never_evicts_a_state(services: Documen
     assert "redis-data:/data" in services["redis"]["volumes"]
     assert "redis-data" in compose()["volumes"]
     assert megabytes(options["--maxmemory"]) * 1.5 <= megabytes(services["redis"]["deploy"]["resources"]["limits"]["memory"])
+
+
+def test_new_streams_are_refused_before_the_store_is_full(services: Document) -> None:
+    settings = settings_from(services["service"]["environment"])
+    command = services["redis"]["command"]
+    assert settings.max_streams * STREAM_BYTES < megabytes(command[command.index("--maxmemory") + 1]) * 2**20
 
 
 def test_the_store_is_reached_by_the_service_alone(services: Document) -> None:

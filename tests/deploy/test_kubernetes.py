@@ -18,6 +18,7 @@ from tests.deploy.files import (
     BASE,
     K8S,
     SINGLE,
+    STREAM_BYTES,
     Document,
     compose,
     env_file,
@@ -228,6 +229,14 @@ def test_the_built_overlay_joins_the_service_to_its_store() -> None:
     assert container["image"] == f"onset:{version()}"
     assert {d["metadata"].get("namespace", "onset") for d in documents} == {"onset"}
     assert secret["data"].keys() == {"url"}
+
+
+def test_new_streams_are_refused_before_the_overlays_store_is_full() -> None:
+    documents = build(SINGLE)
+    settings = settings_from(find(documents, "ConfigMap", "onset")["data"])
+    (store,) = find(documents, "StatefulSet", "valkey")["spec"]["template"]["spec"]["containers"]
+    memory = store["args"][store["args"].index("--maxmemory") + 1]
+    assert settings.max_streams * STREAM_BYTES < int(memory.removesuffix("mb")) * 2**20
 
 
 def test_the_built_overlay_lets_only_the_service_reach_the_store_and_the_service_only_the_store() -> None:
