@@ -105,12 +105,15 @@ class Limits:
 
 
 class _Piece:
-    """Events of one request, and the policy that was in force when it came: a whole request is judged by one."""
+    """Events of one request, and the policy that was in force when it came: a whole request is judged by one.
 
-    __slots__ = ("came", "events", "origin", "parsed", "policy", "rounds", "streams")
+    `lost` are streams of which an earlier piece of it lost every race: what follows must not be stepped before that is sent again.
+    """
 
-    def __init__(self, parsed: Parsed, policy: Policy) -> None:
-        self.parsed, self.policy = parsed, policy
+    __slots__ = ("came", "events", "lost", "origin", "parsed", "policy", "rounds", "streams")
+
+    def __init__(self, parsed: Parsed, policy: Policy, lost: set[str]) -> None:
+        self.parsed, self.policy, self.lost = parsed, policy, lost
         self.came, self.origin = time.perf_counter(), tracing.origin()
         self.events = len(parsed)
         self.streams = frozenset(parsed.stream_ids)
@@ -428,9 +431,9 @@ class Scorer:
         return answers
 
     def _pieces(self, parsed: Parsed) -> list[_Piece]:
-        policy = self.policy
+        policy, lost = self.policy, set[str]()
         parts = [parsed] if 0 < len(parsed) <= MAX_BATCH else [parsed.part(i, i + MAX_BATCH) for i in range(0, len(parsed), MAX_BATCH)]
-        return [_Piece(part, policy) for part in parts]
+        return [_Piece(part, policy, lost) for part in parts]
 
     async def _handle(self, pieces: list[_Piece], waits: Waits) -> list[Answers]:
         """One batch: pieces of several clients, scored together; in two runs where the policy changed while they waited."""
@@ -441,7 +444,7 @@ class Scorer:
                 log.debug("batch", model=self.detector.name, requests=[tracing.shown(piece.origin.request) for piece in pieces])
             for _, run in itertools.groupby(pieces, key=lambda piece: id(piece.policy)):
                 together = list(run)
-                parts += await self._judge([piece.parsed for piece in together], together[0].policy, waits)
+                parts += await self._judge(together, together[0].policy, waits)
         return parts
 
     def _count_lines(self, answers: Answers) -> None:
@@ -454,16 +457,33 @@ class Scorer:
         for match, count in (("new", new), ("template", len(codes) - new - ends)):
             self._metrics.lines.labels(self.detector.name, match).inc(count)
 
-    async def _judge(self, submissions: list[Parsed], policy: Policy, waits: Waits) -> list[Answers]:
-        readings = Readings.of(submissions, self.detector.features)
+    async def _judge(self, pieces: list[_Piece], policy: Policy, waits: Waits) -> list[Answers]:
+        readings = Readings.of([piece.parsed for piece in pieces], self.detector.features)
         self._metrics.batch.observe(len(readings))
-        answers = await self._run(readings, policy, waits)
+        if any(not piece.lost.isdisjoint(piece.streams) for piece in pieces):
+            answers = await self._run_rest(pieces, readings, policy, waits)
+        else:
+            answers = await self._run(readings, policy, waits)
         self._tell(readings, answers)
         parts, start = [], 0
-        for submission in submissions:
-            parts.append(answers.part(start, start + len(submission)))
-            start += len(submission)
+        for piece in pieces:
+            parts.append(answers.part(start, start + piece.events))
+            start += piece.events
+        if _some_failed(answers):
+            for piece, part in zip(pieces, parts, strict=True):
+                lost = [stream_id for stream_id, kind in zip(piece.parsed.stream_ids, part.kinds, strict=True) if kind == Kind.CONFLICT]
+                piece.lost.update(lost)
         return parts
+
+    async def _run_rest(self, pieces: list[_Piece], readings: Readings, policy: Policy, waits: Waits) -> Answers:
+        """All but those whose stream is lost."""
+        outcomes = Outcomes.unscored(readings, self._codec.record, policy.alpha)
+        outcomes.kinds[:] = Kind.CONFLICT
+        go = np.flatnonzero([stream_id not in piece.lost for piece in pieces for stream_id in piece.parsed.stream_ids])
+        if len(go):
+            ran = (await self._run(readings.take(go), policy, waits)).batch.outcomes
+            outcomes.records[go], outcomes.kinds[go] = ran.records, ran.kinds
+        return self._replies.judged(outcomes)
 
     def _tell(self, readings: Readings, answers: Answers) -> None:
         """Those that count and watch what is scored."""

@@ -24,7 +24,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import ATTEMPTS, MATCHED_CHARACTERS, MAX_BATCH, Limits, Scorer
 from service.state import TOKEN
-from service.stores import WRITTEN, Write
+from service.stores import LOST, WRITTEN, Write
 from service.stores.memory import MemoryStore
 from tests.times import Clock
 
@@ -231,6 +231,31 @@ async def test_losing_every_race_fails_the_item_and_not_its_batch(tiny_detector:
     assert isinstance(lost, StateConflict)
     assert f"{ATTEMPTS} times" in lost.detail
     assert isinstance(won, Result)
+    await scorer.drain(1)
+
+
+class Raced(MemoryStore):
+    """Another replica is first to a stream as often as it takes to lose it, and then no more."""
+
+    races_left = ATTEMPTS + 1
+
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
+        raced = self.races_left > 0 and any(write.stream_id == "hot" for write in writes)
+        self.races_left -= raced
+        written = iter(await super().commit(model, [write for write in writes if not (raced and write.stream_id == "hot")]))
+        return [LOST if raced and write.stream_id == "hot" else next(written) for write in writes]
+
+
+async def test_what_follows_lost_events_of_its_stream_in_a_long_bulk_is_lost_with_them(tiny_detector: Detector) -> None:
+    """Otherwise they are late when they are sent again."""
+    scorer = make(tiny_detector, Raced(state_ttl=60, result_ttl=60))
+    bulk = events(1, "cool") + events(MAX_BATCH, "hot") + events(1, "cool", 1) + events(9, "hot", MAX_BATCH)
+    answers = await scorer.score(bulk)
+    lost = [isinstance(answer, StateConflict) for answer in answers]
+    assert lost == [event.stream_id == "hot" for event in bulk]
+    again = results(await scorer.score(bulk))
+    assert [result.late for result in again] == [False] * len(bulk)
+    assert [result.state_version for result in again if result.stream_id == "hot"] == list(range(1, MAX_BATCH + 10))
     await scorer.drain(1)
 
 
