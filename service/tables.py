@@ -354,7 +354,7 @@ def read_for(
         table = read_table(source, options, notify)
         if len(features) != 1 or len(table.columns) != 1:
             raise TableError(
-                f"{source.path} has the columns {_listed(table.columns)}, the model the features {_listed(features)}: none fits. "
+                f"{source.path} has the columns {listed(table.columns)}, the model the features {listed(features)}: none fits. "
                 "Rename the columns, or name a model of such files with --model (python -m training fit --data ... makes one)."
             ) from None
         name, values = next(iter(table.columns.items()))
@@ -362,7 +362,7 @@ def read_for(
         return table, values[:, None]
     absent = [feature for feature in features if feature not in table.columns]
     if absent:
-        notify(f"{source.path} lacks {_listed(absent)}: missing in every event.")
+        notify(f"{source.path} lacks {listed(absent)}: missing in every event.")
     missing = np.full(len(table), np.nan)
     return table, np.stack([table.columns.get(feature, missing) for feature in features], axis=1)
 
@@ -383,7 +383,7 @@ def as_float32(source: Source, features: Sequence[str], values: Float64, before:
     lost = [name for name, wide, narrow in zip(features, values.T, x.T, strict=True) if _stands_still(wide, narrow)]
     if lost:
         notify(
-            f"{source.path}: of {_listed(lost)} most changes from row to row are too small beside the values: a detector keeps seven "
+            f"{source.path}: of {listed(lost)} most changes from row to row are too small beside the values: a detector keeps seven "
             "digits (float32). Take a constant off all values, or give what a counter grows by."
         )
     return x
@@ -396,7 +396,7 @@ def _stands_still(wide: Float64, narrow: NDArray[np.float32]) -> bool:
     return 2 * int((moved & (np.diff(narrow) == 0)).sum()) > int(moved.sum())
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     shown = [f"'{name}'" for name in names]
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
 
@@ -846,7 +846,7 @@ def _npz_times(source: Source, values: NDArray[Any], before: int) -> Float64:
 def _time_column(source: Source, names: list[str], options: ReadOptions) -> str | None:
     if options.timestamp is not None:
         if options.timestamp not in names:
-            raise TableError(f"{source.path} has no column {options.timestamp!r}; it has {_listed(names)}.")
+            raise TableError(f"{source.path} has no column {options.timestamp!r}; it has {listed(names)}.")
         return options.timestamp
     by_name = {name.lower(): name for name in reversed(names)}
     found = next((by_name[name] for name in TIMESTAMP_COLUMNS if name in by_name), None)
@@ -856,7 +856,7 @@ def _time_column(source: Source, names: list[str], options: ReadOptions) -> str 
 
 
 def _untimed(source: Source, names: list[str]) -> TableError:
-    return TableError(f"{source.path} has no column of times by a name that is known: name it with --timestamp; it has {_listed(names)}.")
+    return TableError(f"{source.path} has no column of times by a name that is known: name it with --timestamp; it has {listed(names)}.")
 
 
 def _coded_columns(reading: _Reading, names: list[str], wanted: Sequence[str] | None) -> tuple[str, dict[str, int]]:
@@ -869,7 +869,7 @@ def _coded_columns(reading: _Reading, names: list[str], wanted: Sequence[str] | 
     wanted = [name for name in names if name != time] if wanted is None else wanted
     absent = [name for name in wanted if name not in names]
     if absent:
-        raise TableError(f"{source.path} has no column {', '.join(map(repr, absent))}; it has {_listed(names)}.")
+        raise TableError(f"{source.path} has no column {', '.join(map(repr, absent))}; it has {listed(names)}.")
     return time, {name: names.index(name) for name in wanted}
 
 

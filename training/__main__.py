@@ -265,13 +265,16 @@ def _run(
         with alone_in(out) if world.first else nullcontext():
             produce(world.in_turn(lambda: job(said)), out, threads=threads, resume=resume, console=said, world=world)
     except NotWritten as error:
-        again = f" The same command with --resume continues from {checkpoint}." if checkpoint.is_file() else ""
-        _refuse(NotWritten(error.detail + again))
+        _refuse(NotWritten(error.detail + _again(checkpoint)))
     except (OnsetError, ValueError) as error:
         _refuse(error)
     except KeyboardInterrupt:
-        said.print(f"Stopped. The same command with --resume continues from {checkpoint}.", soft_wrap=True)
+        said.print(f"Stopped.{_again(checkpoint)}", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def _again(checkpoint: Path) -> str:
+    return f" The same command with --resume continues from {checkpoint}." if checkpoint.is_file() else ""
 
 
 def _run_logs(job: Callable[[], LogJob], out: Path, name: str, version: str, threads: int) -> None:

@@ -1,7 +1,8 @@
 """The folder of a run, and in it the user's files, converted once into two files of float32 that are mapped, not loaded: data may be
 larger than memory.
 
-    cache/x.f32 [rows, F]    cache/t.f32 [rows, 3]    cache/index.json: names, rows, features, SHA-256, and what they were made of
+    cache/x.f32 [rows, F]    cache/t.f32 [rows, 3]    cache/index.json: names, rows, features, which of them never moved,
+                                                 SHA-256, and what they were made of
 
 All streams lie in the same two files, one after the other: a fleet may have more streams than a process may open files.
 """
@@ -24,13 +25,13 @@ import numpy as np
 
 from service.errors import TableError
 from service.outputs import naming
-from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, once_each, read_batches
+from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, listed, once_each, read_batches
 from training.data import Float32, Stream, clock
 
 CACHE = "cache"
 """Its folder, in the folder of the model."""
 LOCK = ".fit.lock"
-FORMAT = 1
+FORMAT = 2
 FILES = {"index.json", "x.f32", "t.f32"}
 READ = 1 << 20
 
@@ -41,12 +42,19 @@ class Cached:
 
     features: list[str]
     streams: list[Stream]
+    unmoved: list[str]  # features that have no two different values in any stream
     sha256: str  # of names and rows: the same data, the same hash
 
     @property
     def summary(self) -> str:
         names = ", ".join(self.features[:8]) + " …" * (len(self.features) > 8)
-        return f"Read {len(self.streams)} stream(s), {sum(map(len, self.streams)):,} rows, {len(self.features)} feature(s): {names}"
+        read = f"Read {len(self.streams)} stream(s), {sum(map(len, self.streams)):,} rows, {len(self.features)} feature(s): {names}"
+        if not self.unmoved:
+            return read
+        return (
+            f"{read}\nIn no stream two different values: {listed(self.unmoved)}. How they move cannot be learned, and when one does, "
+            f"that is an anomaly; --exclude {self.unmoved[0]!r} leaves a column out."
+        )
 
 
 @contextmanager
@@ -96,7 +104,7 @@ def open_cache(folder: Path) -> Cached:
     x, t = _mapped(folder / "x.f32", len(features)), _mapped(folder / "t.f32", 3)
     ends = np.cumsum(lengths).tolist()
     streams = [Stream(name, x[end - rows : end], t[end - rows : end]) for name, rows, end in zip(names, lengths, ends, strict=True)]
-    return Cached(features, streams, index["sha256"])
+    return Cached(features, streams, index["unmoved"], index["sha256"])
 
 
 def told_apart(sources: Sequence[Source]) -> list[Source]:
@@ -143,10 +151,11 @@ def _made_of(sources: Sequence[Source], options: ReadOptions) -> list[Any]:
 
 def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify: Notify) -> dict[str, Any]:
     sha, rowless = hashlib.sha256(), Rowless(sources, notify)
-    names, lengths, features = list[str](), list[int](), list[str]()
+    names, lengths, features, moved = list[str](), list[int](), list[str](), np.array(False)
     with (folder / "x.f32").open("wb") as x, (folder / "t.f32").open("w+b") as t:
         for source in sources:
             start, rows, before = t.tell(), 0, np.nan
+            least, most = np.array(np.inf), np.array(-np.inf)
             with rowless.left_out(source):
                 for table in read_batches(source, options, notify):
                     if rows == 0:
@@ -158,15 +167,19 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                         raise TableError(
                             f"{source.name} has the column {unknown[0]!r} that {names[0]} lacks: one model, one set of features."
                         )
-                    values = as_float32(source, features, table.matrix(features), rows, notify).tobytes()
-                    sha.update(values)
-                    x.write(values)
+                    values = as_float32(source, features, table.matrix(features), rows, notify)
+                    least, most = np.fmin(least, np.fmin.reduce(values)), np.fmax(most, np.fmax.reduce(values))
+                    content = values.tobytes()
+                    sha.update(content)
+                    x.write(content)
                     t.write(clock(table.timestamps, before).tobytes())
                     rows, before = rows + len(table), table.timestamps[-1]
+                moved = moved | (least < most)
                 lengths.append(rows)
                 _hash_from(t, start, sha)
     rowless.refuse_all()
-    return {"names": names, "lengths": lengths, "features": features, "sha256": sha.hexdigest()}
+    unmoved = [feature for feature, moves in zip(features, moved.tolist(), strict=True) if not moves]
+    return {"names": names, "lengths": lengths, "features": features, "unmoved": unmoved, "sha256": sha.hexdigest()}
 
 
 def _hash_from(file: BinaryIO, start: int, sha: Any) -> None:

@@ -36,6 +36,7 @@ from training.fit import Progress as Reached
 from training.normaliser import FORECAST_LIMIT
 from training.signals import SCALED_LIMIT, ResidualSignals
 from training.stillness import ALIKE, longest_runs
+from training.tail import HOLD
 from training.verify import Runner, StepFunction
 
 MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
@@ -110,6 +111,8 @@ def fleet_job(
             f"The longest stream has {max(map(len, streams))} rows, and the network learns from {max(fleet.splits)} of them, the first "
             f"{100 * (1 - validation):g} %: too few to train on ({plan.chunk} at least)."
         )
+    if context.issuperset(set(features) - set(cached.unmoved)):
+        raise TableError("No scored column has two different values in a stream: there is nothing to learn from these files.")
     if sizes.cell != "none" and not fleet.validates:
         raise TableError(
             f"Nothing says when to stop learning: the rows behind the first {100 * (1 - validation):g} % of the streams have no values. "
@@ -307,6 +310,11 @@ def _evaluate(step: DetectorStep, job: Job, run: StepFunction, console: Console)
     quality: dict[str, Any] = {"calibrated_on": asdict(support) | {"rows": job.calibrated_on}} if support else {}
     if support and not support.enough:
         quality["warning"] = f"Calibrated on {support.streams} stream(s): too few to know how much others differ, so α may not hold."
+    elif support and (longest := max(map(len, job.calibration))) < step.signals.burn + HOLD:
+        quality["warning"] = (
+            f"Calibrated on {longest} rows of a stream at most: what begins behind its first {step.signals.burn + HOLD:.0f} was never "
+            "seen, so α may not hold."
+        )
     quality |= {"false_onsets_on_unseen_rows": false_onsets(onset_p, unseen)}
     if not any(job.counted_from):
         quality["false_onsets_by_age_at_0.001"] = false_onsets_by_age(onset_p[ASKED.index(1e-3)])

@@ -49,6 +49,25 @@ def test_files_without_rows_are_told_and_left_out(tmp_path: Path) -> None:
         converted(tmp_path / "data", tmp_path / "cache")
 
 
+def test_columns_that_stand_in_every_stream_are_told_and_nothing_else_is_refused(tmp_path: Path) -> None:
+    """They were taken in silence: a sensor whose column was empty in the history raised an alert with each of its first moves."""
+    (tmp_path / "data").mkdir()
+    for name, serial in (("a", 1), ("b", 2)):
+        lines = [f"{i},{serial},,{i % 3},{'' if i < 299 else 7}" for i in range(300)]
+        (tmp_path / "data" / f"{name}.csv").write_text("\n".join(["timestamp,serial,heat,load,flow", *lines]))
+    cached = converted(tmp_path / "data", tmp_path / "cache")
+    assert cached.unmoved == ["serial", "heat", "flow"]
+    assert "In no stream two different values: 'serial', 'heat', 'flow'." in cached.summary
+    assert "different" not in converted(small(tmp_path / "moving"), tmp_path / "other").summary
+
+    def job(context: frozenset[str]) -> object:
+        return fleet_job(cached, [tmp_path], Sizes(), Plan(), 0.15, None, "1", "", context)
+
+    assert job(frozenset())
+    with pytest.raises(TableError, match="No scored column has two different values in a stream"):
+        job(frozenset({"load"}))
+
+
 @pytest.fixture(scope="module")
 def rows() -> tuple[Float64, Float64]:
     """Times [T] and values [T, F] of a file of several batches."""

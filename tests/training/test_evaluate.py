@@ -26,6 +26,14 @@ def test_anomalies_are_injected_into_what_is_scored_and_moves() -> None:
         assert not np.array_equal(changed[:, 3], x[:, 3])
 
 
+def test_a_history_too_short_to_know_what_follows_a_first_onset_is_warned_of(univariate: DetectorStep, run: Runner) -> None:
+    """500 streams of 200 rows: 31 times as many false onsets as asked for, and nothing but that figure said so."""
+    quality, _ = _evaluate(univariate, default_job(Plan(), "1", "", lanes=8, length=224), run, Console(quiet=True))
+    assert quality["warning"].startswith("Calibrated on 224 rows of a stream at most: what begins behind its first 225 was never seen")
+    quality, _ = _evaluate(univariate, default_job(Plan(), "1", "", lanes=8, length=225), run, Console(quiet=True))
+    assert "warning" not in quality
+
+
 def test_each_rate_is_measured_where_it_is_asked_for(univariate: DetectorStep, run: Runner) -> None:
     """A run at 1e-3 makes quiet streams more sensitive, up to a decade: its onsets below 1e-4 are not those of a service asked for 1e-4."""
     job = default_job(Plan(), "1", "", lanes=STREAMS, length=ROWS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -20,13 +21,13 @@ from service.errors import TableError
 from service.tables import ReadOptions, find_sources, read_table
 from tests.limits import files_of_at_most
 from tests.training.conftest import TINY, random_step
-from training.__main__ import app
+from training.__main__ import _run, app
 from training.cache import alone_in, convert, open_cache
 from training.data import CONTEXT, Block, Fleet, Stream, clock
 from training.distributed import ALONE
 from training.evaluate import Scores, run_streams
 from training.fit import Drawn, Lanes, Plan, Progress, Trainer, learning_rate, prepare, prepare_all
-from training.pipeline import _step, _train, fleet_job
+from training.pipeline import Job, _step, _train, fleet_job
 from training.report import Shown, draw
 from training.synthetic import ANOMALIES, Synthetic, generate, streams
 
@@ -200,6 +201,20 @@ def test_a_fit_that_filled_the_disk_late_says_how_it_goes_on(fitted: tuple[Path,
     assert "pumps-1.onnx cannot be written: File too large. It takes " in " ".join(result.output.split())
     assert "with --resume continues from" in " ".join(result.output.split())
     assert (out / "pumps-1.onnx").read_bytes() == before
+
+
+def test_a_fit_that_is_stopped_names_the_checkpoint_only_where_there_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While files were read it had named one to continue from, too."""
+
+    def interrupted(_: object) -> Job:
+        raise KeyboardInterrupt
+
+    for said in ("Stopped.", f"Stopped. The same command with --resume continues from {tmp_path / 'checkpoint.pt'}."):
+        with pytest.raises(typer.Exit) as stopped:
+            _run(interrupted, tmp_path, threads=1, resume=False)
+        assert stopped.value.exit_code == 130
+        assert capsys.readouterr().out == said + "\n"
+        (tmp_path / "checkpoint.pt").touch()
 
 
 def test_there_is_nothing_to_resume_without_a_checkpoint(tmp_path: Path) -> None:
