@@ -90,7 +90,7 @@ class Settings(BaseSettings):
     streams_output: Annotated[str, Field(min_length=1)] = "onset:results"
     """Key of the Redis Stream that the results of those events go to."""
     streams_max_results: Annotated[int, Field(ge=1)] = 1_000_000
-    """About how many results it keeps."""
+    """About how many results it keeps, some 700 bytes each (8 features: 2 kB) of the store's memory."""
     streams_partitions: Annotated[int, Field(ge=1, le=1024)] = 1
     """With several the keys are onset:events:{0}, {1}, …; each is read by one replica at a time."""
     streams_group: Annotated[str, Field(min_length=1)] = "onset"
