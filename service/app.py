@@ -84,6 +84,8 @@ class Service:
         self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics)
         self.store: StateStore | None = None
         self._store_open = False
+        self._not_open_for = ""
+        """Why the store could not be opened last."""
         self.failure: str | None = None
         """Why the service could not be opened."""
         self._closing = False
@@ -260,6 +262,7 @@ class Service:
         try:
             await self._try_open(store)
         except StoreUnavailable as error:
+            self._not_open_for = error.detail
             log.warning("store_not_open_yet", error=error.detail)
             task = asyncio.create_task(self._reopen(store), name="open-store")
             stack.push_async_callback(tasks.end, task)
@@ -267,8 +270,11 @@ class Service:
     async def _reopen(self, store: RedisStore | ClusterStore) -> None:
         while not self._store_open:
             await asyncio.sleep(REOPEN_SECONDS)
-            with contextlib.suppress(StoreUnavailable):
+            try:
                 await self._try_open(store)
+            except StoreUnavailable as error:
+                self._not_open_for = error.detail
+            else:
                 log.info("store_open")
 
     async def _try_open(self, store: RedisStore | ClusterStore) -> None:
@@ -286,7 +292,7 @@ class Service:
         if self._closing:
             return "The service is stopping."
         if self.store is None or not self._store_open:
-            return "The state store has not been opened yet."
+            return f"The state store has not been opened yet. {self._not_open_for}".rstrip()
         stuck = await self.live()
         if stuck:
             return stuck

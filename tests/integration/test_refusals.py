@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -159,6 +160,19 @@ async def test_a_password_that_is_not_the_right_one_is_told_as_such(server: Valk
         with pytest.raises(StoreRefused, match="it wants another user or password: ONSET_REDIS_URL"):
             await store.open()
         await store.close()
+
+
+async def test_readiness_says_why_the_store_could_not_be_opened_last(server: Valkey, tiny_model_path: Path) -> None:
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "onset", "reset", "on", ">right")
+    async with Service(Settings(redis_url=f"unix://onset:right@{server.socket}", model=tiny_model_path)).running() as service:
+        assert re.search("not been opened yet.*NoPermission", await service.ready() or "")
+        server.kill()
+        async with asyncio.timeout(60):
+            while True:
+                if "not been opened yet. The state store does not answer" in (await service.ready() or ""):
+                    break
+                await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("others", [1_000, 30_000])
