@@ -14,7 +14,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from service import alerts, control, events, logs, loki, otlp, patterns, problems
@@ -37,6 +37,12 @@ from service.remote_write import MESSAGE_1, MESSAGE_2, PATH
 from service.results import TOP
 from service.stores import CURSOR_DIGITS
 
+_BUNDLE = b"SwaggerUIBundle({"
+_LINES_AS_THEY_ARE = b"""
+    plugins: [system => ({fn: {getSampleSchema: (schema, type, config, example) =>
+        type === "application/x-ndjson" && typeof example === "string" ? example
+        : system.getSystem().fn.jsonSchema202012.getSampleSchema(schema, type, config, example)}})],"""
+"""Swagger UI takes every type with json in its name for JSON, shows a text as a string of it, in quotes, and sends that."""
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 PRINTABLE = f"^[^\\u0000-\\u001F\\u007F]{{1,{MAX_NAME_LENGTH}}}$"
 CURSOR_PATTERN = f"^[0-9]{{1,{CURSOR_DIGITS}}}$"
@@ -132,8 +138,7 @@ def add_docs(app: FastAPI) -> None:
             swagger_favicon_url=icon,
             swagger_ui_parameters={"validatorUrl": None, "displayRequestDuration": True},
         )
-        shown.headers.update(_NOT_FRAMED)
-        return shown
+        return HTMLResponse(bytes(shown.body).replace(_BUNDLE, _BUNDLE + _LINES_AS_THEY_ARE, 1), headers=_NOT_FRAMED)
 
     app.router.routes.append(Route("/docs", page, include_in_schema=False))
     for name in _ASSETS:

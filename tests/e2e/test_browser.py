@@ -430,6 +430,21 @@ def test_the_page_works_under_a_path_and_opens_a_linked_stream(service: Service,
         assert all(path.startswith("/onset/") for path in asked), asked
 
 
+def test_the_example_of_lines_on_the_page_of_the_api_is_sent_as_lines(service: Service, plant: Plant, browser: Browser) -> None:
+    with Visit(browser, service.url) as page:
+        page.goto(f"{service.url}/docs")
+        events = page.locator("#operations-default-postEvents")
+        events.locator(".opblock-summary").click()
+        events.locator(".opblock-section-request-body select").first.select_option("application/x-ndjson")
+        events.get_by_role("button", name="Try it out").click()
+        lines = events.locator("textarea").input_value().splitlines()
+        assert [json.loads(line)["event_id"] for line in lines] == ["a-17", "a-18"]
+        events.get_by_role("button", name="Execute").click()
+        answer = events.locator(".live-responses-table")
+        expect(answer).to_contain_text('"model_version"')
+        expect(answer).not_to_contain_text("urn:onset:bad-event")
+
+
 def test_a_page_whose_service_has_gone_says_so_and_finds_it_again(tmp_path: Path, tiny_model_path: Path, browser: Browser) -> None:
     with Service(tmp_path / "data", model=tiny_model_path) as short_lived:
         visit = Visit(browser, short_lived.url)
