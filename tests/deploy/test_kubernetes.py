@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from service.console.trial import TrialLimits
 from service.settings import Settings
 from service.sources import options
 from tests.deploy.files import (
@@ -173,6 +174,13 @@ def test_kubernetes_waits_longer_than_the_pause_and_both_halves_of_the_drain(
     command, pause = container["lifecycle"]["preStop"]["exec"]["command"]
     assert command == "sleep"
     assert pod["terminationGracePeriodSeconds"] >= float(pause) + 2 * settings.drain_seconds + 10
+
+
+def test_a_backtest_of_the_page_fits_beside_the_replica(settings: Settings, container: Document) -> None:
+    trial = TrialLimits(settings.backtest_bytes, settings.backtest_rows, settings.backtest_seconds)
+    limit = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
+    busy, begun = 600 * 2**20, 100 * 2**20  # a replica of many streams; the backtest's process before it reads the file
+    assert busy + begun + trial.memory < limit
 
 
 def test_a_lost_store_takes_a_pod_out_of_the_service_and_restarts_none(container: Document) -> None:
