@@ -208,7 +208,9 @@ def split(
         ),
     ] = None,
     zone: Annotated[str | None, typer.Option(help="Time zone of times that name none, such as Europe/Berlin. Default: UTC.")] = None,
-    decimal: Annotated[str, typer.Option(help="What stands before the decimals: . or ,")] = ".",
+    decimal: Annotated[
+        str | None, typer.Option(help="What stands before the decimals: . or , Default: points, and 1,234 is no number.")
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="A column or tag to leave out, or a pattern such as '*.status'. Repeatable.")
     ] = None,
@@ -249,7 +251,7 @@ def split(
     from service.tables import Dialect, ReadOptions  # noqa: PLC0415
     from service.terminal import terminal  # noqa: PLC0415
 
-    if decimal not in (".", ","):
+    if decimal not in (None, ".", ","):
         _refuse(f"--decimal {decimal!r} is neither . nor a comma.")
     try:
         where = UTC if zone is None else ZoneInfo(zone)

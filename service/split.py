@@ -29,7 +29,7 @@ import numpy as np
 from service.errors import TableError
 from service.long_tables import Long, Spill, Suggestion, Tags, aligned, read_long, suggestion
 from service.outputs import naming
-from service.tables import Dialect, Float64, Notify, ReadOptions, Rowless, Source, Table, Unsorted, find_sources, read_batches
+from service.tables import ONE_COMMA, Dialect, Float64, Notify, ReadOptions, Rowless, Source, Table, Unsorted, find_sources, read_batches
 
 CELLS = 1 << 22
 """Cells of a batch: some 100 MB with the texts they are read from."""
@@ -111,7 +111,12 @@ class Done:
 
     def commas(self) -> list[str]:
         """Whether numbers were taken for words."""
-        return [f"{self.comma[1]!r} in {self.comma[0]} has a decimal comma: --decimal , reads it."] if self.comma else []
+        if self.comma is None:
+            return []
+        name, cell = self.comma
+        if ONE_COMMA.fullmatch(cell):
+            return [f"{cell!r} in {name}: --decimal . where its comma is between thousands, --decimal , where decimals follow it."]
+        return [f"{cell!r} in {name} has a decimal comma: --decimal , reads it."]
 
     def look(self, names: list[str], values: Float64) -> None:
         """Take down which of these columns [T, F] have numbers that devices write in place of a reading."""

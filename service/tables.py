@@ -39,11 +39,16 @@ LABEL_COLUMNS = frozenset(
 )
 BATCH_CELLS = 1 << 17
 """Cells of a batch."""
-GROUPED = {
+GROUPED: dict[str | None, re.Pattern[str]] = {
     ",": re.compile(r"\s*[-+]?\d{1,3}(?:([.\s'’])\d{3})(?:\1\d{3})*(?:,\d+)?\s*"),
-    ".": re.compile(r"\s*[-+]?\d{1,3}(?:(?:,\d{3})+\.\d+|(?:([\s'’])\d{3})(?:\1\d{3})*(?:\.\d+)?)\s*"),
+    ".": re.compile(r"\s*[-+]?\d{1,3}(?:([,\s'’])\d{3})(?:\1\d{3})*(?:\.\d+)?\s*"),
+    None: re.compile(r"\s*[-+]?\d{1,3}(?:(?:,\d{3})+\.\d+|(?:,\d{3}){2,}|(?:([\s'’])\d{3})(?:\1\d{3})*(?:\.\d+)?)\s*"),
 }
-"""Numbers with marks between thousands, by what stands before the decimals. `1,234` is none: its comma may be one that nobody announced."""
+"""Numbers with marks between thousands, by what stands before the decimals; None = nobody said, so `1,234` may be one or the other."""
+_NUMBER = r"[-+]?\d[\d.,]*"
+UNIT = re.compile(rf"\s*(?:(?:[A-Z]{{0,3}}[€$£¥]|[A-Z]{{3}})\s*{_NUMBER}|{_NUMBER}(?:\s*[€$£¥%‰]|\s+[^\W\d_]{{1,3}}))\s*")
+"""A number with a currency, a per cent sign or a short unit: `€12.50`, `99.5 %`, `12 kW`."""
+ONE_COMMA = re.compile(r"\s*[-+]?[1-9]\d{0,2},\d{3}\s*")
 MARKS = re.compile(r"[.,\s'’]")
 MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-"})
 TRUTHS = {"true": 1.0, "false": 0.0}
@@ -114,7 +119,7 @@ class ReadOptions:
 class Dialect:
     """How a file writes numbers and times."""
 
-    decimal: str = "."  # what a CSV has before the decimals
+    decimal: str | None = None  # what a CSV has before the decimals; None: points, but 1,234 is no number
     time_format: str | None = None  # of times, as in strptime, or one of UNITS; default: ISO 8601 or epoch seconds
     zone: tzinfo = UTC  # of times that name none
     missing: frozenset[float] = frozenset()  # numbers that stand for no reading; heeded by `split`
@@ -520,15 +525,15 @@ def _numbers(reading: _Reading, column: str, cells: Sequence[str], before: int) 
     """`before`, here and below: rows of the file before these."""
     decimal = reading.dialect.decimal
     try:
-        return np.array(cells if decimal == "." else [_pointed(cell, decimal) for cell in cells], dtype=np.float64)
+        return np.array(cells if decimal != "," else [_pointed(cell, decimal) for cell in cells], dtype=np.float64)
     except ValueError:
         return np.array([_number(reading, column, number, cell) for number, cell in enumerate(cells, before + 1)])
 
 
-def _pointed(cell: str, decimal: str) -> str:
+def _pointed(cell: str, decimal: str | None) -> str:
     """The cell as Python writes numbers, without marks between thousands. Raises ValueError: the other mark stands elsewhere."""
     if GROUPED[decimal].fullmatch(cell):
-        whole, point, part = cell.partition(decimal)
+        whole, point, part = cell.partition(decimal or ".")
         return MARKS.sub("", whole) + (f".{part}" if point else "")
     if decimal == ",":
         if "." in cell:
@@ -537,9 +542,9 @@ def _pointed(cell: str, decimal: str) -> str:
     return cell
 
 
-def _as_written(cell: object, decimal: str) -> str:
+def _as_written(cell: object, decimal: str | None) -> str:
     """A cell of Parquet as a CSV has it."""
-    return cell if isinstance(cell, str) else "" if cell is None else str(cell).replace(".", decimal)
+    return cell if isinstance(cell, str) else "" if cell is None else str(cell).replace(".", decimal or ".")
 
 
 def _number(reading: _Reading, column: str, number: int, cell: str) -> float:
@@ -559,7 +564,7 @@ def _number(reading: _Reading, column: str, number: int, cell: str) -> float:
         ) from None
 
 
-def _number_or_word(cell: str, decimal: str) -> float | None:
+def _number_or_word(cell: str, decimal: str | None) -> float | None:
     """None for a word."""
     try:
         return float(_pointed(cell, decimal))
@@ -570,10 +575,14 @@ def _number_or_word(cell: str, decimal: str) -> float | None:
 
 def _advice(column: str, cell: str) -> str:
     """What to do about a cell that is no number."""
+    if ONE_COMMA.fullmatch(cell):
+        return "`python -m service split` reads it, with --decimal . where its comma is between thousands, with --decimal , where it is not"
     if re.fullmatch(r"\s*[-+]?[\d.]*\d,\d+\s*", cell):
         return "is it a decimal comma? `python -m service split --decimal ,` makes files with points"
     if re.match(r"\s*\d{1,4}[-./]\d{1,2}[-./]\d{1,4}", cell):
         return f"if it is the time, name it with --timestamp {column!r}, else leave the column out with --exclude {column!r}"
+    if UNIT.fullmatch(cell):
+        return "write the number alone, without its unit"
     return f"leave the column out with --exclude {column!r}; a pattern such as '*.status' leaves out many"
 
 

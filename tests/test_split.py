@@ -140,12 +140,13 @@ def test_a_table_whose_times_are_not_found_is_refused_and_not_numbered(tmp_path:
         (",", ["1.234,50", "12", "-1.234.567", "1 234,5", "1'234", "12,5E-3"], [1234.5, 12.0, -1234567.0, 1234.5, 1234.0, 0.0125]),
         (",", ["12.5", "1.2345", "1.234,5,6", "0,1"], [math.nan, math.nan, math.nan, 0.1]),
         (".", ['"1,234.50"', "1 234", "12.5"], [1234.5, 1234.0, 12.5]),
-        (".", ['"1,234"', '"1,2.5"', "3"], [math.nan, math.nan, 3.0]),
+        (".", ['"1,234"', '"1,2.5"', "3", '"1,234,567"', '"0,1"'], [1234.0, math.nan, 3.0, 1234567.0, math.nan]),
+        (None, ['"1,234"', '"1,2.5"', "3", '"1,234,567"', '"1,234.5"'], [math.nan, math.nan, 3.0, 1234567.0, 1234.5]),
     ],
 )
 @pytest.mark.parametrize("long", [False, True])
 def test_marks_between_thousands_are_read_and_other_marks_make_no_number(
-    tmp_path: Path, decimal: str, cells: list[str], numbers: list[float], long: bool
+    tmp_path: Path, decimal: str | None, cells: list[str], numbers: list[float], long: bool
 ) -> None:
     separator = ";" if decimal == "," else ","
     lines = [separator.join(["time", "tag", "a"])]
@@ -162,6 +163,16 @@ def test_marks_between_thousands_are_read_and_other_marks_make_no_number(
 def test_grouped_thousands_before_a_comma_ask_for_the_decimal_comma(tmp_path: Path) -> None:
     done = split([written(tmp_path, "time;a\n2026-11-24;1.234,50\n2026-11-25;7\n")], tmp_path / "out", "{stream}", ReadOptions())
     assert done.report()[-1] == "'1.234,50' in a has a decimal comma: --decimal , reads it."
+
+
+def test_a_single_comma_before_three_digits_asks_what_it_is(tmp_path: Path) -> None:
+    path = written(tmp_path, 'time,orders\n2026-11-24,998\n2026-11-25,"1,094"\n')
+    done = split([path], tmp_path / "out", "{stream}", ReadOptions())
+    asked = "--decimal . where its comma is between thousands, --decimal , where decimals follow it."
+    assert done.report()[-1] == f"'1,094' in orders: {asked}"
+    ran = CliRunner().invoke(app, ["split", str(path), "--out", str(tmp_path / "thousands"), "--decimal", "."])
+    assert ran.exit_code == 0, ran.output
+    assert stream(tmp_path / "thousands", "orders").columns["value"].tolist() == [998.0, 1094.0]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])

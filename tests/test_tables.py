@@ -95,6 +95,10 @@ def test_columns_can_be_chosen(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("time,a\n1,1\n2,wet\n", r"a\.csv: column 'a', row 2: 'wet' is not a number .*--exclude"),
+        *((f"time;a\n1;{cell}\n", "number alone, without its unit") for cell in ("€12.50", "99.5%", "12 kW", "-3,5 €", "EUR 1.20", "US$7")),
+        *((f"time;a\n1;{cell}\n", "leave the column out with --exclude") for cell in ("1.2.3", "12ab", "AB12", "5 units")),
+        ('time,a\n1,"1,094"\n', r"`python -m service split` reads it, with --decimal \. where its comma is between thousands"),
+        ("time;a\n1;12,5\n", r"is it a decimal comma\?"),
         ("time,a\n1,inf\n", r"column 'a', row 1: .*inf.* is not finite; leave the cell empty"),
         ("time,a\n2024-01-01,1\nsoon,2\n", r"column 'time', row 2: 'soon' is neither an ISO 8601 time nor epoch seconds"),
         ("time,a\n1704110400000,1\n", r"column 'time', row 1: .* is not a time in epoch seconds"),
