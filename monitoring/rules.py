@@ -263,7 +263,8 @@ RULES: tuple[Rule, ...] = (
             "Does `ONSET_REDIS_URL` name the database that it named?",
         ),
         (
-            "Forgotten: stop what empties the store (`maxmemory-policy noeviction`). A backup brings back the states as they were then.",
+            "Forgotten: stop what empties the store (`maxmemory-policy noeviction`). A backup brings back the states as they were then "
+            "(docs/deploy.md, *Backup and restore*).",
             "Deleted, or not heard of for `ONSET_STATE_TTL_SECONDS`, and meant to be: nothing.",
         ),
         (
