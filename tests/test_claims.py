@@ -325,6 +325,16 @@ async def test_a_claim_that_the_store_has_lost_is_written_again_by_those_in_forc
     assert old.serves, "nobody else wanted it"
 
 
+async def test_a_claim_that_was_lost_is_one_files_before_a_stream_starts_afresh(start: Start, store: Store) -> None:
+    old, new = await start(0), await start(1)
+    await new.send(*events(3, "a"))
+    assert old.serves, "nobody has told it"
+    store._claims.clear()
+    assert [answer.state_version for answer in await old.send(*events(1, "a", 3))] == [1]
+    await new.claim.beat()
+    assert (old.serves, new.serves) == (True, False)
+
+
 async def test_a_claim_that_nobody_can_read_holds_nobody_up_for_good(start: Start, store: Store, clock: Clock) -> None:
     replica = await start(0)
     await store.claim(MODEL, None, b"\xff nonsense")
