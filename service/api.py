@@ -20,6 +20,7 @@ as ASGI brings them: these would take longer than scoring one (bench.http). Thei
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -223,6 +224,8 @@ class Door:
         """Score one event, or many; of the stream in the path, where it names one."""
         try:
             replied, media = await self._score(Incoming(scope, receive), stream_id)
+        except asyncio.CancelledError:  # the server's, once the time to stop is over; it would answer 500
+            replied, media = self._failed(scope["path"], NotCommitted("The service stopped before this was answered: send it again.")), b""
         except Exception as error:
             self.refuse(error)
             replied, media = self._failed(scope["path"], error), b""

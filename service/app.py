@@ -160,6 +160,8 @@ class Service:
         """Called when the server begins to stop, before it waits for answers under way: endless ones end here."""
         if self.console:
             self.console.live.close()
+        for scorer in self.scorers.values():
+            scorer.stopping()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Service]:

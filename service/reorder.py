@@ -86,11 +86,16 @@ class Reorder(Generic[Answer]):
         answers = await asyncio.gather(*futures, return_exceptions=True)
         return cast("list[Answer | Exception]", answers)  # futures fail with Exceptions only, see _answer
 
-    async def flush(self) -> None:
-        """Release everything in order, and wait until it is answered."""
+    def release(self) -> None:
+        """Hold nothing from here on; what is held is released in order."""
+        self._seconds = 0.0
         for stream_id in list(self._streams):
             self._send(self._take(stream_id, len(self._streams[stream_id])))
         self._dues.clear()
+
+    async def flush(self) -> None:
+        """The same, and wait until it is answered."""
+        self.release()
         while self._sending:
             await asyncio.wait(self._sending)
 

@@ -234,6 +234,11 @@ class Scorer:
         if (alpha, strict) != (self.policy.alpha, self.policy.strict):
             self.policy = changed(self.policy, alpha=alpha, strict=strict)
 
+    def stopping(self) -> None:
+        """The service begins to stop, and waits for answers under way: no event is held for earlier ones any more."""
+        if self._reorder is not None:
+            self._reorder.release()
+
     async def drain(self, seconds: float) -> None:
         """Finish what was accepted within `seconds`, then stop."""
         until = time.monotonic() + seconds

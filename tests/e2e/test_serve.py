@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from service.__main__ import app
 from tests import local
 from tests.e2e.process import Service
+from tests.times import wait
 
 NDJSON = {"content-type": "application/x-ndjson"}
 
@@ -219,3 +221,28 @@ def test_a_store_that_hangs_is_named_with_how_long_it_was_waited_for(tmp_path: P
         finally:
             store.resume()
         assert (reply.status_code, reply.json()["detail"]) == (503, "The state store does not answer a ping: no answer within a second.")
+
+
+def test_a_stop_answers_at_once_what_is_held_for_earlier_events(tmp_path: Path, tiny_model_path: Path) -> None:
+    event = {"stream_id": "a", "values": {"value": 1.0}, "timestamp": 1e9, "event_id": "1"}
+    with Service(tmp_path / "data", model=tiny_model_path, REORDER_SECONDS="60") as service, ThreadPoolExecutor() as pool:
+        asked = pool.submit(local.post, f"{service.url}/v1/events", json=event, timeout=50)
+        wait(lambda: 'onset_held_events{model="tiny"} 1.0' in local.get(f"{service.url}/metrics").text)
+        os.kill(service.pid, signal.SIGTERM)
+        answer = asked.result()
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["state_version"] == 1
+        wait(lambda: service.ended)
+
+
+def test_what_is_not_done_when_the_time_to_stop_is_over_is_to_be_sent_again(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path, DRAIN_SECONDS="1") as service:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
+            client.sendall(b"POST /v1/events HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n")
+            assert b" 100 Continue" in client.recv(1000)
+            os.kill(service.pid, signal.SIGTERM)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 503 "), answer
+        assert b'"urn:onset:not-committed"' in answer
+        wait(lambda: service.ended)
+        assert "Traceback" not in service.log.read_text()
