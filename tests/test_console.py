@@ -386,6 +386,17 @@ async def test_a_watcher_of_a_stream_gets_each_event_once_and_is_told_what_it_mi
         await watcher.leave()
 
 
+async def test_what_moves_little_at_a_great_height_or_beside_a_great_number_is_seen_to_move(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        for base, odd in ((101_325.0, 101_325.0), (3.0, 65_535.0)):
+            values = [base, base + 0.25, base + 0.5, odd]
+            name = str(base)
+            await fleet.score(*((name, value) for value in values))
+            watcher = Watcher(fleet.live.stream(tiny_detector.name, name, []))
+            assert (await watcher.data("events"))["x"] == [values]
+            await watcher.leave()
+
+
 async def test_a_stream_may_be_watched_before_it_speaks(tiny_detector: Detector) -> None:
     async with fleet_of(tiny_detector) as fleet:
         watcher = Watcher(fleet.live.stream(tiny_detector.name, "later", []))

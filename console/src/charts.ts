@@ -2,7 +2,7 @@
 
 import uPlot from "uplot";
 import { h } from "./dom";
-import { number, score } from "./format";
+import { marked, number, score } from "./format";
 import { colours, onTheme } from "./theme";
 
 export type Column = (number | null)[];
@@ -35,7 +35,7 @@ export class Chart {
 
   constructor(
     private readonly options: Options,
-    private readonly series: () => { series: uPlot.Series[]; bands?: uPlot.Band[]; y: uPlot.Range.Function; threshold: boolean; digits: (value: number) => string },
+    private readonly series: () => { series: uPlot.Series[]; bands?: uPlot.Band[]; y: uPlot.Range.Function; threshold: boolean; digits: (value: number, step: number) => string },
   ) {
     this.element = h("div", { class: "chart", role: "img", "aria-label": options.label });
     this.unwatch = onTheme(() => this.make());
@@ -91,7 +91,7 @@ export class Chart {
         scales: { x: { time, min, max, auto: false }, y: { range: y } },
         axes: [
           { ...axis, grid: { show: false }, values: (_, splits) => splits.map((split) => tick(split, splits, time)), space: 80, size: 26 },
-          { ...axis, values: (_, splits) => splits.map(digits), size: 54, space: 34 },
+          { ...axis, values: (_, splits, __, ___, step) => splits.map((split) => digits(split, step)), size: 62, space: 34 },
         ],
         series: [{}, ...series.map((one) => ({ ...one, gaps: breaks }))],
         ...(bands ? { bands } : {}),
@@ -192,7 +192,7 @@ export function valueChart(options: Options): Chart {
       bands: [{ series: [2, 1], fill: paint.blueSoft }],
       y: valueRange,
       threshold: false,
-      digits: (value) => number(value),
+      digits: marked,
     };
   });
 }
@@ -209,7 +209,10 @@ export function scoreChart(options: Options): Chart {
 
 /** All of the value and of what was expected; of the band no more than once the same again: a young stream's is wide. */
 function valueRange(plot: uPlot): uPlot.Range.MinMax {
-  const [first, last] = plot.series[0]!.idxs ?? [0, plot.data[0].length - 1];
+  const t = plot.data[0];
+  let [first, last] = plot.series[0]!.idxs ?? [0, t.length - 1];
+  while (t[first - 1] === t[first]! && first) first--; // of events of one instant, such as those of a bulk without times, uPlot names one
+  while (t[last + 1] === t[last]! && last + 1 < t.length) last++;
   let [min, max] = extent([plot.data[3]!, plot.data[4]!], first, last);
   if (min > max) return [0, 1];
   const [low, high] = extent([plot.data[1]!, plot.data[2]!], first, last);

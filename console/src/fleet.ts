@@ -309,7 +309,7 @@ class Fleet {
     if (shown) return void (this.words.childElementCount && this.words.replaceChildren());
     if (this.link.state === "away") fill(this.words, empty("Not connected", this.link.detail));
     else if (!this.began) fill(this.words, empty("", "Connecting to the live feed …"));
-    else if (matching) fill(this.words, empty("No stream fits", `None of the streams scored here ${this.search.value.trim() ? `has “${this.search.value.trim()}” in its name` : ""}${this.search.value.trim() && this.stateFilter ? " and " : ""}${this.stateFilter ? `is ${FILTERS.find(([state]) => state === this.stateFilter)?.[1].toLowerCase()}` : ""}.`));
+    else if (matching) fill(this.words, empty("No stream fits", `None of the streams scored here ${this.search.value.trim() ? `has “${this.search.value.trim()}” in its name` : ""}${this.search.value.trim() && this.stateFilter ? " and " : ""}${this.stateFilter ? `is among “${FILTERS.find(([state]) => state === this.stateFilter)?.[1]}”` : ""}.`));
     else if (!this.words.querySelector("pre")) fill(this.words, first(this.features, this.kind));
   }
 }

@@ -16,9 +16,18 @@ export function number(value: number | null | undefined, unit?: string | null): 
 
 /** Made once: making one takes longer than using it a hundred times. */
 const digits = (least: number, most: number): Intl.NumberFormat => new Intl.NumberFormat("en", { minimumFractionDigits: least, maximumFractionDigits: most });
-const [WHOLE, TENTHS, HUNDREDTHS, SMALL] = [digits(0, 0), digits(1, 1), digits(2, 2), digits(0, 4)];
+const FIXED = [0, 1, 2, 3, 4, 5].map((decimals) => digits(decimals, decimals));
+const [WHOLE, TENTHS, HUNDREDTHS] = FIXED as [Intl.NumberFormat, Intl.NumberFormat, Intl.NumberFormat];
+const SMALL = digits(0, 4);
 
 const decimal = (value: number, size: number): string => (size >= 1000 ? WHOLE : size >= 100 ? TENTHS : size >= 1 ? HUNDREDTHS : SMALL).format(value);
+
+/** A number beside an axis whose marks are `step` apart: with as many decimals as tell them apart. */
+export function marked(value: number, step: number): string {
+  const size = Math.abs(value);
+  if (size >= 1e7 || (size !== 0 && step < 0.99e-5)) return number(value);
+  return FIXED[Math.max(0, -Math.floor(Math.log10(step) + 1e-9))]!.format(value);
+}
 
 export const score = (value: number | null | undefined): string => (value === null || value === undefined || !Number.isFinite(value) ? "–" : value.toFixed(2));
 

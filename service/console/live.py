@@ -52,6 +52,8 @@ MEMBERS_SECONDS = 1.0
 HEARTBEAT_SECONDS = 15.0
 SPARK_EVENTS = 96
 """Events of a stream's history that the fleet gets."""
+FLOAT32_DIGITS = 8
+"""Of values that can be zoomed into: one at a great height, or beside a -9999, would stand still with fewer."""
 FEATURES_SENT = 8
 """Features of a stream whose values are sent unless others are asked for: those that carried the most lately."""
 TOP_SENT = 8
@@ -319,7 +321,8 @@ class _Stream:
         return _message("stream", LiveStream(*who, depth, manifest.warmup, features, chosen))
 
     def _columns(self, slot: int, events: NDArray[Any], skipped: int, chosen: list[int]) -> LiveEvents:
-        columns = {name: [series(events[name][:, j]) for j in chosen] for name in ("x", "expected", "lower", "upper", "contribution")}
+        columns = {name: [series(events[name][:, j], FLOAT32_DIGITS) for j in chosen] for name in ("x", "expected", "lower", "upper")}
+        columns["contribution"] = [series(events["contribution"][:, j]) for j in chosen]
         return LiveEvents(
             skipped,
             np.round(events["t"], 3).tolist(),

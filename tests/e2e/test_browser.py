@@ -430,6 +430,25 @@ def test_the_page_works_under_a_path_and_opens_a_linked_stream(service: Service,
         assert all(path.startswith("/onset/") for path in asked), asked
 
 
+def test_the_chart_of_a_bulk_without_times_has_all_of_its_values_and_marks_that_differ(
+    tmp_path: Path, tiny_model_path: Path, browser: Browser
+) -> None:
+    """What someone sends by hand first: all of it comes at one instant."""
+    with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false") as running, Visit(browser, running.url) as page:
+        page.add_init_script(
+            "const said = window.said = []; const fill = CanvasRenderingContext2D.prototype.fillText;"
+            "CanvasRenderingContext2D.prototype.fillText = function (...words) { said.push(words[0]); return fill.apply(this, words); };"
+        )
+        for name, values in (("spike", [5000.0] * 20 + [9000.0]), ("high", [101_325.0 + i % 4 / 4 for i in range(40)])):
+            events = [{"stream_id": name, "values": {"value": value}} for value in values]
+            local.post(f"{running.url}/v1/events", json=events).raise_for_status()
+        page.goto(f"{running.url}/#/stream/spike")
+        until(page, "said.some(words => ['8,000', '9,000'].includes(words))")
+        page.goto("about:blank")
+        page.goto(f"{running.url}/#/stream/high")
+        until(page, "said.some(words => /^101,325\\.[0-9]+$/.test(words))")
+
+
 def test_the_example_of_lines_on_the_page_of_the_api_is_sent_as_lines(service: Service, plant: Plant, browser: Browser) -> None:
     with Visit(browser, service.url) as page:
         page.goto(f"{service.url}/docs")
