@@ -174,6 +174,16 @@ async def test_one_desk_keeps_the_book_and_another_takes_over_when_it_leaves(off
     assert await office.events() == [("s", "opened")]
 
 
+async def test_who_has_lost_the_book_hears_of_it_when_it_renews(office: Office) -> None:
+    assert await office.book.take("us")
+    await office.book.renew("us")
+    await office.book.release("us")
+    for holder in ("nobody", "them"):
+        assert holder == "nobody" or await office.book.take(holder)
+        with pytest.raises(Fenced):
+            await office.book.renew("us")
+
+
 async def test_a_long_fold_keeps_its_lease(office: Office) -> None:
     assert await office.book.take("us")
     await office.store.pipe([("PEXPIRE", LEASE, 500)])
