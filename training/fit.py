@@ -430,11 +430,18 @@ class Trainer:
             ) from error
         if identity != self.identity:
             raise ValueError(
-                f"{self.checkpoint} belongs to a run with other settings or data: {identity}, now {self.identity}. "
+                f"{self.checkpoint} belongs to a run with other settings or data: {_differing(identity, self.identity)}. "
                 "Use the same ones, or leave --resume out to begin anew."
             )
         self._restore(content)
         return True
+
+
+def _differing(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """What of two identities is not the same, in words."""
+    plans = [(name, was["plan"].get(name), value) for name, value in now["plan"].items()]
+    parts = [f"{name} {before}, now {value}" for name, before, value in (*plans, ("trained", was["what"], now["what"])) if before != value]
+    return "; ".join(parts)
 
 
 def _copy(network: nn.Module) -> dict[str, Tensor]:

@@ -202,8 +202,10 @@ def _markdown(manifest: Manifest, progress: Progress, content: dict[str, Any], n
 
 
 def _table(table: Any) -> list[str]:
+    if isinstance(table, str):
+        return [table]
     if not table or not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
-        return [f"`{json.dumps(table)}`"]
+        return [f"`{json.dumps(table, ensure_ascii=False)}`"]
     columns = list(next(iter(table.values())))
     head = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     return head + [f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |" for name, row in table.items()]

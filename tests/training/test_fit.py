@@ -76,7 +76,9 @@ def test_the_report_shows_the_loss_and_a_stream(fitted: tuple[Path, str]) -> Non
     assert content["quality"]["calibrated_on"]["rows"] == "the rows that the network learned from"
     assert content["quality"]["false_onsets_on_unseen_rows"]["0.001"]["events"] > 0
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "![" in (out / "report.md").read_text()
+    told = (out / "report.md").read_text()
+    assert "![" in told
+    assert "\n\nCalibrated on 2 stream(s): too few to know how much others differ, so α may not hold.\n" in told
     page = (out / "report.html").read_text()
     assert 'class="value"' in page
     assert "840 rows of 2 of 2 streams, 5,000 at most of each" in page
@@ -137,7 +139,7 @@ def test_a_block_is_prepared_beside_others_as_it_is_alone() -> None:
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     Trainer(random_step(1), SMALL, replace(PLAN, steps=2), path).run()
-    with pytest.raises(ValueError, match="belongs to a run with other settings or data"):
+    with pytest.raises(ValueError, match=r"belongs to a run with other settings or data: steps 2, now 8\. Use the same ones"):
         Trainer(random_step(1), SMALL, PLAN, path).resume()
 
 
