@@ -157,6 +157,15 @@ def test_the_same_id_twice_in_one_batch_is_answered_once(tiny_detector: Detector
     assert rows["version"][0] == 8
 
 
+def test_an_id_that_comes_again_far_behind_in_its_batch_is_answered_once(tiny_detector: Detector) -> None:
+    """Beyond the ring of eight, and without a time that would make it late."""
+    rows = codec_of(tiny_detector).fresh(1)
+    kinds, scores = run(tiny_detector, rows, [event(0, float(i), event_id=f"e{i % 20}") for i in range(21)])
+    assert kinds == [Kind.SCORED] * 20 + [Kind.DUPLICATE]
+    assert rows["version"][0] == 20
+    np.testing.assert_array_equal(scores[20], scores[0])
+
+
 def test_an_older_event_is_late_and_changes_nothing(tiny_detector: Detector) -> None:
     rows = codec_of(tiny_detector).fresh(1)
     run(tiny_detector, rows, [event(0, timestamp=100.0)])
