@@ -320,6 +320,16 @@ async def test_a_look_keeps_what_streams_show_and_resolves_alerts_whose_streams_
     assert (await office.all(stream_id="on"))[0].last == evidence(T0 + 70)
 
 
+async def test_a_look_reads_the_log_once_more_before_an_alert_is_forgotten(office: Office, desk: Desk) -> None:
+    """A stream may say how its alert ended between the last fold and the look."""
+    await office.log(opening())
+    await desk.fold()
+    await office.log(resolving())
+    office.streams.standing = {"s": Stand(True, evidence(T0 + 50), frozenset())}
+    await desk.look()
+    assert [alert.resolution for alert in await office.all()] == ["recovered"]
+
+
 async def test_an_alert_of_a_model_that_nobody_has_any_more_is_resolved_with_its_streams_state(office: Office, desk: Desk) -> None:
     transition = opening(model="gone")
     assert await office.store.commit("gone", [Write("s", b"", value(), log=[encoded(transition)])]) == [1]
