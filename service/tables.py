@@ -360,7 +360,7 @@ def read_for(
         if len(features) != 1 or len(table.columns) != 1:
             raise TableError(
                 f"{source.path} has the columns {listed(table.columns)}, the model the features {listed(features)}: none fits. "
-                "Rename the columns, or name a model of such files with --model (python -m training fit --data ... makes one)."
+                "Rename the columns, or choose a model of such files (--model; python -m training fit --data ... makes one)."
             ) from None
         name, values = next(iter(table.columns.items()))
         notify(f"Column '{name}' is taken for the model's only feature '{features[0]}'.")
