@@ -3,6 +3,7 @@
 import { Refused, ask, streamPath, type Alert, type AlertsPage, type Evidence } from "./api";
 import { fill, h, text } from "./dom";
 import { ago, chance, clock, duration, number, share } from "./format";
+import { keep, kept } from "./kept";
 import { PARTS, partOf, slots, varying } from "./lines";
 import type { Shell, View } from "./view";
 
@@ -180,12 +181,12 @@ class AlertsView {
   }
 
   private acknowledge(alert: Alert): void {
-    const by = h("input", { class: "field", name: "by", maxlength: "128", value: localStorage.getItem(NAME_KEY) ?? "", autocomplete: "name" });
+    const by = h("input", { class: "field", name: "by", maxlength: "128", value: kept(NAME_KEY) ?? "", autocomplete: "name" });
     const note = h("input", { class: "field", name: "note", maxlength: "1000" });
     const said = h("p", { role: "status" });
     const send = async (): Promise<void> => {
       try {
-        localStorage.setItem(NAME_KEY, by.value);
+        keep(NAME_KEY, by.value);
         await ask(`v1/alerts/${alert.id}/acknowledge`, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ by: by.value.trim(), note: note.value.trim() }) });
         dialog.close();
         void this.load();

@@ -1,11 +1,13 @@
 /** Dark or light: as the system has it, until one of them is chosen. */
 
+import { keep, kept } from "./kept";
+
 const KEY = "onset-theme";
 const system = matchMedia("(prefers-color-scheme: dark)");
 const listeners = new Set<() => void>();
 
-const chosen = (): string | null => localStorage.getItem(KEY);
-export const dark = (): boolean => (chosen() ?? (system.matches ? "dark" : "light")) === "dark";
+let chosen = kept(KEY);
+export const dark = (): boolean => (chosen ?? (system.matches ? "dark" : "light")) === "dark";
 
 function apply(): void {
   document.documentElement.dataset["theme"] = dark() ? "dark" : "light";
@@ -14,8 +16,8 @@ function apply(): void {
 
 export function toggle(): void {
   const next = dark() ? "light" : "dark";
-  if ((next === "dark") === system.matches) localStorage.removeItem(KEY);
-  else localStorage.setItem(KEY, next);
+  chosen = (next === "dark") === system.matches ? null : next;
+  keep(KEY, chosen);
   apply();
 }
 

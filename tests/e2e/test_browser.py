@@ -300,6 +300,18 @@ def test_what_is_searched_for_is_opened_and_left_for_where_one_was(service: Serv
         until(page, "document.querySelector('.rows')?.scrollTop === 150")
 
 
+def test_a_browser_that_keeps_nothing_shows_the_page_in_the_colours_chosen(service: Service, plant: Plant, browser: Browser) -> None:
+    denied = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('denied', 'SecurityError'); }})"
+    with Visit(browser, service.url, color_scheme="light") as page:
+        page.add_init_script(denied)
+        page.goto(service.url)
+        expect(page.locator(".rows li").first).to_be_visible()
+        page.keyboard.press("t")
+        expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+        page.keyboard.press("t")
+        expect(page.locator("html")).to_have_attribute("data-theme", "light")
+
+
 def test_a_name_with_a_bare_percent_in_an_address_is_taken_as_it_stands(service: Service, browser: Browser) -> None:
     with Visit(browser, service.url) as page:
         page.goto(f"{service.url}/#/stream/100%")
