@@ -449,6 +449,13 @@ def service() -> dashboard.Dashboard:
                     "bytes",
                 ),
                 number(
+                    "Store memory",
+                    "Part of its maxmemory that the store uses. Full, it refuses every write; no data: it has no limit.",
+                    Query(f"max(onset_store_memory_ratio{{{_ALL}}})"),
+                    "percentunit",
+                    width=6,
+                ),
+                number(
                     "Store restarts",
                     "Restarts of the embedded store within a day.",
                     Query(f"sum(increase(onset_store_restarts_total{{{_ALL}}}[1d]))"),

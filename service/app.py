@@ -94,6 +94,7 @@ class Service:
         self._counted_at = -math.inf
         self.metrics.build.info({"version": VERSION})
         self.metrics.time.set_function(time.time)
+        self.metrics.store_memory.set(math.nan)
         self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR, loki.DOOR, otlp.DOOR])
         self.patterns = patterns.Patterns(self.detectors, self.metrics)
         self._watch_streams()
@@ -144,6 +145,7 @@ class Service:
             with contextlib.suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(PING_SECONDS):
                     self.metrics.streams.set(await self.store.count())
+                    self.metrics.store_memory.set(await self.store.fullness())
         return wrong
 
     def _tell(self, wrong: str | None) -> None:

@@ -568,6 +568,12 @@ class Metrics:
         "Commits lost to another replica; the event is stepped again.",
         "Constantly high: two senders share streams, route by stream id.",
     )
+    store_memory = _gauge(
+        "onset_store_memory_ratio",
+        "ratio",
+        "Part of its maxmemory that the store uses, of a cluster its fullest node, as of the last ten seconds; NaN where it has no limit.",
+        "At 1 every write is refused and nothing is scored: give it more, or keep less (docs/deploy.md, How much store).",
+    )
     store_restarts = _counter(
         "onset_store_restarts_total",
         "restarts",

@@ -153,6 +153,9 @@ class StateStore(Protocol):
     async def count(self) -> int:
         """About how many streams the store keeps a state of, those of canaries aside."""
 
+    async def fullness(self) -> float:
+        """Part of its memory's limit that the store uses, of several servers the fullest; NaN = there is none, or it does not say."""
+
     async def ping(self) -> None:
         """Returns when the store can be written to."""
 

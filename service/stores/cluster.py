@@ -19,6 +19,7 @@ a pool would wait for a connection, tries commits again by itself, and runs MULT
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import zlib
 from collections import defaultdict
@@ -49,6 +50,7 @@ from service.stores.redis import (
     connections,
     counted,
     first_key,
+    fullness,
     ids_of,
     leads_nowhere,
     log_key,
@@ -173,6 +175,11 @@ class ClusterStore(Commands):
         await self._know()
         return sum(await asyncio.gather(*(counted(partial(self._all, address)) for address in self._primaries())))
 
+    async def fullness(self) -> float:
+        await self._know()
+        parts = [fullness(about) for about in await asyncio.gather(*map(self._about_memory, self._primaries()))]
+        return max((part for part in parts if not math.isnan(part)), default=math.nan)
+
     async def ping(self) -> None:
         # A commit of nothing to each primary, in one of its slots: refused where a real one would be.
         await self._know()
@@ -246,10 +253,12 @@ class ClusterStore(Commands):
             raise StoreUnavailable(TOO_OLD) if too_old(reply) else self._unavailable(reply, address)
 
     async def _look_at_memory(self, address: Address) -> None:
+        warn_of_evictions(await self._about_memory(address), f"{address[0]}:{address[1]}")
+
+    async def _about_memory(self, address: Address) -> dict[str, str]:
+        """What a node says of it; nothing where we may not ask."""
         reply = (await self._ask(address, [("INFO", "memory")]))[0]
-        if isinstance(reply, bytes):  # or we may not ask
-            about = dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
-            warn_of_evictions(about, f"{address[0]}:{address[1]}")
+        return dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line) if isinstance(reply, bytes) else {}
 
     async def _scan(self, address: Address, model: str, position: int, limit: int) -> tuple[int, list[bytes]]:
         async def scan(position: int, count: int) -> tuple[int, list[bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -118,6 +119,9 @@ class MemoryStore:
 
     async def count(self) -> int:
         return sum(self._value(key) is not None for key in self._states if key[0][0] != "@")
+
+    async def fullness(self) -> float:
+        return math.nan
 
     async def ping(self) -> None:
         return None

@@ -315,6 +315,9 @@ class RedisStore(Commands):
     async def count(self) -> int:
         return await counted(self.pipe)
 
+    async def fullness(self) -> float:
+        return fullness(await self._about("memory"))
+
     async def ping(self) -> None:
         # A commit of nothing: refused where a real one would be (replica, full memory or disk).
         await self.call(FUNCTION, [], self._commit_of("", [])[1])
@@ -470,6 +473,12 @@ def warn_of_evictions(about: Mapping[str, Any], where: str = "") -> None:
     policy = about.get("maxmemory_policy", "noeviction")
     if int(about.get("maxmemory", 0)) and policy != "noeviction":
         log.warning("store_evicts", maxmemory_policy=policy, server=where or None, detail="States would be lost: set it to noeviction.")
+
+
+def fullness(about: Mapping[str, Any]) -> float:
+    """Part of its limit of memory that a server uses, of what INFO says of it; NaN = it has none, or does not say."""
+    most = int(about.get("maxmemory", 0))
+    return (int(about["used_memory"]) - int(about.get("mem_not_counted_for_evict", 0))) / most if most else math.nan
 
 
 def leads_nowhere(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -55,6 +56,14 @@ async def own(cluster: ValkeyCluster) -> AsyncIterator[ClusterStore]:
     store = await opened(cluster.url)
     yield store
     await store.close()
+
+
+async def test_it_is_as_full_as_its_fullest_node(own: ClusterStore, cluster: ValkeyCluster) -> None:
+    assert math.isnan(await own.fullness())
+    with cluster.clients() as clients:
+        for client, times in zip(clients, (20, 2, 0), strict=True):
+            client.config_set("maxmemory", times * client.info("memory")["used_memory"])
+    assert 0.25 < await own.fullness() < 0.75
 
 
 # ── how it is asked ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────

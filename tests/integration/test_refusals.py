@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -98,6 +99,20 @@ async def test_a_full_store_refuses_without_loss_says_what_helps_and_takes_the_s
     assert (problem.status, problem.type, problem.retry_after) == (503, "urn:onset:store-refused", 10)
     await scorer.drain(5)
     await store.close()
+
+
+async def test_how_full_the_store_is_can_be_seen_before_it_refuses(server: Valkey, tiny_model_path: Path) -> None:
+    async def shown() -> float:
+        async with Service(Settings(redis_url=server.url, model=tiny_model_path)).running() as service:
+            assert await service.ready() is None
+            return service.metrics.registry.get_sample_value("onset_store_memory_ratio") or 0.0
+
+    assert math.isnan(await shown()), "no limit"
+    with server.client() as client:
+        client.config_set("maxmemory", 4 * client.info("memory")["used_memory"])
+        assert 0.1 < await shown() < 0.9
+    async with as_user(server, "~onset:*", "~{onset:*", "+@all", "-@dangerous") as store:
+        assert math.isnan(await store.fullness()), "it does not say"
 
 
 async def test_a_replica_is_told_from_a_store_that_refuses_for_good(server: Valkey) -> None:
