@@ -54,6 +54,18 @@ async def test_events_that_come_within_the_time_are_released_in_the_order_of_the
     assert held.held == 0
 
 
+async def test_with_one_whose_time_is_over_go_all_before_it_though_they_came_later() -> None:
+    order = Order()
+    held = reorder(order)
+    first = asyncio.create_task(held.score(events([2])))
+    await asyncio.sleep(0)
+    held._seconds = 60
+    second = asyncio.create_task(held.score(events([1])))
+    async with asyncio.timeout(20):
+        assert (await first, await second) == ([2], [1])
+    assert order.seen == [1, 2]
+
+
 async def test_a_sequence_without_a_gap_waits_for_nothing_once_its_place_is_known() -> None:
     order = Order()
     held = reorder(order, seconds=0.05)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,15 @@ def test_a_learner_is_stored_only_while_the_flag_says_so(codec: StateCodec) -> N
     loaded = codec.decode(values)
     assert loaded.rows.tobytes() == rows.tobytes()
     assert codec.decode([values[1][: codec.bytes], values[0] + bytes(40)]).origins.tolist() == [Origin.CORRUPT] * 2
+
+
+def test_a_value_of_another_length_is_none_of_ours_though_its_crc_is_right(codec: StateCodec) -> None:
+    plain, learning = some_rows(codec, 1), some_rows(codec, 1)
+    learning["learner"], learning["flags"] = 5, LEARNER
+    [value], [longest] = values_of(codec, plain), values_of(codec, learning)
+    cut = [value[:-4], value + bytes(8), longest[: codec.bytes], longest + bytes(400)]
+    resealed = [part[:4] + zlib.crc32(part[8:]).to_bytes(4, "little") + part[8:] for part in (*cut, value)]
+    assert codec.decode(resealed).origins.tolist() == [Origin.CORRUPT] * 4 + [Origin.STORED]
 
 
 def test_identities_and_places_in_queues_take_room_only_where_there_are_any(codec: StateCodec) -> None:
