@@ -402,6 +402,9 @@ def test_a_machine_whose_features_have_long_names_is_read_and_accepted_on_a_phon
         local.post(f"{machines.url}/v1/events", json=events).raise_for_status()
         check_views(browser, machines, ["fleet", "stream/" + "plant/" * 33, "model"], "light")
         with Visit(browser, machines.url, viewport={"width": 360, "height": 740}) as page:
+            page.goto(f"{machines.url}/table")
+            for part in page.locator("tbody tr > *").all()[:3]:  # name, value, what was expected
+                assert part.evaluate("one => one.getBoundingClientRect().right <= innerWidth"), part.inner_text()
             page.goto(machines.url)
             row = page.locator(".rows li a")
             expect(row.locator(".state")).to_be_visible()
