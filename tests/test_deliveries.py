@@ -116,6 +116,15 @@ async def test_a_position_in_another_partition_says_nothing_and_rest_leaves_it_a
     assert (await scorer.streams.last("s")).state_version == 3
 
 
+async def test_rest_events_of_the_same_batch_leave_the_place_in_the_queue(scorer: Scorer) -> None:
+    queued = delivery(event(1, timestamp=None), 1000)
+    became, [answer] = await asyncio.gather(kinds(scorer, [queued]), scorer.score([event(2, timestamp=None)]))
+    assert became == [Kind.SCORED]
+    assert isinstance(answer, Result)
+    assert answer.state_version == 2
+    assert await kinds(scorer, [queued]) == [Kind.REPEATED]
+
+
 async def test_a_copy_alone_publishes_and_acknowledges_nothing(scorer: Scorer, store: MemoryStore, tiny_detector: Detector) -> None:
     """By the copy it is late, but the stream has been forgotten elsewhere."""
     await kinds(scorer, [delivery(event(10), 1)])

@@ -122,6 +122,7 @@ def test_a_trail_is_read_back_and_a_damaged_one_is_empty(codec: StateCodec) -> N
     assert codec.decode_trail(blob).tobytes() == records.tobytes()
     for damaged in (blob[:-1], b"", b"abc", blob[:20] + b"\xff" + blob[21:]):
         assert len(codec.decode_trail(damaged)) == 0
+    assert len(StateCodec(features=3, state_size=10, model=MODEL + 1).decode_trail(blob)) == 0, "another file's"
 
 
 def test_the_identity_of_an_event_is_its_id_or_its_sequence() -> None:
