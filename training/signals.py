@@ -77,8 +77,10 @@ class MemorySignals(nn.Module):
 
     Each signal remembers up to M intervals [low, high] with the life left to them, and its range. Novelty of a value = distance to
     the nearest interval ÷ range. Each visit gives an interval `forget` more events to live; after them the range shrinks to the hull
-    of the rest. A value extends the nearest interval if that stays within `widest` of the range (or no slot is free),
-    else it opens its own. The range grows at most by its own width per event.
+    of the rest. A value extends the nearest interval if that stays within `widest` of the range, or, where no slot is free, if it is
+    no farther away than that. Else it opens its own, where none is free in place of the one that would live shortest: an interval that
+    reached from what is usual to a reading far off would be visited for ever, and all between would be known. The range grows at most
+    by its own width per event.
 
     Level and motion have steady twins, for which no event counts for more than STEADY. A single reading far off moves level and motion for
     tens of events that are as they always were: of them the p-value hears nothing (`upheld`), because the twins have not gone half as far.
@@ -179,13 +181,15 @@ class MemorySignals(nn.Module):
         novelty = -(distance / growth).clamp(min=-1e3)
 
         hull = torch.minimum(hull, torch.maximum(value, hull + growth))
-        free = dead.amax(1, keepdim=True)
-        excess = self.widest * hull.sum(0, keepdim=True).clamp(max=-TINY) - span
-        extends = torch.minimum(torch.minimum(distance, free), excess) <= 0
-        visited = (gap <= torch.where(extends, distance, -FAR)) | (dead >= torch.where(extends, 4 * FAR, free))
+        spare = dead + debt  # the greatest is a dead slot, else the one that lives shortest
+        most = spare.amax(1, keepdim=True)
+        limit = self.widest * hull.sum(0, keepdim=True).clamp(max=-TINY)  # negative
+        full = torch.maximum(most, limit + distance)  # beyond 0 where a slot is free, or the value is far from all that is known
+        extends = torch.minimum(torch.minimum(distance, full), limit - span) <= 0
+        visited = (gap <= torch.where(extends, distance, -FAR)) | (spare >= torch.where(extends, 4 * FAR, most))
         visited = visited & learns
-        # A dead slot's ends are FAR away, so growing to the value is also how a new interval opens.
-        ends = torch.where(visited, torch.minimum(alive, value), ends)
+        # A new interval is one that grows to the value from FAR away, where a dead slot's ends are.
+        ends = torch.where(visited, torch.minimum(torch.where(extends, alive, FAR), value), ends)
         debt = torch.where(visited, debt * extends.to(values.dtype) - self.forget, debt + learns.to(values.dtype))
         after = {"ends": ends, "debt": debt, "range": hull}
         return novelty.reshape(K, -1), {name: part.reshape(parts[name].shape[0], -1) for name, part in after.items()}

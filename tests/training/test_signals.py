@@ -40,19 +40,20 @@ def reference_memory(values: Float64, burn: int, slots: int, widest: float, forg
         minimum, maximum = max(minimum, low[used].min()), min(maximum, high[used].max())
         width = max(maximum - minimum, 1e-18)
         gaps = np.maximum(np.maximum(value - high[used], low[used] - value), 0)
-        nearest = used[gaps.argmin()]
+        nearest = used[gaps == gaps.min()]  # of several all
         if i >= burn:
             novelty[i] = min(gaps.min() / width, 1e3)
         maximum = max(maximum, value if i < burn else min(value, maximum + width))
         minimum = min(minimum, value if i < burn else max(value, minimum - width))
-        span = max(high[nearest], value) - min(low[nearest], value)
+        span = (np.maximum(high[nearest], value) - np.minimum(low[nearest], value)).max()
         free = np.flatnonzero(life <= 0)
         life -= 1
-        if gaps.min() == 0 or span <= widest * max(maximum - minimum, 1e-18) or len(free) == 0:
+        most = widest * max(maximum - minimum, 1e-18)
+        if gaps.min() == 0 or span <= most or (len(free) == 0 and gaps.min() <= most):
             k = nearest
-            low[k], high[k], life[k] = min(low[k], value), max(high[k], value), life[k] + 1 + forget
+            low[k], high[k], life[k] = np.minimum(low[k], value), np.maximum(high[k], value), life[k] + 1 + forget
         else:
-            k = free[0]
+            k = free[:1] if len(free) else np.flatnonzero(life == life.min())
             low[k] = high[k] = value
             life[k] = forget
     return novelty
@@ -62,7 +63,7 @@ def test_the_interval_memory_equals_its_description_in_loops() -> None:
     rng = np.random.default_rng(3)
     T, K = 900, len(MemorySignals.names)
     level = np.cumsum(rng.random((T, K)) < 0.01, axis=0) * 2.0
-    values = np.round(rng.normal(size=(T, K)) + level + 30 * (rng.random((T, K)) < 0.01), 2)
+    values = np.round(64 * (rng.normal(size=(T, K)) + level + 30 * (rng.random((T, K)) < 0.01))) / 64  # exact in float32
     values -= values[0]
     memory = MemorySignals(intervals=6, burn=50, forget=40.0)
     parts = {slot.name: torch.zeros(slot.size, 1) for slot in memory.slots}
@@ -73,6 +74,27 @@ def test_the_interval_memory_equals_its_description_in_loops() -> None:
     want = np.stack([reference_memory(values[:, k], 50, 6, 0.3, 40.0) for k in range(K)], axis=1)
     assert (want > 0).sum() > 30
     np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4)
+
+
+def test_a_reading_far_off_that_was_learned_does_not_hide_lesser_ones() -> None:
+    """Where all intervals are taken the nearest one was extended to it: what lay between was known for good."""
+    rng, B, K = np.random.default_rng(8), 64, len(MemorySignals.names)
+    memory, always = MemorySignals(), torch.tensor([[True]])
+    parts = {slot.name: torch.zeros(slot.size, B) for slot in memory.slots}
+
+    def seen(values: NDArray[Any], at: int) -> NDArray[Any]:
+        nonlocal parts
+        novelty, parts = memory.visit(torch.from_numpy(values.astype(np.float32)), parts, torch.tensor([[at >= 100]]), always)
+        return novelty.numpy()
+
+    for i in range(1500):
+        seen(rng.normal(size=(K, B)), i)
+    full = (parts["debt"].reshape(memory.intervals, K, B) < 0).all(0).numpy()
+    assert full.mean() > 0.5
+    assert (seen(np.full((K, B), 50.0), 1500) > 1).all()
+    for i in range(1501, 1502 + int(memory.forget)):
+        seen(rng.normal(size=(K, B)), i)
+    assert (seen(np.full((K, B), 12.0), 2502) > 0.5).all()
 
 
 @pytest.mark.parametrize("features", [1, 3])
