@@ -213,7 +213,8 @@ def test_few_streams_are_drawn_to_the_generators_constants_and_say_so(observed: 
     for name, prior in PRIOR.items():
         for own, drawn in zip(many.signals, few.signals, strict=True):
             assert abs(np.log(getattr(drawn, name) / prior)) < abs(np.log(getattr(own, name) / prior)) + 1e-9
-        assert abs(np.log(getattr(few.onsets, name) / prior)) < np.log(3)  # its heights are of other signals than many's, which has a quarter of tau
+        # Its heights are of other signals than many's, whose tau is a quarter of the prior's.
+        assert abs(np.log(getattr(few.onsets, name) / prior)) < np.log(3)
     assert abs(np.log(few.start / PRIOR_START)) < abs(np.log(many.start / PRIOR_START)) + 1e-9
     assert few.as_dict()["support"]["streams"] == 1
 
