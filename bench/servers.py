@@ -40,12 +40,24 @@ class Server:
 
 
 def free_port() -> int:
-    """Below the ports that outgoing connections get (from 32,768 on), so that none of them takes it before its server does."""
+    """Below the ports that outgoing connections get (from 32,768 on), so that none of them takes it before its server does.
+
+    Nor does another call: none gets a port twice, and each of several processes of pytest has its own.
+    """
+    first, step = (
+        int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),
+        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
+    )
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
+        port = random.SystemRandom().randrange(20_000 + first, 32_000, step)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
+
+
+_given: set[int] = set()
 
 
 @contextmanager
