@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from service.state import LEARNER, Rows, StateCodec, bytes_of
 
-LEARNERS = 8
+LEARNERS_PART = 8
 """One part in so many of the memory is for states with a learner. Few streams have one, but most batches hold some of these."""
 
 
@@ -26,7 +26,7 @@ class Copies:
     """Two rings of states, those with a learner in their own: they are twice as long. The one kept longest ago is overwritten."""
 
     def __init__(self, codec: StateCodec, most_bytes: int) -> None:
-        sizes, parts = (codec.bytes, codec.value.itemsize), (most_bytes - most_bytes // LEARNERS, most_bytes // LEARNERS)
+        sizes, parts = (codec.bytes, codec.value.itemsize), (most_bytes - most_bytes // LEARNERS_PART, most_bytes // LEARNERS_PART)
         self._rings = [np.zeros((part // size, size), np.uint8) for size, part in zip(sizes, parts, strict=True)]
         self._first = [0, len(self._rings[0])]
         """The place that each ring's first one has among all."""

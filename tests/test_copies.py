@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given
 
-from service.copies import LEARNERS, Copies
+from service.copies import LEARNERS_PART, Copies
 from service.state import LEARNER, Rows, StateCodec
 
 CODEC = StateCodec(features=2, state_size=3, model=7)
@@ -65,7 +65,7 @@ TURNS = st.lists(
 
 @given(st.integers(2, 6), TURNS)
 def test_a_copy_is_always_the_last_kept_state_of_its_own_stream(room: int, turns: list[Turn]) -> None:
-    copies, last, version = Copies(CODEC, room * LEARNERS * CODEC.bytes), dict[str, int](), 0
+    copies, last, version = Copies(CODEC, room * LEARNERS_PART * CODEC.bytes), dict[str, int](), 0
     learners = room * CODEC.bytes // CODEC.value.itemsize
     assert (copies.capacity, learners > 0) == (7 * room + learners, True)
     for kept, some in turns:

@@ -184,8 +184,8 @@ class MemorySignals(nn.Module):
         spare = dead + debt  # the greatest is a dead slot, else the one that lives shortest
         most = spare.amax(1, keepdim=True)
         limit = self.widest * hull.sum(0, keepdim=True).clamp(max=-TINY)  # negative
-        full = torch.maximum(most, limit + distance)  # beyond 0 where a slot is free, or the value is far from all that is known
-        extends = torch.minimum(torch.minimum(distance, full), limit - span) <= 0
+        apart = torch.maximum(most, limit + distance)  # beyond 0 where a slot is free, or the value is far from all that is known
+        extends = torch.minimum(torch.minimum(distance, apart), limit - span) <= 0
         visited = (gap <= torch.where(extends, distance, -FAR)) | (spare >= torch.where(extends, 4 * FAR, most))
         visited = visited & learns
         # A new interval is one that grows to the value from FAR away, where a dead slot's ends are.

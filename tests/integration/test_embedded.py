@@ -42,6 +42,14 @@ async def opened(embedded: EmbeddedStore) -> RedisStore:
     return store
 
 
+async def stops_with_all(embedded: EmbeddedStore) -> None:
+    """It has what was written; then it is stopped."""
+    store = await opened(embedded)
+    assert await store.load("m", IDS) == VALUES
+    await store.close()
+    await embedded.stop()
+
+
 async def answers_again(store: RedisStore, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while True:
@@ -103,10 +111,7 @@ async def test_a_stopped_store_leaves_no_process_and_no_socket_and_starts_again_
     assert not (tmp_path / "data" / "store.sock").exists()
     again = EmbeddedStore(tmp_path / "data")
     await again.start()
-    store = await opened(again)
-    assert await store.load("m", IDS) == VALUES
-    await store.close()
-    await again.stop()
+    await stops_with_all(again)
 
 
 async def test_two_services_never_share_a_folder_and_the_refused_one_harms_nothing(embedded: EmbeddedStore, tmp_path: Path) -> None:
@@ -213,10 +218,7 @@ async def test_a_backup_is_begun_with_under_the_name_that_is_read_and_refused_un
     (fresh / "dump.rdb").rename(fresh / "appendonly.aof")
     restored = EmbeddedStore(fresh)
     await restored.start()
-    store = await opened(restored)
-    assert await store.load("m", IDS) == VALUES
-    await store.close()
-    await restored.stop()
+    await stops_with_all(restored)
 
 
 async def test_a_damaged_file_is_named_and_cut_by_the_server_under_its_other_name(tmp_path: Path) -> None:
@@ -355,10 +357,7 @@ async def test_a_killed_service_takes_its_store_along_and_the_next_one_finds_eve
     embedded = EmbeddedStore(folder)
     await embedded.start()
     assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
-    store = await opened(embedded)
-    assert await store.load("m", IDS) == VALUES
-    await store.close()
-    await embedded.stop()
+    await stops_with_all(embedded)
 
 
 async def test_a_launched_server_is_the_one_that_is_started_later(tmp_path: Path) -> None:
