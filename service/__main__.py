@@ -334,11 +334,13 @@ def _launched(data_dir: Path) -> EmbeddedStore:
 
 
 def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
+    import asyncio  # noqa: PLC0415
+
     import uvicorn  # noqa: PLC0415
 
-    from service import logs, memory  # noqa: PLC0415
+    from service import logs, memory, tasks  # noqa: PLC0415
     from service.openapi import example  # noqa: PLC0415
-    from service.writing import Unread, protocol  # noqa: PLC0415
+    from service.writing import Halves, Unread, protocol  # noqa: PLC0415
 
     class Announcing(uvicorn.Server):
         """Says where it listens, once it does."""
@@ -362,7 +364,9 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             logs.log.info("stopping", drain_seconds=drain_seconds)
             service.stopping()
+            halves = asyncio.create_task(Halves(self.server_state.connections).run())  # type: ignore[arg-type]
             await super().shutdown(sockets)
+            await tasks.end(halves)
             logs.log.info("stopped")
 
     service = asgi.state.service

@@ -42,7 +42,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service import alerts, arrow, tracing
 from service.alerts import Acknowledgement, Alert
@@ -111,6 +111,7 @@ _ANOTHER_SITE = (
 )
 _UNPRINTABLE, _SURROGATE = re.compile(UNPRINTABLE), re.compile(r"[\ud800-\udfff]")
 _MALFORMED = (BadBody, BadParameter, UnknownModel, UnsupportedMedia)
+_STOPPED = NotCommitted("The service stopped before this was answered: send it again.")
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 log = structlog.get_logger(__name__)
@@ -160,7 +161,21 @@ class Application(FastAPI):
                 return await self.door.answer(scope, receive, send)
             if path.endswith("/events") and (found := _STREAM_EVENTS.fullmatch(path)):
                 return await self.door.answer(scope, receive, send, found[1])
-        return await super().__call__(scope, receive, send)
+        return await self._route(scope, receive, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, sending)
+        except asyncio.CancelledError:  # see Door.answer
+            if not begun:
+                await respond(problem_of(_STOPPED))(scope, receive, send)
 
 
 class Door:
@@ -225,7 +240,7 @@ class Door:
         try:
             replied, media = await self._score(Incoming(scope, receive), stream_id)
         except asyncio.CancelledError:  # the server's, once the time to stop is over; it would answer 500
-            replied, media = self._failed(scope["path"], NotCommitted("The service stopped before this was answered: send it again.")), b""
+            replied, media = self._failed(scope["path"], _STOPPED), b""
         except Exception as error:
             self.refuse(error)
             replied, media = self._failed(scope["path"], error), b""

@@ -7,12 +7,14 @@ A head of any size it would put together in memory, piece by piece: one client t
 loop for seconds. And it waits for ever for one that does not come.
 
 It keeps what a client does not read for ever, too, even after it has closed the connection. `Unread` lets such clients go.
+
+When it stops, it waits for bodies that do not come until the time to stop is over. `Halves` lets them go before.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +34,23 @@ UNREAD_BYTES, UNREAD_SECONDS = 65_536, 30.0
 PRESSED_SECONDS = 5.0
 """In place of UNREAD_SECONDS while too much is unread."""
 LOOK_SECONDS = 1.0
+STILL_SECONDS = 1.0
+"""While the server stops, a request of whose body nothing comes for so long is let go."""
 AHEAD_REQUESTS = 256
 """That a client may send before the one in front of them is answered: each takes some kB."""
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
     b"content-length: 36\r\n\r\nThe head is over 65536 bytes long.\r\n"
 )
+UNFINISHED = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nconnection: close\r\nretry-after: 1\r\n"
+    b"content-length: %d\r\n\r\n%s"
+)
+_PROBLEM = (
+    b'{"type":"urn:onset:not-committed","title":"Broken off in the middle of the request","status":503,'
+    b'"detail":"The service stops, and the rest of the body did not come: send it again.","retry_after":1}'
+)
+UNFINISHED %= (len(_PROBLEM), _PROBLEM)
 
 log = structlog.get_logger(__name__)
 
@@ -151,6 +164,8 @@ class Protocol(HttpToolsProtocol):
     _next: tuple[RequestResponseCycle, Any] | None = None
     """Waits until the reply before it is taken."""
 
+    came = 0
+    """Bytes in all."""
     _read = 0
     """Bytes since the last head or piece of a body was there."""
     _waits_since: float | None = None
@@ -176,6 +191,17 @@ class Protocol(HttpToolsProtocol):
     def unread_bytes(self) -> int:
         return self.transport.get_write_buffer_size()
 
+    @property
+    def half(self) -> bool:
+        """Whether a request is begun whose body is not all there, and which has no answer yet."""
+        cycle = self.cycle
+        return cycle is not None and cycle is self._answering and cycle.more_body and not (cycle.response_started or cycle.disconnected)
+
+    def let_go(self) -> None:
+        """Answer such a request that it is to be sent again."""
+        self.transport.write(UNFINISHED)
+        self.transport.close()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self.unread.begin(self)
@@ -188,6 +214,7 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
+        self.came += len(data)
         self._read += len(data)
         super().data_received(data)
         if self._read and self._waits_since is None:
@@ -234,6 +261,30 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
             return
         self._timer = self.loop.call_later(since + self.head_seconds - now, self._look)
+
+
+class Halves:
+    """While the server stops: requests whose bodies do not come are let go."""
+
+    def __init__(self, connections: Collection[Protocol]) -> None:
+        self._connections = connections
+        self._came: dict[Protocol, int] = {}
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self.look()
+            await asyncio.sleep(STILL_SECONDS)
+
+    def look(self) -> None:
+        """Let those go that were half there at the last look and have brought nothing since."""
+        came = {connection: connection.came for connection in self._connections if connection.half}
+        still = [connection for connection, size in came.items() if self._came.get(connection) == size]
+        if still:
+            log.warning("bodies_unfinished", closed=len(still), first=still[0].client)
+        for connection in still:
+            connection.let_go()
+        self._came = came
 
 
 def protocol(unread: Unread) -> type[Protocol]:

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.writing import AHEAD_REQUESTS, AT_ONCE_BYTES, HEAD_BYTES, Protocol, Unread, protocol
+from service.writing import AHEAD_REQUESTS, AT_ONCE_BYTES, HEAD_BYTES, Halves, Protocol, Unread, protocol
 from tests.times import until
 
 LARGE = 30_000_000
@@ -382,3 +382,48 @@ async def test_that_the_service_itself_stood_still_is_held_against_no_client() -
         transport.resume_reading()
         await reader.until(head(LARGE) + LARGE)
         assert unread.gone == 0
+
+
+async def test_a_stop_waits_for_bodies_that_still_come_and_for_no_others() -> None:
+    read = asyncio.Event()
+
+    async def length(scope: Scope, receive: Receive, send: Send) -> None:
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size, more = size + len(message["body"]), message["more_body"]
+            read.set()
+        body = b"%d" % size
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def piece(transport: asyncio.Transport, content: bytes) -> None:
+        read.clear()
+        transport.write(content)
+        await asyncio.wait_for(read.wait(), 20)
+
+    connections: set[Protocol] = set()
+
+    class Known(Ordinary):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.add(self)
+
+    begun = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n"
+    halves = Halves(connections)
+    async with connected(Known, length) as (coming, reader), connected(Known, length) as (stuck, left):
+        await piece(coming, begun + b"1")
+        await piece(stuck, begun + b"1")
+        halves.look()
+        for more in (b"2", b"3"):
+            await piece(coming, more)
+            halves.look()
+        await asyncio.wait_for(left.lost.wait(), 20)
+        assert b"".join(left.reads).startswith(b"HTTP/1.1 503 ")
+        await piece(coming, b"4")
+        assert (await reader.until(head(1) + 1)).endswith(b"\r\n\r\n4")
+        halves.look()
+        halves.look()
+        assert not reader.lost.is_set()

@@ -235,14 +235,38 @@ def test_a_stop_answers_at_once_what_is_held_for_earlier_events(tmp_path: Path, 
         wait(lambda: service.ended)
 
 
-def test_what_is_not_done_when_the_time_to_stop_is_over_is_to_be_sent_again(tmp_path: Path, tiny_model_path: Path) -> None:
-    with Service(tmp_path / "data", model=tiny_model_path, DRAIN_SECONDS="1") as service:
+def test_a_stop_does_not_wait_for_bodies_that_do_not_come(tmp_path: Path, tiny_model_path: Path) -> None:
+    half = b"POST /v1/events HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n"
+    with Service(tmp_path / "data", model=tiny_model_path, DRAIN_SECONDS="300") as service:
         with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
-            client.sendall(b"POST /v1/events HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 10\r\n\r\n")
+            client.sendall(half)
             assert b" 100 Continue" in client.recv(1000)
             os.kill(service.pid, signal.SIGTERM)
             answer = b"".join(iter(lambda: client.recv(65536), b""))
-        assert answer.startswith(b"HTTP/1.1 503 "), answer
-        assert b'"urn:onset:not-committed"' in answer
+        wait(lambda: service.ended)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 "), answer
+        assert b"\r\nretry-after: 1" in head
+        assert json.loads(body)["type"] == "urn:onset:not-committed"
+        log = service.log.read_text()
+        assert log.count('"event": "bodies_unfinished"') == 1
+        assert "Traceback" not in log
+        assert "Cancel" not in log
+
+
+def test_what_is_not_done_when_the_time_to_stop_is_over_is_to_be_sent_again(tmp_path: Path, tiny_model_path: Path) -> None:
+    event = b'{"stream_id": "a", "values": {"value": 1}}'
+    with Service(tmp_path / "data", model=tiny_model_path, DRAIN_SECONDS="1") as service, ThreadPoolExecutor() as pool:
+        [store] = service.children("valkey-server")
+        store.suspend()
+        try:
+            asked = [pool.submit(local.post, f"{service.url}/v1/events", content=event, timeout=60)]
+            asked += [pool.submit(local.get, f"{service.url}{path}", timeout=60) for path in ("/v1/streams/a", "/v1/alerts")]
+            wait(lambda: sum(found.status == "ESTABLISHED" for found in psutil.Process(service.pid).net_connections("tcp")) == len(asked))
+            os.kill(service.pid, signal.SIGTERM)
+            answers = [one.result() for one in asked]
+        finally:
+            store.resume()
+        assert [answer.status_code for answer in answers] == [503, 503, 503], [answer.text for answer in answers]
         wait(lambda: service.ended)
         assert "Traceback" not in service.log.read_text()
