@@ -16,7 +16,6 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,18 +61,16 @@ class Finding:
 
 
 class Canary:
-    """The canary of one detector; `clock` gives seconds since 1970."""
+    """The canary of one detector."""
 
-    def __init__(
-        self, detector: Detector, store: StateStore, metrics: Metrics, every: float, clock: Callable[[], float] = time.time
-    ) -> None:
-        self._detector, self._store, self._metrics, self._every, self._clock = detector, store, metrics, every, clock
+    def __init__(self, detector: Detector, store: StateStore, metrics: Metrics, every: float) -> None:
+        self._detector, self._store, self._metrics, self._every = detector, store, metrics, every
         self._stream_id = uuid.uuid4().hex  # replicas must not meet in one stream
         self._events = _events(detector, self._stream_id)
         self._expected: list[Result | ItemError] | None = None
         self._last: CanaryResult = "ok"
         metrics.canary_ok.labels(detector.name).set(math.nan)
-        metrics.canary_run.labels(detector.name).set(clock())
+        metrics.canary_run.labels(detector.name).set(time.time())
 
     async def run(self) -> None:
         """Look soon and then at every interval until cancelled."""
@@ -118,7 +115,7 @@ class Canary:
         model, metrics = self._detector.name, self._metrics
         metrics.canary_runs.labels(model, finding.result).inc()
         metrics.canary_ok.labels(model).set(finding.result == "ok")
-        metrics.canary_run.labels(model).set(self._clock())
+        metrics.canary_run.labels(model).set(time.time())
         metrics.canary_score.labels(model, "quiet").set(finding.quiet_score)
         metrics.canary_score.labels(model, "fault").set(finding.fault_score)
         if finding.result != self._last:

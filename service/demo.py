@@ -41,7 +41,7 @@ RATE = 10
 """Readings a second."""
 WINDOW = RATE
 """Rates are taken over the last second: kernel counters tick every 10 ms, so over 100 ms they would be mostly rounding."""
-MIN_SECONDS, DEFAULT_SECONDS = 25.0, 60.0
+MIN_SECONDS = 25.0
 QUIET_SHARE, BURST_SHARE = 1 / 3, 8 / 60
 MIN_QUIET_SECONDS, MIN_BURST_SECONDS = 12.0, 6.0
 """Before the 100th reading, after ten seconds, nothing is judged."""
@@ -271,8 +271,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) or "(nothing)"
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:]) or "(nothing)"
 
 
 @contextmanager
@@ -401,7 +401,8 @@ def _when(stream: str, seconds: float) -> str:
     return f"{seconds:.1f} s after it began" if stream in MUST_SEE else f"{seconds:.1f} s into it (perhaps of its own)"
 
 
-def _bar(score: float | None, width: int = 10) -> Text:
+def _bar(score: float | None) -> Text:
+    width = 10
     if score is None:
         return Text("-", style="dim")
     filled = min(width, round(score / 2 * width))

@@ -27,7 +27,7 @@ from service.alerts import EPOCH, Alert, AlertReply
 from service.metrics import Metrics
 from service.names import FOR, LABEL, NAME, exported, labels_of
 from service.sinks.posting import TIMEOUT_SECONDS, post
-from service.sinks.teller import PATIENCE, Patience, Refused, Unreachable, first_cursor, retries, tell_on
+from service.sinks.teller import PATIENCE, Refused, Unreachable, first_cursor, retries, tell_on
 from service.stores.book import AT_ONCE, Book, Told
 
 TOO_LARGE = 413
@@ -53,7 +53,6 @@ class Alertmanager:
         runbook_url: str = "",
         resend: float = 60.0,
         keep_firing: float = 300.0,
-        patience: Patience = PATIENCE,
         clock: Callable[[], float] = time.time,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
@@ -61,7 +60,7 @@ class Alertmanager:
         port = f":{parts.port}" if parts.port else ""
         self.name = f"alertmanager {parts.hostname}{port}{parts.path.rstrip('/')}"
         self._url = f"{url.rstrip('/')}/api/v2/alerts"
-        self._book, self._metrics, self._clock, self._patience = book, metrics, clock, patience
+        self._book, self._metrics, self._clock = book, metrics, clock
         self._public_url, self._runbook_url = public_url, runbook_url
         self._resend, self._keep_firing, self._timeout = resend, keep_firing, timeout
         self._client = httpx.AsyncClient(timeout=timeout)
@@ -130,7 +129,7 @@ class Alertmanager:
         if not posted:
             return []
         try:
-            async for attempt in retries(self.name, self._patience, attempts=None, timeout=None):
+            async for attempt in retries(self.name, PATIENCE, attempts=None, timeout=None):
                 with attempt:
                     if attempt.num > 1:
                         self._count("retried")

@@ -106,10 +106,10 @@ class _Partition(Partition):
 class Kafka:
     """Implements Source. Raises BadSetting where librdkafka does not take the options."""
 
-    def __init__(self, options: KafkaSource, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, options: KafkaSource, metrics: Metrics) -> None:
         self.name = options.called
         self.publishes = bool(options.output)
-        self._options, self._metrics, self._clock = options, metrics, clock
+        self._options, self._metrics = options, metrics
         self._partitions: Partitions[_Partition] = Partitions(self.name, metrics, options.batch)
         self._reader: _Reader | None = None
         self._sender: _Sender | None = None
@@ -211,7 +211,7 @@ class Kafka:
         return Message(
             b"%d" % offset,
             offset,
-            ms / 1000 if kind != TIMESTAMP_NOT_AVAILABLE else self._clock(),
+            ms / 1000 if kind != TIMESTAMP_NOT_AVAILABLE else time.time(),
             _bytes(record.value()),
             {name.encode(): _bytes(value) for name, value in _pairs(headers)} if headers else {},
             None if key is None else _bytes(key).decode(errors="surrogateescape"),

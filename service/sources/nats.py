@@ -72,11 +72,11 @@ class _Restart(Exception):
 class Nats:
     """Implements Source."""
 
-    def __init__(self, options: NatsSource, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, options: NatsSource, metrics: Metrics) -> None:
         self.name = options.called
         self.publishes = bool(options.output)
         self.member = uuid.uuid4().hex[:16]
-        self._options, self._metrics, self._clock = options, metrics, clock
+        self._options, self._metrics = options, metrics
         self._partitions: Partitions[_Subject] = Partitions(self.name, metrics, options.batch)
         self._client: Client | None = None
         self._ended = asyncio.Event()

@@ -90,14 +90,14 @@ class Keys:
 
 
 class RedisStreams:
-    """Implements Source. `clock` gives seconds since 1970."""
+    """Implements Source."""
 
     publishes = False
 
-    def __init__(self, url: str, declared: RedisStreamsSource, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str, declared: RedisStreamsSource, metrics: Metrics) -> None:
         """`url` as redis-py takes it; the server must be the state store's."""
         self.name = declared.called
-        self.declared, self._metrics, self._clock = declared, metrics, clock
+        self.declared, self._metrics = declared, metrics
         self.keys = Keys(declared.key, declared.partitions)
         self.lease_ms = round(1000 * declared.lease_seconds)
         self._pool = redis.BlockingConnectionPool.from_url(
@@ -280,7 +280,7 @@ class RedisStreams:
         self._ready.put_nowait(batch)
 
     def messages(self, entries: Sequence[Any]) -> list[Message]:
-        return [_message(entry, self._clock) for entry in entries]
+        return [_message(entry) for entry in entries]
 
     def claimed(self, entries: int) -> None:
         self._metrics.source_claimed.labels(self.name).inc(entries)
@@ -425,13 +425,13 @@ class _Partition:
         return await self._source.call(function, [self.lease.stream, self.lease.key], self.lease.token, self._source.lease_ms, *arguments)
 
 
-def _message(entry: Any, clock: Callable[[], float]) -> Message:
+def _message(entry: Any) -> Message:
     id_, fields = entry
     ms, _, sequence = id_.partition(b"-")
     time_ms, number = int(ms), int(sequence)
     fits = time_ms < 1 << MS_BITS and number < 1 << SEQUENCE_BITS
     position = time_ms << SEQUENCE_BITS | number if fits else POSITIONS
-    arrived = time_ms / 1000 if time_ms >= EARLIEST_MS else clock()
+    arrived = time_ms / 1000 if time_ms >= EARLIEST_MS else time.time()
     headers = dict(zip(fields[::2], fields[1::2], strict=True))
     return Message(id_, position, arrived, headers.pop(EVENT, None), headers)
 
