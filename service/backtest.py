@@ -38,7 +38,7 @@ from service.outputs import naming, whole, write_text
 from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
 from service.state import ALERT_OPEN
-from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, once_each, read_for
+from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, once_each, read_for, refuse_idle
 from service.terminal import terminal
 
 LISTED = 60
@@ -234,6 +234,7 @@ def run(
     console = console or terminal(stderr=True)
     began = time.perf_counter()
     sources = find_sources(inputs)
+    refuse_idle(sources, options)
     targets = _targets(sources, out)
     by_size = sorted(sources, key=lambda source: source.path.stat().st_size, reverse=True)
     tallies: dict[str, Tally] = {}

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import TableError
-from service.tables import Coded, CodedRows, Dialect, Float64, ReadOptions, Source, coded_numbers, read_coded
+from service.tables import Coded, CodedRows, Dialect, Float64, ReadOptions, Source, coded_numbers, fits, read_coded
 
 Records = NDArray[np.void]
 Int64 = NDArray[np.int64]
@@ -68,6 +67,7 @@ class Tags:
     first_bad: dict[int, str] = field(default_factory=dict)
     blanked: Counter[int] = field(default_factory=Counter)  # readings of Dialect.missing
     unclear: int = 0  # readings of the hour that a clock set back has twice, in no order that tells which
+    left_out: set[str] = field(default_factory=set)  # tags that `exclude` fits; they have no number
 
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
 
@@ -181,7 +181,8 @@ def _named(rows: CodedRows, long: Long, options: ReadOptions, tags: Tags, end: s
         both, codes = np.unique(codes * len(texts) + column.codes, return_inverse=True)
         names = [f"{names[pair // len(texts)]}.{texts[pair % len(texts)]}" for pair in both.tolist()]
     names = [f"{name}{end}" for name in names]
-    out = [any(fnmatchcase(name, pattern) for pattern in options.exclude) for name in names]
+    out = [any(fits(name, pattern) for pattern in options.exclude) for name in names]
+    tags.left_out.update(name for name, is_out in zip(names, out, strict=True) if is_out)
     order = [0] * len(names)
     for code in np.argsort(_firsts(codes, len(names))).tolist():  # numbers in the order of the rows
         order[code] = -1 if out[code] else tags.place(names[code])

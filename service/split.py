@@ -29,7 +29,21 @@ import numpy as np
 from service.errors import TableError
 from service.long_tables import Long, Spill, Suggestion, Tags, aligned, read_long, suggestion
 from service.outputs import naming
-from service.tables import ONE_COMMA, Dialect, Float64, Notify, ReadOptions, Rowless, Source, Table, Unsorted, find_sources, read_batches
+from service.tables import (
+    ONE_COMMA,
+    Dialect,
+    Float64,
+    Notify,
+    ReadOptions,
+    Rowless,
+    Source,
+    Table,
+    Unsorted,
+    find_sources,
+    fits,
+    read_batches,
+    refuse_idle,
+)
 
 CELLS = 1 << 22
 """Cells of a batch: some 100 MB with the texts they are read from."""
@@ -202,6 +216,7 @@ def _uncollected() -> Iterator[None]:
 def _split_all_wide(
     sources: list[Source], out: Path, named: re.Pattern[str], options: ReadOptions, dialect: Dialect, notify: Notify, show: Show
 ) -> Done:
+    refuse_idle(sources, options)
     done, rowless = Done(), Rowless(sources, notify)
     for source in sources:
         maybe = suggestion(source, options, dialect)
@@ -279,7 +294,11 @@ def _split_long(
                     rows += len(streams)
                     show(f"rows of {source.name}", rows, None)
         rowless.refuse_all()
-        return _write_long(out, spill, tags, plan, long, show)
+        done = _write_long(out, spill, tags, plan, long, show)
+    idle = [pattern for pattern in sorted(options.exclude) if not any(fits(tag, pattern) for tag in tags.left_out)]
+    if idle:
+        done.hints.append(f"No tag is called {_some(map(repr, idle))} (--exclude); there are {_some(tags.names)}.")
+    return done
 
 
 @dataclass

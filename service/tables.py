@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, tzinfo
 from fnmatch import fnmatchcase
@@ -170,6 +170,25 @@ def find_sources(paths: Iterable[Path]) -> list[Source]:
     return sources
 
 
+def refuse_idle(sources: Sequence[Source], options: ReadOptions) -> None:
+    """Raises TableError where a name or pattern of `exclude` fits no column of any of these files, or `array` is asked and none is an npz.
+
+    Heads alone are read, and no more of them than it takes.
+    """
+    if options.array is not None and not any(source.path.suffix.lower() == ".npz" for source in sources):
+        raise TableError(f"--array {options.array!r} names an array of an npz file, and there is none: leave it out.")
+    idle, columns = sorted(options.exclude), dict[str, None]()
+    for source in sources:
+        if not idle:
+            return
+        with suppress(NoRows):
+            names = columns_of(source, options)
+            idle = [pattern for pattern in idle if not any(fits(name, pattern) for name in names)]
+            columns |= dict.fromkeys(names)
+    if idle:
+        raise TableError(f"--exclude {idle[0]!r} fits no column; there are {listed(columns)}.")
+
+
 def once_each(notify: Notify) -> Notify:
     """`notify` without repetitions."""
     told: set[str] = set()
@@ -229,6 +248,24 @@ def read_batches(
     return _batches(_Reading(source, options, notify, cells, dialect=dialect))
 
 
+def columns_of(source: Source, options: ReadOptions = ReadOptions()) -> list[str]:
+    """All columns of a file, the time's and labels among them. Raises TableError."""
+    try:
+        if source.path.suffix.lower() == ".parquet":
+            with _parquet_file(source) as (file, _):
+                return list(file.schema_arrow.names)
+        if source.path.suffix.lower() == ".npz":
+            with _npz_arrays(source) as arrays:
+                return _npz_names(source, arrays, options)
+        with _csv_rows(source) as rows:
+            first = next(rows, None)
+    except OSError as error:
+        raise _unread(source, error) from error
+    if first is None:
+        raise NoRows(f"{source.path} is empty.")
+    return [name.strip() for name in _header(first)]
+
+
 def read_coded(
     source: Source, options: ReadOptions, wanted: Sequence[str] | None, dialect: Dialect = Dialect(), cells: int = BATCH_CELLS
 ) -> Iterator[CodedRows]:
@@ -246,7 +283,7 @@ def read_coded(
                 yield CodedRows(before, seconds[time.codes], later[time.codes], columns)
             before += len(time.codes)
     except OSError as error:
-        raise TableError(f"{source.path} cannot be read: {error}.") from error
+        raise _unread(source, error) from error
     if before == 0:
         raise NoRows(f"{source.path} has no rows.")
 
@@ -341,9 +378,13 @@ def _batches(reading: _Reading) -> Iterator[Table]:
             rows, last = rows + len(table), table.timestamps[-1]
             yield table
     except OSError as error:
-        raise TableError(f"{source.path} cannot be read: {error}.") from error
+        raise _unread(source, error) from error
     if rows == 0:
         raise NoRows(f"{source.path} has no rows.")
+
+
+def _unread(source: Source, error: OSError) -> TableError:
+    return TableError(f"{source.path} cannot be read: {error.strerror or error}.")
 
 
 def read_for(
@@ -796,12 +837,16 @@ def _member(file: IO[bytes]) -> _Member:
 
 
 def _read_npz(reading: _Reading) -> Iterator[Table]:
-    source = reading.source
+    with _npz_arrays(reading.source) as arrays:
+        yield from _npz_tables(reading, arrays)
+
+
+@contextmanager
+def _npz_arrays(source: Source) -> Iterator[dict[str, _Member]]:
     try:
         with zipfile.ZipFile(source.path) as archive, ExitStack() as stack:
             names = [name for name in archive.namelist() if name.endswith(".npy")]
-            arrays = {name.removesuffix(".npy"): _member(stack.enter_context(archive.open(name))) for name in names}
-            yield from _npz_tables(reading, arrays)
+            yield {name.removesuffix(".npy"): _member(stack.enter_context(archive.open(name))) for name in names}
     except (ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise TableError(f"{source.path} is not an npz of plain arrays: {error}.") from error
 
@@ -809,13 +854,9 @@ def _read_npz(reading: _Reading) -> Iterator[Table]:
 def _npz_tables(reading: _Reading, arrays: dict[str, _Member]) -> Iterator[Table]:
     """At least one, empty where there are no rows."""
     source = reading.source
-    if any(array.dtype.hasobject for array in arrays.values()):
-        raise ValueError("objects are not read")
+    names = _npz_names(source, arrays, reading.options)
     matrix = arrays[_npz_array(source, arrays, reading.options)]
     rows, width = matrix.shape
-    names = [str(name) for name in arrays["features"].whole().reshape(-1)] if "features" in arrays else [f"f{i}" for i in range(width)]
-    if len(names) != width:
-        raise TableError(f"{source.path}: `features` has {len(names)} names for {width} columns.")
     _refuse_twins(source, names)
     kept = _kept_columns(names, None, reading.options, reading.notify)
     times = arrays.get("timestamps")
@@ -832,6 +873,16 @@ def _npz_tables(reading: _Reading, arrays: dict[str, _Member]) -> Iterator[Table
             moments = times.read(count)
             written = moments.astype(str).tolist() if reading.texts else ()
             yield Table(source.name, _npz_times(source, moments, before), columns, written)
+
+
+def _npz_names(source: Source, arrays: dict[str, _Member], options: ReadOptions) -> list[str]:
+    if any(array.dtype.hasobject for array in arrays.values()):
+        raise ValueError("objects are not read")
+    _, width = arrays[_npz_array(source, arrays, options)].shape
+    names = [str(name) for name in arrays["features"].whole().reshape(-1)] if "features" in arrays else [f"f{i}" for i in range(width)]
+    if len(names) != width:
+        raise TableError(f"{source.path}: `features` has {len(names)} names for {width} columns.")
+    return names
 
 
 def _npz_array(source: Source, arrays: dict[str, _Member], options: ReadOptions) -> str:
@@ -857,7 +908,7 @@ def _time_column(source: Source, names: list[str], options: ReadOptions) -> str 
         if options.timestamp not in names:
             raise TableError(f"{source.path} has no column {options.timestamp!r}; it has {listed(names)}.")
         return options.timestamp
-    by_name = {name.lower(): name for name in reversed(names)}
+    by_name = {name.lower(): name for name in reversed(names) if not any(fits(name, pattern) for pattern in options.exclude)}
     found = next((by_name[name] for name in TIMESTAMP_COLUMNS if name in by_name), None)
     if found is None and options.timed:
         raise _untimed(source, names)
@@ -889,7 +940,7 @@ def _refuse_twins(source: Source, names: list[str]) -> None:
 
 
 def _kept_columns(names: list[str], time_column: str | None, options: ReadOptions, notify: Notify) -> list[str]:
-    out = {name for name in names if name in options.exclude or any(fnmatchcase(name, pattern) for pattern in options.exclude)}
+    out = {name for name in names if any(fits(name, pattern) for pattern in options.exclude)}
     candidates = [name for name in names if name != time_column and name not in out]
     if options.only is not None:
         return [name for name in candidates if name in options.only]
@@ -897,6 +948,11 @@ def _kept_columns(names: list[str], time_column: str | None, options: ReadOption
     if labels:
         notify(f"Left out as labels: {', '.join(labels)}.")
     return [name for name in candidates if name not in labels]
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a column or tag is what `exclude` names."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def _numbered(reading: _Reading, columns: dict[str, Float64], before: int, rows: int) -> Table:

@@ -215,6 +215,15 @@ def test_files_without_rows_are_named_counted_and_left_out(tmp_path: Path, tiny_
     assert "b.csv" in (tmp_path / "report.html").read_text()
 
 
+def test_a_column_to_leave_out_that_is_not_there_is_refused(tmp_path: Path, tiny_model_path: Path) -> None:
+    write(tmp_path / "data/b.csv", series(1, 60))
+    arguments = ["backtest", str(tmp_path / "data"), "--model", str(tiny_model_path), "--out", str(tmp_path / "out")]
+    ran = CliRunner().invoke(app, [*arguments, "--exclude", "lable"])
+    assert ran.exit_code == 2
+    assert "--exclude 'lable' fits no column; there are " in ran.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_of_which_none_has_rows_are_refused(tmp_path: Path, tiny_detector: Detector) -> None:
     for name in ("a", "b"):
         write(tmp_path / f"data/{name}.csv", [])

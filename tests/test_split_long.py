@@ -222,12 +222,13 @@ def test_where_the_order_does_not_tell_the_hours_apart_it_is_said(tmp_path: Path
 
 def test_a_tag_of_several_columns_is_joined_and_tags_may_be_excluded(tmp_path: Path) -> None:
     rows = "time,machine,sensor,value\n2026-11-24,M1,a,1\n2026-11-24,M2,a,2\n2026-11-24,M1,b.setpoint,3\n2026-11-24,M2,7,4\n"
-    taken(
+    done = taken(
         text(tmp_path, rows),
         tmp_path / "out",
         long=Long(("machine", "sensor"), ("value",)),
-        options=ReadOptions(exclude=frozenset({"*.setpoint"})),
+        options=ReadOptions(exclude=frozenset({"*.setpoint", "*.state"})),
     )
+    assert "No tag is called '*.state' (--exclude); there are M1.a, M2.a, M2.7." in done.report()
     assert files(tmp_path / "out") == {
         "M1.csv": "timestamp,a\n2026-11-24T00:00:00Z,1.0\n",
         "M2.csv": "timestamp,a,7\n2026-11-24T00:00:00Z,2.0,4.0\n",

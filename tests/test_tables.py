@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from service.errors import TableError
-from service.tables import BATCH_CELLS, Notify, ReadOptions, Source, Table, find_sources, once_each, read_batches, read_table
+from service.tables import BATCH_CELLS, Notify, ReadOptions, Source, Table, find_sources, once_each, read_batches, read_table, refuse_idle
 
 NOON = datetime(2024, 1, 1, 12, tzinfo=UTC).timestamp()
 
@@ -89,6 +89,26 @@ def test_columns_can_be_chosen(tmp_path: Path) -> None:
     path = csv_of(tmp_path, "time,a,b,host\n1,1,2,x\n")
     assert list(read(path, ReadOptions(exclude=frozenset({"host"}))).columns) == ["a", "b"]
     assert list(read(path, ReadOptions(only=frozenset({"b"}))).columns) == ["b"]
+
+
+def test_a_column_of_times_that_is_left_out_counts_no_time(tmp_path: Path) -> None:
+    """It had been taken for the time all the same."""
+    path = csv_of(tmp_path, "time,ts,a\n5,7,1\n")
+    assert read(path, ReadOptions(exclude=frozenset({"time"}))).timestamps.tolist() == [7.0]
+
+
+def test_what_is_to_be_left_out_and_is_not_there_is_refused_before_rows_are_read(tmp_path: Path) -> None:
+    """A misspelt column had been learned from, in silence."""
+    csv_of(tmp_path, "time,load,pump.status\n1,wet,x\n", "a.csv")
+    csv_of(tmp_path, "", "empty.csv")
+    np.savez(tmp_path / "b.npz", train=np.zeros((2, 2)), features=np.array(["load", "heat"]))
+    parquet.write_table(pa.table({"time": [1.0], "flow": [2.0]}), tmp_path / "c.parquet")
+    sources = find_sources([tmp_path])
+    refuse_idle(sources, ReadOptions(exclude=frozenset({"heat", "*.status", "flow", "time"}), array="train"))
+    with pytest.raises(TableError, match=r"--exclude 'heet' fits no column; there are 'time', 'load', 'pump\.status', 'heat', 'flow'\.$"):
+        refuse_idle(sources, ReadOptions(exclude=frozenset({"heet", "load"})))
+    with pytest.raises(TableError, match=r"--array 'train' names an array of an npz file, and there is none"):
+        refuse_idle(sources[:1], ReadOptions(array="train"))
 
 
 @pytest.mark.parametrize(

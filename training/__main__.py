@@ -167,7 +167,7 @@ def fit(
                 mining = Mining(masks=masks_of(mask or ()), delimiters=delimiters, similarity=similarity)
                 format_ = LogFormat(timestamp_regex, time_format, stream_regex)
                 counted = Counted()
-                read, templates = sessions_of(given[0], format_, mining, session_seconds, exported(patterns or ()), counted)
+                read, templates = sessions_of(given[0], format_, mining, session_seconds, exported(patterns or ()), counted, console.print)
                 console.print(counted.left_out)
             chosen = Sizes(hidden or LOG_SIZES.hidden, layers, code, decoder_hidden or LOG_SIZES.decoder_hidden, cell)
             log_plan, files = LogPlan(steps=steps or LogPlan.steps, seed=seed), ", ".join(path.name for path in given[0])

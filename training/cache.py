@@ -25,7 +25,7 @@ import numpy as np
 
 from service.errors import TableError
 from service.outputs import naming
-from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, listed, once_each, read_batches
+from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, listed, once_each, read_batches, refuse_idle
 from training.data import Float32, Stream, clock
 
 CACHE = "cache"
@@ -78,6 +78,7 @@ def convert(paths: Sequence[Path], options: ReadOptions, folder: Path, notify: N
     leaves nothing then.
     """
     sources = told_apart(find_sources(paths))
+    refuse_idle(sources, options)
     made_of = _made_of(sources, options)
     index = _index(folder)
     if index.get("made_of") == made_of and _whole(folder, index):

@@ -129,6 +129,23 @@ def masks_of(written: Sequence[str]) -> tuple[Mask, ...]:
     return (*masks, *DEFAULT_MASKS)
 
 
+class Idle:
+    """The user's masks that no line has had a word for: most likely mistakes."""
+
+    def __init__(self, mining: Mining) -> None:
+        self.masks = [mask for mask in mining.masks if mask not in DEFAULT_MASKS]
+        self._words_of = Splitter(mining.header, mining.masks, mining.delimiters).words
+
+    def look(self, text: str) -> None:
+        if self.masks:
+            words = self._words_of(text)
+            self.masks = [mask for mask in self.masks if not any(re2.search(mask.pattern, word) for word in words)]
+
+    def said(self) -> list[str]:
+        """A sentence for each."""
+        return [f"No word holds what --mask '{mask.replacement}={mask.pattern}' masks: it sees each word by itself." for mask in self.masks]
+
+
 def exported(files: Sequence[Path]) -> list[str]:
     """Lines that a model in service had no template for, from replies of its GET /v1/patterns. Raises TableError."""
     found: list[str] = []
@@ -151,16 +168,12 @@ def preview(
     seen: Sequence[str] = (),
 ) -> None:
     """Mine the files, and the lines `seen` elsewhere, and print what was found. Raises TableError."""
-    counted, streams = Counted(), Counter[str]()
-    idle = [mask for mask in mining.masks if mask not in DEFAULT_MASKS]
-    words_of = Splitter(format_.header, mining.masks, mining.delimiters).words
+    counted, streams, idle = Counted(), Counter[str](), Idle(replace(mining, header=format_.header))
 
     def messages() -> Iterator[str]:
         for entry in read(paths, format_, counted):
             streams[entry.stream] += 1
-            if idle:
-                words = words_of(entry.text)
-                idle[:] = [mask for mask in idle if not any(re2.search(mask.pattern, word) for word in words)]
+            idle.look(entry.text)
             yield entry.text
         yield from seen
 
@@ -182,8 +195,8 @@ def preview(
         f"{counted.entries:,} entries of {counted.lines:,} lines in {len(streams):,} streams; {once:,} templates came once. "
         f"{counted.left_out}"
     )
-    for mask in idle:
-        console.print(f"No word holds what --mask '{mask.replacement}={mask.pattern}' masks: it sees each word by itself.")
+    for sentence in idle.said():
+        console.print(sentence)
     if json_file:
         write_text(json_file, json.dumps([asdict(one) for one in found], indent=2))
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import html
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from service.errors import TableError
 from service.lines import Matcher, plain
 from service.log_files import Counted, Entry, LogFormat, files_of, read
 from service.outputs import write_text
+from service.tables import Notify
 from training import report
 from training.autoencoder import Sizes
 from training.data import Float32, Float64
 from training.export import manifest_of, publish, to_onnx, training_record
 from training.fit import Progress
-from training.lines import Mining, mine
+from training.lines import Idle, Mining, mine
 from training.logfit import (
     ENOUGH_NUMBERS,
     Fitted,
@@ -91,9 +92,14 @@ def sessions_of(
     session_seconds: float | None,
     known: Sequence[str] = (),
     said: Counted | None = None,
+    notify: Notify = lambda _: None,
 ) -> tuple[Sessions, Lines]:
-    """Log files: templates are mined from all lines and from `known` ones. Raises TableError."""
-    lines = mine(_texts(paths, format_, known), replace(mining, header=format_.header), session_seconds)
+    """Log files: templates are mined from all lines and from `known` ones. Tells of masks that no line needs. Raises TableError."""
+    mining = replace(mining, header=format_.header)
+    idle = Idle(mining)
+    lines = mine(_texts(paths, format_, known, idle), mining, session_seconds)
+    for sentence in idle.said():
+        notify(sentence)
     streams = _coded(paths, format_, lines, said)
     newest = max((float(np.nanmax(coded.times)) for coded in streams.values() if np.isfinite(coded.times).any()), default=np.nan)
     sessions = [session for name, coded in streams.items() for session in _sessions(name, coded, session_seconds, newest)]
@@ -105,9 +111,10 @@ def sessions_of(
     return Sessions(sessions, lines.templates, digest.hexdigest()), lines
 
 
-def _texts(paths: Sequence[Path], format_: LogFormat, known: Sequence[str]) -> Iterator[str]:
-    yield from (entry.text for entry in read(paths, format_))
-    yield from known
+def _texts(paths: Sequence[Path], format_: LogFormat, known: Sequence[str], idle: Idle) -> Iterator[str]:
+    for text in itertools.chain((entry.text for entry in read(paths, format_)), known):
+        idle.look(text)
+        yield text
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ def _sessions(name: str, coded: Coded, silence: float | None, newest: float) -> 
         return [whole]
     starts = np.flatnonzero(np.r_[True, gaps[1:] > silence])
     sessions = []
-    for start, stop in pairwise([*starts.tolist(), len(codes)]):
+    for start, stop in itertools.pairwise([*starts.tolist(), len(codes)]):
         piece = replace(whole.cut(start, stop), first=True, ended=stop < len(codes) or bool(newest - times[-1] > silence))
         piece.gaps[0] = np.nan
         sessions.append(piece)

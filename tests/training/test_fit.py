@@ -328,6 +328,8 @@ def test_a_name_with_dollars_is_drawn_as_it_is(tmp_path: Path) -> None:
         (["--data", "sensors", "--time-format", "%d"], "--time-format means nothing with --data"),
         (["--logs", "app.log", "--device", "cpu"], "--device means nothing with --logs"),
         (["--sessions", "keys.txt", "--mask", "a=b"], "--mask means nothing with --sessions"),
+        (["--data", "sensors", "--exclude", "lable"], "--exclude 'lable' fits no column; there are 'timestamp', 'load'."),
+        (["--data", "sensors", "--array", "train"], "--array 'train' names an array of an npz file, and there is none"),
     ],
 )
 def test_what_could_not_be_published_or_means_nothing_is_refused_before_training(

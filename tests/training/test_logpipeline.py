@@ -14,7 +14,7 @@ from service.log_files import Counted, LogFormat
 from tests.training.logs import QUICK, TEMPLATES, TINY, normal, session
 from training.__main__ import app
 from training.line_faults import FAULTS
-from training.lines import Mining
+from training.lines import Mining, masks_of
 from training.logfit import Held, fit
 from training.logpipeline import LogJob, keys_of, most_surprising, onsets_held_out, produce, sessions_of
 from training.sessions import Sessions
@@ -121,6 +121,13 @@ def test_what_fits_no_stream_is_counted(tmp_path: Path) -> None:
     sessions_of([log(tmp_path)], replace(FORMAT, stream="req-[12]"), Mining(), 60.0, (), counted)
     assert counted.without_stream == 1
     assert "Left out: 1 that name no stream" in counted.left_out
+
+
+def test_a_mask_that_no_line_needs_is_told_by_a_fit_as_by_the_preview(tmp_path: Path) -> None:
+    said: list[str] = []
+    masks = masks_of([r"<TOOK>=in \d+ ms", r"<REQ>=req-\d"])
+    sessions_of([log(tmp_path)], FORMAT, Mining(masks=masks), 60.0, notify=said.append)
+    assert said == [r"No word holds what --mask '<TOOK>=in \d+ ms' masks: it sees each word by itself."]
 
 
 def test_key_sequences_are_published_with_a_report(tmp_path: Path) -> None:
