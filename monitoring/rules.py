@@ -306,6 +306,31 @@ RULES: tuple[Rule, ...] = (
         above=0.85,
     ),
     Rule(
+        "OnsetStoreEvicts",
+        "onset-health",
+        "max by (job) (onset_store_evicts)",
+        "5m",
+        "warning",
+        "The store throws states away when its memory is full.",
+        "The store's maxmemory-policy is one that evicts keys: once its memory is full, streams start afresh instead of being refused.",
+        "A state thrown away is a stream that has forgotten what is normal for it, and its open alert is lost. It may have been "
+        "set while the service runs, by a failover to a server that is set up otherwise, or by who shares the server.",
+        (
+            "The log line `store_evicts` names the policy, of a cluster also the node.",
+            "Has it begun? `INFO stats` of the store: `evicted_keys`; *OnsetStreamsLost*.",
+        ),
+        (
+            "`CONFIG SET maxmemory-policy noeviction`, and the same where the server reads its settings at the start. A full store then "
+            "refuses writes, which loses nothing.",
+            "A server that others use as a cache: give the service one of its own.",
+        ),
+        (
+            Case({f"onset_store_evicts{{{_A}}}": "0x10 1x30"}, {"job": "onset"}),
+            Case({f"onset_store_evicts{{{_A}}}": "0x40"}),
+        ),
+        above=0,
+    ),
+    Rule(
         "OnsetStoreRestarted",
         "onset-health",
         "increase(onset_store_restarts_total[15m])",

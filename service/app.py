@@ -46,7 +46,7 @@ from service.scorer import Limits, Scorer
 from service.series import Series
 from service.settings import Settings
 from service.sinks.remote_write import Target, WriteBack
-from service.stores import Output, StateStore
+from service.stores import Memory, Output, StateStore
 from service.stores.book import Book
 from service.stores.cluster import ClusterStore
 from service.stores.redis import RedisStore
@@ -92,6 +92,8 @@ class Service:
         self._was_ready: bool | None = None
         """As far as it was told; None = not yet: `serving` tells it."""
         self._counted_at = -math.inf
+        self._evicting = ""
+        """As it was told of."""
         self.metrics.build.info({"version": VERSION})
         self.metrics.time.set_function(time.time)
         self.metrics.store_memory.set(math.nan)
@@ -145,8 +147,17 @@ class Service:
             with contextlib.suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(PING_SECONDS):
                     self.metrics.streams.set(await self.store.count())
-                    self.metrics.store_memory.set(await self.store.fullness())
+                    self._see(await self.store.memory())
         return wrong
+
+    def _see(self, memory: Memory) -> None:
+        """In the metrics; in the log, when the store begins to throw states away, or does so by another policy."""
+        self.metrics.store_memory.set(memory.fullness)
+        self.metrics.store_evicts.set(bool(memory.evicting))
+        if memory.evicting and memory.evicting != self._evicting:
+            detail = "States are lost once the memory is full: set it to noeviction."
+            log.warning("store_evicts", maxmemory_policy=memory.evicting, detail=detail)
+        self._evicting = memory.evicting
 
     def _tell(self, wrong: str | None) -> None:
         """In the log, when readiness turns: an outage is two lines, whatever else complains meanwhile."""

@@ -574,6 +574,12 @@ class Metrics:
         "Part of its maxmemory that the store uses, of a cluster its fullest node, as of the last ten seconds; NaN where it has no limit.",
         "At 1 every write is refused and nothing is scored: give it more, or keep less (docs/deploy.md, How much store).",
     )
+    store_evicts = _gauge(
+        "onset_store_evicts",
+        "0 or 1",
+        "Whether the store throws states away once its memory is full (maxmemory-policy), of a cluster any node, within ten seconds.",
+        "Set maxmemory-policy to noeviction: a refused write loses nothing, a state thrown away is a stream that starts afresh.",
+    )
     store_restarts = _counter(
         "onset_store_restarts_total",
         "restarts",

@@ -35,6 +35,7 @@ that scored it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -91,6 +92,16 @@ class Page:
 
     stream_ids: list[str]
     cursor: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How the store's memory is used."""
+
+    fullness: float = math.nan
+    """Part of its limit, of several servers of the fullest; NaN = there is none, or it does not say."""
+    evicting: str = ""
+    """Its maxmemory-policy where that throws states away, of several servers with which; "" = it does not, or does not say."""
 
 
 class StateStore(Protocol):
@@ -153,8 +164,7 @@ class StateStore(Protocol):
     async def count(self) -> int:
         """About how many streams the store keeps a state of, those of canaries aside."""
 
-    async def fullness(self) -> float:
-        """Part of its memory's limit that the store uses, of several servers the fullest; NaN = there is none, or it does not say."""
+    async def memory(self) -> Memory: ...
 
     async def ping(self) -> None:
         """Returns when the store can be written to."""

@@ -33,7 +33,7 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, MovedError, TryAgainError
 
 from service.errors import StoreUnavailable
-from service.stores import OUTPUT, Page, Write
+from service.stores import OUTPUT, Memory, Page, Write
 from service.stores.redis import (
     FUNCTION,
     LIBRARY,
@@ -50,10 +50,10 @@ from service.stores.redis import (
     connections,
     counted,
     first_key,
-    fullness,
     ids_of,
     leads_nowhere,
     log_key,
+    memory_of,
     pattern,
     position_of,
     scanned,
@@ -61,7 +61,6 @@ from service.stores.redis import (
     state_key,
     too_old,
     unknown_function,
-    warn_of_evictions,
     watch_key,
 )
 
@@ -124,7 +123,6 @@ class ClusterStore(Commands):
         self._stale = True
         await self._know()
         await asyncio.gather(*(self._load_function(address) for address in self._primaries()))
-        await asyncio.gather(*(self._look_at_memory(address) for address in self._primaries()))
 
     async def _watched(self, model: str, ranges: Sequence[tuple[float, float]], limit: int) -> list[str]:
         keys = [watch_key(model, shard) for shard in range(SHARDS)]
@@ -175,10 +173,13 @@ class ClusterStore(Commands):
         await self._know()
         return sum(await asyncio.gather(*(counted(partial(self._all, address)) for address in self._primaries())))
 
-    async def fullness(self) -> float:
+    async def memory(self) -> Memory:
         await self._know()
-        parts = [fullness(about) for about in await asyncio.gather(*map(self._about_memory, self._primaries()))]
-        return max((part for part in parts if not math.isnan(part)), default=math.nan)
+        primaries = self._primaries()
+        each = [memory_of(about) for about in await asyncio.gather(*map(self._about_memory, primaries))]
+        evicting = [f"{one.evicting} ({host}:{port})" for one, (host, port) in zip(each, primaries, strict=True) if one.evicting]
+        fullness = max((one.fullness for one in each if not math.isnan(one.fullness)), default=math.nan)
+        return Memory(fullness, ", ".join(evicting))
 
     async def ping(self) -> None:
         # A commit of nothing to each primary, in one of its slots: refused where a real one would be.
@@ -251,9 +252,6 @@ class ClusterStore(Commands):
         reply = (await self._ask(address, [("FUNCTION", "LOAD", "REPLACE", LIBRARY)]))[0]
         if isinstance(reply, Exception):
             raise StoreUnavailable(TOO_OLD) if too_old(reply) else self._unavailable(reply, address)
-
-    async def _look_at_memory(self, address: Address) -> None:
-        warn_of_evictions(await self._about_memory(address), f"{address[0]}:{address[1]}")
 
     async def _about_memory(self, address: Address) -> dict[str, str]:
         """What a node says of it; nothing where we may not ask."""

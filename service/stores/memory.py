@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from service.events import Lease
 from service.state import TOKEN
-from service.stores import FENCED, LOST, SILENT, TRAIL_COMMITS, WRITTEN, Page, Write
+from service.stores import FENCED, LOST, SILENT, TRAIL_COMMITS, WRITTEN, Memory, Page, Write
 
 _Key = tuple[str, str]
 
@@ -120,8 +119,8 @@ class MemoryStore:
     async def count(self) -> int:
         return sum(self._value(key) is not None for key in self._states if key[0][0] != "@")
 
-    async def fullness(self) -> float:
-        return math.nan
+    async def memory(self) -> Memory:
+        return Memory()
 
     async def ping(self) -> None:
         return None

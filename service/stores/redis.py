@@ -44,7 +44,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 from service.errors import StoreRefused, StoreUnavailable
 from service.events import Lease
 from service.refusals import UNKNOWN, refusal
-from service.stores import LOG_LENGTH, OUTPUT, SILENT, TRAIL_COMMITS, Output, Page, Write
+from service.stores import LOG_LENGTH, OUTPUT, SILENT, TRAIL_COMMITS, Memory, Output, Page, Write
 
 SHARDS = 256
 FUNCTION, WATCHED = "onset_commit_v6", "onset_watched_v6"
@@ -283,10 +283,9 @@ class RedisStore(Commands):
 
     async def open(self) -> None:
         """Load the commit function. Raises StoreUnavailable, also for a server that is too old or part of a cluster."""
-        about = await self._about("cluster", "memory")
+        about = await self._about("cluster")
         if about.get("cluster_enabled"):
             raise StoreUnavailable("The server is a node of a Redis Cluster: set ONSET_REDIS_CLUSTER=true.")
-        warn_of_evictions(about)
         await self._load_function()
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
@@ -315,8 +314,8 @@ class RedisStore(Commands):
     async def count(self) -> int:
         return await counted(self.pipe)
 
-    async def fullness(self) -> float:
-        return fullness(await self._about("memory"))
+    async def memory(self) -> Memory:
+        return memory_of(await self._about("memory"))
 
     async def ping(self) -> None:
         # A commit of nothing: refused where a real one would be (replica, full memory or disk).
@@ -468,17 +467,13 @@ async def _reply(connection: Any) -> Any:
         return error
 
 
-def warn_of_evictions(about: Mapping[str, Any], where: str = "") -> None:
-    """`about` = what INFO says of a server's memory."""
-    policy = about.get("maxmemory_policy", "noeviction")
-    if int(about.get("maxmemory", 0)) and policy != "noeviction":
-        log.warning("store_evicts", maxmemory_policy=policy, server=where or None, detail="States would be lost: set it to noeviction.")
-
-
-def fullness(about: Mapping[str, Any]) -> float:
-    """Part of its limit of memory that a server uses, of what INFO says of it; NaN = it has none, or does not say."""
-    most = int(about.get("maxmemory", 0))
-    return (int(about["used_memory"]) - int(about.get("mem_not_counted_for_evict", 0))) / most if most else math.nan
+def memory_of(about: Mapping[str, Any]) -> Memory:
+    """Of what INFO says of a server's memory."""
+    most, policy = int(about.get("maxmemory", 0)), about.get("maxmemory_policy", "noeviction")
+    if not most:
+        return Memory()
+    used = int(about["used_memory"]) - int(about.get("mem_not_counted_for_evict", 0))
+    return Memory(used / most, "" if policy == "noeviction" else policy)
 
 
 def leads_nowhere(error: BaseException) -> bool:

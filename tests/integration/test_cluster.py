@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -59,11 +60,21 @@ async def own(cluster: ValkeyCluster) -> AsyncIterator[ClusterStore]:
 
 
 async def test_it_is_as_full_as_its_fullest_node(own: ClusterStore, cluster: ValkeyCluster) -> None:
-    assert math.isnan(await own.fullness())
+    assert math.isnan((await own.memory()).fullness)
     with cluster.clients() as clients:
         for client, times in zip(clients, (20, 2, 0), strict=True):
             client.config_set("maxmemory", times * client.info("memory")["used_memory"])
-    assert 0.25 < await own.fullness() < 0.75
+    assert 0.25 < (await own.memory()).fullness < 0.75
+
+
+async def test_a_node_that_evicts_states_is_named(own: ClusterStore, cluster: ValkeyCluster) -> None:
+    assert (await own.memory()).evicting == ""
+    with cluster.clients() as clients:
+        second = clients[1]
+        second.config_set("maxmemory-policy", "volatile-lru")
+        assert (await own.memory()).evicting == "", "it has no limit"
+        second.config_set("maxmemory", 20 * second.info("memory")["used_memory"])
+    assert re.fullmatch(r"volatile-lru \(127\.0\.0\.1:\d+\)", (await own.memory()).evicting)
 
 
 # ── how it is asked ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -28,6 +28,7 @@ from service.stores import LOST, WRITTEN, Write
 from service.stores.book import Book
 from service.stores.redis import RedisStore, check_url, log_key, shard_of, state_key, trail_key
 from tests.servers import Valkey
+from tests.times import until
 from tests.tiny import build_tiny
 
 MODEL = "tiny"
@@ -112,7 +113,7 @@ async def test_how_full_the_store_is_can_be_seen_before_it_refuses(server: Valke
         client.config_set("maxmemory", 4 * client.info("memory")["used_memory"])
         assert 0.1 < await shown() < 0.9
     async with as_user(server, "~onset:*", "~{onset:*", "+@all", "-@dangerous") as store:
-        assert math.isnan(await store.fullness()), "it does not say"
+        assert math.isnan((await store.memory()).fullness), "it does not say"
 
 
 async def test_a_replica_is_told_from_a_store_that_refuses_for_good(server: Valkey) -> None:
@@ -300,13 +301,27 @@ async def test_a_key_in_which_another_program_has_put_something_else_is_a_stream
     await store.close()
 
 
-@pytest.mark.parametrize(("policy", "warned"), [("allkeys-lru", True), ("noeviction", False)])
-async def test_a_server_that_evicts_states_is_told_of(tmp_path: Path, policy: str, warned: bool) -> None:
-    with Valkey(tmp_path / "own", maxmemory="100mb", maxmemory_policy=policy) as server, capture_logs() as logs:
-        store = RedisStore(server.url, state_ttl=60, result_ttl=60)
-        await store.open()
-        await store.close()
-    assert [entry["maxmemory_policy"] for entry in logs if entry["event"] == "store_evicts"] == [policy] * warned
+@pytest.mark.parametrize("at_the_start", ["allkeys-lru", "noeviction"])
+async def test_a_server_that_evicts_states_is_told_of_whenever_it_is_set(tmp_path: Path, tiny_model_path: Path, at_the_start: str) -> None:
+    def told() -> list[str]:
+        return [entry["maxmemory_policy"] for entry in logs if entry["event"] == "store_evicts"]
+
+    with Valkey(tmp_path / "own", maxmemory="100mb", maxmemory_policy=at_the_start) as server, capture_logs() as logs:
+        async with Service(Settings(redis_url=server.url, model=tiny_model_path)).running() as service:
+
+            async def evicts(value: float) -> bool:
+                assert await service.ready() is None
+                return service.metrics.registry.get_sample_value("onset_store_evicts") == value
+
+            assert await evicts(float(at_the_start != "noeviction"))
+            assert told() == [at_the_start] * (at_the_start != "noeviction")
+            with server.client() as client:
+                client.config_set("maxmemory-policy", "volatile-ttl")
+                await until(lambda: "volatile-ttl" in told() or evicts(-1))
+                assert await evicts(1)
+                client.config_set("maxmemory-policy", "noeviction")
+                await until(lambda: evicts(0))
+    assert told().count("volatile-ttl") == 1
 
 
 async def test_a_queue_in_a_store_that_refuses_says_why_and_goes_on_once_it_does_not(server: Valkey, tiny_model_path: Path) -> None:
