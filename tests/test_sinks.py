@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -45,19 +45,22 @@ TOKEN = "us"
 
 
 class Kept:
-    """A sink that keeps its notices; it is down for the next `down` of them."""
+    """A sink that keeps its notices; it is down for the next `down` of them. `then` follows each."""
 
     name = "kept"
 
     def __init__(self) -> None:
         self.notices: list[Notice] = []
         self.down = 0
+        self.then: Callable[[], Awaitable[None]] | None = None
 
     async def tell(self, notice: Notice) -> None:
         if self.down:
             self.down -= 1
             raise Unreachable("down")
         self.notices.append(notice)
+        if self.then:
+            await self.then()
 
     async def close(self) -> None:
         return None
@@ -75,6 +78,9 @@ class Desk(Office):
 
     async def ours(self) -> None:
         await self.store.pipe([("SET", LEASE, TOKEN)])
+
+    async def lost(self) -> None:
+        await self.store.pipe([("SET", LEASE, "another")])
 
     async def happen(self, *transitions: Any, max_age: float = math.inf) -> None:
         """Log and fold these."""
@@ -126,7 +132,7 @@ async def test_whoever_takes_over_goes_on_where_the_other_one_died(office: Desk)
     await office.happen(*(opening(f"s{i}") for i in range(6)))
     for _ in range(3):
         await teller.turn(TOKEN)
-    await office.store.pipe([("SET", LEASE, "another")])
+    first.then = office.lost
     with pytest.raises(Fenced):
         await teller.turn(TOKEN)  # told, but not marked: the next one tells it again
     await office.ours()
@@ -187,6 +193,30 @@ async def test_a_replica_that_keeps_the_book_no_more_says_nothing_of_what_waits(
         await sink.close()
 
 
+async def test_a_replica_that_was_suspended_while_another_took_the_book_tells_nothing_when_it_wakes(office: Desk) -> None:
+    with Receiver() as receiver:
+        hook = office.teller(Webhook(receiver.url, ""))
+        alertmanager = Alertmanager(receiver.url, office.book, Metrics(), clock=lambda: office.now)
+        sinks: list[Teller | Alertmanager] = [hook, alertmanager]
+        for sink in sinks:
+            await sink.begin(TOKEN)
+        await office.happen(opening("a"))
+        await office.lost()
+        for sink in sinks:
+            with pytest.raises(Fenced):
+                await sink.turn(TOKEN)
+        await office.ours()
+        await alertmanager.turn(TOKEN)
+        assert len(receiver.posted) == 2, "the change, and what is open"
+        await office.lost()
+        office.now += 60
+        with pytest.raises(Fenced):
+            await alertmanager.turn(TOKEN)
+        assert len(receiver.posted) == 2
+        for sink in sinks:
+            await sink.close()
+
+
 async def test_a_notice_that_was_tried_for_too_long_is_a_dead_letter_and_the_next_one_is_told(office: Desk) -> None:
     sink = Kept()
     teller = office.teller(sink, patience=Patience(give_up=0.2, first_wait=0.02, longest_wait=0.05))
@@ -240,10 +270,15 @@ async def test_what_was_told_is_not_withheld_where_that_could_not_be_kept(office
     await teller.begin(TOKEN)
     await office.happen(opening("a"), opening("b"))
     for _ in range(2):
-        await office.store.pipe([("SET", LEASE, "another")])
+        await office.lost()
         with pytest.raises(Fenced):
-            await teller.turn(TOKEN)
+            await teller.turn(TOKEN)  # not told
         await office.ours()
+        sink.then = office.lost
+        with pytest.raises(Fenced):
+            await teller.turn(TOKEN)  # told, and not kept
+        await office.ours()
+        sink.then = None
         await teller.turn(TOKEN)
     await office.happen(resolving("a"), resolving("b"))
     office.now += 61
@@ -507,7 +542,8 @@ async def test_an_alertmanager_that_dies_between_changes_lags_by_what_waits_behi
     telling = asyncio.create_task(sink.run(TOKEN))
     retried = {"sink": sink.name, "outcome": "retried"}
     await until(lambda: metrics.registry.get_sample_value("onset_alert_deliveries_total", retried) or False)
-    await office.happen(opening("b"))
+    [alert] = await office.all(stream_id="a")
+    await office.book.acknowledge(alert.id, Acknowledgement("anna", "", T0))
     office.now += 500
     assert lag() == 500
     await tasks.end(telling)

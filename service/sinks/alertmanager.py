@@ -87,14 +87,14 @@ class Alertmanager:
         changes = await self._book.changes(self._cursor, AT_ONCE)
         self._since = changes[0].at if changes else None
         if changes:
-            letters = await self._tell(self._of_changes(changes))
+            letters = await self._tell(token, self._of_changes(changes))
             if not letters:
                 self._delivered(changes)
             await self._book.delivered(token, self.name, changes[-1].id, letters=letters)
             self._cursor, self._since = changes[-1].id, None
         if len(changes) < AT_ONCE and not 0 <= self._clock() - self._resent_at < self._resend:  # or the clock was set back
             self._resent_at = self._since = self._clock()
-            await self._tell_again()
+            await self._tell_again(token)
             self._since = None
         return bool(changes)
 
@@ -113,7 +113,7 @@ class Alertmanager:
                     left.append(self._posted(alert, severity=before, ends=told.at))
         return _one_each([*left, *map(self._posted, latest.values())])
 
-    async def _tell_again(self) -> None:
+    async def _tell_again(self, token: str) -> None:
         """All that is open, or still held open."""
         now = self._clock()
         # Open ones last: a stream's alert that is held open ends it there, also where the next one has begun.
@@ -122,10 +122,10 @@ class Alertmanager:
             some = [alert for alert in await self._book.alerts(ids[i : i + AT_ONCE]) if alert is not None and alert.live]
             firing = [alert for alert in some if alert.open or alert.opened_at + self._keep_firing > now]
             if firing:
-                await self._tell(_one_each([self._posted(alert) for alert in firing]))
+                await self._tell(token, _one_each([self._posted(alert) for alert in firing]))
 
-    async def _tell(self, posted: Sequence[Posted]) -> list[bytes]:
-        """As often as it takes; a dead letter where it is refused."""
+    async def _tell(self, token: str, posted: Sequence[Posted]) -> list[bytes]:
+        """As often as it takes; a dead letter where it is refused. Raises Fenced, StoreUnavailable."""
         if not posted:
             return []
         try:
@@ -133,6 +133,7 @@ class Alertmanager:
                 with attempt:
                     if attempt.num > 1:
                         self._count("retried")
+                    await self._book.renew(token)  # who was suspended meanwhile would have alerts fire that are long over
                     await self._post(posted)
         except Refused as error:
             self._count("dead_lettered")

@@ -165,12 +165,14 @@ class _Flooding:
         if len(self.streams) < NAMED:
             self.streams.append(alert.stream_id)
 
-    def told(self, now: float, link: str | None) -> Flood:
-        """What to tell of it; counting begins anew."""
-        flood = Flood(self.withheld.total(), self.since or now, dict(self.withheld), self.streams, link)
-        self.since = now if flood.withheld else None
+    def shown(self, now: float, link: str | None) -> Flood:
+        """What to tell of it."""
+        return Flood(self.withheld.total(), self.since or now, dict(self.withheld), self.streams, link)
+
+    def told(self, now: float) -> None:
+        """Counting begins anew."""
+        self.since = now if self.withheld else None
         self.withheld, self.streams = Counter(), []
-        return flood
 
 
 class Teller:
@@ -249,7 +251,7 @@ class Teller:
             return
         before = change.severity_before if event == "escalated" else None
         notice = Notice(told.id, event, told.at, AlertReply.of(alert, self._public_url), before)
-        letters = await self._attempt(notice)
+        letters = await self._attempt(token, notice)
         await self._book.delivered(token, name, told.id, over=[alert.id], letters=letters)
 
     def _admits(self, told: Told, now: float) -> bool:
@@ -265,22 +267,23 @@ class Teller:
         self._count("withheld")
         letters: list[bytes] = []
         if self._flooding.since is None:
-            letters = await self._attempt(self._flood_notice(f"flood-{told.id}", now))
-            self._flooding.since = now
+            letters = await self._attempt(token, self._flood_notice(f"flood-{told.id}", now))
+            self._flooding.told(now)
         await self._book.delivered(token, self._sink.name, told.id, withhold=[told.change.alert.id], letters=letters)
 
     async def _tell_of_flood(self, token: str, id_: str, now: float) -> None:
         notice = self._flood_notice(id_, now)
-        if notice.flood is not None and notice.flood.withheld:
-            letters = await self._attempt(notice)
+        letters = await self._attempt(token, notice) if self._flooding.withheld else []
+        self._flooding.told(now)
+        if letters:
             await self._book.delivered(token, self._sink.name, self._cursor, letters=letters)
 
     def _flood_notice(self, id_: str, now: float) -> Notice:
         link = f"{self._public_url.rstrip('/')}/" if self._public_url else None
-        return Notice(id_, "flood", now, flood=self._flooding.told(now, link))
+        return Notice(id_, "flood", now, flood=self._flooding.shown(now, link))
 
-    async def _attempt(self, notice: Notice) -> list[bytes]:
-        """Tell, as often as it takes; the dead letter if it was in vain."""
+    async def _attempt(self, token: str, notice: Notice) -> list[bytes]:
+        """Tell, as often as it takes; the dead letter if it was in vain. Raises Fenced, StoreUnavailable."""
         age, patience = self._clock() - notice.at, self._patience
         attempts = None if age < patience.give_up else 1
         try:
@@ -288,6 +291,7 @@ class Teller:
                 with attempt:
                     if attempt.num > 1:
                         self._count("retried")
+                    await self._book.renew(token)  # who was suspended meanwhile would tell what another has long gone beyond
                     await self._sink.tell(notice)
         except (Unreachable, Refused) as error:
             self._count("dead_lettered")
