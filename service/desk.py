@@ -116,7 +116,7 @@ class Desk:
                         log.warning("alerts_not_kept", error=error.detail)
                     await self._lose()
                 except Fenced:
-                    log.warning("alerts_lost_to_another_replica")
+                    log.warning("alerts_lease_lost")
                     await self._lose()
                 except Exception as error:  # a bug must not end the alerts of all streams; it is counted and logged
                     self._metrics.bug(error, task="alerts")

@@ -284,7 +284,7 @@ class Book:
         keys = [LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS, *more]
         words = [word for command in (_RENEW, *commands) for word in (len(command), *command)]
         if await self._store.call(FENCED_FUNCTION, keys, [token, *words]) is None:
-            raise Fenced("The book of alerts is kept by another replica by now.")
+            raise Fenced("The lease of the book of alerts is no longer this replica's.")
 
 
 def _kept(alert: Alert) -> Iterator[Command]:
