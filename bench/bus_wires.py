@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
@@ -25,6 +23,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from bench import brokers
 from bench.servers import free_port
 from bench.victims import Child, Server, Victim, listens
 from bench.wires import ANSWER_SECONDS, READ, NotSentError
@@ -42,22 +41,16 @@ class RabbitMQ(Victim):
     def __init__(self, folder: Path) -> None:
         super().__init__("rabbitmq", folder)
         logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # connections that a kill ends are no news
-        self.port, self._mapper_port, self._cluster_port = free_port(), free_port(), free_port()
-        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        (folder / "rabbitmq").mkdir()
+        self._rabbit = brokers.Rabbit(folder / "rabbitmq")
+        self.url = self._rabbit.url
         self._child: Child | None = None
         self._mapper: Child | None = None
 
     def start(self) -> None:
-        home = self.folder / "rabbitmq"
-        home.mkdir(exist_ok=True)
         if self._mapper is None:
-            self._mapper = Child([_program("epmd"), "-address", "127.0.0.1", "-port", str(self._mapper_port)], {}, self.log)
-        (home / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nloopback_users = none\nlog.file = false\nlog.console = true\n"
-        )
-        (home / "plugins").write_text("[].\n")
-        _program("rabbitmq-server")
-        self._child = Child(["/usr/lib/rabbitmq/bin/rabbitmq-server"], self._environment(home), self.log)
+            self._mapper = Child(self._rabbit.mapper, {}, self.log)
+        self._child = Child(self._rabbit.command(), self._rabbit.environment, self.log)
         self.starts += 1
 
     def kill(self) -> None:
@@ -71,7 +64,7 @@ class RabbitMQ(Victim):
 
     async def ready(self) -> bool:
         try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._rabbit.port)
         except OSError:
             return False
         writer.write(b"AMQP\x00\x00\x09\x01")
@@ -80,23 +73,6 @@ class RabbitMQ(Victim):
             writer.close()
             return bool(greeted)
         return False
-
-    def _environment(self, home: Path) -> dict[str, str]:
-        return {
-            "HOME": str(home),
-            "ERL_CRASH_DUMP": "/dev/null",
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "ERL_EPMD_PORT": str(self._mapper_port),
-            "RABBITMQ_NODENAME": f"onset-{self.port}@localhost",
-            "RABBITMQ_MNESIA_BASE": str(home),
-            "RABBITMQ_LOG_BASE": str(home),
-            "RABBITMQ_CONFIG_FILE": str(home / "rabbitmq.conf"),
-            "RABBITMQ_ENABLED_PLUGINS_FILE": str(home / "plugins"),
-            "RABBITMQ_DIST_PORT": str(self._cluster_port),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +S 1:1 +sbwt none",
-            "RUNNING_UNDER_SYSTEMD": "true",
-            "NOTIFY_SOCKET": "",
-        }
 
 
 class AmqpWire:
@@ -202,11 +178,7 @@ class Mosquitto(Server):
         self.port = free_port()
 
     def _command(self) -> Sequence[str]:
-        conf = self.folder / "mosquitto.conf"
-        lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "max_queued_messages 1000000", "set_tcp_nodelay true"]
-        lines += ["persistence true", f"persistence_location {self.folder}/", *(["user root"] if os.geteuid() == 0 else [])]
-        conf.write_text("\n".join(lines) + "\n")
-        return [_program("mosquitto"), "-c", str(conf)]
+        return brokers.mosquitto(self.folder, self.port, ["allow_anonymous true", "set_tcp_nodelay true"])
 
     def kill(self) -> None:
         self.stop()
@@ -292,10 +264,3 @@ def _with_its_own_identity(result: Result) -> Result:
     if result.event_id is not None and result.event_id.startswith(OURS):
         return msgspec.structs.replace(result, event_id=None)
     return result
-
-
-def _program(name: str) -> str:
-    found = shutil.which(name, path="/usr/sbin:/usr/local/bin:/usr/bin")
-    if found is None:
-        raise SystemExit(f"{name} is not on this machine")
-    return found

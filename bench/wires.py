@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -19,6 +18,7 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from redis.exceptions import RedisError
 
+from bench import brokers
 from bench.kafka_mock import MockKafka
 from bench.servers import free_port
 from bench.victims import Server, Store, Victim, listens
@@ -234,10 +234,7 @@ class NatsServer(Server):
         self.url = f"nats://127.0.0.1:{self.port}"
 
     def _command(self) -> Sequence[str]:
-        program = shutil.which("nats-server", path="/usr/sbin:/usr/local/bin:/usr/bin")
-        if program is None:
-            raise SystemExit("nats-server is not on this machine: apt-get install nats-server")
-        return [program, "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.folder / "jetstream")]
+        return brokers.nats_server(self.folder / "jetstream", self.port)
 
     async def ready(self) -> bool:
         return await listens(self.port)

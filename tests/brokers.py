@@ -13,8 +13,12 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
+import nats
+from nats.aio.client import Client
+
+from bench import brokers
 from bench.servers import free_port
-from tests.needs import program
+from tests.needs import needed, program
 
 START_SECONDS = 180
 
@@ -36,9 +40,11 @@ class _Broker:
 
     def start(self) -> None:
         """Returns when it answers."""
+        with needed():
+            command = self._command()
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(), env=os.environ | self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
+                command, env=os.environ | self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
             )
         deadline = time.monotonic() + START_SECONDS
         try:
@@ -75,7 +81,28 @@ class _Broker:
         return {}
 
     def _answers(self) -> bool:
-        raise NotImplementedError
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+        except OSError:
+            return False
+        return True
+
+
+class NatsServer(_Broker):
+    """NATS with JetStream, whose streams outlive `stop` and `kill`."""
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    async def connect(self) -> Client:
+        return await nats.connect(self.url, allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=1, error_cb=_quiet)
+
+    def _command(self) -> Sequence[str]:
+        return brokers.nats_server(self.folder, self.port)
+
+
+async def _quiet(error: Exception) -> None: ...
 
 
 class Mosquitto(_Broker):
@@ -95,19 +122,6 @@ class Mosquitto(_Broker):
             return f"mqtts://{self.USER}:{quote(self.PASSWORD, safe='')}@127.0.0.1:{self.port}"
         return f"mqtt://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        lines = [
-            f"listener {self.port} 127.0.0.1",
-            "persistence true",
-            f"persistence_location {self.folder}/",
-            "max_queued_messages 1000000",
-            *self._options,
-        ]
-        lines += self._secured(self.ca) if self.ca else ["allow_anonymous true"]
-        lines += ["user root"] if os.geteuid() == 0 else []
-        (self.folder / "conf").write_text("\n".join(lines) + "\n")
-        super().start()
-
     def _secured(self, ca: Path) -> list[str]:
         key, users = self.folder / "key.pem", self.folder / "users"
         about = ["-subj", "/CN=onset-test", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
@@ -118,10 +132,8 @@ class Mosquitto(_Broker):
         return ["allow_anonymous false", f"certfile {ca}", f"keyfile {key}", f"password_file {users}"]
 
     def _command(self) -> Sequence[str]:
-        return [program("mosquitto", "mosquitto"), "-c", str(self.folder / "conf")]
-
-    def _answers(self) -> bool:
-        return _listens(self.port)
+        access = self._secured(self.ca) if self.ca else ["allow_anonymous true"]
+        return brokers.mosquitto(self.folder, self.port, [*self._options, *access])
 
 
 class RabbitMQ(_Broker):
@@ -129,15 +141,16 @@ class RabbitMQ(_Broker):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self._mapper_port, self._cluster_port = free_port(), free_port()
+        self._rabbit = brokers.Rabbit(folder, self.port)
         self._mapper: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        return self._rabbit.url
 
     def __enter__(self) -> Self:
-        command = [program("epmd", "erlang-base"), "-address", "127.0.0.1", "-port", str(self._mapper_port)]
+        with needed():
+            command = self._rabbit.mapper
         self._mapper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             return super().__enter__()
@@ -167,34 +180,11 @@ class RabbitMQ(_Broker):
             self._mapper.kill()
             self._mapper.wait()
 
-    def start(self) -> None:
-        (self.folder / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}\nloopback_users = none\nlog.file = false\nlog.console = true\n"
-        )
-        (self.folder / "plugins").write_text("[].\n")
-        super().start()
-
     def _command(self) -> Sequence[str]:
-        program("rabbitmq-server", "rabbitmq-server")  # itself runs as root or rabbitmq only
-        return ["/usr/lib/rabbitmq/bin/rabbitmq-server"]
+        return self._rabbit.command()
 
     def _environment(self) -> dict[str, str]:
-        folder = str(self.folder)
-        return {
-            "HOME": folder,  # of the cookie
-            "ERL_CRASH_DUMP": "/dev/null",
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "ERL_EPMD_PORT": str(self._mapper_port),
-            "RABBITMQ_NODENAME": f"onset-{self.port}@localhost",
-            "RABBITMQ_MNESIA_BASE": folder,
-            "RABBITMQ_LOG_BASE": folder,
-            "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq.conf",
-            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/plugins",
-            "RABBITMQ_DIST_PORT": str(self._cluster_port),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +S 1:1 +sbwt none",
-            "RUNNING_UNDER_SYSTEMD": "true",  # the server in place of the shell: its pid is the server's
-            "NOTIFY_SOCKET": "",
-        }
+        return self._rabbit.environment
 
     def _answers(self) -> bool:
         try:
@@ -204,11 +194,3 @@ class RabbitMQ(_Broker):
                 return bool(connection.recv(1))
         except OSError:
             return False
-
-
-def _listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True

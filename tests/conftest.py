@@ -17,8 +17,7 @@ from service.detector import Detector
 from service.stores import StateStore
 from service.stores.memory import MemoryStore
 from service.stores.redis import RedisStore
-from tests.brokers import Mosquitto, RabbitMQ
-from tests.rigs import NatsServer, nats_server
+from tests.brokers import Mosquitto, NatsServer, RabbitMQ
 from tests.servers import Valkey, ValkeyCluster
 from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
@@ -191,5 +190,5 @@ def kafka() -> Iterator[MockKafka]:
 @pytest.fixture(scope="session")
 def jetstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
     """A real nats-server with JetStream, started once for the session: streams are to be a test's own."""
-    with nats_server(tmp_path_factory.mktemp("nats")) as server:
+    with NatsServer(tmp_path_factory.mktemp("nats")) as server:
         yield server

@@ -5,29 +5,24 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import subprocess
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
 
 import confluent_kafka
 import msgspec
-import nats
 import redis.asyncio as redis
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Producer, TopicPartition
 from nats.aio.client import Client
-from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 
 from bench.kafka_mock import MockKafka
-from bench.servers import free_port
 from service.app import Service
 from service.events import Result
 from service.settings import Settings
-from tests.needs import program
+from tests.brokers import NatsServer
 from tests.servers import Valkey
 
 PARTITIONS = 3
@@ -215,40 +210,6 @@ class KafkaRig(Shared):
             consumer.close()
 
 
-class NatsServer:
-    """A server with JetStream, its data in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self._command = [program("nats-server", "nats-server"), "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(folder)]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def kill(self) -> None:
-        """kill -9."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-    async def connect(self) -> Client:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                return await nats.connect(self.url, allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=1, error_cb=_quiet)
-            except (OSError, NatsError):
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.05)
-
-
-async def _quiet(error: Exception) -> None: ...
-
-
 class NatsRig(Shared):
     exactly = False
 
@@ -302,7 +263,7 @@ class NatsRig(Shared):
     async def restart(self) -> None:
         self.server.kill()
         await asyncio.sleep(0.3)
-        self.server.start()
+        await asyncio.to_thread(self.server.start)
         while not self.client.is_connected:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
@@ -314,16 +275,6 @@ class NatsRig(Shared):
             if message.subject == subject:
                 found.append((message.data or b"", dict(message.headers or {})))
         return found
-
-
-@contextmanager
-def nats_server(folder: Path) -> Iterator[NatsServer]:
-    server = NatsServer(folder)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.kill()
 
 
 @asynccontextmanager

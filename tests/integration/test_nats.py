@@ -24,8 +24,9 @@ from service.metrics import Metrics
 from service.sources import Settlement
 from service.sources.nats import Nats, _whole, subjects_of
 from service.sources.options import NatsSource
+from tests.brokers import NatsServer
 from tests.queues import in_order, recorded, uninterrupted
-from tests.rigs import NatsRig, NatsServer, content_of, each_once, nats_rig, service
+from tests.rigs import NatsRig, content_of, each_once, nats_rig, service
 from tests.times import until
 
 
