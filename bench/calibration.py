@@ -30,6 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench import metrics
+from bench.report import JsonFile
 from bench.servers import console
 from bench.sets import MONDAY, load
 from service.asking import SHIPPED_MODELS
@@ -240,7 +241,7 @@ def main(
     sets: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SETS)}.")] = ",".join(SETS),
     asked: Annotated[str, typer.Option(help="False onsets per event, comma-separated numbers or fractions.")] = ASKED,
     quick: Annotated[bool, typer.Option("--quick", help="A fifth of the streams, 6,000 rows each, no detection.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the sets and print the tables."""
     unknown = [name for name in sets.split(",") if name not in SETS]

@@ -32,9 +32,10 @@ from rich.table import Table
 
 from bench import soak as soaks
 from bench.clients import Client, Kind, Pool, RestDoor, Source, UnexpectedAnswerError, Vandal
-from bench.ledger import Ledger, Reference, Violation
+from bench.ledger import Ledger, Reference
 from bench.nursery import Nursery
-from bench.soak import SHOWN, JsonFile, Model, Plan, Rate, Seconds, Shown, bugs_in, conduct, unseen
+from bench.report import JsonFile
+from bench.soak import SHOWN, Model, Plan, Rate, Seconds, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from service.artifact import UNSEALED, find_artifacts, seal, verify_seal
 from service.asking import SHIPPED_MODELS
@@ -54,7 +55,6 @@ ROUNDS = 3
 class Report(soaks.Report):
     """What happened."""
 
-    kill_seconds: float = 0.0
     starts: dict[str, int] = field(default_factory=dict)
     events: int = 0
     counts: dict[str, int] = field(default_factory=dict)
@@ -62,7 +62,6 @@ class Report(soaks.Report):
     fresh_starts_counted: dict[str, int] = field(default_factory=dict)
     """In the parts without kills, by reason; each equal to what the clients saw."""
     streams_checked: int = 0
-    violations: list[Violation] = field(default_factory=list)
 
 
 def main(

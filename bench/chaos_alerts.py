@@ -32,8 +32,8 @@ from bench import soak as soaks
 from bench.ledger import Violation
 from bench.nursery import Nursery
 from bench.receiver import Receiver
-from bench.report import Machine, table
-from bench.soak import JsonFile, Model, Plan, Rate, Seconds, Shown, bugs_in, conduct, unseen
+from bench.report import JsonFile, Machine, table
+from bench.soak import Model, Plan, Rate, Seconds, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store
 from service import alerts
 from service.artifact import find_artifacts
@@ -61,14 +61,12 @@ class Report(soaks.Report):
     """What happened."""
 
     machine: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
     events: int = 0
     alerts: int = 0
     resolved: int = 0
     changes: int = 0
     told_again: int = 0
     refused_by_the_webhook: int = 0
-    violations: list[Violation] = field(default_factory=list)
 
 
 def main(
@@ -177,7 +175,7 @@ async def _under_kills(
                 await asyncio.sleep(0.5)
 
         group.create_task(watch())
-        report.seconds = await killer.run(plan.kills, plan.seconds)
+        report.kill_seconds = await killer.run(plan.kills, plan.seconds)
         stopped.set()
     report.kills = dict(killer.kills)
     report.events = sum(len(sender.sent) for sender in senders)
@@ -243,7 +241,7 @@ async def _book(replica: Replica, client: httpx.AsyncClient) -> dict[str, str]:
 
 
 def _table(report: Report) -> Table:
-    made = table(f"Alerts under kill -9, {report.seconds:.0f} s", ("what",), ("number",))
+    made = table(f"Alerts under kill -9, {report.kill_seconds:.0f} s", ("what",), ("number",))
     rows = {
         "kills": sum(report.kills.values()),
         **{f"  of {name}": count for name, count in sorted(report.kills.items())},

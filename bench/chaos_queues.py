@@ -43,7 +43,8 @@ from bench.bus_wires import AmqpWire, MqttWire
 from bench.clients import Kind, Source
 from bench.ledger import Reference, Violation, differing
 from bench.nursery import Nursery
-from bench.soak import SHOWN, JsonFile, Model, Rate, Seconds, Shown, bugs_in, conduct, unseen
+from bench.report import JsonFile
+from bench.soak import SHOWN, Model, Rate, Seconds, Shown, bugs_in, conduct, unseen
 from bench.victims import Killer, Replica, Store, Victim
 from bench.wires import KafkaWire, NatsWire, NotSentError, RedisStreamsWire, Wire
 from service.artifact import find_artifacts
@@ -78,39 +79,18 @@ class Plan(soaks.Plan):
 class Report(soaks.Report):
     """What happened."""
 
-    kill_seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
     wrong: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WRONG, 0))
     """Of `counts`."""
     streams_checked: int = 0
 
 
-def redis_streams(folder: Path, store: Store) -> Wire:
-    return RedisStreamsWire(store, PARTITIONS)
-
-
-def kafka(folder: Path, store: Store) -> Wire:
-    return KafkaWire(folder, PARTITIONS)
-
-
-def jetstream(folder: Path, store: Store) -> Wire:
-    return NatsWire(folder, PARTITIONS)
-
-
-def amqp(folder: Path, store: Store) -> Wire:
-    return AmqpWire(folder, PARTITIONS)
-
-
-def mqtt(folder: Path, store: Store) -> Wire:
-    return MqttWire(folder)
-
-
 WIRES: dict[str, Callable[[Path, Store], Wire]] = {
-    "redis_streams": redis_streams,
-    "kafka": kafka,
-    "nats": jetstream,
-    "mqtt": mqtt,
-    "amqp": amqp,
+    "redis_streams": lambda folder, store: RedisStreamsWire(store, PARTITIONS),
+    "kafka": lambda folder, store: KafkaWire(folder, PARTITIONS),
+    "nats": lambda folder, store: NatsWire(folder, PARTITIONS),
+    "mqtt": lambda folder, store: MqttWire(folder),
+    "amqp": lambda folder, store: AmqpWire(folder, PARTITIONS),
 }
 
 

@@ -31,7 +31,7 @@ import typer
 from playwright.sync_api import Browser, sync_playwright
 from rich.table import Table
 
-from bench.report import Goal, Machine, report, table
+from bench.report import Goal, JsonFile, Machine, report, table
 from bench.servers import service
 
 BUILT = Path(__file__).parents[1] / "service" / "console" / "dist" / "index.html"
@@ -191,7 +191,7 @@ def main(
     hz: Annotated[float, typer.Option(min=1, max=50, help="Events a second of each.")] = 10.0,
     seconds: Annotated[float, typer.Option(min=2, help="Of each view.")] = 20.0,
     quick: Annotated[bool, typer.Option("--quick", help="Three seconds of each view: does it run?")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     pictures: Annotated[Path | None, typer.Option(help="Also take the views at three sizes, into this folder.")] = None,
 ) -> None:
     """Watch a fleet and a stream in a browser, and print how its frames came."""

@@ -43,7 +43,7 @@ import uvloop
 from rich.table import Table
 
 from bench.fleet import default_model, fleet_model
-from bench.report import LATENCY_COLUMNS, Goal, Latency, Machine, report, table
+from bench.report import LATENCY_COLUMNS, Goal, JsonFile, Latency, Machine, report, table
 from bench.traffic import BODY_EVENTS, bodies, sent, stream_id
 from bench.warm import TTL_SECONDS, fill, policy_of, warm_rows
 from service import bodies as formats
@@ -103,7 +103,7 @@ class Figures:
 def main(
     seconds: Annotated[float, typer.Option(min=0.5, help="Measured time of the path, and of all parts together, for each line.")] = 10.0,
     quick: Annotated[bool, typer.Option("--quick", help="The shipped default alone, a second each.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure path and floor and print a table."""
     machine = Machine.now()

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from bench.fleet import default_model, fleet_model
-from bench.report import Goal, Machine, report, table
+from bench.report import Goal, JsonFile, Machine, report, table
 from bench.servers import console
 from bench.warm import warm_rows
 from service.detector import Detector, session_of
@@ -54,7 +54,7 @@ class Row:
 def main(
     repetitions: Annotated[int, typer.Option(min=3, help="Of each batch.")] = 50,
     quick: Annotated[bool, typer.Option("--quick", help="The shipped default at the smallest batch.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure where there is a GPU; say why not where there is none."""
     machine = Machine.now()

@@ -38,7 +38,7 @@ from rich.table import Table
 from bench import engine
 from bench.fleet import default_model
 from bench.load import Request, Tally, drive
-from bench.report import LATENCY_COLUMNS, Goal, Latency, Machine, report, table
+from bench.report import LATENCY_COLUMNS, Goal, JsonFile, Latency, Machine, report, table
 from bench.servers import NONE, Server, service, started
 from bench.traffic import BODY_EVENTS, JSON, bodies, requests, singles
 from bench.warm import fill
@@ -96,7 +96,7 @@ class Row:
 def main(
     seconds: Annotated[float, typer.Option(min=1, help="Measured time of each load on each server.")] = 10.0,
     quick: Annotated[bool, typer.Option("--quick", help="Two seconds each, in one round: does it run?")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the four servers in turn and print a table."""
     machine = Machine.now()

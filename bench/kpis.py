@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ import typer
 from numpy.typing import NDArray
 
 from bench.fleet import default_model
-from bench.report import Machine, report, table
+from bench.report import JsonFile, Machine, report, table
 from service.detector import Detector
 from service.events import Readings
 from service.policy import THRESHOLD, Policy, judge
@@ -431,7 +430,7 @@ def main(
     accept_after: Annotated[float, typer.Option(help="ONSET_ACCEPT_AFTER: seconds after which what lasts is accepted; 0 = never.")] = 0,
     seed: Annotated[int, typer.Option(help="Of all readings and faults.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Four streams of 150 readings: does it run?")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the figures to.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure each family; print what is found, each family's part in it, and what ordinary readings are told."""
     machine = Machine.now()

@@ -30,7 +30,7 @@ from drain3 import TemplateMiner
 from drain3.masking import MaskingInstruction
 from drain3.template_miner_config import TemplateMinerConfig
 
-from bench.report import Goal, Machine, report, table
+from bench.report import Goal, JsonFile, Machine, report, table
 from service.lines import Matcher
 from training.lines import Mining, grouping_accuracy, mine
 
@@ -65,7 +65,7 @@ def main(
     seconds: Annotated[float, typer.Option(min=0.2, help="Of each rate.")] = 3.0,
     quick: Annotated[bool, typer.Option("--quick", help="HDFS alone, half a second each.")] = False,
     data: Annotated[Path, typer.Option(help="Folder of the samples.")] = DATA,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure each sample and print a table."""
     machine = Machine.now()

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench.raw_logs import RAW_SETS, RawRow, raw_rows, raw_table
-from bench.report import Goal, Machine, report, table
+from bench.report import Goal, JsonFile, Machine, report, table
 from service.artifact import NEW
 from service.detector import session_of
 from training.data import Float64
@@ -352,7 +352,7 @@ def run(
     part: Annotated[int, typer.Option(min=1, help="Take every n-th abnormal session of HDFS.")] = 1,
     methods: Annotated[str, typer.Option(help="Only these rows, separated by ;")] = "",
     data: Annotated[Path, typer.Option(help="Folder with the sets.")] = Path("../shared/data"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Run every method on every set."""
     torch.set_num_threads(1)

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from bench.fleet import default_model, fleet_model
 from bench.load import Request, Tally, drive
-from bench.report import LATENCY_COLUMNS, Goal, Latency, Machine, report, table
+from bench.report import LATENCY_COLUMNS, Goal, JsonFile, Latency, Machine, report, table
 from bench.servers import Server, service
 from bench.traffic import BODY_EVENTS, bodies, requests, stream_id
 from bench.warm import TTL_SECONDS, fill
@@ -73,7 +73,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="A model file in place of the two.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Measured time of each rate.")] = 8.0,
     quick: Annotated[bool, typer.Option("--quick", help="The shipped default, up to 20,000 streams, two seconds each.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Fill the stores and print what a stream takes and what it costs."""
     machine = Machine.now()

@@ -34,7 +34,7 @@ from rich.table import Table
 
 from bench.http import STREAMS, warm_service
 from bench.load import Offered, Request, drive, offer
-from bench.report import LATENCY_COLUMNS, Goal, Latency, Machine, report, table
+from bench.report import LATENCY_COLUMNS, Goal, JsonFile, Latency, Machine, report, table
 from bench.servers import Server
 from bench.traffic import BODY_EVENTS, JSON, NDJSON, bodies, requests, singles
 from service.settings import Settings
@@ -110,7 +110,7 @@ class Resident:
 def main(
     seconds: Annotated[float, typer.Option(min=4, help="Of the overload; the fairness lines take a third each.")] = 60.0,
     quick: Annotated[bool, typer.Option("--quick", help="Six seconds of overload: does it run?")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Overload a service, then disturb quiet clients of another one, and print both."""
     machine = Machine.now()

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from bench.http import STREAMS, warm_service
 from bench.load import Tally, drive
-from bench.report import LATENCY_COLUMNS, Goal, Latency, Machine, report, table
+from bench.report import LATENCY_COLUMNS, Goal, JsonFile, Latency, Machine, report, table
 from bench.servers import Server
 from bench.traffic import BODY_EVENTS, bodies, requests
 
@@ -90,7 +90,7 @@ class WindowAutoencoder(nn.Module):
 def main(
     seconds: Annotated[float, typer.Option(min=1, help="Measured time of each.")] = 9.0,
     quick: Annotated[bool, typer.Option("--quick", help="A second and a half each: does it run?")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Run ours and the peers in turn and print a table."""
     machine = Machine.now()

@@ -29,6 +29,7 @@ from bench import metrics
 from bench.baselines import BASELINES, SEEDED, Answer, Baseline
 from bench.ours import FitFailed, Recipe, Setting, fit_and_score, recipes
 from bench.quality_tables import set_table, summary
+from bench.report import JsonFile
 from bench.servers import console
 from bench.sets import SETS, Case, DataSet, load
 from training.faults import average_precision
@@ -98,7 +99,7 @@ def main(
     ] = False,
     kept: Annotated[bool, typer.Option("--kept", help="Run nothing: tables of the results that are in --out.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of models and results; what is there is not run again.")] = Path("out/quality"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Run what is missing, print a table for each set and a summary."""
     unknown = [name for name in sets.split(",") if name not in SETS]

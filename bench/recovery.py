@@ -33,7 +33,7 @@ from rich.table import Table
 
 from bench.fleet import default_model
 from bench.http import store_url
-from bench.report import Goal, Machine, report, table
+from bench.report import Goal, JsonFile, Machine, report, table
 from bench.servers import Server, service
 from bench.traffic import stream_id
 from bench.warm import fill
@@ -59,7 +59,7 @@ def main(
     repetitions: Annotated[int, typer.Option(min=1, max=50, help="Of each line.")] = 5,
     streams: Annotated[int, typer.Option(min=1000, help="Warm streams in the data folder.")] = 100_000,
     quick: Annotated[bool, typer.Option("--quick", help="Two repetitions over 5,000 streams: does it run?")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Kill, measure, compare, and print a table."""
     machine = Machine.now()

@@ -28,7 +28,7 @@ import typer
 from rich.table import Table
 
 from bench.prompb import Sent, body_1, body_2, message
-from bench.report import LATENCY_COLUMNS, Latency, Machine, report
+from bench.report import LATENCY_COLUMNS, JsonFile, Latency, Machine, report
 from bench.servers import service
 from service.api import EVENTS
 from service.names import Names, stream_id_of
@@ -134,7 +134,7 @@ def doors() -> list[Door]:
 def main(
     seconds: Annotated[float, typer.Option(min=1, help="Measured time of each row.")] = 10.0,
     quick: Annotated[bool, typer.Option("--quick", help="Two seconds each: does it run?")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure decoding in this process, then the doors of a service, and print a table."""
     machine = Machine.now()

@@ -9,13 +9,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
+import typer
 from rich.table import Table
 
 from bench.servers import console
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, NamedTuple
 import httpx
 import typer
 
-from bench.report import Goal, Machine, report, table
+from bench.report import Goal, JsonFile, Machine, report, table
 from bench.servers import service
 from bench.victims import Child
 from service.artifact import SHA256_KEY, UNSEALED, find_artifacts, seal
@@ -182,7 +182,7 @@ class Phase:
 def main(
     streams: Annotated[int, typer.Option(min=SENDERS, max=10_000)] = 300,
     model: Annotated[Path, typer.Option(help="A detector of one feature, `value`. Default: the one that ships.")] = SHIPPED_MODELS,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Roll out, kill, and print a table."""
     machine = Machine.now()

@@ -27,7 +27,6 @@ BUGS = re.compile(r"unexpected_error|batch_failed|Traceback")
 Seconds = Annotated[float, typer.Option(min=1, max=36_000, help="Longest time for the kills; it stops earlier when all are done.")]
 Rate = Annotated[float, typer.Option(min=0.1, max=10, help="Kills a second that are tried for.")]
 Model = Annotated[Path, typer.Option(help="A detector of one feature, `value`. Default: the one that ships.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")]
 
 Shown = Callable[[int, str], None]
 """Told how many kills are done, and how things stand."""
@@ -57,6 +56,7 @@ class Report:
 
     plan: dict[str, str]
     kills: dict[str, int] = field(default_factory=dict)
+    kill_seconds: float = 0.0
     violations: list[Violation] = field(default_factory=list)
 
 

@@ -22,7 +22,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ from pydantic import TypeAdapter
 
 from bench.bus_wires import Mosquitto, RabbitMQ
 from bench.fleet import default_model
-from bench.report import Goal, Machine, report, table
+from bench.report import Goal, JsonFile, Machine, report, table
 from bench.servers import service
 from bench.traffic import stream_id
 from bench.warm import fill
@@ -92,6 +92,9 @@ class Row:
 class Queue(Protocol):
     """A broker of one measurement."""
 
+    async def open(self) -> None:
+        """Before anything else."""
+
     async def fill(self, events: Sequence[Event]) -> None:
         """Into the partitions, by stream."""
 
@@ -115,6 +118,8 @@ class Kafka:
         for topic in ("events", "results", "dead-letters", "raw-results"):
             self._brokers.topic(topic, PARTITIONS)
         self._reader = Consumer(self._config("reader"))
+
+    async def open(self) -> None: ...
 
     def _config(self, group: str) -> dict[str, str | bool | int]:
         options: dict[str, str | bool | int] = {"bootstrap.servers": self._brokers.servers, "group.id": group, "log_level": 0}
@@ -209,7 +214,9 @@ class RedisStreams:
     KEYS = tuple(f"bench:events:{{{p}}}" for p in range(PARTITIONS))
 
     def __init__(self, url: str) -> None:
-        self._url, self._client = url, redis.Redis.from_url(url)
+        self._client = redis.Redis.from_url(url)
+
+    async def open(self) -> None: ...
 
     async def fill(self, events: Sequence[Event]) -> None:
         await asyncio.to_thread(self._fill, events)
@@ -404,46 +411,21 @@ def _parts(events: Sequence[Event]) -> list[list[tuple[int, Event]]]:
     return [numbered[i : i + FILL] for i in range(0, len(numbered), FILL)]
 
 
-async def redis_streams(folder: Path, url: str) -> Queue:
-    return RedisStreams(url)
-
-
-async def kafka(folder: Path, url: str) -> Queue:
-    return Kafka(folder)
-
-
-async def jetstream(folder: Path, url: str) -> Queue:
-    queue = JetStream(folder)
-    await queue.open()
-    return queue
-
-
-async def mqtt(folder: Path, url: str) -> Queue:
-    queue = Mqtt(folder)
-    await queue.open()
-    return queue
-
-
-async def amqp(folder: Path, url: str) -> Queue:
-    queue = Amqp(folder)
-    await queue.open()
-    return queue
-
-
-QUEUES: dict[str, Callable[[Path, str], Awaitable[Queue]]] = {
-    "redis_streams": redis_streams,
-    "kafka": kafka,
-    "nats": jetstream,
-    "mqtt": mqtt,
-    "amqp": amqp,
+QUEUES: dict[str, Callable[[Path, str], Queue]] = {
+    "redis_streams": lambda folder, url: RedisStreams(url),
+    "kafka": lambda folder, url: Kafka(folder),
+    "nats": lambda folder, url: JetStream(folder),
+    "mqtt": lambda folder, url: Mqtt(folder),
+    "amqp": lambda folder, url: Amqp(folder),
 }
+"""By the state store's address, and a folder for what a broker keeps."""
 
 
 def main(
     source: Annotated[list[str] | None, typer.Option(help=f"{', '.join(QUEUES)}; may be given again. Default: all.")] = None,
     events: Annotated[int, typer.Option(min=5000, max=500_000)] = 60_000,
     quick: Annotated[bool, typer.Option("--quick", help="10,000 events: does it run?")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Fill, read, and print a table."""
     machine = Machine.now()
@@ -469,7 +451,8 @@ async def measure(name: str, folder: Path, events: int) -> Row:
         stack.push_async_callback(store.stop)
         detector = Detector.load(default_model())
         await fill(url, detector, range(STREAMS))
-        queue = await QUEUES[name](folder, url)
+        queue = QUEUES[name](folder, url)
+        await queue.open()
         stack.push_async_callback(queue.stop)
         batch = TypeAdapter[AnySource](AnySource).validate_python(queue.source).batch
         made, now = _made(detector, events), time.time()

@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 import service
+from bench.report import JsonFile
 from bench.servers import console
 from service.detector import bucket, session_of
 from training.autoencoder import Autoencoder, Sizes, Variant
@@ -95,7 +96,7 @@ class Figures:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="The shipped default and its floor only, few repetitions.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time the step functions and print a table."""
     torch.set_num_threads(1)
