@@ -9,6 +9,9 @@ loop for seconds. And it waits for ever for one that does not come.
 It keeps what a client does not read for ever, too, even after it has closed the connection. `Unread` lets such clients go.
 
 When it stops, it waits for bodies that do not come until the time to stop is over. `Halves` lets them go before.
+
+And of a request that offers another protocol (`Upgrade: h2c`, as Java's HttpClient sends by default, and curl --http2) it drops the body,
+or takes it for the next request. Such an offer may be declined by going on as if it were not there (RFC 9110, 7.8).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import httptools
 import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -166,6 +170,9 @@ class Protocol(HttpToolsProtocol):
 
     came = 0
     """Bytes in all."""
+    _declined = b""
+    """The head of a request that offers another protocol, without the offer, until it is parsed again."""
+
     _read = 0
     """Bytes since the last head or piece of a body was there."""
     _waits_since: float | None = None
@@ -216,7 +223,11 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self.came += len(data)
         self._read += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         if self._read and self._waits_since is None:
             self._waits_since = self.loop.time()
         if self._read > HEAD_BYTES and not self.transport.is_closing():
@@ -224,7 +235,24 @@ class Protocol(HttpToolsProtocol):
                 self.transport.write(TOO_LARGE)
             self.transport.close()
 
+    def _parse(self, data: bytes) -> None:
+        """The parser leaves what follows an offer to whoever takes it up: it goes on behind it. Raises HttpParserError."""
+        while not self.transport.is_closing():
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                if not self._declined:
+                    return
+                data, self._declined = self._declined + data[offer.args[0] :], b""
+            else:
+                return
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers):  # else it is CONNECT
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            kept = b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
+            self._declined = b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, kept)
+            return
         self._whole()
         if len(self.pipeline) >= AHEAD_REQUESTS:
             self.transport.abort()
@@ -245,6 +273,8 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._declined:
+            return
         self._whole()
         super().on_message_complete()
 

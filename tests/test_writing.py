@@ -224,6 +224,48 @@ async def test_who_does_not_finish_a_head_is_left(begun: bytes) -> None:
         assert reader.lost.is_set()
 
 
+async def mirror(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the body it got, or the path where there was none."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    body = body or scope["path"].encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+"""As Java's HttpClient has it by default, in a plain http request."""
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 1000])
+async def test_a_request_that_offers_another_protocol_is_read_whole_and_nothing_of_its_body_as_a_request(pieces: int) -> None:
+    requests = [
+        b"POST /a HTTP/1.1\r\nHost: a\r\n" + OFFER + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
+        b"GET /offered HTTP/1.1\r\nHost: a\r\n" + OFFER + b"\r\n",
+        b"POST /b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n" + OFFER + b"\r\n3\r\nabc\r\n0\r\n\r\n",
+        b"GET /last HTTP/1.1\r\nHost: a\r\n\r\n",
+    ]
+    async with connected(app=mirror) as (transport, reader):
+        everything = b"".join(requests)
+        step = -(-len(everything) // pieces)
+        for start in range(0, len(everything), step):
+            transport.write(everything[start : start + step])
+            await asyncio.sleep(0.001)
+        await until(lambda: b"".join(reader.reads).endswith(b"/last"))
+        answers = b"".join(reader.reads).split(b"HTTP/1.1 200 OK\r\n")[1:]
+        assert [answer.partition(b"\r\n\r\n")[2] for answer in answers] == [SMUGGLED, b"/offered", b"abc", b"/last"]
+
+
+async def test_a_tunnel_is_refused() -> None:
+    async with connected(app=mirror) as (transport, reader):
+        transport.write(b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n" + OFFER + b"\r\n")
+        await asyncio.wait_for(reader.lost.wait(), 20)
+        assert b"".join(reader.reads).startswith(b"HTTP/1.1 400 ")
+
+
 async def test_an_answer_may_take_longer_than_a_head() -> None:
     release = asyncio.Event()
 
