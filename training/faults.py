@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,12 @@ from training.detector import DetectorStep
 Bool = NDArray[np.bool_]
 ROWS, STREAMS = 3000, 16
 """At most this much history is looked at."""
+DRAWS = 8
+"""Of faults into the same history. One leaves a small fleet's choice to chance (LOG.md); side by side they take little longer than it."""
+VALUES = 1 << 24
+"""Numbers of all draws together at most: of many features each draw takes fewer streams, in turns."""
+CLEAR = 3.0
+"""Standard errors by which a difference between the means of draws is more than chance."""
 LONGEST = 300
 FEWEST = 400
 """Rows a stream needs to take part."""
@@ -81,7 +88,7 @@ def inject(rng: np.random.Generator, x: Float32, scored: Bool, start: int) -> tu
 
 @dataclass(frozen=True)
 class Faulty:
-    """Streams with injected faults, side by side."""
+    """Streams with injected faults, side by side: the same ones DRAWS times over, draw by draw, each time with other faults."""
 
     x: Float32  # [T, B, F]
     t: Float32  # [T, B, 3]
@@ -93,6 +100,11 @@ class Faulty:
         """Of faulty rows: the average precision of random scores."""
         return float(self.faulty[self.start :].mean())
 
+    def by_draw(self, values: NDArray[Any]) -> list[NDArray[Any]]:
+        """Of [T, B], those of the rows that may be faulty, of each draw in which any is."""
+        parts = (np.split(whole[self.start :], DRAWS, axis=1) for whole in (values, self.faulty))
+        return [part.ravel() for part, faulty in zip(*parts, strict=True) if faulty.any()]
+
 
 def faulty_streams(streams: Sequence[Stream], scored: Sequence[bool], seed: int) -> Faulty | None:
     """The longest streams, cut to the same rows; None where the history is too short, or nothing in it ever moves."""
@@ -101,9 +113,10 @@ def faulty_streams(streams: Sequence[Stream], scored: Sequence[bool], seed: int)
         return None
     rows = min(ROWS, len(longest[-1]))
     rng = np.random.default_rng([seed, rows])
+    each = min(len(longest), max(1, VALUES // (DRAWS * rows * len(scored))))
     changed, labels = [], []
-    for stream in longest:
-        piece = cut(stream, 0, rows)
+    for lane in range(DRAWS * each):
+        piece = cut(longest[lane % len(longest)], 0, rows)
         x, faulty = inject(rng, piece.x, np.array(scored), rows // 2)
         changed.append(Stream(piece.name, x, piece.t))
         labels.append(faulty)
@@ -113,13 +126,38 @@ def faulty_streams(streams: Sequence[Stream], scored: Sequence[bool], seed: int)
     return Faulty(x, t, np.stack(labels, axis=1), rows // 2)
 
 
-def found(step: DetectorStep, streams: Faulty) -> dict[str, float]:
-    """Average precision of the sum of the evidence over the rows that may be faulty, and of each signal alone."""
+def found(step: DetectorStep, streams: Faulty) -> dict[str, Float64]:
+    """Average precision of the sum of the evidence over the rows that may be faulty, and of each signal alone; by draw [D]."""
     observed = observe(step, streams.x, streams.t)
-    evidence = _evidence(observed, streams.start, step.signals.burn)[streams.start :]
-    labels = streams.faulty[streams.start :].ravel()
+    evidence = _evidence(observed, streams.start, step.signals.burn)
+    labels = streams.by_draw(streams.faulty)
     scores = {"sum": evidence.sum(axis=2)} | {name: evidence[:, :, k] for k, name in enumerate(step.signals.names)}
-    return {name: round(average_precision(score.ravel(), labels), 3) for name, score in scores.items()}
+    return {name: np.array(list(map(average_precision, streams.by_draw(score), labels))) for name, score in scores.items()}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much more is found with one thing than with another, in the mean over draws."""
+
+    mean: float
+    error: float  # standard error of the mean; infinite for a single draw
+    better: int  # draws in which it is more
+    draws: int
+
+    @classmethod
+    def of(cls, one: Float64, other: Float64) -> Gain:
+        """Of average precisions by draw, [D] each."""
+        gain = one - other
+        error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+        return cls(float(gain.mean()), error, int((gain > 0).sum()), len(gain))
+
+    @property
+    def clear(self) -> bool:
+        return self.mean > CLEAR * self.error
+
+    def __str__(self) -> str:
+        more, every = "more" if self.mean > 0 else "less", f"{self.draws} draws of faults"
+        return f"{abs(self.mean):.3f} ±{self.error:.3f} {more} average precision in the mean of {every}, more in {self.better} of them"
 
 
 def _evidence(observed: Observed, start: int, burn: int) -> Float64:
