@@ -4,6 +4,7 @@
                  a log line, whatever it holds
     plain        with nothing declared a message is one event or several as POST /v1/events takes them, decoded in one go
     mapped       each item of the payload by itself: references are resolved, and the event is checked like any other
+    each         an item has events within, in a list, or as the members of an object: each of them by itself
 
 What cannot be mapped is told by field and value; its neighbours in the same message are not touched.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +24,7 @@ import msgspec
 from msgspec.structs import replace
 
 from service.bodies import Format, checked, decode, decode_one, decode_plain, from_fields, to_number
-from service.errors import BadBody, BadEvent, ItemError, NoReading, OnsetError
+from service.errors import BadBody, BadEvent, ItemError, NoReading, OnsetError, TooLarge
 from service.events import MAX_NAME_LENGTH, Event, shown
 from service.sources import MAX_EVENTS, POSITIONS, Message
 from service.sources.options import Payload
@@ -51,6 +53,8 @@ class _Item:
     """Named parts of the topic."""
     attributes: Mapping[str, Any]
     """Of a CloudEvent."""
+    whole: Any = _MISSING
+    """The payload that this one is a part of."""
 
 
 Reader = Callable[[_Item], Any]
@@ -61,6 +65,7 @@ class Mapper:
     """Reads events from the messages of one source. `max_events` is of one message."""
 
     def __init__(self, payload: Payload, *, max_events: int) -> None:
+        self._each = _path(payload.each) if payload.each not in ("", ".") else None
         self._payload, self._read = payload, self._plain if payload.plain else self._mapped
         self._max_events = min(max_events, MAX_EVENTS)
         self._format = _FORMATS.get(payload.format, Format.JSON)
@@ -95,6 +100,10 @@ class Mapper:
             items, bare = self._items(message, levels)
         except BadBody as error:
             raise BadEvent(error.detail.replace("The body", "The payload", 1), "payload", _start(message)) from error
+        if self._payload.each:
+            items, bare = [part for item in items for part in ([item] if isinstance(item, ItemError) else self._parts(item))], False
+            if len(items) > self._max_events:
+                raise TooLarge(f"More than {self._max_events} events in one message.")
         events = [event for item in items for event in ([item] if isinstance(item, ItemError) else self._try(item))]
         return events, bare and len(events) == 1
 
@@ -292,7 +301,9 @@ class Mapper:
             return lambda item: _header(item.message, rest)
         if root == "ce" and rest and self._payload.format == "cloudevents":
             return lambda item: item.attributes.get(rest, _MISSING)
-        return _path(rest if root == "payload" and rest else reference)
+        of_all = root == "payload" and rest != ""
+        within = _path(rest if of_all else reference)
+        return lambda item: within(item.whole if of_all and item.whole is not _MISSING else item.payload)
 
     # ── the items of a message ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -334,6 +345,22 @@ class Mapper:
             return [_Item(message.payload.decode(errors="replace").strip(), message, levels, {})], True
         contents, bare = decode_plain(message.payload, self._body_format(message.payload), max_events=self._max_events)
         return [content if isinstance(content, ItemError) else _Item(content, message, levels, {}) for content in contents], bare
+
+    def _parts(self, item: _Item) -> Sequence[_Item | ItemError]:
+        """Each event within a payload as a payload of its own."""
+        found = self._each(item.payload) if self._each else item.payload
+        if isinstance(found, list):
+            return [dataclasses.replace(item, payload=part, whole=item.payload) for part in found]
+        if isinstance(found, dict):
+            return [self._member(item, str(name), value) for name, value in found.items()]
+        said, value = ("not in the message", "") if found is _MISSING else (shown(found), shown(found))
+        return [BadEvent(f"{self._payload.each} is to be a list or an object of events; it is {said}.", self._payload.each, value)]
+
+    def _member(self, item: _Item, name: str, value: Any) -> _Item | ItemError:
+        """A reading by its name in an object, where words and other objects stand beside the readings."""
+        if isinstance(value, int | float) or (isinstance(value, str) and to_number(value) is not None):
+            return dataclasses.replace(item, payload={"name": name, "value": value}, whole=item.payload)
+        return NoReading(f"{name[:64]} is {shown(value)}: no number.", name[:64], shown(value))
 
     def _cloud_events(self, message: Message, levels: Mapping[str, str]) -> tuple[list[_Item | ItemError], bool]:
         payload = message.payload or b""
@@ -409,14 +436,15 @@ def _bounded(identity: str) -> str:
     return hashlib.blake2b(identity.encode(errors="surrogatepass"), digest_size=32).hexdigest()
 
 
-def _path(dotted: str) -> Reader:
+def _path(dotted: str) -> Callable[[Any], Any]:
+    """What lies at a place in a payload, or _MISSING."""
     parts = dotted.split(".")
     if len(parts) == 1:
         [name] = parts
-        return lambda item: item.payload.get(name, _MISSING) if isinstance(item.payload, dict) else _MISSING
+        return lambda payload: payload.get(name, _MISSING) if isinstance(payload, dict) else _MISSING
 
-    def walk(item: _Item) -> Any:
-        found = item.payload
+    def walk(payload: Any) -> Any:
+        found = payload
         for part in parts:
             if isinstance(found, dict):
                 found = found.get(part, _MISSING)

@@ -198,6 +198,76 @@ def test_an_object_of_numbers_is_the_values() -> None:
     assert wrong(declared, message({"s": "a"}))[0] == "m"
 
 
+KEPWARE = {
+    "timestamp": 1795797153123,
+    "values": [
+        {"id": "Line1.Press.Temp", "v": 71.3, "q": True, "t": 1795797153100},
+        {"id": "Line1.Press.State", "v": "RUN", "q": True, "t": 1795797153101},
+        {"id": "Line1.Press.Flow", "v": 0, "q": False, "t": 1795797153102},
+        {"id": "Line1.Press.Load", "v": "12.5", "q": True, "t": 1795797153103},
+    ],
+}
+"""As Kepware's IoT Gateway publishes."""
+
+
+def test_a_list_within_the_payload_is_an_event_each_and_a_bad_one_does_not_touch_its_neighbours() -> None:
+    declared = {
+        "each": "values",
+        "stream_id": "id",
+        "timestamp": "t",
+        "timestamp_unit": "ms",
+        "values": {"value": "v"},
+        "good": {"q": True},
+    }
+    warm, words, bad, load = events(declared, message(KEPWARE))
+    assert (warm, load) == (
+        Event("Line1.Press.Temp", {"value": 71.3}, None, 1795797153.1),
+        Event("Line1.Press.Load", {"value": 12.5}, None, 1795797153.103),
+    )
+    assert isinstance(bad, NoReading)
+    assert isinstance(words, BadEvent)
+    assert (words.field, words.value) == ("v", '"RUN"')
+    assert events(declared, message([KEPWARE, {"values": []}, KEPWARE]))[4:6][0] == warm
+
+
+def test_within_an_event_of_a_list_the_whole_payload_is_still_reached() -> None:
+    sent = {"gateway": {"site": "north"}, "at": 1_700_000_000, "data": {"readings": [{"name": "a", "value": 1}, {"name": "b", "value": 2}]}}
+    declared = {"each": "data.readings", "stream_id": "{payload.gateway.site}/{line}/{name}", "timestamp": "payload.at", "values": "value"}
+    assert events({**declared, "topic": "plant/{line}/#"}, message(sent, topic="plant/7/x")) == [
+        Event("north/7/a", {"value": 1}, None, 1.7e9),
+        Event("north/7/b", {"value": 2}, None, 1.7e9),
+    ]
+
+
+def test_each_number_of_an_object_is_an_event_and_its_words_are_passed_over() -> None:
+    sent = {"temperature": 21.3, "humidity": "45", "contact": True, "action": "single", "update": {"state": "idle"}, "voltage": None}
+    declared = {"each": ".", "topic": "zigbee2mqtt/{device}", "stream_id": "{device}/{name}", "values": "value"}
+    got = events(declared, message(sent, topic="zigbee2mqtt/oven"))
+    assert got[:3] == [
+        Event("oven/temperature", {"value": 21.3}),
+        Event("oven/humidity", {"value": 45}),
+        Event("oven/contact", {"value": 1}),
+    ]
+    assert [(type(item), item.field) for item in got[3:] if isinstance(item, ItemError)] == [
+        (NoReading, name) for name in ("action", "update", "voltage")
+    ]
+    missing = events({**declared, "missing": [45]}, message(sent, topic="zigbee2mqtt/oven"))
+    assert [type(item) for item in missing[:3]] == [Event, NoReading, Event]
+
+
+@pytest.mark.parametrize(("sent", "value"), [({"values": 3}, "3"), ({}, ""), ([1], "")])
+def test_a_payload_without_what_each_names_is_a_dead_letter(sent: Any, value: str) -> None:
+    assert wrong({"each": "values", "stream_id": "id"}, message(sent)) == ("values", value)
+
+
+def test_the_events_of_a_list_are_named_by_their_message_and_counted_with_it() -> None:
+    declared = {"each": "r", "stream_id": "id", "values": "v"}
+    sent = replace(message({"r": [{"id": "a", "v": 1}, {"id": "b", "v": 2}]}), event_id="m-1")
+    assert [item.event_id for item in events(declared, sent) if isinstance(item, Event)] == ["m-1/0", "m-1/1"]
+    with pytest.raises(TooLarge):
+        events(declared, message([{"r": [{"id": "a", "v": i} for i in range(6)]}] * 2))
+
+
 def test_a_bad_item_does_not_touch_its_neighbours_in_any_format() -> None:
     declared = {"stream_id": "s", "values": "v"}
     items = [{"s": "a", "v": 1}, {"s": "a", "v": "hot"}, {"s": "a", "v": 2}]

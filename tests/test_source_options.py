@@ -273,4 +273,4 @@ def test_the_examples_of_the_documentation_are_sources_that_start(tmp_path: Path
         (tmp_path / "sources.yaml").write_text(example.partition("```")[0])
         passwords = dict.fromkeys(("KAFKA_PASSWORD", "MQTT_PASSWORD", "AMQP_PASSWORD"), "secret")
         started.append([source.type for source in options.read(str(tmp_path / "sources.yaml"), passwords)])
-    assert started == [["redis_streams"], ["kafka", "nats", "mqtt"], ["kafka"], ["nats"], ["mqtt"], ["amqp"]]
+    assert started == [["redis_streams"], ["mqtt"] * 4, ["kafka", "nats", "mqtt"], ["kafka"], ["nats"], ["mqtt"], ["amqp"]]

@@ -62,6 +62,10 @@ class Payload(Declared):
     """
 
     format: FormatName = "json"
+    each: str = ""
+    """Reference to a list of events within the payload, or to an object of which each number is one, with `name` and `value`; `.` = the
+    payload itself. All else is then within such an event, but for `payload.PATH`, which is of the whole payload.
+    """
     topic: str = ""
     """Pattern of the topic, subject or routing key whose levels have names: plant/{line}/{sensor}/value."""
     stream_id: str = ""
@@ -95,7 +99,7 @@ class Payload(Declared):
     @property
     def _mapped(self) -> bool:
         read = self.timestamp or self.values or self.missing or self.good or self.message or self.end or self.event_id or self.sequence
-        return bool(self.topic or self.stream_id or read)
+        return bool(self.each or self.topic or self.stream_id or read)
 
     @field_validator("stream_id", "event_id", "message")
     @classmethod
@@ -114,11 +118,11 @@ class Payload(Declared):
     @model_validator(mode="after")
     def _fits_the_format(self) -> Self:
         if self.format == "number":
-            for name in ("values", "timestamp", "sequence", "message", "good"):
+            for name in ("each", "values", "timestamp", "sequence", "message", "good"):
                 if getattr(self, name):
                     raise ValueError(f"a number by itself has no {name}: leave it out, or choose another format")
-        if self.format == "text" and (self.values or self.message):
-            raise ValueError("a text is the line itself: leave values and message out, or choose another format")
+        if self.format == "text" and (self.each or self.values or self.message):
+            raise ValueError("a text is the line itself: leave each, values and message out, or choose another format")
         if (self.missing or self.good) and (self.message or self.format == "text"):
             raise ValueError("missing and good are of readings, not of lines: leave them out")
         if self.values and self.message:
