@@ -34,6 +34,9 @@ MAX_COLUMNS = 1000
 MAX_MESSAGES = 300
 """Batches, and dictionaries for them."""
 PREFIX = "values."
+PANDAS_INDEX = "__index_level_"
+"""What pandas calls an index without a name, such as the row numbers that a filtered table keeps."""
+_FILES = {b"ARROW1": "an Arrow file (Feather)", b"PAR1": "a Parquet file"}
 MAX_SEQUENCE = 2**63 - 1
 
 _OWN = ("stream_id", "event_id", "timestamp", "sequence", "message", "end")
@@ -59,6 +62,9 @@ def pyarrow() -> ModuleType:
 def decode(content: bytes, *, max_events: int, max_bytes: int) -> Columns:
     """The events of a body. Raises BadBody, TooLarge, BadEvent for a column that cannot be used, UnsupportedMedia without Arrow."""
     pa = pyarrow()
+    file = next((what for mark, what in _FILES.items() if content.startswith(mark)), None)
+    if file is not None:
+        raise BadBody(f"The body is {file}; send an Arrow IPC stream (pyarrow.ipc.new_stream, Polars' write_ipc_stream).")
     try:
         _look_through(content, pa, max_events, max_bytes)
         with pa.ipc.open_stream(content, options=pa.ipc.IpcReadOptions(use_threads=False)) as reader:
@@ -151,6 +157,9 @@ def _names(schema: Any) -> list[str]:
     long = next((name for name in features if not 0 < len(name.removeprefix(PREFIX)) <= MAX_NAME_LENGTH), None)
     if long is not None:
         raise BadEvent(f"A feature's name has 1 to {MAX_NAME_LENGTH} characters, this one {len(long)}.", long[:64])
+    index = next((name for name in features if name.startswith(PANDAS_INDEX)), None)
+    if index is not None:
+        raise BadEvent(f"Column '{index[:64]}' is pandas' index: leave it out (preserve_index=False), or give it a name.", index[:64])
     return names
 
 
@@ -255,7 +264,9 @@ def _numbers(name: str, column: Any, pa: ModuleType, what: str = "numbers") -> t
     kind = column.type
     if pa.types.is_null(kind):
         return np.full(len(column), np.nan), np.zeros(len(column), np.bool_)
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+    if pa.types.is_decimal(kind):
+        column = column.cast(pa.float64())
+    elif not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         raise BadEvent(f"Column '{name[:64]}' holds {str(kind)[:64]}; it is one of {what}.", name[:64], str(kind)[:64])
     numbers = column.to_numpy().astype(np.float64)
     return numbers, ~np.isfinite(numbers) & column.is_valid().to_numpy()

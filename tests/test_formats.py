@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import io
 import json
 import random
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from typing import Any
 
 import httpx
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -258,11 +262,26 @@ async def test_ids_of_any_text_type_in_several_compressed_batches_are_read(clien
         ({"flow": [1.0], "sequence": pa.array([1.5])}, "sequence", "integers"),
         ({"flow": [1.0], "timestamp": pa.array(["2026"])}, "timestamp", "seconds since 1970"),
         ({"flow": [1.0], "values.flow": [1.0]}, "values.flow", "twice"),
+        ({"flow": [1.0], "__index_level_0__": [4]}, "__index_level_0__", "preserve_index=False"),
     ],
 )
 async def test_a_column_that_cannot_be_used_is_named(client: httpx.AsyncClient, columns: dict[str, Any], field: str, says: str) -> None:
     rows = pa.table({"stream_id": pa.array(["a"])} | columns)
     assert_problem(await post(client, stream(rows), ARROW), 422, says, field)
+
+
+async def test_decimals_of_a_database_are_numbers(client: httpx.AsyncClient) -> None:
+    rows = pa.table({"stream_id": ["a", "a"], "flow": pa.array([Decimal("20.25"), None], pa.decimal128(10, 2))})
+    first, missing = answers(await post(client, stream(rows), ARROW))
+    assert first["contributors"][0]["actual"] == 20.25
+    assert "flow" in missing["imputed"]
+
+
+@pytest.mark.parametrize(("write", "what"), [(pa.feather.write_feather, "an Arrow file"), (pa.parquet.write_table, "a Parquet file")])
+async def test_a_file_in_place_of_a_stream_is_told(client: httpx.AsyncClient, write: Callable[[Any, Any], None], what: str) -> None:
+    sink = io.BytesIO()
+    write(pa.table({"stream_id": ["a"], "flow": [1.0]}), sink)
+    assert_problem(await post(client, sink.getvalue(), ARROW), 400, f"The body is {what}")
 
 
 async def test_a_bad_row_names_its_field_and_value_and_its_neighbours_are_scored(client: httpx.AsyncClient) -> None:
