@@ -48,7 +48,7 @@ def panels(board: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def run(name: str, package: str, *arguments: str | Path) -> str:
-    done = subprocess.run([program(name, package), *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([program(name, package), *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
