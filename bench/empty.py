@@ -27,7 +27,7 @@ from service.events import Contributor, Event, Result
 from service.intake import DoorLimits
 from service.metrics import Metrics
 from service.scorer import Scorer
-from service.writing import Unread, protocol
+from service.writing import Room, Unread, protocol
 
 BODY = b'{"status":"ok"}'
 HEADERS = [(b"content-length", b"%d" % len(BODY)), (b"content-type", b"application/json")]
@@ -130,6 +130,6 @@ def application(door: type[Door]) -> Application:
 
 if __name__ == "__main__":
     app = application({"constant": Door, "empty": EmptyDoor, "bare": BareDoor}[sys.argv[1]])
-    ours = protocol(Unread(64 * 1024 * 1024, lambda: None, lambda: None))
+    ours = protocol(Unread(64 * 1024 * 1024, lambda: None, lambda: None), Room(1024, lambda: None))
     http: Any = "auto" if sys.argv[1] == "empty" else ours  # uvicorn's own, or the service's
     uvicorn.run(app, host="127.0.0.1", port=int(os.environ["ONSET_PORT"]), http=http, log_level="warning", access_log=False)

@@ -429,13 +429,15 @@ RULES: tuple[Rule, ...] = (
         "*queue*, *bytes*: more arrives than is scored (429 with `Retry-After`). *body*, *batch*: a request is larger than is taken (413). "
         "*slow*: a body did not arrive in time (408). *malformed*: a body, content type, parameter or model that is none (400, 404, 415, "
         "422): no event of it was scored, and few senders send it again. *unread*: a client did not read its reply, and its connection "
-        "was closed.",
+        "was closed. *connections*: there are as many as there are file descriptors for (503; probes and scrapes are answered).",
         ("The *Service* dashboard: events a second, queue, and the senders' own logs.",),
         (
             "queue, bytes: add replicas, or let senders send larger batches less often; a Prometheus by few shards (docs/prometheus.md).",
             "body, batch: tell the sender the limits (docs/api.md).",
             "malformed: the answer, in the sender's log, says what cannot be read; mostly a format, or a model that is not there any more.",
             "unread: the log's `replies_unread` has the client's address; it is stuck, or on a line slower than 2 kB a second.",
+            "connections: which client has so many (`ss -tn`)? Have it use them again. Or raise the limit of open files "
+            "(`ulimit -n`, systemd's `LimitNOFILE`, `docker run --ulimit`).",
         ),
         (
             Case({'onset_refused_total{job="onset",reason="queue"}': "0+30x40"}, {"job": "onset", "reason": "queue"}),

@@ -340,7 +340,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
 
     from service import logs, memory, tasks  # noqa: PLC0415
     from service.openapi import example  # noqa: PLC0415
-    from service.writing import Halves, Unread, protocol  # noqa: PLC0415
+    from service.writing import Halves, Room, Unread, most_connections, protocol  # noqa: PLC0415
 
     class Announcing(uvicorn.Server):
         """Says where it listens, once it does."""
@@ -371,10 +371,11 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
 
     service = asgi.state.service
     unread = Unread(service.settings.max_inflight_bytes, service.metrics.refused.labels("unread").inc, memory.give_back)
+    room = Room(most_connections(), service.metrics.refused.labels("connections").inc)
     config = uvicorn.Config(
         asgi,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http=protocol(unread),
+        http=protocol(unread, room),
         ws="none",
         access_log=False,
         log_config=None,

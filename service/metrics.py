@@ -190,8 +190,9 @@ class Metrics:
         "Requests refused at the door, by reason.",
         "queue, bytes: more comes than is scored, add replicas. body, batch: a client sends too much at once. slow: bodies do not arrive. "
         "malformed: bodies, content types, parameters or models that are none, so what they were to bring is lost: see the sender's log. "
-        "unread: clients do not read their replies; the log's replies_unread names one.",
-        reason=("queue", "bytes", "body", "batch", "slow", "malformed", "unread"),
+        "unread: clients do not read their replies; the log's replies_unread names one. "
+        "connections: more than there are file descriptors for.",
+        reason=("queue", "bytes", "body", "batch", "slow", "malformed", "unread", "connections"),
     )
     latency = _histogram(
         "onset_request_seconds",

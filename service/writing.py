@@ -8,6 +8,9 @@ loop for seconds. And it waits for ever for one that does not come.
 
 It keeps what a client does not read for ever, too, even after it has closed the connection. `Unread` lets such clients go.
 
+It takes every connection, until the process has no file descriptor left: then new ones are closed without a word, and nothing else can be
+opened either. `Room` is for fewer.
+
 When it stops, it waits for bodies that do not come until the time to stop is over. `Halves` lets them go before.
 
 And of a request that offers another protocol (`Upgrade: h2c`, as Java's HttpClient sends by default, and curl --http2) it drops the body,
@@ -17,6 +20,10 @@ or takes it for the next request. Such an offer may be declined by going on as i
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
+import resource
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -40,21 +47,36 @@ PRESSED_SECONDS = 5.0
 LOOK_SECONDS = 1.0
 STILL_SECONDS = 1.0
 """While the server stops, a request of whose body nothing comes for so long is let go."""
+SPARE = 128
+"""File descriptors for all but clients: the store, sinks, files, what a backtest runs in; half of them for probes and scrapes."""
+TOLD_SECONDS = 60.0
+"""That there is no room for connections is told of once in this time."""
 AHEAD_REQUESTS = 256
 """That a client may send before the one in front of them is answered: each takes some kB."""
 TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
     b"content-length: 36\r\n\r\nThe head is over 65536 bytes long.\r\n"
 )
-UNFINISHED = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nconnection: close\r\nretry-after: 1\r\n"
-    b"content-length: %d\r\n\r\n%s"
-)
-_PROBLEM = (
+
+
+def _unavailable(problem: bytes) -> bytes:
+    head = (
+        b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nconnection: close\r\nretry-after: 1\r\n"
+        b"content-length: %d\r\n\r\n"
+    )
+    return head % len(problem) + problem
+
+
+UNFINISHED = _unavailable(
     b'{"type":"urn:onset:not-committed","title":"Broken off in the middle of the request","status":503,'
     b'"detail":"The service stops, and the rest of the body did not come: send it again.","retry_after":1}'
 )
-UNFINISHED %= (len(_PROBLEM), _PROBLEM)
+TOO_MANY = _unavailable(
+    b'{"type":"urn:onset:too-many-connections","title":"As many connections as there are file descriptors for","status":503,'
+    b'"detail":"Keep connections and use them again; the service\'s operator may raise its limit of open files.","retry_after":1}'
+)
+_ALWAYS = (b"/health/", b"/metrics")
+"""Whoever asks for these is answered while there is a descriptor left."""
 
 log = structlog.get_logger(__name__)
 
@@ -156,11 +178,37 @@ class Unread:
                 self._marks[connection] = _Mark(now, size)
 
 
+def most_connections() -> int:
+    """For how many there are file descriptors, once this process may have as many as it is allowed to take by itself."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS takes less than it names
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(soft - SPARE, soft // 2)
+
+
+class Room:
+    """How many connections a server has at most; `refused` is told of each that it refuses."""
+
+    def __init__(self, most: int, refused: Callable[[], None]) -> None:
+        self.most, self._refused = most, refused
+        self._told_at = -math.inf
+
+    def refuse(self, client: tuple[str, int] | None, now: float) -> None:
+        self._refused()
+        if now - self._told_at >= TOLD_SECONDS:
+            self._told_at = now
+            log.error("connections_refused", most=self.most, client=client)
+
+
 class Protocol(HttpToolsProtocol):
     """For `uvicorn.Config(http=...)`, as `protocol` makes it."""
 
     unread: Unread
     """Of all connections of a server."""
+    room: Room
+    _over = False
+    """It came when there was no room."""
     head_seconds = HEAD_SECONDS
 
     _answering: RequestResponseCycle | None = None
@@ -184,6 +232,10 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(OneWrite(transport))  # type: ignore[arg-type]
         self._waits_since = self.loop.time()
         self._timer = self.loop.call_later(self.head_seconds, self._look)
+        self._over = len(self.connections) > self.room.most
+        if len(self.connections) > self.room.most + SPARE // 2:
+            self.room.refuse(self.client, self.loop.time())
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
@@ -256,8 +308,13 @@ class Protocol(HttpToolsProtocol):
         self._whole()
         if len(self.pipeline) >= AHEAD_REQUESTS:
             self.transport.abort()
+        if self._over and not self.url.startswith(_ALWAYS) and not self.transport.is_closing():
+            self.room.refuse(self.client, self.loop.time())
+            self.transport.write(TOO_MANY)
+            self.transport.close()
         if not self.transport.is_closing():
             super().on_headers_complete()
+            self.cycle.keep_alive &= not self._over
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Not before the last reply is taken: of a client that does not read one is kept, not two."""
@@ -317,6 +374,6 @@ class Halves:
         self._came = came
 
 
-def protocol(unread: Unread) -> type[Protocol]:
+def protocol(unread: Unread, room: Room) -> type[Protocol]:
     """The protocol of one server."""
-    return type("Protocol", (Protocol,), {"unread": unread})
+    return type("Protocol", (Protocol,), {"unread": unread, "room": room})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,8 +14,9 @@ from functools import partial
 import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.testing import capture_logs
 
-from service.writing import AHEAD_REQUESTS, AT_ONCE_BYTES, HEAD_BYTES, Halves, Protocol, Unread, protocol
+from service.writing import AHEAD_REQUESTS, AT_ONCE_BYTES, HEAD_BYTES, SPARE, Halves, Protocol, Room, Unread, protocol
 from tests.times import until
 
 LARGE = 30_000_000
@@ -92,6 +95,7 @@ class Counting(Unread):
 
 class Ordinary(Protocol):
     unread = Counting()
+    room = Room(1000, lambda: None)
 
 
 class Impatient(Ordinary):
@@ -288,7 +292,7 @@ async def another(transport: asyncio.Transport) -> tuple[asyncio.Transport, Read
 @pytest.mark.parametrize("request_", [REQUEST, REQUEST.replace(b"Host", b"Connection: close\r\nHost")])
 async def test_who_reads_nothing_of_an_answer_is_let_go_and_others_are_answered(request_: bytes) -> None:
     unread = Counting(unread_seconds=0.3)
-    async with connected(protocol(unread), at_once) as (deaf, reader):
+    async with connected(protocol(unread, Ordinary.room), at_once) as (deaf, reader):
         deaf.pause_reading()
         deaf.write(request_ % LARGE)
         await until(lambda: unread.waiting)
@@ -316,7 +320,7 @@ async def test_what_is_left_of_an_answer_is_known_however_little_it_is() -> None
             await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b""})
 
-    async with connected(protocol(unread), until_full) as (transport, reader):
+    async with connected(protocol(unread, Ordinary.room), until_full) as (transport, reader):
         transport.pause_reading()
         transport.write(REQUEST % 1)
         await until(lambda: unread.waiting)
@@ -328,7 +332,7 @@ async def test_what_is_left_of_an_answer_is_known_however_little_it_is() -> None
 
 async def test_who_reads_slowly_gets_all_of_an_answer() -> None:
     unread = Counting(unread_seconds=1)
-    async with connected(protocol(unread), at_once) as (transport, reader):
+    async with connected(protocol(unread, Ordinary.room), at_once) as (transport, reader):
         transport.write(REQUEST % LARGE)
         began, read = asyncio.get_running_loop().time(), -1
         while len(b"".join(reader.reads)) > read:
@@ -343,7 +347,7 @@ async def test_who_reads_slowly_gets_all_of_an_answer() -> None:
 
 async def test_while_too_much_is_unread_those_that_do_not_read_go_sooner_the_first_of_them_first() -> None:
     unread = Counting(most_bytes=LARGE, pressed_seconds=0.3)
-    async with connected(protocol(unread), at_once) as (first, reader):
+    async with connected(protocol(unread, Ordinary.room), at_once) as (first, reader):
         clients = [(first, reader), await another(first)]
         for transport, _ in clients:
             before = unread.waiting
@@ -368,7 +372,7 @@ async def test_of_several_requests_the_next_is_not_begun_before_the_answer_is_re
         await at_once(scope, receive, send)
 
     unread = Counting()
-    async with connected(protocol(unread), noting) as (transport, reader):
+    async with connected(protocol(unread, Ordinary.room), noting) as (transport, reader):
         transport.pause_reading()
         transport.write(REQUEST % LARGE + REQUEST % 1 + REQUEST % 2)
         await until(lambda: unread.waiting)
@@ -416,7 +420,7 @@ async def test_who_sends_very_many_requests_ahead_of_their_answers_is_let_go() -
 
 async def test_that_the_service_itself_stood_still_is_held_against_no_client() -> None:
     unread = Counting(unread_seconds=0.5)
-    async with connected(protocol(unread), at_once) as (transport, reader):
+    async with connected(protocol(unread, Ordinary.room), at_once) as (transport, reader):
         transport.pause_reading()
         transport.write(REQUEST % LARGE)
         await until(lambda: unread.waiting)
@@ -469,3 +473,53 @@ async def test_a_stop_waits_for_bodies_that_still_come_and_for_no_others() -> No
         halves.look()
         halves.look()
         assert not reader.lost.is_set()
+
+
+async def test_beyond_the_room_new_connections_are_refused_and_told_of_once_while_old_ones_and_probes_are_answered() -> None:
+    refused: list[int] = []
+
+    async def ok(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    class Small(Ordinary):
+        room = Room(2, lambda: refused.append(1))
+
+    async def ask(port: int, path: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % path)
+        answer = await asyncio.wait_for(reader.read(), 20)  # to the end: it is closed
+        writer.close()
+        await writer.wait_closed()
+        return answer
+
+    with capture_logs() as logs:
+        async with connected(Small, ok) as (first, reader):
+            port = first.get_extra_info("peername")[1]
+            second = await asyncio.get_running_loop().create_connection(Reader, "127.0.0.1", port)
+            for transport, reads in ((first, reader), second):
+                transport.write(REQUEST % 1)
+                assert (await reads.until(1)).startswith(b"HTTP/1.1 200 ")
+            for _ in range(3):
+                answer = await ask(port, b"/v1/streams")
+                assert answer.startswith(b"HTTP/1.1 503 ")
+                assert b"urn:onset:too-many-connections" in answer
+            assert (await ask(port, b"/health/live")).startswith(b"HTTP/1.1 200 ")
+            assert (await ask(port, b"/metrics")).startswith(b"HTTP/1.1 200 ")
+            first.write(REQUEST % 1)
+            await reader.until(2 * len(reader.reads[0]))
+            second[0].close()
+
+            async def answered() -> bool:
+                return (await ask(port, b"/v1/streams")).startswith(b"HTTP/1.1 200 ")
+
+            await until(answered)
+    assert len(refused) >= 3
+    assert [entry["event"] for entry in logs] == ["connections_refused"]
+
+
+def test_there_is_room_for_as_many_connections_as_the_process_may_open_files() -> None:
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (300, 1000))"
+    code = f"{limited}; from service.writing import most_connections; print(most_connections())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) == 1000 - SPARE
