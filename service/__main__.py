@@ -375,7 +375,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
     config = uvicorn.Config(
         asgi,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http=protocol(unread, room),
+        http=protocol(unread, room, asgi.begin),
         ws="none",
         access_log=False,
         log_config=None,

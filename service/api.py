@@ -15,7 +15,8 @@
     GET    /health/live  /health/ready  /metrics  /docs
 
 The routes of events and streams are plain Starlette routes, and events are answered before FastAPI's middleware and its router see them,
-as ASGI brings them: these would take longer than scoring one (bench.http). Their part of the OpenAPI document is in openapi.py.
+as ASGI brings them: these would take longer than scoring one (bench.http). A plain request of one event does without ASGI, too: see
+`Door.begin`. Their part of the OpenAPI document is in openapi.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar, get_args
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -46,7 +47,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service import alerts, arrow, tracing
 from service.alerts import Acknowledgement, Alert
-from service.bodies import Format, Items, decode, decode_object, encode
+from service.bodies import Format, Items, decode, decode_object, decode_one, encode
 from service.control import Control
 from service.errors import (
     AlertResolved,
@@ -70,11 +71,12 @@ from service.intake import DoorLimits, Incoming, Intake
 from service.logs import Level
 from service.metrics import Metrics
 from service.problems import TABLE, late_problem, plain, problem_of, respond
-from service.results import TOP, Scored
+from service.results import TOP, Answers, Scored
 from service.rounds import Kind
 from service.scorer import Scorer
 from service.stores import CURSOR_DIGITS
 from service.stores.book import Book, Wanted
+from service.writing import Answered
 
 DOOR = "http"
 JSON = Format.JSON.value
@@ -99,6 +101,12 @@ TENANT_HEADER = "X-Scope-OrgID"
 """Mimir's and Loki's name for it."""
 _TENANT = TENANT_HEADER.lower().encode()
 OUTCOMES = ("scored", "duplicate", "late", "rejected", "failed")
+
+_OF_KIND = {int(Kind.SCORED): "scored", int(Kind.DUPLICATE): "duplicate", int(Kind.REPEATED): "duplicate", int(Kind.LATE): "late"}
+_NOT_PLAIN = frozenset(
+    (b"content-encoding", b"idempotency-key", b"origin", b"sec-fetch-site", b"x-forwarded-for", b"x-forwarded-proto", b"x-request-id")
+)
+"""Headers that mean something, here or to uvicorn, and that most clients do not send to the service itself."""
 
 VISIBLE = f"^[!-~]{{1,{MAX_NAME_LENGTH}}}$"
 _VISIBLE = re.compile(VISIBLE)
@@ -162,6 +170,10 @@ class Application(FastAPI):
             if path.endswith("/events") and (found := _STREAM_EVENTS.fullmatch(path)):
                 return await self.door.answer(scope, receive, send, found[1])
         return await self._route(scope, receive, send)
+
+    def begin(self, scope: Scope, content: bytearray, answered: Answered) -> bool:
+        """As `Door.begin`; not where traces are sent, which have a span for each request."""
+        return self.door is not None and not tracing.on() and tracing.numbered(self.door.begin, scope, content, answered)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -247,9 +259,64 @@ class Door:
         if isinstance(replied, Response):
             await replied(scope, receive, send)
             return
-        headers = [(b"content-length", b"%d" % len(replied)), (b"content-type", media)]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": _headers(replied, media)})
         await send({"type": "http.response.body", "body": replied})
+
+    def begin(self, scope: Scope, content: bytearray, answered: Answered) -> bool:
+        """Score the event of a request that is all there, and as plain as most of a single event are, without ASGI.
+
+        False = it is not plain, or not right: nothing was done, and it is `answer`'s.
+        """
+        started, request = time.perf_counter(), Incoming(scope, _no_more)
+        plain = self._plain(request, content)
+        if plain is None:
+            return False
+        scorer, event = plain
+        try:
+            self._intake.here(request, len(content) + _wide(scorer))
+            with self._answering(1):
+                future = scorer.begin(event, request.sender)
+        except Exception as error:
+            self._intake.release(request)
+            _give(self._failed(EVENTS, error), answered)
+            return True
+        if future is None:
+            self._intake.release(request)
+            return False
+        future.add_done_callback(partial(self._begun, request, scorer, event, started, answered))
+        return True
+
+    def _plain(self, request: Incoming, content: bytearray) -> tuple[Scorer, Event] | None:
+        """Who scores it, and the event."""
+        path, method = request.scope["path"], request.scope["method"]
+        if path != EVENTS or method != "POST" or len(content) > self._limits.max_body_bytes or not request.names.isdisjoint(_NOT_PLAIN):
+            return None
+        try:
+            form = _format(request)
+            if form is not Format.JSON or _accepted(request, form) is not form or request.query("top_contributors") is not None:
+                return None
+            scorer, request.sender = self._scorer(request), _sender(request)
+        except OnsetError:
+            return None
+        event = decode_one(bytes(content), form)
+        return None if event is None else (scorer, event)
+
+    def _begun(
+        self, request: Incoming, scorer: Scorer, event: Event, started: float, answered: Answered, future: asyncio.Future[Answers]
+    ) -> None:
+        """An event that was begun is scored, or not."""
+        self._intake.release(request)
+        try:
+            with self._answering(1):
+                answers = future.result()
+            answer = scorer.answer(event, answers)
+            self._events[_outcome(answer) if isinstance(answer, ItemError) else _OF_KIND[answers.kinds[0]]].inc()
+            replied = answer if isinstance(answer, bytes) else _unscored(answer, event)
+        except Exception as error:
+            _give(self._failed(EVENTS, error), answered)
+        else:
+            self._latency.observe(time.perf_counter() - started)
+            _give(replied, answered)
 
     async def post_events(self, request: Request) -> Response:
         """The same by way of the router."""
@@ -438,7 +505,7 @@ class Door:
 
     def _expect(self, request: Incoming, scorer: Scorer, events: int) -> None:
         """Count what the reply will take. Raises Overloaded."""
-        self._intake.reply(request, events * (scorer.detector.features - 1) * FEATURE_BYTES)
+        self._intake.reply(request, events * _wide(scorer))
 
     async def _answer(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str, *, bare: bool) -> bytes | Response:
         if not bare and reply in (Format.JSON, Format.NDJSON):
@@ -448,11 +515,8 @@ class Door:
         if bare:
             [answer], [item] = answers, items
             self._events[_outcome(answer)].inc()
-            if isinstance(answer, ItemError):
-                return respond(problem_of(answer))
-            if answer.late:
-                sequence = item.sequence if isinstance(item, Event) else None
-                return respond(late_problem(answer.stream_id, sequence, answer.timestamp, answer.state_version))
+            if isinstance(answer, ItemError) or answer.late:
+                return _unscored(answer, item)
         else:
             self._count(Counter(map(_outcome, answers)))
             _some_committed(answers)
@@ -619,6 +683,30 @@ def _outcome(answer: Result | ItemError) -> str:
     return "duplicate" if answer.duplicate else "late" if answer.late else "scored"
 
 
+def _wide(scorer: Scorer) -> int:
+    """Bytes of a reply that an event is counted for."""
+    return (scorer.detector.features - 1) * FEATURE_BYTES
+
+
+def _give(replied: Response | bytes, answered: Answered) -> None:
+    if isinstance(replied, Response):
+        answered(replied.status_code, replied.raw_headers, bytes(replied.body))
+    else:
+        answered(200, _headers(replied, _MEDIA_BYTES[Format.JSON]), replied)
+
+
+def _headers(replied: bytes, media: bytes) -> list[tuple[bytes, bytes]]:
+    return [(b"content-length", b"%d" % len(replied)), (b"content-type", media)]
+
+
+def _unscored(answer: Result | ItemError, event: Event | ItemError) -> Response:
+    """The reply to a single event that failed, or came too late."""
+    if isinstance(answer, ItemError):
+        return respond(problem_of(answer))
+    sequence = event.sequence if isinstance(event, Event) else None
+    return respond(late_problem(answer.stream_id, sequence, answer.timestamp, answer.state_version))
+
+
 def _outcomes(scored: Scored) -> Counter[str]:
     counted: Counter[str] = Counter(map(_outcome, scored.errors.values()))
     kinds = np.bincount(np.delete(scored.scores.kinds, np.isin(scored.places, list(scored.errors))), minlength=len(Kind))
@@ -629,6 +717,11 @@ def _of_kinds(events: Sequence[int] | NDArray[np.intp]) -> dict[str, int]:
     """Outcomes of those that are no errors; `events` of each Kind."""
     scored, late = int(events[Kind.SCORED]), int(events[Kind.LATE])
     return {"scored": scored, "late": late, "duplicate": int(events[Kind.DUPLICATE] + events[Kind.REPEATED])}
+
+
+async def _no_more() -> Message:
+    """Of a request that is all there."""
+    return {"type": "http.disconnect"}
 
 
 def _some_committed(answers: Sequence[object]) -> None:

@@ -170,8 +170,8 @@ class Batcher(Generic[Item, Answer]):
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="batcher")
 
-    async def submit(self, items: Sequence[Item], sender: str = "", *, admitted: bool = False) -> list[Answer | Exception]:
-        """Wait for the answers of all items, or the error that `handle` raised for one.
+    def queue(self, items: Sequence[Item], sender: str = "", *, admitted: bool = False) -> list[asyncio.Future[Answer]]:
+        """Where the answers of all items will be, or the error that `handle` raised for one.
 
         All are queued, in order, or none: raises Overloaded at once when the queue is full. One sender may fill half of what the
         others leave free, so that however much it sends there is room for the next one. When an item fails, those after it fail
@@ -199,6 +199,11 @@ class Batcher(Generic[Item, Answer]):
             self._senders[sender] = mine
             self._idle.clear()
             self._wake.set()
+        return futures
+
+    async def submit(self, items: Sequence[Item], sender: str = "", *, admitted: bool = False) -> list[Answer | Exception]:
+        """Wait for the answers of all items, or the error that `handle` raised for one. As `queue`."""
+        futures = self.queue(items, sender, admitted=admitted)
         if len(futures) == 1:  # as `gather` would, which costs as much as all of this
             try:
                 return [await futures[0]]

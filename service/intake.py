@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, KeysView
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,11 @@ class Incoming:
         self.held, self.sender = 0, ""
         self._headers: dict[bytes, bytes] = dict(reversed(list(scope["headers"])))  # of several by one name the first counts
         self._query: QueryParams | None = None
+
+    @property
+    def names(self) -> KeysView[bytes]:
+        """Of its headers, in small letters."""
+        return self._headers.keys()
 
     def header(self, name: bytes) -> str | None:
         """By its name in small letters."""
@@ -96,6 +101,10 @@ class Intake:
             self.release(request)
             raise
         return content
+
+    def here(self, request: Incoming, size: int) -> None:
+        """Count `size` bytes of a request whose body is here, and of its reply. Raises Overloaded."""
+        self._reserve(request, size)
 
     def reply(self, request: Incoming, size: int) -> None:
         """Count the reply's `size` bytes, too. Raises Overloaded."""

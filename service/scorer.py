@@ -290,6 +290,29 @@ class Scorer:
             item if isinstance(item, ItemError) else errors[i] if (i := next(of_event)) in errors else next(of_scored) for item in items
         ]
 
+    def begin(self, event: Event, sender: str) -> asyncio.Future[Answers] | None:
+        """Queue one event; `answer` tells what the future's result means for it. None = it cannot be used, or has to wait for its turn:
+        `score` says why, or waits. Raises as that does.
+        """
+        self._check()
+        if self._reorder is not None:
+            return None
+        detector, now = self.detector, self._clock()
+        parsed, errors = parse([event], detector.manifest, now=now, max_future=self._limits.max_future_seconds, matcher=detector.matcher)
+        if errors:
+            return None
+        [future] = self._batcher.queue(self._pieces(parsed), sender)
+        return future
+
+    def answer(self, event: Event, answers: Answers) -> bytes | Result | ItemError:
+        """What became of an event that was begun: its result as JSON; of a late one, which has none, what is known of its stream."""
+        [kind] = answers.kinds
+        if kind >= _FAILED:
+            return self._failure(event.stream_id or "", Kind(kind))
+        if kind == Kind.LATE:
+            return self._replies.results([event], answers, top_contributors=0)[0]
+        return bytes(self._replies.as_json([event], answers, top_contributors=TOP)[0])
+
     async def score_columns(self, columns: Columns, *, sender: str = "") -> Scored:
         """The same for events that came as columns, without an object for each."""
         self._check()

@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from service.errors import BadSetting
 
@@ -41,6 +41,7 @@ _process = secrets.token_hex(4)
 _numbers = itertools.count(1)
 
 Asgi = Callable[[Any, Any, Any], Awaitable[None]]
+T = TypeVar("T")
 
 
 class Origin(NamedTuple):
@@ -88,6 +89,20 @@ async def exporting(version: str) -> Any:
 def origin() -> Origin:
     """Of what is under way here, for `batch`."""
     return Origin(REQUEST.get(), None if _Tracing.tracer is None else _api().get_current_span().get_span_context())
+
+
+def on() -> bool:
+    """Whether traces are sent."""
+    return _Tracing.tracer is not None
+
+
+def numbered(do: Callable[..., T], *given: Any) -> T:
+    """`do(*given)` as a request by an id of ours."""
+    token = REQUEST.set(next(_numbers))
+    try:
+        return do(*given)
+    finally:
+        REQUEST.reset(token)
 
 
 def span(name: str) -> AbstractContextManager[Any]:

@@ -11,6 +11,8 @@ It keeps what a client does not read for ever, too, even after it has closed the
 It takes every connection, until the process has no file descriptor left: then new ones are closed without a word, and nothing else can be
 opened either. `Room` is for fewer.
 
+And it makes a task of each request, and calls of ASGI, which for a small one take as long as scoring it: `direct` may answer without.
+
 When it stops, it waits for bodies that do not come until the time to stop is over. `Halves` lets them go before.
 
 And of a request that offers another protocol (`Upgrade: h2c`, as Java's HttpClient sends by default, and curl --http2) it drops the body,
@@ -24,13 +26,14 @@ import contextlib
 import math
 import resource
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httptools
 import structlog
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 AT_ONCE_BYTES = 65_536
 """More than this is not kept for the end of the turn."""
@@ -77,6 +80,11 @@ TOO_MANY = _unavailable(
 )
 _ALWAYS = (b"/health/", b"/metrics")
 """Whoever asks for these is answered while there is a descriptor left."""
+
+Answered = Callable[[int, Iterable[tuple[bytes, bytes]], bytes], None]
+"""Takes a whole response: status, headers, body."""
+Direct = Callable[[Any, bytearray, Answered], bool]
+"""Gets a request that is all there, its scope and its body, and answers it, now or later; False = ASGI has to."""
 
 log = structlog.get_logger(__name__)
 
@@ -216,6 +224,12 @@ class Protocol(HttpToolsProtocol):
     _next: tuple[RequestResponseCycle, Any] | None = None
     """Waits until the reply before it is taken."""
 
+    direct: Direct | None = None
+    _reads = False
+    """What came is being parsed."""
+    _held: tuple[RequestResponseCycle, Any] | None = None
+    """Begun while that is so: its body may have come with its head."""
+
     came = 0
     """Bytes in all."""
     _declined = b""
@@ -276,10 +290,15 @@ class Protocol(HttpToolsProtocol):
         self.came += len(data)
         self._read += len(data)
         self._unset_keepalive_if_required()
+        self._reads = True
         try:
             self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
+        self._reads = False
+        if self._held is not None:
+            (cycle, app), self._held = self._held, None
+            self._begin(cycle, app)
         if self._read and self._waits_since is None:
             self._waits_since = self.loop.time()
         if self._read > HEAD_BYTES and not self.transport.is_closing():
@@ -323,7 +342,27 @@ class Protocol(HttpToolsProtocol):
             self._next = (cycle, app)
             return
         self._answering = cycle
-        super()._start_asgi_task(cycle, app)
+        if self._reads and self.direct is not None:
+            self._held = (cycle, app)
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.more_body or self.direct is None or not self.direct(cycle.scope, cycle.body, partial(self._answer, cycle)):
+            super()._start_asgi_task(cycle, app)
+
+    def _answer(self, cycle: RequestResponseCycle, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """What the cycle does of a response that is there as a whole."""
+        if cycle.disconnected:
+            return
+        cycle.response_started = cycle.response_complete = True
+        lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
+        if not cycle.keep_alive:
+            lines.append(b"connection: close\r\n")
+        self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", body]))
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
 
     def on_body(self, body: bytes) -> None:
         self._whole()
@@ -374,6 +413,6 @@ class Halves:
         self._came = came
 
 
-def protocol(unread: Unread, room: Room) -> type[Protocol]:
+def protocol(unread: Unread, room: Room, direct: Direct | None = None) -> type[Protocol]:
     """The protocol of one server."""
-    return type("Protocol", (Protocol,), {"unread": unread, "room": room})
+    return type("Protocol", (Protocol,), {"unread": unread, "room": room, "direct": staticmethod(direct) if direct else None})
