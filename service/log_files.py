@@ -45,8 +45,11 @@ _FINER = re.compile(r"([.,]\d{6})\d+")
 _GZIP = b"\x1f\x8b"
 _PACKED = {b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"BZh9": "bzip2", b"PK\x03\x04": "zip"}
 """How files begin that would be read as one line of garbage."""
+SPARED = 1_000
+"""Lines whose time is none, by which they may exceed the others of a file before it is given up."""
 MAX_LINES = 2_000_000
 """Lines held in memory at once by `by_stream`."""
+SHOWN_LENGTH = 64
 _DAY = 86_400.0
 _HALF_A_YEAR = 180 * _DAY
 
@@ -108,12 +111,17 @@ class Counted:
     without_time: int = 0
     headless: int = 0
     """Lines before the first entry of a file."""
+    torn: int = 0
+    """Lines that begin as entries do, but with what is no time."""
+    torn_one: str = ""
+    """What the first of them begins with."""
 
     @property
     def left_out(self) -> str:
+        torn = f" {self.torn:,} lines begin with what is no time ({self.torn_one!r}), and go on with the entry before." if self.torn else ""
         return (
             f"Left out: {self.without_stream:,} that name no stream, {self.headless:,} lines before the first entry; "
-            f"{self.without_time:,} have no time."
+            f"{self.without_time:,} have no time.{torn}"
         )
 
 
@@ -139,13 +147,11 @@ def read(paths: Sequence[Path], format_: LogFormat, counted: Counted | None = No
 
 
 def _of_file(file: Path, format_: LogFormat, counted: Counted) -> Iterator[Entry]:
-    times = _Times(format_, file)
-    for said, text in _entries(file, format_, counted):
+    for seconds, text in _entries(file, format_, counted):
         stream = format_.stream_of(text, file.name)
         if stream is None:
             counted.without_stream += 1
             continue
-        seconds = times.of(said)
         counted.entries += 1
         counted.without_time += math.isnan(seconds)
         yield Entry(stream, seconds, text[:MAX_MESSAGE_LENGTH])
@@ -206,27 +212,31 @@ def _spoken(stream: str, rows: list[tuple[float, str]], silence: float | None, n
     return Spoken(stream, np.array(seconds), texts, source)
 
 
-def _entries(file: Path, format_: LogFormat, counted: Counted) -> Iterator[tuple[str, str]]:
-    """(time as it is written, text) of each entry that is not blank."""
-    time, size = "", 0
+def _entries(file: Path, format_: LogFormat, counted: Counted) -> Iterator[tuple[float, str]]:
+    """(seconds since 1970 or NaN, text) of each entry that is not blank. Raises TableError, also where most times of the file are none."""
+    times, seconds, size = _Times(format_, file), math.nan, 0
     parts: list[str] = []
     for line in _lines(file):
         counted.lines += 1
-        began = format_.begins(line)
+        said = format_.begins(line)
+        began = None if said is None else times.of(said)
+        if said is not None and began is None:
+            counted.torn, counted.torn_one = counted.torn + 1, counted.torn_one or said[:SHOWN_LENGTH]
         if began is None and parts:
             if size < MAX_MESSAGE_LENGTH:
                 parts.append(line)
                 size += len(line) + 1
             continue
         if parts:
-            yield time, "\n".join(parts).rstrip()
+            yield seconds, "\n".join(parts).rstrip()
         if (began is None and format_.timestamp) or not line.strip():
             counted.headless += bool(line.strip())
             parts = []
             continue
-        time, parts, size = began or "", [line], len(line)
+        seconds, parts, size = math.nan if began is None else began, [line], len(line)
     if parts:
-        yield time, "\n".join(parts).rstrip()
+        yield seconds, "\n".join(parts).rstrip()
+    times.settle()
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -259,9 +269,11 @@ class _Times:
         self._written = file.stat().st_mtime
         self._year = datetime.fromtimestamp(self._written, UTC).year
         self._last = math.nan
+        self._read = self._wrong = 0
+        self._refusal: TableError | None = None
 
-    def of(self, said: str) -> float:
-        """Raises TableError for a time that is none."""
+    def of(self, said: str) -> float | None:
+        """NaN where nothing is said, None where it is no time. Raises TableError where nearly all so far were none."""
         if not said:
             return math.nan
         try:
@@ -271,9 +283,20 @@ class _Times:
             hint = "" if self._format else " Give --time-format."
             if said.isdigit() and len(said) in _LOOKS_LIKE:
                 hint = f" It looks like --time-format {_LOOKS_LIKE[len(said)]}."
-            raise TableError(f"{self._file}: {said[:64]!r} is no time{form}.{hint}") from error
+            refusal = TableError(f"{self._file}: {said[:SHOWN_LENGTH]!r} is no time{form}.{hint}")
+            refusal.__cause__ = error
+            self._refusal = self._refusal or refusal
+            self._wrong += 1
+            self.settle(SPARED)
+            return None
+        self._read += 1
         self._last = seconds
         return seconds
+
+    def settle(self, spared: int = 0) -> None:
+        """Raises TableError where more times were none than were read, by more than `spared`: the format is another one."""
+        if self._refusal is not None and self._wrong > self._read + spared:
+            raise self._refusal
 
     def _counted(self, said: str, per_second: int) -> float:
         """Since 1970; the float next to it, as at the doors."""

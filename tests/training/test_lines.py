@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from service import log_files
 from service.artifact import NEW
 from service.errors import TableError
 from service.lines import DEFAULT_MASKS, Matcher, Splitter
@@ -46,6 +47,30 @@ def test_entries_have_their_stream_their_time_and_the_lines_that_go_on_with_them
     assert broken.text == "2026-11-26 08:00:01,000 [req-2] java.io.IOException: broken\n\tat a.b.C(C.java:7)\n\nCaused by: x"
     assert last.seconds == began + 3.5
     assert counted == Counted(entries=3, lines=8, without_stream=1, headless=1)
+
+
+def test_a_torn_line_or_one_that_only_looks_like_a_beginning_goes_on_with_the_entry_before(tmp_path: Path) -> None:
+    """One such line of millions had ended training, backtest and replay: a disk was full, a machine was switched off, a regex is lax."""
+    lax, counted = LogFormat(r"(\S+) \S+ ", stream="(web-[0-9])"), Counted()
+    torn = "2026-11-26T08:00:022026-11-26T08:00:09Z web-1 b"
+    said = ["6T07:59:59Z web-1 rest", "2026-11-26T08:00:01Z web-1 a", torn, "Traceback (most recent call last):"]
+    said += ["2026-11-26T08:00:10Z web-2 c", "2026-11-26T08:00:11Z web-2 d"]
+    entries = list(read([written(tmp_path / "a", "\n".join(said))], lax, counted))
+    assert [entry.text for entry in entries] == ["\n".join(said[1:4]), *said[4:]]
+    assert counted == Counted(entries=3, lines=6, headless=1, torn=3, torn_one="6T07:59:59Z")
+    assert counted.left_out.endswith("3 lines begin with what is no time ('6T07:59:59Z'), and go on with the entry before.")
+
+
+def test_a_file_most_of_whose_times_are_none_is_refused_and_a_long_one_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lax, good = LogFormat(r"(\S+) "), "2026-11-26T08:00:01Z web-1 a\n"
+    with pytest.raises(TableError, match="'INFO' is no time of ISO 8601"):
+        list(read([written(tmp_path / "a", good + "INFO b\n" * 2)], lax))
+    assert len(list(read([written(tmp_path / "a", good + "INFO b\n")], lax))) == 1
+    monkeypatch.setattr(log_files, "SPARED", 2)
+    counted = Counted()
+    with pytest.raises(TableError, match="'INFO' is no time of ISO 8601"):
+        list(read([written(tmp_path / "a", "INFO b\n" * 9)], lax, counted))
+    assert counted.lines == 3
 
 
 def test_without_a_format_lines_that_are_indented_go_on_and_a_file_is_a_stream(tmp_path: Path) -> None:
