@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from service.artifact import Lines
+from service.artifact import GAP, NUMBERS, TEMPLATE, Lines
 from service.backtest import Limits, Report, Scored, Series, Tally, score, tell
 from service.detector import Detector
 from service.errors import ArtifactError
@@ -29,7 +29,11 @@ from service.outputs import whole
 from service.policy import Policy
 from service.terminal import terminal
 
-COLUMNS = ("timestamp", "stream_id", "anomaly_score", "alert_score", "p_value", "is_anomaly", "template", "likeliest", "chance", "line")
+COLUMNS = (
+    *("timestamp", "stream_id", "anomaly_score", "alert_score", "p_value", "is_anomaly", "template", "likeliest", "chance"),
+    *("carried_by", "share", "line"),
+)
+FEATURES = (TEMPLATE, GAP, *NUMBERS)
 ALERTS_SHOWN, SHOWN_LENGTH = 20, 160
 
 
@@ -37,9 +41,10 @@ def command(paths: Sequence[Path], detector: Detector, out: Path, policy: Policy
     """What `python -m service backtest` does with log files. Raises ArtifactError, TableError, NotWritten."""
     console, counted = terminal(), Counted()
     report, alerts = run(paths, detector, replace(policy, tau=detector.manifest.age_constant), out, format_, counted)
+    words = detector.matcher.splitter.words if detector.matcher is not None else str.split
     for row in alerts[:ALERTS_SHOWN]:
-        said = plain(str(row[-1] or row[6]).lstrip().partition("\n")[0])
-        scores = f"alert {float(str(row[3])):.2f}  p {float(str(row[4])):.1g}"
+        said = plain(" ".join(words(str(row[-1]))) or str(row[6]))  # without what it begins with: its time is there already
+        scores = f"alert {float(str(row[3])):.2f}  p {float(str(row[4])):.1g}  {row[9]} {float(str(row[10])):.0%}"
         console.print(f"{row[0]}  ▲ {row[1]}  {scores}  {said}"[:SHOWN_LENGTH], highlight=False)
     if len(alerts) > ALERTS_SHOWN:
         console.print(
@@ -118,10 +123,23 @@ def _rows(spoken: Spoken, codes: NDArray[np.float32], pieces: Sequence[Scored], 
     for piece in pieces:
         columns = (piece.anomaly_score.tolist(), piece.alert_score.tolist(), piece.p_value.tolist(), piece.is_anomaly.tolist())
         likely = piece.likely[:, [0, lines.likely]].tolist()
-        for anomaly, alert, p_value, flag, (code, chance) in zip(*columns, likely, strict=True):
+        carried = zip(piece.contribution.argmax(axis=1).tolist(), piece.contribution.max(axis=1).tolist(), strict=True)
+        for anomaly, alert, p_value, flag, (code, chance), (most, share) in zip(*columns, likely, carried, strict=True):
             moment = datetime.fromtimestamp(float(spoken.seconds[at]), UTC).isoformat()
             expected = (texts[int(code)], chance) if code == code else ("", "")  # noqa: PLR0124 - NaN
             own, text = texts[int(codes[at])], spoken.texts[at]
             first = (text or "").lstrip().partition("\n")[0]
-            yield (moment, spoken.stream, anomaly, alert, p_value, "true" if flag else "false", own, *expected, first)
+            yield (
+                moment,
+                spoken.stream,
+                anomaly,
+                alert,
+                p_value,
+                "true" if flag else "false",
+                own,
+                *expected,
+                FEATURES[most],
+                share,
+                first,
+            )
             at += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_each_line_is_a_row_in_order_of_time_whatever_file_it_is_in_and_a_silenc
     assert {tally.name: tally.rows for tally in report.tallies} == {"req-1": 5, "req-2": 3}
     assert rows[0]["likeliest"] == TEMPLATES[0]
     assert float(rows[0]["chance"]) > 0.9
+    assert (rows[5]["carried_by"], float(rows[5]["share"]) > 0.5) == ("template", True)
     assert rows[5]["line"] == "2026-11-26 08:00:03 [req-1] Segfault at 0xdeadbeef"
     assert (rows[5]["is_anomaly"], rows[3]["line"]) == ("true", "")
     assert float(rows[5]["alert_score"]) > 1
@@ -79,7 +81,7 @@ def test_the_command_shows_the_lines_at_which_alerts_open(folder: Path, model: P
     answer = CliRunner().invoke(app, ["backtest", str(folder), "--model", str(model), "--out", str(tmp_path / "out"), *options])
     assert answer.exit_code == 0, answer.output
     assert "▲ req-1  alert " in answer.output
-    assert "Segfault at 0xdeadbeef" in answer.output
+    assert re.search(r"p \d\S+  template \d+%  Segfault at 0xdeadbeef\n", answer.output), "why, and the line without its time and request"
     assert "Left out: 1 that name no stream" in answer.output
 
 
