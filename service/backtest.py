@@ -206,6 +206,8 @@ class Report:
     tallies: list[Tally]
     rowless: list[str] = field(default_factory=list)
     """Inputs that have no rows; they have no tally."""
+    sources: list[Source] = field(default_factory=list)
+    """Of readings: where each tally is from."""
 
     @property
     def rows(self) -> int:
@@ -236,7 +238,7 @@ def run(
     sources = find_sources(inputs)
     refuse_idle(sources, options)
     targets = _targets(sources, out)
-    by_size = sorted(sources, key=lambda source: source.path.stat().st_size, reverse=True)
+    by_size = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
     tallies: dict[str, Tally] = {}
     with Progress(console=console, transient=True) as progress:
         task, rowless = progress.add_task("scoring", total=None), Rowless(sources, progress.console.print)
@@ -250,8 +252,9 @@ def run(
             written = _score_group(series, detector, policy, targets, limits, lambda rows: progress.advance(task, rows))
             tallies |= {tally.name: tally for tally in written}
     rowless.refuse_all()
-    ordered = [tallies[source.name] for source in sources if source.name in tallies]
-    return Report(detector.manifest.filename, policy.alpha, time.perf_counter() - began, ordered, rowless.names)
+    scored = [source for source in sources if source.name in tallies]
+    seconds, ordered = time.perf_counter() - began, [tallies[source.name] for source in scored]
+    return Report(detector.manifest.filename, policy.alpha, seconds, ordered, rowless.names, scored)
 
 
 def _targets(sources: Sequence[Source], out: Path) -> dict[str, Path]:
@@ -320,15 +323,13 @@ class Done:
     """A run, and what it takes to score one of its inputs again."""
 
     report: Report
-    sources: Sequence[Source]
-    """In the order of the report's tallies."""
     detector: Detector
     policy: Policy
     options: ReadOptions
 
     def load(self, i: int) -> Series:
         """The i-th input once more."""
-        return read_series(self.sources[i], self.detector, self.options, lambda message: None)
+        return read_series(self.report.sources[i], self.detector, self.options, lambda message: None)
 
 
 def command(
@@ -348,8 +349,7 @@ def command(
     tell(console, report, out, json_file)
     for line in _left_unsaid(report, detector.manifest.warmup):
         console.print(line)
-    with_rows = [source for source in find_sources(inputs) if source.name not in report.rowless]
-    return Done(report, with_rows, detector, policy, options)
+    return Done(report, detector, policy, options)
 
 
 def _left_unsaid(report: Report, warmup: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ import codecs
 import csv
 import itertools
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -101,6 +102,13 @@ class Source:
 
     path: Path
     name: str
+
+    def stat(self) -> os.stat_result:
+        """Raises TableError where the file is not there any more."""
+        try:
+            return self.path.stat()
+        except OSError as error:
+            raise _unread(self, error) from error
 
 
 @dataclass(frozen=True)
@@ -624,7 +632,10 @@ def _advice(column: str, cell: str) -> str:
         return f"if it is the time, name it with --timestamp {column!r}, else leave the column out with --exclude {column!r}"
     if UNIT.fullmatch(cell):
         return "write the number alone, without its unit"
-    return f"leave the column out with --exclude {column!r}; a pattern such as '*.status' leaves out many"
+    return (
+        "`python -m service split` takes words among numbers for missing; where the column is no reading, leave it out with "
+        f"--exclude {column!r}, a pattern such as '*.status' leaves out many"
+    )
 
 
 def _times(reading: _Reading, column: str, cells: Sequence[str], before: int, epoch: bool, last: float) -> Float64:

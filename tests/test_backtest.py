@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from service.__main__ import app
-from service.backtest import Limits, Report, read_series, run
+from service.backtest import Limits, Report, command, read_series, run
 from service.detector import Detector
 from service.errors import TableError
 from service.policy import Policy
@@ -213,6 +213,20 @@ def test_files_without_rows_are_named_counted_and_left_out(tmp_path: Path, tiny_
     assert sorted(summary["without_rows"]) == ["a.csv", "idle.csv"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.csv"]
     assert "b.csv" in (tmp_path / "report.html").read_text()
+
+
+def test_what_is_drawn_is_what_was_scored_where_files_come_and_go_meanwhile(tmp_path: Path, tiny_detector: Detector) -> None:
+    """The folder had been listed again: a file that had come since was drawn with another's alerts."""
+    for name in ("b", "c"):
+        write(tmp_path / f"data/{name}.csv", series(1, 60))
+    done = command([tmp_path / "data"], tiny_detector, tmp_path / "out", Policy(), None, [], None)
+    write(tmp_path / "data/a.csv", series(1, 60))
+    assert [done.load(i).name for i in range(2)] == [tally.name for tally in done.report.tallies] == ["b.csv", "c.csv"]
+    (tmp_path / "data/c.csv").unlink()
+    with pytest.raises(TableError, match=r"c\.csv cannot be read: No such file or directory"):
+        done.load(1)
+    with pytest.raises(TableError, match=r"c\.csv cannot be read: No such file or directory"):
+        Source(tmp_path / "data/c.csv", "c.csv").stat()
 
 
 def test_a_column_to_leave_out_that_is_not_there_is_refused(tmp_path: Path, tiny_model_path: Path) -> None:

@@ -2,7 +2,7 @@
 larger than memory.
 
     cache/x.f32 [rows, F]    cache/t.f32 [rows, 3]    cache/index.json: names, rows, features, which of them never moved,
-                                                 SHA-256, and what they were made of
+                                                 files without rows, SHA-256, and what they were made of
 
 All streams lie in the same two files, one after the other: a fleet may have more streams than a process may open files.
 """
@@ -31,7 +31,7 @@ from training.data import Float32, Stream, clock
 CACHE = "cache"
 """Its folder, in the folder of the model."""
 LOCK = ".fit.lock"
-FORMAT = 2
+FORMAT = 3
 FILES = {"index.json", "x.f32", "t.f32"}
 READ = 1 << 20
 
@@ -43,12 +43,15 @@ class Cached:
     features: list[str]
     streams: list[Stream]
     unmoved: list[str]  # features that have no two different values in any stream
+    rowless: int  # files without rows, which are no stream
     sha256: str  # of names and rows: the same data, the same hash
 
     @property
     def summary(self) -> str:
         names = ", ".join(self.features[:8]) + " …" * (len(self.features) > 8)
         read = f"Read {len(self.streams)} stream(s), {sum(map(len, self.streams)):,} rows, {len(self.features)} feature(s): {names}"
+        if self.rowless:
+            read += f"\n{self.rowless:,} of {self.rowless + len(self.streams):,} files have no rows and are left out."
         if not self.unmoved:
             return read
         return (
@@ -105,7 +108,7 @@ def open_cache(folder: Path) -> Cached:
     x, t = _mapped(folder / "x.f32", len(features)), _mapped(folder / "t.f32", 3)
     ends = np.cumsum(lengths).tolist()
     streams = [Stream(name, x[end - rows : end], t[end - rows : end]) for name, rows, end in zip(names, lengths, ends, strict=True)]
-    return Cached(features, streams, index["unmoved"], index["sha256"])
+    return Cached(features, streams, index["unmoved"], index["rowless"], index["sha256"])
 
 
 def told_apart(sources: Sequence[Source]) -> list[Source]:
@@ -146,7 +149,8 @@ def _whole(folder: Path, index: dict[str, Any]) -> bool:
 
 
 def _made_of(sources: Sequence[Source], options: ReadOptions) -> list[Any]:
-    files = [[str(source.path.resolve()), source.name, source.path.stat().st_size, source.path.stat().st_mtime_ns] for source in sources]
+    stats = [source.stat() for source in sources]
+    files = [[str(one.path.resolve()), one.name, stat.st_size, stat.st_mtime_ns] for one, stat in zip(sources, stats, strict=True)]
     return [FORMAT, {**asdict(options), "exclude": sorted(options.exclude)}, files]
 
 
@@ -180,7 +184,8 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                 _hash_from(t, start, sha)
     rowless.refuse_all()
     unmoved = [feature for feature, moves in zip(features, moved.tolist(), strict=True) if not moves]
-    return {"names": names, "lengths": lengths, "features": features, "unmoved": unmoved, "sha256": sha.hexdigest()}
+    kept = {"names": names, "lengths": lengths, "features": features, "unmoved": unmoved}
+    return {**kept, "rowless": len(rowless.names), "sha256": sha.hexdigest()}
 
 
 def _hash_from(file: BinaryIO, start: int, sha: Any) -> None:

@@ -26,7 +26,7 @@ from training.fit import Progress
 
 SHOWN_FEATURES = 3
 PAGE_STREAMS, PAGE_ROWS = 16, 5000
-"""Validation streams on report.html, and their last rows."""
+"""Streams on report.html, and their last rows."""
 INK, QUIET, GLOW, ALARM = "#1f2933", "#9aa5b1", "#2f7ed8", "#d64545"
 
 

@@ -13,9 +13,9 @@ import pytest
 from pyarrow import parquet
 
 from service.errors import TableError
-from service.tables import BATCH_CELLS, ReadOptions
+from service.tables import BATCH_CELLS, ReadOptions, find_sources
 from training.autoencoder import Sizes
-from training.cache import Cached, convert, open_cache
+from training.cache import Cached, _made_of, convert, open_cache
 from training.data import PIECE, Float32, Float64, clock, variance_of
 from training.fit import Plan
 from training.pipeline import fleet_job
@@ -44,9 +44,19 @@ def test_files_without_rows_are_told_and_left_out(tmp_path: Path) -> None:
     assert [stream.name for stream in cached.streams] == ["b.csv"]
     assert cached.sha256 == alone.sha256
     assert [line.rpartition("/")[2] for line in told] == ["a.csv has no rows. It is left out.", "c.csv is empty. It is left out."]
+    assert "1 feature(s): load\n2 of 3 files have no rows and are left out." in cached.summary
+    assert converted(tmp_path / "data", tmp_path / "cache").summary == cached.summary  # where they are not read again, too
     (tmp_path / "data" / "b.csv").write_text("timestamp,load\n")
     with pytest.raises(TableError, match="None of 3 files has a row"):
         converted(tmp_path / "data", tmp_path / "cache")
+
+
+def test_a_file_that_has_gone_since_it_was_found_is_named(tmp_path: Path) -> None:
+    """It had been a traceback."""
+    [source] = find_sources([small(tmp_path / "data")])
+    source.path.unlink()
+    with pytest.raises(TableError, match=r"a\.csv cannot be read: No such file or directory"):
+        _made_of([source], ReadOptions())
 
 
 def test_columns_that_stand_in_every_stream_are_told_and_nothing_else_is_refused(tmp_path: Path) -> None:
