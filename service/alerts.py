@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple
-from urllib.parse import quote
 
 import msgspec
 import numpy as np
@@ -179,12 +178,12 @@ class AlertReply(Alert, frozen=True, kw_only=True):
     description: str
     """The evidence in words."""
     link: str | None
-    """To the stream's page, where the service knows its own address (ONSET_PUBLIC_URL)."""
+    """To this alert on the page, where the service knows its own address (ONSET_PUBLIC_URL)."""
 
     @staticmethod
     def of(alert: Alert, public_url: str) -> AlertReply:
         """`public_url` of the service, "" = not known."""
-        link = f"{public_url.rstrip('/')}/?stream={quote(alert.stream_id, safe='')}" if public_url else None
+        link = f"{public_url.rstrip('/')}/?alert={alert.id}" if public_url else None
         known = {name: getattr(alert, name) for name in Alert.__struct_fields__}
         return AlertReply(**known, summary=summary(alert), description=description(alert), link=link)
 

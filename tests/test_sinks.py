@@ -119,7 +119,7 @@ async def test_each_change_is_told_once_and_in_order_from_the_moment_a_sink_is_n
     notice = sink.notices[1]
     assert notice.severity_before == "minor"
     assert notice.alert is not None
-    assert notice.alert.link == "https://onset.example/?stream=a"
+    assert notice.alert.link == f"https://onset.example/?alert={alert.id}"
     again = office.teller(Kept())
     await again.begin(TOKEN)
     assert not await again.turn(TOKEN)

@@ -1,4 +1,4 @@
-/** Alerts: open, acknowledged, resolved. */
+/** Alerts: open, acknowledged, resolved; or one alone, whatever it is by now. */
 
 import { Refused, ask, streamPath, type Alert, type AlertsPage, type Evidence } from "./api";
 import { fill, h, text } from "./dom";
@@ -33,12 +33,16 @@ interface Item {
   age: HTMLElement;
 }
 
+/** Where one alert is shown alone. */
+export const alertAddress = (id: string): string => `#/alerts?id=${encodeURIComponent(id)}`;
+
 export function alertsView(main: HTMLElement, shell: Shell): View {
   const page = new AlertsView(main, shell);
   return { title: "Alerts", leave: () => page.leave(), key: (event) => page.key(event) };
 }
 
 class AlertsView {
+  private id: string;
   private status: Status;
   private severity: string;
   private most = PAGE;
@@ -56,13 +60,14 @@ class AlertsView {
     main: HTMLElement,
     private readonly shell: Shell,
   ) {
+    this.id = shell.query.get("id") ?? "";
     const asked = shell.query.get("status");
     this.status = STATUSES.find((status) => status === asked) ?? "open";
     this.severity = SEVERITIES.find(([severity]) => severity === shell.query.get("severity"))?.[0] ?? "";
     for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.show(status, this.severity) }, status[0]!.toUpperCase() + status.slice(1)));
     for (const [severity, name] of SEVERITIES) this.severities.append(h("button", { type: "button", "data-severity": severity, onclick: () => this.show(this.status, severity) }, name));
     main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts")), this.severities, this.choice), this.said, this.list, this.more));
-    this.show(this.status, this.severity);
+    this.show(this.status, this.severity, this.id);
     this.timer = window.setInterval(() => void this.load(), 2000);
   }
 
@@ -86,18 +91,19 @@ class AlertsView {
     return false;
   }
 
-  private show(status: Status, severity: string): void {
+  private show(status: Status, severity: string, id = ""): void {
+    this.id = id;
     this.status = status;
     this.severity = severity;
     this.most = PAGE;
     this.selected = -1;
     this.shown = "";
-    for (const button of this.choice.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button.dataset["status"] === status));
-    for (const button of this.severities.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button.dataset["severity"] === severity));
+    for (const button of this.choice.querySelectorAll("button")) button.setAttribute("aria-pressed", String(!id && button.dataset["status"] === status));
+    for (const button of this.severities.querySelectorAll("button")) button.setAttribute("aria-pressed", String(!id && button.dataset["severity"] === severity));
     const query = new URLSearchParams();
     if (status !== "open") query.set("status", status);
     if (severity) query.set("severity", severity);
-    history.replaceState(null, "", `#/alerts${query.size ? `?${query}` : ""}`);
+    history.replaceState(null, "", id ? alertAddress(id) : `#/alerts${query.size ? `?${query}` : ""}`);
     fill(this.list);
     fill(this.more);
     delete this.more.dataset["shown"];
@@ -106,23 +112,29 @@ class AlertsView {
   }
 
   private async load(): Promise<void> {
-    const { status, severity, most } = this;
+    const { id, status, severity, most } = this;
     try {
+      if (id) {
+        const alert = await ask<Alert>(`v1/alerts/${encodeURIComponent(id)}`);
+        if (id === this.id) this.fill([alert]);
+        return;
+      }
       const page = await ask<AlertsPage>(`v1/alerts?status=${status}&limit=${most}${severity ? `&severity=${severity}` : ""}`);
-      if (status !== this.status || severity !== this.severity || most !== this.most) return;
+      if (this.id || status !== this.status || severity !== this.severity || most !== this.most) return;
       if (status === "open" && !severity) this.shell.alerting(page);
       this.fill(page.alerts);
       this.sayMore(page);
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
+      if (id !== this.id) return;
       this.shown = ""; // the next answer takes these words away, also where it is the same
-      fill(this.said, h("p", { class: "notice wrong" }, error.status === 404 ? "This service keeps no alerts." : error.message));
+      fill(this.said, h("p", { class: "notice wrong" }, id || error.status !== 404 ? error.message : "This service keeps no alerts."));
     }
   }
 
   private fill(alerts: Alert[]): void {
     for (const alert of alerts) this.renew(alert);
-    const shown = JSON.stringify([this.status, alerts.map((alert) => [alert.id, alert.updated_at, alert.status])]);
+    const shown = JSON.stringify([this.id, this.status, alerts.map((alert) => [alert.id, alert.updated_at, alert.status])]);
     if (shown === this.shown) return;
     this.shown = shown;
     const focused = document.activeElement?.closest<HTMLElement>(".alert");
@@ -161,8 +173,9 @@ class AlertsView {
   private item(alert: Alert): { element: HTMLElement; age: HTMLElement } {
     const onset = alert.onset;
     const top = onset?.contributors[0];
-    const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}`;
+    const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}&at=${alert.started_at}`;
     const severity = h("span", { class: "severity" }, alert.severity);
+    const link = h("a", { href: alertAddress(alert.id), "aria-label": `Link to this alert of ${alert.stream_id}`, title: "This alert alone, at an address to send to someone" }, "Link");
     const line = onset?.line;
     const way = top && within(top) ? ", within its range: its course is unusual" : onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : "";
     const evidence = line ? ` · ${line.new ? "new pattern · " : ""}chance if normal: ${chance(onset?.p_value)}` : top ? ` · ${top.feature} ${top.actual === null ? "has no value" : number(top.actual)}, expected ${number(top.expected)}${way} · chance if normal: ${chance(onset?.p_value)}` : "";
@@ -176,7 +189,7 @@ class AlertsView {
     const button = alert.status === "open" ? h("button", { class: "button", type: "button", "aria-label": `Acknowledge ${alert.stream_id}`, onclick: () => this.acknowledge(alert) }, "Acknowledge") : null;
     const age = h("span");
     const more = alert.kind === "silence" ? [] : [age, evidence];
-    const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what, ...more), line && onset ? lineOf(line, onset) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
+    const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what, ...more, " · ", link), line && onset ? lineOf(line, onset) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
     return { element, age };
   }
 

@@ -2,7 +2,7 @@
 
 import "uplot/dist/uPlot.min.css";
 import { Refused, ask, streamPath, type AlertsPage, type Model } from "./api";
-import { PAGE, alertsView } from "./alerts";
+import { PAGE, alertAddress, alertsView } from "./alerts";
 import { backtestView } from "./backtest";
 import { ICONS, fill, h, icon, text } from "./dom";
 import { fleetView } from "./fleet";
@@ -199,11 +199,12 @@ const counting = setInterval(() => void countAlerts(), 5_000);
 void countAlerts();
 void showPatterns();
 
-/** Alerts link to `/?stream=ID`: what comes before # is kept by mail and chat programs. */
+/** Alerts link to `/?alert=ID`, others to `/?stream=ID`: what comes before # is kept by mail and chat programs. */
 function linked(): void {
   const query = new URLSearchParams(location.search);
-  const id = query.get("stream");
-  if (!id) return;
-  const model = query.get("model");
-  history.replaceState(null, "", `${location.pathname}#/stream/${streamPath(id)}${model ? `?model=${encodeURIComponent(model)}` : ""}`);
+  const [alert, id] = [query.get("alert"), query.get("stream")];
+  if (!alert && !id) return;
+  for (const name of ["alert", "stream"]) query.delete(name);
+  const view = alert ? alertAddress(alert) : `#/stream/${streamPath(id!)}${query.size ? `?${query}` : ""}`;
+  history.replaceState(null, "", `${location.pathname}${view}`);
 }

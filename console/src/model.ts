@@ -32,16 +32,20 @@ interface Measured {
   ratio: number;
 }
 
+const AGAIN_MS = 2000; // where it could not be loaded
+
 export function modelView(main: HTMLElement, name: string | null): View {
   const page = h("div", { class: "page" }, h("p", { class: "notice" }, "Loading …"));
   main.append(page);
   let left = false;
+  let again = 0;
   const chart = { leave: (): void => undefined };
   void show();
   return {
     title: "Model",
     leave: () => {
       left = true;
+      clearTimeout(again);
       chart.leave();
     },
   };
@@ -55,7 +59,9 @@ export function modelView(main: HTMLElement, name: string | null): View {
       if (!left) draw(models, model, calibration);
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
+      if (left) return;
       fill(page, h("p", { class: "notice wrong" }, error.message));
+      again = window.setTimeout(() => void show(), AGAIN_MS);
     }
   }
 

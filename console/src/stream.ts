@@ -53,6 +53,8 @@ class StreamPage {
   private frame = 0;
   private timer: number;
   private readonly model: string;
+  private at: number | null;
+  /** The time that was asked for, until it is shown. */
   private readonly sync = uPlot.sync(`stream-${Math.random()}`);
 
   private readonly title = h("h1");
@@ -76,6 +78,7 @@ class StreamPage {
     private readonly id: string,
   ) {
     this.model = shell.query.get("model") ?? "";
+    this.at = Number(shell.query.get("at")) || null;
     this.confirm = this.confirmation();
     text(this.title, id);
     for (const [name, seconds] of WINDOWS) this.windows.append(h("button", { type: "button", "data-seconds": seconds, onclick: () => this.look(seconds) }, name));
@@ -182,6 +185,7 @@ class StreamPage {
     data.bits.forEach((bits, i) => bits & BITS.onset && this.onsetPositions.push(i));
     if (!this.charts.length) this.makeCharts();
     this.schedule();
+    if (this.at !== null) this.lookAt(this.at);
   }
 
   private makeCharts(): void {
@@ -381,6 +385,13 @@ class StreamPage {
     const near = this.data.t.filter((t) => Math.abs(t - time) < 15).length;
     const half = near > 40 ? 15 : Math.max(15, ((this.data.t[this.data.t.length - 1]! - this.data.t[0]!) / Math.max(1, this.data.t.length)) * 40);
     this.zoomTo([time - half, time + half]);
+  }
+
+  private lookAt(time: number): void {
+    this.at = null;
+    const { t } = this.data;
+    if (time >= t[0]!) this.around(time);
+    else fill(this.said, h("p", { class: "notice" }, `What is held of this stream begins at ${clock(t[0]!)}, after ${clock(time)}.`));
   }
 
   private refresh(): void {

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
@@ -77,7 +76,7 @@ def test_an_anomaly_fires_and_resolves_once_in_alertmanager(
         assert alert["labels"] == series | {"alertname": "OnsetAnomaly", "stream": stream, "model": "tiny", "severity": "critical"}
         assert "above its expected range since" in alert["annotations"]["summary"]
         assert alert["annotations"]["runbook_url"] == "https://runbooks.example/onset"
-        assert alert["annotations"]["link"] == alert["generatorURL"] == f"https://onset.example/?stream={quote(stream, safe='')}"
+        assert alert["annotations"]["link"] == alert["generatorURL"] == f"https://onset.example/?alert={alert['annotations']['alert_id']}"
         assert alert["annotations"]["alert_id"] == alerts(service)[0]["id"]
         for _ in range(3):
             sensor.send(STUCK)

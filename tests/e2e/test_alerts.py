@@ -53,7 +53,7 @@ def test_an_anomaly_is_one_alert_that_is_acknowledged_and_resolved(tmp_path: Pat
         assert "line 3/pump is " in alert["summary"]
         assert "above its expected range since" in alert["summary"]
         assert "value 60, expected " in alert["description"]
-        assert alert["link"] == "https://onset.example/?stream=line%203%2Fpump"
+        assert alert["link"] == f"https://onset.example/?alert={alert['id']}"
         address = f"{service.url}/v1/alerts/{alert['id']}"
         assert local.get(address).json() == alert
         noted = local.post(f"{address}/acknowledge", json={"by": "anna", "note": "on it"}).raise_for_status().json()

@@ -23,6 +23,7 @@ from tests import local
 from tests.e2e.process import Service
 from tests.needs import program
 from tests.servers import Valkey
+from tests.times import wait
 from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
 
@@ -487,7 +488,11 @@ def test_a_page_whose_service_has_gone_says_so_and_finds_it_again(tmp_path: Path
             expect(page.locator(".empty pre")).to_contain_text("curl -s")
             short_lived.terminate()
             expect(page.locator(".status")).to_have_text("Not connected")
+            page.goto(f"{short_lived.url}/#/model")
+            expect(page.locator(".notice.wrong")).to_contain_text("The service does not answer")
             short_lived.start()
+            expect(page.locator("h1")).to_contain_text("tiny")
+            page.goto(f"{short_lived.url}/#/fleet")
             expect(page.locator(".status")).to_have_text("Live")
             visit.wrong = [said for said in visit.wrong if "ERR_" not in said]  # Chromium's own lines on what it could not reach
 
@@ -529,6 +534,43 @@ def test_alerts_stay_as_they_are_for_who_is_about_to_press_a_button_and_are_ther
             page.unroute("**/v1/alerts?*", gone)
             expect(page.locator(".notice.wrong")).to_have_count(0)
             visit.wrong = [said for said in visit.wrong if "ERR_" not in said]  # Chromium's own lines on what it could not reach
+
+
+def test_the_link_of_an_alert_opens_this_one_alone_whatever_became_of_it_and_its_stream_at_that_time(
+    tmp_path: Path, tiny_model_path: Path, browser: Browser
+) -> None:
+    began = time.time() - 660
+    values = [1.0, 1.1] * 300 + [99.0] + [1.0, 1.1] * 4
+    with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false", PUBLIC_URL="https://onset.example/at/") as running:
+        for name in ("a/1", "a/2"):
+            events = [{"stream_id": name, "values": {"value": value}, "timestamp": began + i} for i, value in enumerate(values)]
+            local.post(f"{running.url}/v1/events", json=events).raise_for_status()
+        wait(lambda: len(local.get(f"{running.url}/v1/alerts").json()["alerts"]) == 2)
+        [alert] = local.get(f"{running.url}/v1/alerts?stream_id=a/2").json()["alerts"]
+        assert alert["link"] == f"https://onset.example/at/?alert={alert['id']}"
+        linked = f"{running.url}/?alert={alert['id']}"
+        visit = Visit(browser, running.url)
+        with visit as page:
+            page.goto(f"{running.url}/#/alerts")
+            expect(page.locator(".alert")).to_have_count(2)
+            page.locator(".alert", has_text="a/2").get_by_role("link", name="Link").click()
+            expect(page.locator(".alert .name")).to_have_text(["a/2"])
+            alone = page.url
+            page.goto(linked)
+            expect(page.locator(".alert .name")).to_have_text(["a/2"])
+            assert page.url == alone
+            page.locator(".alert .name a").click()
+            expect(page.locator(".readout").first).to_have_text(re.compile("^Zoomed in"))
+            local.post(f"{running.url}/v1/streams/a/2/accept").raise_for_status()
+            page.goto(linked)
+            expect(page.locator(".alert")).to_contain_text("Resolved")
+            page.get_by_role("button", name="Open").click()
+            expect(page.locator(".alert .name")).to_have_text(["a/1"])
+            page.goto(f"{running.url}/?alert={'0' * 28}")
+            expect(page.locator(".notice.wrong")).to_contain_text("0" * 28)
+            page.goto(f"{running.url}/#/stream/a/1?at={began - 60}")
+            expect(page.locator(".notice")).to_contain_text("What is held of this stream begins at")
+            visit.wrong = [said for said in visit.wrong if "404" not in said]
 
 
 def test_an_alert_that_opened_before_a_restart_can_be_accepted_before_its_stream_speaks_again(
