@@ -8,6 +8,7 @@ Taking a batch costs next to nothing: it is kept until somebody looks, or until 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -367,32 +368,41 @@ class Recent:
 
     def _slots_of(self, names: Sequence[str], events: NDArray[Any], at: NDArray[np.float64]) -> NDArray[np.intp]:
         """[N] slots, -1 = no room."""
-        get = self._slots.get
-        slots = np.array([get(name, -1) for name in names], np.intp)
-        known = slots >= 0
-        speaks = np.zeros(len(self._ring), bool)  # none of these is pushed out below
-        speaks[slots[known]] = True
-        newest, tries = float(at.max()), ADMISSIONS
-        for i in np.flatnonzero(~known).tolist():
-            slot = get(names[i], -1)
-            if slot < 0 and len(self._names) < self.capacity:
-                slot = len(self._names)
-                self._names.append(names[i])
-                self._room.take(self.manifest.name, self._slot_bytes)
-                self._begin(slot, float(at[i]))
-            elif slot < 0 and tries > 0:
-                tries -= 1
-                slot = self._pushed(bool(events["bits"][i] & (ANOMALY | OPEN)), newest, speaks)
-                if slot >= 0:
-                    del self._slots[self._names[slot]]
-                    self._names[slot] = names[i]
-                    self._begin(slot, float(at[i]))
-            slots[i] = slot
-            if slot >= 0:
-                speaks[slot] = True
+        slots = self._known(names)
+        new = np.flatnonzero(slots < 0).tolist()
+        if new:
+            speaks = np.zeros(len(self._ring), bool)  # none of these is pushed out
+            speaks[slots[slots >= 0]] = True
+            loud = (events["bits"][new] & (ANOMALY | OPEN) != 0).tolist()
+            self._admit([names[i] for i in new], loud, at[new].tolist(), float(at.max()), speaks)
+            slots[new] = self._known([names[i] for i in new])
         placed = slots >= 0
         np.maximum.at(self._spoke, slots[placed], at[placed])
         return slots
+
+    def _known(self, names: Sequence[str]) -> NDArray[np.intp]:
+        return np.array(list(map(self._slots.get, names, itertools.repeat(-1))), np.intp)
+
+    def _admit(self, names: Sequence[str], loud: Sequence[bool], at: Sequence[float], newest: float, speaks: NDArray[np.bool_]) -> None:
+        """Give streams slots by their events, of which some are `loud`: anomalous, or with an alert open."""
+        tries, none_for = ADMISSIONS, {False: False, True: False}  # where one found no slot no later one will: none becomes quieter
+        for name, anomalous, spoke in zip(names, loud, at, strict=True):
+            if none_for[anomalous] or name in self._slots:
+                continue
+            if len(self._names) < self.capacity:
+                slot = len(self._names)
+                self._names.append(name)
+                self._room.take(self.manifest.name, self._slot_bytes)
+            else:
+                slot = self._pushed(anomalous, newest, speaks)
+                tries -= slot >= 0
+                none_for[anomalous] = slot < 0 or tries < 1
+                if slot < 0:
+                    continue
+                del self._slots[self._names[slot]]
+                self._names[slot] = name
+            self._begin(slot, spoke)
+            speaks[slot] = True
 
     def _pushed(self, anomalous: bool, newest: float, speaks: NDArray[np.bool_]) -> int:
         """The slot of the calm stream that has been quiet longest, or -1: an ordinary stream pushes out only what says nothing any more.
