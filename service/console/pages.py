@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -94,7 +95,6 @@ class Console:
         self._policy_of = policy_of
         self._default = default_model
         self._testing, self._counting = asyncio.Lock(), asyncio.Lock()
-        self._built = (DIST / "index.html").is_file()
 
     def watch(self, feed: Feed) -> Callable[[], None]:
         """Take in what is scored from now on; returns what ends that."""
@@ -105,8 +105,8 @@ class Console:
         return [
             Route("/", self.page, methods=["GET"], include_in_schema=False),
             Route("/table", self.table, methods=["GET"], include_in_schema=False),
-            Route("/table.css", _file(Path(__file__).parent / "table.css", "no-cache"), methods=["GET"], include_in_schema=False),
-            *(Route(f"/assets/{file.name}", _file(file, _FOR_EVER), methods=["GET"], include_in_schema=False) for file in _built_files()),
+            Route("/table.css", self.table_style, methods=["GET"], include_in_schema=False),
+            Route("/assets/{name}", self.asset, methods=["GET"], include_in_schema=False),
             Route("/v1/live", _Problems(self.fleet), methods=["GET"], include_in_schema=False),
             Route("/v1/live/{stream_id:path}", _Problems(self.stream), methods=["GET"], include_in_schema=False),
             Route("/v1/backtest", _Problems(self.backtest), methods=["POST"], include_in_schema=False),
@@ -116,15 +116,26 @@ class Console:
 
     async def page(self, request: Request) -> Response:
         """The built page, or in its place the table."""
-        if self._built:
+        if _built():
             return FileResponse(DIST / "index.html", headers=HEADERS | {"cache-control": "no-cache"})
         return await self.table(request)
+
+    async def asset(self, request: Request) -> Response:
+        """One of the page's files, as they are now: the page may be built anew meanwhile."""
+        file = next((file for file in (DIST / "assets").glob("*") if file.name == request.path_params["name"] and file.is_file()), None)
+        if file is None:
+            raise HTTPException(404)
+        return FileResponse(file, headers={"cache-control": _FOR_EVER, "x-content-type-options": "nosniff"})
 
     async def table(self, request: Request) -> Response:
         """The streams without a script."""
         self.shared.glance()
-        content = table.page(list(self.live.recent.values()), self.live.replica, alone=not self._built)
+        content = table.page(list(self.live.recent.values()), self.live.replica, alone=not _built())
         return HTMLResponse(content, headers=HEADERS | {"cache-control": "no-store"})
+
+    async def table_style(self, request: Request) -> Response:
+        headers = {"cache-control": "no-cache", "x-content-type-options": "nosniff"}
+        return FileResponse(Path(__file__).parent / "table.css", headers=headers)
 
     async def fleet(self, request: Request) -> Events:
         """The streams of all replicas, as they are scored."""
@@ -236,12 +247,5 @@ def _alpha(text: str) -> float:
     return alpha
 
 
-def _built_files() -> list[Path]:
-    return sorted(file for file in (DIST / "assets").glob("*") if file.is_file())
-
-
-def _file(path: Path, caching: str) -> Callable[[Request], Response]:
-    def file(request: Request) -> Response:
-        return FileResponse(path, headers={"cache-control": caching, "x-content-type-options": "nosniff"})
-
-    return file
+def _built() -> bool:
+    return (DIST / "index.html").is_file()

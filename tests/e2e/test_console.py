@@ -53,13 +53,27 @@ def test_the_plain_table_shows_each_stream_with_its_state_and_no_name_as_markup(
     assert local.get(f"{service.url}/table.css").headers["content-type"].startswith("text/css")
 
 
-def test_without_the_built_page_its_address_has_the_plain_table_and_says_how_to_get_the_page(tmp_path: Path, tiny_model_path: Path) -> None:
+def test_without_the_built_page_its_address_has_the_plain_table_and_says_how_to_get_it_until_it_is_built(
+    tmp_path: Path, tiny_model_path: Path
+) -> None:
     shutil.copytree(PACKAGE, tmp_path / "service", ignore=shutil.ignore_patterns("dist", "__pycache__"))
     plain = Service(tmp_path / "data", model=tiny_model_path, forked=False)
     plain.source = tmp_path
     with plain:
         post(plain, *(("pump-7", 1.0 + 0.01 * (i % 3)) for i in range(40)))
         page = local.get(f"{plain.url}/").raise_for_status().text
+        built = tmp_path / "service" / "console" / "dist"
+        for name, gone in (("a.js", "b.js"), ("b.js", "a.js")):
+            shutil.rmtree(built, ignore_errors=True)
+            (built / "assets").mkdir(parents=True)
+            (built / "assets" / name).write_text(f"// {name}")
+            (built / "index.html").write_text(f'<script src="assets/{name}"></script>')
+            assert name in local.get(f"{plain.url}/").raise_for_status().text
+            script = local.get(f"{plain.url}/assets/{name}").raise_for_status()
+            assert script.text == f"// {name}"
+            assert "immutable" in script.headers["cache-control"]
+            assert local.get(f"{plain.url}/assets/{gone}").status_code == 404
+        assert local.get(f"{plain.url}/assets/..%2Findex.html").status_code == 404
     assert "pump-7" in page
     assert "<polyline" in page
     assert "make console" in page
