@@ -10,8 +10,8 @@ Started by `bench.http` as `python -m bench.empty constant|empty|bare`; the port
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -119,6 +119,9 @@ class BareDoor(Door):
         await send({"type": "http.response.body", "body": BODY})
 
 
+DOORS = {"constant": Door, "empty": EmptyDoor, "bare": BareDoor}
+
+
 def application(door: type[Door]) -> Application:
     app = Application()
     limits = DoorLimits(max_body_bytes=8 << 20, max_batch_events=10_000, max_inflight_bytes=64 << 20)
@@ -129,7 +132,12 @@ def application(door: type[Door]) -> Application:
 
 
 if __name__ == "__main__":
-    app = application({"constant": Door, "empty": EmptyDoor, "bare": BareDoor}[sys.argv[1]])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.empty", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("baseline", choices=DOORS)
+    baseline = parser.parse_args().baseline
+    app = application(DOORS[baseline])
     ours = protocol(Unread(64 * 1024 * 1024, lambda: None, lambda: None), Room(1024, lambda: None))
-    http: Any = "auto" if sys.argv[1] == "empty" else ours  # uvicorn's own, or the service's
+    http: Any = "auto" if baseline == "empty" else ours  # uvicorn's own, or the service's
     uvicorn.run(app, host="127.0.0.1", port=int(os.environ["ONSET_PORT"]), http=http, log_level="warning", access_log=False)

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import math
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -131,6 +132,15 @@ async def test_a_closed_loop_counts_whole_answers_however_they_are_cut() -> None
     assert tally.failures == 0
     assert 4 <= len(tally.latencies) <= 60
     assert min(tally.latencies) >= 0.01
+
+
+def test_the_baselines_of_http_say_what_they_are() -> None:
+    command = [sys.executable, "-m", "bench.empty"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, check=True)
+    assert "constant   the scorer answers every event with the same result" in shown.stdout
+    wrong = subprocess.run([*command, "full"], capture_output=True, text=True, timeout=120, check=False)
+    assert wrong.returncode == 2
+    assert "choose from" in wrong.stderr
 
 
 def test_loads_of_two_rounds_count_as_one() -> None:
