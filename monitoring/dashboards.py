@@ -61,7 +61,8 @@ def overview() -> dashboard.Dashboard:
                 ),
                 number(
                     "Critical",
-                    "Anomalous streams of severity critical: p-value below alpha squared.",
+                    "Anomalous streams of severity critical: p-value below alpha squared. "
+                    "One whose events are spread over replicas may count on each.",
                     Query(f'sum(onset_streams_anomalous{{{_MODEL},severity="critical"}})'),
                     "short",
                     ((None, GOOD), (1.0, WORST)),
@@ -81,7 +82,7 @@ def overview() -> dashboard.Dashboard:
                 ),
                 number(
                     "Warming up",
-                    "Streams that have no p-values yet.",
+                    "Streams of the last five minutes without p-values. One whose events are spread over replicas counts on each.",
                     Query(f"sum(onset_streams_warming{{{_MODEL}}})"),
                     "short",
                 ),
