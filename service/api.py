@@ -22,11 +22,12 @@ as ASGI brings them: these would take longer than scoring one (bench.http). A pl
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -117,6 +118,7 @@ _ANOTHER_SITE = (
     "A browser sends this for a page of '{}', which is not this service's. Where a proxy changes the Host header, let it pass it on as it "
     "came, or set ONSET_PUBLIC_URL to where people reach the service."
 )
+_ANOTHER_NAME = "It is asked for as '{}' (its Host), which is none of the service's names: add it to ONSET_ALLOWED_HOSTS if it is one."
 _UNPRINTABLE, _SURROGATE = re.compile(UNPRINTABLE), re.compile(r"[\ud800-\udfff]")
 _MALFORMED = (BadBody, BadParameter, UnknownModel, UnsupportedMedia)
 _STOPPED = NotCommitted("The service stopped before this was answered: send it again.")
@@ -162,6 +164,8 @@ class Application(FastAPI):
         if "\ufffd" in path and not _is_utf8(scope["raw_path"]):  # else all names that only differ there would be one stream
             shown = scope["raw_path"][:256].decode("latin-1")
             return await respond(problem_of(BadParameter("The address is not UTF-8.", "path", shown)))(scope, receive, send)
+        if self.door is not None and self.door.hosts and (host := _strange_host(scope["headers"], self.door.hosts)):
+            return await respond(problem_of(CrossSite(_ANOTHER_NAME.format(host[:256]))))(scope, receive, send)
         if scope["method"] not in _READING and (page := _stranger(scope["headers"], self.door.origin if self.door else None)):
             return await respond(problem_of(CrossSite(_ANOTHER_SITE.format(page[:256]))))(scope, receive, send)
         if self.door is not None and scope["method"] == "POST":
@@ -172,8 +176,13 @@ class Application(FastAPI):
         return await self._route(scope, receive, send)
 
     def begin(self, scope: Scope, content: bytearray, answered: Answered) -> bool:
-        """As `Door.begin`; not where traces are sent, which have a span for each request."""
-        return self.door is not None and not tracing.on() and tracing.numbered(self.door.begin, scope, content, answered)
+        """As `Door.begin`; not where the name that is asked for matters, nor where traces are sent, which have a span for each request."""
+        return (
+            self.door is not None
+            and not self.door.hosts
+            and not tracing.on()
+            and tracing.numbered(self.door.begin, scope, content, answered)
+        )
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -204,8 +213,9 @@ class Door:
         book: Book | None = None,
         public_url: str = "",
         level: Level | None = None,
+        allowed_hosts: str = "",
     ) -> None:
-        """`book` of alerts; `public_url` under which people reach the service, "" = not known."""
+        """`book` of alerts; `public_url` under which people reach the service, "" = not known; `allowed_hosts` as the setting."""
         self._scorers = scorers
         self._default = default_model
         self._limits = limits
@@ -216,6 +226,7 @@ class Door:
         self._book = book or Book()
         self._public_url = public_url
         self.origin = _origin(public_url)
+        self.hosts = _hosts(allowed_hosts, public_url)
         self._level = level or Level("info")
         self._latency = metrics.latency.labels(DOOR)
         self._events = {outcome: metrics.events.labels(DOOR, outcome) for outcome in OUTCOMES}
@@ -647,6 +658,27 @@ def _stranger(headers: Sequence[tuple[bytes, bytes]], ours: bytes | None) -> str
     else:
         own = site in (b"same-origin", b"none")
     return "" if own or (ours is not None and origin == ours) else (origin or b"another site").decode("latin-1")
+
+
+def _hosts(allowed: str, public_url: str) -> frozenset[str]:
+    """Names that the service is asked for by; none = any."""
+    names = {name.strip().lower() for name in allowed.split(",")}
+    return frozenset({*names, urlsplit(public_url.lower()).hostname or "localhost", "localhost"}) if allowed else frozenset()
+
+
+def _strange_host(headers: Sequence[tuple[bytes, bytes]], names: Collection[str]) -> str:
+    """The host that a request asks for, where it is no address and none of the service's names; "" = it is, or is not said.
+
+    To a browser a page whose own name comes to resolve to the service is no other site's: it would read all, and change it.
+    """
+    host = next((value for name, value in headers if name == b"host"), b"").decode("latin-1")
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+        if name and name not in names:
+            ipaddress.ip_address(name)
+    except ValueError:
+        return host
+    return ""
 
 
 def _origin(url: str) -> bytes | None:

@@ -347,6 +347,7 @@ def create_app(settings: Settings, embedded: EmbeddedStore | None = None) -> Fas
         service.book,
         settings.public_url,
         Level(settings.log_level),
+        settings.allowed_hosts,
     )
     door.add_to(app)
     ended = [service.write_back.ended] if service.write_back else []

@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     """Address to listen on; the image listens on all, 0.0.0.0."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """0 = any free one."""
+    allowed_hosts: str = ""
+    """Names that the service is reached by, with commas between, beside localhost, addresses and `public_url`; other Hosts are refused.
+    Empty: any name, also that of a page elsewhere which is made to lead here (docs/deploy.md)."""
     model: Path = SHIPPED_MODELS
     """A model file, or a folder of them; several with commas between. The word `shipped` stands for the detector that ships."""
     default_model: str = "default"
@@ -213,6 +216,13 @@ class Settings(BaseSettings):
     def _is_an_address(cls, value: str) -> str:
         if value and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
             raise ValueError("it is an address such as http://prometheus:9090/api/v1/write")
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, value: str) -> str:
+        if wrong := next((name for name in value.split(",") if value and not re.fullmatch(r"[\w.-]+", name.strip(), re.ASCII)), None):
+            raise ValueError(f"{wrong!r} is no name such as onset.example.org, without http:// and port")
         return value
 
     @field_validator("public_url")

@@ -73,14 +73,16 @@ class Client(httpx.AsyncClient):
 
 
 @asynccontextmanager
-async def door(detector: Detector, limits: DoorLimits = LIMITS, queue: int = 5000, public_url: str = "") -> AsyncIterator[Client]:
+async def door(
+    detector: Detector, limits: DoorLimits = LIMITS, queue: int = 5000, public_url: str = "", allowed_hosts: str = ""
+) -> AsyncIterator[Client]:
     metrics, store = Metrics(), Gated()
     scorer = Scorer(detector, Policy(), store, metrics, Limits(max_queue_events=queue, max_streams=500))
     scorer.start()
     app = Application()
     control = Control(Asked(Alpha(1e-3), Strict(False)), None, {"tiny": scorer}, metrics)
     control.connect(store)
-    Door({"tiny": scorer}, "tiny", limits, metrics, Healthy(), control, public_url=public_url).add_to(app)
+    Door({"tiny": scorer}, "tiny", limits, metrics, Healthy(), control, public_url=public_url, allowed_hosts=allowed_hosts).add_to(app)
     async with Client(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         client.store, client.metrics, client.app = store, metrics, app
         yield client
@@ -139,6 +141,36 @@ async def test_a_page_of_another_site_changes_nothing(client: Client, headers: d
         refused = await client.request(method, path, content=json.dumps(event()), headers=sent)
         assert_problem(refused, 403, "let it pass it on as it came, or set ONSET_PUBLIC_URL")
     assert (await client.get("/v1/streams", headers=sent)).json()["streams"] == []
+
+
+@pytest.mark.parametrize(
+    ("host", "answered"),
+    [
+        ("evil.example", False),
+        ("evil.example:8080", False),
+        ("evil.example@onset", True),  # what is before @ is no name
+        ("onset@evil.example", False),
+        ("[::1", False),
+        ("onset", True),
+        ("ONSET.monitoring.svc.:8080", True),
+        ("onset.example.org", True),
+        ("localhost:8080", True),
+        ("10.0.0.7:8080", True),
+        ("[::1]:8080", True),
+        ("", True),  # HTTP/1.0
+    ],
+)
+async def test_where_the_services_names_are_known_a_page_whose_own_name_leads_here_reads_and_changes_nothing(
+    tiny_detector: Detector, host: str, answered: bool
+) -> None:
+    allowed = "onset, onset.monitoring.svc"
+    async with door(tiny_detector, public_url="https://onset.example.org/x/", allowed_hosts=allowed) as client:
+        for request in (("GET", "/v1/streams"), ("POST", "/v1/events"), ("GET", "/metrics")):
+            reply = await client.request(*request, content=json.dumps(event()), headers={"host": host})
+            if answered:
+                assert reply.status_code == 200
+            else:
+                assert_problem(reply, 403, "ONSET_ALLOWED_HOSTS")
 
 
 @pytest.mark.parametrize(
