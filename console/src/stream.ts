@@ -382,16 +382,23 @@ class StreamPage {
   }
 
   private around(time: number): void {
-    const near = this.data.t.filter((t) => Math.abs(t - time) < 15).length;
-    const half = near > 40 ? 15 : Math.max(15, ((this.data.t[this.data.t.length - 1]! - this.data.t[0]!) / Math.max(1, this.data.t.length)) * 40);
+    const half = this.half(time);
     this.zoomTo([time - half, time + half]);
   }
 
+  /** How much is shown on either side of a time, in seconds. */
+  private half(time: number): number {
+    const { t } = this.data;
+    const near = t.filter((one) => Math.abs(one - time) < 15).length;
+    return near > 40 ? 15 : Math.max(15, ((t[t.length - 1]! - t[0]!) / Math.max(1, t.length)) * 40);
+  }
+
+  /** What has just begun goes on: it is seen without zooming in, which would stand still. */
   private lookAt(time: number): void {
     this.at = null;
     const { t } = this.data;
-    if (time >= t[0]!) this.around(time);
-    else fill(this.said, h("p", { class: "notice" }, `What is held of this stream begins at ${clock(t[0]!)}, after ${clock(time)}.`));
+    if (time < t[0]!) fill(this.said, h("p", { class: "notice" }, `What is held of this stream begins at ${clock(t[0]!)}, after ${clock(time)}.`));
+    else if (time + this.half(time) < t[t.length - 1]!) this.around(time);
   }
 
   private refresh(): void {

@@ -539,20 +539,24 @@ def test_alerts_stay_as_they_are_for_who_is_about_to_press_a_button_and_are_ther
 def test_the_link_of_an_alert_opens_this_one_alone_whatever_became_of_it_and_its_stream_at_that_time(
     tmp_path: Path, tiny_model_path: Path, browser: Browser
 ) -> None:
-    began = time.time() - 660
-    values = [1.0, 1.1] * 300 + [99.0] + [1.0, 1.1] * 4
+    began = time.time() - 700
+    values = [1.0, 1.1] * 300 + [99.0] * 80
     with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false", PUBLIC_URL="https://onset.example/at/") as running:
-        for name in ("a/1", "a/2"):
-            events = [{"stream_id": name, "values": {"value": value}, "timestamp": began + i} for i, value in enumerate(values)]
+        for name, length in (("a/1", 680), ("a/2", 680), ("a/3", 601)):
+            events = [{"stream_id": name, "values": {"value": value}, "timestamp": began + i} for i, value in enumerate(values[:length])]
             local.post(f"{running.url}/v1/events", json=events).raise_for_status()
-        wait(lambda: len(local.get(f"{running.url}/v1/alerts").json()["alerts"]) == 2)
+        wait(lambda: len(local.get(f"{running.url}/v1/alerts").json()["alerts"]) == 3)
         [alert] = local.get(f"{running.url}/v1/alerts?stream_id=a/2").json()["alerts"]
         assert alert["link"] == f"https://onset.example/at/?alert={alert['id']}"
         linked = f"{running.url}/?alert={alert['id']}"
         visit = Visit(browser, running.url)
         with visit as page:
             page.goto(f"{running.url}/#/alerts")
-            expect(page.locator(".alert")).to_have_count(2)
+            expect(page.locator(".alert")).to_have_count(3)
+            page.locator(".alert .name", has_text="a/3").get_by_role("link").click()
+            expect(page.locator(".chart").first).to_have_attribute("data-onsets", "1")
+            expect(page.get_by_role("button", name="All", exact=True)).to_have_attribute("aria-pressed", "true")  # it has just begun
+            page.go_back()
             page.locator(".alert", has_text="a/2").get_by_role("link", name="Link").click()
             expect(page.locator(".alert .name")).to_have_text(["a/2"])
             alone = page.url
@@ -565,7 +569,7 @@ def test_the_link_of_an_alert_opens_this_one_alone_whatever_became_of_it_and_its
             page.goto(linked)
             expect(page.locator(".alert")).to_contain_text("Resolved")
             page.get_by_role("button", name="Open").click()
-            expect(page.locator(".alert .name")).to_have_text(["a/1"])
+            expect(page.locator(".alert")).to_have_count(2)
             page.goto(f"{running.url}/?alert={'0' * 28}")
             expect(page.locator(".notice.wrong")).to_contain_text("0" * 28)
             page.goto(f"{running.url}/#/stream/a/1?at={began - 60}")
