@@ -3,6 +3,7 @@
     it comes     api           HTTP ◄─ intake (within limits), bodies, arrow, problems (errors as replies), openapi, writing (to sockets)
                  remote_write  Prometheus ◄─ prompb (the message), names and relabel (series → stream)
                  loki, otlp    log shippers ◄─ lokipush, otlplogs (the messages), shipped (what both do); wire (protobuf)
+                 otlp          OpenTelemetry's metrics ◄─ otlpmetrics, samples (as remote_write); otlpwire (what its messages share)
                  consumer      queues ◄─ sources/, mapping (message → event)
     is an event  events, features (→ numbers), lines (a log line → its template's code)
     waits        reorder, batcher

@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import loki, openapi, otlp, patterns, queues, remote_write, series, shipped, tasks, tellers, tracing
+from service import loki, openapi, otlp, patterns, queues, remote_write, samples, series, shipped, tasks, tellers, tracing
 from service.api import Application, Door
 from service.canary import Canary
 from service.claims import StoredClaim
@@ -97,7 +97,7 @@ class Service:
         self.metrics.build.info({"version": VERSION})
         self.metrics.time.set_function(time.time)
         self.metrics.store_memory.set(math.nan)
-        self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR, loki.DOOR, otlp.DOOR])
+        self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR, loki.DOOR, otlp.DOOR, otlp.METRICS_DOOR])
         self.patterns = patterns.Patterns(self.detectors, self.metrics)
         self._watch_streams()
         self.write_back = self._write_back() if settings.remote_write_url else None
@@ -355,6 +355,9 @@ def create_app(settings: Settings, embedded: EmbeddedStore | None = None) -> Fas
         door, service.names, settings.max_batch_events, service.metrics, ended, settings.prometheus_end_seconds
     )
     door.add_post(app, remote_write.PATH, prometheus.post, "remote_write")
+    points = samples.Samples(otlp.METRICS_DOOR, service.metrics, ended, settings.prometheus_end_seconds)
+    as_otlp = otlp.OtlpMetrics(door, service.names, points, settings.max_batch_events, service.metrics)
+    door.add_post(app, otlp.METRICS_PATH, as_otlp.export, "otlp_metrics")
     _add_log_doors(app, door, service)
     openapi.add_docs(app)
     if service.console:

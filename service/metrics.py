@@ -200,7 +200,7 @@ class Metrics:
         "Time from an accepted request to its answer.",
         "Grows: onset_stage_seconds says which part of it.",
         _SECONDS,
-        door=("http", "remote_write", "loki", "otlp"),
+        door=("http", "remote_write", "loki", "otlp", "otlp_metrics"),
     )
     blank = _counter(
         "onset_blank_lines_total",
@@ -219,8 +219,8 @@ class Metrics:
     unscored = _counter(
         "onset_remote_write_unscored_total",
         "samples and others",
-        "What remote-write brought and no value of it was scored: own (our own series), rule (dropped by a relabel rule), ended (stale "
-        "markers), missing (NaN), infinite, histogram, exemplar, metadata.",
+        "What remote-write, or OTLP's metrics, brought and no value of it was scored: own (our own series), rule (dropped by a relabel "
+        "rule), ended (stale markers), missing (NaN), infinite, histogram, exemplar, metadata.",
         "own grows: drop our series where they are sent from. rule grows by most of what comes: drop it there, too.",
         what=("own", "rule", "ended", "missing", "infinite", "histogram", "exemplar", "metadata"),
     )

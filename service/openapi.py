@@ -332,6 +332,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
         PATH: {"post": _remote_write(model)},
         loki.PATH: {"post": _loki()},
         otlp.PATH: {"post": _otlp()},
+        otlp.METRICS_PATH: {"post": _otlp_metrics(model)},
         **_alert_paths(),
         patterns.PATH: {"get": _patterns(model)},
         "/v1/policy": _policy_operations(),
@@ -549,26 +550,7 @@ def _loki() -> dict[str, Any]:
 
 
 def _otlp() -> dict[str, Any]:
-    status = {"type": "object", "required": ["code", "message"], "properties": {"code": {"type": "integer"}, "message": {"type": "string"}}}
-    partial = {
-        "type": "object",
-        "properties": {"rejectedLogRecords": {"type": "string"}, "errorMessage": {"type": "string"}},
-        "description": "Left out where every record was taken.",
-    }
-    answer = {"type": "object", "properties": {"partialSuccess": partial}}
-    failures = {
-        str(code): {"description": f"{title} A google.rpc.Status.", "content": _either(status)}
-        for code, title in _failures(
-            ["bad-body", "unsupported-media", "too-large", "bad-parameter", "overloaded", "store-unavailable", "unknown-model"]
-        )
-    }
-    operation = _operation(
-        "otlpLogs",
-        "Score log records that are exported by OTLP/HTTP",
-        [_LOGS_MODEL, _TENANT],
-        {"200": {"description": "Taken, in full or in part, in the request's format.", "content": _either(answer)}, **failures},
-        [],
-    )
+    operation = _exporting("otlpLogs", "Score log records that are exported by OTLP/HTTP", _LOGS_MODEL, "rejectedLogRecords")
     example = {
         "resourceLogs": [
             {
@@ -577,6 +559,75 @@ def _otlp() -> dict[str, Any]:
             }
         ]
     }
+    value, attributes = _any_value()
+    text = {"type": "string"}
+    texts = dict.fromkeys(("severityText", "traceId", "spanId", "eventName"), text)
+    times = dict.fromkeys(("timeUnixNano", "observedTimeUnixNano"), _NANOSECONDS)
+    number = {"severityNumber": {"enum": list(range(25))}}
+    record = {"type": "object", "properties": {**times, **number, **texts, "body": value, "attributes": attributes}}
+    named = {"type": "object", "properties": {"name": text, "attributes": attributes}}
+    scope = {"type": "object", "properties": {"scope": named, "logRecords": _list_of(record)}}
+    resource = {"type": "object", "properties": {"resource": _owner(attributes), "scopeLogs": _list_of(scope)}}
+    request = {"type": "object", "properties": {"resourceLogs": _list_of(resource)}}
+    message = {**_BINARY, "description": "An opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest."}
+    operation["requestBody"] = {
+        "required": True,
+        "content": {otlp.JSON: {"schema": request, "example": example}, PROTOBUF: {"schema": message}},
+    }
+    return operation
+
+
+def _otlp_metrics(model: dict[str, Any]) -> dict[str, Any]:
+    operation = _exporting("otlpMetrics", "Score points of gauges and sums that are exported by OTLP/HTTP", model, "rejectedDataPoints")
+    points = [{"timeUnixNano": "1764144000000000000", "asDouble": 214.5}]
+    example = {
+        "resourceMetrics": [
+            {
+                "resource": {"attributes": [{"key": "service.name", "value": {"stringValue": "gateway"}}]},
+                "scopeMetrics": [{"metrics": [{"name": "oven.temperature", "gauge": {"dataPoints": points}}]}],
+            }
+        ]
+    }
+    _, attributes = _any_value()
+    integer = {"type": "string", "pattern": "^-?[0-9]{1,18}$"}
+    numbers = {"asDouble": {"type": "number"}, "asInt": integer, "flags": {"type": "integer", "enum": [0, 1]}}
+    point = {"type": "object", "properties": {"timeUnixNano": _NANOSECONDS, **numbers, "attributes": attributes}}
+    gauge = {"type": "object", "properties": {"dataPoints": _list_of(point)}}
+    about = {"aggregationTemporality": {"type": "integer", "enum": [0, 1, 2]}, "isMonotonic": {"type": "boolean"}}
+    total = {"type": "object", "properties": {"dataPoints": _list_of(point), **about}}
+    metric = {"type": "object", "properties": {"name": {"type": "string"}, "gauge": gauge, "sum": total}}
+    scope = {"type": "object", "properties": {"metrics": _list_of(metric)}}
+    resource = {"type": "object", "properties": {"resource": _owner(attributes), "scopeMetrics": _list_of(scope)}}
+    request = {"type": "object", "properties": {"resourceMetrics": _list_of(resource)}}
+    message = {**_BINARY, "description": "An opentelemetry.proto.collector.metrics.v1.ExportMetricsServiceRequest."}
+    operation["requestBody"] = {
+        "required": True,
+        "content": {otlp.JSON: {"schema": request, "example": example}, PROTOBUF: {"schema": message}},
+    }
+    return operation
+
+
+def _exporting(name: str, summary: str, model: dict[str, Any], rejected: str) -> dict[str, Any]:
+    """An operation of OTLP's, without what it is sent."""
+    status = {"type": "object", "required": ["code", "message"], "properties": {"code": {"type": "integer"}, "message": {"type": "string"}}}
+    partial = {
+        "type": "object",
+        "properties": {rejected: {"type": "string"}, "errorMessage": {"type": "string"}},
+        "description": "Left out where all was taken.",
+    }
+    answer = {"type": "object", "properties": {"partialSuccess": partial}}
+    failures = {
+        str(code): {"description": f"{title} A google.rpc.Status.", "content": _either(status)}
+        for code, title in _failures(
+            ["bad-body", "unsupported-media", "too-large", "bad-parameter", "overloaded", "store-unavailable", "unknown-model"]
+        )
+    }
+    taken = {"200": {"description": "Taken, in full or in part, in the request's format.", "content": _either(answer)}}
+    return _operation(name, summary, [model, _TENANT], {**taken, **failures}, [])
+
+
+def _any_value() -> tuple[dict[str, Any], dict[str, Any]]:
+    """OTLP's AnyValue, and its attributes."""
     text = {"type": "string"}
     plain = {
         "stringValue": text,
@@ -592,22 +643,11 @@ def _otlp() -> dict[str, Any]:
         for name, values in (("arrayValue", _list_of(inner)), ("kvlistValue", pairs))
     }
     value = {"type": "object", "description": "An AnyValue: it has one of these.", "properties": {**plain, **of_several}}
-    attributes = _list_of({"type": "object", "properties": {"key": text, "value": value}})
-    owner = {"type": "object", "properties": {"attributes": attributes}}
-    texts = dict.fromkeys(("severityText", "traceId", "spanId", "eventName"), text)
-    times = dict.fromkeys(("timeUnixNano", "observedTimeUnixNano"), _NANOSECONDS)
-    number = {"severityNumber": {"enum": list(range(25))}}
-    record = {"type": "object", "properties": {**times, **number, **texts, "body": value, "attributes": attributes}}
-    named = {"type": "object", "properties": {"name": text, "attributes": attributes}}
-    scope = {"type": "object", "properties": {"scope": named, "logRecords": _list_of(record)}}
-    resource = {"type": "object", "properties": {"resource": owner, "scopeLogs": _list_of(scope)}}
-    request = {"type": "object", "properties": {"resourceLogs": _list_of(resource)}}
-    message = {**_BINARY, "description": "An opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest."}
-    operation["requestBody"] = {
-        "required": True,
-        "content": {otlp.JSON: {"schema": request, "example": example}, PROTOBUF: {"schema": message}},
-    }
-    return operation
+    return value, _list_of({"type": "object", "properties": {"key": text, "value": value}})
+
+
+def _owner(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"attributes": attributes}}
 
 
 def _list_of(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,43 +1,58 @@
-"""OTLP's door for logs: POST /v1/logs takes what an OpenTelemetry Collector or SDK exports over HTTP, as protobuf or JSON.
+"""OTLP's doors: POST /v1/logs and /v1/metrics take what an OpenTelemetry Collector or SDK exports over HTTP, as protobuf or JSON.
 
     body ─► records (otlplogs.py) ─► stream ids, lines ─► shipped.py ─► ExportLogsServiceResponse, in the request's format
+    body ─► points (otlpmetrics.py) ─► series (names.py) ─► samples.py ─► ExportMetricsServiceResponse
 
     status   when                                                                                   the exporter
-    200      the request was taken. rejected_log_records counts those that were not scored and      goes on
-             never can be (late ones too), error_message says why
+    200      the request was taken. rejected_log_records (rejected_data_points) counts those that   goes on
+             were not scored and never can be (late ones too), error_message says why
     400      the body cannot be read                                                                drops it
     413 415  over a limit; neither of the two formats                                               drops it
     422      it names no model that takes lines, and there is none to take                          drops it
     429 503  the queue is full; the store does not answer, or other replicas were faster            sends all of it again
 
 Errors are a google.rpc.Status. The line is the record's body: text as it is, what has a structure as JSON; without body, its event name.
+A point is a sample of the series that Prometheus would make of it, without endings for units and totals: names with _ in place of what
+no name may have, the labels job (service.name, behind service.namespace if there is one) and instance (service.instance.id), and its
+attributes. Its time in ms is its identity.
 """
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import msgspec
+import numpy as np
 from starlette.responses import Response
 
+from service import otlpmetrics
+from service.api import Door
 from service.errors import BadEvent, OnsetError, TooSlow, Unfinished, UnsupportedMedia
 from service.intake import Incoming
-from service.names import bounded
-from service.otlplogs import Record, decode_json, decode_protobuf, encode_response, encode_status, text_of
+from service.metrics import Metrics
+from service.names import NAME, Names, Series, bounded
+from service.otlplogs import Record, decode_json, decode_protobuf
+from service.otlpmetrics import Point
+from service.otlpwire import encode_response, encode_status, text_of
 from service.problems import Problem, problem_of
+from service.prompb import STALE, Label, Written
+from service.samples import Samples, feature_of
 from service.shipped import RETRY_SECONDS, Naming, Shipped, Shipping, Tally, beside
 
-DOOR = "otlp"
-PATH = "/v1/logs"
+DOOR, METRICS_DOOR = "otlp", "otlp_metrics"
+PATH, METRICS_PATH = "/v1/logs", "/v1/metrics"
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
-SERVICE = "service.name"
+SERVICE, NAMESPACE, INSTANCE = "service.name", "service.namespace", "service.instance.id"
 PLACES = ("k8s.pod.name", "container.name", "host.name", "log.file.path", "log.file.name")
 """Attributes of which the first that a record has says where it comes from."""
 
 CODES = {400: 3, 404: 5, 413: 8, 415: 3, 422: 3, 429: 8, 503: 14}
 """HTTP status → google.rpc.Code: INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED, UNAVAILABLE."""
+
+_METRIC, _LABEL = re.compile(r"^(?=[0-9])|[^a-zA-Z0-9_:]"), re.compile(r"^(?=[0-9])|[^a-zA-Z0-9_]")
 
 
 class Streams:
@@ -71,24 +86,14 @@ class Otlp:
 
     async def export(self, request: Incoming) -> Response:
         """Score what an exporter sends."""
-        started = time.perf_counter()
-        media = _media(request)
-        tally = Tally()
-        try:
-            if media is None:
-                shown = (request.header(b"content-type") or "")[:128]
-                raise UnsupportedMedia(f"Content-Type '{shown}' is not read here; send {PROTOBUF} or {JSON}.")
-            decode = decode_protobuf if media == PROTOBUF else decode_json
-            async with self._shipping.door.sent(request, None, self._shipping.model.of(request)) as sent:
-                shipped, count = await beside(partial(self._read, decode, sent.content, tally), len(sent.content))
-                await self._shipping.score(sent, shipped, tally)
-        except TooSlow as error:  # as a 408 it would be dropped
-            response = _status(problem_of(Unfinished(error.detail)), media)
-            response.headers["connection"] = "close"
-            return response
-        except OnsetError as error:
-            self._shipping.door.refuse(error)
-            return _status(problem_of(error), media)
+        return await _exported(request, self._shipping.door, self._take)
+
+    async def _take(self, request: Incoming, media: str) -> Response:
+        started, tally = time.perf_counter(), Tally()
+        decode = decode_protobuf if media == PROTOBUF else decode_json
+        async with self._shipping.door.sent(request, None, self._shipping.model.of(request)) as sent:
+            shipped, count = await beside(partial(self._read, decode, sent.content, tally), len(sent.content))
+            await self._shipping.score(sent, shipped, tally)
         self._shipping.answered(time.perf_counter() - started)
         return _answer(tally, count, media)
 
@@ -105,6 +110,65 @@ class Otlp:
             except BadEvent as error:
                 tally.refuse(error)
         return shipped
+
+
+class OtlpMetrics:
+    """The route's handler for metrics. At most `most` points a request."""
+
+    def __init__(
+        self, door: Door, names: Names, samples: Samples, most: int, metrics: Metrics, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`clock` gives seconds since 1970, for a point without time."""
+        self._door, self._names, self._samples, self._most, self._clock = door, names, samples, most, clock
+        self._latency = metrics.latency.labels(METRICS_DOOR)
+
+    async def export(self, request: Incoming) -> Response:
+        """Score what an exporter sends."""
+        return await _exported(request, self._door, self._take)
+
+    async def _take(self, request: Incoming, media: str) -> Response:
+        started = time.perf_counter()
+        async with self._door.sent(request, None) as sent:
+            feature = feature_of(sent.scorer)
+            written = await beside(partial(self._read, sent.content, media), len(sent.content))
+            tally = await self._samples.take(sent, written, feature)
+        self._latency.observe(time.perf_counter() - started)
+        if tally.again:
+            return _again(sum(tally.refused.values()), len(written), "points", media)
+        return _partly(sum(tally.refused.values()), tally.reasons, "rejectedDataPoints", media)
+
+    def _read(self, content: bytes, media: str) -> Written[Series]:
+        """Raises BadBody, TooLarge."""
+        decode = otlpmetrics.decode_protobuf if media == PROTOBUF else otlpmetrics.decode_json
+        exported = decode(content, most=self._most)
+        points = sorted(exported.points, key=lambda point: point.nanoseconds)
+        written, place, owner = Written[Series](histograms=exported.distributions), dict[bytes, int](), list[int]()
+        for point in points:
+            key = series_key(point)
+            if key not in place:
+                place[key] = len(place)
+                kind = "counter" if point.counter else "gauge"
+                written.series.append(self._names.find(key) or self._names.name(key, labels_of(point), kind))
+            owner.append(place[key])
+        bits = np.array([point.value for point in points], np.float64).view(np.uint64)
+        written.bits = np.where([point.ended for point in points], np.uint64(STALE), bits) if points else bits
+        now = int(self._clock() * 1000)
+        written.milliseconds = np.array([point.nanoseconds // 1_000_000 or now for point in points], np.int64)
+        written.owner = np.array(owner, np.intp)
+        return written
+
+
+def series_key(point: Point) -> bytes:
+    """What names remember a point's series by: 0xFF is in no UTF-8, and 0x03 begins no key of Prometheus'."""
+    return b"\x03%d%s" % (point.counter, b"\xff".join(part for label in labels_of(point) for part in label))
+
+
+def labels_of(point: Point) -> list[Label]:
+    """The labels of a point's series."""
+    namespace, service, instance = (text_of(point.resource.get(name)) for name in (NAMESPACE, SERVICE, INSTANCE))
+    labels = {NAME: _METRIC.sub("_", point.metric), "job": "/".join(filter(None, (namespace, service))), "instance": instance}
+    labels |= {_LABEL.sub("_", name): text_of(value) for name, value in point.attributes.items()}
+    return [(name.encode(), value.encode(errors="replace")) for name, value in labels.items()]
 
 
 def _attribute(record: Record, name: str) -> str:
@@ -129,17 +193,42 @@ def _media(request: Incoming) -> str | None:
     return media if media in (PROTOBUF, JSON) else None
 
 
-def _answer(tally: Tally, records: int, media: str | None) -> Response:
+async def _exported(request: Incoming, door: Door, take: Callable[[Incoming, str], Awaitable[Response]]) -> Response:
+    """What `take` makes of a request and what its body is written in; errors as OTLP has them."""
+    media = _media(request)
+    try:
+        if media is None:
+            shown = (request.header(b"content-type") or "")[:128]
+            raise UnsupportedMedia(f"Content-Type '{shown}' is not read here; send {PROTOBUF} or {JSON}.")
+        return await take(request, media)
+    except TooSlow as error:  # as a 408 it would be dropped
+        response = _status(problem_of(Unfinished(error.detail)), media)
+        response.headers["connection"] = "close"
+        return response
+    except OnsetError as error:
+        door.refuse(error)
+        return _status(problem_of(error), media)
+
+
+def _answer(tally: Tally, records: int, media: str) -> Response:
     if tally.again:
-        detail = f"{tally.again} of {records} records were not written, other replicas were faster: send the request again."
-        return _status(Problem("urn:onset:partly-written", "Not all records were written", 503, detail, retry_after=RETRY_SECONDS), media)
+        return _again(tally.again, records, "records", media)
     rejected, message = sum(tally.refused.values()) + tally.late, tally.reasons
     if tally.late:
         late = f"{tally.late} older than the last one of their stream (the first: {tally.first_late})"
         message = f"{message}; {late}" if message else late
+    return _partly(rejected, message, "rejectedLogRecords", media)
+
+
+def _again(count: int, of: int, what: str, media: str) -> Response:
+    detail = f"{count} of {of} {what} were not written, other replicas were faster: send the request again."
+    return _status(Problem("urn:onset:partly-written", f"Not all {what} were written", 503, detail, retry_after=RETRY_SECONDS), media)
+
+
+def _partly(rejected: int, message: str, field: str, media: str) -> Response:
     if media == PROTOBUF:
         return Response(encode_response(rejected, message), media_type=PROTOBUF)
-    partial = {"rejectedLogRecords": str(rejected), "errorMessage": message}
+    partial = {field: str(rejected), "errorMessage": message}
     return Response(msgspec.json.encode({"partialSuccess": partial} if rejected else {}), media_type=JSON)
 
 

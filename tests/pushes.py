@@ -8,8 +8,10 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, timestamp_pb2
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValue, KeyValueList
 from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Gauge, Metric, NumberDataPoint
 
 Line = tuple[int, str] | tuple[int, str, Mapping[str, str]]
 Streams = Mapping[str, Sequence[Line]]
@@ -104,4 +106,23 @@ def export(*records: LogRecord, resource: Mapping[str, Any] | None = None, scope
     scoped.scope.name = scope
     scoped.scope.attributes.extend(attributes(about_scope))
     scoped.log_records.extend(records)
+    return request
+
+
+def point(value: float, nanoseconds: int, flags: int = 0, about: Mapping[str, Any] | None = None) -> NumberDataPoint:
+    """`about` are its attributes."""
+    number = {"as_int": value} if isinstance(value, int) else {"as_double": value}
+    return NumberDataPoint(time_unix_nano=nanoseconds, flags=flags, attributes=attributes(about or {}), **number)
+
+
+def gauge(name: str, *points: NumberDataPoint) -> Metric:
+    return Metric(name=name, gauge=Gauge(data_points=points))
+
+
+def export_metrics(*metrics: Metric, resource: Mapping[str, Any]) -> ExportMetricsServiceRequest:
+    """A request with one resource and one scope."""
+    request = ExportMetricsServiceRequest()
+    one = request.resource_metrics.add()
+    one.resource.attributes.extend(attributes(resource))
+    one.scope_metrics.add(metrics=metrics)
     return request

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest, ExportLogsServiceResponse
 
 from service.errors import BadBody, TooLarge
-from service.otlplogs import MAX_DEPTH, decode_json, decode_protobuf, encode_response, severity_name, text_of
+from service.otlplogs import decode_json, decode_protobuf, severity_name
+from service.otlpwire import MAX_DEPTH, encode_response, text_of
 from tests.pushes import export, record
 
 NOW = 1_790_000_000_123_456_789

@@ -15,6 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from bench.prompb import Sent, body_1, body_2
+from service import otlp
 from service.alerts import decoded
 from service.api import Door
 from service.control import Alpha, Asked, Control, Strict
@@ -27,6 +28,7 @@ from service.policy import Policy
 from service.prompb import STALE, pack
 from service.relabel import read_rules
 from service.remote_write import PATH, RemoteWrite
+from service.samples import Samples
 from service.scorer import Limits, Scorer
 from tests.doors import Healthy, Store
 from tests.tiny import build_tiny
@@ -84,6 +86,10 @@ async def sender(
     names = Names(read_rules(relabel) if relabel else (), most=1000)
     receiver = RemoteWrite(door, names, 3000, metrics, [lambda model, ends: ended.update(ends)], grace)
     door.add_post(app, PATH, receiver.post, "remote_write")
+    points = Samples(otlp.METRICS_DOOR, metrics, [lambda model, ends: ended.update(ends)], grace)
+    door.add_post(
+        app, otlp.METRICS_PATH, otlp.OtlpMetrics(door, names, points, 3000, metrics, clock=lambda: NOW / 1000).export, "otlp_metrics"
+    )
     async with Sender(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         client.store, client.metrics, client.scorer, client.ended = store, metrics, scorer, ended
         yield client

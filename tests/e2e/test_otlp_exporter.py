@@ -1,23 +1,29 @@
-"""OpenTelemetry's own SDK exports log records into a real service: each is scored once, though the service is killed in between."""
+"""OpenTelemetry's own SDK exports log records and metrics into a real service: each is scored once, though it is killed in between."""
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from pathlib import Path
 
 from opentelemetry._logs import LogRecord
 from opentelemetry.exporter.otlp.proto.http import Compression
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 
 from tests import local
 from tests.e2e.process import Service
 from tests.log_doors import LINES
+from tests.tiny import build_tiny
 from tests.tiny_log import build_tiny_log
 
-RECORDS = 600
+RECORDS, EXPORTS = 600, 40
 
 
 def test_every_record_of_the_sdk_is_scored_once_though_the_service_is_killed(tmp_path: Path, empty_server: str) -> None:
@@ -37,3 +43,33 @@ def test_every_record_of_the_sdk_is_scored_once_though_the_service_is_killed(tmp
         provider.shutdown()
         seen = local.get(f"{service.url}/v1/streams/shop/web-1").raise_for_status().json()
     assert (seen["state_version"], seen["line"]["template"]) == (RECORDS, "Closed connection from <IP>")
+
+
+def test_every_point_of_the_sdk_is_scored_once_though_the_service_is_killed(tmp_path: Path, empty_server: str) -> None:
+    (tmp_path / "service").mkdir()
+    with Service(tmp_path / "service" / "data", model=build_tiny(tmp_path), REDIS_URL=empty_server) as service:
+
+        def restart() -> None:
+            service.kill()
+            service.start()
+
+        exporter = OTLPMetricExporter(f"{service.url}/v1/metrics", timeout=60, compression=Compression.Gzip)
+        reader = PeriodicExportingMetricReader(exporter, export_interval_millis=math.inf)
+        provider = MeterProvider([reader], Resource({"service.name": "gateway"}), shutdown_on_exit=False)
+        meter, restarting = provider.get_meter("plant"), threading.Thread(target=restart)
+        oven, pieces = meter.create_gauge("oven.temperature"), meter.create_counter("pieces")
+        for i in range(EXPORTS):
+            oven.set(200 + i % 3, {"line": 1})
+            pieces.add(5)
+            if i == EXPORTS // 2:
+                restarting.start()
+            assert provider.force_flush(60_000)
+        restarting.join()
+        provider.shutdown()
+        seen = [
+            local.get(f"{service.url}/v1/streams/{name}").raise_for_status().json()
+            for name in ('oven_temperature{job="gateway",line="1"}', 'pieces{job="gateway"}')
+        ]
+    assert [last["state_version"] for last in seen] == [EXPORTS, EXPORTS]
+    assert seen[0]["contributors"][0]["actual"] == 200 + (EXPORTS - 1) % 3
+    assert seen[1]["contributors"][0]["actual"] > 0, "a rate"

@@ -27,7 +27,7 @@ from service.asking import per_event
 from service.prompb import pack
 from service.settings import Settings
 from tests import local
-from tests.pushes import export, push_protobuf, record
+from tests.pushes import export, export_metrics, gauge, point, push_protobuf, record
 from tests.tiny import tiny_manifest
 from tests.tiny_log import build_tiny_log, tiny_log_manifest
 
@@ -39,6 +39,7 @@ ROUTES = {
     ("GET", "/v1/streams/{stream_id}"),
     ("DELETE", "/v1/streams/{stream_id}"),
     ("POST", "/api/v1/write"),
+    ("POST", "/v1/metrics"),
     ("GET", "/v1/alerts"),
     ("GET", "/v1/alerts/{alert_id}"),
     ("POST", "/v1/alerts/{alert_id}/acknowledge"),
@@ -90,6 +91,10 @@ def a_request_in_protobuf(context: Any, value: Any) -> bytes:
         return pack(push_protobuf({'{app="shop"}': [(1_790_000_000_000_000_000, "Took 3 ms for /")]}))
     if path == "/v1/logs":
         return bytes(export(record("Took 3 ms for /", 1_790_000_000_000_000_000), resource={"service.name": "shop"}).SerializeToString())
+    if path == "/v1/metrics":
+        return bytes(
+            export_metrics(gauge("up", point(1.0, 1_790_000_000_000_000_000)), resource={"service.name": "gw"}).SerializeToString()
+        )
     return pack(body_1([Sent({"__name__": "up"}, [(1_790_000_000_000, 1.0)])]))
 
 
