@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -221,7 +222,7 @@ class Parsed:
     """N events of one request as columns of plain values; arrays are made once for a whole batch, see `Readings.of`."""
 
     stream_ids: list[str]
-    values: list[list[float | None]]  # [N][F], None = missing
+    values: list[float | None]  # [N·F], event after event, None = missing
     timestamp: list[float]
     timed: list[bool]
     sequence: list[int]
@@ -237,9 +238,10 @@ class Parsed:
         return len(self.stream_ids)
 
     def part(self, start: int, stop: int) -> Parsed:
-        own = (self.stream_ids, self.values, self.timestamp, self.timed, self.sequence, self.key)
-        columns = (*own, self.deliveries, self.raw, self.messages)
-        return Parsed(*(column and column[start:stop] for column in columns))  # type: ignore[arg-type]
+        F = len(self.values) // len(self) if self.stream_ids else 0
+        columns = (self.timestamp, self.timed, self.sequence, self.key, self.deliveries, self.raw, self.messages)
+        rest = (column and column[start:stop] for column in columns)
+        return Parsed(self.stream_ids[start:stop], self.values[F * start : F * stop], *rest)  # type: ignore[arg-type]
 
     @staticmethod
     def joined(parts: Iterable[Parsed]) -> Parsed:
@@ -290,21 +292,24 @@ class Readings:
     @staticmethod
     def of(parts: Sequence[Parsed], F: int) -> Readings:
         """The events of several requests, one after the other."""
-        stream_ids = [stream_id for part in parts for stream_id in part.stream_ids]
-        values = [row for part in parts for row in part.values]
+        stream_ids = _chained(parts, "stream_ids")
         deliveries, raw = _deliveries(parts), _raw(parts)
         return Readings(
             stream_ids,
-            np.array(values, np.float64).reshape(len(values), F).astype(np.float32),
-            np.array([time for part in parts for time in part.timestamp], np.float64),
-            np.array([timed for part in parts for timed in part.timed], np.bool_),
-            np.array([sequence for part in parts for sequence in part.sequence], np.int64),
-            np.array([key for part in parts for key in part.key], np.uint64),
+            np.array(_chained(parts, "values"), np.float64).reshape(len(stream_ids), F).astype(np.float32),
+            np.array(_chained(parts, "timestamp"), np.float64),
+            np.array(_chained(parts, "timed"), np.bool_),
+            np.array(_chained(parts, "sequence"), np.int64),
+            np.array(_chained(parts, "key"), np.uint64),
             deliveries,
             None if deliveries is None else np.array([_place(delivery) for delivery in deliveries], PLACE),
             None if raw is None else np.array(raw, np.float64),
             _messages(parts),
         )
+
+
+def _chained(parts: Sequence[Parsed], column: str) -> list[Any]:
+    return list(itertools.chain.from_iterable(getattr(part, column) for part in parts))
 
 
 def _deliveries(parts: Sequence[Parsed]) -> list[Delivery | None] | None:

@@ -61,7 +61,7 @@ def parse(
             errors[i] = error
             continue
         parsed.stream_ids.append(event.stream_id or "")
-        parsed.values.append(row)
+        parsed.values.extend(row)
         parsed.timestamp.append(seconds)
         parsed.timed.append(event.timestamp is not None)
         parsed.sequence.append(-1 if event.sequence is None else event.sequence)
@@ -87,10 +87,10 @@ def _plain(
     if None in values or str in set(map(type, times)) or any(event.message is not None or event.end for event in events):
         return None
     try:
-        rows: list[list[float | None]] = [[row[name] for name in names] for row in values if row is not None]
+        flat: list[float | None] = [row[name] for row in values if row is not None for name in names]
     except KeyError:  # a missing value
         return None
-    x, seconds = np.array(rows, np.float64), np.array([now if time is None else time for time in times], np.float64)
+    x, seconds = np.array(flat, np.float64), np.array([now if time is None else time for time in times], np.float64)
     known = sum([len(row) for row in values if row is not None]) == x.size
     timely = (seconds >= EARLIEST_SECONDS) & (seconds <= min(latest, LATEST_SECONDS))
     if not (known and timely.all() and (np.abs(x) <= FLOAT32_MAX).all()):
@@ -99,7 +99,7 @@ def _plain(
     keys = [0 if nameless and number is None else event_key(name, number) for name, number in zip(event_ids, sequence, strict=True)]
     return Parsed(
         [name or "" for name in stream_ids],
-        rows,
+        flat,
         seconds.tolist(),
         [time is not None for time in times],
         [-1 if number is None else number for number in sequence],
@@ -135,7 +135,7 @@ def parse_columns(columns: Columns, manifest: Manifest, *, now: float, max_futur
     event_ids, sequence = [columns.event_ids[i] for i in used.tolist()], columns.sequence[used].tolist()
     return Parsed(
         [columns.stream_ids[i] or "" for i in used.tolist()],
-        x[used].tolist(),
+        x[used].ravel().tolist(),
         seconds[used].tolist(),
         timed[used].tolist(),
         sequence,
@@ -225,7 +225,7 @@ def _matched(parsed: Parsed, manifest: Manifest, matcher: Matcher) -> Parsed:
     lines, messages = manifest.lines, parsed.messages or []
     if lines is None:
         raise ValueError(f"A matcher for model '{manifest.name}', which takes no lines: this is a bug.")
-    return replace(parsed, values=coded(messages, len(manifest.features), lines, matcher).tolist())
+    return replace(parsed, values=[*coded(messages, len(manifest.features), lines, matcher).ravel().tolist()])
 
 
 def coded(messages: Sequence[str | None], F: int, lines: Lines, matcher: Matcher) -> NDArray[np.float64]:

@@ -27,18 +27,15 @@ class Order:
         self.seen: list[float | None] = []
 
     async def __call__(self, parsed: Parsed) -> Sequence[float | None]:
-        values = [row[0] for row in parsed.values]
-        self.seen += values
-        return values
+        self.seen += parsed.values
+        return parsed.values
 
 
 def events(numbers: Sequence[int], stream: str = "s", *, sequenced: bool = False) -> Parsed:
     """Events whose value is their place."""
     n = len(numbers)
     times = [0.0 if sequenced else float(i) for i in numbers]
-    return Parsed(
-        [stream] * n, [[float(i)] for i in numbers], times, [not sequenced] * n, list(numbers) if sequenced else [-1] * n, [0] * n
-    )
+    return Parsed([stream] * n, [float(i) for i in numbers], times, [not sequenced] * n, list(numbers) if sequenced else [-1] * n, [0] * n)
 
 
 def reorder(order: Order, seconds: float = 0.05, most: int = 64, max_held: int = 1000) -> Reorder[float | None]:
@@ -87,7 +84,7 @@ async def test_sequences_that_no_float_tells_apart_keep_their_order() -> None:
     held = reorder(order, seconds=60)
     numbers = [2**62 + 3, 2**62 + 1, 2**62 + 2]
     parsed = events(numbers, sequenced=True)
-    parsed.values[:] = [[float(number - 2**62)] for number in numbers]
+    parsed.values[:] = [float(number - 2**62) for number in numbers]
     asked = asyncio.create_task(held.score(parsed))
     await asyncio.sleep(0)
     await held.flush()
@@ -119,7 +116,7 @@ async def test_more_than_may_be_held_is_refused_at_once() -> None:
 async def test_an_event_without_time_and_sequence_is_not_held() -> None:
     held = reorder(Order(), seconds=60)
     async with asyncio.timeout(20):
-        assert await held.score(Parsed(["s"], [[7.0]], [0.0], [False], [-1], [0])) == [7]
+        assert await held.score(Parsed(["s"], [7.0], [0.0], [False], [-1], [0])) == [7]
 
 
 async def test_an_event_whose_client_left_is_not_scored_and_hurts_no_other() -> None:
