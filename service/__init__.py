@@ -17,7 +17,7 @@
     beside it    streams (asked and done about single ones), silence and sessions (what does not come; cadence), canary, control (α)
     it starts    __main__ ─► app, the composition root ◄─ settings, queues, tellers; embedded (our own valkey-server), logs, memory
     no server    backtest, log_backtest ─► report ◄─ sketch; replay, demo; split; terminal
-                 files: tables, long_tables, log_files; outputs (what commands write)
+                 files: tables, long_tables, log_files, sentinels (what is no reading); outputs (what commands write)
     anywhere     errors, refusals (what a Redis refuses), metrics, tracing, tasks, asking (what may be asked for)
 
 Who may import whom is in pyproject.toml, and `make check` looks that nobody else does.

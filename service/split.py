@@ -29,6 +29,7 @@ import numpy as np
 from service.errors import TableError
 from service.long_tables import Long, Spill, Suggestion, Tags, aligned, read_long, suggestion
 from service.outputs import naming
+from service.sentinels import Sentinels, missing_of, places
 from service.tables import (
     ONE_COMMA,
     Dialect,
@@ -55,10 +56,6 @@ COMMA = re.compile(r"\s*[-+]?(?:\d{1,3}(?:\.\d{3})+|\d+),\d+\s*")
 FEATURE_LAST = "(?P<feature>.+)"
 UNIT = re.compile(r"(?<=\S)\s*(?:\[[^\[\]]*\]|\([^()]*\))$")
 """A unit behind a feature's name, with points of its own: `Druck [bar abs.]`."""
-NO_READING = np.array(
-    [-2147483648, -99999, -32768, -9999, -999, -99, 999, 9999, 32767, 65534, 65535, 99999, 2147483647, 4294967295], np.float64
-)
-"""What devices write in place of a reading; taken for that where a column has nothing near it."""
 PLAIN = Dialect()
 Show = Callable[[str, int, int | None], None]
 """Told what is being done, how much of it is done, and of how much where that is known."""
@@ -81,8 +78,7 @@ class Done:
     hints: list[str] = field(default_factory=list)  # what to do about it
     cells: int = 0  # of the rows written
     numbers: int = 0  # of these cells
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # column or tag → least and greatest number, without NO_READING
-    suspects: dict[str, Counter[float]] = field(default_factory=dict)  # column or tag → numbers of NO_READING
+    sentinels: Sentinels = field(default_factory=Sentinels)  # of columns or tags
     blanked: Counter[str] = field(default_factory=Counter)  # column or tag → readings of --missing
     # of long tables; by tag
     bad: Counter[str] = field(default_factory=Counter)  # readings whose quality is not good
@@ -132,31 +128,13 @@ class Done:
             return [f"{cell!r} in {name}: --decimal . where its comma is between thousands, --decimal , where decimals follow it."]
         return [f"{cell!r} in {name} has a decimal comma: --decimal , reads it."]
 
-    def look(self, names: list[str], values: Float64) -> None:
-        """Take down which of these columns [T, F] have numbers that devices write in place of a reading."""
-        suspect = np.isin(values, NO_READING)
-        rest = np.where(suspect, np.nan, values)
-        for i, name in enumerate(names):
-            known = rest[:, i][~np.isnan(rest[:, i])]
-            if len(known):
-                low, high = self.ranges.get(name, (math.inf, -math.inf))
-                self.ranges[name] = min(low, float(known.min())), max(high, float(known.max()))
-        for i in np.flatnonzero(suspect.any(axis=0)).tolist():
-            self.suspects.setdefault(names[i], Counter()).update(values[suspect[:, i], i].tolist())
-
     def _codes(self) -> list[str]:
         """Numbers that are far from all others of their column."""
-        found: dict[float, list[str]] = {}
-        for name, counts in self.suspects.items():
-            low, high = self.ranges.get(name, (math.nan, math.nan))
-            for number, count in counts.items():
-                if not low - (high - low) <= number <= high + (high - low):
-                    found.setdefault(number, []).append(f"{name} ({count:,})")
+        found = self.sentinels.found()
         if not found:
             return []
-        where = "; ".join(f"{number:g} in {_some(names)}" for number, names in sorted(found.items()))
-        how = " ".join(f"--missing {number:g}" for number in sorted(found))
-        return [f"Far from all other readings, as devices write them that have none: {where}. {how} takes them for missing."]
+        how = f"{missing_of(found)} takes them for missing."
+        return [f"Far from all other readings, as devices write them that have none: {places(found)}. {how}"]
 
     def _uneven(self) -> list[str]:
         """Streams that lack what most have: they do not go into one detector with them."""
@@ -338,7 +316,7 @@ def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, long: Long, sho
         done.rows[name] += 0
         twice: Counter[int] = Counter()
         for seconds, values in aligned(spill, key, places, twice, long.every, long.hold):
-            done.look([tags.names[columns[key][place]] for place in places], values)
+            done.sentinels.look([tags.names[columns[key][place]] for place in places], values)
             _write(out, name, known, seconds, values, done)
         done.twice.update({tags.names[columns[key][places[i]]]: count for i, count in twice.items()})
         show("streams written", written + 1, len(plan.streams))
@@ -459,7 +437,7 @@ def _append(out: Path, stream: str, columns: dict[str, str], table: Table, missi
     blank = np.isin(values, list(missing))
     values[blank] = np.nan
     done.blanked.update({name: count for name, count in zip(names, blank.sum(axis=0).tolist(), strict=True) if count})
-    done.look(names, values)
+    done.sentinels.look(names, values)
     begin = _write(out, stream, known, table.timestamps, values, done)
     if begin is not None:
         raise TableError(

@@ -2,7 +2,7 @@
 larger than memory.
 
     cache/x.f32 [rows, F]    cache/t.f32 [rows, 3]    cache/index.json: names, rows, features, which of them never moved,
-                                                 files without rows, SHA-256, and what they were made of
+                                                 files without rows, what may be no readings, SHA-256, and what they were made of
 
 All streams lie in the same two files, one after the other: a fleet may have more streams than a process may open files.
 """
@@ -25,13 +25,14 @@ import numpy as np
 
 from service.errors import TableError
 from service.outputs import naming
+from service.sentinels import Sentinels, missing_of, places
 from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, listed, once_each, read_batches, refuse_idle
 from training.data import Float32, Stream, clock
 
 CACHE = "cache"
 """Its folder, in the folder of the model."""
 LOCK = ".fit.lock"
-FORMAT = 3
+FORMAT = 4
 FILES = {"index.json", "x.f32", "t.f32"}
 READ = 1 << 20
 
@@ -44,6 +45,7 @@ class Cached:
     streams: list[Stream]
     unmoved: list[str]  # features that have no two different values in any stream
     rowless: int  # files without rows, which are no stream
+    sentinels: str  # which values look like no readings, with what to do; "" = none does
     sha256: str  # of names and rows: the same data, the same hash
 
     @property
@@ -52,6 +54,8 @@ class Cached:
         read = f"Read {len(self.streams)} stream(s), {sum(map(len, self.streams)):,} rows, {len(self.features)} feature(s): {names}"
         if self.rowless:
             read += f"\n{self.rowless:,} of {self.rowless + len(self.streams):,} files have no rows and are left out."
+        if self.sentinels:
+            read += f"\n{self.sentinels}"
         if not self.unmoved:
             return read
         return (
@@ -108,7 +112,7 @@ def open_cache(folder: Path) -> Cached:
     x, t = _mapped(folder / "x.f32", len(features)), _mapped(folder / "t.f32", 3)
     ends = np.cumsum(lengths).tolist()
     streams = [Stream(name, x[end - rows : end], t[end - rows : end]) for name, rows, end in zip(names, lengths, ends, strict=True)]
-    return Cached(features, streams, index["unmoved"], index["rowless"], index["sha256"])
+    return Cached(features, streams, index["unmoved"], index["rowless"], index["sentinels"], index["sha256"])
 
 
 def told_apart(sources: Sequence[Source]) -> list[Source]:
@@ -155,7 +159,7 @@ def _made_of(sources: Sequence[Source], options: ReadOptions) -> list[Any]:
 
 
 def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify: Notify) -> dict[str, Any]:
-    sha, rowless = hashlib.sha256(), Rowless(sources, notify)
+    sha, rowless, sentinels = hashlib.sha256(), Rowless(sources, notify), Sentinels()
     names, lengths, features, moved = list[str](), list[int](), list[str](), np.array(False)
     with (folder / "x.f32").open("wb") as x, (folder / "t.f32").open("w+b") as t:
         for source in sources:
@@ -172,6 +176,7 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                         raise TableError(
                             f"{source.name} has the column {unknown[0]!r} that {names[0]} lacks: one model, one set of features."
                         )
+                    sentinels.look(features, table.matrix(features))
                     values = as_float32(source, features, table.matrix(features), rows, notify)
                     least, most = np.fmin(least, np.fmin.reduce(values)), np.fmax(most, np.fmax.reduce(values))
                     content = values.tobytes()
@@ -185,7 +190,17 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
     rowless.refuse_all()
     unmoved = [feature for feature, moves in zip(features, moved.tolist(), strict=True) if not moves]
     kept = {"names": names, "lengths": lengths, "features": features, "unmoved": unmoved}
-    return {**kept, "rowless": len(rowless.names), "sha256": sha.hexdigest()}
+    return {**kept, "rowless": len(rowless.names), "sentinels": _said(sentinels.found()), "sha256": sha.hexdigest()}
+
+
+def _said(found: dict[float, list[str]]) -> str:
+    if not found:
+        return ""
+    return (
+        f"Far from all other values of their column, as devices write them that have no reading: {places(found)}. They are learned as "
+        "usual, and hide faults. If they are no readings, leave their cells empty (`python -m service split FILES "
+        f"{missing_of(found)}` makes such files), and send null in their place."
+    )
 
 
 def _hash_from(file: BinaryIO, start: int, sha: Any) -> None:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.artifact import Feature, Manifest
 from service.detector import session_of
-from service.errors import TableError
+from service.errors import ArtifactError, TableError
 from training import report, synthetic
 from training.autoencoder import NoNetwork, Sizes
 from training.cache import Cached
@@ -71,6 +71,7 @@ class Job:
     pooled_floor: float = 0.1  # share of the pooled deviation below which no stream's scale falls; 0 = none
     streams: int = 0
     rows: int = 0
+    sentinels: str = ""  # which values of the history look like no readings, with what to do
     context: frozenset[str] = frozenset()  # features that are not scored
     validation: float = 0.0  # share of each stream's last rows that the network does not learn from
     network: Literal["always", "keep", "if it pays"] = "always"  # "keep" and "if it pays" ask injected faults, and "keep" only tells
@@ -139,6 +140,7 @@ def fleet_job(
         pooled_floor=0.0 if len(features) == 1 else 0.1,
         streams=len(streams),
         rows=sum(map(len, streams)),
+        sentinels=cached.sentinels,
         context=context,
         validation=validation,
         network="always" if sizes.waveform else "keep" if keep_network else "if it pays",
@@ -201,7 +203,7 @@ def produce(
         quality |= faults
     with _timed(seconds, "verification"), console.status("Verifying"):
         manifest = _manifest(step, job, quality)
-        model = publish(step, graph, manifest, out)
+        model = _published(step, graph, manifest, out, job)
 
     with _timed(seconds, "report"), console.status("Drawing the report"):
         report.page(out / "report.html", model, job.evaluation, job.counted_from)
@@ -324,6 +326,8 @@ def _evaluate(step: DetectorStep, job: Job, run: StepFunction, console: Console)
             f"Calibrated on {longest} rows of a stream at most: what begins behind its first {step.signals.burn + HOLD:.0f} was never "
             "seen, so α may not hold."
         )
+    if job.sentinels:
+        quality["values_that_may_be_no_readings"] = job.sentinels
     quality |= {"false_onsets_on_unseen_rows": false_onsets(onset_p, unseen)}
     if not any(job.counted_from):
         quality["false_onsets_by_age_at_0.001"] = false_onsets_by_age(onset_p[ASKED.index(1e-3)])
@@ -363,6 +367,13 @@ def _manifest(step: DetectorStep, job: Job, quality: dict[str, Any]) -> Manifest
         description=job.description,
         quality=quality,
     )
+
+
+def _published(step: DetectorStep, graph: bytes, manifest: Manifest, out: Path, job: Job) -> Path:
+    try:
+        return publish(step, graph, manifest, out)
+    except ArtifactError as error:  # -9999 among readings of 50 leaves a precision matrix that float32 does not hold
+        raise ArtifactError(f"{error.detail} {job.sentinels}".rstrip()) from error
 
 
 def _lanes(streams: Sequence[Stream]) -> list[Stream]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from rich.console import Console
 
@@ -32,6 +34,13 @@ def test_a_history_too_short_to_know_what_follows_a_first_onset_is_warned_of(uni
     assert quality["warning"].startswith("Calibrated on 224 rows of a stream at most: what begins behind its first 225 was never seen")
     quality, _ = _evaluate(univariate, default_job(Plan(), "1", "", lanes=8, length=225), run, Console(quiet=True))
     assert "warning" not in quality
+
+
+def test_a_report_names_what_in_the_history_may_be_no_readings(univariate: DetectorStep, run: Runner) -> None:
+    job = default_job(Plan(), "1", "", lanes=4, length=130)
+    assert "values_that_may_be_no_readings" not in _evaluate(univariate, job, run, Console(quiet=True))[0]
+    quality, _ = _evaluate(univariate, replace(job, sentinels="-9999 in load (1)."), run, Console(quiet=True))
+    assert quality["values_that_may_be_no_readings"] == "-9999 in load (1)."
 
 
 def test_each_rate_is_measured_where_it_is_asked_for(univariate: DetectorStep, run: Runner) -> None:

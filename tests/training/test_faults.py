@@ -109,7 +109,7 @@ def test_short_history_is_not_judged() -> None:
 
 def job_of(rows: int, network: Literal["keep", "if it pays"], cell: Variant = "standard") -> Job:
     history = streams(rows)
-    cached = Cached(["a", "b", "c"], history, [], 0, "")
+    cached = Cached(["a", "b", "c"], history, [], 0, "", "")
     made = fleet_job(cached, [Path("pumps")], replace(TINY, cell=cell), Plan(chunk=24), 0.15, None, "1", "")
     return replace(made, network=network)
 

@@ -20,8 +20,10 @@ from training.cells import StandardCell
 from training.data import Float32
 from training.detector import WARMUP, DetectorStep
 from training.export import manifest_of, publish, to_onnx, training_record
+from training.fit import Plan
 from training.layout import Parts
 from training.networks import Stack
+from training.pipeline import _published, default_job
 from training.signals import ResidualSignals
 from training.verify import (
     Runner,
@@ -118,6 +120,18 @@ def test_a_manifest_that_does_not_survive_its_encoding_is_refused(manifest: Mani
     verify_manifest(manifest)
     with pytest.raises(ArtifactError, match="manifest's quality changes when it is written and read back"):
         verify_manifest(manifest.model_copy(update={"quality": {"false_onsets": (1, 2)}}))
+
+
+def test_a_refusal_names_what_in_the_history_may_be_no_readings(
+    univariate: DetectorStep, graph: bytes, manifest: Manifest, tmp_path: Path
+) -> None:
+    """Of -9999 in the history all that was said, after the training, was that PyTorch and ONNX Runtime differ."""
+    refused = manifest.model_copy(update={"quality": {"false_onsets": (1, 2)}})
+    job = default_job(Plan(), "1", "", lanes=2, length=50)
+    with pytest.raises(ArtifactError, match=r"written and read back[^-]*\. -9999 in load \(1\)\.$"):
+        _published(univariate, graph, refused, tmp_path, dataclasses.replace(job, sentinels="-9999 in load (1)."))
+    with pytest.raises(ArtifactError, match=r"written and read back[^-]*\.$"):
+        _published(univariate, graph, refused, tmp_path, job)
 
 
 def test_the_served_model_answers_as_pytorch_does(univariate: DetectorStep, graph: bytes, manifest: Manifest, tmp_path: Path) -> None:

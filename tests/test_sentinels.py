@@ -1,0 +1,52 @@
+"""Numbers that stand for no reading, told from readings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from service.sentinels import Sentinels, missing_of, places
+
+
+def found(*pieces: Sequence[float]) -> dict[float, list[str]]:
+    sentinels = Sentinels()
+    for piece in pieces:
+        sentinels.look(["a"], np.array(piece)[:, None])
+    return sentinels.found()
+
+
+READINGS = [50 + i % 9 for i in range(200)]
+
+
+@pytest.mark.parametrize("number", [-9999, 65535, 1e20, 3.4e38, -3.4028234663852886e38, 0])
+def test_what_is_far_from_all_readings_is_found_in_whatever_piece(number: float) -> None:
+    assert found([number], READINGS, [number, np.nan]) == {number: ["a (2)"]}
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [
+        [*READINGS, 99, 0.0, 120],  # a range that reaches there
+        [*READINGS, *[0.0] * 20],  # a machine that stands
+        [0.0, 1.0] * 50,  # a switch
+        [*[0.0] * 100, 999, 1000],
+        [np.nan] * 9,
+        [1.7e18 + i for i in range(50)],
+    ],
+)
+def test_what_is_near_others_or_common_is_a_reading(readings: Sequence[float]) -> None:
+    assert found(readings) == {}
+
+
+def test_they_are_written_as_they_are_read_back() -> None:
+    many = found([-9999, -3.4028234663852886e38], READINGS)
+    assert missing_of(many) == "--missing -3.4028234663852886e+38 --missing -9999"
+    assert places(many) == "-3.4028234663852886e+38 in a (1); -9999 in a (1)"
+
+
+def test_a_column_of_huge_numbers_is_not_remembered_whole() -> None:
+    sentinels = Sentinels()
+    sentinels.look(["a"], np.geomspace(1e30, 1e38, 1000)[:, None])
+    assert len(sentinels.counts["a"]) < 20
