@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -414,13 +415,15 @@ def _said(line: Line, length: int) -> str:
 def _shown_line(evidence: Evidence, line: Line) -> str:
     """The line, what was likelier in its place, and what else about it was unusual."""
     chances = {pattern: chance or 0.0 for pattern, chance in (evidence.expected or {}).items()}
-    own = chances.get(NEW_TEXT if line.new else line.template or "", 0.0)
-    likelier = [f"'{plain(pattern)}' ({chance:.0%})" for pattern, chance in chances.items() if chance > own and chance >= LIKELY]
+    pattern = NEW_TEXT if line.new else line.template or ""
+    own, alike = chances.get(pattern, 0.0), len(list(takewhile(pattern.__eq__, line.before)))
+    likelier = [f"'{plain(other)}' ({chance:.0%})" for other, chance in chances.items() if chance > own and chance >= LIKELY]
     which = "which no pattern of the model matches" if line.new else f"which is '{plain(line.template or '')}'"
+    run = f", as were the {alike} lines before it" if alike > 1 else ""
     parts = [
-        f"'{_said(line, DESCRIBED_LENGTH)}', {which}" + (f" ({own:.0%} here)" if own >= LIKELY else ""),
+        f"'{_said(line, DESCRIBED_LENGTH)}', {which}{f' ({own:.0%} here)' if own >= LIKELY else ''}{run}",
         f"likelier was {' or '.join(likelier)}" if likelier else "",
-        f"before it came '{plain(line.before[0])}'" if line.before else "",
+        f"before it came '{plain(line.before[0])}'" if line.before and not run else "",
         *[_measured(found, line) for found in evidence.contributors if found.feature != "template" and found.contribution >= CARRIES],
         f"p-value {evidence.p_value:.2g}." if evidence.p_value is not None else "no p-value.",
     ]

@@ -371,6 +371,19 @@ def test_a_lines_alert_says_what_about_it_was_unusual() -> None:
     assert "number_1 ('HTTP/<NUM>') 2" in description(said(message, REQUEST, Finding("number_1", 1.0, 2.0, 1.1, 1, 1.2), expected={}))
 
 
+def test_an_alert_says_that_the_lines_before_were_like_its_own() -> None:
+    """Of a burst, such as failed logins, the line that opens the alert is like the others."""
+    which = Finding("template", 1.0, 3.0, None, None, None)
+    alert = said("Failed", "Failed", which, expected={"Started": 0.9})
+    line, evidence = Line("Failed", "Failed", False, ["Failed", "Failed", "Started"]), alert.onset
+    assert evidence is not None
+    run = description(replace(alert, onset=replace(evidence, line=line), last=replace(evidence, line=line)))
+    assert "'Failed', which is 'Failed', as were the 2 lines before it; likelier was 'Started' (90%); p-value" in run
+    new = description(replace(alert, onset=replace(evidence, line=Line("Went", None, True, ["(new pattern)"] * 5))))
+    assert "'Went', which no pattern of the model matches, as were the 5 lines before it; likelier" in new
+    assert "before it came 'Failed'; p-value" in description(replace(alert, onset=replace(evidence, line=replace(line, before=["Failed"]))))
+
+
 def test_what_a_line_holds_does_not_reach_a_terminal() -> None:
     alert = said("\x1b[31m\x1b[1mERROR\x1b[0m disk \x07\x00gone\x1b]0;title\x9b\r\n  at f", None, expected={"Started": 1.0})
     assert summary(alert) == "web-1 logs unusual lines since 12:02:10 UTC: ERROR disk \ufffd\ufffdgone\ufffd]0;title\ufffd"
