@@ -119,9 +119,10 @@ class Counted:
     @property
     def left_out(self) -> str:
         torn = f" {self.torn:,} lines begin with what is no time ({self.torn_one!r}), and go on with the entry before." if self.torn else ""
+        untimed = ", so pauses are not known: give --time-format, or --timestamp-regex '(\\S+) ' for ISO 8601" if self.without_time else ""
         return (
             f"Left out: {self.without_stream:,} that name no stream, {self.headless:,} lines before the first entry; "
-            f"{self.without_time:,} have no time.{torn}"
+            f"{self.without_time:,} have no time{untimed}.{torn}"
         )
 
 

@@ -55,7 +55,11 @@ StreamRegex = Annotated[
     str, typer.Option(help="What names the stream (host, request, block) in a line: RE2, its first group. Default: the file.")
 ]
 TimeFormat = Annotated[
-    str, typer.Option(help="Of the time that a line begins with, as in strptime; %s, ms, us, ns: since 1970. Default: ISO 8601.")
+    str,
+    typer.Option(
+        help="Of the time that a line begins with, as in strptime; %s, ms, us, ns: since 1970. "
+        "Default: ISO 8601, where --timestamp-regex finds it."
+    ),
 ]
 TimestampRegex = Annotated[
     str, typer.Option(help="What a line begins with before its message: RE2, its group `time` or first group is the time.")

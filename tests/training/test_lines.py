@@ -76,9 +76,11 @@ def test_a_file_most_of_whose_times_are_none_is_refused_and_a_long_one_soon(tmp_
 def test_without_a_format_lines_that_are_indented_go_on_and_a_file_is_a_stream(tmp_path: Path) -> None:
     written(tmp_path / "b.log", "two\r\n")
     written(tmp_path / "a.log", "one\n  more\n\nthree\n")
-    entries = list(read([tmp_path], LogFormat()))
+    counted = Counted()
+    entries = list(read([tmp_path], LogFormat(), counted))
     assert [(entry.stream, entry.text) for entry in entries] == [("a.log", "one\n  more"), ("a.log", "three"), ("b.log", "two")]
     assert all(math.isnan(entry.seconds) for entry in entries)
+    assert "3 have no time, so pauses are not known: give --time-format, or --timestamp-regex '(\\S+) ' for ISO 8601." in counted.left_out
 
 
 def test_bytes_that_are_no_utf_8_are_read_as_what_they_are_not(tmp_path: Path) -> None:
