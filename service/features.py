@@ -251,8 +251,9 @@ def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: 
         raise BadEvent(f"values is empty; model '{manifest.name}' knows {_listed(names)}.", "values")
     if not values.keys() <= known:
         unknown = next(name for name in values if name not in known)
+        each = "" if len(names) > 1 else ": each sensor is a stream of its own to it, with one number"
         raise BadEvent(
-            f"values.{unknown[:64]} is not a feature of model '{manifest.name}', which knows {_listed(names)}.",
+            f"values.{unknown[:64]} is not a feature of model '{manifest.name}', which knows {_listed(names)}{each}.",
             f"values.{unknown[:64]}",
             shown(values[unknown]),
         )

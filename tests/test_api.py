@@ -244,7 +244,7 @@ async def test_every_reply_field_is_there_and_echoes_the_event(client: Client) -
         (json.dumps(event(value="warm")), 422, 'values.value is "warm"', "values.value"),
         (json.dumps(event(value=True)), 422, "values.value is true", "values.value"),
         (json.dumps(event(value={"deep": 1})), 422, "values.value is", "values.value"),
-        ('{"stream_id": "a", "values": {"flow": 1}}', 422, "values.flow is not a feature", "values.flow"),
+        ('{"stream_id": "a", "values": {"flow": 1}}', 422, "knows 'value': each sensor is a stream of its own", "values.flow"),
         ('{"stream_id": "a", "values": {"value": 1, "": 2}}', 422, "1 to 256 characters", "values."),
         ('{"stream_id": "a", "values": []}', 422, "[]", "values"),
         ('{"stream_id": "a", "values": {}}', 422, "values is empty", "values"),
