@@ -337,6 +337,7 @@ class Door:
     async def list_streams(self, request: Request) -> Response:
         """A page of streams with their last results."""
         asked = _incoming(request)
+        _only(asked, "model", "silent", "limit", "cursor")
         scorer = self._scorer(asked)
         silent = asked.query("silent")
         if silent not in (None, "true", "false"):
@@ -368,6 +369,7 @@ class Door:
     async def list_alerts(self, request: Request) -> Response:
         """A page of alerts, the latest first."""
         asked = _incoming(request)
+        _only(asked, "status", "severity", "kind", "model", "stream_id", "limit", "cursor")
         wanted = Wanted(
             frozenset(_words(asked, "status", get_args(alerts.Status))),
             frozenset(_words(asked, "severity", SEVERITIES[1:])),
@@ -851,6 +853,15 @@ def _number(request: Incoming, name: str, default: int, least: int, most: int) -
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
         raise BadParameter(f"{name} is {text[:64]!r}; it is a whole number from {least} to {most}.", name, shown(text))
     return int(text)
+
+
+def _only(request: Incoming, *names: str) -> None:
+    """What a list is asked for by another name would be left out, and the list have more than is meant. Raises BadParameter."""
+    for name in request.parameters:
+        if name not in names:
+            raise BadParameter(
+                f"'{name[:64]}' is no parameter here; there are {', '.join(names)}.", name[:64], shown(request.query(name) or "")
+            )
 
 
 def _words(request: Incoming, name: str, known: Sequence[Word], *, most: int = 10) -> list[Word]:

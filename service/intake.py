@@ -53,14 +53,14 @@ class Incoming:
 
     def query(self, name: str) -> str | None:
         """A parameter of the address."""
-        return self._parameters.get(name) if self.scope["query_string"] else None
+        return self.parameters.get(name) if self.scope["query_string"] else None
 
     def queries(self, name: str) -> list[str]:
         """Each value of a parameter that may be given again."""
-        return self._parameters.getlist(name)
+        return self.parameters.getlist(name)
 
     @property
-    def _parameters(self) -> QueryParams:
+    def parameters(self) -> QueryParams:
         if self._query is None:
             self._query = QueryParams(self.scope["query_string"])
         return self._query

@@ -505,6 +505,8 @@ async def test_unknown_models_and_bad_parameters_are_named(client: Client) -> No
         ("streams", "silent", "perhaps", "true or false"),
         ("alerts", "cursor", "x", "none of ours"),
         ("alerts", "status", "opened", "open, acknowledged, resolved"),
+        ("alerts", "severty", "critical", "there are status, severity, kind, model, stream_id, limit, cursor"),
+        ("streams", "state", "anomalous", "there are model, silent, limit, cursor"),
     ):
         problem = assert_problem(await client.get(f"/v1/{path}?{name}={value}"), 422, says, name)
         assert problem["value"] == json.dumps(value)
