@@ -54,9 +54,9 @@ class Lanes:
             x[: len(part), i] = part
         return cls(x, [case.fit for case in data.cases] + [len(part) for part in data.history], data.alike)
 
-    def learned(self, values: Float64, most: int = 3000) -> Float64:
+    def learned(self, values: Float64) -> Float64:
         """Settled `fit` rows of values [T, B, ...] behind one another, of each stream about as many."""
-        pieces = [values[min(60, n // 4) : n : max(1, n // most), i] for i, n in enumerate(self.fit)]
+        pieces = [values[min(60, n // 4) : n : max(1, n // 3000), i] for i, n in enumerate(self.fit)]
         return np.concatenate(pieces)
 
     def floor(self) -> Float64:
@@ -177,7 +177,7 @@ def _signals(residual: Float64, lanes: Lanes) -> Iterator[Float64]:
     yield smooth(np.sqrt(_mahalanobis(residual, lanes)), 1 / 5)
 
 
-def _mahalanobis(residual: Float64, lanes: Lanes, prior: float = 500, memory: float = 5000) -> Float64:
+def _mahalanobis(residual: Float64, lanes: Lanes) -> Float64:
     """Squared length [T, B] under each stream's own running precision (Sherman-Morrison), which starts at the pooled one."""
     F = residual.shape[2]
     history = np.clip(lanes.learned(residual), -6, 6)
@@ -185,14 +185,14 @@ def _mahalanobis(residual: Float64, lanes: Lanes, prior: float = 500, memory: fl
     covariance += 0.05 * np.trace(covariance) / F * np.eye(F)
     precision = np.repeat(np.linalg.inv(covariance)[None], residual.shape[1], axis=0)
     mean = np.repeat(history.mean(axis=0)[None], residual.shape[1], axis=0)
-    squared, weight = np.zeros(residual.shape[:2]), prior
+    squared, weight = np.zeros(residual.shape[:2]), 500.0
     for i, row in enumerate(residual):
         away = row - mean
         pulled = (precision @ away[:, :, None])[:, :, 0]
         squared[i] = (away * pulled).sum(axis=1)
         if i < 30:
             continue
-        weight = min(weight + 1, memory)
+        weight = min(weight + 1, 5000.0)
         rate = 1 / weight
         shrink = np.minimum(1.0, 10 * np.sqrt(F / np.maximum(squared[i], 1e-9)))[:, None]  # far rows teach little
         mean += rate * shrink * away

@@ -39,7 +39,7 @@ from bench import engine
 from bench.fleet import default_model
 from bench.load import Request, Tally, drive
 from bench.report import LATENCY_COLUMNS, Goal, JsonFile, Latency, Machine, report, table
-from bench.servers import NONE, Server, service, started
+from bench.servers import Server, service, started
 from bench.traffic import BODY_EVENTS, JSON, bodies, requests, singles
 from bench.warm import fill
 from service.detector import Detector
@@ -147,11 +147,11 @@ def goals(rows: list[Row], floors: Mapping[str, float]) -> list[Goal]:
 
 
 @contextmanager
-def warm_service(folder: Path, model: Path | None = None, streams: int = STREAMS, settings: Mapping[str, str] = NONE) -> Iterator[Server]:
-    """The service with its embedded store in `folder`, which holds that many warm streams."""
-    chosen = model or default_model()
-    with service(folder, model=str(chosen), settings=settings) as server:
-        asyncio.run(fill(store_url(folder), Detector.load(chosen), range(streams)))
+def warm_service(folder: Path) -> Iterator[Server]:
+    """The service with its embedded store in `folder`, which holds STREAMS warm streams."""
+    model = default_model()
+    with service(folder, model=str(model)) as server:
+        asyncio.run(fill(store_url(folder), Detector.load(model), range(STREAMS)))
         yield server
 
 

@@ -119,9 +119,9 @@ def read(file: Path) -> tuple[list[str], list[str]]:
     return [line for line, _ in found], [event for _, event in found]
 
 
-def live_lines(lines: Sequence[str], copies: int, seed: int = 0) -> list[list[str]]:
+def live_lines(lines: Sequence[str], copies: int) -> list[list[str]]:
     """The lines again and again, each digit another one: their shapes stay, their numbers do not."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     text = np.frombuffer("\n".join(lines).encode("latin-1", "replace"), np.uint8)
     digits = np.flatnonzero((text >= ord("0")) & (text <= ord("9")))
     bodies: list[list[str]] = []

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from bench.report import Latency
 
+PATIENCE_SECONDS = 30.0
+
 Request = Callable[[], bytes]
 """Makes the next request's bytes, head and body."""
 
@@ -206,8 +208,8 @@ class _Pooled(_Connection):
         self._idle.append(self)
 
 
-async def offer(port: int, make: Request, *, rate: float, seconds: float, connections: int, patience: float = 30.0) -> Offered:
-    """Requests due `rate` times a second for that long; then waits for the answers, `patience` seconds at most."""
+async def offer(port: int, make: Request, *, rate: float, seconds: float, connections: int) -> Offered:
+    """Requests due `rate` times a second for that long; then waits for the answers, PATIENCE_SECONDS at most."""
     loop = asyncio.get_running_loop()
     tally, idle = Offered(), list[_Pooled]()
     clients = [(await loop.create_connection(lambda: _Pooled(idle, tally), "127.0.0.1", port))[1] for _ in range(connections)]
@@ -221,7 +223,7 @@ async def offer(port: int, make: Request, *, rate: float, seconds: float, connec
             sent += 1
         await asyncio.sleep(min(0.005, 1 / rate))
     tally.ended = time.perf_counter()
-    until = tally.ended + patience
+    until = tally.ended + PATIENCE_SECONDS
     while any(client.busy for client in clients) and time.perf_counter() < until:  # noqa: ASYNC110 - a deadline, and only at the end
         await asyncio.sleep(0.005)
     tally.failed += sum(client.busy for client in clients)

@@ -49,10 +49,10 @@ def bodies(streams: Sequence[int], each: int = 1, names: Sequence[str] = ("value
     return made
 
 
-def singles(streams: Sequence[int], names: Sequence[str] = ("value",), seed: int = 1) -> list[bytes]:
+def singles(streams: Sequence[int]) -> list[bytes]:
     """One event a template, stream after stream, VALUES times with new values."""
-    values = np.random.default_rng(seed).normal(20.0, 1.0, (VALUES, len(streams), len(names))).round(3).tolist()
-    return [event_line(i, row, names) for some in values for i, row in zip(streams, some, strict=True)]
+    values = np.random.default_rng(1).normal(20.0, 1.0, (VALUES, len(streams), 1)).round(3).tolist()
+    return [event_line(i, row) for some in values for i, row in zip(streams, some, strict=True)]
 
 
 def sent(template: bytes, each: int = 1) -> bytes:

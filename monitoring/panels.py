@@ -50,9 +50,9 @@ def line(
     return panel
 
 
-def bars(title: str, description: str, queries: Sequence[Query], unit: str, *, width: int = 12, height: int = 8) -> Any:
+def bars(title: str, description: str, queries: Sequence[Query], unit: str, *, width: int = 12) -> Any:
     """Stacked bars over time, of counts."""
-    panel = line(title, description, queries, unit, width=width, height=height)
+    panel = line(title, description, queries, unit, width=width)
     stacking = common.StackingConfig().mode(common_models.StackingMode.NORMAL)
     return panel.draw_style(common_models.GraphDrawStyle.BARS).fill_opacity(60).stacking(stacking)
 
@@ -67,11 +67,9 @@ def number(
     return panel.reduce_options(reduce).color_mode(common_models.BigValueColorMode.VALUE).text_mode(mode)
 
 
-def rows(
-    title: str, description: str, query: Query, unit: str, steps: Steps, *, columns: dict[str, str], width: int = 12, height: int = 9
-) -> Any:
+def rows(title: str, description: str, query: Query, unit: str, steps: Steps, *, columns: dict[str, str]) -> Any:
     """A table of the labels in `columns` (label → title; "Value" is the number)."""
-    panel = _described(table.Panel(), title, description, [query], unit, steps, width, height)
+    panel = _described(table.Panel(), title, description, [query], unit, steps, 12, 9)
     order = {name: i for i, name in enumerate(columns)}
     organize = models.DataTransformerConfig(
         id_val="organize", options={"indexByName": order, "renameByName": columns, "excludeByName": {"Time": True}}
@@ -80,9 +78,9 @@ def rows(
     return panel.transformations([kept, organize])
 
 
-def heat(title: str, description: str, query: Query, unit: str, *, width: int = 24, height: int = 8) -> Any:
+def heat(title: str, description: str, query: Query, unit: str) -> Any:
     """A heat map of a histogram's buckets over time."""
-    panel = _described(heatmap.Panel(), title, description, [query], unit, PLAIN, width, height, heatmap=True)
+    panel = _described(heatmap.Panel(), title, description, [query], unit, PLAIN, 24, 8, heatmap=True)
     color = (
         heatmap.HeatmapColorOptions()
         .mode(heatmap_models.HeatmapColorMode.SCHEME)
@@ -92,17 +90,17 @@ def heat(title: str, description: str, query: Query, unit: str, *, width: int = 
     return panel.calculate(False).color(color.exponent(0.35).steps(64)).cell_gap(1)
 
 
-def gauges(title: str, description: str, query: Query, unit: str, steps: Steps, *, width: int = 12, height: int = 9) -> Any:
+def gauges(title: str, description: str, query: Query, unit: str, steps: Steps) -> Any:
     """Horizontal bars, one each series."""
-    panel = _described(bargauge.Panel(), title, description, [query], unit, steps, width, height)
+    panel = _described(bargauge.Panel(), title, description, [query], unit, steps, 12, 9)
     reduce = common.ReduceDataOptions().calcs(["lastNotNull"])
     panel = panel.reduce_options(reduce).orientation(common_models.VizOrientation.HORIZONTAL)
     return panel.display_mode(common_models.BarGaugeDisplayMode.GRADIENT).min(0).max(1)
 
 
-def compare(title: str, description: str, queries: Sequence[Query], unit: str, *, by: str, names: dict[str, str], width: int = 24) -> Any:
+def compare(title: str, description: str, queries: Sequence[Query], unit: str, *, by: str, names: dict[str, str]) -> Any:
     """Bars of several instant queries side by side for each value of the label `by`; `names` of the queries' values."""
-    panel = _described(barchart.Panel(), title, description, queries, unit, PLAIN, width, 10)
+    panel = _described(barchart.Panel(), title, description, queries, unit, PLAIN, 24, 10)
     join = models.DataTransformerConfig(id_val="joinByField", options={"byField": by, "mode": "outer"})
     kept = models.DataTransformerConfig(id_val="filterFieldsByName", options={"include": {"names": [by, *names]}})
     rename = models.DataTransformerConfig(id_val="organize", options={"renameByName": names})

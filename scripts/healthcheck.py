@@ -10,9 +10,9 @@ import os
 import sys
 
 
-def answers(host: str, port: int, path: str, timeout: float = 2.0) -> bool:
-    """Whether GET http://host:port/path gives 200 within `timeout` seconds; anything else, refusal included, is no."""
-    connection = http.client.HTTPConnection(host, port, timeout=timeout)
+def answers(host: str, port: int, path: str) -> bool:
+    """Whether GET http://host:port/path gives 200 within two seconds; anything else, refusal included, is no."""
+    connection = http.client.HTTPConnection(host, port, timeout=2)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == http.client.OK

@@ -20,9 +20,9 @@ from service.stores.memory import MemoryStore
 from tests.times import until
 
 
-def recorded(count: int, streams: int, seed: int = 7) -> list[dict[str, Any]]:
+def recorded(count: int, streams: int) -> list[dict[str, Any]]:
     """Events of all streams, interleaved, without identities: only their positions tell them apart from repeated ones."""
-    rng = random.Random(seed)
+    rng = random.Random(7)
     return [
         {
             "stream_id": f"s{stream}",

@@ -29,8 +29,8 @@ def refused(error: BadBody | BadEvent) -> None:
     respond(problem_of(error))
 
 
-def items_of(content: bytes, lines: bool = False, max_events: int = MAX) -> Items:
-    return decode(content, Format.NDJSON if lines else Format.JSON, max_events=max_events)[0]
+def items_of(content: bytes, lines: bool = False) -> Items:
+    return decode(content, Format.NDJSON if lines else Format.JSON, max_events=MAX)[0]
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,10 @@ class Watcher:
         if message.get("body"):
             await self._sent.put(message["body"])
 
-    async def messages(self, wanted: str, seconds: float = 20) -> list[dict[str, Any]]:
+    async def messages(self, wanted: str) -> list[dict[str, Any]]:
         """Messages up to the first one of this name, each {event, data}."""
         got: list[dict[str, Any]] = []
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(20):
             while not any(one["event"] == wanted for one in got):
                 for block in (await self._sent.get()).decode().split("\n\n"):
                     fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))

@@ -58,8 +58,8 @@ def delivery(event: Event, position: int, *, source: int = SOURCE, lease: Lease 
     return Delivery(event, source, position, NOW - 5, lease, b"%d-0" % position if lease else b"")
 
 
-def deliveries(numbers: Sequence[int], stream: str = "s") -> list[Delivery]:
-    return [delivery(event(i, stream), i) for i in numbers]
+def deliveries(numbers: Sequence[int]) -> list[Delivery]:
+    return [delivery(event(i), i) for i in numbers]
 
 
 def pend(store: MemoryStore, items: Sequence[Delivery]) -> None:

@@ -28,16 +28,13 @@ PROTOBUF, JSON = {"content-type": "application/x-protobuf"}, {"content-type": "a
 SHOP = {"service.name": "shop", "k8s.pod.name": "shop-7d9f", "host.name": "node-1"}
 
 
-def at_otlp(template: str = "") -> Any:
-    def add(app: FastAPI, shipping: Shipping, door: Door) -> None:
-        door.add_post(app, otlp.PATH, otlp.Otlp(shipping, otlp.Streams(template), MAX_LINES).export, "otlp_logs")
-
-    return add
+def at_otlp(app: FastAPI, shipping: Shipping, door: Door) -> None:
+    door.add_post(app, otlp.PATH, otlp.Otlp(shipping, otlp.Streams(""), MAX_LINES).export, "otlp_logs")
 
 
 @pytest.fixture
 async def exporter(log_detector: Detector) -> AsyncIterator[Shipper]:
-    async with shipper(at_otlp(), otlp.DOOR, log_detector) as client:
+    async with shipper(at_otlp, otlp.DOOR, log_detector) as client:
         yield client
 
 
@@ -147,7 +144,7 @@ async def test_while_the_store_does_not_answer_the_exporter_is_to_send_again(exp
 
 
 async def test_no_model_that_takes_lines_is_said(tiny_detector: Detector) -> None:
-    async with shipper(at_otlp(), otlp.DOOR, tiny_detector) as client:
+    async with shipper(at_otlp, otlp.DOOR, tiny_detector) as client:
         reply = await client.post(otlp.PATH, content=b"{}", headers=JSON)
         assert (reply.status_code, reply.json()["message"]) == (422, "No model that takes log lines is loaded (ONSET_MODEL).")
 

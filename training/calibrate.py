@@ -266,13 +266,13 @@ def _band(observed: Observed) -> Curve:
     return Curve(tuple(map(float, ratios)), tuple(map(float, decades)), min(slope, 10.0))
 
 
-def _aged_tail(values: Float64, exposure: float, rules: Rules, steepest: float, knots: int = 24) -> Curve:
+def _aged_tail(values: Float64, exposure: float, rules: Rules, steepest: float) -> Curve:
     """Tail of the positive `values` against an exposure in events of an infinitely old stream."""
     if len(values) < 10:
         return _sparse_tail(values, exposure, steepest)
     smallest_rank = max(10, len(values) // 400) if rules.finest is None else rules.finest
     ordered, total = np.sort(values)[::-1].astype(np.float64), float(exposure)
-    ranks = np.unique(np.round(np.geomspace(min(smallest_rank, len(ordered) // 3), len(ordered), knots)).astype(int))
+    ranks = np.unique(np.round(np.geomspace(min(smallest_rank, len(ordered) // 3), len(ordered), 24)).astype(int))
     x, y = _spaced(ordered[ranks - 1][::-1], -np.log10(ranks / total)[::-1])
     most = len(ordered) // 50 if rules.finest is None else rules.finest
     top = ordered[: max(10, min(len(ordered) // 2, max(30, most)))]

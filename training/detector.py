@@ -122,7 +122,7 @@ class DetectorStep(ArtifactStep):
     scored: Tensor
     warmup = WARMUP
 
-    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, intervals: int = 6, scored: Sequence[bool] | None = None) -> None:
+    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, scored: Sequence[bool] | None = None) -> None:
         """`scored` of F: False for context, which the network sees and nothing judges. By default all are scored."""
         super().__init__()
         self.features = features
@@ -135,7 +135,7 @@ class DetectorStep(ArtifactStep):
         if features > 1:
             self.signals = ResidualSignals(features, scored)
         else:
-            self.signals = WaveformSignals() if isinstance(self.autoencoder, WaveformAutoencoder) else MemorySignals(intervals)
+            self.signals = WaveformSignals() if isinstance(self.autoencoder, WaveformAutoencoder) else MemorySignals()
         self.stillness = Stillness(scored or [True] * features, memory) if features > 1 else None
         self.calibrate(flat_calibration(len(self.signals.names)))
 

@@ -87,21 +87,19 @@ def false_onsets(onset_p: Float32, counted: NDArray[np.bool_], asked: Sequence[f
     return measured
 
 
-def false_onsets_by_age(onset_p: Float32, asked: float = 1e-3) -> dict[str, float]:
-    """Measured ÷ asked by the age of the stream: young streams spend a learning allowance."""
+def false_onsets_by_age(onset_p: Float32) -> dict[str, float]:
+    """Measured ÷ asked, which is 1e-3, by the age of the stream: young streams spend a learning allowance."""
     edges = (WARMUP, 300, 1000, 2000, 4000, len(onset_p))
     ages = {}
     for low, high in itertools.pairwise(edges):
         part = onset_p[low:high]
         judged = np.isfinite(part)
         if judged.any():
-            ages[f"{low}-{high}"] = round(float((part[judged] < asked).mean()) / asked, 3)
+            ages[f"{low}-{high}"] = round(float((part[judged] < 1e-3).mean()) / 1e-3, 3)
     return ages
 
 
-def detection(
-    step: StepFunction, state_size: int, streams: Sequence[Stream], scored: Sequence[bool], at: int, seed: int, asked: float = 1e-3
-) -> dict[str, Any]:
+def detection(step: StepFunction, state_size: int, streams: Sequence[Stream], scored: Sequence[bool], at: int, seed: int) -> dict[str, Any]:
     """Each named anomaly injected at event `at` into every stream: share found within REACTION events, and the median delay.
 
     `at_random` is the share of the same streams, untouched, that raise an onset in as many events: the floor of the table.
@@ -112,7 +110,7 @@ def detection(
     for make in ANOMALIES.values():
         changed += [Stream(piece.name, _injected(rng, piece.x, np.array(scored), at, make), piece.t) for piece in pieces]
     scores = run_streams(step, state_size, *pad(changed, at + REACTION))
-    hits = (scores.onset_p[at:] < asked).reshape(REACTION, len(ANOMALIES) + 1, len(pieces))
+    hits = (scores.onset_p[at:] < 1e-3).reshape(REACTION, len(ANOMALIES) + 1, len(pieces))
     found = {}
     for i, name in enumerate(("at_random", *ANOMALIES)):
         hit = hits[:, i].any(axis=0)

@@ -42,7 +42,7 @@ class Shown:
     anomaly: str
 
 
-def draw(path: Path, progress: Progress, shown: Shown, alpha: float = 1e-3) -> None:
+def draw(path: Path, progress: Progress, shown: Shown) -> None:
     """Loss on top; then the features that carry the injected anomaly; then the score."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - takes half a second, and one process of a run draws
 
@@ -52,7 +52,7 @@ def draw(path: Path, progress: Progress, shown: Shown, alpha: float = 1e-3) -> N
     _draw_loss(axes[0], progress)
     for axis, feature in zip(axes[1:-1], features, strict=True):
         _draw_feature(axis, shown, feature)
-    _draw_score(axes[-1], shown, alpha)
+    _draw_score(axes[-1], shown)
     for axis in axes[1:]:
         axis.set_xlim(shown.first, len(shown.stream) - 1)
         axis.sharex(axes[1])
@@ -100,7 +100,8 @@ def _draw_feature(axis: Any, shown: Shown, feature: int) -> None:
     _tidy(axis)
 
 
-def _draw_score(axis: Any, shown: Shown, alpha: float) -> None:
+def _draw_score(axis: Any, shown: Shown) -> None:
+    alpha = 1e-3
     rows = np.arange(len(shown.stream))[shown.first :]
     score = np.log(np.nan_to_num(shown.scores.p_value[shown.first :, 0], nan=1.0)) / np.log(alpha)
     alert = np.log(np.nan_to_num(shown.scores.onset_p[shown.first :, 0], nan=1.0)) / np.log(alpha)

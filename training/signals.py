@@ -90,6 +90,7 @@ class MemorySignals(nn.Module):
     """
 
     names = ("value", "level", "residual", "activity")
+    widest = 0.3
     sides: Tensor
     far: Tensor
     rates: Tensor
@@ -102,9 +103,9 @@ class MemorySignals(nn.Module):
     slow: Tensor
     at_once: Tensor
 
-    def __init__(self, intervals: int = 6, burn: int = 100, widest: float = 0.3, forget: float = 1000.0) -> None:
+    def __init__(self, intervals: int = 6, burn: int = 100, forget: float = 1000.0) -> None:
         super().__init__()
-        self.intervals, self.burn, self.widest, self.forget = intervals, burn, widest, forget
+        self.intervals, self.burn, self.forget = intervals, burn, forget
         self.register_buffer("sides", torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1), persistent=False)
         # Each slot has a distance of its own when it is dead, so that of several dead ones exactly one is the farthest: the free one.
         self.register_buffer("far", FAR * (1 + torch.arange(intervals) / 16).reshape(1, -1, 1, 1), persistent=False)
@@ -262,6 +263,7 @@ class ResidualSignals(nn.Module):
     """
 
     names = ("residual", "level", "distance")
+    burn = 60
     prior, memory, cap = 200.0, 5000.0, 100.0
     prior_rows, smoothing = 500.0, 0.2
     growth_free, growth_bound, most_drawn = 30.0, 100.0, 1.05
@@ -276,10 +278,10 @@ class ResidualSignals(nn.Module):
     unpack: Tensor
     diagonal: Tensor
 
-    def __init__(self, features: int, scored: Sequence[bool] | None = None, burn: int = 60) -> None:
+    def __init__(self, features: int, scored: Sequence[bool] | None = None) -> None:
         """`scored` [F]: False for features that are context, seen by the network and never judged."""
         super().__init__()
-        self.features, self.burn = features, burn
+        self.features = features
         judged = torch.tensor(scored or [True] * features)
         self.width = D = min(int(judged.sum()), WIDEST)
         first, second = torch.triu_indices(D, D)

@@ -95,11 +95,11 @@ class Service:
         if self._wait:
             self.wait_ready()
 
-    def wait_ready(self, seconds: float = START_SECONDS) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
         while not self.is_ready():
             assert not self.ended, f"the service ended:\n{self.log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, f"not ready after {seconds} s:\n{self.log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, f"not ready after {START_SECONDS} s:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.02)
 
     def is_ready(self) -> bool:

@@ -36,9 +36,9 @@ def sessions(count: int = 400, seed: int = 0) -> Sessions:
     return Sessions([session(normal(rng), rng, f"s{i}") for i in range(count)], TEMPLATES, "0" * 64)
 
 
-def one_host(lines: int = 3000, seed: int = 0) -> Sessions:
+def one_host(lines: int = 3000) -> Sessions:
     """A stream that never ends."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     codes: list[int] = []
     while len(codes) < lines:
         codes += normal(rng)

@@ -18,13 +18,13 @@ from training.stillness import SPAN
 Float64 = NDArray[np.float64]
 
 
-def steps(step: DetectorStep, x: NDArray[Any], learn: float = 1.0) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor]:
+def steps(step: DetectorStep, x: NDArray[Any]) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor]:
     """Run x [T, B, F]; the outputs without the state, and the last state."""
     state, outputs = step.fresh_state(x.shape[1]), []
     t = torch.tensor([[60.0, 3600.0, 2.0]]).expand(x.shape[1], 3)
     with torch.no_grad():
         for row in x.astype(np.float32):
-            state, *rest = step(state, torch.from_numpy(row), t, torch.full((x.shape[1],), learn), torch.full((x.shape[1],), 1e-3))
+            state, *rest = step(state, torch.from_numpy(row), t, torch.ones(x.shape[1]), torch.full((x.shape[1],), 1e-3))
             outputs.append(tuple(rest))
     return outputs, state
 
