@@ -20,7 +20,7 @@ HEAD = "# Made by `python -m monitoring.generate` from monitoring/rules.py: chan
 _SECONDS = {"m": 60, "h": 3600, "d": 86_400}
 
 
-def prometheus_rules(runbooks: str = RUNBOOKS) -> str:
+def prometheus_rules(runbooks: str) -> str:
     """Rule groups for Prometheus; `runbooks` is where the pages are read."""
     groups = [{"name": name, "rules": [_alert(rule, runbooks) for rule in rules]} for name, rules in _groups().items()]
     return HEAD + dumped({"groups": groups})
@@ -32,7 +32,7 @@ def prometheus_tests() -> str:
     return HEAD + dumped({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [_test(rule, case) for rule, case in cases]})
 
 
-def grafana_rules(runbooks: str = RUNBOOKS) -> str:
+def grafana_rules(runbooks: str) -> str:
     """The same rules for those who let Grafana evaluate them: a file of its alerting provisioning."""
     groups = [
         {"orgId": 1, "name": name, "folder": "Onset", "interval": "1m", "rules": [_managed(rule, runbooks) for rule in rules]}

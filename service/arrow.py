@@ -325,7 +325,7 @@ def encode(scored: Scored, names: Sequence[str], model: tuple[str, str], rows: i
     return _written(table.append_column(schema(names, pa).field("problem"), pa.array(problems, _problem_type(pa))), pa)
 
 
-def encode_rows(answers: Sequence[Result | ItemError], names: Sequence[str], *, lines: bool = False) -> bytes:
+def encode_rows(answers: Sequence[Result | ItemError], names: Sequence[str], *, lines: bool) -> bytes:
     """The same for answers that are at hand one by one; `lines` = of a log model, whose `expected` are patterns."""
     pa = pyarrow()
     rows = [{"problem": _problem(answer)} if isinstance(answer, ItemError) else _row(answer) for answer in answers]

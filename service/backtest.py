@@ -273,7 +273,7 @@ def _targets(sources: Sequence[Source], out: Path) -> dict[str, Path]:
 def read_series(source: Source, detector: Detector, options: ReadOptions, notify: Notify) -> Series:
     """One file for this detector. Raises TableError."""
     table, values = read_for(source, detector.manifest.feature_names, options, notify)
-    x = as_float32(source, detector.manifest.feature_names, values, notify=notify)
+    x = as_float32(source, detector.manifest.feature_names, values, notify)
     return Series(source.name, table.written, table.timestamps, x)
 
 

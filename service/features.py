@@ -107,7 +107,7 @@ def _plain(
     )
 
 
-def parse_columns(columns: Columns, manifest: Manifest, *, now: float, max_future: float = math.inf) -> tuple[Parsed, dict[int, BadEvent]]:
+def parse_columns(columns: Columns, manifest: Manifest, *, now: float, max_future: float) -> tuple[Parsed, dict[int, BadEvent]]:
     """The same for N events in columns. Rows that may be unusable are found for all at once, and judged one by one like any event.
 
     A row of `columns.bad` is neither parsed nor among the errors.

@@ -250,7 +250,7 @@ def _told_apart(named: Int64, records: Records, later: Float64, tags: Tags, orde
 
 
 def aligned(
-    spill: Spill, key: int, features: list[int], twice: Counter[int], every: float = 0.0, hold: float = 0.0
+    spill: Spill, key: int, features: list[int], twice: Counter[int], every: float, hold: float
 ) -> Iterator[tuple[Float64, Float64]]:
     """A stream's instants [T] in order and its values [T, F], some at a time; of two readings at one instant the one that came last.
 

@@ -47,9 +47,7 @@ _DECODERS: Mapping[str, _Decode] = {MESSAGE_1: decode_1, MESSAGE_2: decode_2}
 class RemoteWrite:
     """The route's handler over a door. `ended` are told of the streams that stale markers have ended."""
 
-    def __init__(
-        self, door: Door, names: Names, max_events: int, metrics: Metrics, ended: Sequence[Ended] = (), end_seconds: float = 0
-    ) -> None:
+    def __init__(self, door: Door, names: Names, max_events: int, metrics: Metrics, ended: Sequence[Ended], end_seconds: float) -> None:
         """At most `max_events` samples, and series, a request. An open alert outlives its stream's stale marker by `end_seconds`."""
         self._door, self._names, self._max_events = door, names, max_events
         self._samples = Samples(DOOR, metrics, ended, end_seconds)

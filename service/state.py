@@ -137,7 +137,7 @@ def header_of(value: bytes) -> Rows:
     return header
 
 
-def value_dtype(features: int, state_size: int, likely: int = 0, before: int = 0) -> np.dtype[Any]:
+def value_dtype(features: int, state_size: int, likely: int, before: int) -> np.dtype[Any]:
     """The stored value of one stream; layout in the module's docstring."""
     return np.dtype(
         [

@@ -274,9 +274,7 @@ def columns_of(source: Source, options: ReadOptions = ReadOptions()) -> list[str
     return [name.strip() for name in _header(first)]
 
 
-def read_coded(
-    source: Source, options: ReadOptions, wanted: Sequence[str] | None, dialect: Dialect = Dialect(), cells: int = BATCH_CELLS
-) -> Iterator[CodedRows]:
+def read_coded(source: Source, options: ReadOptions, wanted: Sequence[str] | None, dialect: Dialect, cells: int) -> Iterator[CodedRows]:
     """Some columns, None = all, of a CSV or Parquet file whose rows are in any order. Raises TableError when it gets to what is wrong."""
     readers = {".csv": _csv_coded, ".tsv": _csv_coded, ".parquet": _parquet_coded}
     suffix = source.path.suffix.lower()
@@ -395,9 +393,7 @@ def _unread(source: Source, error: OSError) -> TableError:
     return TableError(f"{source.path} cannot be read: {error.strerror or error}.")
 
 
-def read_for(
-    source: Source, features: Sequence[str], options: ReadOptions = ReadOptions(), notify: Notify = print
-) -> tuple[Table, Float64]:
+def read_for(source: Source, features: Sequence[str], options: ReadOptions, notify: Notify) -> tuple[Table, Float64]:
     """One file for a model of F features: its table, and [T, F] in the model's order, NaN where the file has no such column.
 
     The only column of a file stands for the only feature of a model, whatever its name. Raises TableError when nothing fits.
@@ -421,7 +417,7 @@ def read_for(
     return table, np.stack([table.columns.get(feature, missing) for feature in features], axis=1)
 
 
-def as_float32(source: Source, features: Sequence[str], values: Float64, before: int = 0, notify: Notify = print) -> NDArray[np.float32]:
+def as_float32(source: Source, features: Sequence[str], values: Float64, notify: Notify, before: int = 0) -> NDArray[np.float32]:
     """Values [T, F], the rows behind the first `before`, as a detector takes them. Raises TableError where one is beyond its range.
 
     Tells of features that hardly move any more as float32: a meter that stands at 123,456,789 and counts by ones moves by eights.

@@ -177,7 +177,7 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                             f"{source.name} has the column {unknown[0]!r} that {names[0]} lacks: one model, one set of features."
                         )
                     sentinels.look(features, table.matrix(features))
-                    values = as_float32(source, features, table.matrix(features), rows, notify)
+                    values = as_float32(source, features, table.matrix(features), notify, rows)
                     least, most = np.fmin(least, np.fmin.reduce(values)), np.fmax(most, np.fmax.reduce(values))
                     content = values.tobytes()
                     sha.update(content)

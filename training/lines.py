@@ -165,7 +165,7 @@ def preview(
     console: Console,
     most: int,
     json_file: Path | None,
-    seen: Sequence[str] = (),
+    seen: Sequence[str],
 ) -> None:
     """Mine the files, and the lines `seen` elsewhere, and print what was found. Raises TableError."""
     counted, streams, idle = Counted(), Counter[str](), Idle(replace(mining, header=format_.header))

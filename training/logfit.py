@@ -274,7 +274,7 @@ def _pieces(sessions: Sequence[Session]) -> list[Session]:
     return pieces
 
 
-def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan, numbers: int, on_step: OnStep = _silent) -> Held:
+def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan, numbers: int, on_step: OnStep) -> Held:
     """Blocks of consecutive sessions, each judged by a detector of the others; and some of them with faults."""
     folds = np.array_split(np.arange(len(pieces)), min(plan.folds, len(pieces)))
     rng = np.random.default_rng([plan.seed, len(pieces)])
@@ -519,7 +519,7 @@ def _numbers(step: LogStep, batch: Batch) -> Tensor:
     return torch.where(judged, (torch.asinh(numbers) - location).abs() / torch.where(judged, scale, 1.0), 0.0).amax(dim=-1)
 
 
-def calibration_of(step: LogStep, held: Held, line_weight: float = 1.0) -> Calibration:
+def calibration_of(step: LogStep, held: Held, line_weight: float) -> Calibration:
     """The tail's constants, from sessions held out."""
     observed, _ = side_by_side(held, len(step.signals))
     events = int(observed.valid.sum())

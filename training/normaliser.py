@@ -43,7 +43,7 @@ class Normaliser(nn.Module):
 
     floor: Tensor
 
-    def __init__(self, features: int, clip: float = 1e4, memory: float = 2000.0) -> None:
+    def __init__(self, features: int, clip: float, memory: float) -> None:
         super().__init__()
         self.features, self.clip, self.memory = features, clip, memory
         self.register_buffer("floor", torch.zeros(features))  # pooled from unlabelled history; 0 = none

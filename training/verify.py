@@ -63,7 +63,7 @@ def probe_inputs(steps: int, rows: int, features: int, seed: int = 0) -> tuple[F
     return x.astype(np.float32), t.astype(np.float32), learn, np.full((steps, rows), 1e-3, np.float32)
 
 
-def line_inputs(steps: int, rows: int, step: LogStep, seed: int = 0) -> tuple[Float32, Float32, Float32, Float32]:
+def line_inputs(steps: int, rows: int, step: LogStep, seed: int) -> tuple[Float32, Float32, Float32, Float32]:
     """The same of lines: codes as they come and repeated, ends of sessions, gaps over eight decades, numbers in part, some of them huge."""
     rng = np.random.default_rng(seed)
     x = np.full((steps, rows, step.features), np.nan)

@@ -83,7 +83,7 @@ class _Arrival(NamedTuple):
     """A message that is not acknowledged yet."""
 
     message: MQTTMessage
-    position: int = 0
+    position: int
     """0 = it has not been handed out yet."""
 
 
@@ -364,8 +364,8 @@ class _Session:
 class _Outgoing:
     topic: str
     content: bytes
-    content_type: str = ""
-    names: Mapping[str, str] | None = None
+    content_type: str
+    names: Mapping[str, str]
     """User properties."""
 
 
@@ -489,9 +489,9 @@ class _Link:
         """Returns when the broker has taken all of them. Raises StoreUnavailable."""
         sent = []
         for message in messages:
-            content, about = message.content, Written(message.content_type, message.names or {})
+            content, about = message.content, Written(message.content_type, message.names)
             if self._most and len(content) + len(about.pack()) + len(message.topic.encode()) + HEAD_BYTES > self._most:
-                about = Written(message.content_type, {**(message.names or {}), "onset_omitted_bytes": str(len(content))})
+                about = Written(message.content_type, {**message.names, "onset_omitted_bytes": str(len(content))})
                 content = b""
             info = self._client.publish(message.topic, content, qos=1, properties=about)
             if info.rc != MQTT_ERR_SUCCESS:

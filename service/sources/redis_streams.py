@@ -279,9 +279,6 @@ class RedisStreams:
         """The partition has no other batch under way."""
         self._ready.put_nowait(batch)
 
-    def messages(self, entries: Sequence[Any]) -> list[Message]:
-        return [_message(entry) for entry in entries]
-
     def claimed(self, entries: int) -> None:
         self._metrics.source_claimed.labels(self.name).inc(entries)
 
@@ -405,7 +402,7 @@ class _Partition:
             await self._source.wait(self.key, last, BLOCK_MS)
 
     async def _hand_out(self, entries: Sequence[Any]) -> None:
-        messages = self._source.messages(entries)
+        messages = [_message(entry) for entry in entries]
         await self.free.wait()
         if self.leaving:  # a cancellation that was swallowed (tasks.end): what was read since is for the next owner to claim
             raise Fenced(f"Partition '{self.key}' is being given back.")
