@@ -52,8 +52,9 @@ UNSEALED = "0" * 64
 # A metadata entry is a protobuf StringStringEntryProto: field 1 is the key, field 2 (tag 0x12) the value, here 0x40 = 64 bytes.
 _SEAL = re.compile(re.escape(SHA256_KEY).encode() + rb"\x12\x40([0-9a-f]{64})")
 
-_QUIET = re2.Options()
-_QUIET.log_errors = False
+RE2_QUIET = re2.Options()
+"""To compile with: what is wrong with an expression is raised, and not also logged."""
+RE2_QUIET.log_errors = False
 
 Float32 = NDArray[np.float32]
 
@@ -316,7 +317,7 @@ def find_artifacts(path: Path) -> list[Path]:
 def _expression(pattern: str) -> str:
     """`pattern`, if RE2 takes it. Raises ValueError."""
     try:
-        re2.compile(pattern, _QUIET)
+        re2.compile(pattern, RE2_QUIET)
     except re2.error as error:
         raise ValueError(f"{pattern!r} is no expression of RE2: {re2_said(error)}") from error
     return pattern

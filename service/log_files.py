@@ -22,7 +22,7 @@ import numpy as np
 import re2
 from numpy.typing import NDArray
 
-from service.artifact import re2_said
+from service.artifact import RE2_QUIET, re2_said
 from service.errors import BadEvent, TableError
 from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH
 from service.features import parse_timestamp
@@ -338,9 +338,7 @@ def _expression(time: str) -> str:
 
 
 def _compiled(pattern: str) -> Any:
-    options = re2.Options()
-    options.log_errors = False
     try:
-        return re2.compile(pattern, options)
+        return re2.compile(pattern, RE2_QUIET)
     except re2.error as error:
         raise TableError(f"{pattern!r} is no expression of RE2: {re2_said(error)}.") from error

@@ -21,6 +21,7 @@ import re2
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from service.artifact import RE2_QUIET, re2_said
 from service.errors import BadSetting
 
 MAX_RULES = 1000
@@ -133,13 +134,10 @@ def _rule(path: Path, i: int, content: Any) -> Rule:
 
 
 def _compiled(regex: str) -> Any:
-    options = re2.Options()
-    options.log_errors = False
     try:
-        return re2.compile(f"(?s:{regex})", options)
+        return re2.compile(f"(?s:{regex})", RE2_QUIET)
     except re2.error as error:
-        reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
-        raise ValueError(f"{regex[:64]!r} is not a regular expression of RE2: {reason}") from error
+        raise ValueError(f"{regex[:64]!r} is not a regular expression of RE2: {re2_said(error)}") from error
 
 
 def _group(match: Any, reference: re.Match[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import struct
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
@@ -27,6 +25,7 @@ from service.prompb import STALE, unpack
 from service.scorer import Limits, Scorer
 from service.sinks.remote_write import Target, WriteBack
 from service.stores.memory import MemoryStore
+from tests import local
 
 NOW = 1_790_000_000.0
 Labels = tuple[tuple[str, str], ...]
@@ -68,16 +67,9 @@ class Receiver:
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
     app = Receiver()
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, loop="asyncio", ws="none", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    app.url = f"http://user:secret@127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/api/v1/write"
-    yield app
-    server.should_exit = True
-    thread.join(20)
+    with local.served(app, lifespan="off") as port:
+        app.url = f"http://user:secret@127.0.0.1:{port}/api/v1/write"
+        yield app
 
 
 class Source:

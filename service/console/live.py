@@ -15,11 +15,12 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
@@ -263,7 +264,7 @@ class _Fleet:
             top.tolist(),
             [SEVERITIES[i] for i in last["severity"].tolist()],
         )
-        counts = LiveCounts(**asdict(recent.counts()), replicas=self._shared.replicas, thinned=self._shared.left_out)
+        counts = LiveCounts(**structs.asdict(recent.counts()), replicas=self._shared.replicas, thinned=self._shared.left_out)
         said = None if recent.manifest.lines is None else [said_of(recent.line(slot)) for slot in changed.tolist()]
         return _message("changes", LiveChanges(counts, list(zip(*columns, strict=True)), said))
 

@@ -57,7 +57,7 @@ class LiveFleet(msgspec.Struct, frozen=True):
     new: list[LiveShown]
 
 
-class LiveCounts(msgspec.Struct, frozen=True):
+class Counts(msgspec.Struct, frozen=True):
     """Of all streams whose recent events are held."""
 
     streams: int
@@ -67,6 +67,9 @@ class LiveCounts(msgspec.Struct, frozen=True):
     capacity: int
     left_out: int
     """Events of streams that found no room."""
+
+
+class LiveCounts(Counts, frozen=True):
     replicas: int
     """Whose events are seen here, the answering one among them."""
     thinned: int

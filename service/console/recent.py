@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.artifact import Manifest
+from service.console.messages import Counts
 from service.feed import Batch
 from service.policy import THRESHOLD
 from service.rounds import Kind
@@ -67,19 +68,6 @@ def event_dtype(manifest: Manifest) -> np.dtype[Any]:
             *own,
         ]
     )
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of the streams held."""
-
-    streams: int
-    anomalous: int
-    alerting: int
-    warming_up: int
-    capacity: int
-    left_out: int
-    """Events of streams that found no room."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,6 @@ import httpx
 import jsonschema_rs
 import pytest
 import schemathesis
-import uvicorn
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
@@ -70,17 +67,8 @@ def served(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @contextmanager
 def serving(model: Path, data_dir: Path, **settings: Any) -> Iterator[str]:
-    app = create_app(Settings(model=model, data_dir=data_dir, port=0, **settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, loop="asyncio", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(20)
+    with local.served(create_app(Settings(model=model, data_dir=data_dir, port=0, **settings))) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @schemathesis.serializer("application/x-protobuf")
