@@ -150,6 +150,18 @@ class Done:
         return [f"Without features that {streams:,} streams have: {_some(lacking)}."] if lacking and streams > 1 else []
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is the same for all tables of a split."""
+
+    out: Path
+    named: re.Pattern[str]
+    options: ReadOptions
+    dialect: Dialect
+    notify: Notify
+    show: Show
+
+
 def split(
     paths: Iterable[Path],
     out: Path,
@@ -168,11 +180,9 @@ def split(
     unzoned: set[bool] = set()
     if dialect.zone is UTC:
         dialect = replace(dialect, unzoned=lambda: unzoned.add(True))
+    job = _Job(out, named, options, dialect, notify, show)
     with _uncollected(), naming(out):
-        if long is not None:
-            done = _split_long(sources, out, named, options, dialect, long, notify, show)
-        else:
-            done = _split_all_wide(sources, out, named, options, dialect, notify, show)
+        done = _split_all_wide(sources, job) if long is None else _split_long(sources, job, long)
     done.unzoned = bool(unzoned)
     if not any(done.rows.values()):
         raise TableError(" ".join([f"There is no number in {_some(str(source.path) for source in sources)}.", *done.report()[1:]]))
@@ -191,18 +201,16 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _split_all_wide(
-    sources: list[Source], out: Path, named: re.Pattern[str], options: ReadOptions, dialect: Dialect, notify: Notify, show: Show
-) -> Done:
-    refuse_idle(sources, options)
-    done, rowless = Done(), Rowless(sources, notify)
+def _split_all_wide(sources: list[Source], job: _Job) -> Done:
+    refuse_idle(sources, job.options)
+    done, rowless = Done(), Rowless(sources, job.notify)
     for source in sources:
-        maybe = suggestion(source, options, dialect)
+        maybe = suggestion(source, job.options, job.dialect)
         if maybe is not None:
             _suggest(source, maybe, done)
         try:
             with rowless.left_out(source):
-                _split_wide(source, out, named, options, dialect, notify, done, show)
+                _split_wide(source, job, done)
         except Unsorted as error:
             if not done.words and maybe is None:
                 raise
@@ -223,57 +231,46 @@ def _suggest(source: Source, maybe: Suggestion, done: Done) -> None:
     done.hints.append(f"If column {maybe.tag!r} of {source.name} names the sensor of each row, split it with {how} instead.")
 
 
-def _split_wide(
-    source: Source, out: Path, named: re.Pattern[str], options: ReadOptions, dialect: Dialect, notify: Notify, done: Done, show: Show
-) -> None:
+def _split_wide(source: Source, job: _Job, done: Done) -> None:
     strange: Counter[str] = Counter()
 
     def tell(column: str, cell: str) -> None:
         strange[column] += 1
         done.word(column, cell)
 
-    alone = _words_alone(source, options, dialect)
+    alone = _words_alone(source, job.options, job.dialect)
     for name, cell in alone.items():
         done.word(name, cell)
     places: dict[str, dict[str, str]] | None = None
     rows = 0
-    for table in read_batches(source, options, notify, CELLS, replace(dialect, strange=tell)):
+    for table in read_batches(source, job.options, job.notify, CELLS, replace(job.dialect, strange=tell)):
         if places is None:
-            places = _places(source, table, alone, named, done)
+            places = _places(source, table, alone, job.named, done)
         for stream, columns in places.items():
-            _append(out, stream, columns, table, dialect.missing, done)
+            _append(job.out, stream, columns, table, job.dialect.missing, done)
         rows += len(table)
-        show(f"rows of {source.name}", rows, None)
+        job.show(f"rows of {source.name}", rows, None)
     done.missing.update({name: n for name, n in strange.items() if name not in done.words})
 
 
-def _split_long(
-    sources: list[Source],
-    out: Path,
-    named: re.Pattern[str],
-    options: ReadOptions,
-    dialect: Dialect,
-    long: Long,
-    notify: Notify,
-    show: Show,
-) -> Done:
-    tags, plan, rowless = Tags(), Plan(named), Rowless(sources, notify)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with closing(Spill(out.parent)) as spill:
+def _split_long(sources: list[Source], job: _Job, long: Long) -> Done:
+    tags, plan, rowless = Tags(), Plan(job.named), Rowless(sources, job.notify)
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    with closing(Spill(job.out.parent)) as spill:
         for source in sources:
-            tags.file = "" if "stream" in named.groupindex else source.name
+            tags.file = "" if "stream" in job.named.groupindex else source.name
             rows = 0
             with rowless.left_out(source):
-                for readings in read_long(source, options, long, dialect, tags):
+                for readings in read_long(source, job.options, long, job.dialect, tags):
                     plan.learn(source, tags)
                     streams, features = np.array(plan.places, dtype=np.int64).reshape(-1, 2)[readings.tags].T
                     readings.records["feature"] = features
                     spill.add(streams[streams >= 0], readings.records[streams >= 0])
                     rows += len(streams)
-                    show(f"rows of {source.name}", rows, None)
+                    job.show(f"rows of {source.name}", rows, None)
         rowless.refuse_all()
-        done = _write_long(out, spill, tags, plan, long, show)
-    idle = [pattern for pattern in sorted(options.exclude) if not any(fits(tag, pattern) for tag in tags.left_out)]
+        done = _write_long(job, spill, tags, plan, long)
+    idle = [pattern for pattern in sorted(job.options.exclude) if not any(fits(tag, pattern) for tag in tags.left_out)]
     if idle:
         done.hints.append(f"No tag is called {_some(map(repr, idle))} (--exclude); there are {_some(tags.names)}.")
     return done
@@ -303,7 +300,7 @@ class Plan:
                 self.places.append((stream, feature))
 
 
-def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, long: Long, show: Show) -> Done:
+def _write_long(job: _Job, spill: Spill, tags: Tags, plan: Plan, long: Long) -> Done:
     if not plan.streams:
         raise TableError(f"No tag is of the form {plan.named.pattern!r}; there are {_some(plan.unnamed)}.")
     done = Done(unnamed=plan.unnamed, unclear=tags.unclear)
@@ -317,9 +314,9 @@ def _write_long(out: Path, spill: Spill, tags: Tags, plan: Plan, long: Long, sho
         twice: Counter[int] = Counter()
         for seconds, values in aligned(spill, key, places, twice, long.every, long.hold):
             done.sentinels.look([tags.names[columns[key][place]] for place in places], values)
-            _write(out, name, known, seconds, values, done)
+            _write(job.out, name, known, seconds, values, done)
         done.twice.update({tags.names[columns[key][places[i]]]: count for i, count in twice.items()})
-        show("streams written", written + 1, len(plan.streams))
+        job.show("streams written", written + 1, len(plan.streams))
     if done.cells and done.numbers < HALF * done.cells and (advice := _fuller(long)):
         done.hints.append(f"Of the cells {done.numbers / done.cells:.0%} have a number: {advice}")
     return done
