@@ -1,12 +1,10 @@
-"""Real brokers for tests, on loopback ports of their own: started on entering, ended by their pids on leaving."""
+"""Real brokers for tests."""
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,66 +17,15 @@ from nats.aio.client import Client
 from bench import brokers
 from bench.servers import free_port
 from tests.needs import needed, program
+from tests.programs import Program
 
-START_SECONDS = 180
 
-
-class _Broker:
-    """A server with its data in `folder`. `stop`, `kill` and `start` again keep address and data."""
+class _Broker(Program):
+    """It listens on a port of its own, which it keeps."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.kill()
-
-    def start(self) -> None:
-        """Returns when it answers."""
-        with needed():
-            command = self._command()
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env=os.environ | self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
-            )
-        deadline = time.monotonic() + START_SECONDS
-        try:
-            while not self._answers():
-                assert self._process.poll() is None, self.log
-                assert time.monotonic() < deadline, self.log
-                time.sleep(0.02)
-        except BaseException:
-            self.kill()
-            raise
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()[-4000:]
-
-    def stop(self) -> None:
-        """SIGTERM: it keeps what it holds."""
-        self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """kill -9."""
-        self._end(signal.SIGKILL)
-
-    def _end(self, how: signal.Signals) -> None:
-        if self._process is not None:
-            self._process.send_signal(how)
-            self._process.wait(START_SECONDS)
-            self._process = None
-
-    def _command(self) -> Sequence[str]:
-        raise NotImplementedError
-
-    def _environment(self) -> dict[str, str]:
-        return {}
+        super().__init__(folder)
+        self.port = free_port()
 
     def _answers(self) -> bool:
         try:

@@ -1,12 +1,11 @@
-"""A real Prometheus for tests, and a target for it to scrape: started on entering, ended by its pid on leaving."""
+"""A real Prometheus for tests, and a target for it to scrape."""
 
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -17,51 +16,27 @@ import httpx
 from bench.servers import free_port
 from tests import local
 from tests.needs import program
+from tests.programs import Program
 
-START_SECONDS = 30
 
-
-class Prometheus:
+class Prometheus(Program):
     """Debian's prometheus with its data in `folder`; it takes remote-write, too."""
 
     def __init__(self, folder: Path, config: str, port: int | None = None) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._config = config
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Prometheus:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _command(self) -> Sequence[str]:
         (self.folder / "prometheus.yml").write_text(self._config)
-        arguments = [
+        return [
+            program("prometheus", "prometheus"),
             f"--config.file={self.folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={self.folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{self.port}",
             "--web.enable-remote-write-receiver",
         ]
-        with (self.folder / "log").open("wb") as log:
-            self._process = subprocess.Popen([program("prometheus", "prometheus"), *arguments], stdout=log, stderr=log)
-        try:
-            self.until(self._is_ready)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._process = None
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
 
     def query(self, promql: str) -> list[tuple[dict[str, str], float]]:
         """The labels and the value of each series of an instant query."""
@@ -77,15 +52,14 @@ class Prometheus:
             answers.append(f"  {name}{{{about}}}  {value:.4g}")
         return "\n".join([promql, *answers])
 
-    def until(self, true: Callable[[], Any], seconds: float = START_SECONDS) -> None:
+    def until(self, true: Callable[[], Any], seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds
         while not true():
-            assert self._process is not None
-            assert self._process.poll() is None, self.log
+            assert self.runs, self.log
             assert time.monotonic() < deadline, self.log[-3000:]
             time.sleep(0.05)
 
-    def _is_ready(self) -> bool:
+    def _answers(self) -> bool:
         try:
             return local.get(f"{self.url}/-/ready", timeout=2).status_code == 200
         except httpx.TransportError:

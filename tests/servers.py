@@ -1,9 +1,8 @@
-"""Real valkey-servers for tests, one or a cluster of them: started on entering, ended by their pids on leaving."""
+"""Real valkey-servers for tests, one or a cluster of them."""
 
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,18 +16,19 @@ from redis.retry import Retry
 
 from bench.servers import free_port
 from service.embedded import find_server
+from tests.programs import Program
 
 START_SECONDS = 20
 NODES = 3
 BOUNDS = [i * REDIS_CLUSTER_HASH_SLOTS // NODES for i in range(NODES + 1)]
 
 
-class Valkey:
-    """A server with its data in `folder`. `kill` and `start` again keep address and data."""
+class Valkey(Program):
+    """A server with its data in `folder`."""
 
     def __init__(self, folder: Path, **options: str) -> None:
         """`options` of the server, `_` for `-`; it listens on a unix socket in the folder unless they name a port."""
-        self.folder = folder
+        super().__init__(folder)
         self.socket = Path(options.get("unixsocket", folder / "v.sock"))
         self._options = {
             "port": "0",
@@ -37,7 +37,7 @@ class Valkey:
             "save": "",
             "logfile": str(folder / "log"),
         } | options
-        self._process: subprocess.Popen[bytes] | None = None
+        self._loaded = True
 
     @property
     def port(self) -> int:
@@ -48,45 +48,25 @@ class Valkey:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}" if self.port else f"unix://{self.socket}"
 
-    def __enter__(self) -> Valkey:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.kill()
-
     def start(self, *, loaded: bool = True) -> None:
         """Returns when it answers; `loaded` = and has its data in memory."""
-        arguments = [part for name, value in self._options.items() for part in (f"--{name.replace('_', '-')}", *value.split(" "))]
-        self._process = subprocess.Popen([find_server(), *arguments], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + START_SECONDS
-        try:
-            while not self._answers(loaded):
-                assert self._process.poll() is None, (self.folder / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-        except BaseException:
-            self.kill()
-            raise
-
-    def kill(self) -> None:
-        """kill -9."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self._loaded = loaded
+        super().start()
 
     def client(self) -> redis.Redis:
         """To be closed by the caller. It does not retry: what the server says is what the test sees."""
         return redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0))
 
-    def _answers(self, loaded: bool) -> bool:
+    def _command(self) -> Sequence[str]:
+        options = [part for name, value in self._options.items() for part in (f"--{name.replace('_', '-')}", *value.split(" "))]
+        return [find_server(), *options]
+
+    def _answers(self) -> bool:
         with self.client() as client:
             try:
                 client.ping()
             except redis.BusyLoadingError:
-                return not loaded
+                return not self._loaded
             except redis.ConnectionError:
                 return False
         return True
