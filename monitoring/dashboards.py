@@ -114,13 +114,11 @@ def overview() -> dashboard.Dashboard:
                     "Anomalous streams by severity",
                     "How many streams are anomalous over time. Many that begin together have a common cause.",
                     [Query(f"sum by (severity) (onset_streams_anomalous{{{_MODEL}}})", "{{severity}}")],
-                    "short",
                 ),
                 bars(
                     "Onsets and silences",
                     "Onsets, with which alerts open or go far beyond what they were, and silences raised in each interval.",
                     [Query(onsets, "onsets {{model}}"), Query(f"sum(increase(onset_silences_total{{{_MODEL}}}[$__interval]))", "silences")],
-                    "short",
                 ),
                 heat(
                     "Scores of all streams",
@@ -155,21 +153,18 @@ def overview() -> dashboard.Dashboard:
                     "Open alerts",
                     "Alerts that are open, by the highest severity they reached.",
                     [Query(f"sum by (kind, severity) (onset_alerts_open{{{_ALL}}})", "{{kind}} {{severity}}")],
-                    "short",
                     width=10,
                 ),
                 bars(
                     "What happened to alerts",
                     "Opened, escalated and resolved in each interval.",
                     [Query(f"sum by (event) (increase(onset_alert_transitions_total{{{_ALL}}}[$__interval]))", "{{event}}")],
-                    "short",
                     width=10,
                 ),
                 bars(
                     "Accepted as the new normal",
                     "Alerts closed because someone, or their age, said that this is normal now.",
                     [Query(f"sum by (by) (increase(onset_accepted_total{{{_MODEL}}}[$__interval]))", "by {{by}}")],
-                    "short",
                     width=10,
                 ),
                 line(
@@ -396,7 +391,6 @@ def service() -> dashboard.Dashboard:
                     "Time spent by stage",
                     "Seconds a second in each stage, all replicas: what is worth making faster.",
                     [Query(f"sum by (stage) (rate(onset_stage_seconds_sum{{{_ALL}}}[$__rate_interval]))", "{{stage}}")],
-                    "short",
                 ),
                 line(
                     "Batch size",
@@ -441,7 +435,6 @@ def service() -> dashboard.Dashboard:
                     "Streams that started afresh",
                     "new ones, those that met another model, and those whose value was corrupt (look at the store at once).",
                     [Query(f"sum by (reason) (increase(onset_fresh_states_total{{{_ALL}}}[$__interval]))", "{{reason}}")],
-                    "short",
                 ),
                 line(
                     "Bytes of states",
@@ -696,7 +689,6 @@ def calibration() -> dashboard.Dashboard:
                     "blind: the fault opened no alert. inverted: scores run backwards. differs: the store or processor gives other scores. "
                     "failed: the run could not be finished.",
                     [Query(f"sum by (result) (increase(onset_canary_runs_total{{{_MODEL}}}[$__rate_interval]))", "{{result}}")],
-                    "short",
                     width=9,
                 ),
                 line(
@@ -784,13 +776,11 @@ def logs() -> dashboard.Dashboard:
                     "Onsets in logs over time",
                     "Lines with which an alert opened, or went far beyond what it was, in each interval.",
                     [Query(f"sum by (model) (increase(onset_onsets_total{{{_MODEL}}}[$__interval]) {_LOGS})", "{{model}}")],
-                    "short",
                 ),
                 bars(
                     "Anomalous log streams by severity",
                     "How many log streams are anomalous over time.",
                     [Query(f"sum by (severity) (onset_streams_anomalous{{{_MODEL}}} {_LOGS})", "{{severity}}")],
-                    "short",
                 ),
                 heat(
                     "Scores of all lines",

@@ -50,9 +50,9 @@ def line(
     return panel
 
 
-def bars(title: str, description: str, queries: Sequence[Query], unit: str, *, width: int = 12) -> Any:
+def bars(title: str, description: str, queries: Sequence[Query], *, width: int = 12) -> Any:
     """Stacked bars over time, of counts."""
-    panel = line(title, description, queries, unit, width=width)
+    panel = line(title, description, queries, "short", width=width)
     stacking = common.StackingConfig().mode(common_models.StackingMode.NORMAL)
     return panel.draw_style(common_models.GraphDrawStyle.BARS).fill_opacity(60).stacking(stacking)
 
