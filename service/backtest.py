@@ -33,7 +33,7 @@ from rich.table import Table as Grid
 from service.artifact import find_artifacts
 from service.detector import Detector
 from service.errors import ArtifactError, TableError
-from service.events import Readings
+from service.events import Readings, some
 from service.outputs import naming, whole, write_text
 from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
@@ -359,17 +359,13 @@ def _left_unsaid(report: Report, warmup: int) -> Iterator[str]:
         yield f"{late:,} rows are late (older than a row before them): never stepped, score 0."
     backwards = [tally.name for tally in report.tallies if 2 * tally.late > tally.rows]
     if backwards:
-        yield f"Most rows of {_some(backwards)} are late: where the newest row is the first, sort the file by time."
+        yield f"Most rows of {some(backwards, SOME)} are late: where the newest row is the first, sort the file by time."
     unjudged = [tally.name for tally in report.tallies if not tally.judged and tally.name not in backwards]
     if unjudged:
         yield (
-            f"Nothing of {_some(unjudged)} was judged, so that there is no alert says nothing: "
+            f"Nothing of {some(unjudged, SOME)} was judged, so that there is no alert says nothing: "
             f"from the first {warmup:,} rows of a stream the detector only learns."
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SOME]) + (f" and {len(names) - SOME:,} more" if len(names) > SOME else "")
 
 
 def tell(console: Console, report: Report, out: Path, json_file: Path | None) -> None:

@@ -126,6 +126,12 @@ class Result(msgspec.Struct, frozen=True, gc=False):
     """Of a log model, left out elsewhere. `expected` are then the likeliest lines as it stood before this one: pattern → chance."""
 
 
+def some(names: Iterable[str], most: int) -> str:
+    """The first `most` of them, and how many more there are."""
+    known = list(names)
+    return ", ".join(known[:most]) + (f" and {len(known) - most:,} more" if len(known) > most else "")
+
+
 def shown(value: Any) -> str:
     """A value as JSON, shortened to what a message can hold."""
     try:

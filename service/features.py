@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from service.artifact import Lines, Manifest
 from service.errors import BadEvent, FutureEvent
-from service.events import UNPRINTABLE, Columns, Event, Parsed, shown
+from service.events import UNPRINTABLE, Columns, Event, Parsed, shown, some
 from service.lines import Matcher
 from service.state import event_key
 
@@ -266,5 +266,4 @@ def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: 
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:10])
-    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+    return some((f"'{name}'" for name in names), 10)

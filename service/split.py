@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from service.errors import TableError
+from service.events import some
 from service.long_tables import Long, Spill, Suggestion, Tags, aligned, read_long, suggestion
 from service.outputs import naming
 from service.sentinels import Sentinels, missing_of, places
@@ -493,5 +494,4 @@ def _counted(shapes: Counter[int]) -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:SHOWN]) + (f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else "")
+    return some(names, SHOWN)

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import TableError
+from service.events import some
 
 Float64 = NDArray[np.float64]
 Notify = Callable[[str], None]
@@ -447,8 +448,7 @@ def _stands_still(wide: Float64, narrow: NDArray[np.float32]) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    shown = [f"'{name}'" for name in names]
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+    return some((f"'{name}'" for name in names), 12)
 
 
 # ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
