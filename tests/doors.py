@@ -9,10 +9,15 @@ from contextlib import asynccontextmanager
 
 import httpx
 
+from service.api import Door
 from service.app import create_app
+from service.control import Alpha, Asked, Control, Strict
 from service.errors import StoreUnavailable
+from service.intake import DoorLimits
+from service.metrics import Metrics
+from service.scorer import Scorer
 from service.settings import Settings
-from service.stores import Write
+from service.stores import StateStore, Write
 from service.stores.memory import MemoryStore
 
 
@@ -40,6 +45,18 @@ class Healthy:
 
     async def ready(self) -> str | None:
         return None
+
+
+def door_over(
+    scorers: dict[str, Scorer], store: StateStore, metrics: Metrics, limits: DoorLimits, public_url: str = "", allowed_hosts: str = ""
+) -> Door:
+    """A door over these scorers, which are started; the first is the default."""
+    for scorer in scorers.values():
+        scorer.start()
+    control = Control(Asked(Alpha(1e-3), Strict(False)), None, scorers, metrics)
+    control.connect(store)
+    first = next(iter(scorers))
+    return Door(scorers, first, limits, metrics, Healthy(), control, public_url=public_url, allowed_hosts=allowed_hosts)
 
 
 @asynccontextmanager

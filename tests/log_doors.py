@@ -12,7 +12,6 @@ from fastapi import FastAPI
 
 from service import shipped
 from service.api import Door
-from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
 from service.events import Result
 from service.feed import Batch, Feed
@@ -20,7 +19,7 @@ from service.intake import DoorLimits
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
-from tests.doors import Healthy, Store
+from tests.doors import Store, door_over
 
 NOW = 1_790_000_000
 MAX_STREAMS, MAX_LINES, MAX_BODY = 50, 6000, 1_000_000
@@ -67,13 +66,8 @@ async def shipper(
         detector.name: Scorer(detector, Policy(), store, metrics, limits, clock=lambda: NOW, feed=feed, alerting=True)
         for detector in detectors
     }
-    for scorer in scorers.values():
-        scorer.start()
-    app = FastAPI()
-    control = Control(Asked(Alpha(1e-3), Strict(False)), None, scorers, metrics)
-    control.connect(store)
     limit = DoorLimits(max_body_bytes=MAX_BODY, max_batch_events=100, max_inflight_bytes=3_000_000)
-    door = Door(scorers, detectors[0].name, limit, metrics, Healthy(), control)
+    app, door = FastAPI(), door_over(scorers, store, metrics, limit)
     model = shipped.log_model([detector.manifest for detector in detectors], models)
     add(app, shipped.Shipping(door, name, model, metrics, queue, clock=lambda: NOW), door)
     async with Shipper(transport=httpx.ASGITransport(app), base_url="http://onset") as client:

@@ -16,17 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from service.api import Application, Door
-from service.control import Alpha, Asked, Control, Strict
+from service.api import Application
 from service.detector import Detector
 from service.errors import StoreUnavailable
 from service.intake import DoorLimits
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
-from service.stores import Write
-from service.stores.memory import MemoryStore
-from tests.doors import Healthy
+from tests.doors import Store, door_over
 from tests.tiny import build_tiny
 
 JSON = {"content-type": "application/json"}
@@ -34,15 +31,10 @@ NDJSON = {"content-type": "application/x-ndjson"}
 LIMITS = DoorLimits(max_body_bytes=100_000, max_batch_events=1000, max_inflight_bytes=1_000_000)
 
 
-class Gated(MemoryStore):
-    """A store whose commits wait while the gate is closed."""
+class Gated(Store):
+    """Whose loads can fail, too."""
 
-    def __init__(self) -> None:
-        super().__init__(state_ttl=60, result_ttl=60)
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.down = False
-        self.buggy = False
+    down = buggy = False
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         if self.buggy:
@@ -50,10 +42,6 @@ class Gated(MemoryStore):
         if self.down:
             raise StoreUnavailable("The state store does not answer.")
         return await super().load(model, stream_ids)
-
-    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
-        await self.gate.wait()
-        return await super().commit(model, writes)
 
 
 class Client(httpx.AsyncClient):
@@ -78,11 +66,8 @@ async def door(
 ) -> AsyncIterator[Client]:
     metrics, store = Metrics(), Gated()
     scorer = Scorer(detector, Policy(), store, metrics, Limits(max_queue_events=queue, max_streams=500))
-    scorer.start()
     app = Application()
-    control = Control(Asked(Alpha(1e-3), Strict(False)), None, {"tiny": scorer}, metrics)
-    control.connect(store)
-    Door({"tiny": scorer}, "tiny", limits, metrics, Healthy(), control, public_url=public_url, allowed_hosts=allowed_hosts).add_to(app)
+    door_over({"tiny": scorer}, store, metrics, limits, public_url, allowed_hosts).add_to(app)
     async with Client(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         client.store, client.metrics, client.app = store, metrics, app
         yield client

@@ -25,9 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service import arrow
-from service.api import Application, Door
+from service.api import Application
 from service.bodies import Format, decode
-from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
 from service.errors import BadBody, BadEvent, ItemError, OnsetError, TooLarge
 from service.events import Event
@@ -36,7 +35,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.stores.memory import MemoryStore
-from tests.doors import Healthy
+from tests.doors import door_over
 from tests.test_api import assert_problem
 from tests.tiny import build_tiny
 
@@ -56,11 +55,8 @@ async def door(detector: Detector) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a door over an empty memory store, whose clock stands still."""
     metrics, store = Metrics(), MemoryStore(state_ttl=60, result_ttl=60, clock=lambda: NOW)
     scorer = Scorer(detector, Policy(), store, metrics, Limits(max_streams=500), clock=lambda: NOW)
-    scorer.start()
-    control = Control(Asked(Alpha(1e-3), Strict(False)), None, {"tiny": scorer}, metrics)
-    control.connect(store)
-    app, limits = Application(), DoorLimits(MAX_BYTES, MAX_EVENTS, 10 * MAX_BYTES)
-    Door({"tiny": scorer}, "tiny", limits, metrics, Healthy(), control).add_to(app)
+    app = Application()
+    door_over({"tiny": scorer}, store, metrics, DoorLimits(MAX_BYTES, MAX_EVENTS, 10 * MAX_BYTES)).add_to(app)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://onset") as client:
         yield client
     await scorer.drain(2)

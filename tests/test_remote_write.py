@@ -17,8 +17,6 @@ from fastapi import FastAPI
 from bench.prompb import Sent, body_1, body_2
 from service import otlp
 from service.alerts import decoded
-from service.api import Door
-from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
 from service.events import Event, Result
 from service.intake import DoorLimits
@@ -30,7 +28,7 @@ from service.relabel import read_rules
 from service.remote_write import PATH, RemoteWrite
 from service.samples import Samples
 from service.scorer import Limits, Scorer
-from tests.doors import Healthy, Store
+from tests.doors import Store, door_over
 from tests.tiny import build_tiny
 
 NOW = 1_790_000_000_000
@@ -77,12 +75,8 @@ async def sender(
     metrics, store, ended = Metrics(), Store(), dict[str, float]()
     limits = Limits(max_queue_events=queue, max_streams=MAX_STREAMS, max_future_seconds=10_000)
     scorer = Scorer(detector, Policy(), store, metrics, limits, clock=lambda: NOW / 1000, alerting=True)
-    scorer.start()
-    app = FastAPI()
-    control = Control(Asked(Alpha(1e-3), Strict(False)), None, {detector.name: scorer}, metrics)
-    control.connect(store)
     limit = DoorLimits(max_body_bytes=body, max_batch_events=3000, max_inflight_bytes=1_000_000, max_body_seconds=seconds)
-    door = Door({detector.name: scorer}, detector.name, limit, metrics, Healthy(), control)
+    app, door = FastAPI(), door_over({detector.name: scorer}, store, metrics, limit)
     names = Names(read_rules(relabel) if relabel else (), most=1000)
     receiver = RemoteWrite(door, names, 3000, metrics, [lambda model, ends: ended.update(ends)], grace)
     door.add_post(app, PATH, receiver.post, "remote_write")
