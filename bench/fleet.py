@@ -6,12 +6,11 @@ The sizes of its state and its network count, not its skill.
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from bench.fitting import fit
 from service.artifact import find_artifacts
 from service.asking import SHIPPED_MODELS
 
@@ -45,10 +44,4 @@ def _train(folder: Path) -> None:
         hidden = np.cumsum(rng.normal(size=(ROWS, 3)), axis=0) * 0.05 + np.sin(np.arange(ROWS) / 40)[:, None]
         x = 20 + hidden @ rng.normal(size=(3, FEATURES)) + 0.2 * rng.normal(size=(ROWS, FEATURES))
         np.savez(data / f"line-{i}.npz", train=x, timestamps=1.7e9 + np.arange(ROWS, dtype=np.float64))
-    command = [sys.executable, "-m", "training", "fit", "--data", str(data), "--out", str(folder), "--name", "fleet"]
-    log = folder / "fit.log"
-    with log.open("w") as file:
-        command += ["--steps", str(STEPS), "--keep-network"]
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        raise SystemExit(f"The detector of {FEATURES} features could not be trained; see {log}.")
+    fit(data, folder, "--name", "fleet", "--steps", str(STEPS), "--keep-network", log=folder / "fit.log")

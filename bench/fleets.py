@@ -11,8 +11,6 @@ Everything is learned from, and strict: onset_p against α. What a machine does 
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +19,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from bench.fitting import fit
 from bench.servers import console
 from bench.sets import MINUTE, load
 from service.artifact import find_artifacts
@@ -67,12 +66,8 @@ def fitted(streams: list[Stream], given: list[int], seed: int, steps: int, folde
         for stream, rows in zip(streams, given, strict=True):
             times = BEGIN + np.nancumsum(stream.t[:rows, 0].astype(np.float64))
             np.savez(folder / "rows" / f"{stream.name}.npz", train=stream.x[:rows], timestamps=times)
-        command = [sys.executable, "-m", "training", "fit", "--data", str(folder / "rows"), "--out", str(folder), "--keep-network"]
-        command += ["--name", "fleet", "--seed", str(seed), "--steps", str(steps)]
-        with (folder / "fit.log").open("w") as file:
-            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-        if code:
-            raise SystemExit(f"`training fit` ended with {code}; see {folder / 'fit.log'}.")
+        options = ("--keep-network", "--name", "fleet", "--seed", str(seed), "--steps", str(steps))
+        fit(folder / "rows", folder, *options, log=folder / "fit.log")
     return Detector.load(find_artifacts(folder)[0])
 
 

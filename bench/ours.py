@@ -7,14 +7,13 @@ All that this benchmark knows of the detector is in `fit_and_score`.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from bench.baselines import Answer
+from bench.fitting import fit
 from bench.metrics import Float64
 from bench.sets import MONDAY, Case, DataSet
 from service.artifact import find_artifacts
@@ -22,11 +21,6 @@ from service.asking import SHIPPED_MODELS
 from service.backtest import Scored, Series, score
 from service.detector import Detector
 from service.policy import THRESHOLD, Policy
-
-
-class FitFailed(Exception):
-    """`training fit` made no model; the message says where its words are."""
-
 
 ALPHA = 1e-3
 NEVER = 2**62
@@ -78,15 +72,10 @@ def _fitted(data: DataSet, recipe: Recipe, steps: int, seed: int, folder: Path) 
         np.savez(rows / f"{case.name.replace('/', '-')}.npz", train=case.x[: case.fit], timestamps=seconds)
     for i, x in enumerate(data.history):
         np.savez(rows / f"history-{i}.npz", train=x, timestamps=MONDAY + np.arange(len(x), dtype=np.float64))
-    command = [sys.executable, "-m", "training", "fit", "--data", str(rows), "--out", str(model), "--name", "quality"]
-    command += [argument for i in range(1, data.features if recipe.context else 1) for argument in ("--context", f"f{i}")]
-    command += ["--cell", str(recipe.cell), "--seed", str(seed), "--resume", "--keep-network"]
-    command += ["--waveform", "--steps", str(steps * 9 // 4)] if recipe.waveform else ["--steps", str(steps)]  # 900 for 400: the defaults
-    log = folder / "fit.log"
-    with log.open("w") as file:
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        raise FitFailed(f"`training fit` ended with {code}; {log} ends with: {log.read_text().strip().splitlines()[-1]}")
+    options = ["--name", "quality", "--cell", str(recipe.cell), "--seed", str(seed), "--resume", "--keep-network"]
+    options += [option for i in range(1, data.features if recipe.context else 1) for option in ("--context", f"f{i}")]
+    options += ["--waveform", "--steps", str(steps * 9 // 4)] if recipe.waveform else ["--steps", str(steps)]  # 900 for 400: the defaults
+    fit(rows, model, *options, log=folder / "fit.log")
     return model
 
 

@@ -27,7 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import metrics
 from bench.baselines import BASELINES, SEEDED, Answer, Baseline
-from bench.ours import FitFailed, Recipe, Setting, fit_and_score, recipes
+from bench.fitting import FitFailed
+from bench.ours import Recipe, Setting, fit_and_score, recipes
 from bench.quality_tables import set_table, summary
 from bench.report import JsonFile
 from bench.servers import console

@@ -116,11 +116,6 @@ class Kafka:
         self._admin: admin.AdminClient | None = None
         self._check()
 
-    @property
-    def partitions(self) -> list[str]:
-        """Those that are ours, as far as we know."""
-        return self._partitions.names
-
     async def open(self) -> None:
         producing, shared, consuming = self._configs()
         self._sender = _Sender(producing, asyncio.get_running_loop(), self.bug)

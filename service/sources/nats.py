@@ -87,11 +87,6 @@ class Nats:
         self._releases: set[asyncio.Task[None]] = set()
         self._failing = False
 
-    @property
-    def partitions(self) -> list[str]:
-        """Those that are ours, as far as we know."""
-        return self._partitions.names
-
     async def open(self) -> None:
         self._keeper = asyncio.create_task(self._keep(), name=f"{self.name}-keeper")
 
