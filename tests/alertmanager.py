@@ -1,4 +1,4 @@
-"""A real Alertmanager that notifies a receiver at once."""
+"""A real Alertmanager for tests."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ receivers:
       - url: {url}
         send_resolved: true
 """
+"""Notifies `url` at once."""
 
 
 class Alertmanager(Program):
     """It forgets the alerts when it is killed."""
 
-    def __init__(self, folder: Path, hook: str) -> None:
-        """`hook` = where it notifies."""
+    def __init__(self, folder: Path, config: str) -> None:
         super().__init__(folder)
-        self._hook, self._port = hook, free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
+        self._config = config
+        self.address = f"127.0.0.1:{free_port()}"
+        self.url = f"http://{self.address}"
 
     def _command(self) -> Sequence[str]:
         config = self.folder / "am.yml"
-        config.write_text(CONFIG.format(url=self._hook))
-        listen = [f"--web.listen-address=127.0.0.1:{self._port}", "--cluster.listen-address="]
+        config.write_text(self._config)
+        listen = [f"--web.listen-address={self.address}", "--cluster.listen-address="]
         files = [f"--config.file={config}", f"--storage.path={self.folder / 'data'}"]
         return [program("prometheus-alertmanager", "prometheus-alertmanager"), *files, *listen]
 

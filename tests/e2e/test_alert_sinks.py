@@ -13,7 +13,7 @@ import pytest
 from bench.chaos_alerts import soak
 from bench.receiver import Receiver
 from bench.soak import Plan
-from tests.alertmanager import Alertmanager
+from tests.alertmanager import CONFIG, Alertmanager
 from tests.e2e.process import Service
 from tests.e2e.test_alerts import CALM, NORMAL, STUCK, Sensor, alerts
 from tests.test_sinks import SECRET, verified
@@ -29,7 +29,7 @@ def people() -> Iterator[Receiver]:
 
 @pytest.fixture
 def alertmanager(tmp_path: Path, people: Receiver) -> Iterator[Alertmanager]:
-    with Alertmanager(tmp_path / "alertmanager", people.url) as running:
+    with Alertmanager(tmp_path / "alertmanager", CONFIG.format(url=people.url)) as running:
         yield running
 
 

@@ -7,7 +7,6 @@ import http.server
 import json
 import math
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,14 +21,14 @@ import pytest
 import redis
 import yaml
 
-from bench.servers import free_port
 from monitoring.generate import ROOT
 from monitoring.queries import Found, ask, queries, table, variables
 from monitoring.rules import RULES
 from service.artifact import find_artifacts
 from tests import local
+from tests.alertmanager import Alertmanager
 from tests.e2e.process import Service
-from tests.needs import program
+from tests.prometheus import Prometheus
 from tests.servers import Valkey
 from tests.tiny_log import build_tiny_log
 
@@ -86,26 +85,6 @@ class World:
         """Sum of a metric, as the service tells it."""
         lines = local.get(f"{self.service.url}/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
-
-@contextmanager
-def process(*command: str, ready: str) -> Iterator[None]:
-    """A server, ended by its pid; in `with` once `ready` answers."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def answers() -> bool:
-        assert child.poll() is None, command
-        try:
-            return local.get(ready, timeout=2).is_success
-        except httpx.TransportError:
-            return False
-
-    try:
-        until(answers, ready)
-        yield
-    finally:
-        child.terminate()
-        child.wait(20)
 
 
 @contextmanager
@@ -172,7 +151,7 @@ def traffic(url: str, store: str, faulty: threading.Event) -> Iterator[None]:
             thread.join()
 
 
-def prometheus_config(folder: Path, target: str, alertmanager: str) -> Path:
+def prometheus_config(rules_file: Path, target: str, alertmanager: str) -> str:
     """The one that ships, which looks every second; rules hold for a second where they hold for minutes."""
     config = yaml.safe_load((ROOT / "monitoring/prometheus/prometheus.yml").read_text())
     del config["remote_write"]  # tests/e2e/test_prometheus.py
@@ -184,13 +163,12 @@ def prometheus_config(folder: Path, target: str, alertmanager: str) -> Path:
     rules = yaml.safe_load((ROOT / "monitoring/prometheus/rules.yml").read_text())
     for rule in (rule for group in rules["groups"] for rule in group["rules"]):
         rule["for"] = "1s"
-    (folder / "rules.yml").write_text(yaml.safe_dump(rules))
-    path = folder / "prometheus.yml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    rules_file.write_text(yaml.safe_dump(rules))
+    config["rule_files"] = [str(rules_file)]
+    return yaml.safe_dump(config)
 
 
-def alertmanager_config(folder: Path, hook: str, *, patient: bool = False) -> Path:
+def alertmanager_config(hook: str, *, patient: bool = False) -> str:
     """The one that ships, with a receiver, and without its patience unless it is `patient`."""
     config = yaml.safe_load((ROOT / "monitoring/alertmanager/alertmanager.yml").read_text())
 
@@ -203,9 +181,7 @@ def alertmanager_config(folder: Path, hook: str, *, patient: bool = False) -> Pa
         hasten(config["route"])
     for named in config["receivers"]:
         named["webhook_configs"] = [{"url": hook, "send_resolved": True}]
-    path = folder / "alertmanager.yml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    return yaml.safe_dump(config)
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +189,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("monitoring")
     (folder / "service").mkdir()
     received, faulty = Received(), threading.Event()
-    ports = free_port(), free_port()
-    prometheus, alertmanager = (f"http://127.0.0.1:{port}" for port in ports)
     with (
         Valkey(folder / "store") as store,
+        receiver(received) as hook,
+        Alertmanager(folder / "alertmanager", alertmanager_config(hook)) as alertmanager,
         Service(
             folder / "service/data",
             model=models(folder / "models"),
@@ -225,29 +201,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             STREAM_METRICS="100",
             CANARY_SECONDS="3",
             STREAMS_INPUT="onset:events",
-            ALERTS_ALERTMANAGERS=alertmanager,
+            ALERTS_ALERTMANAGERS=alertmanager.url,
             ALERTS_KEEP_FIRING_SECONDS="1",
             ALERTS_RUNBOOK_URL="https://example.org/runbooks",
         ) as service,
-        receiver(received) as hook,
-        process(
-            program("prometheus-alertmanager", "prometheus-alertmanager"),
-            f"--config.file={alertmanager_config(folder, hook)}",
-            f"--storage.path={folder / 'alertmanager'}",
-            f"--web.listen-address=127.0.0.1:{ports[1]}",
-            "--cluster.listen-address=",
-            ready=f"{alertmanager}/-/ready",
-        ),
-        process(
-            program("prometheus", "prometheus"),
-            f"--config.file={prometheus_config(folder, f'127.0.0.1:{service.port}', f'127.0.0.1:{ports[1]}')}",
-            f"--storage.tsdb.path={folder / 'prometheus'}",
-            f"--web.listen-address=127.0.0.1:{ports[0]}",
-            ready=f"{prometheus}/-/ready",
-        ),
+        Prometheus(
+            folder / "prometheus", prometheus_config(folder / "rules.yml", f"127.0.0.1:{service.port}", alertmanager.address)
+        ) as prometheus,
         traffic(service.url, store.url, faulty),
     ):
-        yield World(service, prometheus, alertmanager, received, faulty)
+        yield World(service, prometheus.url, alertmanager.url, received, faulty)
 
 
 def test_an_anomaly_arrives_at_alertmanager_and_is_resolved_when_it_is_over(world: World) -> None:
@@ -314,19 +277,9 @@ def test_no_rule_complains_about_the_service_itself(world: World) -> None:
 @pytest.fixture(name="told")
 def told_fixture(tmp_path: Path) -> Iterator[tuple[str, Received]]:
     """A patient Alertmanager's address, and what it told."""
-    received, url = Received(), f"http://127.0.0.1:{free_port()}"
-    with (
-        receiver(received) as hook,
-        process(
-            program("prometheus-alertmanager", "prometheus-alertmanager"),
-            f"--config.file={alertmanager_config(tmp_path, hook, patient=True)}",
-            f"--storage.path={tmp_path / 'alertmanager'}",
-            f"--web.listen-address={url.removeprefix('http://')}",
-            "--cluster.listen-address=",
-            ready=f"{url}/-/ready",
-        ),
-    ):
-        yield url, received
+    received = Received()
+    with receiver(received) as hook, Alertmanager(tmp_path / "alertmanager", alertmanager_config(hook, patient=True)) as alertmanager:
+        yield alertmanager.url, received
 
 
 def test_a_hundred_critical_anomalies_at_once_are_one_page(told: tuple[str, Received]) -> None:
