@@ -35,9 +35,7 @@ class Scores:
     contribution: Float32  # [T, B, F]
 
 
-def run_streams(
-    step: StepFunction, state_size: int, x: Float32, t: Float32, alpha: float = 1e-3, on_step: Callable[[], None] = lambda: None
-) -> Scores:
+def run_streams(step: StepFunction, state_size: int, x: Float32, t: Float32, alpha: float = 1e-3) -> Scores:
     """All of x [T, B, F], t [T, B, 3], from fresh states."""
     T, B, F = x.shape
     state, ones = np.zeros((B, state_size), np.float32), np.ones(B, np.float32)
@@ -49,7 +47,6 @@ def run_streams(
         for name, values in answers.items():
             values[i] = getattr(out, name)
         state = out.state
-        on_step()
     return Scores(**answers)
 
 

@@ -4,15 +4,18 @@
     a waveform         `WaveformSignals`  how far the last window lies from what the code gives back, and the forecasts from what came
     several features   `ResidualSignals`  size of the residuals, their slow level, and how unusual they are together
 
-A strength of 0 means: nothing to see. What a strength is worth as a probability is the tail's business, not theirs.
-Shapes: B streams, F features, K signals, M intervals. The batch is the last axis for `MemorySignals`, the first for the others.
+Each judges an event with what was known before it, then learns it. Their `forward` gives strengths, 0 where no feature is present; weights
+of the features for attribution; 1 where a strength counts in the event's p-value and 0 where not, None = all do; and the parts after the
+event. A strength of 0 means: nothing to see. What a strength is worth as a probability is the tail's business, not theirs.
+
+Shapes: B streams, F features, K signals, M intervals: strengths [K, B], weights [F, B], what counts [K, B]. The batch is the last axis for
+`MemorySignals`, the first for the others (`DetectorStep` turns them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,24 +50,6 @@ class Residual:
     scaled: Tensor  # over the stream's scale, within ±SCALED_LIMIT
     z: Tensor  # in asinh units, as the network sees them
     outlook: Outlook | None = None  # a waveform's, after the network has seen this event, [B, ·]
-
-
-class Signals(Protocol):
-    """A head over the residuals. `forward` judges with what was known before the event, then learns it."""
-
-    names: tuple[str, ...]
-    burn: int
-
-    @property
-    def slots(self) -> tuple[Slot, ...]: ...
-
-    def __call__(self, event: Normalised, residual: Residual, parts: Parts, age: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Parts]:
-        """Strengths, 0 where no feature is present; weights of the features for attribution; 1 where a strength counts in the event's
-        p-value and 0 where not, None = all do; the parts after the event.
-
-        [K, B], [F, B] and [K, B], or [B, K] and [B, F] where the batch is first (`DetectorStep` turns them).
-        """
-        ...
 
 
 class MemorySignals(nn.Module):
