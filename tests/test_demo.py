@@ -26,6 +26,7 @@ from service.demo import (
     run,
     verdict,
 )
+from tests.times import wait
 
 
 def result(*, alert: float | None = 0.0, status: str = "ready") -> dict[str, Any]:
@@ -106,10 +107,7 @@ def test_a_disturbance_ends_its_processes_and_removes_its_file(tmp_path: Path) -
     disturbance.start()
     started = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     assert len(started) == (psutil.cpu_count() or 1) + 2
-    deadline = time.monotonic() + 10
-    while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert any(tmp_path.iterdir())
+    wait(lambda: any(tmp_path.iterdir()))
     disturbance.stop()
     assert not any(child.is_running() for child in started)
     assert not any(tmp_path.iterdir())
@@ -120,10 +118,7 @@ def test_a_disturbance_takes_memory_and_gives_it_back(tmp_path: Path) -> None:
     disturbance.start()
     held = disturbance._children[-1]
     least = 0.9 * min(BURST_MEMORY_BYTES, BURST_MEMORY_SHARE * psutil.virtual_memory().available)
-    deadline = time.monotonic() + 20
-    while psutil.Process(held.pid).memory_info().rss < least:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait(lambda: psutil.Process(held.pid).memory_info().rss >= least)
     disturbance.stop()
     assert not psutil.pid_exists(held.pid)
 

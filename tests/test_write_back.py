@@ -26,6 +26,7 @@ from service.scorer import Limits, Scorer
 from service.sinks.remote_write import Target, WriteBack
 from service.stores.memory import MemoryStore
 from tests import local
+from tests.times import until
 
 NOW = 1_790_000_000.0
 Labels = tuple[tuple[str, str], ...]
@@ -98,10 +99,7 @@ class Source:
 
     async def sent(self, events: int) -> None:
         """Returns when all has been dealt with."""
-        deadline = time.monotonic() + 60
-        while self.waiting or self.count("sent") < events:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.02)
+        await until(lambda: not self.waiting and self.count("sent") >= events)
 
 
 @asynccontextmanager

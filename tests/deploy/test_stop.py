@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +10,14 @@ import pytest
 
 from tests import local
 from tests.e2e.process import Service
+from tests.times import wait
 from tests.tiny import build_tiny
 
 STOP_SECONDS = 20
 
 
 def exit_code(service: Service) -> int | None:
-    deadline = time.monotonic() + STOP_SECONDS
-    while service.returncode is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait(lambda: service.returncode is not None, STOP_SECONDS)
     return service.returncode
 
 
@@ -50,19 +48,13 @@ def test_a_request_that_is_being_sent_when_the_service_is_stopped_is_still_answe
 
 
 def wait_until_nobody_new_is_let_in(service: Service) -> None:
-    deadline = time.monotonic() + STOP_SECONDS
-    while service.is_ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait(lambda: not service.is_ready())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads from /proc when the handler is in place")
 def test_a_service_stopped_while_it_starts_ends_with_0_at_once(tmp_path: Path) -> None:
     with Service(tmp_path / "data", model=build_tiny(tmp_path), forked=False, wait=False) as service:
-        deadline = time.monotonic() + STOP_SECONDS
-        while not handles_sigterm(service.pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait(lambda: handles_sigterm(service.pid))
         os.kill(service.pid, signal.SIGTERM)
         assert exit_code(service) == 0
 

@@ -17,6 +17,7 @@ from tests.e2e.process import Service
 from tests.e2e.test_kill import Killer, recorded, send_all, uninterrupted
 from tests.e2e.test_serve import refused
 from tests.servers import Move, ValkeyCluster
+from tests.times import wait
 
 STREAMS, ROUNDS, EACH = 60, 6, 3
 
@@ -146,8 +147,5 @@ def test_a_node_of_a_cluster_without_the_setting_is_said_in_the_log(
 ) -> None:
     url = valkey_cluster.nodes[0].url
     with Service(tmp_path / "data", model=tiny_model_path, wait=False, REDIS_URL=url) as service:
-        deadline = time.monotonic() + 20
-        while "set ONSET_REDIS_CLUSTER=true" not in service.log.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait(lambda: "set ONSET_REDIS_CLUSTER=true" in service.log.read_text())
         assert service.readiness() in (0, 503)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from tests import local
 from tests.e2e.process import Service
 from tests.servers import Valkey
+from tests.times import wait
 
 JSON = {"content-type": "application/json"}
 
@@ -35,10 +35,7 @@ def post(service: Service, value: float, event_id: str) -> httpx.Response:
 
 def becomes_ready(service: Service, ready: bool) -> None:
     """Waits until the service answers, and answers so."""
-    deadline = time.monotonic() + 40
-    while service.readiness() != (200 if ready else 503):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait(lambda: service.readiness() == (200 if ready else 503))
 
 
 def test_readiness_follows_the_store_and_scoring_recovers_without_a_restart(valkey: Valkey, tmp_path: Path, tiny_model_path: Path) -> None:

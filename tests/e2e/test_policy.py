@@ -11,6 +11,7 @@ import numpy as np
 from tests import local
 from tests.e2e.process import Service
 from tests.servers import Valkey
+from tests.times import wait
 
 SECONDS = 5.0
 MARKED = 4.0
@@ -33,11 +34,7 @@ def metric(service: Service, name: str) -> float:
 
 def until(service: Service, alpha: float) -> float:
     """Seconds until the service asks for this rate."""
-    began = time.monotonic()
-    while local.get(f"{service.url}/v1/policy").raise_for_status().json()["alpha"] != alpha:
-        assert time.monotonic() < began + SECONDS
-        time.sleep(0.05)
-    return time.monotonic() - began
+    return wait(lambda: local.get(f"{service.url}/v1/policy").raise_for_status().json()["alpha"] == alpha)
 
 
 def test_a_rate_put_on_one_replica_turns_the_verdicts_of_the_other_and_survives_a_restart_of_both(

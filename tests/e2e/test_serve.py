@@ -89,10 +89,7 @@ def test_the_detector_that_ships_is_ready_within_seconds(tmp_path: Path) -> None
 
 def test_without_its_store_it_says_what_it_waits_for(tmp_path: Path, tiny_model_path: Path) -> None:
     with Service(tmp_path / "data", model=tiny_model_path, wait=False, forked=False, REDIS_URL="redis://127.0.0.1:1") as service:
-        deadline = time.monotonic() + 20
-        while "curl" not in service.log.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait(lambda: "curl" in service.log.read_text())
         assert "Not ready yet: The state store" in service.log.read_text()
 
 
@@ -172,10 +169,7 @@ def test_a_client_that_hangs_up_in_the_middle_hurts_nobody(tmp_path: Path, tiny_
         for _ in range(20):
             with socket.create_connection(("127.0.0.1", service.port)) as half:
                 half.sendall(b"POST /v1/events HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n[")
-        deadline = time.monotonic() + 20
-        while (answer := local.post(f"{service.url}/v1/events", content=b" " * 1_500_000 + b"[]")).status_code != 200:
-            assert time.monotonic() < deadline, answer.text
-            time.sleep(0.05)
+        wait(lambda: local.post(f"{service.url}/v1/events", content=b" " * 1_500_000 + b"[]").status_code == 200)
 
 
 def test_a_client_that_does_not_read_its_reply_is_let_go_and_others_are_answered(tmp_path: Path, tiny_model_path: Path) -> None:

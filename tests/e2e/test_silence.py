@@ -8,6 +8,7 @@ from typing import Any
 
 from tests import local
 from tests.e2e.process import Service
+from tests.times import wait
 
 
 def silences(service: Service) -> float:
@@ -37,10 +38,7 @@ def test_two_replicas_raise_a_silence_once_and_the_next_event_ends_it(tmp_path: 
         for i in range(52):  # one more than the service wants to know, so that a slow machine has no time to fall silent between
             speak((one, two)[i % 2])
             time.sleep(0.02)
-        deadline = time.monotonic() + 30
-        while not silent(two):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait(lambda: silent(two))
         time.sleep(2.5)  # both have swept again
         assert silences(one) + silences(two) == 1
         log = one.log.read_text() + two.log.read_text()
