@@ -54,6 +54,8 @@ SPARE = 128
 """File descriptors for all but clients: the store, sinks, files, what a backtest runs in; half of them for probes and scrapes."""
 TOLD_SECONDS = 60.0
 """That there is no room for connections is told of once in this time."""
+HELD_BYTES, HELD_SECONDS = 16_384, 0.05
+"""A body of so many bytes is waited for so long before its request is begun."""
 AHEAD_REQUESTS = 256
 """That a client may send before the one in front of them is answered: each takes some kB."""
 TOO_LARGE = (
@@ -228,7 +230,8 @@ class Protocol(HttpToolsProtocol):
     _reads = False
     """What came is being parsed."""
     _held: tuple[RequestResponseCycle, Any] | None = None
-    """Begun while that is so: its body may have come with its head."""
+    """Not begun yet: its body may have come with its head, or comes at once."""
+    _patience: asyncio.TimerHandle | None = None
 
     came = 0
     """Bytes in all."""
@@ -254,6 +257,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._drop_held()
         self.unread.end(self)
         if self._answering is not None and not self._answering.response_complete:  # uvicorn tells the last one alone
             self._answering.disconnected = True
@@ -297,8 +301,7 @@ class Protocol(HttpToolsProtocol):
             self.send_400_response("Invalid HTTP request received.")
         self._reads = False
         if self._held is not None:
-            (cycle, app), self._held = self._held, None
-            self._begin(cycle, app)
+            self._begin_held()
         if self._read and self._waits_since is None:
             self._waits_since = self.loop.time()
         if self._read > HEAD_BYTES and not self.transport.is_closing():
@@ -347,9 +350,23 @@ class Protocol(HttpToolsProtocol):
         else:
             super()._start_asgi_task(cycle, app)
 
-    def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:
+    def _begin_held(self, *, late: bool = False) -> None:
+        """Many clients send head and body by themselves: of a small body the rest is waited for, unless it is `late`."""
+        if self._held is None:
+            return
+        cycle, app = self._held
+        if cycle.more_body and not late and not cycle.waiting_for_100_continue and _small(cycle.scope["headers"]):
+            self._patience = self._patience or self.loop.call_later(HELD_SECONDS, partial(self._begin_held, late=True))
+            return
+        self._drop_held()
         if cycle.more_body or self.direct is None or not self.direct(cycle.scope, cycle.body, partial(self._answer, cycle)):
             super()._start_asgi_task(cycle, app)
+
+    def _drop_held(self) -> None:
+        self._held = None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def _answer(self, cycle: RequestResponseCycle, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """What the cycle does of a response that is there as a whole."""
@@ -387,6 +404,11 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
             return
         self._timer = self.loop.call_later(since + self.head_seconds - now, self._look)
+
+
+def _small(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    length = next((value for name, value in headers if name == b"content-length"), b"")
+    return len(length) < 6 and length.isdigit() and int(length) <= HELD_BYTES
 
 
 class Halves:

@@ -64,10 +64,63 @@ async def test_what_is_all_there_is_offered_and_the_rest_is_asgis() -> None:
         assert await answers(reader, 1) == [b"direct"]
         transport.write(post(b"not"))
         assert await answers(reader, 2) == [b"direct", b"asgi.\n"]
+        assert direct.begun == []
+
+
+async def test_a_small_body_that_comes_after_its_head_is_waited_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.writing.HELD_SECONDS", 60.0)
+    direct = Directly()
+    async with connected(protocol(Counting(), Ordinary.room, direct), by_asgi) as (transport, reader):
+        request = post(b"direct")
+        for cut in (3, len(request) - 6, len(request) - 1):
+            transport.write(request[:cut])
+            await asyncio.sleep(0.01)
+            transport.write(request[cut:])
+            await until(lambda: len(direct.begun) == 1 or len(reader.reads) > 0)
+            direct.answer()
+            assert await answers(reader, 1) == [b"direct"]
+            reader.reads.clear()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: 6\r\n",
+        b"Content-Length: 16385\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Content-Length: 6\r\nExpect: 100-continue\r\n",
+    ],
+)
+async def test_one_that_does_not_come_or_is_long_or_waits_to_be_asked_for_is_asgis_to_wait_for(head: bytes) -> None:
+    begun = asyncio.Event()
+
+    async def noting(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.set()
+        await by_asgi(scope, receive, send)
+
+    direct = Directly()
+    async with connected(protocol(Counting(), Ordinary.room, direct), noting) as (transport, reader):
+        transport.write(b"POST /v1/events HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n")
+        await asyncio.wait_for(begun.wait(), 20)
+        if b": 6" in head:
+            transport.write(b"direct")
+            await until(lambda: b"".join(reader.reads).endswith(b"asgi.\n"))
+        assert direct.begun == []
+
+
+async def test_who_leaves_before_the_body_came_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.writing.HELD_SECONDS", 60.0)
+    begun, direct = [], Directly()
+
+    async def noting(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.append(scope)
+
+    async with connected(protocol(Counting(), Ordinary.room, direct), noting) as (transport, _):
         transport.write(post(b"direct")[:-1])
-        await asyncio.sleep(0.05)
-        transport.write(b"t")  # its task has begun by now
-        assert await answers(reader, 3) == [b"direct", b"asgi.\n", b"asgi.\n"]
+        await asyncio.sleep(0.01)
+        transport.abort()
+        await asyncio.sleep(0.2)
+        assert begun == []
         assert direct.begun == []
 
 
