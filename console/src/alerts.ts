@@ -182,7 +182,7 @@ class AlertsView {
     const what = alert.kind === "silence" ? ` · silent for longer than ${duration(Math.ceil(alert.patience ?? 0))} since ${clock(Math.min(alert.started_at, alert.opened_at))}` : ` · began ${clock(alert.started_at)}, `;
     const state =
       alert.status === "resolved"
-        ? `Resolved ${alert.resolved_at ? clock(alert.resolved_at) : ""}: ${WORDS[alert.resolution ?? ""] ?? alert.resolution ?? ""}${alert.resolved_at ? `, after ${duration(alert.resolved_at - alert.opened_at)}` : ""}`
+        ? `Resolved ${alert.resolved_at ? clock(alert.resolved_at) : ""}: ${WORDS[alert.resolution ?? ""] ?? alert.resolution ?? ""}${alert.resolved_at ? `, after ${duration(lasted(alert, alert.resolved_at))}` : ""}`
         : alert.acknowledgement
           ? `Acknowledged ${clock(alert.acknowledgement.at)} by ${alert.acknowledgement.by || "someone"}${alert.acknowledgement.note ? `: ${alert.acknowledgement.note}` : ""}`
           : "";
@@ -223,6 +223,11 @@ class AlertsView {
     document.body.append(dialog);
     dialog.showModal();
   }
+}
+
+/** In seconds: of an anomaly by the events' own time, since a sender may bring all of it at once. */
+function lasted(alert: Alert, resolved: number): number {
+  return alert.kind === "anomaly" && alert.last ? alert.last.timestamp - alert.started_at : resolved - alert.opened_at;
 }
 
 /** Whether a value lies where it was expected: what is unusual is then how it got there, or that it does not move. */

@@ -568,6 +568,7 @@ def test_the_link_of_an_alert_opens_this_one_alone_whatever_became_of_it_and_its
             local.post(f"{running.url}/v1/streams/a/2/accept").raise_for_status()
             page.goto(linked)
             expect(page.locator(".alert")).to_contain_text("Resolved")
+            expect(page.locator(".alert")).to_contain_text("after 1 min")  # of the events' own time: they all came at once
             page.get_by_role("button", name="Open").click()
             expect(page.locator(".alert")).to_have_count(2)
             page.goto(f"{running.url}/?alert={'0' * 28}")
