@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -70,16 +70,13 @@ class Queue:
         entries = await self.client.xrange("onset:dead-letters")
         return [{name.decode(): value.decode(errors="replace") for name, value in fields.items()} for _, fields in entries]
 
-    async def until(self, true: Callable[[], Any], seconds: float = 30) -> None:
-        await until(true, seconds)
-
-    async def empty(self, *keys: str, seconds: float = 30) -> None:
+    async def empty(self, *keys: str) -> None:
         """Wait until all entries are acknowledged, and so deleted."""
 
         async def gone() -> bool:
             return not any([await self.client.xlen(key) for key in keys or ("onset:events",)])
 
-        await self.until(gone, seconds)
+        await until(gone)
 
 
 @asynccontextmanager

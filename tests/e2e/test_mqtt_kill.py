@@ -15,9 +15,9 @@ from tests import local
 from tests.brokers import Mosquitto
 from tests.buses import Plant
 from tests.e2e.process import Service
-from tests.queues import queue
 from tests.rigs import each_once
 from tests.servers import Valkey
+from tests.times import until
 
 STREAMS, NUMBERS, KILLS = 12, 150, 3
 
@@ -49,18 +49,17 @@ async def test_replicas_that_are_killed_under_way_leave_every_number_scored_once
         plant = stack.enter_context(Plant(mosquitto, "kill-plant", "kill/out/#"))
         for replica in replicas:
             await asyncio.to_thread(replica.wait_ready)
-        async with queue(server.url) as q:
-            await q.until(lambda: any(map(_connected, replicas)))
-            for i in range(NUMBERS):
-                mids = [plant.publish(f"kill/in/{stream}", numbers[i]) for stream, numbers in sent.items()]
-                if i % (NUMBERS // KILLS) == 10:
-                    await q.until(lambda: any(map(_connected, replicas)))
-                    await asyncio.sleep(rng.uniform(0, 0.05))
-                    victim = next((replica for replica in replicas if _connected(replica)), replicas[0])
-                    victim.kill()
-                    victim.start()
-            await plant.wait(mids)
-            await q.until(lambda: len(each_once(plant.results("kill/out"))) >= STREAMS * NUMBERS, 60)
+        await until(lambda: any(map(_connected, replicas)))
+        for i in range(NUMBERS):
+            mids = [plant.publish(f"kill/in/{stream}", numbers[i]) for stream, numbers in sent.items()]
+            if i % (NUMBERS // KILLS) == 10:
+                await until(lambda: any(map(_connected, replicas)))
+                await asyncio.sleep(rng.uniform(0, 0.05))
+                victim = next((replica for replica in replicas if _connected(replica)), replicas[0])
+                victim.kill()
+                victim.start()
+        await plant.wait(mids)
+        await until(lambda: len(each_once(plant.results("kill/out"))) >= STREAMS * NUMBERS)
         results = each_once(plant.results("kill/out"))
     for stream, numbers in sent.items():
         mine = [result for result in results if result.stream_id == stream]

@@ -28,8 +28,9 @@ from service.sources.amqp import Amqp
 from service.sources.options import AmqpSource
 from tests.brokers import RabbitMQ
 from tests.buses import AmqpRig, Replicas, amqp_rig, message, metric, outcomes
-from tests.queues import Queue, in_order, queue, recorded, uninterrupted
+from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import each_once
+from tests.times import until
 
 
 @pytest.fixture
@@ -38,28 +39,22 @@ async def rig(rabbitmq: RabbitMQ, empty_server: str) -> AsyncIterator[AmqpRig]:
         yield made
 
 
-@pytest.fixture
-async def q(empty_server: str) -> AsyncIterator[Queue]:
-    async with queue(empty_server) as opened:
-        yield opened
-
-
 def done(service: Service, count: int) -> bool:
     return metric(service, "source_acknowledged_total", "amqp") >= count
 
 
-async def consuming(q: Queue, *services: Service, queues: int = 3) -> None:
-    await q.until(lambda: sum(metric(service, "source_partitions", "amqp") for service in services) == queues)
+async def consuming(*services: Service, queues: int = 3) -> None:
+    await until(lambda: sum(metric(service, "source_partitions", "amqp") for service in services) == queues)
 
 
 async def test_a_result_and_a_dead_letter_say_in_their_properties_what_they_are_of(
-    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack
 ) -> None:
     service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | {"queues": rig.queues[:1]}).start()
-    await consuming(q, service, queues=1)
+    await consuming(service, queues=1)
     await rig.send(message({"stream_id": "s0", "values": {"value": 1.0}}))
     await rig.send(message(b"nonsense", headers={"batch": 7}, content_type="text/plain", message_id="bad"))
-    await q.until(partial(done, service, 2))
+    await until(partial(done, service, 2))
     [result] = await rig.sent_results()
     named = f"tiny/1/s0/1/{json.loads(result.body)['timestamp']}"
     assert (result.routing_key, result.message_id, result.headers) == ("s0", named, {"stream_id": "s0"})
@@ -70,53 +65,51 @@ async def test_a_result_and_a_dead_letter_say_in_their_properties_what_they_are_
 
 
 async def test_a_message_has_its_identity_from_its_id_and_its_time_from_its_timestamp(
-    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack
 ) -> None:
     service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | {"queues": rig.queues[:1]}).start()
-    await consuming(q, service, queues=1)
+    await consuming(service, queues=1)
     event = {"stream_id": "s0", "values": {"value": 1.0}}
     at = datetime(2026, 11, 26, 4, tzinfo=UTC)
     await rig.send(message(event, message_id="a", timestamp=at), message(event, message_id="b", timestamp=at))
     await rig.send(message(event, message_id="a", timestamp=at), message(event | {"event_id": "own"}, message_id="c"))
-    await q.until(partial(done, service, 4))
+    await until(partial(done, service, 4))
     assert outcomes(service, "amqp") == {"scored": 3, "duplicate": 1}
     results = each_once(await rig.results())
     assert [result.event_id for result in results] == ["a", "b", "own"]
     assert [result.timestamp for result in results][:2] == [at.timestamp()] * 2
 
 
-async def test_binary_cloudevents_have_their_attributes_in_headers(
-    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
-) -> None:
+async def test_binary_cloudevents_have_their_attributes_in_headers(rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack) -> None:
     source = rig.declared | {"queues": rig.queues[:1], "payload": {"format": "cloudevents"}}
     service = await Replicas(rig.store, tiny_model_path, stack, source).start()
-    await consuming(q, service, queues=1)
+    await consuming(service, queues=1)
     about = {"specversion": "1.0", "source": "/plc/7", "type": "reading", "subject": "pump", "id": "x"}
     time = datetime(2026, 11, 26, 4, tzinfo=UTC)
     for prefix in ("cloudEvents:", "cloudEvents_"):
         headers: Any = {f"{prefix}{name}": value for name, value in about.items()} | {f"{prefix}time": time}
         await rig.send(message({"values": {"value": 1.5}}, content_type="application/json", headers=headers))
-    await q.until(partial(done, service, 2))
+    await until(partial(done, service, 2))
     assert outcomes(service, "amqp") == {"scored": 1, "duplicate": 1}
     [result] = each_once(await rig.results())
     assert (result.stream_id, result.event_id) == ("pump", "/plc/7 x")
 
 
-async def test_the_broker_keeps_what_is_beyond_two_batches(rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue) -> None:
+async def test_the_broker_keeps_what_is_beyond_two_batches(rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack) -> None:
     service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | {"batch": 50}).start(max_queue_events=1)
-    await consuming(q, service)
+    await consuming(service)
     [scorer] = service.scorers.values()
     scorer._held = True
     await rig.put(*recorded(600, 1))
-    await q.until(lambda: metric(service, "source_lag", "amqp") == 600)
+    await until(lambda: metric(service, "source_lag", "amqp") == 600)
     assert await service.ready() is None
     assert await rig.depth("in.0") + await rig.depth("in.1") + await rig.depth("in.2") >= 500
     scorer._held = False
-    await q.until(partial(done, service, 600))
+    await until(partial(done, service, 600))
 
 
 async def test_replicas_stand_in_line_at_a_queue_with_a_single_active_consumer(
-    rig: AmqpRig, tiny_model_path: Path, tiny_detector: Detector, stack: AsyncExitStack, q: Queue
+    rig: AmqpRig, tiny_model_path: Path, tiny_detector: Detector, stack: AsyncExitStack
 ) -> None:
     events = recorded(60, 10)
     queues = [f"{rig.name}.line.{i}" for i in range(rig.partitions)]
@@ -124,15 +117,15 @@ async def test_replicas_stand_in_line_at_a_queue_with_a_single_active_consumer(
     rig.queues[:] = queues
     async with AsyncExitStack() as first_stack:
         first = await Replicas(rig.store, tiny_model_path, first_stack, source).start()
-        await consuming(q, first)
+        await consuming(first)
         second = await Replicas(rig.store, tiny_model_path, stack, source).start()
         await rig.put(*events[:300])
-        await q.until(lambda: outcomes(first, "amqp").get("scored", 0) > 100)
+        await until(lambda: outcomes(first, "amqp").get("scored", 0) > 100)
         leaving = asyncio.create_task(first_stack.aclose())
         await rig.put(*events[300:])
         await leaving
-    await consuming(q, second)
-    await q.until(rig.drained)
+    await consuming(second)
+    await until(rig.drained)
     assert in_order(each_once(await rig.results())) == await uninterrupted(tiny_detector, events)
 
 
@@ -144,7 +137,7 @@ class Dying(Amqp):
 
 
 async def test_what_has_no_time_is_known_by_its_id_when_it_is_delivered_again_after_a_crash(
-    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack
 ) -> None:
     own = {"queues": rig.queues[:1]}
     [declared] = options.read(json.dumps([rig.declared | own]))
@@ -156,13 +149,13 @@ async def test_what_has_no_time_is_known_by_its_id_when_it_is_delivered_again_af
         dying = Dying(declared, metrics)
         consumer = Consumer(dying, service.scorers["tiny"], metrics, Mapper(declared.payload, max_events=100), fuse=1)
         await consumer.start()
-        await q.until(lambda: metrics.registry.get_sample_value("onset_source_partitions", {"source": "amqp"}) == 1)
+        await until(lambda: metrics.registry.get_sample_value("onset_source_partitions", {"source": "amqp"}) == 1)
         await rig.put(*events, partition=0)
-        await q.until(lambda: metrics.registry.get_sample_value("onset_events_total", {"door": "amqp", "outcome": "scored"}))
-        await q.until(rig.sent_results)  # they are out, and nothing is acknowledged
+        await until(lambda: metrics.registry.get_sample_value("onset_events_total", {"door": "amqp", "outcome": "scored"}))
+        await until(rig.sent_results)  # they are out, and nothing is acknowledged
         await consumer.stop(0)
     service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | own).start()
-    await q.until(partial(done, service, 40))
+    await until(partial(done, service, 40))
     assert outcomes(service, "amqp").get("duplicate", 0) > 0
     results = each_once(await rig.results())
     assert len(results) == 40
@@ -171,18 +164,18 @@ async def test_what_has_no_time_is_known_by_its_id_when_it_is_delivered_again_af
         assert got == pytest.approx([event["values"]["value"] for event in values])
 
 
-async def test_a_queue_is_made_and_bound_where_it_is_missing(rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue) -> None:
+async def test_a_queue_is_made_and_bound_where_it_is_missing(rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack) -> None:
     source = rig.declared | {"queues": [f"{rig.name}.made"], "exchange": "amq.topic", "binding_keys": [f"{rig.name}.#"]}
     service = await Replicas(rig.store, tiny_model_path, stack, source).start()
-    await consuming(q, service, queues=1)
+    await consuming(service, queues=1)
     async with rig.connection.channel() as channel:
         exchange = await channel.get_exchange("amq.topic", ensure=False)
         await exchange.publish(message({"stream_id": "s0", "values": {"value": 1}}), f"{rig.name}.line.7")
-    await q.until(partial(done, service, 1))
+    await until(partial(done, service, 1))
 
 
 async def test_a_queue_is_not_made_before_the_exchange_that_it_is_to_be_bound_to(
-    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack
 ) -> None:
     named, host = f"{rig.name}.late", rig.declared["url"].rstrip("/").rpartition("@")[2]
     source = rig.declared | {"queues": [named], "exchange": named, "binding_keys": ["#"]}
@@ -193,56 +186,52 @@ async def test_a_queue_is_not_made_before_the_exchange_that_it_is_to_be_bound_to
         def told(part: str) -> bool:
             return any(part in line["error"] for line in logs if line["event"] == "amqp_unavailable")
 
-        await q.until(lambda: told(f"no exchange '{named}'"))
-        await q.until(lambda: told(f"{host} refuses the virtual host 'none/such'"))
+        await until(lambda: told(f"no exchange '{named}'"))
+        await until(lambda: told(f"{host} refuses the virtual host 'none/such'"))
     async with rig.connection.channel() as channel:
         exchange = await channel.declare_exchange(named, "topic")
-        await consuming(q, service, queues=1)
+        await consuming(service, queues=1)
         await exchange.publish(message({"stream_id": "s0", "values": {"value": 1}}), "line.7")
-    await q.until(partial(done, service, 1))
+    await until(partial(done, service, 1))
 
 
-async def test_a_queue_that_cannot_be_bound_is_not_left_behind(
-    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
-) -> None:
+async def test_a_queue_that_cannot_be_bound_is_not_left_behind(rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack) -> None:
     source = rig.declared | {"queues": [f"{rig.name}.unbound"], "exchange": "amq.topic", "binding_keys": [f"{rig.name}.#"]}
     source["url"] = await asyncio.to_thread(rig.broker.add_user, rig.name)
     await asyncio.to_thread(rig.broker.permit, rig.name, read=f"^{rig.name}")
     with capture_logs() as logs:
         service = await Replicas(rig.store, tiny_model_path, stack, source).start()
-        await q.until(lambda: any("amq.topic" in line["error"] for line in logs if line["event"] == "amqp_unavailable"))
+        await until(lambda: any("amq.topic" in line["error"] for line in logs if line["event"] == "amqp_unavailable"))
         await asyncio.to_thread(rig.broker.permit, rig.name, read=".*")
-        await consuming(q, service, queues=1)
+        await consuming(service, queues=1)
     async with rig.connection.channel() as channel:
         exchange = await channel.get_exchange("amq.topic", ensure=False)
         await exchange.publish(message({"stream_id": "s0", "values": {"value": 1}}), f"{rig.name}.line.7")
-    await q.until(partial(done, service, 1))
+    await until(partial(done, service, 1))
 
 
-async def test_dead_letters_that_no_queue_takes_are_not_acknowledged(
-    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
-) -> None:
+async def test_dead_letters_that_no_queue_takes_are_not_acknowledged(rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack) -> None:
     service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | {"queues": rig.queues[:1]}).start()
-    await consuming(q, service, queues=1)
+    await consuming(service, queues=1)
     async with rig.connection.channel() as channel:
         await channel.queue_delete(f"{rig.name}.dead")
     await rig.send(message(b"nonsense"))
-    await q.until(lambda: metric(service, "source_received_total", "amqp") == 1)
+    await until(lambda: metric(service, "source_received_total", "amqp") == 1)
     await asyncio.sleep(0.3)
     assert not done(service, 1)
     async with rig.connection.channel() as channel:
         await channel.declare_queue(f"{rig.name}.dead", durable=True)
-    await q.until(partial(done, service, 1))
+    await until(partial(done, service, 1))
     assert [letter.body for letter in await rig.letters()] == [b"nonsense"]
 
 
-async def test_the_question_for_the_depth_may_be_given_up_without_losing_the_consumer(rig: AmqpRig, q: Queue) -> None:
+async def test_the_question_for_the_depth_may_be_given_up_without_losing_the_consumer(rig: AmqpRig) -> None:
     [declared] = options.read(json.dumps([rig.declared | {"queues": rig.queues[:1]}]))
     assert isinstance(declared, AmqpSource)
     source = Amqp(declared, Metrics())
     await source.open()
     try:
-        await q.until(lambda: source.metrics.registry.get_sample_value("onset_source_partitions", {"source": "amqp"}) == 1)
+        await until(lambda: source.metrics.registry.get_sample_value("onset_source_partitions", {"source": "amqp"}) == 1)
         await rig.put({"stream_id": "s0", "values": {"value": 1.0}}, partition=0)
         batch = await source.receive()
         for turns in range(20):
@@ -257,7 +246,7 @@ async def test_the_question_for_the_depth_may_be_given_up_without_losing_the_con
         await source.close()
 
 
-async def test_a_connection_that_ends_amid_a_publication_is_no_bug(rig: AmqpRig, q: Queue) -> None:
+async def test_a_connection_that_ends_amid_a_publication_is_no_bug(rig: AmqpRig) -> None:
     [declared] = options.read(json.dumps([rig.declared | {"queues": rig.queues[:1]}]))
     assert isinstance(declared, AmqpSource)
     await rig.put({"stream_id": "s0", "values": {"value": 1.0}}, partition=0)

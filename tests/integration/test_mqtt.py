@@ -20,6 +20,7 @@ from service.sources.options import MqttSource
 from tests.brokers import Mosquitto
 from tests.buses import MqttRig, Plant, Replicas, metric, mqtt_rig, outcomes
 from tests.queues import Queue, queue
+from tests.times import until
 
 
 @pytest.fixture
@@ -34,19 +35,19 @@ async def q(empty_server: str) -> AsyncIterator[Queue]:
         yield opened
 
 
-async def connected(q: Queue, *services: Any) -> None:
+async def connected(*services: Any) -> None:
     """Until one of them has the session."""
-    await q.until(lambda: sum(metric(service, "source_partitions", "mqtt") for service in services) == 1)
+    await until(lambda: sum(metric(service, "source_partitions", "mqtt") for service in services) == 1)
 
 
 async def test_a_result_and_a_dead_letter_say_in_user_properties_what_they_are_of(
-    rig: MqttRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+    rig: MqttRig, tiny_model_path: Path, stack: AsyncExitStack
 ) -> None:
     service = await Replicas(rig.store, tiny_model_path, stack, rig.declared).start()
-    await connected(q, service)
+    await connected(service)
     rig.plant.publish(f"{rig.name}/in/a", {"values": {"value": 1.0}})
     rig.plant.publish(f"{rig.name}/in/a", b"nonsense", content_type="text/plain", batch="7")
-    await q.until(lambda: len(rig.plant.on(f"{rig.name}/out")) == 2)
+    await until(lambda: len(rig.plant.on(f"{rig.name}/out")) == 2)
     [result] = rig.plant.on(f"{rig.name}/out/results/{rig.name}/in/a")
     named = f"tiny/1/{rig.name}/in/a/1/{json.loads(result.content)['timestamp']}"
     assert (result.properties, result.content_type) == (
@@ -59,33 +60,33 @@ async def test_a_result_and_a_dead_letter_say_in_user_properties_what_they_are_o
 
 
 async def test_numbers_by_themselves_are_streams_by_topic_and_retained_ones_are_no_events(
-    rig: MqttRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+    rig: MqttRig, tiny_model_path: Path, stack: AsyncExitStack
 ) -> None:
     topic = f"{rig.name}/in/line-1/pump/temperature"
     own = {"session": f"{rig.name}-new"}  # one that does not know the topics yet, or what is retained would be a message to it
     await rig.plant.wait([rig.plant.publish(topic, b"99", retain=True)])
     number = {"format": "number", "topic": f"{rig.name}/in/{{line}}/{{machine}}/+", "stream_id": "{line}:{machine}"}
     service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | own | {"payload": number}).start()
-    await connected(q, service)
+    await connected(service)
     await asyncio.sleep(0.2)  # what is retained would come now
     await rig.plant.publish_all([(topic, 20.5 + i % 2) for i in range(20)])
     rig.plant.publish(topic, b" 21 ", qos=0)
-    await q.until(lambda: outcomes(service, "mqtt") == {"scored": 21})
+    await until(lambda: outcomes(service, "mqtt") == {"scored": 21})
     result = await service.scorers["tiny"].streams.last("line-1:pump")
     assert (result.state_version, result.contributors[0].actual) == (21, 21)
     assert result.event_id is None
 
 
 async def test_binary_cloudevents_have_their_attributes_in_user_properties(
-    rig: MqttRig, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+    rig: MqttRig, tiny_model_path: Path, stack: AsyncExitStack
 ) -> None:
     service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | {"payload": {"format": "cloudevents"}}).start()
-    await connected(q, service)
+    await connected(service)
     about: dict[str, Any] = {"specversion": "1.0", "source": "/plc/7", "type": "reading", "subject": "pump", "time": "2026-11-26T04:00:00Z"}
     for id_ in ("a", "b", "a"):
         rig.plant.publish(f"{rig.name}/in/x", {"values": {"value": 1.5}}, content_type="application/json", id=id_, **about)
-    await q.until(lambda: outcomes(service, "mqtt") == {"scored": 2, "duplicate": 1})
-    await q.until(lambda: len(rig.plant.on(f"{rig.name}/out/results/pump")) >= 2)
+    await until(lambda: outcomes(service, "mqtt") == {"scored": 2, "duplicate": 1})
+    await until(lambda: len(rig.plant.on(f"{rig.name}/out/results/pump")) >= 2)
     assert [result.event_id for result in await rig.results()][:2] == ["/plc/7 a", "/plc/7 b"]
 
 
@@ -94,21 +95,21 @@ async def test_a_replica_that_was_taken_for_dead_scores_nothing_twice(
 ) -> None:
     source = rig.declared | {"payload": {"format": "number"}, "batch": 20, "lease_seconds": 0.6}
     service = await Replicas(rig.store, tiny_model_path, stack, source).start()
-    await connected(q, service)
+    await connected(service)
     [lease] = [key async for key in q.client.scan_iter("onset:*=mqtt/*")]
     for _ in range(3):
         await rig.plant.publish_all([(f"{rig.name}/in/same", 1.5)] * 200)
         await q.client.set(lease, "another", px=1500)  # a stall, seen from outside
-        await q.until(lambda: metric(service, "source_partitions", "mqtt") == 0)
-    await q.until(lambda: metric(service, "source_partitions", "mqtt") == 1)
+        await until(lambda: metric(service, "source_partitions", "mqtt") == 0)
+    await until(lambda: metric(service, "source_partitions", "mqtt") == 1)
     assert metric(service, "source_fenced_total", "mqtt") >= 1
-    await q.until(lambda: outcomes(service, "mqtt").get("scored", 0) == 600)
+    await until(lambda: outcomes(service, "mqtt").get("scored", 0) == 600)
     await asyncio.sleep(0.3)
     assert (await service.scorers["tiny"].streams.last(f"{rig.name}/in/same")).state_version == 600
 
 
 async def test_a_broker_that_is_not_there_yet_is_waited_for(
-    tmp_path: Path, empty_server: str, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+    tmp_path: Path, empty_server: str, tiny_model_path: Path, stack: AsyncExitStack
 ) -> None:
     broker = Mosquitto(tmp_path / "own")
     source = {"type": "mqtt", "url": broker.url, "topics": ["in/#"], "output": "out/results", "dead_letters": "out/dead"}
@@ -116,22 +117,22 @@ async def test_a_broker_that_is_not_there_yet_is_waited_for(
     await asyncio.sleep(0.3)
     assert await service.ready() is None
     with broker:
-        await connected(q, service)
+        await connected(service)
         with Plant(broker, "plant", "out/#") as plant:
             await plant.publish_all([("in/a", {"values": {"value": 1}})])
-            await q.until(lambda: outcomes(service, "mqtt") == {"scored": 1})
+            await until(lambda: outcomes(service, "mqtt") == {"scored": 1})
 
 
 async def test_over_tls_and_with_a_password_and_without_it_refused_by_name(
-    tmp_path: Path, empty_server: str, tiny_model_path: Path, stack: AsyncExitStack, q: Queue, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, empty_server: str, tiny_model_path: Path, stack: AsyncExitStack, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Mosquitto(tmp_path / "own", secure=True) as broker:
         async with mqtt_rig(broker, empty_server) as rig:
             source = rig.declared | {"tls_ca": str(broker.ca)}
             service = await Replicas(empty_server, tiny_model_path, stack, source).start()
-            await connected(q, service)
+            await connected(service)
             await rig.put(*({"stream_id": f"s{i % 50}", "values": {"value": i}} for i in range(300)))
-            await q.until(rig.drained)
+            await until(rig.drained)
         wrong = source | {"url": broker.url.replace("plant:", "other:"), "name": "wrong", "session": "wrong"}
         await Replicas(empty_server, tiny_model_path, stack, wrong).start()
         said = ""
@@ -221,14 +222,14 @@ async def test_a_new_session_at_the_broker_makes_the_notes_of_the_old_one_void()
 
 
 async def test_a_message_that_leaves_no_room_for_a_reason_is_a_dead_letter_without_its_content(
-    empty_server: str, tmp_path: Path, tiny_model_path: Path, stack: AsyncExitStack, q: Queue
+    empty_server: str, tmp_path: Path, tiny_model_path: Path, stack: AsyncExitStack
 ) -> None:
     broker = stack.enter_context(Mosquitto(tmp_path / "small", options=["max_packet_size 2000"]))
     rig = await stack.enter_async_context(mqtt_rig(broker, empty_server))
     service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | {"fuse": 1}).start()
-    await connected(q, service)
+    await connected(service)
     rig.plant.publish(f"{rig.name}/in/a", b"x" * 1900)
     rig.plant.publish(f"{rig.name}/in/a", {"values": {"value": 1.0}})
-    await q.until(lambda: len(rig.plant.on(f"{rig.name}/out")) == 2)
+    await until(lambda: len(rig.plant.on(f"{rig.name}/out")) == 2)
     [letter] = rig.plant.on(f"{rig.name}/out/dead")
     assert (letter.content, letter.properties["onset_omitted_bytes"]) == (b"", "1900")

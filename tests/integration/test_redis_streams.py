@@ -27,6 +27,7 @@ from service.sources.options import Payload, RedisStreamsSource
 from service.sources.redis_streams import Keys, RedisStreams
 from tests.queues import Queue, in_order, queue, recorded, uninterrupted
 from tests.servers import Valkey
+from tests.times import until
 
 KEY = "onset:events"
 
@@ -78,10 +79,10 @@ async def test_what_comes_out_is_what_rest_answers_in_each_streams_order_and_the
     for name in {event["stream_id"] for event in events}:
         versions = [result.state_version for result in results if result.stream_id == name]
         assert versions == list(range(1, 61))
-    await q.until(lambda: outcomes(service) == {"scored": 1200})
-    await q.until(lambda: metric(service, "source_received_total") == metric(service, "source_acknowledged_total") == 1200)
+    await until(lambda: outcomes(service) == {"scored": 1200})
+    await until(lambda: metric(service, "source_received_total") == metric(service, "source_acknowledged_total") == 1200)
     assert metric(service, "source_partitions") == 1
-    await q.until(lambda: metric(service, "source_lag") == 0)
+    await until(lambda: metric(service, "source_lag") == 0)
     assert (await q.client.xpending(KEY, "onset"))["pending"] == 0
 
 
@@ -140,8 +141,8 @@ async def test_what_cannot_be_used_is_a_dead_letter_with_the_reason_and_its_neig
     assert [letter.get("onset_index") for letter in dead if letter["onset_entry"] == ids[2].decode()] == ["1"]
     assert [letter["event"] for letter in dead if letter["onset_entry"] == ids[0].decode()] == ["nonsense"]
     assert [result.state_version for result in await q.results()] == list(range(1, 23))
-    await q.until(lambda: metric(service, "source_dead_lettered_total") == 6)
-    await q.until(lambda: outcomes(service) == {"scored": 22, "rejected": 6})
+    await until(lambda: metric(service, "source_dead_lettered_total") == 6)
+    await until(lambda: outcomes(service) == {"scored": 22, "rejected": 6})
 
 
 async def test_two_declared_sources_are_read_each_by_its_own_mapping(replicas: Replicas, q: Queue) -> None:
@@ -155,8 +156,8 @@ async def test_two_declared_sources_are_read_each_by_its_own_mapping(replicas: R
     assert found["7/t1"] == 1_700_000_000.5
     assert set(found) == {"7/t1", "plain"}
     assert [letter["onset_field"] for letter in await q.dead()] == ["sensor"]
-    await q.until(lambda: metric(service, "source_acknowledged_total", source="mapped") == 2)
-    await q.until(lambda: metric(service, "source_acknowledged_total") == 1)
+    await until(lambda: metric(service, "source_acknowledged_total", source="mapped") == 2)
+    await until(lambda: metric(service, "source_acknowledged_total") == 1)
 
 
 async def test_an_id_that_no_position_can_hold_is_a_dead_letter(replicas: Replicas, q: Queue) -> None:
@@ -192,16 +193,16 @@ async def test_late_events_are_reported_and_repeated_ids_only_acknowledged(repli
         ("y", False, False),
         ("late", True, False),
     ]
-    await q.until(lambda: outcomes(service) == {"scored": 2, "duplicate": 1, "late": 1})
+    await until(lambda: outcomes(service) == {"scored": 2, "duplicate": 1, "late": 1})
 
 
 async def test_acknowledged_entries_stay_where_another_group_reads_them(replicas: Replicas, q: Queue) -> None:
     service = await replicas.start(streams_keep=True)
     await q.add(*recorded(5, 2))
-    await q.until(lambda: metric(service, "source_acknowledged_total") == 10)
+    await until(lambda: metric(service, "source_acknowledged_total") == 10)
     assert await q.client.xlen(KEY) == 10
     assert (await q.client.xpending(KEY, "onset"))["pending"] == 0
-    await q.until(lambda: metric(service, "source_lag") == 0)
+    await until(lambda: metric(service, "source_lag") == 0)
 
 
 async def test_replicas_share_the_partitions_and_one_that_stops_hands_its_over_at_once(
@@ -212,18 +213,18 @@ async def test_replicas_share_the_partitions_and_one_that_stops_hands_its_over_a
     events = recorded(30, 25)
     async with AsyncExitStack() as stack, AsyncExitStack() as first_stack:
         first = await Replicas(empty_server, tiny_model_path, first_stack).start(**settings)
-        await q.until(lambda: metric(first, "source_partitions") == 5)
+        await until(lambda: metric(first, "source_partitions") == 5)
         second = await Replicas(empty_server, tiny_model_path, stack).start(**settings)
-        await q.until(lambda: {metric(first, "source_partitions"), metric(second, "source_partitions")} == {2, 3})
+        await until(lambda: {metric(first, "source_partitions"), metric(second, "source_partitions")} == {2, 3})
         for i in range(0, len(events), 50):
             for event in events[i : i + 50]:
                 await q.add(event, key=keys[int(event["stream_id"][1:]) % 5])
             if i == 300:
                 await first_stack.aclose()
-        await q.until(lambda: metric(second, "source_partitions") == 5)
+        await until(lambda: metric(second, "source_partitions") == 5)
         await q.empty(*keys)
         assert metric(first, "source_acknowledged_total") > 0
-        await q.until(lambda: sum(metric(each, "source_acknowledged_total") for each in (first, second)) >= len(events))
+        await until(lambda: sum(metric(each, "source_acknowledged_total") for each in (first, second)) >= len(events))
     assert in_order(await q.results()) == await uninterrupted(tiny_detector, events)
 
 
@@ -252,14 +253,14 @@ async def test_events_that_were_committed_but_not_acknowledged_are_not_scored_ag
         await Replicas(replicas._url, replicas._model, stack).start(streams_keep=True)
         await q.client.xadd(KEY, {"event": json.dumps(events[:60])})
         await q.add(*events[60:])
-        await q.until(_acknowledged(q))
+        await until(_acknowledged(q))
     before = await q.results()
     [first, *_] = [entry for entry, _ in await q.client.xrange(KEY)]
     await q.client.xgroup_setid(KEY, "onset", "0")  # everything is delivered again, as after a lost acknowledgement
     service = await replicas.start()
     await q.empty()
     assert await q.results() == before
-    await q.until(lambda: outcomes(service) == {"duplicate": 80})
+    await until(lambda: outcomes(service) == {"duplicate": 80})
     assert first
 
 
@@ -300,7 +301,7 @@ async def test_who_lost_a_lease_can_neither_read_nor_commit_nor_settle(replicas:
 
 async def test_an_owner_that_was_taken_for_dead_gets_its_entries_back_with_a_new_lease(replicas: Replicas, q: Queue) -> None:
     service = await replicas.start(streams_lease_seconds=0.6)
-    await q.until(lambda: metric(service, "source_partitions") == 1)
+    await until(lambda: metric(service, "source_partitions") == 1)
     lease = f"{{{KEY}}}:lease"
     mine = await q.client.get(lease)
     await q.client.set(lease, "another#1", px=700)  # a stall, seen from outside
@@ -315,7 +316,7 @@ async def test_the_fuse_pauses_a_partition_instead_of_emptying_it_into_the_dead_
     bad = [await q.client.xadd(KEY, {"event": "nonsense"}) for _ in range(150)]
     await q.add({"stream_id": "a", "values": {"value": 1.0}})
     service = await replicas.start()
-    await q.until(lambda: metric(service, "source_paused") == 1)
+    await until(lambda: metric(service, "source_paused") == 1)
     assert await service.ready() is None
     assert await q.dead() == []
     assert await q.client.xlen(KEY) >= len(bad)
@@ -331,14 +332,14 @@ async def test_a_paused_partition_goes_on_once_the_bad_entries_are_gone(
     bad = [await q.client.xadd(KEY, {"event": "nonsense"}) for _ in range(150)]
     await q.add({"stream_id": "a", "values": {"value": 1.0}})
     await consumer.start()
-    await q.until(lambda: metric(service, "source_paused") == 1)
+    await until(lambda: metric(service, "source_paused") == 1)
     await asyncio.sleep(0.5)
     assert await q.dead() == []
     await q.client.xdel(KEY, *bad)
     await q.add({"stream_id": "a", "values": {"value": 2.0}})
     await q.empty()
     assert [result.state_version for result in await q.results()] == [1, 2]
-    await q.until(lambda: metric(service, "source_paused") == 0)
+    await until(lambda: metric(service, "source_paused") == 0)
     await consumer.stop(5)
 
 
@@ -350,7 +351,7 @@ async def test_a_full_queue_pauses_reading_and_loses_nothing(replicas: Replicas,
         await q.add(*(event for event in events if int(event["stream_id"][1:]) % 3 == stream), key=key)
     await q.empty(*keys)
     assert in_order(await q.results()) == await uninterrupted(tiny_detector, events)
-    await q.until(lambda: outcomes(service).get("scored") == len(events))
+    await until(lambda: outcomes(service).get("scored") == len(events))
 
 
 async def test_a_store_that_dies_under_way_loses_nothing_and_nothing_is_scored_twice(
@@ -362,7 +363,7 @@ async def test_a_store_that_dies_under_way_loses_nothing_and_nothing_is_scored_t
             service = await Replicas(server.url, tiny_model_path, stack).start(streams_batch=64, streams_lease_seconds=0.6)
             await q.add(*events)
             for wanted in (200, 900, 1500):
-                await q.until(partial(_scored, service, wanted))
+                await until(partial(_scored, service, wanted))
                 server.kill()
                 await asyncio.sleep(0.1)
                 server.start()
@@ -376,7 +377,7 @@ async def test_a_group_or_functions_that_are_lost_are_made_again(replicas: Repli
     await q.empty()
     await q.client.function_flush("SYNC")
     await q.client.delete(KEY, f"{{{KEY}}}:lease")
-    await q.until(lambda: metric(service, "source_fenced_total") >= 1)
+    await until(lambda: metric(service, "source_fenced_total") >= 1)
     await q.add({"stream_id": "a", "values": {"value": 2.0}})
     await q.empty()
     assert [result.state_version for result in await q.results()] == [1, 2]
