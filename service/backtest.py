@@ -37,6 +37,7 @@ from service.events import Readings, some
 from service.outputs import naming, whole, write_text
 from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
+from service.sentinels import Sentinels, advice, columns_of
 from service.state import ALERT_OPEN
 from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, once_each, read_for, refuse_idle
 from service.terminal import terminal
@@ -208,6 +209,8 @@ class Report:
     """Inputs that have no rows; they have no tally."""
     sources: list[Source] = field(default_factory=list)
     """Of readings: where each tally is from."""
+    sentinels: str = ""
+    """Which values look like no readings, with what to do."""
 
     @property
     def rows(self) -> int:
@@ -239,7 +242,7 @@ def run(
     refuse_idle(sources, options)
     targets = _targets(sources, out)
     by_size = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
-    tallies: dict[str, Tally] = {}
+    tallies, sentinels = dict[str, Tally](), Sentinels()
     with Progress(console=console, transient=True) as progress:
         task, rowless = progress.add_task("scoring", total=None), Rowless(sources, progress.console.print)
         for first in range(0, len(by_size), limits.group_files):
@@ -247,14 +250,15 @@ def run(
             series = []
             for source in by_size[first : first + limits.group_files]:
                 with rowless.left_out(source):
-                    series.append(read_series(source, detector, options, notify))
+                    series.append(read_series(source, detector, options, notify, sentinels))
             progress.update(task, total=(progress.tasks[0].total or 0) + sum(map(len, series)))
             written = _score_group(series, detector, policy, targets, limits, lambda rows: progress.advance(task, rows))
             tallies |= {tally.name: tally for tally in written}
     rowless.refuse_all()
     scored = [source for source in sources if source.name in tallies]
     seconds, ordered = time.perf_counter() - began, [tallies[source.name] for source in scored]
-    return Report(detector.manifest.filename, policy.alpha, seconds, ordered, rowless.names, scored)
+    said = advice(sentinels.found(), "Each is scored, and lesser faults are not seen beside it for a while.")
+    return Report(detector.manifest.filename, policy.alpha, seconds, ordered, rowless.names, scored, said)
 
 
 def _targets(sources: Sequence[Source], out: Path) -> dict[str, Path]:
@@ -270,9 +274,11 @@ def _targets(sources: Sequence[Source], out: Path) -> dict[str, Path]:
     return targets
 
 
-def read_series(source: Source, detector: Detector, options: ReadOptions, notify: Notify) -> Series:
-    """One file for this detector. Raises TableError."""
+def read_series(source: Source, detector: Detector, options: ReadOptions, notify: Notify, sentinels: Sentinels | None = None) -> Series:
+    """One file for this detector; `sentinels` looks at it. Raises TableError."""
     table, values = read_for(source, detector.manifest.feature_names, options, notify)
+    if sentinels is not None:
+        sentinels.look(columns_of(source.name, detector.manifest.feature_names), values)
     x = as_float32(source, detector.manifest.feature_names, values, notify)
     return Series(source.name, table.written, table.timestamps, x)
 
@@ -360,6 +366,8 @@ def _left_unsaid(report: Report, warmup: int) -> Iterator[str]:
     backwards = [tally.name for tally in report.tallies if 2 * tally.late > tally.rows]
     if backwards:
         yield f"Most rows of {some(backwards, SOME)} are late: where the newest row is the first, sort the file by time."
+    if report.sentinels:
+        yield report.sentinels
     unjudged = [tally.name for tally in report.tallies if not tally.judged and tally.name not in backwards]
     if unjudged:
         yield (

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from service.events import some
+
 SENTINELS = np.array(
     [-1e20, -2147483648, -99999, -32768, -9999, -999, -99, 999, 9999, 32767, 65534, 65535, 99999, 2147483647, 4294967295, 1e20], np.float64
 )
@@ -64,8 +66,24 @@ def _far(number: float, low: float, high: float) -> bool:
     return low > high or not low - (high - low) <= number <= high + (high - low)
 
 
+def columns_of(stream: str, features: Sequence[str]) -> Sequence[str]:
+    """What columns of a stream are looked at together: those of one name, but where there is only one: sensors of all kinds have it."""
+    return features if len(features) > 1 else [stream]
+
+
+def advice(found: dict[float, list[str]], meaning: str) -> str:
+    """What was found, what it means, and what to do; "" = nothing was."""
+    if not found:
+        return ""
+    return (
+        f"Far from all other values of their column, as devices write them that have no reading: {places(found)}. {meaning} If they are "
+        f"no readings, leave their cells empty (`python -m service split FILES {missing_of(found)}` makes such files), and send null in "
+        "their place."
+    )
+
+
 def places(found: dict[float, list[str]]) -> str:
-    return "; ".join(f"{written(number)} in {_some(names)}" for number, names in found.items())
+    return "; ".join(f"{written(number)} in {some(names, SHOWN)}" for number, names in found.items())
 
 
 def missing_of(found: Iterable[float]) -> str:
@@ -76,7 +94,3 @@ def missing_of(found: Iterable[float]) -> str:
 def written(number: float) -> str:
     """So that it is read back as the same number."""
     return f"{number:.0f}" if abs(number) < BEYOND / 1e10 and number == int(number) else repr(number)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")

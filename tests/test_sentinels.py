@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from service.sentinels import Sentinels, missing_of, places
+from service.sentinels import Sentinels, columns_of, missing_of, places
 
 
 def found(*pieces: Sequence[float]) -> dict[float, list[str]]:
@@ -50,3 +50,9 @@ def test_a_column_of_huge_numbers_is_not_remembered_whole() -> None:
     sentinels = Sentinels()
     sentinels.look(["a"], np.geomspace(1e30, 1e38, 1000)[:, None])
     assert len(sentinels.counts["a"]) < 20
+
+
+def test_streams_of_one_value_are_looked_at_each_by_itself() -> None:
+    """What is far from a temperature may be near a count."""
+    assert columns_of("a.csv", ["value"]) == ["a.csv"]
+    assert columns_of("a.csv", ["load", "heat"]) == ["load", "heat"]

@@ -25,14 +25,14 @@ import numpy as np
 
 from service.errors import TableError
 from service.outputs import naming
-from service.sentinels import Sentinels, missing_of, places
+from service.sentinels import Sentinels, advice, columns_of
 from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, listed, once_each, read_batches, refuse_idle
 from training.data import Float32, Stream, clock
 
 CACHE = "cache"
 """Its folder, in the folder of the model."""
 LOCK = ".fit.lock"
-FORMAT = 4
+FORMAT = 5
 FILES = {"index.json", "x.f32", "t.f32"}
 READ = 1 << 20
 
@@ -176,7 +176,7 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                         raise TableError(
                             f"{source.name} has the column {unknown[0]!r} that {names[0]} lacks: one model, one set of features."
                         )
-                    sentinels.look(features, table.matrix(features))
+                    sentinels.look(columns_of(source.name, features), table.matrix(features))
                     values = as_float32(source, features, table.matrix(features), notify, rows)
                     least, most = np.fmin(least, np.fmin.reduce(values)), np.fmax(most, np.fmax.reduce(values))
                     content = values.tobytes()
@@ -190,17 +190,12 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
     rowless.refuse_all()
     unmoved = [feature for feature, moves in zip(features, moved.tolist(), strict=True) if not moves]
     kept = {"names": names, "lengths": lengths, "features": features, "unmoved": unmoved}
-    return {**kept, "rowless": len(rowless.names), "sentinels": _said(sentinels.found()), "sha256": sha.hexdigest()}
-
-
-def _said(found: dict[float, list[str]]) -> str:
-    if not found:
-        return ""
-    return (
-        f"Far from all other values of their column, as devices write them that have no reading: {places(found)}. They are learned as "
-        "usual, and hide faults. If they are no readings, leave their cells empty (`python -m service split FILES "
-        f"{missing_of(found)}` makes such files), and send null in their place."
-    )
+    return {
+        **kept,
+        "rowless": len(rowless.names),
+        "sentinels": advice(sentinels.found(), "They are learned as usual, and hide faults."),
+        "sha256": sha.hexdigest(),
+    }
 
 
 def _hash_from(file: BinaryIO, start: int, sha: Any) -> None:

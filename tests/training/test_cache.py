@@ -55,7 +55,7 @@ def test_values_that_look_like_no_readings_are_told_with_what_to_do(tmp_path: Pa
     """They had been learned in silence: what a detector takes for usual is wider by them."""
     (small(tmp_path / "data") / "b.csv").write_text("timestamp,load\n" + "\n".join(f"{i},{-9999 if i == 5 else i % 3}" for i in range(9)))
     cached = converted(tmp_path / "data", tmp_path / "cache")
-    assert "no reading: -9999 in load (1). They are learned as usual" in cached.summary
+    assert "no reading: -9999 in b.csv (1). They are learned as usual" in cached.summary
     assert "`python -m service split FILES --missing -9999` makes such files" in cached.summary
     job = fleet_job(cached, [tmp_path / "data"], Sizes(), Plan(chunk=4), 0.15, None, "1", "")
     assert job.sentinels in cached.summary
