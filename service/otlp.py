@@ -19,6 +19,7 @@ attributes. Its time in ms is its identity.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -36,7 +37,7 @@ from service.metrics import Metrics
 from service.names import NAME, Names, Series, bounded
 from service.otlplogs import Record, decode_json, decode_protobuf
 from service.otlpmetrics import Point
-from service.otlpwire import encode_response, encode_status, text_of
+from service.otlpwire import encode_response, encode_status, naming, text_of
 from service.problems import Problem, problem_of
 from service.prompb import STALE, Label, Written
 from service.samples import Samples, feature_of
@@ -144,11 +145,10 @@ class OtlpMetrics:
         points = sorted(exported.points, key=lambda point: point.nanoseconds)
         written, place, owner = Written[Series](histograms=exported.distributions), dict[bytes, int](), list[int]()
         for point in points:
-            key = series_key(point)
+            key, named = self._series(point)
             if key not in place:
                 place[key] = len(place)
-                kind = "counter" if point.counter else "gauge"
-                written.series.append(self._names.find(key) or self._names.name(key, labels_of(point), kind))
+                written.series.append(named())
             owner.append(place[key])
         bits = np.array([point.value for point in points], np.float64).view(np.uint64)
         written.bits = np.where([point.ended for point in points], np.uint64(STALE), bits) if points else bits
@@ -157,25 +157,36 @@ class OtlpMetrics:
         written.owner = np.array(owner, np.intp)
         return written
 
+    def _series(self, point: Point) -> tuple[bytes, Callable[[], Series]]:
+        """What tells a point's series from the others of its request, and how it is made."""
+        try:
+            labels = labels_of(point)
+        except BadEvent as error:
+            return error.detail.encode(), partial(Series, error=error)
+        key = series_key(point.counter, labels)
+        return key, lambda: self._names.find(key) or self._names.name(key, labels, "counter" if point.counter else "gauge")
 
-def series_key(point: Point) -> bytes:
+
+def series_key(counter: bool, labels: Sequence[Label]) -> bytes:
     """What names remember a point's series by: 0xFF is in no UTF-8, and 0x03 begins no key of Prometheus'."""
-    return b"\x03%d%s" % (point.counter, b"\xff".join(part for label in labels_of(point) for part in label))
+    digest = hashlib.blake2b(b"\xff".join(part for label in labels for part in label), digest_size=16)
+    return b"\x03%d%s" % (counter, digest.digest())
 
 
 def labels_of(point: Point) -> list[Label]:
-    """The labels of a point's series."""
-    namespace, service, instance = (text_of(point.resource.get(name)) for name in (NAMESPACE, SERVICE, INSTANCE))
-    labels = {NAME: _METRIC.sub("_", point.metric), "job": "/".join(filter(None, (namespace, service))), "instance": instance}
+    """The labels of a point's series. Raises BadEvent."""
+    namespace, service, instance = (point.origin.text(name) for name in (NAMESPACE, SERVICE, INSTANCE))
+    labels = {
+        NAME: _METRIC.sub("_", naming("A metric's name", point.metric)),
+        "job": "/".join(filter(None, (namespace, service))),
+        "instance": instance,
+    }
     labels |= {_LABEL.sub("_", name): text_of(value) for name, value in point.attributes.items()}
     return [(name.encode(), value.encode(errors="replace")) for name, value in labels.items()]
 
 
 def _attribute(record: Record, name: str) -> str:
-    for attributes in (record.attributes, record.origin.scope_attributes, record.origin.resource):
-        if name in attributes:
-            return text_of(attributes[name])
-    return ""
+    return text_of(record.attributes[name]) if name in record.attributes else record.origin.text(name)
 
 
 def _reference(record: Record, name: str) -> str:
@@ -183,7 +194,7 @@ def _reference(record: Record, name: str) -> str:
         case "trace_id" | "span_id" | "severity" | "event_name":
             return str(getattr(record, name))
         case "scope":
-            return record.origin.scope
+            return naming("A scope's name", record.origin.scope)
     return _attribute(record, name)
 
 

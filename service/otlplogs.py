@@ -11,25 +11,15 @@ Attributes and values are in otlpwire.py. In JSON ids are hexadecimal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
 
 from service.errors import BadBody, TooLarge
-from service.otlpwire import NONE, Attributes, Json, KeyValue, Reader, Resource, Value, Whole, attributes_of, json_value, whole
+from service.otlpwire import NONE, Attributes, Json, KeyValue, Origin, Reader, Resource, Value, Whole, attributes_of, json_value, whole
 from service.wire import FIXED64, LENGTH, VARINT, Malformed, fields, read_varint
 
 MESSAGE = "opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest"
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What the records of one scope have in common."""
-
-    resource: Attributes
-    scope: str
-    scope_attributes: Attributes
 
 
 class Record(NamedTuple):

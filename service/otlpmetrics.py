@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from service.errors import BadBody, TooLarge
-from service.otlpwire import NONE, Attributes, Json, KeyValue, Reader, Resource, Whole, attributes_of, whole
+from service.otlpwire import NONE, Attributes, Json, KeyValue, Origin, Reader, Resource, Whole, attributes_of, whole
 from service.wire import FIXED64, LENGTH, VARINT, Malformed, fields, read_varint
 
 MESSAGE = "opentelemetry.proto.collector.metrics.v1.ExportMetricsServiceRequest"
@@ -35,7 +35,7 @@ _DOUBLE = struct.Struct("<d")
 class Point(NamedTuple):
     """A number of a gauge or a sum."""
 
-    resource: Attributes
+    origin: Origin
     metric: str
     counter: bool
     """Whether it only rises, but for restarts."""
@@ -84,12 +84,13 @@ class _Reader(Reader):
             resource = NONE
             for here, there in self.parts(start, end, 1):
                 resource = self.attributes(here, there, 1)
+            origin = Origin(resource)
             for here, there in self.parts(start, end, 2):
                 for a, b in self.parts(here, there, 2):
-                    self._metric(resource, a, b)
+                    self._metric(origin, a, b)
         return self._exported
 
-    def _metric(self, resource: Attributes, start: int, end: int) -> None:
+    def _metric(self, origin: Origin, start: int, end: int) -> None:
         found = {number: (here, there) for number, kind, here, there in fields(self.content, start, end) if kind == LENGTH}
         name = self.text(*found[1]) if 1 in found else ""
         for number in (_GAUGE, _SUM):
@@ -99,7 +100,7 @@ class _Reader(Reader):
                 for a, b in self.parts(here, there, 1):
                     if len(self._exported.points) >= self._most:
                         raise _too_many(self._most)
-                    self._exported.points.append(self._point(resource, name, counter, a, b))
+                    self._exported.points.append(self._point(origin, name, counter, a, b))
         for number in _DISTRIBUTIONS:
             if number in found:
                 self._exported.distributions += len(self.parts(*found[number], 1))
@@ -108,7 +109,7 @@ class _Reader(Reader):
         said = {number: read_varint(self.content, here)[0] for number, kind, here, _ in fields(self.content, start, end) if kind == VARINT}
         return said.get(2) == CUMULATIVE and bool(said.get(3))
 
-    def _point(self, resource: Attributes, name: str, counter: bool, start: int, end: int) -> Point:
+    def _point(self, origin: Origin, name: str, counter: bool, start: int, end: int) -> Point:
         nanoseconds, value, flags = 0, math.nan, 0
         for number, kind, here, there in fields(self.content, start, end):
             if kind == FIXED64 and number == 3:
@@ -119,7 +120,7 @@ class _Reader(Reader):
                 value = float(int.from_bytes(self.content[here:there], "little", signed=True))
             elif kind == VARINT and number == 8:
                 flags, _ = read_varint(self.content, here)
-        return Point(resource, name, counter, self.attributes(start, end, 7), nanoseconds, value, bool(flags & NO_VALUE))
+        return Point(origin, name, counter, self.attributes(start, end, 7), nanoseconds, value, bool(flags & NO_VALUE))
 
 
 # ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,13 +177,13 @@ def decode_json(content: bytes, *, most: int) -> Exported:
         raise BadBody(f"The body is not an {MESSAGE} in JSON: {error}.") from error
     exported = Exported()
     for part in request.resource_metrics or ():
-        resource = attributes_of(part.resource.attributes) if part.resource else NONE
+        origin = Origin(attributes_of(part.resource.attributes) if part.resource else NONE)
         for metric in [metric for scope in part.scope_metrics or () for metric in scope.metrics or ()]:
-            _add(exported, resource, metric, most)
+            _add(exported, origin, metric, most)
     return exported
 
 
-def _add(exported: Exported, resource: Attributes, metric: _Metric, most: int) -> None:
+def _add(exported: Exported, origin: Origin, metric: _Metric, most: int) -> None:
     for numbers in (metric.gauge, metric.sum):
         if numbers is None or numbers.data_points is None:
             continue
@@ -190,12 +191,12 @@ def _add(exported: Exported, resource: Attributes, metric: _Metric, most: int) -
             raise _too_many(most)
         cumulative = numbers.aggregation_temporality in (CUMULATIVE, "AGGREGATION_TEMPORALITY_CUMULATIVE")
         counter = numbers is metric.sum and cumulative and bool(numbers.is_monotonic)
-        exported.points += [_point(resource, metric.name or "", counter, point) for point in numbers.data_points]
+        exported.points += [_point(origin, metric.name or "", counter, point) for point in numbers.data_points]
     for distribution in (metric.histogram, metric.exponential_histogram, metric.summary):
         exported.distributions += len(distribution.data_points or ()) if distribution else 0
 
 
-def _point(resource: Attributes, name: str, counter: bool, point: _DataPoint) -> Point:
+def _point(origin: Origin, name: str, counter: bool, point: _DataPoint) -> Point:
     value = math.nan
     if point.as_double is not None:
         try:
@@ -205,4 +206,4 @@ def _point(resource: Attributes, name: str, counter: bool, point: _DataPoint) ->
     elif point.as_int is not None:
         value = float(whole(point.as_int, "asInt", signed=True))
     nanoseconds = whole(point.time_unix_nano or 0, "timeUnixNano")
-    return Point(resource, name, counter, attributes_of(point.attributes), nanoseconds, value, bool((point.flags or 0) & NO_VALUE))
+    return Point(origin, name, counter, attributes_of(point.attributes), nanoseconds, value, bool((point.flags or 0) & NO_VALUE))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import msgspec
 
-from service.errors import BadBody
+from service.errors import BadBody, BadEvent
 from service.wire import FIXED64, LENGTH, VARINT, Malformed, fields, read_varint, varint
 
 MAX_DEPTH = 32
@@ -25,6 +26,8 @@ Value = str | bool | int | float | None | list[Any] | dict[str, Any]
 Attributes = Mapping[str, Value]
 
 NONE: Attributes = {}
+MAX_NAMING = 4096
+"""Characters of a text that many records or points share and are named by: said once, it would be gone through for each of them."""
 _DOUBLE = struct.Struct("<d")
 
 
@@ -33,6 +36,30 @@ def text_of(value: Value) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else msgspec.json.encode(value).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What records or points have in common: a resource, and a scope."""
+
+    resource: Attributes
+    scope: str = ""
+    scope_attributes: Attributes = field(default_factory=dict)
+    _texts: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def text(self, name: str) -> str:
+        """Of an attribute of the scope or the resource, "" = neither has it. Raises BadEvent for one that is too long."""
+        if name not in self._texts:
+            found = next((attributes[name] for attributes in (self.scope_attributes, self.resource) if name in attributes), None)
+            self._texts[name] = text_of(found)
+        return naming(name, self._texts[name])
+
+
+def naming(what: str, text: str) -> str:
+    """The text, once it is short enough to name many by. Raises BadEvent."""
+    if len(text) > MAX_NAMING:
+        raise BadEvent(f"{what[:64]} has {len(text)} characters, and is to name a stream: at most {MAX_NAMING}.", what[:64])
+    return text
 
 
 def encode_response(rejected: int, message: str) -> bytes:
@@ -93,9 +120,9 @@ class Reader:
                 value = base64.b64encode(self.content[here:there]).decode()
         return value
 
-    def parts(self, start: int, end: int, field: int) -> list[tuple[int, int]]:
+    def parts(self, start: int, end: int, wanted: int) -> list[tuple[int, int]]:
         """Where the messages and texts of one field lie."""
-        return [(here, there) for number, kind, here, there in fields(self.content, start, end) if number == field and kind == LENGTH]
+        return [(here, there) for number, kind, here, there in fields(self.content, start, end) if number == wanted and kind == LENGTH]
 
     def text(self, start: int, end: int) -> str:
         return self.content[start:end].decode(errors="replace")

@@ -17,7 +17,8 @@ from service.api import Door
 from service.detector import Detector
 from service.errors import BadSetting
 from service.events import MAX_MESSAGE_LENGTH
-from service.otlplogs import Origin, Record
+from service.otlplogs import Record
+from service.otlpwire import MAX_NAMING, Origin
 from service.shipped import Shipping
 from tests.log_doors import LINES, MAX_LINES, NOW, Shipper, shipper
 from tests.pushes import export, record
@@ -171,3 +172,16 @@ def test_a_stream_is_service_and_place_or_what_the_template_says() -> None:
 async def test_the_reply_to_json_with_nothing_in_it_is_json(exporter: Shipper) -> None:
     reply = await exporter.post(otlp.PATH, content=json.dumps({"resourceLogs": []}), headers=JSON)
     assert (reply.status_code, reply.json()) == (200, {})
+
+
+@pytest.mark.parametrize(
+    ("template", "resource", "scope"), [("", "service.name", ""), ("{a}", "a", ""), ("{scope}", "b", "s" * (MAX_NAMING + 1))]
+)
+async def test_what_many_records_share_is_too_long_to_name_each_of_them(
+    log_detector: Detector, template: str, resource: str, scope: str
+) -> None:
+    """It was gone through for each: a request of 2 MB, most of it one name, took half a minute."""
+    async with shipper(at_otlp(template), otlp.DOOR, log_detector) as exporter:
+        answer = await send(exporter, export(*records(*LINES), resource={resource: "x" * (MAX_NAMING + 1)}, scope=scope))
+        assert answer.partial_success.rejected_log_records == len(LINES)
+        assert f"at most {MAX_NAMING}" in answer.partial_success.error_message

@@ -20,6 +20,7 @@ from service.detector import Detector
 from service.errors import BadBody, TooLarge
 from service.otlp import METRICS_DOOR, METRICS_PATH
 from service.otlpmetrics import decode_json, decode_protobuf
+from service.otlpwire import MAX_NAMING
 from tests import pushes
 from tests.pushes import export_metrics, gauge
 from tests.test_remote_write import MAX_STREAMS, NOW, Sender, sender
@@ -75,7 +76,7 @@ def test_both_forms_say_what_was_sent(value: float, time: int, attributes: dict[
         assert repr(decode_json(content, most=3).points) == repr([first, second, third]), "NaN is no number"
     assert (first.metric, first.nanoseconds, dict(first.attributes), first.counter) == ("a", time, attributes, False)
     assert first.value == value or (math.isnan(first.value) and math.isnan(value))
-    assert (second.counter, third.counter, second.resource) == (True, False, GATEWAY)
+    assert (second.counter, third.counter, second.origin.resource) == (True, False, GATEWAY)
 
 
 @given(st.binary(max_size=200))
@@ -167,3 +168,13 @@ async def test_an_exporter_is_told_when_to_send_again_and_when_not(exporter: Sen
     async with sender(Detector.load(build_tiny(tmp_path, ("a", "b")))) as wide:
         reply = await wide.post(METRICS_PATH, content=b"{}", headers=JSON)
         assert (reply.status_code, reply.json()["code"]) == (422, 3)
+
+
+async def test_names_that_are_too_long_are_refused_and_their_neighbours_scored(exporter: Sender) -> None:
+    rejected, why = await export(exporter, gauge("m" * (MAX_NAMING + 1), point(1.0), point(2.0)), gauge("a", point(1.0)))
+    assert (rejected, count(exporter, "scored")) == (2, 1)
+    assert f"at most {MAX_NAMING}" in why
+    made = export_metrics(gauge("a", point(1.0), point(2.0)), resource={"service.name": "x" * (MAX_NAMING + 1)})
+    answer = ExportMetricsServiceResponse()
+    answer.ParseFromString((await exporter.post(METRICS_PATH, content=made.SerializeToString(), headers=PROTOBUF)).content)
+    assert answer.partial_success.rejected_data_points == 2
