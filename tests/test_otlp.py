@@ -15,7 +15,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from service import otlp
 from service.api import Door
 from service.detector import Detector
-from service.errors import BadSetting
+from service.errors import BadEvent, BadSetting
 from service.events import MAX_MESSAGE_LENGTH
 from service.otlplogs import Record
 from service.otlpwire import MAX_NAMING, Origin
@@ -174,14 +174,11 @@ async def test_the_reply_to_json_with_nothing_in_it_is_json(exporter: Shipper) -
     assert (reply.status_code, reply.json()) == (200, {})
 
 
-@pytest.mark.parametrize(
-    ("template", "resource", "scope"), [("", "service.name", ""), ("{a}", "a", ""), ("{scope}", "b", "s" * (MAX_NAMING + 1))]
-)
-async def test_what_many_records_share_is_too_long_to_name_each_of_them(
-    log_detector: Detector, template: str, resource: str, scope: str
-) -> None:
+async def test_a_name_that_many_records_share_is_refused_where_it_is_too_long(exporter: Shipper) -> None:
     """It was gone through for each: a request of 2 MB, most of it one name, took half a minute."""
-    async with shipper(at_otlp(template), otlp.DOOR, log_detector) as exporter:
-        answer = await send(exporter, export(*records(*LINES), resource={resource: "x" * (MAX_NAMING + 1)}, scope=scope))
-        assert answer.partial_success.rejected_log_records == len(LINES)
-        assert f"at most {MAX_NAMING}" in answer.partial_success.error_message
+    answer = await send(exporter, export(*records(*LINES), resource={"service.name": "x" * (MAX_NAMING + 1)}))
+    assert answer.partial_success.rejected_log_records == len(LINES)
+    assert f"at most {MAX_NAMING}" in answer.partial_success.error_message
+    for template, origin in (("{a}", Origin({"a": "x" * (MAX_NAMING + 1)})), ("{scope}", Origin({}, "x" * (MAX_NAMING + 1)))):
+        with pytest.raises(BadEvent, match=f"at most {MAX_NAMING}"):
+            otlp.Streams(template).of(Record(origin, NS, "", "a line", {}, "", "", ""))
