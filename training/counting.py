@@ -9,6 +9,9 @@ Lines are counted in K classes: the new pattern, the commonest templates each by
 `base` is how rare a new combination of counts is, by those that came once. A class weighs more, the fewer normal combinations there are
 that differ in it alone: how often a block was read varies from one to the next, how often it was written does not. While a session goes
 on, only counts that are too large differ, at its end also those that are too small. Counts are exact up to 8, then in steps of a fifth.
+
+Where streams never end, nothing is counted. There `usual` and `spread` say how rare lines ordinarily are: many in a row that are rarer are
+a run (`training.logs.Counts`), though each of them by itself may come.
 Shapes: N sessions, V templates, K classes, M prototypes.
 """
 
@@ -26,6 +29,8 @@ from training.sessions import Ints, Session
 CLASSES, PROTOTYPES = 64, 256
 MOST = 1024
 """Counts are counted up to here."""
+LEAST_SPREAD = 0.25
+"""Nats."""
 _EDGES = (*range(1, 9), *(int(step * 2**octave) for octave in range(3, 10) for step in (1.25, 1.5, 1.75, 2.0)))
 BINS: Ints = np.searchsorted(_EDGES, np.arange(MOST + 1), side="right").astype(np.int64)
 """Count → its bin."""
@@ -41,6 +46,8 @@ class Counting:
     prototypes: Ints  # [M, K] bins of counts; none where streams never end
     weights: Float64  # [K] nats
     base: float  # nats
+    usual: float  # nats of a line by `transitions` and `within`: the mean over the sessions
+    spread: float  # and their standard deviation
 
     @property
     def width(self) -> int:
@@ -59,7 +66,8 @@ def count(sessions: Sequence[Session], codes: int) -> Counting:
     K = int(classes.max()) + 1
     within = np.log(_share(seen + 0.5, classes, K))
     prototypes, weights, base = _combinations([session for session in sessions if session.first and session.ended], classes, K)
-    return Counting(classes, within, _transitions(sessions, classes, K), prototypes, weights, base)
+    transitions = _transitions(sessions, classes, K)
+    return Counting(classes, within, transitions, prototypes, weights, base, *_ordinary(sessions, classes, within, transitions))
 
 
 def _classes(seen: Float64) -> Ints:
@@ -91,6 +99,13 @@ def _transitions(sessions: Sequence[Session], classes: Ints, K: int) -> Float64:
     overall = (counts[:K].sum(axis=0) + 0.5) * unseen
     rest = overall / np.maximum(overall.sum(axis=1, keepdims=True), 1e-9)
     return np.asarray(np.log(np.where(unseen, escape * rest, (1 - escape) * counts / np.maximum(total, 1)) + 1e-12))
+
+
+def _ordinary(sessions: Sequence[Session], classes: Ints, within: Float64, transitions: Float64) -> tuple[float, float]:
+    """Mean and standard deviation of the nats of lines whose line before is known."""
+    nats = [-transitions[classes[one.codes[:-1]], classes[one.codes[1:]]] - within[one.codes[1:]] for one in sessions if len(one) > 1]
+    every = np.concatenate(nats) if nats else np.zeros(1)
+    return float(every.mean()), max(float(every.std()), LEAST_SPREAD)
 
 
 def with_end(session: Session, codes: int) -> Ints:

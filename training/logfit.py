@@ -27,7 +27,20 @@ from training.calibrate import Observed, Rules, calibrate
 from training.counting import BINS, count, counts_of, with_end
 from training.data import Float32, Float64
 from training.line_faults import FAULTS, with_fault
-from training.logs import GAP_LIMIT, LAGS, LEAST_SCALE, MARGIN, MOST_NATS, NEW_NATS, Counts, Decoded, LogStep, Ranges, flat_calibration
+from training.logs import (
+    GAP_LIMIT,
+    LAGS,
+    LEAST_SCALE,
+    MARGIN,
+    MOST_NATS,
+    NEW_NATS,
+    RUN,
+    Counts,
+    Decoded,
+    LogStep,
+    Ranges,
+    flat_calibration,
+)
 from training.sessions import Session, Sessions
 from training.tail import Calibration, Curve, Tail
 
@@ -91,7 +104,7 @@ class Held:
     sessions: list[Session]
     nats: list[Float32]  # [T, J] each
     gap_ratio: list[Float32]  # [T] each, NaN = none
-    plain: list[Float32]  # [T] each: nats of the line by the 2-gram table alone
+    plain: list[Float32]  # [T, 1] each: nats of the line by the 2-gram table alone; [T, 2] with those of the run, where there is one
     fold: list[int]  # of each; judged by a detector of the others, or SEEN: there were none to learn from without it
     faulty: dict[str, Held] = field(default_factory=dict)
     """The same sessions, or some of them, with a fault of each kind."""
@@ -117,7 +130,9 @@ class Held:
 
     def without_network(self) -> Held:
         """As the 2-gram table would have judged the lines."""
-        nats = [np.column_stack([plain, of_session[:, 1:]]) for plain, of_session in zip(self.plain, self.nats, strict=True)]
+        nats = [of_session.copy() for of_session in self.nats]
+        for own, plain in zip(nats, self.plain, strict=True):
+            own[:, [0, RUN][: plain.shape[1]]] = plain
         return replace(self, nats=nats, faulty={kind: held.without_network() for kind, held in self.faulty.items()})
 
 
@@ -265,17 +280,23 @@ def smallest_of(onset_p: Float64, held: Held, places: Sequence[Place]) -> Float6
 
 
 def _pieces(sessions: Sequence[Session]) -> list[Session]:
-    """Few streams that never end are cut, so that there is something to leave out."""
+    """Few streams that never end are cut, so that there is something to leave out.
+
+    In order of when they come in their streams: of each stream the same part is left out. Without the lines of a whole host, which may be
+    the only one of its kind, what is ordinary there is unheard of, and nothing would be as rare as it has to be for an alert.
+    """
     longest = max(64, sum(map(len, sessions)) // 40)
-    pieces = []
+    of_stream: dict[str, list[Session]] = {}
     for session in sessions:
         starts = range(0, len(session), longest) if not session.ended else (0,)
-        pieces += [session.cut(start, start + longest if not session.ended else len(session)) for start in starts]
-    return pieces
+        pieces = [session.cut(start, start + longest if not session.ended else len(session)) for start in starts]
+        of_stream.setdefault(session.stream, []).extend(pieces)
+    placed = [(i / len(pieces), piece) for pieces in of_stream.values() for i, piece in enumerate(pieces)]
+    return [piece for _, piece in sorted(placed, key=lambda one: one[0])]
 
 
 def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan, numbers: int, on_step: OnStep) -> Held:
-    """Blocks of consecutive sessions, each judged by a detector of the others; and some of them with faults."""
+    """Blocks of sessions, of each stream consecutive ones, each judged by a detector of the others; and some of them with faults."""
     folds = np.array_split(np.arange(len(pieces)), min(plan.folds, len(pieces)))
     rng = np.random.default_rng([plan.seed, len(pieces)])
     judged, faulty = list[Held](), {kind: list[Held]() for kind in FAULTS}
@@ -490,7 +511,7 @@ def observe_sessions(step: LogStep, sessions: Sequence[Session], fold: int = 0) 
 
 
 def _observed(step: LogStep, batch: Batch) -> tuple[Float32, Float32, Float32]:
-    """Nats [T, B, J], the gap's ratio [T, B], and nats of the line by the 2-gram table alone [T, B]."""
+    """Nats [T, B, J], the gap's ratio [T, B], and by the 2-gram table alone [T, B, 1 or 2], as `Held.plain`."""
     before, _ = _answers(step, batch, batch.codes)
     table = step.counts.log_chances[batch.rows]
     logits = table + step.lines.logits(before, batch.bins_before if step.counts.counted else None)
@@ -500,12 +521,25 @@ def _observed(step: LogStep, batch: Batch) -> tuple[Float32, Float32, Float32]:
     if step.counts.counted:
         ended = (batch.codes == step.codes - 1).float()
         signals.append(torch.cat([step.counts.distance(b, e.unsqueeze(1)).t() for b, e in zip(batch.bins_after, ended, strict=True)]))
+        by_table = [plain]
+    else:
+        signals.append(_runs(step, surprise))
+        by_table = [plain, _runs(step, plain)]
     location, scale, measured, known = _gaps(step, batch, before)
     ratio = (measured - location).abs() / scale
     signals.append(torch.where(known, ratio, 0.0))
     if step.ranges.numbers:
         signals.append(_numbers(step, batch))
-    return torch.stack(signals, dim=-1).numpy(), torch.where(known, ratio, torch.nan).numpy(), plain.numpy()
+    return (torch.stack(signals, dim=-1).numpy(), torch.where(known, ratio, torch.nan).numpy(), torch.stack(by_table, dim=-1).numpy())
+
+
+def _runs(step: LogStep, nats: Tensor) -> Tensor:
+    """The run after each line [T, B] of these nats [T, B]."""
+    run, own, runs = torch.zeros_like(nats[0]), torch.zeros_like(nats[0]), []
+    for age, of_lines in enumerate(nats):
+        runs.append(run := step.counts.run(run, of_lines, own))
+        own = step.counts.own(own, of_lines, torch.tensor(float(age)))
+    return torch.stack(runs)
 
 
 def _chances(logits: Tensor, codes: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
                         ├► gap ◄── its location and scale, of this code after that past                          ─► expected, lower, upper
                         ├► numbers ◄── tables of each template
                         └► counts ◄── combinations that normal sessions have
+                             or run: many lines in a row that are rather rare    (streams that never end)
                                  └─► nats of each signal ─► tail ─► p_value, onset_p
     embedding, gap ─► encoder LSTM ─► code = tanh(W·h) ─► decoder LSTM ─► the next line, and the last ones again
 
@@ -37,10 +38,17 @@ LIKELY, BEFORE = 3, 5
 LEAST_LIKELY = 1e-3
 """Smallest chance of a line that is named as likely."""
 MOST_NATS = 40.0
+RUN, OF_TEMPLATE = 2, 3
+"""Which signal the run is, in place of the counts; the template has the nats of the first three: line, new pattern, counts or run."""
 CERTAIN = 1e12
 """Events that the pooled scale of evidence weighs: evidence is in nats for every stream."""
 MARGIN = 0.01
 """Nats, and decades, by which an onset exceeds the last: templates come again with the same nats."""
+RUN_DRIFT, RUN_STEP, RUN_MOST = 0.5, 2.0, 20.0
+"""Of a run, in spreads of nats: what a line has to exceed the usual by, the most that one adds, and the most there is: a single line is
+none, and a long run is forgotten within some twenty ordinary lines."""
+OWN_FIRST, OWN_LAST = 200.0, 1000.0
+"""Lines that a stream's own usual nats are the mean of: at first, of the pooled ones, and at most. So what is accepted becomes usual."""
 NEW_NATS = 0.1
 """Evidence of a new pattern: all are the same, and how rare they are is for the tail to say."""
 GAP_LIMIT = 25.0
@@ -167,7 +175,7 @@ class Counts(nn.Module):
         self._keep("own_bin", torch.from_numpy(pairs[:, 1]))
         self._keep("weights", torch.from_numpy(weights))
         self._keep("worth", torch.from_numpy(counting.worth))
-        self.base = counting.base
+        self.base, self.usual, self.spread = counting.base, counting.usual, counting.spread
 
     def _keep(self, name: str, table: Tensor) -> None:
         self.register_buffer(name, table.float(), persistent=False)
@@ -194,6 +202,19 @@ class Counts(nn.Module):
         above, below = ((difference > 0).to(bins.dtype), (difference < 0).to(bins.dtype) * ended)
         least = ((above + below) @ self.weights).amin(dim=1, keepdim=True)
         return (least + self.base) * (least > 0).to(bins.dtype)
+
+    def run(self, before: Tensor, nats: Tensor, own: Tensor) -> Tensor:
+        """A run [..] after a line of these nats [..]: a cumulative sum (Page, 1954) of what exceeds the stream's usual, which is `own` off.
+
+        What is more than the pooled usual counts twice: it comes of rare lines, and so varies more, too.
+        """
+        exceeding = (nats - self.usual - own - own.clamp(min=0.0)) / self.spread - RUN_DRIFT
+        return (before + exceeding.clamp(max=RUN_STEP)).clamp(0.0, RUN_MOST)
+
+    def own(self, before: Tensor, nats: Tensor, age: Tensor) -> Tensor:
+        """Nats [..] by which the stream's usual is off the pooled one, after a line of these nats, the `age`-th that is learned."""
+        off = (nats - self.usual).clamp(max=RUN_STEP * self.spread)
+        return before + (off - before) / (OWN_FIRST + age).clamp(max=OWN_LAST)
 
 
 def _with_class(prototypes: Ints) -> Ints:
@@ -245,8 +266,8 @@ class LogStep(ArtifactStep):
         self.features = 2 + ranges.numbers
         self.lines = LineNetwork(counting, sizes)
         self.counts = Counts(counting)
-        counts, numbers = ("counts",) * self.counts.counted, ("numbers",) * (ranges.numbers > 0)
-        self.signals = ("line", "new pattern", *counts, "gap", *numbers)
+        numbers = ("numbers",) * (ranges.numbers > 0)
+        self.signals = ("line", "new pattern", "counts" if self.counts.counted else "run", "gap", *numbers)
         self.register_buffer("number_location", ranges.location, persistent=False)
         self.register_buffer("number_scale", ranges.scale, persistent=False)
         self.register_buffer("tie", (1e-6 * torch.arange(self.codes, dtype=torch.float32)).clamp(max=LEAST_LIKELY / 2), persistent=False)
@@ -260,8 +281,8 @@ class LogStep(ArtifactStep):
         self.calibration = calibration
         self.tail = self.tail_of(calibration)
         own = [Slot("before", BEFORE, Keeps.ROWS), Slot("place", 1, Keeps.ROWS)]
-        if self.counts.counted:
-            own.append(Slot("tally", self.counts.width, Keeps.ROWS))
+        counted = [Slot("tally", self.counts.width, Keeps.ROWS)]
+        own += counted if self.counts.counted else [Slot("run", 1, Keeps.ROWS), Slot("own_usual", 1, Keeps.STREAM)]
         self.layout = Layout([*self.lines.slots, *own, Slot("age", 1, Keeps.STREAM), *self.tail.slots])
 
     def tail_of(self, calibration: Calibration) -> Tail:
@@ -290,8 +311,11 @@ class LogStep(ArtifactStep):
         going_on = 1.0 - line.ended
         for emitted in ("onset_height", "onset_hold"):
             tail_after[emitted] = tail_after[emitted] * going_on.t()
-        after = {name: torch.where(line.present, part * going_on, parts[name]) for name, part in self._read(line, parts).items()}
+        read = self._read(line, judged, parts)
+        after = {name: torch.where(line.present, part * going_on, parts[name]) for name, part in read.items()}
         after |= {**tail_after, "age": parts["age"] + 1}
+        if not self.counts.counted:
+            after["own_usual"] = self.counts.own(parts["own_usual"], judged.nats[:, :1].t(), parts["age"])
         state_out = self.layout.join(parts, after, present & (learn > 0.5).unsqueeze(0))
         lower, upper = self._band(judged, answer.factor.t())
         before = torch.where(parts["before"] > 0, parts["before"] - 1, torch.nan)
@@ -319,6 +343,8 @@ class LogStep(ArtifactStep):
         nats.append((line.code == 0).to(chances.dtype).unsqueeze(1) * NEW_NATS)
         if self.counts.counted:
             nats.append(self.counts.distance(self.counts.binned(self._counted(line, parts)), line.ended))
+        else:
+            nats.append(self.counts.run(parts["run"], nats[0], parts["own_usual"].t()))
         return self._ranged(line, parts, nats, chances)
 
     def _counted(self, line: Line, parts: Parts) -> Tensor:
@@ -366,8 +392,8 @@ class LogStep(ArtifactStep):
         return ends[0], ends[1]
 
     def _shares(self, judged: Judged, line: Line) -> Tensor:
-        """Attribution [B, F]: each feature's nats as shares of 1; the template has the line's, the new pattern's and the counts'."""
-        own = judged.nats[:, : 2 + self.counts.counted]
+        """Attribution [B, F]: each feature's nats as shares of 1; the template has those of OF_TEMPLATE signals."""
+        own = judged.nats[:, :OF_TEMPLATE]
         template = own @ torch.ones(own.shape[1], 1) + 1e-6
         weights = torch.cat([template, judged.ratio[:, 1:].clamp(max=MOST_NATS)], dim=1) * line.present.to(own.dtype)
         return weights / row_sum(weights).clamp(min=1e-12)
@@ -379,7 +405,7 @@ class LogStep(ArtifactStep):
         told = chances >= LEAST_LIKELY
         return torch.cat([torch.where(told, codes.to(chances.dtype), torch.nan), torch.where(told, chances, torch.nan)], dim=1)
 
-    def _read(self, line: Line, parts: Parts) -> Parts:
+    def _read(self, line: Line, judged: Judged, parts: Parts) -> Parts:
         """The session's parts after this line, not yet those of the next session."""
         first = parts["place"] < 0.5
         gap = torch.log1p(line.gap.clamp(0.0, 1e12) / self.ranges.gap_unit) / self.ranges.gap_spread
@@ -392,4 +418,6 @@ class LogStep(ArtifactStep):
         }
         if self.counts.counted:
             after["tally"] = self._counted(line, parts)
+        else:
+            after["run"] = judged.nats[:, RUN : RUN + 1]
         return after
