@@ -24,11 +24,11 @@ from training.detector import DetectorStep
 Bool = NDArray[np.bool_]
 ROWS, STREAMS = 3000, 16
 """At most this much history is looked at."""
-DRAWS = 8
-"""Of faults into the same history. One leaves a small fleet's choice to chance (LOG.md); side by side they take little longer than it."""
+DRAWS = 16
+"""Of faults into the same history. One leaves a small fleet's choice to chance (LOG.md); side by side they take few times as long."""
 VALUES = 1 << 24
 """Numbers of all draws together at most: of many features each draw takes fewer streams, in turns."""
-CLEAR = 3.0
+CLEAR = 2.0
 """Standard errors by which a difference between the means of draws is more than chance."""
 LONGEST = 300
 FEWEST = 400
