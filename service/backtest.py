@@ -39,7 +39,7 @@ from service.policy import THRESHOLD, Policy, judge
 from service.rounds import Kind, Outcomes, advance
 from service.sentinels import Sentinels, advice, columns_of
 from service.state import ALERT_OPEN
-from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, once_each, read_for, refuse_idle
+from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, once_each, passed_over, read_for, refuse_idle
 from service.terminal import terminal
 
 LISTED = 60
@@ -244,6 +244,8 @@ def run(
     by_size = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
     tallies, sentinels = dict[str, Tally](), Sentinels()
     with Progress(console=console, transient=True) as progress:
+        if left := passed_over(inputs):
+            progress.console.print(left)
         task, rowless = progress.add_task("scoring", total=None), Rowless(sources, progress.console.print)
         for first in range(0, len(by_size), limits.group_files):
             notify = once_each(progress.console.print)

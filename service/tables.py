@@ -35,6 +35,8 @@ Float64 = NDArray[np.float64]
 Notify = Callable[[str], None]
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".npz")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".xlsx", ".xls", ".feather")
+"""Of files that most likely hold rows, too, and are not read."""
 TIMESTAMP_COLUMNS = ("timestamp", "time", "datetime", "date_time", "date", "ts", "@timestamp", "epoch", "_time", "t_stamp")
 LABEL_COLUMNS = frozenset(
     {"anomaly", "anomalies", "is_anomaly", "anomaly_label", "label", "labels", "is_label", "ground_truth", "changepoint", "change_point"}
@@ -177,6 +179,16 @@ def find_sources(paths: Iterable[Path]) -> list[Source]:
         else:
             raise TableError(f"{path} does not exist.")
     return sources
+
+
+def passed_over(paths: Iterable[Path]) -> str:
+    """What of these folders may hold rows and is not read, in words; "" = nothing."""
+    found = [
+        file for path in paths if path.is_dir() for file in sorted(path.rglob("*")) if file.suffix.lower() in PACKED and file.is_file()
+    ]
+    if not found:
+        return ""
+    return f"Not read, as they are no {', '.join(SUFFIXES)} file: {listed(file.name for file in found)}. Unpack them, or save them as CSV."
 
 
 def refuse_idle(sources: Sequence[Source], options: ReadOptions) -> None:

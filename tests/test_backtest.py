@@ -196,11 +196,13 @@ def test_the_summary_says_of_which_inputs_nothing_was_judged_and_which_seem_to_b
     assert f"long.csv 60 {60 - WARMUP} 0 " in printed
 
 
-def test_values_that_look_like_no_readings_are_told(tmp_path: Path, tiny_model_path: Path) -> None:
+def test_files_that_are_not_read_and_values_that_look_like_no_readings_are_told(tmp_path: Path, tiny_model_path: Path) -> None:
     write(tmp_path / "data/a.csv", [-9999, *series(1, 60)])
     write(tmp_path / "data/b.csv", [100 * float(value) for value in series(2, 60)])
+    (tmp_path / "data/c.csv.gz").touch()
     ran = CliRunner().invoke(app, ["backtest", str(tmp_path / "data"), "--model", str(tiny_model_path), "--out", str(tmp_path / "out")])
     printed = " ".join(ran.output.split())
+    assert "Not read, as they are no .csv, .tsv, .parquet, .npz file: 'c.csv.gz'. Unpack them" in printed
     assert "no reading: -9999 in a.csv (1). Each is scored" in printed
     assert "`python -m service split FILES --missing -9999` makes such files" in printed
 

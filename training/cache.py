@@ -26,7 +26,19 @@ import numpy as np
 from service.errors import TableError
 from service.outputs import naming
 from service.sentinels import Sentinels, advice, columns_of
-from service.tables import Notify, ReadOptions, Rowless, Source, as_float32, find_sources, listed, once_each, read_batches, refuse_idle
+from service.tables import (
+    Notify,
+    ReadOptions,
+    Rowless,
+    Source,
+    as_float32,
+    find_sources,
+    listed,
+    once_each,
+    passed_over,
+    read_batches,
+    refuse_idle,
+)
 from training.data import Float32, Stream, clock
 
 CACHE = "cache"
@@ -85,6 +97,8 @@ def convert(paths: Sequence[Path], options: ReadOptions, folder: Path, notify: N
     leaves nothing then.
     """
     sources = told_apart(find_sources(paths))
+    if left := passed_over(paths):
+        notify(left)
     refuse_idle(sources, options)
     made_of = _made_of(sources, options)
     index = _index(folder)

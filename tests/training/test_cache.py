@@ -51,6 +51,16 @@ def test_files_without_rows_are_told_and_left_out(tmp_path: Path) -> None:
         converted(tmp_path / "data", tmp_path / "cache")
 
 
+def test_packed_files_and_spreadsheets_beside_those_that_are_read_are_told(tmp_path: Path) -> None:
+    """Half of a fleet had been left out in silence."""
+    folder = small(tmp_path / "data")
+    for name in ("b.csv.gz", "c.XLSX", "README.md"):
+        (folder / name).touch()
+    told: list[str] = []
+    converted(folder, tmp_path / "cache", told)
+    assert "Not read, as they are no .csv, .tsv, .parquet, .npz file: 'b.csv.gz', 'c.XLSX'. Unpack them, or save them as CSV." in told
+
+
 def test_values_that_look_like_no_readings_are_told_with_what_to_do(tmp_path: Path) -> None:
     """They had been learned in silence: what a detector takes for usual is wider by them."""
     (small(tmp_path / "data") / "b.csv").write_text("timestamp,load\n" + "\n".join(f"{i},{-9999 if i == 5 else i % 3}" for i in range(9)))
