@@ -103,7 +103,7 @@ def test_when_a_process_is_killed_the_others_end_and_the_run_continues_to_the_mo
     assert run.returncode == 0, printed
     assert "Continuing at step " in printed
     assert "2 processes on cpu, float32" in printed
-    assert printed.count("Published") == 1
+    assert " ".join(printed.split()).count("bytes a stream") == 1
     assert_same_training(alone, tmp_path)
     one, two = verify_file(alone / "pumps-1.onnx"), verify_file(tmp_path / "pumps-1.onnx")
     assert two.training.command.startswith("torchrun --nproc-per-node 2 -m training fit")
