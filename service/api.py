@@ -303,8 +303,9 @@ class Door:
         if path != EVENTS or method != "POST" or len(content) > self._limits.max_body_bytes or not request.names.isdisjoint(_NOT_PLAIN):
             return None
         try:
+            _only(request, "model")
             form = _format(request)
-            if form is not Format.JSON or _accepted(request, form) is not form or request.query("top_contributors") is not None:
+            if form is not Format.JSON or _accepted(request, form) is not form:
                 return None
             scorer, request.sender = self._scorer(request), _sender(request)
         except OnsetError:
@@ -353,7 +354,9 @@ class Door:
 
     async def one_stream(self, request: Request) -> Response:
         """The last result of a stream; or forget it."""
-        scorer, stream_id = self._scorer(_incoming(request)), request.path_params["stream_id"]
+        asked = _incoming(request)
+        _only(asked, "model")
+        scorer, stream_id = self._scorer(asked), request.path_params["stream_id"]
         if request.method != "DELETE":
             return _json(await scorer.streams.last(stream_id))
         if not await scorer.streams.forget(stream_id):
@@ -363,7 +366,9 @@ class Door:
 
     async def post_accept(self, request: Request) -> Response:
         """Close a stream's alert and learn what it was about; its summary. Safe to repeat."""
-        result = await self._scorer(_incoming(request)).streams.accept(request.path_params["stream_id"])
+        asked = _incoming(request)
+        _only(asked, "model")
+        result = await self._scorer(asked).streams.accept(request.path_params["stream_id"])
         return _json(result)
 
     async def list_alerts(self, request: Request) -> Response:
@@ -492,6 +497,7 @@ class Door:
             raise BadParameter(
                 f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id", shown(stream_id)
             )
+        _only(request, "model", "top_contributors")
         scorer = self._scorer(request)
         top = _number(request, "top_contributors", TOP, 0, MAX_TOP)
         form = _format(request)
@@ -856,8 +862,8 @@ def _number(request: Incoming, name: str, default: int, least: int, most: int) -
 
 
 def _only(request: Incoming, *names: str) -> None:
-    """What a list is asked for by another name would be left out, and the list have more than is meant. Raises BadParameter."""
-    for name in request.parameters:
+    """What another name asks for would be left out: a list would have more than is meant, another model score. Raises BadParameter."""
+    for name in request.parameters if request.scope["query_string"] else ():
         if name not in names:
             raise BadParameter(
                 f"'{name[:64]}' is no parameter here; there are {', '.join(names)}.", name[:64], shown(request.query(name) or "")

@@ -310,14 +310,14 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
                 "The last result of a stream",
                 [stream, model],
                 {"200": _json(_ref("Result"), "Its last result.")},
-                ["unknown-stream", "store-unavailable"],
+                ["bad-parameter", "unknown-stream", "store-unavailable"],
             ),
             "delete": _operation(
                 "deleteStream",
                 "Forget a stream",
                 [stream, model],
                 {"204": {"description": "Forgotten."}},
-                ["unknown-stream", "store-unavailable"],
+                ["bad-parameter", "unknown-stream", "store-unavailable"],
             ),
         },
         "/v1/streams/{stream_id}/accept": {
@@ -326,7 +326,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
                 "Take what a stream is alerted about for its new normal",
                 [stream, model],
                 {"200": _json(_ref("Result"), "The stream, its alert closed; the same when none was open.")},
-                ["unknown-stream", "state-conflict", "store-unavailable"],
+                ["bad-parameter", "unknown-stream", "state-conflict", "store-unavailable"],
             )
         },
         PATH: {"post": _remote_write(model)},

@@ -484,6 +484,14 @@ async def test_an_idempotency_key_makes_a_request_repeatable(client: Client) -> 
 async def test_unknown_models_and_bad_parameters_are_named(client: Client) -> None:
     assert_problem(await client.raw("{}", path="/v1/events?model=nope"), 404, "No model 'nope' is loaded; there is tiny")
     assert_problem(await client.raw("{}", path="/v1/events?top_contributors=many"), 422, "whole number from 0 to 300", "top_contributors")
+    for method, path in (
+        ("POST", "/v1/events"),
+        ("POST", "/v1/streams/a/events"),
+        ("POST", "/v1/streams/a/accept"),
+        ("DELETE", "/v1/streams/a"),
+    ):
+        misspelt = await client.request(method, f"{path}?modle=tiny", content=json.dumps(event()), headers=JSON)
+        assert_problem(misspelt, 422, "'modle' is no parameter here; there are model", "modle")
     for path, name, value, says in (
         ("streams", "limit", "0", "from 1 to 1000"),
         ("streams", "cursor", "x", "none of ours"),

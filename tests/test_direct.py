@@ -249,6 +249,7 @@ PLAIN = json.dumps(event("p")).encode()
         ),
         (post(PLAIN, path="/v1/events?model=tiny"), 1),
         (post(PLAIN, path="/v1/events?model=none"), 0),
+        (post(PLAIN, path="/v1/events?modle=tiny"), 0),
         (post(PLAIN, path="/v1/events?top_contributors=0"), 0),
         (post(PLAIN, path="/v1/streams/p/events"), 0),
         (post(PLAIN, "Accept: application/x-msgpack"), 0),
