@@ -102,7 +102,7 @@ def test_two_megabytes_of_tiny_items_are_refused_quickly_and_in_little_memory(bo
     started = time.process_time()
     with pytest.raises(TooLarge, match="More than 1000 events"):
         items_of(body, lines)
-    assert time.process_time() - started < 2  # looking at each of them took 12 to 30 s
+    assert time.process_time() - started < 8  # 0.01 to 0.9 s; looking at each of them took 12 to 30 s
     tracemalloc.start()
     with pytest.raises(TooLarge):
         items_of(body, lines)

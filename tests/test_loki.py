@@ -263,16 +263,25 @@ async def test_what_is_no_push_is_refused_and_nothing_is_scored(promtail: Shippe
 @pytest.mark.parametrize("form", ["protobuf", "json"])
 async def test_while_a_long_push_is_read_others_get_their_turn(log_detector: Detector, form: str) -> None:
     blank: list[Line] = [(NS + i, "") for i in range(20_000)]
-    turns, ended = 0, asyncio.Event()
+    turns, reads, ended = 0, False, asyncio.Event()
 
     async def others() -> None:
         nonlocal turns
         while not ended.is_set():
             await asyncio.sleep(0)
-            turns += 1
+            turns += reads
+
+    class Watched(loki.Loki):
+        def _read(self, *given: Any) -> Any:
+            nonlocal reads
+            reads = True
+            try:
+                return super()._read(*given)
+            finally:
+                reads = False
 
     def many(app: FastAPI, shipping: Shipping, door: Door) -> None:
-        door.add_post(app, loki.PATH, loki.Loki(shipping, loki.Streams(""), len(blank)).push, "loki_push")
+        door.add_post(app, loki.PATH, Watched(shipping, loki.Streams(""), len(blank)).push, "loki_push")
 
     async with shipper(many, loki.DOOR, log_detector) as client:
         counting = asyncio.create_task(others())
@@ -280,7 +289,7 @@ async def test_while_a_long_push_is_read_others_get_their_turn(log_detector: Det
         ended.set()
         await counting
         assert (reply.status_code, client.blank) == (204, len(blank))
-    assert turns > 200
+    assert turns > 0
 
 
 async def test_lines_and_bytes_of_a_push_are_limited(promtail: Shipper) -> None:
