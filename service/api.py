@@ -755,8 +755,10 @@ def _outcomes(scored: Scored) -> Counter[str]:
 
 def _of_kinds(events: Sequence[int] | NDArray[np.intp]) -> dict[str, int]:
     """Outcomes of those that are no errors; `events` of each Kind."""
-    scored, late = int(events[Kind.SCORED]), int(events[Kind.LATE])
-    return {"scored": scored, "late": late, "duplicate": int(events[Kind.DUPLICATE] + events[Kind.REPEATED])}
+    counted = dict.fromkeys(_OF_KIND.values(), 0)
+    for kind, outcome in _OF_KIND.items():
+        counted[outcome] += int(events[kind])
+    return counted
 
 
 async def _no_more() -> Message:

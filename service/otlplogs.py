@@ -15,9 +15,23 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from service.errors import BadBody, TooLarge
-from service.otlpwire import NONE, Attributes, Json, KeyValue, Origin, Reader, Resource, Value, Whole, attributes_of, json_value, whole
-from service.wire import FIXED64, LENGTH, VARINT, Malformed, fields, read_varint
+from service.errors import TooLarge
+from service.otlpwire import (
+    NONE,
+    Attributes,
+    Json,
+    KeyValue,
+    Origin,
+    Reader,
+    Resource,
+    Value,
+    Whole,
+    attributes_of,
+    json_value,
+    reading,
+    whole,
+)
+from service.wire import FIXED64, LENGTH, VARINT, fields, read_varint
 
 MESSAGE = "opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest"
 
@@ -38,12 +52,8 @@ class Record(NamedTuple):
 
 def decode_protobuf(content: bytes, *, most: int) -> list[Record]:
     """Raises BadBody, and TooLarge for more than `most` records."""
-    try:
+    with reading(MESSAGE):
         return _Reader(content, most).read()
-    except IndexError as error:
-        raise BadBody(f"The body is not an {MESSAGE}: it is cut off.") from error
-    except Malformed as error:
-        raise BadBody(f"The body is not an {MESSAGE}: {error}.") from error
 
 
 # ── protobuf ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,10 +152,8 @@ _request = msgspec.json.Decoder(_Request)
 
 def decode_json(content: bytes, *, most: int) -> list[Record]:
     """Raises BadBody, and TooLarge for more than `most` records."""
-    try:
+    with reading(f"{MESSAGE} in JSON"):
         request = _request.decode(content)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        raise BadBody(f"The body is not an {MESSAGE} in JSON: {error}.") from error
     scopes = [(logs.resource, scope) for logs in request.resource_logs or () for scope in logs.scope_logs or ()]
     if sum(len(scope.log_records or ()) for _, scope in scopes) > most:
         raise too_many(most)

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import msgspec
 
 from service.errors import BadBody, TooLarge
-from service.otlpwire import NONE, Attributes, Json, KeyValue, Origin, Reader, Resource, Whole, attributes_of, whole
-from service.wire import FIXED64, LENGTH, VARINT, Malformed, fields, read_varint
+from service.otlpwire import NONE, Attributes, Json, KeyValue, Origin, Reader, Resource, Whole, attributes_of, reading, whole
+from service.wire import FIXED64, LENGTH, VARINT, fields, read_varint
 
 MESSAGE = "opentelemetry.proto.collector.metrics.v1.ExportMetricsServiceRequest"
 CUMULATIVE = 2
@@ -58,12 +58,8 @@ class Exported:
 
 def decode_protobuf(content: bytes, *, most: int) -> Exported:
     """Raises BadBody, and TooLarge for more than `most` points."""
-    try:
+    with reading(MESSAGE):
         return _Reader(content, most).read()
-    except IndexError as error:
-        raise BadBody(f"The body is not an {MESSAGE}: it is cut off.") from error
-    except Malformed as error:
-        raise BadBody(f"The body is not an {MESSAGE}: {error}.") from error
 
 
 def _too_many(most: int) -> TooLarge:
@@ -171,10 +167,8 @@ _request = msgspec.json.Decoder(_Request)
 
 def decode_json(content: bytes, *, most: int) -> Exported:
     """Raises BadBody, and TooLarge for more than `most` points."""
-    try:
+    with reading(f"{MESSAGE} in JSON"):
         request = _request.decode(content)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        raise BadBody(f"The body is not an {MESSAGE} in JSON: {error}.") from error
     exported = Exported()
     for part in request.resource_metrics or ():
         origin = Origin(attributes_of(part.resource.attributes) if part.resource else NONE)
