@@ -41,7 +41,7 @@ from service.otlpwire import encode_response, encode_status, naming, text_of
 from service.problems import Problem, problem_of
 from service.prompb import STALE, Label, Written
 from service.samples import Samples, feature_of
-from service.shipped import RETRY_SECONDS, Naming, Shipped, Shipping, Tally, beside
+from service.shipped import EARLIEST, RETRY_SECONDS, Naming, Shipped, Shipping, Tally, beside, of_another_unit
 
 DOOR, METRICS_DOOR = "otlp", "otlp_metrics"
 PATH, METRICS_PATH = "/v1/logs", "/v1/metrics"
@@ -160,6 +160,8 @@ class OtlpMetrics:
     def _series(self, point: Point) -> tuple[bytes, Callable[[], Series]]:
         """What tells a point's series from the others of its request, and how it is made."""
         try:
+            if 0 < point.nanoseconds < EARLIEST:
+                raise of_another_unit(point.nanoseconds)
             labels = labels_of(point)
         except BadEvent as error:
             return error.detail.encode(), partial(Series, error=error)

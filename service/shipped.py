@@ -214,7 +214,7 @@ class Shipping:
             event_id = None
             if moment is not None:
                 if moment < EARLIEST:
-                    tally.refuse(_of_another_unit(moment))
+                    tally.refuse(of_another_unit(moment))
                     continue
                 equals[key := (stream_id, moment, line)] += 1
                 event_id = _identity(moment, line, equals[key])
@@ -225,9 +225,9 @@ class Shipping:
             yield Delivery(event, 0, 0, now)
 
 
-def _of_another_unit(moment: int) -> BadEvent:
+def of_another_unit(moment: int) -> BadEvent:
     unit = next((f": it looks like {name}" for name, least in _LARGER.items() if moment >= least), "")
-    return BadEvent(f"time {moment} is no time of a line in nanoseconds since 1970{unit}.", "timestamp", str(moment))
+    return BadEvent(f"time {moment} is no time in nanoseconds since 1970{unit}.", "timestamp", str(moment))
 
 
 def _identity(nanoseconds: int, line: str, nth: int) -> str:

@@ -100,7 +100,7 @@ async def test_the_time_of_a_line_is_the_one_that_a_file_or_rest_would_give(prom
 @pytest.mark.parametrize(("per_second", "unit"), [(1, "seconds"), (1_000, "milliseconds"), (1_000_000, "microseconds")])
 async def test_a_time_in_a_larger_unit_is_refused_with_the_unit_that_it_looks_like(promtail: Shipper, per_second: int, unit: str) -> None:
     reply = await push(promtail, {STREAM: [(NOW * per_second, LINES[0]), *some(LINES[1])]})
-    says = f"time {NOW * per_second} is no time of a line in nanoseconds since 1970: it looks like {unit}"
+    says = f"time {NOW * per_second} is no time in nanoseconds since 1970: it looks like {unit}"
     assert_refused(reply, 400, "1 of 2 lines were refused: 1 cannot be used", says)
     assert (promtail.count("scored"), promtail.count("rejected")) == (1, 1)
 

@@ -107,6 +107,17 @@ async def test_a_point_is_a_sample_of_the_series_that_prometheus_would_name_so(e
     assert count(exporter, "duplicate") == 4
 
 
+@pytest.mark.parametrize(("per_second", "unit"), [(1, "seconds"), (1000, "milliseconds"), (10**6, "microseconds")])
+async def test_a_point_whose_time_is_in_another_unit_is_refused_and_its_neighbour_scored(
+    exporter: Sender, per_second: int, unit: str
+) -> None:
+    wrong = NS * per_second // 10**9
+    rejected, why = await export(exporter, gauge("oven.temperature", point(200.0, NS, line__no=1), point(201.0, wrong, line__no=1)))
+    assert rejected == 1
+    assert f"time {wrong} is no time in nanoseconds since 1970: it looks like {unit}" in why
+    assert (await exporter.last(OVEN)).state_version == 1
+
+
 async def test_a_sum_that_only_rises_is_scored_by_its_rate_and_what_was_added_since_the_last_export_as_it_is(exporter: Sender) -> None:
     def of(temporality: int, rises: bool, name: str) -> Metric:
         points = [point(100 + 5 * i, NS + i * 10**9) for i in range(3)]
