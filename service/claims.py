@@ -24,6 +24,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -31,6 +32,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from service import tasks
 from service.detector import Detector
 from service.errors import StoreUnavailable, Superseded
 from service.metrics import Metrics
@@ -110,7 +112,6 @@ class StoredClaim:
         self._found = b""
         self._since = self._read_at = 0.0
         """Since when another file's claim is `_found`, and when it was read last."""
-        self._unreached = False
 
     @property
     def wrong(self) -> str | None:
@@ -154,17 +155,11 @@ class StoredClaim:
 
     async def run(self, every: float = BEAT_SECONDS) -> None:
         """Beat until cancelled, once it was claimed."""
-        while True:
-            await asyncio.sleep(every)
-            try:
-                await self.beat()
-                self._unreached = False
-            except StoreUnavailable as error:
-                if not self._unreached:
-                    log.warning("claim_not_renewed", model=self._model, error=error.detail)
-                self._unreached = True
-            except Exception as error:  # a bug must not lose the claim for good; it is counted and logged
-                self._metrics.bug(error, model=self._model)
+
+        def away(error: StoreUnavailable) -> None:
+            log.warning("claim_not_renewed", model=self._model, error=error.detail)
+
+        await tasks.repeat(self.beat, every, away, partial(self._metrics.bug, model=self._model))
 
     async def beat(self) -> None:
         """Renew our claim, or see whether another's still is. Raises StoreUnavailable."""

@@ -14,12 +14,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import structlog
 
+from service import tasks
 from service.asking import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA, per_event
 from service.errors import BadParameter, StoreUnavailable
 from service.events import shown
@@ -130,7 +132,6 @@ class Control:
         self._store: StateStore | None = None
         self._asked = environment
         self._applied: Mapping[str, bytes] | None = None
-        self._reached = True
         self._lock = asyncio.Lock()  # what was read first is applied first
 
     def connect(self, store: StateStore) -> None:
@@ -152,16 +153,11 @@ class Control:
 
     async def run(self, every: float = REFRESH_SECONDS) -> None:
         """Refresh until cancelled."""
-        while True:
-            await asyncio.sleep(every)
-            try:
-                await self.refresh()
-            except StoreUnavailable as error:
-                if self._reached:
-                    log.warning("policy_not_refreshed", error=error.detail, alpha=self._asked.alpha.value, strict=self._asked.strict.value)
-                    self._reached = False
-            except Exception as error:  # a bug must not cut this replica off from later changes; it is counted and logged
-                self._metrics.bug(error, task="policy")
+
+        def away(error: StoreUnavailable) -> None:
+            log.warning("policy_not_refreshed", error=error.detail, alpha=self._asked.alpha.value, strict=self._asked.strict.value)
+
+        await tasks.repeat(self.refresh, every, away, partial(self._metrics.bug, task="policy"))
 
     async def reply(self) -> PolicyReply:
         """What is in force here, and what it means for the streams there are now."""
@@ -187,7 +183,6 @@ class Control:
 
     def _apply(self, kept: Mapping[str, bytes], by: str) -> None:
         """Put what the store keeps into force here."""
-        self._reached = True
         if kept == self._applied:
             return
         before, first = self._asked, self._applied is None

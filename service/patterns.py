@@ -14,15 +14,16 @@ Best effort, beside the commit: a replica that dies loses what it counted since 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 import structlog
 
+from service import tasks
 from service.artifact import NEW
 from service.detector import Detector
 from service.errors import StoreUnavailable, UnknownModel
@@ -115,21 +116,14 @@ class Patterns:
 
     async def run(self) -> None:
         """Write what was counted, once a second, until cancelled."""
-        while True:
-            await asyncio.sleep(FLUSH_SECONDS)
-            try:
-                await self.flush()
-            except StoreUnavailable as error:
-                log.warning("patterns_not_written", error=error.detail)
-            except Exception as error:  # a bug must not end the collection; it is counted and logged
-                self._metrics.bug(error, task="patterns")
+        await tasks.repeat(self.flush, FLUSH_SECONDS, _not_written, partial(self._metrics.bug, task="patterns"))
 
     async def stop(self) -> None:
         """Write what is left, once nothing more is scored."""
         try:
             await self.flush()
         except StoreUnavailable as error:
-            log.warning("patterns_not_written", error=error.detail)
+            _not_written(error)
 
     async def flush(self) -> None:
         """Write what was counted since the last time. Raises StoreUnavailable: then it is kept for the next."""
@@ -199,6 +193,10 @@ class Patterns:
         if self._store is None:
             raise StoreUnavailable("The state store has not been opened yet.")
         return await self._store.pipe(commands, atomic=True)
+
+
+def _not_written(error: StoreUnavailable) -> None:
+    log.warning("patterns_not_written", error=error.detail)
 
 
 def _pairs(reply: Any) -> dict[bytes, bytes]:

@@ -1,12 +1,35 @@
-"""Ending background tasks for certain."""
+"""Background tasks: what goes on in spite of everything, and what ends for certain."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
+
+from service.errors import StoreUnavailable
 
 SWALLOWED_SECONDS = 0.5
 """How long a cancelled task may take to clean up before it is cancelled again."""
+
+
+async def repeat(
+    turn: Callable[[], Awaitable[None]], every: float, away: Callable[[StoreUnavailable], None], bug: Callable[[Exception], None]
+) -> None:
+    """Take a turn `every` so many seconds until cancelled. An outage of the store, which `away` is told of once, ends it as little as a
+    bug, which `bug` counts and logs.
+    """
+    reached = True
+    while True:
+        await asyncio.sleep(every)
+        try:
+            await turn()
+            reached = True
+        except StoreUnavailable as error:
+            if reached:
+                away(error)
+            reached = False
+        except Exception as error:
+            bug(error)
 
 
 async def end(task: asyncio.Task[Any]) -> None:
