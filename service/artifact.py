@@ -52,9 +52,8 @@ UNSEALED = "0" * 64
 # A metadata entry is a protobuf StringStringEntryProto: field 1 is the key, field 2 (tag 0x12) the value, here 0x40 = 64 bytes.
 _SEAL = re.compile(re.escape(SHA256_KEY).encode() + rb"\x12\x40([0-9a-f]{64})")
 
-RE2_QUIET = re2.Options()
-"""To compile with: what is wrong with an expression is raised, and not also logged."""
-RE2_QUIET.log_errors = False
+_QUIET = re2.Options()
+_QUIET.log_errors = False  # what is wrong with an expression is raised
 
 Float32 = NDArray[np.float32]
 
@@ -101,7 +100,7 @@ class Mask(_Frozen):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        if re2.fullmatch(_expression(pattern), ""):
+        if compiled(pattern).fullmatch(""):
             raise ValueError(f"{pattern!r} matches a text without characters, so it would match everywhere")
         return pattern
 
@@ -127,7 +126,8 @@ class Lines(_Frozen):
     @field_validator("header")
     @classmethod
     def _compiles(cls, header: str) -> str:
-        return _expression(header)
+        compiled(header)
+        return header
 
     @field_validator("templates")
     @classmethod
@@ -314,19 +314,14 @@ def find_artifacts(path: Path) -> list[Path]:
     return found
 
 
-def _expression(pattern: str) -> str:
-    """`pattern`, if RE2 takes it. Raises ValueError."""
+def compiled(pattern: str) -> Any:
+    """An expression of RE2's. Raises ValueError, a sentence."""
     try:
-        re2.compile(pattern, RE2_QUIET)
+        return re2.compile(pattern, _QUIET)
     except re2.error as error:
-        raise ValueError(f"{pattern!r} is no expression of RE2: {re2_said(error)}") from error
-    return pattern
-
-
-def re2_said(error: re2.error) -> str:
-    """What is wrong with an expression; the library says it in bytes."""
-    said = error.args[0] if error.args else ""
-    return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+        said = error.args[0] if error.args else ""
+        why = said.decode(errors="replace") if isinstance(said, bytes) else said
+        raise ValueError(f"{pattern[:64]!r} is no expression of RE2: {why}") from error
 
 
 def _with_digest(content: bytes, digest: str) -> bytes:

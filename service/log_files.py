@@ -22,7 +22,7 @@ import numpy as np
 import re2
 from numpy.typing import NDArray
 
-from service.artifact import RE2_QUIET, re2_said
+from service.artifact import compiled
 from service.errors import BadEvent, TableError
 from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH
 from service.features import parse_timestamp
@@ -78,8 +78,11 @@ class LogFormat:
     def __post_init__(self) -> None:
         if self.time and not self.timestamp:
             object.__setattr__(self, "timestamp", f"({_expression(self.time)})\\s*")
-        for name, pattern in (("_begins", self.timestamp), ("_names", self.stream)):
-            object.__setattr__(self, name, _compiled(pattern) if pattern else None)
+        try:
+            for name, pattern in (("_begins", self.timestamp), ("_names", self.stream)):
+                object.__setattr__(self, name, compiled(pattern) if pattern else None)
+        except ValueError as error:
+            raise TableError(f"{error}.") from error
 
     @property
     def header(self) -> str:
@@ -335,10 +338,3 @@ def _expression(time: str) -> str:
     if unknown is not None:
         raise TableError(f"%{unknown} of the time format {time!r} is not known here; there is {', '.join('%' + one for one in _FIELDS)}.")
     return "".join(_FIELDS[part] if i % 2 else re2.escape(part) for i, part in enumerate(parts))
-
-
-def _compiled(pattern: str) -> Any:
-    try:
-        return re2.compile(pattern, RE2_QUIET)
-    except re2.error as error:
-        raise TableError(f"{pattern!r} is no expression of RE2: {re2_said(error)}.") from error

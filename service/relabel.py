@@ -17,11 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import re2
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from service.artifact import RE2_QUIET, re2_said
+from service.artifact import compiled
 from service.errors import BadSetting
 
 MAX_RULES = 1000
@@ -70,7 +69,7 @@ class Rule(BaseModel):
     @field_validator("regex")
     @classmethod
     def _compiles(cls, value: str) -> str:
-        _compiled(value)
+        compiled(value)
         return value
 
     @model_validator(mode="after")
@@ -88,7 +87,7 @@ class Rule(BaseModel):
             raise ValueError(f"target_label {target[:64]!r} is no name of a label")
         if action == "labelmap" and not _TARGET.fullmatch(self.replacement):
             raise ValueError(f"replacement {self.replacement[:64]!r} is no name of a label")
-        self._regexp = _compiled(self.regex)
+        self._regexp = compiled(f"(?s){self.regex}")
         return self
 
     def apply(self, labels: Labels) -> bool:
@@ -131,13 +130,6 @@ def _rule(path: Path, i: int, content: Any) -> Rule:
         first = error.errors()[0]
         where = ".".join(map(str, (f"relabel_configs[{i}]", *first["loc"])))
         raise BadSetting(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}.") from error
-
-
-def _compiled(regex: str) -> Any:
-    try:
-        return re2.compile(f"(?s:{regex})", RE2_QUIET)
-    except re2.error as error:
-        raise ValueError(f"{regex[:64]!r} is not a regular expression of RE2: {re2_said(error)}") from error
 
 
 def _group(match: Any, reference: re.Match[str]) -> str:

@@ -158,8 +158,8 @@ def test_rules_do_what_prometheus_does(before: Labels, text: str, after: Labels 
     ("text", "says"),
     [
         ("- {action: explode}", "relabel_configs[0].action: Input should be 'replace'"),
-        ("- {source_labels: [a], regex: (, action: keep}", "is not a regular expression of RE2: missing )"),
-        ("- {source_labels: [a], regex: '(?=x)', action: keep}", "is not a regular expression of RE2"),
+        ("- {source_labels: [a], regex: (, action: keep}", "'(' is no expression of RE2: missing )"),
+        ("- {source_labels: [a], regex: '(?=x)', action: keep}", "is no expression of RE2"),
         ("- {source_labels: [a]}", "action replace needs target_label"),
         ("- {source_labels: [a], action: hashmod, target_label: b}", "hashmod needs a modulus above 0"),
         ("- {target_label: '0${3}'}", "target_label '0${3}' is no name of a label"),
