@@ -63,6 +63,7 @@ from service.errors import (
     StoreUnavailable,
     TooLarge,
     TooSlow,
+    Unfinished,
     UnknownAlert,
     UnknownModel,
     UnsupportedMedia,
@@ -473,12 +474,15 @@ class Door:
     async def sent(self, request: Incoming, unpacked: Callable[[bytes], int] | None, model: str = "") -> AsyncIterator[Sent]:
         """What such a route scores, which counts as in flight until the block ends: a packed body, see Intake.packed; None = a plain one.
 
-        `model` is the one that scores where the request names none, "" = the default one. Raises as Intake does, and UnknownModel,
-        BadParameter.
+        `model` is the one that scores where the request names none, "" = the default one. Raises as Intake does, but Unfinished for
+        TooSlow, and UnknownModel, BadParameter.
         """
         scorer, sender = self._scorer(request, model), _sender(request)
         request.sender = sender
-        content = await (self._intake.body(request) if unpacked is None else self._intake.packed(request, unpacked))
+        try:
+            content = await (self._intake.body(request) if unpacked is None else self._intake.packed(request, unpacked))
+        except TooSlow as error:  # as a 408 it would be dropped
+            raise Unfinished(error.detail) from error
         try:
             yield Sent(content, scorer, sender)
         except Overloaded:
@@ -818,10 +822,10 @@ def _format(request: Incoming) -> Format:
     if given is None:
         return Format.JSON
     if (form := MEDIA.get(given)) is None:
-        media = given.partition(";")[0].strip().lower()
-        form = MEDIA.get(media)
+        form = MEDIA.get(request.media)
         if form is None:
-            raise UnsupportedMedia(f"Content-Type '{media[:64]}' is not read here; send {', '.join(form.value for form in Format)}.")
+            known = ", ".join(form.value for form in Format)
+            raise UnsupportedMedia(f"Content-Type '{request.media[:64]}' is not read here; send {known}.")
     return form
 
 

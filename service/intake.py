@@ -51,6 +51,11 @@ class Incoming:
         value = self._headers.get(name)
         return None if value is None else value.decode("latin-1")
 
+    @property
+    def media(self) -> str:
+        """The type of what is sent, without its parameters, in small letters; "" = it is not said."""
+        return (self.header(b"content-type") or "").partition(";")[0].strip().lower()
+
     def query(self, name: str) -> str | None:
         """A parameter of the address."""
         return self.parameters.get(name) if self.scope["query_string"] else None

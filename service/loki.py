@@ -23,17 +23,17 @@ from functools import partial
 
 from starlette.responses import Response
 
-from service.errors import BadEvent, TooSlow, Unfinished, UnsupportedMedia
+from service.errors import BadEvent, UnsupportedMedia
 from service.intake import Incoming
 from service.lokipush import Entry, Label, Pushed, decode_json, decode_protobuf
 from service.names import checked, stream_id_of
-from service.problems import Problem, respond
+from service.problems import partly_refused, partly_written, respond
 from service.prompb import unpack, unpacked_size
-from service.shipped import RETRY_SECONDS, Naming, Shipped, Shipping, Tally, beside
+from service.shipped import JSON, Naming, Shipped, Shipping, Tally, beside
+from service.wire import PROTOBUF
 
 DOOR = "loki"
 PATH = "/loki/api/v1/push"
-PROTOBUF, JSON = "application/x-protobuf", "application/json"
 
 Name = Callable[[Entry], str]
 """The stream that an entry is of. Raises BadEvent."""
@@ -70,13 +70,10 @@ class Loki:
         packed = _is_protobuf(request)
         model = self._shipping.model.of(request)
         tally = Tally()
-        try:
-            async with self._shipping.door.sent(request, unpacked_size if packed else None, model) as sent:
-                size = unpacked_size(sent.content) if packed else len(sent.content)
-                shipped, lines = await beside(partial(self._read, sent.content, packed, tally), size)
-                await self._shipping.score(sent, shipped, tally)
-        except TooSlow as error:  # as a 408 it would be dropped
-            raise Unfinished(error.detail) from error
+        async with self._shipping.door.sent(request, unpacked_size if packed else None, model) as sent:
+            size = unpacked_size(sent.content) if packed else len(sent.content)
+            shipped, lines = await beside(partial(self._read, sent.content, packed, tally), size)
+            await self._shipping.score(sent, shipped, tally)
         self._shipping.answered(time.perf_counter() - started)
         return _answer(tally, lines)
 
@@ -105,12 +102,10 @@ class Loki:
 
 def _is_protobuf(request: Incoming) -> bool:
     """Whether the body is protobuf, or else JSON. Raises UnsupportedMedia."""
-    sent = request.header(b"content-type") or PROTOBUF
-    media = sent.partition(";")[0].strip().lower()
-    if media == JSON:
+    if request.media == JSON:
         return False
-    if media != PROTOBUF:
-        raise UnsupportedMedia(f"Content-Type '{sent[:128]}' is not read here; send {JSON}, or {PROTOBUF} packed with snappy.")
+    if request.media not in (PROTOBUF, ""):
+        raise UnsupportedMedia(f"Content-Type '{request.media[:64]}' is not read here; send {JSON}, or {PROTOBUF} packed with snappy.")
     encoding = (request.header(b"content-encoding") or "snappy").lower()
     if encoding != "snappy":
         raise UnsupportedMedia(f"Content-Encoding '{encoding[:64]}' is not read here with {PROTOBUF}; it is always snappy.")
@@ -120,9 +115,9 @@ def _is_protobuf(request: Incoming) -> bool:
 def _answer(tally: Tally, lines: int) -> Response:
     if tally.again:
         detail = f"{tally.again} of {lines} lines were not written, other replicas were faster: send the request again."
-        return respond(Problem("urn:onset:partly-written", "Not all lines were written", 503, detail, retry_after=RETRY_SECONDS))
+        return respond(partly_written("lines", detail))
     if tally.refused:
         refused = sum(tally.refused.values())
         detail = f"{refused} of {lines} lines were refused: {tally.reasons}." + (" The others were taken." if refused < lines else "")
-        return respond(Problem("urn:onset:partly-refused", "Some lines can never be taken", 400, detail))
+        return respond(partly_refused("lines", detail))
     return Response(status_code=204)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from service.errors import BadBody, BadEvent, TooLarge
-from service.wire import LENGTH, VARINT, Malformed, fields, read_varint
+from service.wire import LENGTH, VARINT, fields, read_varint, reading
 
 MESSAGE = "logproto.PushRequest"
 
@@ -66,10 +66,8 @@ _push = msgspec.json.Decoder(_Push)
 
 def decode_json(content: bytes, *, most: int) -> list[Pushed]:
     """Raises BadBody, and TooLarge for more than `most` lines or streams."""
-    try:
+    with reading('push request of Loki\'s, {"streams": [{"stream": {}, "values": []}]}'):
         push = _push.decode(content)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        raise BadBody(f'The body is not a push request of Loki\'s, {{"streams": [{{"stream": {{}}, "values": []}}]}}: {error}.') from error
     _limited(len(push.streams), "streams", most)
     _limited(sum(len(stream.values) for stream in push.streams), "lines", most)
     return [
@@ -80,18 +78,14 @@ def decode_json(content: bytes, *, most: int) -> list[Pushed]:
 
 def decode_protobuf(content: bytes, *, most: int) -> list[Pushed]:
     """The same of an unpacked logproto.PushRequest."""
-    try:
+    pushed: list[Pushed] = []
+    left = most
+    with reading(MESSAGE):
         places = [(start, end) for number, kind, start, end in fields(content, 0, len(content)) if (number, kind) == (1, LENGTH)]
         _limited(len(places), "streams", most)
-        pushed: list[Pushed] = []
-        left = most
         for start, end in places:
             pushed.append(_stream(content, start, end, left, most))
             left -= len(pushed[-1].entries)
-    except IndexError as error:
-        raise BadBody(f"The body is not a {MESSAGE}: it is cut off.") from error
-    except Malformed as error:
-        raise BadBody(f"The body is not a {MESSAGE}: {error}.") from error
     return pushed
 
 

@@ -32,10 +32,11 @@ from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, SEVERITIES, Even
 from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
 from service.logs import LEVELS, MAX_SECONDS, LevelReply
 from service.problems import MEDIA_TYPE, TABLE, Problem
-from service.remote_write import MEDIA_TYPE as PROTOBUF
 from service.remote_write import MESSAGE_1, MESSAGE_2, PATH
 from service.results import TOP
+from service.shipped import JSON
 from service.stores import CURSOR_DIGITS
+from service.wire import PROTOBUF
 
 _BUNDLE = b"SwaggerUIBundle({"
 _LINES_AS_THEY_ARE = b"""
@@ -415,7 +416,7 @@ def _alert_paths() -> dict[str, Any]:
         reply,
         [*taken, "bad-body", "too-slow", "too-large", "unsupported-media", "bad-parameter", "overloaded"],
     )
-    post["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ACKNOWLEDGEMENT}}}
+    post["requestBody"] = {"required": True, "content": {JSON: {"schema": _ACKNOWLEDGEMENT}}}
     return {
         "/v1/alerts": {
             "get": _operation(
@@ -462,7 +463,7 @@ def _policy_operations() -> dict[str, Any]:
         reply,
         ["bad-body", "too-slow", "too-large", "unsupported-media", "bad-parameter", "overloaded", "store-unavailable"],
     )
-    put["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref("PolicyChange"), "examples": _CHANGES}}}
+    put["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref("PolicyChange"), "examples": _CHANGES}}}
     return {
         "get": _operation("getPolicy", "The asked false-alarm rate, where it comes from, and what it means", [], reply, []),
         "put": put,
@@ -488,7 +489,7 @@ def _level_operations() -> dict[str, Any]:
     properties = {"level": {"enum": list(LEVELS)}, "seconds": seconds}
     schema = {"type": "object", "properties": properties, "required": ["level"], "additionalProperties": False}
     examples = {"for ten minutes": {"value": {"level": "debug", "seconds": 600}}}
-    put["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema, "examples": examples}}}
+    put["requestBody"] = {"required": True, "content": {JSON: {"schema": schema, "examples": examples}}}
     return {
         "get": _operation("getLogLevel", "The level of the answering replica's log", [], reply, []),
         "put": put,
@@ -544,7 +545,7 @@ def _loki() -> dict[str, Any]:
     message = {**_BINARY, "description": "Snappy (block format) of logproto.PushRequest."}
     operation["requestBody"] = {
         "required": True,
-        "content": {loki.JSON: {"schema": push, "example": example}, PROTOBUF: {"schema": message}},
+        "content": {JSON: {"schema": push, "example": example}, PROTOBUF: {"schema": message}},
     }
     return operation
 
@@ -572,7 +573,7 @@ def _otlp() -> dict[str, Any]:
     message = {**_BINARY, "description": "An opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest."}
     operation["requestBody"] = {
         "required": True,
-        "content": {otlp.JSON: {"schema": request, "example": example}, PROTOBUF: {"schema": message}},
+        "content": {JSON: {"schema": request, "example": example}, PROTOBUF: {"schema": message}},
     }
     return operation
 
@@ -602,7 +603,7 @@ def _otlp_metrics(model: dict[str, Any]) -> dict[str, Any]:
     message = {**_BINARY, "description": "An opentelemetry.proto.collector.metrics.v1.ExportMetricsServiceRequest."}
     operation["requestBody"] = {
         "required": True,
-        "content": {otlp.JSON: {"schema": request, "example": example}, PROTOBUF: {"schema": message}},
+        "content": {JSON: {"schema": request, "example": example}, PROTOBUF: {"schema": message}},
     }
     return operation
 
@@ -655,7 +656,7 @@ def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _either(schema: dict[str, Any]) -> dict[str, Any]:
-    return {otlp.JSON: {"schema": schema}, PROTOBUF: {"schema": {**_BINARY, "description": "The same message."}}}
+    return {JSON: {"schema": schema}, PROTOBUF: {"schema": {**_BINARY, "description": "The same message."}}}
 
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -741,7 +742,7 @@ def _ref(name: str) -> dict[str, Any]:
 
 
 def _json(schema: dict[str, Any], description: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
+    return {"description": description, "content": {JSON: {"schema": schema}}}
 
 
 def _problem(description: str) -> dict[str, Any]:

@@ -31,21 +31,21 @@ from starlette.responses import Response
 
 from service import otlpmetrics
 from service.api import Door
-from service.errors import BadEvent, OnsetError, TooSlow, Unfinished, UnsupportedMedia
+from service.errors import BadEvent, OnsetError, TooSlow, UnsupportedMedia
 from service.intake import Incoming
 from service.metrics import Metrics
 from service.names import NAME, Names, Series, bounded
 from service.otlplogs import Record, decode_json, decode_protobuf
 from service.otlpmetrics import Point
 from service.otlpwire import encode_response, encode_status, naming, text_of
-from service.problems import Problem, problem_of
+from service.problems import Problem, partly_written, problem_of
 from service.prompb import STALE, Label, Written
 from service.samples import Samples, feature_of
-from service.shipped import EARLIEST, RETRY_SECONDS, Naming, Shipped, Shipping, Tally, beside, of_another_unit
+from service.shipped import EARLIEST, JSON, Naming, Shipped, Shipping, Tally, beside, of_another_unit
+from service.wire import PROTOBUF
 
 DOOR, METRICS_DOOR = "otlp", "otlp_metrics"
 PATH, METRICS_PATH = "/v1/logs", "/v1/metrics"
-PROTOBUF, JSON = "application/x-protobuf", "application/json"
 SERVICE, NAMESPACE, INSTANCE = "service.name", "service.namespace", "service.instance.id"
 PLACES = ("k8s.pod.name", "container.name", "host.name", "log.file.path", "log.file.name")
 """Attributes of which the first that a record has says where it comes from."""
@@ -200,27 +200,18 @@ def _reference(record: Record, name: str) -> str:
     return _attribute(record, name)
 
 
-def _media(request: Incoming) -> str | None:
-    """What the body is written in; None = neither of the two."""
-    media = (request.header(b"content-type") or "").partition(";")[0].strip().lower()
-    return media if media in (PROTOBUF, JSON) else None
-
-
 async def _exported(request: Incoming, door: Door, take: Callable[[Incoming, str], Awaitable[Response]]) -> Response:
     """What `take` makes of a request and what its body is written in; errors as OTLP has them."""
-    media = _media(request)
     try:
-        if media is None:
-            shown = (request.header(b"content-type") or "")[:128]
-            raise UnsupportedMedia(f"Content-Type '{shown}' is not read here; send {PROTOBUF} or {JSON}.")
-        return await take(request, media)
-    except TooSlow as error:  # as a 408 it would be dropped
-        response = _status(problem_of(Unfinished(error.detail)), media)
-        response.headers["connection"] = "close"
-        return response
+        if request.media not in (PROTOBUF, JSON):
+            raise UnsupportedMedia(f"Content-Type '{request.media[:64]}' is not read here; send {PROTOBUF} or {JSON}.")
+        return await take(request, request.media)
     except OnsetError as error:
         door.refuse(error)
-        return _status(problem_of(error), media)
+        response = _status(problem_of(error), request.media)
+        if isinstance(error, TooSlow):
+            response.headers["connection"] = "close"
+        return response
 
 
 def _answer(tally: Tally, records: int, media: str) -> Response:
@@ -235,7 +226,7 @@ def _answer(tally: Tally, records: int, media: str) -> Response:
 
 def _again(count: int, of: int, what: str, media: str) -> Response:
     detail = f"{count} of {of} {what} were not written, other replicas were faster: send the request again."
-    return _status(Problem("urn:onset:partly-written", f"Not all {what} were written", 503, detail, retry_after=RETRY_SECONDS), media)
+    return _status(partly_written(what, detail), media)
 
 
 def _partly(rejected: int, message: str, field: str, media: str) -> Response:
@@ -245,7 +236,7 @@ def _partly(rejected: int, message: str, field: str, media: str) -> Response:
     return Response(msgspec.json.encode({"partialSuccess": partial} if rejected else {}), media_type=JSON)
 
 
-def _status(problem: Problem, media: str | None) -> Response:
+def _status(problem: Problem, media: str) -> Response:
     """An error as OTLP has it."""
     code = CODES.get(problem.status, 2)
     headers = {"retry-after": str(problem.retry_after)} if problem.retry_after is not None else None

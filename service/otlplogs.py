@@ -28,10 +28,9 @@ from service.otlpwire import (
     Whole,
     attributes_of,
     json_value,
-    reading,
     whole,
 )
-from service.wire import FIXED64, LENGTH, VARINT, fields, read_varint
+from service.wire import FIXED64, LENGTH, VARINT, fields, read_varint, reading
 
 MESSAGE = "opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest"
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import msgspec
 
 from service.errors import BadBody, TooLarge
-from service.otlpwire import NONE, Attributes, Json, KeyValue, Origin, Reader, Resource, Whole, attributes_of, reading, whole
-from service.wire import FIXED64, LENGTH, VARINT, fields, read_varint
+from service.otlpwire import NONE, Attributes, Json, KeyValue, Origin, Reader, Resource, Whole, attributes_of, whole
+from service.wire import FIXED64, LENGTH, VARINT, fields, read_varint, reading
 
 MESSAGE = "opentelemetry.proto.collector.metrics.v1.ExportMetricsServiceRequest"
 CUMULATIVE = 2

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -61,17 +60,6 @@ def naming(what: str, text: str) -> str:
     if len(text) > MAX_NAMING:
         raise BadEvent(f"{what[:64]} has {len(text)} characters, and is to name a stream: at most {MAX_NAMING}.", what[:64])
     return text
-
-
-@contextmanager
-def reading(message: str) -> Iterator[None]:
-    """What is wrong with a body that is to be such a message becomes BadBody."""
-    try:
-        yield
-    except IndexError as error:
-        raise BadBody(f"The body is not an {message}: it is cut off.") from error
-    except (Malformed, msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        raise BadBody(f"The body is not an {message}: {error}.") from error
 
 
 def encode_response(rejected: int, message: str) -> bytes:

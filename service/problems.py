@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from starlette.responses import Response
 
@@ -92,6 +90,16 @@ def late_problem(stream_id: str, sequence: int | None, timestamp: float | str, s
     return Problem(f"urn:onset:{slug}", title, status, _utf8(detail), field, value, late=True)
 
 
+def partly_written(what: str, detail: str) -> Problem:
+    """Of a request some of whose lines, points or samples (`what`) are to be sent again."""
+    return Problem("urn:onset:partly-written", f"Not all {what} were written", 503, _utf8(detail), retry_after=1)
+
+
+def partly_refused(what: str, detail: str) -> Problem:
+    """Of a request of which the others were taken."""
+    return Problem("urn:onset:partly-refused", f"Some {what} can never be taken", 400, _utf8(detail))
+
+
 def respond(problem: Problem) -> Response:
     headers = {"retry-after": str(problem.retry_after)} if problem.retry_after is not None else None
     return Response(msgspec.json.encode(problem), problem.status, headers, MEDIA_TYPE)
@@ -105,8 +113,3 @@ def plain(status: int, title: str, detail: str) -> Problem:
 def _utf8(text: str) -> str:
     """The text with halves of characters (a JSON string may hold them, UTF-8 not) written as escapes."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema of a problem."""
-    return msgspec.json.schema(Problem)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import BadBody, TooLarge
-from service.wire import FIXED64, LENGTH, VARINT, Malformed, cut_off, field, fields, read_varint, varint
+from service.wire import FIXED64, LENGTH, VARINT, Malformed, cut_off, field, fields, read_varint, reading, varint
 
 STALE = 0x7FF0_0000_0000_0002
 """The bits of the NaN that ends a series; any other NaN is a value."""
@@ -263,13 +263,9 @@ class _Reader2(_Reader[S]):
 
 
 def _decoded(reader: _Reader[S]) -> Written[S]:
-    try:
+    with reading(reader.message):
         reader.read()
         _read_samples(reader)
-    except IndexError as error:
-        raise BadBody(f"The body is not a {reader.message}: it is cut off.") from error
-    except Malformed as error:
-        raise BadBody(f"The body is not a {reader.message}: {error}.") from error
     return reader.written
 
 

@@ -22,20 +22,19 @@ from functools import partial
 from starlette.responses import Response
 
 from service.api import Door, Sent
-from service.errors import TooSlow, Unfinished, UnsupportedMedia
+from service.errors import UnsupportedMedia
 from service.intake import Incoming
 from service.metrics import Metrics
 from service.names import Names, Series
-from service.problems import Problem, respond
+from service.problems import Problem, partly_refused, partly_written, respond
 from service.prompb import Written, decode_1, decode_2, unpack, unpacked_size
 from service.samples import Ended, Samples, Tally, feature_of
 from service.shipped import beside
+from service.wire import PROTOBUF
 
 DOOR = "remote_write"
 PATH = "/api/v1/write"
-MEDIA_TYPE = "application/x-protobuf"
 MESSAGE_1, MESSAGE_2 = "prometheus.WriteRequest", "io.prometheus.write.v2.Request"
-RETRY_SECONDS = 1
 LARGE = 2 * 1024 * 1024
 """Bytes of a body, unpacked, from which it is read beside the event loop. A sender's usual one is smaller, and read in a few ms; one of
 millions of fields that mean nothing here takes seconds.
@@ -57,11 +56,8 @@ class RemoteWrite:
         """Score what a Prometheus sends."""
         started = time.perf_counter()
         message = _message(request)
-        try:
-            async with self._door.sent(request, unpacked_size) as sent:
-                tally, written = await self._take(sent, message)
-        except TooSlow as error:  # as a 408 it would be dropped
-            raise Unfinished(error.detail) from error
+        async with self._door.sent(request, unpacked_size) as sent:
+            tally, written = await self._take(sent, message)
         self._latency.observe(time.perf_counter() - started)
         return _answer(tally, written, message)
 
@@ -83,11 +79,9 @@ def _message(request: Incoming) -> str:
     media, *parameters = (part.strip() for part in sent.split(";"))
     names = [parameter[6:].strip('"') for parameter in parameters if parameter.lower().startswith("proto=")]
     message = names[0] if names else MESSAGE_1
-    if media.lower() != MEDIA_TYPE or message not in _DECODERS:
+    if media.lower() != PROTOBUF or message not in _DECODERS:
         shown = (request.header(b"content-type") or "")[:128]
-        raise UnsupportedMedia(
-            f"Content-Type '{shown}' is not read here; send {MEDIA_TYPE}, alone or with proto={MESSAGE_1} or {MESSAGE_2}."
-        )
+        raise UnsupportedMedia(f"Content-Type '{shown}' is not read here; send {PROTOBUF}, alone or with proto={MESSAGE_1} or {MESSAGE_2}.")
     return message
 
 
@@ -108,5 +102,5 @@ def _answer(tally: Tally, written: Written[Series], message: str) -> Response:
 def _problem(tally: Tally, refused: int, sent: int) -> Problem:
     detail = f"{refused} of {sent} samples were refused: {tally.reasons}. The others were taken."
     if tally.again:
-        return Problem("urn:onset:partly-written", "Not all samples were written", 503, detail, retry_after=RETRY_SECONDS)
-    return Problem("urn:onset:partly-refused", "Some samples can never be taken", 400, detail)
+        return partly_written("samples", detail)
+    return partly_refused("samples", detail)

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from service.api import Door, Sent
 from service.artifact import Manifest
+from service.bodies import Format
 from service.errors import (
     BadEvent,
     BadParameter,
@@ -37,11 +38,11 @@ from service.names import bounded
 from service.rounds import Kind
 from service.sources.templates import Template
 
+JSON = Format.JSON.value
 PART_LINES = 4096
 """Lines scored at once, at most: a long request lets others in between."""
 LONG = 32_768
 """Bytes of a body, unpacked, from which it is read beside the event loop: reading a thousand lines takes ten milliseconds and more."""
-RETRY_SECONDS = 1
 BILLION = 10**9
 """Nanoseconds of a second. Whole, as they are: a time is then the float next to it, as it is in a file or over REST; 1e9 rounds twice."""
 EARLIEST = 10**17

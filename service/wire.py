@@ -1,9 +1,16 @@
-"""Protobuf's wire format, read by hand where a message's usual shape is known; writes what little we answer."""
+"""Protobuf's wire format, read by hand where a message's usual shape is known; writes what little we answer. And what is no message."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import msgspec
+
+from service.errors import BadBody
+
+PROTOBUF = "application/x-protobuf"
+"""The media type."""
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 
 
@@ -13,6 +20,17 @@ class Malformed(Exception):
 
 def cut_off(at: int) -> Malformed:
     return Malformed(f"what begins at byte {at} is cut off")
+
+
+@contextmanager
+def reading(message: str) -> Iterator[None]:
+    """What is wrong with a body that is to be such a message, in protobuf or JSON, becomes BadBody."""
+    try:
+        yield
+    except IndexError as error:
+        raise BadBody(f"The body is no {message}: it is cut off.") from error
+    except (Malformed, msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+        raise BadBody(f"The body is no {message}: {error}.") from error
 
 
 def fields(content: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:

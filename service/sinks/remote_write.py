@@ -30,6 +30,7 @@ from service.metrics import Metrics
 from service.names import FOR, MODEL, NAME, STREAM, WRITTEN, Names, exported
 from service.prompb import STALE, encode_labels, pack, series_of, times_of
 from service.sinks.posting import UNANSWERED, retry_after
+from service.wire import PROTOBUF
 
 REQUEST_SAMPLES = 2000
 LINGER_SECONDS = 0.5
@@ -281,7 +282,7 @@ class WriteBack:
 
 
 _HEADERS = {
-    "content-type": "application/x-protobuf",
+    "content-type": PROTOBUF,
     "content-encoding": "snappy",
     "x-prometheus-remote-write-version": "0.1.0",
     "user-agent": "onset",
