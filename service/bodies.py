@@ -279,6 +279,8 @@ def checked(item: Any) -> Event:
         item["sequence"] = int(sequence)  # JSON has no integers: 7.0 is 7
     try:
         return msgspec.convert(item, Event)
+    except UnicodeEncodeError:  # half a character in a text, where none belongs: named like any other
+        return checked({name: _whole_characters(value) for name, value in item.items()})
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
         message = str(error)
         path = _PATH.search(message)
@@ -286,6 +288,10 @@ def checked(item: Any) -> Event:
         value = shown(item.get(field.partition(".")[0]))
         what = message.partition(" - at ")[0]
         raise BadEvent(f"{field or 'The event'}: {what}; got {value}.", field, value) from error
+
+
+def _whole_characters(value: Any) -> Any:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _meant(name: str, value: Any) -> str:

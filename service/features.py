@@ -25,6 +25,10 @@ EARLIEST_SECONDS, LATEST_SECONDS = -62_135_510_400.0, 1e11
 """From the year 1 (a day late, for the zones) to 5138; a greater number is a time in milliseconds."""
 LATEST_WRITTEN_SECONDS = 253_402_214_400.0
 """The end of the year 9999 (a day early), which a time that is written out may reach. Beyond either end no calendar shows it."""
+COUNTED_SECONDS = 10**8
+"""In 1973. A time before it in milli-, micro- or nanoseconds is none, but a number of a larger unit; seconds may count from anywhere."""
+_LARGER = {"microseconds": 10**14, "milliseconds": 10**11, "seconds": 10**8}
+"""What a time looks like that is at least so much."""
 TOGETHER = 16
 """Events from which on looking at all of them at once is quicker than at one after the other."""
 _NAN = math.nan
@@ -192,6 +196,12 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
         detail = f"timestamp {value} is too far in the future: every later event of the stream would count as late.{hint}"
         raise FutureEvent(detail, "timestamp", shown(value))
     return seconds
+
+
+def of_another_unit(moment: float, unit: str, field: str = "timestamp") -> BadEvent:
+    """What is wrong with a time before COUNTED_SECONDS that was to be in a smaller unit than seconds."""
+    looks = next((f": it looks like {name}" for name, least in _LARGER.items() if moment >= least), "")
+    return BadEvent(f"{field} {shown(moment)} is no time in {unit} since 1970{looks}.", field, shown(moment))
 
 
 def _check_identity(event: Event) -> None:

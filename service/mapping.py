@@ -26,6 +26,7 @@ from msgspec.structs import replace
 from service.bodies import Format, checked, decode, decode_one, decode_plain, from_fields, to_number
 from service.errors import BadBody, BadEvent, ItemError, NoReading, OnsetError, TooLarge
 from service.events import MAX_NAME_LENGTH, Event, shown
+from service.features import COUNTED_SECONDS, of_another_unit
 from service.sources import MAX_EVENTS, POSITIONS, Message
 from service.sources.options import Payload
 from service.sources.templates import Pattern, Template
@@ -34,6 +35,8 @@ Items = Sequence[Event | ItemError]
 
 _FORMATS = {"json": Format.JSON, "ndjson": Format.NDJSON, "msgpack": Format.MSGPACK, "cloudevents": Format.JSON}
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+_UNITS = {"ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+_EARLIEST = {unit: COUNTED_SECONDS * _PER_SECOND[unit] for unit in _UNITS}
 _PREFIXES = (b"ce_", b"ce-", b"cloudEvents_", b"cloudEvents:", b"")
 """Of a CloudEvent's attributes in Kafka, NATS, AMQP (two ways) and MQTT."""
 _CONTENT_TYPES = (b"content-type", b"Content-Type", b"content_type")
@@ -150,10 +153,11 @@ class Mapper:
             fields["event_id"] = event_id
         sequence = self._sequence(item) if self._sequence else self._own["sequence"](item)
         if sequence is not _MISSING:
-            fields["sequence"] = to_number(sequence) if isinstance(sequence, str) else sequence
+            number = to_number(sequence) if isinstance(sequence, str) else sequence
+            fields["sequence"] = sequence if number is None else number
         try:
             return msgspec.convert(fields, Event)
-        except (msgspec.ValidationError, OverflowError, RecursionError):
+        except (msgspec.ValidationError, OverflowError, RecursionError, UnicodeEncodeError):
             return checked(fields)
 
     def _line(self, item: _Item) -> Any:
@@ -196,13 +200,22 @@ class Mapper:
         return self._own["event_id"](item)
 
     def _time(self, item: _Item) -> Any:
+        """Seconds since 1970, or what was sent in their place. Raises BadEvent."""
         found = self._timestamp(item) if self._timestamp else self._own["timestamp"](item)
         if found is _MISSING or found is None:
             return item.attributes.get("time", _MISSING)
         number = to_number(found) if isinstance(found, str) else found
         if isinstance(number, bool) or not isinstance(number, int | float):
             return found
-        return number / _PER_SECOND[self._payload.timestamp_unit] if self._payload.timestamp_unit != "s" else number
+        unit = self._payload.timestamp_unit
+        if unit == "s":
+            return number
+        if number < _EARLIEST[unit]:
+            raise of_another_unit(number, _UNITS[unit], self._payload.timestamp or "timestamp")
+        try:
+            return number / _PER_SECOND[unit]
+        except OverflowError:  # of hundreds of digits: no time in any unit
+            return number
 
     # ── what was declared ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

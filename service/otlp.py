@@ -32,6 +32,7 @@ from starlette.responses import Response
 from service import otlpmetrics
 from service.api import Door
 from service.errors import BadEvent, OnsetError, TooSlow, UnsupportedMedia
+from service.features import of_another_unit
 from service.intake import Incoming
 from service.metrics import Metrics
 from service.names import NAME, Names, Series, bounded
@@ -41,7 +42,7 @@ from service.otlpwire import encode_response, encode_status, naming, text_of
 from service.problems import Problem, partly_written, problem_of
 from service.prompb import STALE, Label, Written
 from service.samples import Samples, feature_of
-from service.shipped import EARLIEST, JSON, Naming, Shipped, Shipping, Tally, beside, of_another_unit
+from service.shipped import EARLIEST, JSON, Naming, Shipped, Shipping, Tally, beside
 from service.wire import PROTOBUF
 
 DOOR, METRICS_DOOR = "otlp", "otlp_metrics"
@@ -161,7 +162,7 @@ class OtlpMetrics:
         """What tells a point's series from the others of its request, and how it is made."""
         try:
             if 0 < point.nanoseconds < EARLIEST:
-                raise of_another_unit(point.nanoseconds)
+                raise of_another_unit(point.nanoseconds, "nanoseconds", "time")
             labels = labels_of(point)
         except BadEvent as error:
             return error.detail.encode(), partial(Series, error=error)

@@ -30,7 +30,7 @@ from service.errors import (
     UnknownStream,
 )
 from service.events import Columns
-from service.features import FLOAT32_MAX
+from service.features import COUNTED_SECONDS, FLOAT32_MAX, of_another_unit
 from service.metrics import Metrics
 from service.names import Series
 from service.prompb import STALE, Written
@@ -154,10 +154,10 @@ def _taken(written: Written[Series], tally: Tally) -> NDArray[np.bool_]:
             tally.refuse(_REASONS[BadEvent], int(counts[i]), series.error.detail)
         else:
             tally.unscored[series.skip] += int(counts[i])
-    past = taken & (written.milliseconds < 0)
+    past = taken & (written.milliseconds < 1000 * COUNTED_SECONDS)
     if past.any():
-        first = int(written.milliseconds[past][0])
-        tally.refuse(_REASONS[BadEvent], int(past.sum()), f"The time {first} ms is before 1970.")
+        error = of_another_unit(int(written.milliseconds[past][0]), "milliseconds", "time")
+        tally.refuse(_REASONS[BadEvent], int(past.sum()), error.detail)
     return taken & ~past
 
 

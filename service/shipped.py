@@ -32,6 +32,7 @@ from service.errors import (
     TooManyStreams,
 )
 from service.events import MAX_MESSAGE_LENGTH, Delivery, Event
+from service.features import COUNTED_SECONDS, of_another_unit
 from service.intake import Incoming
 from service.metrics import Metrics
 from service.names import bounded
@@ -45,10 +46,8 @@ LONG = 32_768
 """Bytes of a body, unpacked, from which it is read beside the event loop: reading a thousand lines takes ten milliseconds and more."""
 BILLION = 10**9
 """Nanoseconds of a second. Whole, as they are: a time is then the float next to it, as it is in a file or over REST; 1e9 rounds twice."""
-EARLIEST = 10**17
-"""Nanoseconds, in 1973: before that there are no lines, but times of a sender that counts in a larger unit."""
-_LARGER = {"microseconds": 10**14, "milliseconds": 10**11, "seconds": 10**8}
-"""What a time looks like that is at least so much."""
+EARLIEST = COUNTED_SECONDS * BILLION
+"""Nanoseconds: before that there are no lines, but times of a sender that counts in a larger unit."""
 
 Read = TypeVar("Read")
 
@@ -215,7 +214,7 @@ class Shipping:
             event_id = None
             if moment is not None:
                 if moment < EARLIEST:
-                    tally.refuse(of_another_unit(moment))
+                    tally.refuse(of_another_unit(moment, "nanoseconds", "time"))
                     continue
                 equals[key := (stream_id, moment, line)] += 1
                 event_id = _identity(moment, line, equals[key])
@@ -224,11 +223,6 @@ class Shipping:
                 line = line[:MAX_MESSAGE_LENGTH]
             event = Event(stream_id, None, line, None if moment is None else moment / BILLION, event_id)
             yield Delivery(event, 0, 0, now)
-
-
-def of_another_unit(moment: int) -> BadEvent:
-    unit = next((f": it looks like {name}" for name, least in _LARGER.items() if moment >= least), "")
-    return BadEvent(f"time {moment} is no time in nanoseconds since 1970{unit}.", "timestamp", str(moment))
 
 
 def _identity(nanoseconds: int, line: str, nth: int) -> str:

@@ -112,6 +112,35 @@ def test_times_are_read_in_their_unit(unit: str, sent: Any, seconds: float) -> N
     assert one(declared, message({"s": "a", "t": "2026-11-26T08:00:00Z", "v": 1})).timestamp == "2026-11-26T08:00:00Z"
 
 
+@pytest.mark.parametrize(
+    ("unit", "sent", "looks"),
+    [
+        ("ms", 1_700_000_000, ": it looks like seconds"),
+        ("us", 1_700_000_000, ": it looks like seconds"),
+        ("ns", "1700000000000000", ": it looks like microseconds"),
+        ("ms", 86_400, ""),  # since the sender was started, for one
+        ("ms", -5, ""),
+    ],
+)
+def test_a_time_that_its_unit_puts_into_1970_is_a_dead_letter_which_names_the_unit_that_it_is_in(unit: str, sent: Any, looks: str) -> None:
+    declared = {"stream_id": "s", "timestamp": "at.t", "timestamp_unit": unit, "values": "v"}
+    [error] = events(declared, message({"s": "a", "at": {"t": sent}, "v": 1}))
+    assert isinstance(error, BadEvent)
+    assert (error.field, f"since 1970{looks}." in error.detail) == ("at.t", True), error.detail
+
+
+@pytest.mark.parametrize(
+    "bad", [b'{"s": "b", "t": %s, "v": 1}' % (b"9" * 399), b'{"s": "b", "t": 1700000000000, "v": 1, "sequence": "\\ud800"}']
+)
+def test_one_bad_event_among_thousands_of_a_message_is_named_and_the_others_are_events(bad: bytes) -> None:
+    good = b'{"s": "a", "t": 1700000000000, "v": 1}'
+    payload = Payload.model_validate({"each": "r", "stream_id": "s", "timestamp": "t", "timestamp_unit": "ms", "values": "v"})
+    content = b'{"r": [' + b",".join([good] * 2500 + [bad] + [good] * 2499) + b"]}"
+    found = Mapper(payload, max_events=5000).events(message(content))[0]
+    assert [i for i, item in enumerate(found) if not isinstance(item, Event)] == [2500]
+    assert isinstance(found[2500], BadEvent)
+
+
 def test_what_is_declared_must_be_there_and_a_missing_feature_is_missing() -> None:
     declared = {"stream_id": "s", "timestamp": "t", "event_id": "{s}-{n}", "sequence": "n", "values": {"x": "m.x", "y": "m.y"}}
     good = {"s": "a", "t": 5, "n": 9, "m": {"x": 1, "y": "2.5"}}
@@ -121,6 +150,7 @@ def test_what_is_declared_must_be_there_and_a_missing_feature_is_missing() -> No
     assert wrong(declared, message(good | {"m": {}}))[0] == "m.x"
     assert wrong(declared, message(good | {"m": {"x": "hot"}})) == ("m.x", '"hot"')
     assert wrong(declared, message(good | {"m": {"x": [True]}})) == ("m.x", "[true]")
+    assert wrong(declared, message(good | {"n": "first"})) == ("sequence", '"first"')
     for name in ("t", "n"):
         assert wrong(declared, message({field: value for field, value in good.items() if field != name}))[0] == name
     assert wrong(declared, message(good | {"s": "long" * 100}))[0] in ("stream_id", "event_id")

@@ -183,7 +183,8 @@ async def test_a_body_that_does_not_arrive_is_to_be_sent_again_and_the_store_is_
     ("series", "says"),
     [
         (Sent({"__name__": "a", "x": "y" * 5000}, [(NOW, 1.0)]), "4096"),
-        (Sent({"__name__": "a"}, [(-5, 1.0)]), "The time -5 ms is before 1970"),
+        (Sent({"__name__": "a"}, [(-5, 1.0)]), "time -5 is no time in milliseconds since 1970"),
+        (Sent({"__name__": "a"}, [(NOW // 1000, 1.0)]), "time 1790000000 is no time in milliseconds since 1970: it looks like seconds"),
         (Sent({"__name__": "a"}, [(NOW + 10_001_000, 1.0)]), "too far in the future"),
         (Sent({}, [(NOW, 1.0)]), "no labels"),
     ],
