@@ -7,7 +7,10 @@ Keys, of one slot, by model and file (a model that was trained again knows the o
 
     onset:{patterns}:MODEL@FILE:counts   a hash pattern → how often
     onset:{patterns}:MODEL@FILE:first    a hash pattern → JSON of when it came first, and that line
-    onset:{patterns}:MODEL@FILE:last     a sorted set of the patterns by when they came last; beyond MOST the oldest are forgotten
+    onset:{patterns}:MODEL@FILE:last     a sorted set of the patterns by when they came last
+
+Beyond MOST those are forgotten that came least often, the oldest first, among the half that came last longest ago: a flood of patterns that
+come once each takes no place of one that comes again and again, and what is new has time to do so.
 
 Best effort, beside the commit: a replica that dies loses what it counted since the last second, and a reply that is lost counts twice.
 """
@@ -185,9 +188,12 @@ class Patterns:
             commands.append(("HSETNX", first, text.encode(), msgspec.json.encode(_First(one.first, one.example))))
             commands.append(("ZADD", last, "GT", one.last, text.encode()))
         commands += [("EXPIRE", part, KEPT_SECONDS) for part in (counts, first, last)]
-        [*_, oldest] = await self._asked([*commands, ("ZRANGE", last, 0, -(MOST + 1))])
-        if oldest:
-            await self._asked([("HDEL", counts, *oldest), ("HDEL", first, *oldest), ("ZREM", last, *oldest)])
+        [*_, number] = await self._asked([*commands, ("ZCARD", last)])
+        if number > MOST:
+            [older] = await self._asked([("ZRANGE", last, 0, number - MOST // 2 - 1)])
+            [often] = await self._asked([("HMGET", counts, *older)])
+            rarest = [text for _, text in sorted(zip(often, older, strict=True), key=lambda one: int(one[0] or 0))[: number - MOST]]
+            await self._asked([("HDEL", counts, *rarest), ("HDEL", first, *rarest), ("ZREM", last, *rarest)])
 
     async def _asked(self, commands: Sequence[Command]) -> list[Any]:
         if self._store is None:

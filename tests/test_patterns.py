@@ -95,6 +95,23 @@ async def test_patterns_are_bounded_and_the_oldest_are_forgotten(
         await found.page("other", 10)
 
 
+async def test_a_flood_of_patterns_that_come_once_takes_no_place_of_one_that_comes_again(
+    log_path: Path, redis_store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By when they came last alone, a scan of a web server had emptied the list of the errors of the night in a minute."""
+    monkeypatch.setattr(patterns, "MOST", 6)
+    found = Patterns({"tiny-log": Detector.load(log_path)}, Metrics())
+    found.connect(redis_store)
+    for i, text in enumerate(("Segfault", "Oops", "Segfault", *("x" * (i + 1) for i in range(20)), "Panic")):
+        found._count("tiny-log", text, NOW + i)
+        await found.flush()
+    kept = {one.pattern: one.count for one in (await found.page("tiny-log", 10)).patterns}
+    assert kept["Segfault"] == 2
+    assert kept.keys() >= {"Panic", "x" * 20, "x" * 19}
+    assert "Oops" not in kept
+    assert len(kept) == 6
+
+
 async def test_of_several_log_models_one_is_to_be_named(log_path: Path) -> None:
     detector = Detector.load(log_path)
     with pytest.raises(UnknownModel, match=r"^Name a log model by \?model=; there is a, b\.$"):
