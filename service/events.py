@@ -18,6 +18,9 @@ from service.errors import ItemError
 
 MAX_NAME_LENGTH = 256
 MAX_MESSAGE_LENGTH = 65_536
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+EARLIEST_SECONDS, LATEST_SECONDS = -62_135_510_400.0, 1e11
+"""From the year 1 (a day late, for the zones) to 5138; a greater number is a time in milliseconds."""
 UNPRINTABLE = r"[\x00-\x1f\x7f\ud800-\udfff]"
 """What a name must not hold: control characters, and halves of characters."""
 
@@ -130,6 +133,11 @@ def some(names: Iterable[str], most: int) -> str:
     """The first `most` of them, and how many more there are."""
     known = list(names)
     return ", ".join(known[:most]) + (f" and {len(known) - most:,} more" if len(known) > most else "")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The same of a dozen, in quotes."""
+    return some((f"'{name}'" for name in names), 12)
 
 
 def shown(value: Any) -> str:

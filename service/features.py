@@ -16,13 +16,10 @@ from numpy.typing import NDArray
 
 from service.artifact import Lines, Manifest
 from service.errors import BadEvent, FutureEvent
-from service.events import UNPRINTABLE, Columns, Event, Parsed, shown, some
+from service.events import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS, UNPRINTABLE, Columns, Event, Parsed, listed, shown
 from service.lines import Matcher
 from service.state import event_key
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-EARLIEST_SECONDS, LATEST_SECONDS = -62_135_510_400.0, 1e11
-"""From the year 1 (a day late, for the zones) to 5138; a greater number is a time in milliseconds."""
 LATEST_WRITTEN_SECONDS = 253_402_214_400.0
 """The end of the year 9999 (a day early), which a time that is written out may reach. Beyond either end no calendar shows it."""
 COUNTED_SECONDS = 10**8
@@ -258,12 +255,12 @@ def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: 
         detail = f"takes numbers in '{right}'" + (", not a log line in 'message'." if wrong == "message" else "; 'values' is missing.")
         raise BadEvent(f"Model '{manifest.name}' {detail}", wrong)
     if not values:
-        raise BadEvent(f"values is empty; model '{manifest.name}' knows {_listed(names)}.", "values")
+        raise BadEvent(f"values is empty; model '{manifest.name}' knows {listed(names)}.", "values")
     if not values.keys() <= known:
         unknown = next(name for name in values if name not in known)
         each = "" if len(names) > 1 else ": each sensor is a stream of its own to it, with one number"
         raise BadEvent(
-            f"values.{unknown[:64]} is not a feature of model '{manifest.name}', which knows {_listed(names)}{each}.",
+            f"values.{unknown[:64]} is not a feature of model '{manifest.name}', which knows {listed(names)}{each}.",
             f"values.{unknown[:64]}",
             shown(values[unknown]),
         )
@@ -273,7 +270,3 @@ def _row(event: Event, names: tuple[str, ...], known: frozenset[str], manifest: 
             detail = f"values.{name} is {shown(number)}{beyond}; send null for a missing value."
             raise BadEvent(detail, f"values.{name}", shown(number))
     return [values.get(name, _NAN) for name in names]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return some((f"'{name}'" for name in names), 10)

@@ -29,6 +29,7 @@ import re2
 from numpy.typing import NDArray
 
 from service.artifact import NEW, NUMBER, NUMBERS, WILDCARD, Lines, Mask
+from service.events import FLOAT32_MAX
 
 # Hexadecimal with a letter among the first eight: RE2 cannot look ahead, so it says where.
 _EIGHT_DIGITS = "|".join([f"[0-9]{{{i}}}[a-fA-F][0-9a-fA-F]{{{7 - i},}}" for i in range(8)])
@@ -70,7 +71,6 @@ HEXADECIMAL = "<HEX>"
 MOST_IDS = 4
 """Ids in one token of which each may be a number by itself."""
 MOST_NUMBERS = len(NUMBERS)
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _NUMERIC = re.compile(f"{HEXADECIMAL}|{NUMBER}")
 _EDGE, _SIX = r"\b", "(?=[0-9a-fA-F]{6})"

@@ -8,7 +8,6 @@ Files may be gzip'ed; a folder means all files in it. Nothing is held in memory 
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import math
 import re
@@ -26,6 +25,7 @@ from service.artifact import compiled
 from service.errors import BadEvent, TableError
 from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH
 from service.features import parse_timestamp
+from service.tables import UNITS, encoding
 
 _FIELDS = {
     "Y": r"\d{4}", "y": r"\d{2}", "m": r"\d{1,2}", "d": r"[ \d]?\d", "e": r"[ \d]?\d", "b": r"[A-Z][a-z]{2}", "B": r"[A-Z][a-z]+",
@@ -36,7 +36,7 @@ _FIELDS = {
 """What each field of a time format looks like."""
 _LONG = {"T": "%H:%M:%S", "F": "%Y-%m-%d", "e": "%d"}
 """Fields that only C's strptime knows."""
-_PER_SECOND = {"%s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_PER_SECOND = {"%s": 1} | UNITS
 """Time formats that count since 1970."""
 _LOOKS_LIKE = {13: "ms", 16: "us", 19: "ns"}
 """What so many digits are, these days."""
@@ -251,9 +251,9 @@ def _lines(file: Path) -> Iterator[str]:
         if packed := next((name for magic, name in _PACKED.items() if begins.startswith(magic)), None):
             raise TableError(f"{file} is packed by {packed}, which is not read here: unpack it, or pack it by gzip.")
         opened = gzip.open if file.suffix == ".gz" or begins.startswith(_GZIP) else open
-        with opened(file, "rb") as content:  # what Windows writes begins with a mark; it is none of the first line
-            encoding = "utf-16" if content.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-        with opened(file, "rt", encoding=encoding, errors="replace", newline="\n") as lines:
+        with opened(file, "rb") as content:
+            written_in = encoding(content.read(2))
+        with opened(file, "rt", encoding=written_in, errors="replace", newline="\n") as lines:
             for line in lines:
                 yield line.rstrip("\r\n")
     except (OSError, EOFError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
@@ -28,8 +27,6 @@ LEVELS: tuple[LogLevel, ...] = get_args(LogLevel)
 MAX_SECONDS = 24 * 3600
 HASHED = ("stream_id", "stream")
 """Fields that hold a stream's name."""
-
-_STREAM_PATH = re.compile(r"(/v1/streams/)(.+?)(/events|/accept)?")
 
 log = structlog.get_logger(__name__)
 
@@ -131,7 +128,7 @@ def _hash_streams(logger: Any, method: str, line: MutableMapping[str, Any]) -> M
     for name in HASHED:
         if isinstance(line.get(name), str):
             line[name] = hashed(line[name])
-    if isinstance(line.get("path"), str) and (match := _STREAM_PATH.fullmatch(line["path"])):
+    if isinstance(line.get("path"), str) and (match := tracing.STREAM_PATH.fullmatch(line["path"])):
         line["path"] = f"{match[1]}{hashed(match[2])}{match[3] or ''}"
     return line
 

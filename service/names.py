@@ -21,7 +21,7 @@ from typing import Generic, Literal, TypeVar
 from service.errors import BadEvent
 from service.events import MAX_NAME_LENGTH, UNPRINTABLE
 from service.prompb import Label
-from service.relabel import Rule, relabel
+from service.relabel import LABEL, Rule, relabel
 from service.series import SERIES
 
 NAME = "__name__"
@@ -47,8 +47,6 @@ Labels = Mapping[str, str]
 K = TypeVar("K")
 V = TypeVar("V")
 
-LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
-"""Names of labels that every version of Prometheus and Alertmanager takes; newer ones take any."""
 _METRIC = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n"}
 _ESCAPED = re.compile(r'[\\"]|' + UNPRINTABLE)

@@ -28,8 +28,16 @@ from service.console.messages import LIVE_EVENTS
 from service.console.pages import DEFAULT_SHOWN, MOST_SHOWN
 from service.control import PolicyReply
 from service.errors import OnsetError
-from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, SEVERITIES, Event, Result
-from service.features import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS
+from service.events import (
+    EARLIEST_SECONDS,
+    FLOAT32_MAX,
+    LATEST_SECONDS,
+    MAX_MESSAGE_LENGTH,
+    MAX_NAME_LENGTH,
+    SEVERITIES,
+    Event,
+    Result,
+)
 from service.logs import LEVELS, MAX_SECONDS, LevelReply
 from service.problems import MEDIA_TYPE, TABLE, Problem
 from service.remote_write import MESSAGE_1, MESSAGE_2, PATH

@@ -12,6 +12,7 @@ from service.artifact import Manifest
 from service.claims import StoredClaim
 from service.consumer import Consumer, Tap
 from service.errors import BadSetting
+from service.events import listed
 from service.mapping import Mapper
 from service.metrics import Metrics
 from service.scorer import Scorer
@@ -80,7 +81,7 @@ def _fits(source: options.AnySource, manifest: Manifest) -> None:
         named = payload.values if isinstance(payload.values, dict) else [payload.feature] if payload.format == "number" else []
         for feature in named:
             if feature not in manifest.feature_names:
-                known = ", ".join(f"'{name}'" for name in manifest.feature_names[:10])
+                known = listed(manifest.feature_names)
                 raise BadSetting(f"{model} has no feature '{feature}', which payload declares; it knows {known}.")
 
 

@@ -30,7 +30,8 @@ Action = Literal[
 ]
 Labels = dict[str, str]
 
-_LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+"""Names of labels that every version of Prometheus and Alertmanager takes; newer ones take any."""
 _TARGET = re.compile(r"(?:(?:[a-zA-Z_]|\$(?:\{\w+\}|\w+))+\w*)+", re.ASCII)
 _REFERENCE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})", re.ASCII)
 _DEFAULTS = {"separator": ";", "regex": "(.*)", "modulus": 0, "replacement": "$1", "target_label": "", "source_labels": ()}
@@ -82,7 +83,7 @@ class Rule(BaseModel):
             raise ValueError(f"action {action} needs target_label")
         if action == "hashmod" and self.modulus == 0:
             raise ValueError("action hashmod needs a modulus above 0")
-        form = _TARGET if action == "replace" and "$" in target else _LABEL
+        form = _TARGET if action == "replace" and "$" in target else LABEL
         if action in _TO_A_LABEL and not form.fullmatch(target):
             raise ValueError(f"target_label {target[:64]!r} is no name of a label")
         if action == "labelmap" and not _TARGET.fullmatch(self.replacement):
@@ -157,7 +158,7 @@ def _set(labels: Labels, name: str, value: str) -> None:
 def _replace(rule: Rule, labels: Labels) -> bool:
     text = _text(rule, labels)
     target = rule.expanded(rule.target_label, text)
-    if target is not None and _LABEL.fullmatch(target):
+    if target is not None and LABEL.fullmatch(target):
         _set(labels, target, rule.expanded(rule.replacement, text) or "")
     return True
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from service import cadence, order
 from service.detector import Detector, StepOutput
-from service.events import PLACE, Readings
+from service.events import FLOAT32_MAX, PLACE, Readings
 from service.order import STORED, Plan, Turns
 from service.policy import Policy
 from service.state import FROZEN, LEARNER, SEEN, Rows
@@ -252,7 +252,7 @@ def _with_rates(x: Float32, raw: Float64, previous: Float64, seconds: Float64) -
     """
     increase = np.where(raw < previous, raw, raw - previous)
     rate = np.divide(increase, seconds, out=np.full(len(raw), np.nan), where=(seconds > 0) & ~np.isnan(previous))
-    rate = np.where(np.abs(rate) <= np.finfo(np.float32).max, rate, np.nan)
+    rate = np.where(np.abs(rate) <= FLOAT32_MAX, rate, np.nan)
     x = x.copy()
     x[:, 0] = np.where(np.isnan(raw), x[:, 0], rate)
     return x

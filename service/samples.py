@@ -29,8 +29,8 @@ from service.errors import (
     TooManyStreams,
     UnknownStream,
 )
-from service.events import Columns
-from service.features import COUNTED_SECONDS, FLOAT32_MAX, of_another_unit
+from service.events import FLOAT32_MAX, Columns
+from service.features import COUNTED_SECONDS, of_another_unit
 from service.metrics import Metrics
 from service.names import Series
 from service.prompb import STALE, Written

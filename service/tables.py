@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import TableError
-from service.events import some
+from service.events import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS, listed
 
 Float64 = NDArray[np.float64]
 Notify = Callable[[str], None]
@@ -58,13 +58,11 @@ MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-"})
 TRUTHS = {"true": 1.0, "false": 0.0}
 EXCEL_SEPARATOR = re.compile(r'"?sep=([,;\t])"?\s*')
 """The line by which Excel is told what separates cells."""
-UNITS = {"ms": 1e3, "us": 1e6, "ns": 1e9}
+UNITS = {"ms": 10**3, "us": 10**6, "ns": 10**9}
 """Forms of times that count since 1970 in less than seconds."""
 INFLUX_NOTES = frozenset({"#group", "#datatype", "#default"})
 """What InfluxDB's annotated CSV has in the first cell of lines that are no rows."""
 UNTIMED = "No column of times by a name that is known (--timestamp names it): rows are taken to be a second apart, from 1970 on."
-EARLIEST_EPOCH, LATEST_EPOCH = -62_135_510_400.0, 1e11
-"""Seconds; less is before the year 1, more (the year 5138) means that the column counts milliseconds or less."""
 
 
 class NoColumns(TableError):
@@ -340,7 +338,7 @@ def _coded_times(reading: _Reading, time: Coded, before: int) -> tuple[Float64, 
                 "seconds, as the first is."
             )
         seconds = np.array(cells, dtype=np.float64) / (unit or 1.0)
-        bad = ~((seconds >= EARLIEST_EPOCH) & (seconds < LATEST_EPOCH))
+        bad = ~((seconds >= EARLIEST_SECONDS) & (seconds < LATEST_SECONDS))
         if bad.any():
             _refuse_epoch(reading.source, time.name, float(seconds[bad.argmax()]), before + time.first(int(bad.argmax())))
         return seconds, later
@@ -435,7 +433,7 @@ def as_float32(source: Source, features: Sequence[str], values: Float64, notify:
 
     Tells of features that hardly move any more as float32: a meter that stands at 123,456,789 and counts by ones moves by eights.
     """
-    beyond = np.argwhere(np.abs(values) > np.finfo(np.float32).max)
+    beyond = np.argwhere(np.abs(values) > FLOAT32_MAX)
     if len(beyond):
         row, j = beyond[0].tolist()
         raise TableError(
@@ -459,10 +457,6 @@ def _stands_still(wide: Float64, narrow: NDArray[np.float32]) -> bool:
     return 2 * int((moved & (np.diff(narrow) == 0)).sum()) > int(moved.sum())
 
 
-def listed(names: Iterable[str]) -> str:
-    return some((f"'{name}'" for name in names), 12)
-
-
 # ── CSV ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -473,7 +467,9 @@ def _read_csv(reading: _Reading) -> Iterator[Table]:
 
 @contextmanager
 def _csv_rows(source: Source) -> Iterator[Iterator[list[str]]]:
-    with source.path.open(newline="", encoding=_encoding(source.path)) as file:
+    with source.path.open("rb") as content:
+        written_in = encoding(content.read(2))
+    with source.path.open(newline="", encoding=written_in) as file:
         try:
             line = file.readline()
             told = EXCEL_SEPARATOR.fullmatch(line)
@@ -489,10 +485,9 @@ def _csv_rows(source: Source) -> Iterator[Iterator[list[str]]]:
             raise TableError(f"{source.path} is not a text table: {error}.") from error
 
 
-def _encoding(path: Path) -> str:
-    """UTF-16 where the file begins with its mark, as Excel writes "Unicode text", else UTF-8."""
-    with path.open("rb") as file:
-        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+def encoding(begins: bytes) -> str:
+    """By a file's first two bytes: UTF-16 with its mark, as Excel writes "Unicode text", else UTF-8, whose mark is none of the text."""
+    return "utf-16" if begins in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _csv_coded(reading: _Reading, wanted: Sequence[str] | None) -> Iterator[tuple[Coded, dict[str, Coded]]]:
@@ -716,7 +711,7 @@ def _parsed(dialect: Dialect, cell: str) -> datetime:
 
 
 def _checked_epoch(source: Source, column: str, seconds: Float64, before: int) -> Float64:
-    bad = ~((seconds >= EARLIEST_EPOCH) & (seconds < LATEST_EPOCH))  # true for NaN too
+    bad = ~((seconds >= EARLIEST_SECONDS) & (seconds < LATEST_SECONDS))  # true for NaN too
     if bad.any():
         row = int(bad.argmax())
         _refuse_epoch(source, column, float(seconds[row]), before + row + 1)
@@ -724,7 +719,7 @@ def _checked_epoch(source: Source, column: str, seconds: Float64, before: int) -
 
 
 def _refuse_epoch(source: Source, column: str, second: float, row: int) -> NoReturn:
-    advice = " (are they milliseconds? `python -m service split --time-format ms` reads them)" if second >= LATEST_EPOCH else ""
+    advice = " (are they milliseconds? `python -m service split --time-format ms` reads them)" if second >= LATEST_SECONDS else ""
     raise TableError(f"{source.path}: column {column!r}, row {row}: {second!r} is not a time in epoch seconds{advice}.")
 
 

@@ -34,8 +34,9 @@ BATCH: ContextVar[str | int] = ContextVar("batch", default="")
 REQUEST_HEADER = b"x-request-id"
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
+STREAM_PATH = re.compile(r"(/v1/streams/)(.+?)(/events|/accept)?")
+"""An address with a stream's name."""
 _VISIBLE = re.compile(rb"[!-~]{1,128}")
-_STREAM = re.compile(r"/v1/streams/.+?(?P<rest>/events|/accept)?")
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 _process = secrets.token_hex(4)
 _numbers = itertools.count(1)
@@ -179,8 +180,8 @@ async def _traced(tracer: Tracer, app: Asgi, scope: Any, receive: Any, send: Any
 
 def _route(path: str) -> str:
     """The path without a stream's name: there are as many as streams, and they may be nobody's business."""
-    match = _STREAM.fullmatch(path)
-    return f"/v1/streams/{{stream_id}}{match['rest'] or ''}" if match else path if len(path) < 64 else "(long)"
+    match = STREAM_PATH.fullmatch(path)
+    return f"{match[1]}{{stream_id}}{match[3] or ''}" if match else path if len(path) < 64 else "(long)"
 
 
 def _provider(version: str) -> TracerProvider:

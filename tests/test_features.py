@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import BadEvent
-from service.events import Event, Parsed
-from service.features import EARLIEST_SECONDS, LATEST_SECONDS, LATEST_WRITTEN_SECONDS, TOGETHER, parse, parse_timestamp
+from service.events import EARLIEST_SECONDS, LATEST_SECONDS, Event, Parsed
+from service.features import LATEST_WRITTEN_SECONDS, TOGETHER, parse, parse_timestamp
 from tests.readings import to_readings
 from tests.tiny import tiny_manifest
 

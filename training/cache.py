@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from service.errors import TableError
+from service.events import listed
 from service.outputs import naming
 from service.sentinels import Sentinels, advice, columns_of
 from service.tables import (
@@ -33,7 +34,6 @@ from service.tables import (
     Source,
     as_float32,
     find_sources,
-    listed,
     once_each,
     passed_over,
     read_batches,

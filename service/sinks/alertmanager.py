@@ -25,7 +25,8 @@ import structlog
 
 from service.alerts import EPOCH, Alert, AlertReply
 from service.metrics import Metrics
-from service.names import FOR, LABEL, NAME, exported, labels_of
+from service.names import FOR, NAME, exported, labels_of
+from service.relabel import LABEL
 from service.sinks.posting import TIMEOUT_SECONDS, post
 from service.sinks.teller import PATIENCE, Refused, Unreachable, first_cursor, retries, tell_on
 from service.stores.book import AT_ONCE, Book, Told
