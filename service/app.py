@@ -45,6 +45,7 @@ from service.relabel import read_rules
 from service.scorer import Limits, Scorer
 from service.series import Series
 from service.settings import Settings
+from service.sinks.posting import address
 from service.sinks.remote_write import Target, WriteBack
 from service.stores import Memory, Output, StateStore
 from service.stores.book import Book
@@ -120,7 +121,7 @@ class Service:
     def _write_back(self) -> WriteBack:
         settings = self.settings
         target = Target(
-            settings.remote_write_url,
+            address("ONSET_REMOTE_WRITE_URL", settings.remote_write_url),
             {name: secret.get_secret_value() for name, secret in settings.remote_write_headers.items()},
             settings.remote_write_metrics.split(","),
             settings.remote_write_queue_events,

@@ -18,8 +18,6 @@ from service.logs import LogLevel
 CENTURY = 100 * 365 * 24 * 3600
 """Seconds: a longer time to live the store would refuse, event by event."""
 TEBIBYTE = 1024**4
-
-
 _PASSWORD = re.compile(r"//.*@")
 """What stands before the host of an address, or of the last of several; a password may have a / that should have been %2F."""
 
@@ -209,13 +207,6 @@ class Settings(BaseSettings):
     def _is_one_word(cls, value: str) -> str:
         if not re.fullmatch("[!-~]{0,256}", value):
             raise ValueError("it is one word of at most 256 visible ASCII characters, such as a pod's uid")
-        return value
-
-    @field_validator("remote_write_url")
-    @classmethod
-    def _is_an_address(cls, value: str) -> str:
-        if value and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
-            raise ValueError("it is an address such as http://prometheus:9090/api/v1/write")
         return value
 
     @field_validator("allowed_hosts")

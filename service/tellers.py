@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
-import httpx
-
 from service.desk import Sink
 from service.errors import BadSetting
 from service.metrics import Metrics
 from service.settings import Settings
 from service.sinks.alertmanager import Alertmanager
+from service.sinks.posting import address
 from service.sinks.stdout import Stdout
 from service.sinks.teller import Patience, Teller
 from service.sinks.webhook import Webhook
@@ -34,7 +31,7 @@ def declared(settings: Settings, book: Book, metrics: Metrics) -> list[Sink]:
     ]
     told_one_by_one: list[Webhook | Stdout] = [Stdout()] if settings.alerts_stdout else []
     if settings.alerts_webhook:
-        told_one_by_one.append(Webhook(_http("ONSET_ALERTS_WEBHOOK", settings.alerts_webhook.strip()), _secret(settings)))
+        told_one_by_one.append(Webhook(address("ONSET_ALERTS_WEBHOOK", settings.alerts_webhook.strip()), _secret(settings)))
     patience = Patience(give_up=settings.alerts_give_up_seconds)
     sinks += [
         Teller(
@@ -75,18 +72,4 @@ def _base(setting: str, url: str) -> str:
     """What a path is put behind."""
     if "?" in url or "#" in url:
         raise BadSetting(f"{setting} has an address with a query ('?') or a fragment ('#'): a path comes behind it.")
-    return _http(setting, url)
-
-
-def _http(setting: str, url: str) -> str:
-    try:
-        parts, sent = urlsplit(url), httpx.URL(url)  # by which it is posted to
-    except (ValueError, httpx.InvalidURL) as error:
-        raise BadSetting(f"{setting} has '{url.partition('/')[0]}//…', which cannot be read as an address.") from error
-    try:
-        port = parts.port
-    except ValueError as error:
-        raise BadSetting(f"{setting} has '{parts.scheme}://{parts.hostname or ''}…': {error}.") from error
-    if parts.scheme not in ("http", "https") or not sent.host or port == 0:
-        raise BadSetting(f"{setting} has '{parts.scheme}://{parts.hostname or ''}…', which is no http:// or https:// address.")
-    return url
+    return address(setting, url)

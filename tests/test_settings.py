@@ -64,13 +64,14 @@ def test_settings_that_name_no_metrics_to_write_back_import_nothing_of_the_servi
         ({"ONSET_REMOTE_WRITE_HEADERS": '{"a b": "hush"}'}, "names and values of headers"),
         ({"ONSET_REMOTE_WRITE_HEADERS": '{"a": {"b": "hush"}}'}, "ONSET_REMOTE_WRITE_HEADERS cannot be used"),
         ({"ONSET_ALERTS_ALERTMANAGERS": "http://alertmanager:90933"}, "ONSET_ALERTS_ALERTMANAGERS has 'http://alertmanager…': Port out of"),
+        ({"ONSET_REMOTE_WRITE_URL": "http://prometheus:90990/"}, "ONSET_REMOTE_WRITE_URL has 'http://prometheus…': Port out of"),
         ({"ONSET_STATE_TTL_SECONDS": "99999999999999999999"}, "ONSET_STATE_TTL_SECONDS or its option is '99999999999999999999'"),
         ({"ONSET_DRAIN_SECONDS": "inf"}, "ONSET_DRAIN_SECONDS or its option is 'inf'"),
         ({"ONSET_CONSOLE_BYTES": str(2**40)}, "ONSET_CONSOLE_BYTES is 1099511627776"),
         ({"ONSET_COPIES_BYTES": str(2**40)}, "ONSET_COPIES_BYTES is 1099511627776"),
         (
             {"ONSET_REMOTE_WRITE_URL": "tcp://anna:hush@prometheus/"},
-            "ONSET_REMOTE_WRITE_URL or its option is 'tcp://…@prometheus/': it is",
+            "ONSET_REMOTE_WRITE_URL has 'tcp://prometheus…', which is no http:// or https:// address",
         ),
         (
             {"ONSET_PUBLIC_URL": "https://anna:hu/hush@onset/?x=1"},

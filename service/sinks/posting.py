@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 
 import httpx
 
+from service.errors import BadSetting
 from service.sinks.teller import Unreachable
 
 TIMEOUT_SECONDS = 10.0
@@ -29,6 +31,21 @@ class Answer:
     @property
     def taken(self) -> bool:
         return self.status // 100 == 2
+
+
+def address(setting: str, url: str) -> str:
+    """`url`, if it can be posted to. Raises BadSetting without a word of its password."""
+    try:
+        parts, sent = urlsplit(url), httpx.URL(url)  # by which it is posted to
+    except (ValueError, httpx.InvalidURL) as error:
+        raise BadSetting(f"{setting} has '{url.partition('/')[0]}//…', which cannot be read as an address.") from error
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise BadSetting(f"{setting} has '{parts.scheme}://{parts.hostname or ''}…': {error}.") from error
+    if parts.scheme not in ("http", "https") or not sent.host or port == 0:
+        raise BadSetting(f"{setting} has '{parts.scheme}://{parts.hostname or ''}…', which is no http:// or https:// address.")
+    return url
 
 
 async def post(client: httpx.AsyncClient, who: str, url: str, body: bytes, headers: Mapping[str, str], seconds: float) -> Answer:
