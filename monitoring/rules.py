@@ -586,6 +586,69 @@ RULES: tuple[Rule, ...] = (
         above=1000,
     ),
     Rule(
+        "OnsetSourceUnread",
+        "onset-issues",
+        "(count by (job, source) (onset_source_lag != onset_source_lag) or sum by (job, source) (onset_source_partitions) == bool 0)",
+        "5m",
+        "critical",
+        "{{ $labels.source }} is not read.",
+        "For five minutes its queue has not answered, or no replica has had a partition of it: nothing of it is scored.",
+        "The broker is away or cut off, the login is refused or has expired, or the topic, stream or queue is not there. The service stays "
+        "ready: its other doors work. Nothing is lost while the queue keeps its entries.",
+        (
+            "The log: `kafka_unavailable`, `kafka_error`, `nats_unavailable`, `source_refused`, `mqtt_unavailable`, `amqp_unavailable`, "
+            "`streams_unavailable` say what the broker answers, or that it does not.",
+            "`onset_source_partitions` of every replica: 0 everywhere, it is never reached or refuses us; otherwise it was reached before.",
+        ),
+        (
+            "Bring the broker back, or correct the source (docs/queues.md) and restart the service; a connection is tried again by itself.",
+            "How long does the queue keep its entries? What it deletes meanwhile is lost (Kafka alone tells: `onset_source_lost_total`).",
+        ),
+        (
+            Case({'onset_source_partitions{job="onset",source="mqtt"}': "0x40"}, {"job": "onset", "source": "mqtt"}),
+            Case({'onset_source_partitions{job="onset",source="mqtt"}': "1x40"}),
+            Case(
+                {
+                    f'onset_source_partitions{{{_A},source="mqtt"}}': "0x40",
+                    'onset_source_partitions{job="onset",instance="b:8080",source="mqtt"}': "1x40",
+                }
+            ),
+            Case(
+                {
+                    'onset_source_partitions{job="onset",source="kafka"}': "3x40",
+                    'onset_source_lag{job="onset",source="kafka"}': "0x5" + " NaN" * 35,
+                },
+                {"job": "onset", "source": "kafka"},
+            ),
+            Case(
+                {
+                    'onset_source_partitions{job="onset",source="kafka"}': "3x40",
+                    'onset_source_lag{job="onset",source="kafka"}': "0x5 NaN NaN 0x33",
+                }
+            ),
+        ),
+        above=0,
+    ),
+    Rule(
+        "OnsetSourceLosing",
+        "onset-issues",
+        "sum by (job, source) (increase(onset_source_lost_total[15m]))",
+        "0m",
+        "critical",
+        "{{ $labels.source }}: entries were deleted before they were read.",
+        "{{ $value | humanize }} entries of {{ $labels.source }} were gone within 15 minutes before anybody had read them.",
+        "The queue keeps its entries for a shorter time, or in less space, than they waited here. Those are never scored; what is still "
+        "there is.",
+        (
+            "The log line `kafka_offset_gone` names partition and offsets.",
+            "Was the service away for long (`OnsetSourceUnread`, `OnsetSourceLagging`)?",
+        ),
+        ("Let the queue keep them longer (`retention.ms`, `retention.bytes`); add replicas where they fall behind.",),
+        _grows('onset_source_lost_total{job="onset",source="kafka"}', {"job": "onset", "source": "kafka"}),
+        above=0,
+        range="15m",
+    ),
+    Rule(
         "OnsetSourcePaused",
         "onset-issues",
         "sum by (job, source) (onset_source_paused)",

@@ -91,6 +91,7 @@ class Consumer:
         self._source, self._scorer, self._metrics, self._mapper = source, scorer, metrics, mapper
         metrics.begin(door=[source.name], source=[source.name])
         metrics.source_paused.labels(source.name).set(0)
+        metrics.source_partitions.labels(source.name).set(0)
         self._fuse, self._fuse_seconds = Fuse(fuse), fuse_seconds
         self._published: dict[str, set[str]] = {}  # of each partition's batch that is not settled yet: ids of results that are out
         self._told = False  # that the queue takes nothing
@@ -123,13 +124,16 @@ class Consumer:
             task.add_done_callback(self._working.discard)
 
     async def _watch(self) -> None:
-        lag = self._metrics.source_lag.labels(self._source.name)
+        lag, name = self._metrics.source_lag, self._source.name
         while True:
             try:
                 waiting = await self._source.lag()
-                lag.set(float("nan") if waiting is None else waiting)
+                if waiting is None:
+                    lag.remove(name)
+                else:
+                    lag.labels(name).set(waiting)
             except StoreUnavailable:
-                lag.set(float("nan"))
+                lag.labels(name).set(float("nan"))
             except Exception as error:  # a bug must not end the watch for good; it is counted and logged
                 self._metrics.bug(error, source=self._source.name)
             await asyncio.sleep(LAG_SECONDS)

@@ -624,6 +624,13 @@ class Metrics:
         "Grows: sensors are bad, or a gateway has lost them; those that say nothing else for long are silences.",
         source=RUNNING,
     )
+    source_lost = _counter(
+        "onset_source_lost_total",
+        "entries",
+        "Entries that the queue had deleted before they were read. Kafka alone tells, by offsets: of a compacted topic at most so many.",
+        "Grows: it keeps entries for a shorter time than they waited here. Let it keep them longer; see onset_source_lag.",
+        source=RUNNING,
+    )
     source_fenced = _counter(
         "onset_source_fenced_total",
         "partitions",
@@ -641,7 +648,7 @@ class Metrics:
     source_lag = _gauge(
         "onset_source_lag",
         "entries",
-        "Entries of the owned partitions not yet acknowledged; NaN = the queue cannot tell.",
+        "Entries of the owned partitions not yet acknowledged; NaN = the queue does not answer. None where it cannot tell (MQTT).",
         "Grows for minutes: add partitions and replicas.",
         source=RUNNING,
     )

@@ -6,14 +6,16 @@
      ├ commit ◄──────────────── offset behind the last settled batch ◄─────────────────────────────────────────────┘
      ├ assigned: committed offset and incarnation ─► partition is ours
      ├ revoked:  no new batch, wait for the one under way, commit, let go (cooperative: the other partitions go on)
-     └ lost:     what is under way is Fenced
+     ├ lost:     what is under way is Fenced
+     └ nothing there any more: told, and on from the first message that is left
     sender (event loop)   idempotent producer, acks=all: results and dead letters are at the brokers before an offset moves
 
 A replica that was taken for dead and goes on can do no harm: whoever has the partition next steps the same events against the same
 states, where compare-and-set lets one of them write and the position makes the other's a duplicate; its offsets are refused by the group.
 
 A position is only good as long as the partition's log is the same one. A group without a committed offset begins an *incarnation*, kept as
-the metadata of its offsets and part of the partition's identity: a topic that was deleted and made again is not taken for the old one.
+the metadata of its offsets and part of the partition's identity: a topic that was deleted and made again is not taken for the old one,
+nor is a log that ends before the group's offset (a leader was elected that had not all of it).
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ DELIVERY_SECONDS = 10.0
 REPORT_SECONDS = 0.001
 """Between two looks for reports while some are awaited."""
 BACKOFF_SECONDS = 1.0
+_GONE = (KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION)
+"""What is said where an offset is not there any more."""
 _PRODUCER_ONLY = ("linger.ms", "compression.type", "compression.codec", "batch.size", "message.max.bytes", "queue.buffering.")
 _CONSUMER_ONLY = (
     "session.timeout.ms",
@@ -192,6 +196,13 @@ class Kafka:
     def lost(self, partitions: Sequence[_Partition]) -> None:
         self._partitions.lose(partitions)
 
+    def gone(self, partition: _Partition, wanted: int, first: int) -> None:
+        """What was to be read next is not there any more; from `first` on it is."""
+        self._metrics.source_lost.labels(self.name).inc(max(0, first - wanted))
+        log.error("kafka_offset_gone", source=self.name, partition=partition.name, offset=wanted, reads_on_at=first)
+        if partition.batch is None and not partition.waiting:
+            partition.settled = max(partition.settled, first - 1)
+
     async def _send(self, records: Sequence[Outgoing]) -> None:
         if self._sender is None:
             raise RuntimeError("A source that is not open has a batch: this is a bug.")
@@ -269,7 +280,7 @@ class _Reader:
                 if self._raised is not None:
                     raise self._raised
                 if record is not None:
-                    self._take([record, *consumer.consume(READ, 0)])
+                    self._take(consumer, [record, *consumer.consume(READ, 0)])
                 self._flow(consumer)
                 self._commit(consumer)
         finally:
@@ -286,19 +297,42 @@ class _Reader:
 
         return call
 
-    def _take(self, records: Sequence[Record]) -> None:
+    def _take(self, consumer: Consumer, records: Sequence[Record]) -> None:
         touched: dict[tuple[str, int], _Partition] = {}
         for record in records:
-            if (error := record.error()) is not None:
-                self._failed(error)
-                continue
             key = (record.topic() or "", record.partition() or 0)
+            if (error := record.error()) is not None:
+                if error.code() in _GONE:
+                    self._on_gone(consumer, key, truncated=error.code() == KafkaError._LOG_TRUNCATION)
+                else:
+                    self._failed(error)
+                continue
             partition = self._partitions.get(key)
             if partition is not None:
                 partition.add(self._source.message(record))
                 touched[key] = partition
         if touched:
             self._tell(self._source.arrived, list(touched.values()))
+
+    def _on_gone(self, consumer: Consumer, key: tuple[str, int], *, truncated: bool) -> None:
+        """The brokers have nothing at the offset that comes next: it was deleted, or the log is another one. Raises KafkaException."""
+        partition = self._partitions.get(key)
+        if partition is None:
+            return
+        [position] = consumer.position([partition.place])
+        wanted = position.offset if position.offset >= 0 else partition.settled + 1
+        low, high = consumer.get_watermark_offsets(TopicPartition(*key), ANSWER_SECONDS)
+        first = low
+        consumer.incremental_unassign([partition.place])
+        if truncated or wanted > high:
+            del self._partitions[key]
+            self._wait(self._source.hand_over([partition]))
+            partition = self._partitions[key] = self._new(consumer, *key)
+            self._tell(self._source.assigned, [partition])
+            first = partition.settled + 1
+        consumer.incremental_assign([TopicPartition(*key, first)])
+        partition.paused = False
+        self._tell(self._source.gone, partition, wanted, first)
 
     def _failed(self, error: KafkaError) -> None:
         """Raises KafkaException where the client is of no use any more."""
@@ -366,9 +400,12 @@ class _Reader:
             raise KafkaException(place.error)
         if place.offset >= 0:
             return _Partition(place.topic, place.partition, place.offset, place.metadata or "")
-        low, high = consumer.get_watermark_offsets(TopicPartition(place.topic, place.partition), ANSWER_SECONDS)
-        incarnation = f"onset-{time.time_ns():x}"
-        partition = _Partition(place.topic, place.partition, low if self._options.start == "earliest" else high, incarnation)
+        return self._new(consumer, place.topic, place.partition)
+
+    def _new(self, consumer: Consumer, topic: str, index: int) -> _Partition:
+        """The beginning of an incarnation. Raises KafkaException."""
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, index), ANSWER_SECONDS)
+        partition = _Partition(topic, index, low if self._options.start == "earliest" else high, f"onset-{time.time_ns():x}")
         consumer.commit(offsets=[partition.place], asynchronous=False)
         return partition
 
@@ -508,7 +545,7 @@ def _consuming(given: dict[str, Any], options: KafkaSource) -> dict[str, Any]:
         "group.id": options.group,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
-        "auto.offset.reset": options.start,
+        "auto.offset.reset": "error",  # a group's beginning is ours to choose, and what is deleted unread is told
         "partition.assignment.strategy": "cooperative-sticky",
         "queued.max.messages.kbytes": 16_384,
         **{name: value for name, value in given.items() if name.startswith(_CONSUMER_ONLY)},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
@@ -38,6 +40,66 @@ async def test_a_topic_that_was_made_again_is_not_taken_for_the_old_one(kafka: M
         scored = second.metrics.registry.get_sample_value("onset_events_total", {"door": "kafka", "outcome": "scored"})
     assert scored == 3
     assert [result.state_version for result in await rig.results()] == list(range(1, 9))
+
+
+def filled(events: list[dict[str, Any]]) -> list[bytes]:
+    """So large that the mock cluster, which keeps 5 MiB of a partition, deletes some."""
+    return [json.dumps(event).encode() + b" " * 700_000 for event in events]
+
+
+@pytest.mark.parametrize("start", ["earliest", "latest"])
+async def test_what_the_brokers_deleted_unread_is_told_and_all_that_they_still_have_is_scored(
+    kafka: MockKafka, empty_server: str, tiny_model_path: Path, start: str
+) -> None:
+    rig = KafkaRig(kafka, empty_server)
+    events = [{"stream_id": "a", "values": {"value": float(i)}, "timestamp": 1.7e9 + i} for i in range(20)]
+    async with service(rig, tiny_model_path, start=start).running() as first:
+        async with asyncio.timeout(30):
+            while first.metrics.registry.get_sample_value("onset_source_partitions", {"source": "kafka"}) != 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await rig.put(events[0])
+        await until_drained(rig)
+    await rig.put(*filled(events[1:]))
+    reader = Consumer({"bootstrap.servers": kafka.servers, "group.id": "of-a-test"})
+    low, high = reader.get_watermark_offsets(TopicPartition(rig.declared["topics"][0], partition_of(events[0])), 10)
+    reader.close()
+    assert (low > 1, high) == (True, 20)
+    with capture_logs() as logs:
+        async with service(rig, tiny_model_path, start=start).running() as second:
+            await until_drained(rig)
+            lost = second.metrics.registry.get_sample_value("onset_source_lost_total", {"source": "kafka"})
+    assert lost == low - 1
+    told = [(entry["offset"], entry["reads_on_at"]) for entry in logs if entry["event"] == "kafka_offset_gone"]
+    assert told == [(1, low)]
+    assert [result.timestamp for result in await rig.results()] == [1.7e9, *(1.7e9 + i for i in range(low, 20))]
+
+
+async def test_a_log_that_ends_before_the_groups_offset_is_another_one(kafka: MockKafka, empty_server: str, tiny_model_path: Path) -> None:
+    rig = KafkaRig(kafka, empty_server)
+    events = [{"stream_id": "a", "values": {"value": float(i)}} for i in range(5)]
+    async with service(rig, tiny_model_path).running():
+        await rig.put(*events)
+        await until_drained(rig)
+    [topic], at = rig.declared["topics"], partition_of(events[0])
+    group = Consumer({"bootstrap.servers": kafka.servers, "group.id": rig.declared["group"]})
+    [place] = group.committed([TopicPartition(topic, at)], 10)
+    group.close()
+    kafka.delete(topic)
+    kafka.topic(topic, 3)
+    rig = rig.again()
+    await rig.put(*events[:3])
+    name = f"{rig.declared['group']}-cut-off"
+    group = Consumer({"bootstrap.servers": kafka.servers, "group.id": name})
+    group.commit(offsets=[TopicPartition(topic, at, place.offset, place.metadata)], asynchronous=False)  # as if the log had lost its end
+    group.close()
+    with capture_logs() as logs:
+        async with service(rig, tiny_model_path, group=name).running() as second:
+            async with asyncio.timeout(30):
+                while len(await rig.results()) < 8:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            scored = second.metrics.registry.get_sample_value("onset_events_total", {"door": "kafka", "outcome": "scored"})
+    assert scored == 3
+    assert [(entry["offset"], entry["reads_on_at"]) for entry in logs if entry["event"] == "kafka_offset_gone"] == [(5, 0)]
 
 
 async def test_every_offset_has_the_incarnation_that_its_group_began_with(
