@@ -196,6 +196,7 @@ class Mqtt:
                     self._metrics.source_fenced.labels(self.name).inc()
                 if since and time.monotonic() - since > STEADY_SECONDS:
                     backoff, told = FIRST_BACKOFF, ""
+                since = 0.0
                 if error.detail != told:
                     log.warning("mqtt_unavailable", source=self.name, error=error.detail)
                 told = error.detail

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from paho.mqtt.client import MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from bench.servers import free_port
+from service.errors import StoreUnavailable
+from service.metrics import Metrics
 from service.sources import options
-from service.sources.mqtt import Written, _digest, _Link, _Session
+from service.sources.mqtt import Mqtt, Written, _digest, _Link, _Session
 from service.sources.options import MqttSource
 from tests.brokers import Mosquitto
 from tests.buses import MqttRig, Plant, Replicas, metric, mqtt_rig, outcomes
@@ -219,6 +223,37 @@ async def test_a_new_session_at_the_broker_makes_the_notes_of_the_old_one_void()
     wire.on_open()
     wire.on_message(arrival(7, b"a", dup=True))
     assert [one.position for one in session.take(10, lambda: 1000)] == [1000]
+
+
+class Going:
+    """Leases of a store that is there once."""
+
+    asked = 0
+
+    async def hold(self, name: str, holder: str, seconds: float) -> bool:
+        self.asked += 1
+        if self.asked > 1:
+            raise StoreUnavailable("the store is away.")
+        return True
+
+    async def release(self, name: str, holder: str) -> None: ...
+
+    async def note(self, name: str, holder: str, note: bytes, keep: int) -> bool:
+        return True
+
+    async def notes(self, name: str) -> list[bytes]:
+        return []
+
+
+async def test_a_store_that_is_away_is_told_once_and_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.sources.mqtt.STEADY_SECONDS", 0)  # what came before counts as a good connection
+    leases = Going()
+    source = Mqtt(MqttSource(url=f"mqtt://127.0.0.1:{free_port()}", topics=["a"]), leases, Metrics())
+    with structlog.testing.capture_logs() as logs:
+        await source.open()
+        await until(lambda: leases.asked == 6)
+        await source.close()
+    assert [entry["error"] for entry in logs if entry["event"] == "mqtt_unavailable"][1:] == ["the store is away."]
 
 
 async def test_a_message_that_leaves_no_room_for_a_reason_is_a_dead_letter_without_its_content(
