@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.console.live import FleetQuery, Live, carrying, series, short
+from service.console.live import FleetQuery, Live, carrying, readings, series, short
 from service.console.over import Over
 from service.console.recent import ANOMALY, COLD, LEVEL_SHIFT, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Put, Recent, Room, event_dtype
 from service.console.shared import Shared
@@ -219,6 +219,11 @@ def test_models_share_the_memory_and_none_is_left_without_a_part(tiny_detector: 
     assert (room.left("large"), room.left("small")) == (0, 100)
     room.take("small", 60)
     assert (room.left("large"), room.left("small")) == (0, 40)
+    three = Room(4800, ["large", "wide", "small"])
+    three.take("large", 4400)
+    three.take("wide", 900)  # one ring of it is more than its part: it has one all the same
+    assert three.left("wide") < 0
+    assert three.left("small") == 200
     alone = Room(1600, ["one"])
     assert alone.left("one") == 1600
     recent = Recent(tiny_detector.manifest, Room(1, [tiny_detector.name, "other"]), DEPTH)
@@ -444,6 +449,11 @@ def test_a_series_keeps_the_digits_of_its_largest_number_whatever_its_scale() ->
         assert first == pytest.approx(numbers[0], rel=1e-4)
         assert missing is None
         assert last == pytest.approx(-scale)
+
+
+def test_readings_of_several_decades_are_each_sent_with_their_digits() -> None:
+    gauge = np.array([1.01325e3, math.nan, 0.0, -2.5e-9, 3.0e-7], np.float32)  # a pump-down, in mbar
+    assert readings(gauge) == [1013.25, None, 0.0, pytest.approx(-2.5e-9), pytest.approx(3e-7)]
 
 
 async def test_a_log_stream_is_sent_as_its_lines_and_each_pattern_once(tmp_path: Path) -> None:

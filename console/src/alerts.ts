@@ -1,8 +1,8 @@
-/** Alerts: open, acknowledged, resolved; or one alone, whatever it is by now. */
+/** Alerts: open, acknowledged, resolved; one alone, whatever it is by now; or those of one stream, on its own page. */
 
-import { Refused, ask, streamPath, type Alert, type AlertsPage, type Evidence } from "./api";
+import { Refused, ask, asking, streamPath, type Alert, type AlertsPage, type Evidence } from "./api";
 import { fill, h, text } from "./dom";
-import { ago, chance, clock, duration, number, share } from "./format";
+import { ago, chance, clock, duration, number, score as points, share } from "./format";
 import { keep, kept } from "./kept";
 import { PARTS, partOf, slots, varying } from "./lines";
 import type { Shell, View } from "./view";
@@ -25,6 +25,8 @@ const WORDS: Record<string, string> = {
   forgotten: "the stream was forgotten",
 };
 const NAME_KEY = "onset-name";
+const ASK_SECONDS = 3;
+const EARLIER = 20; // of a stream, those that are not over included
 
 /** One alert as it is shown, and what of it is renewed as time goes. */
 interface Item {
@@ -35,6 +37,93 @@ interface Item {
 
 /** Where one alert is shown alone. */
 export const alertAddress = (id: string): string => `#/alerts?id=${encodeURIComponent(id)}`;
+
+/** Alerts as they are listed, whichever they are. */
+class AlertList {
+  readonly element = h("ul", { class: "alerts" });
+  private readonly items = new Map<string, Item>();
+
+  /** `named`: by their streams; else by what they are. `changed` is called when one was acknowledged or is no longer. */
+  constructor(
+    private readonly named: boolean,
+    private readonly changed: () => void,
+  ) {}
+
+  /** Made again only where the alert has changed: a button that is being pressed stays the one it was. */
+  renew(alerts: Alert[]): void {
+    for (const alert of alerts) {
+      const mark = `${alert.updated_at} ${alert.status} ${alert.acknowledgement?.at ?? ""} ${alert.last?.timestamp ?? ""}`;
+      let item = this.items.get(alert.id);
+      if (item?.mark !== mark) this.items.set(alert.id, (item = { mark, ...itemOf(alert, this.named, () => acknowledge(alert, this.changed)) }));
+      text(item.age, ago(alert.started_at));
+    }
+  }
+
+  /** In this order, and no others. What has the focus keeps it. */
+  show(alerts: Alert[]): void {
+    const wanted = alerts.map((alert) => this.items.get(alert.id)!.element);
+    const held = new Set(alerts.map((alert) => alert.id));
+    for (const id of this.items.keys()) if (!held.has(id)) this.items.delete(id);
+    if (wanted.length === this.element.childElementCount && wanted.every((one, i) => one === this.element.children[i])) return;
+    const focused = document.activeElement?.closest<HTMLElement>(".alert");
+    const onButton = document.activeElement?.tagName === "BUTTON";
+    const within = this.element.contains(document.activeElement);
+    fill(this.element, ...wanted);
+    const again = within && focused && this.items.get(focused.dataset["id"]!)?.element;
+    if (again) (again.querySelector<HTMLElement>(onButton ? "button" : ".name a") ?? again.querySelector<HTMLElement>(".name a"))!.focus();
+  }
+}
+
+/** The alerts of one stream: those that are not over, and those that were. */
+export class StreamAlerts {
+  readonly element = h("section", { "aria-label": "Alerts of this stream", hidden: true });
+  readonly earlier = h("section", { class: "card", hidden: true }, h("header", {}, h("h2", {}, "Earlier alerts")));
+  private readonly now = new AlertList(false, () => void this.load());
+  private readonly past = new AlertList(false, () => void this.load());
+  private model = "";
+  private ended: (() => void) | null = null;
+
+  constructor(private readonly id: string) {
+    this.element.append(this.now.element);
+    this.earlier.append(this.past.element);
+  }
+
+  /** Begins to ask for them, again and again. */
+  of(model: string): void {
+    if (this.model) return;
+    this.model = model;
+    this.ended = asking(ASK_SECONDS, () => this.load());
+  }
+
+  leave(): void {
+    this.ended?.();
+  }
+
+  /** Whether there was one to acknowledge. */
+  acknowledge(): boolean {
+    const button = this.now.element.querySelector<HTMLButtonElement>(".alert[data-status='open'] button");
+    button?.click();
+    return button !== null;
+  }
+
+  private async load(): Promise<void> {
+    try {
+      const { alerts } = await ask<AlertsPage>(`v1/alerts?${new URLSearchParams({ stream_id: this.id, model: this.model, limit: String(EARLIER) })}`);
+      for (const [list, over] of [
+        [this.now, false],
+        [this.past, true],
+      ] as const) {
+        const some = alerts.filter((alert) => (alert.status === "resolved") === over);
+        list.renew(some);
+        list.show(some);
+        (over ? this.earlier : this.element).hidden = !some.length;
+      }
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      if (error.status === 404) this.leave(); // a service without alerts; all else the live feed tells
+    }
+  }
+}
 
 export function alertsView(main: HTMLElement, shell: Shell): View {
   const page = new AlertsView(main, shell);
@@ -47,14 +136,13 @@ class AlertsView {
   private severity: string;
   private most = PAGE;
   private selected = -1;
-  private readonly timer: number;
-  private shown = "";
+  private readonly ended: () => void;
+  private shown = ""; // whether there are any, as was said
   private readonly choice = h("div", { class: "choice", role: "group", "aria-label": "Which alerts" });
   private readonly severities = h("div", { class: "choice", role: "group", "aria-label": "How severe" });
-  private readonly list = h("ul", { class: "alerts" });
+  private readonly list = new AlertList(true, () => void this.load());
   private readonly more = h("div", { class: "more" });
   private readonly said = h("div", { role: "status" });
-  private readonly items = new Map<string, Item>();
 
   constructor(
     main: HTMLElement,
@@ -64,19 +152,19 @@ class AlertsView {
     const asked = shell.query.get("status");
     this.status = STATUSES.find((status) => status === asked) ?? "open";
     this.severity = SEVERITIES.find(([severity]) => severity === shell.query.get("severity"))?.[0] ?? "";
-    for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.show(status, this.severity) }, status[0]!.toUpperCase() + status.slice(1)));
-    for (const [severity, name] of SEVERITIES) this.severities.append(h("button", { type: "button", "data-severity": severity, onclick: () => this.show(this.status, severity) }, name));
-    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts")), this.severities, this.choice), this.said, this.list, this.more));
+    for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.choose(status, this.severity) }, status[0]!.toUpperCase() + status.slice(1)));
+    for (const [severity, name] of SEVERITIES) this.severities.append(h("button", { type: "button", "data-severity": severity, onclick: () => this.choose(this.status, severity) }, name));
+    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts")), this.severities, this.choice), this.said, this.list.element, this.more));
     this.show(this.status, this.severity, this.id);
-    this.timer = window.setInterval(() => void this.load(), 2000);
+    this.ended = asking(ASK_SECONDS, () => this.load());
   }
 
   leave(): void {
-    clearInterval(this.timer);
+    this.ended();
   }
 
   key(event: KeyboardEvent): boolean {
-    const items = [...this.list.children] as HTMLElement[];
+    const items = [...this.list.element.children] as HTMLElement[];
     const step = event.key === "j" || event.key === "ArrowDown" ? 1 : event.key === "k" || event.key === "ArrowUp" ? -1 : 0;
     if (step && items.length) {
       this.selected = Math.min(items.length - 1, Math.max(0, this.selected + step));
@@ -104,10 +192,14 @@ class AlertsView {
     if (status !== "open") query.set("status", status);
     if (severity) query.set("severity", severity);
     history.replaceState(null, "", id ? alertAddress(id) : `#/alerts${query.size ? `?${query}` : ""}`);
-    fill(this.list);
+    this.list.show([]);
     fill(this.more);
     delete this.more.dataset["shown"];
     fill(this.said, h("p", { class: "notice" }, "Loading …"));
+  }
+
+  private choose(status: Status, severity: string): void {
+    this.show(status, severity);
     void this.load();
   }
 
@@ -133,31 +225,17 @@ class AlertsView {
   }
 
   private fill(alerts: Alert[]): void {
-    for (const alert of alerts) this.renew(alert);
-    const shown = JSON.stringify([this.id, this.status, alerts.map((alert) => [alert.id, alert.updated_at, alert.status])]);
+    this.list.renew(alerts);
+    this.list.show(alerts);
+    const shown = String(alerts.length > 0);
     if (shown === this.shown) return;
     this.shown = shown;
-    const focused = document.activeElement?.closest<HTMLElement>(".alert");
-    const onButton = document.activeElement?.tagName === "BUTTON";
     this.said.replaceChildren();
     if (!alerts.length) {
       const words = { open: "Nothing has begun that is as rare as you asked to be told of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet." }[this.status];
       const severe = SEVERITIES.find(([severity]) => severity === this.severity)![1].toLowerCase();
       fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, this.severity ? `None that is ${severe.replace("and", "or")}.` : words)));
     }
-    const held = new Set(alerts.map((alert) => alert.id));
-    for (const id of this.items.keys()) if (!held.has(id)) this.items.delete(id);
-    fill(this.list, ...alerts.map((alert) => this.items.get(alert.id)!.element));
-    const again = focused && this.items.get(focused.dataset["id"]!)?.element;
-    if (again) (again.querySelector<HTMLElement>(onButton ? "button" : ".name a") ?? again.querySelector<HTMLElement>(".name a"))!.focus();
-  }
-
-  /** Made again only where the alert has changed: a button that is being pressed stays the one it was. */
-  private renew(alert: Alert): void {
-    const mark = `${alert.updated_at} ${alert.status}`;
-    let item = this.items.get(alert.id);
-    if (item?.mark !== mark) this.items.set(alert.id, (item = { mark, ...this.item(alert) }));
-    text(item.age, ago(alert.started_at));
   }
 
   /** What is not shown, so that nobody takes the page for all there is. */
@@ -169,60 +247,76 @@ class AlertsView {
     const button = h("button", { class: "button", type: "button", onclick: () => ((this.most = Math.min(MOST, this.most + 2 * PAGE)), void this.load()) }, "Show more");
     fill(this.more, h("p", {}, `The latest ${shown}; there are more.`), this.most < MOST ? button : null);
   }
+}
 
-  private item(alert: Alert): { element: HTMLElement; age: HTMLElement } {
-    const onset = alert.onset;
-    const top = onset?.contributors[0];
-    const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}&at=${alert.started_at}`;
-    const severity = h("span", { class: "severity" }, alert.severity);
-    const link = h("a", { href: alertAddress(alert.id), "aria-label": `Link to this alert of ${alert.stream_id}`, title: "This alert alone, at an address to send to someone" }, "Link");
-    const line = onset?.line;
-    const way = top && within(top) ? ", within its range: its course is unusual" : onset?.direction && onset.direction !== "none" ? ` (${onset.direction})` : "";
-    const evidence = line ? ` · ${line.new ? "new pattern · " : ""}chance if normal: ${chance(onset?.p_value)}` : top ? ` · ${top.feature} ${top.actual === null ? "has no value" : number(top.actual)}, expected ${number(top.expected)}${way} · chance if normal: ${chance(onset?.p_value)}` : "";
-    const what = alert.kind === "silence" ? ` · silent for longer than ${duration(Math.ceil(alert.patience ?? 0))} since ${clock(Math.min(alert.started_at, alert.opened_at))}` : ` · began ${clock(alert.started_at)}, `;
-    const state =
-      alert.status === "resolved"
-        ? `Resolved ${alert.resolved_at ? clock(alert.resolved_at) : ""}: ${WORDS[alert.resolution ?? ""] ?? alert.resolution ?? ""}${alert.resolved_at ? `, after ${duration(lasted(alert, alert.resolved_at))}` : ""}`
-        : alert.acknowledgement
-          ? `Acknowledged ${clock(alert.acknowledgement.at)} by ${alert.acknowledgement.by || "someone"}${alert.acknowledgement.note ? `: ${alert.acknowledgement.note}` : ""}`
-          : "";
-    const button = alert.status === "open" ? h("button", { class: "button", type: "button", "aria-label": `Acknowledge ${alert.stream_id}`, onclick: () => this.acknowledge(alert) }, "Acknowledge") : null;
-    const age = h("span");
-    const more = alert.kind === "silence" ? [] : [age, evidence];
-    const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, alert.stream_id)), h("p", {}, severity, what, ...more, " · ", link), line && onset ? lineOf(line, onset) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
-    return { element, age };
-  }
+function itemOf(alert: Alert, named: boolean, act: () => void): { element: HTMLElement; age: HTMLElement } {
+  const { onset, last, acknowledgement } = alert;
+  const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}&at=${alert.started_at}`;
+  const severity = h("span", { class: "severity" }, alert.severity);
+  const link = h("a", { class: "link", href: alertAddress(alert.id), "aria-label": `Link to this alert of ${alert.stream_id}`, title: "This alert alone, at an address to send to someone" }, "Link");
+  const line = onset?.line;
+  const score = onset?.alert_score ? h("span", { title: "1 = as rare as you asked to be told of" }, `alert score ${points(onset.alert_score)}`) : null;
+  const evidence = onset ? [" · ", line?.new ? "new pattern · " : "", line ? "" : found(onset), score, rare(onset.p_value)] : [];
+  const what = alert.kind === "silence" ? ` · silent for longer than ${duration(Math.ceil(alert.patience ?? 0))} since ${clock(Math.min(alert.started_at, alert.opened_at))}` : ` · began ${clock(alert.started_at)}, `;
+  const now = last && !line && alert.status !== "resolved" && last.timestamp !== onset?.timestamp ? h("p", {}, `At ${clock(last.timestamp)}: `, found(last), rare(last.p_value).replace(/^ · /, "")) : null;
+  const state =
+    alert.status === "resolved"
+      ? `Resolved ${alert.resolved_at ? clock(alert.resolved_at) : ""}: ${WORDS[alert.resolution ?? ""] ?? alert.resolution ?? ""}${alert.resolved_at ? `, after ${duration(lasted(alert, alert.resolved_at))}` : ""}`
+      : "";
+  const looked = acknowledgement ? `Acknowledged ${clock(acknowledgement.at)} by ${acknowledgement.by || "someone"}${acknowledgement.note ? `: ${acknowledgement.note}` : ""}` : "";
+  const button = alert.status === "resolved" ? null : h("button", { class: "button", type: "button", "aria-label": `${acknowledgement ? "Change the note on" : "Acknowledge"} ${alert.stream_id}`, onclick: act }, acknowledgement ? "Change" : "Acknowledge");
+  const age = h("span");
+  const more = alert.kind === "silence" ? [] : [age, ...evidence];
+  const name = named ? alert.stream_id : alert.kind === "silence" ? "Silence" : "Anomaly";
+  const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, name)), h("p", {}, severity, what, ...more, " · ", link), line && onset ? lineOf(line, onset) : null, now, looked ? h("p", {}, looked) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
+  return { element, age };
+}
 
-  private acknowledge(alert: Alert): void {
-    const by = h("input", { class: "field", name: "by", maxlength: "128", value: kept(NAME_KEY) ?? "", autocomplete: "name" });
-    const note = h("input", { class: "field", name: "note", maxlength: "1000" });
-    const said = h("p", { role: "status" });
-    const send = async (): Promise<void> => {
-      try {
-        keep(NAME_KEY, by.value);
-        await ask(`v1/alerts/${alert.id}/acknowledge`, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ by: by.value.trim(), note: note.value.trim() }) });
-        dialog.close();
-        void this.load();
-      } catch (error) {
-        if (!(error instanceof Refused)) throw error;
-        text(said, error.message);
-      }
-    };
-    const dialog = h(
-      "dialog",
-      { "aria-labelledby": "ack-title", onclose: () => dialog.remove() },
-      h("h2", { id: "ack-title" }, "Acknowledge"),
-      h("p", {}, `${alert.stream_id}: you look after it. It stays until the stream is normal again.`),
-      h("div", { class: "form" }, h("label", {}, "Your name", by), h("label", {}, "Note", note)),
-      said,
-      h("div", { class: "actions" }, h("button", { class: "button", type: "button", onclick: () => dialog.close() }, "Cancel"), h("button", { class: "button primary", type: "button", onclick: () => void send() }, "Acknowledge")),
-    );
-    dialog.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.target as HTMLElement).tagName === "INPUT") void send();
-    });
-    document.body.append(dialog);
-    dialog.showModal();
-  }
+/** What the feature that carries the most showed, beside what was expected. */
+function found({ contributors: [top], direction }: Evidence): string {
+  if (!top) return "";
+  const way = within(top) ? ", within its range: its course is unusual" : direction !== "none" ? ` (${direction})` : "";
+  return `${top.feature} ${top.actual === null ? "has no value" : number(top.actual)}, expected ${number(top.expected)}${way} · `;
+}
+
+/** Where the event by itself is ordinary, what began with it is not: the alert score says how rare that is. */
+const rare = (p: number | null): string => (p !== null && p < 0.1 ? ` · chance if normal: ${chance(p)}` : "");
+
+/** Asks who looks after it, and what there is to say. */
+function acknowledge(alert: Alert, done: () => void): void {
+  const before = alert.acknowledgement;
+  const by = h("input", { class: "field", name: "by", maxlength: "128", value: before?.by ?? kept(NAME_KEY) ?? "", autocomplete: "name" });
+  const note = h("input", { class: "field", name: "note", maxlength: "1000", value: before?.note ?? "" });
+  const said = h("p", { role: "status" });
+  const send = async (options: RequestInit): Promise<void> => {
+    try {
+      await ask(`v1/alerts/${alert.id}/acknowledge`, options);
+      dialog.close();
+      done();
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      text(said, error.message);
+    }
+  };
+  const save = (): void => {
+    keep(NAME_KEY, by.value);
+    void send({ method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ by: by.value.trim(), note: note.value.trim() }) });
+  };
+  const button = (name: string, act: () => void, kind = ""): HTMLElement => h("button", { class: `button ${kind}`, type: "button", onclick: act }, name);
+  const dialog = h(
+    "dialog",
+    { "aria-labelledby": "ack-title", onclose: () => dialog.remove() },
+    h("h2", { id: "ack-title" }, before ? "Acknowledged" : "Acknowledge"),
+    h("p", {}, `${alert.stream_id}: ${before ? "someone looks" : "you look"} after it. It stays until the stream is normal again.`),
+    h("div", { class: "form" }, h("label", {}, "Your name", by), h("label", {}, "Note", note)),
+    said,
+    h("div", { class: "actions" }, before ? button("Take back", () => void send({ method: "DELETE" })) : null, button("Cancel", () => dialog.close()), button(before ? "Save" : "Acknowledge", save, "primary")),
+  );
+  dialog.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.target as HTMLElement).tagName === "INPUT") save();
+  });
+  document.body.append(dialog);
+  dialog.showModal();
 }
 
 /** In seconds: of an anomaly by the events' own time, since a sender may bring all of it at once. */

@@ -1,5 +1,7 @@
 /** The service's own API, at addresses relative to the page, so that it works under any path. */
 
+import { told } from "./format";
+
 export interface Problem {
   title: string;
   status: number;
@@ -21,6 +23,25 @@ export const address = (path: string): string => new URL(path, document.baseURI.
 /** Stream ids may hold slashes; each part is escaped. */
 export const streamPath = (id: string): string => id.split("/").map(encodeURIComponent).join("/");
 
+/** Asks so long after each answer, until ended. Of a slow link it takes a fifth at most, and nothing while nobody sees the page. */
+export function asking(seconds: number, turn: () => Promise<void>): () => void {
+  let timer = 0;
+  let ended = false;
+  const next = async (): Promise<void> => {
+    const began = performance.now();
+    try {
+      if (!document.hidden) await turn();
+    } finally {
+      if (!ended) timer = window.setTimeout(() => void next(), Math.max(1000 * seconds, 4 * (performance.now() - began)));
+    }
+  };
+  void next();
+  return () => {
+    ended = true;
+    clearTimeout(timer);
+  };
+}
+
 export async function ask<T>(path: string, options: RequestInit = {}): Promise<T> {
   let response: Response;
   try {
@@ -29,6 +50,7 @@ export async function ask<T>(path: string, options: RequestInit = {}): Promise<T
     if (options.signal?.aborted) throw error;
     throw new Refused(0, "The service does not answer. Is it running?");
   }
+  told(response.headers.get("date"));
   if (!response.ok) throw await refused(response);
   return (response.status === 204 ? undefined : await response.json()) as T;
 }
@@ -107,6 +129,7 @@ export class Live {
 
   private async read(signal: AbortSignal): Promise<void> {
     const response = await fetch(address(this.path), { signal, headers: { accept: "text/event-stream" }, cache: "no-store" });
+    told(response.headers.get("date"));
     if (!response.ok) throw await refused(response);
     if (!response.body) return;
     this.said({ state: "live", detail: "" });
@@ -194,6 +217,14 @@ export interface Contributor {
   contribution: number | null;
   actual: number | null;
   expected: number | null;
+}
+
+/** What is known of a stream without its events: its last one. */
+export interface StreamState {
+  timestamp: number | null;
+  anomaly_score: number | null;
+  state_version: number;
+  contributors: Contributor[];
 }
 
 type Column = (number | null)[];

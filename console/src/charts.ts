@@ -5,6 +5,9 @@ import { h } from "./dom";
 import { marked, number, score } from "./format";
 import { colours, onTheme } from "./theme";
 
+const AXIS_WIDTH = 62;
+const DIGIT_WIDTH = 6.4; // of the font of axes, at most
+
 export type Column = (number | null)[];
 
 /** What marks lie over a chart: runs of anomalous points, and onsets, by position in the data. */
@@ -91,7 +94,7 @@ export class Chart {
         scales: { x: { time, min, max, auto: false }, y: { range: y } },
         axes: [
           { ...axis, grid: { show: false }, values: (_, splits) => splits.map((split) => tick(split, splits, time)), space: 80, size: 26 },
-          { ...axis, values: (_, splits, __, ___, step) => splits.map((split) => digits(split, step)), size: 62, space: 34 },
+          { ...axis, values: (_, splits, __, ___, step) => splits.map((split) => digits(split, step)), size: (_, words) => Math.max(AXIS_WIDTH, 14 + DIGIT_WIDTH * Math.max(0, ...(words ?? []).map((word) => word.length))), space: 34 },
         ],
         series: [{}, ...series.map((one) => ({ ...one, gaps: breaks }))],
         ...(bands ? { bands } : {}),
@@ -207,6 +210,8 @@ export function scoreChart(options: Options): Chart {
   }));
 }
 
+const NOISE = 1e-6; // of a number: readings are held with some seven digits, and a chart of the last one would show what nobody measured
+
 /** All of the value and of what was expected; of the band no more than once the same again: a young stream's is wide. */
 function valueRange(plot: uPlot): uPlot.Range.MinMax {
   const t = plot.data[0];
@@ -216,11 +221,13 @@ function valueRange(plot: uPlot): uPlot.Range.MinMax {
   let [min, max] = extent([plot.data[3]!, plot.data[4]!], first, last);
   if (min > max) return [0, 1];
   const [low, high] = extent([plot.data[1]!, plot.data[2]!], first, last);
-  const span = max - min || Math.abs(max) * 0.1 || 1;
+  const height = Math.max(Math.abs(min), Math.abs(max));
+  const span = max - min > NOISE * height ? max - min : height * 0.1 || 1;
   if (low <= high) {
     min = Math.min(min, Math.max(low, min - span));
     max = Math.max(max, Math.min(high, max + span));
   }
+  if (max - min <= NOISE * height) [min, max] = [min - span, max + span];
   const margin = 0.06 * (max - min || span);
   return [min - margin, max + margin];
 }
@@ -241,10 +248,11 @@ function extent(columns: ArrayLike<number | null | undefined>[], first: number, 
 function tick(split: number, splits: number[], time: boolean): string {
   if (!time) return number(split);
   const span = (splits[splits.length - 1] ?? 0) - (splits[0] ?? 0);
+  const step = (splits[1] ?? splits[0] ?? 0) - (splits[0] ?? 0);
   const date = new Date(1000 * split);
   const two = (n: number): string => String(n).padStart(2, "0");
-  if (span > 4 * 86_400) return date.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
-  if (span > 20 * 3600) return `${date.toLocaleDateString("en-GB", { day: "numeric", month: "short" })} ${two(date.getHours())}:${two(date.getMinutes())}`;
+  const midnight = span > 20 * 3600 && date.getHours() + date.getMinutes() === 0;
+  if (step >= 86_400 || midnight) return date.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
   return `${two(date.getHours())}:${two(date.getMinutes())}${span < 1800 ? `:${two(date.getSeconds())}` : ""}`;
 }
 

@@ -225,7 +225,11 @@ class Fleet {
   }
 
   private href(stream: Stream): string {
-    return `#/stream/${streamPath(stream.id)}${this.model ? `?model=${encodeURIComponent(this.model)}` : ""}`;
+    return this.hrefOf(stream.id);
+  }
+
+  private hrefOf(id: string): string {
+    return `#/stream/${streamPath(id)}${this.model ? `?model=${encodeURIComponent(this.model)}` : ""}`;
   }
 
   // ── which of them ──
@@ -309,8 +313,16 @@ class Fleet {
     if (shown) return void (this.words.childElementCount && this.words.replaceChildren());
     if (this.link.state === "away") fill(this.words, empty("Not connected", this.link.detail));
     else if (!this.began) fill(this.words, empty("", "Connecting to the live feed …"));
-    else if (matching) fill(this.words, empty("No stream fits", `None of the streams scored here ${this.search.value.trim() ? `has “${this.search.value.trim()}” in its name` : ""}${this.search.value.trim() && this.stateFilter ? " and " : ""}${this.stateFilter ? `is among “${FILTERS.find(([state]) => state === this.stateFilter)?.[1]}”` : ""}.`));
+    else if (matching) this.sayNone(this.search.value.trim());
     else if (!this.words.querySelector("pre")) fill(this.words, first(this.features, this.kind));
+  }
+
+  /** What is not held here may be known all the same, by its name. */
+  private sayNone(name: string): void {
+    const words = `None of the streams held here ${name ? `has “${name}” in its name` : ""}${name && this.stateFilter ? " and " : ""}${this.stateFilter ? `is among “${FILTERS.find(([state]) => state === this.stateFilter)?.[1]}”` : ""}.`;
+    if (this.words.querySelector("p")?.textContent === words) return; // a link that has the focus keeps it
+    fill(this.words, empty("No stream fits", words));
+    if (name) this.words.firstElementChild!.append(h("p", {}, "Those that were silent since this replica was started, or found no room, are not: ", h("a", { class: "link", href: this.hrefOf(name) }, "open the stream of exactly this name"), "."));
   }
 }
 

@@ -4,6 +4,18 @@ const INTEGER = new Intl.NumberFormat("en");
 const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" }); // not hour12: false, by which English midnight is 24:00
 const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 
+const OFF_MS = 10_000;
+let ahead = 0; // of the service's clock, in milliseconds
+
+/** What the service's clock shows: where this browser's is off, ages are by that one. A little of it is the way here. */
+export function told(date: string | null): void {
+  const off = Date.now() - Date.parse(date ?? "");
+  ahead = Math.abs(off) > OFF_MS ? off : 0;
+}
+
+/** In seconds since 1970. */
+const now = (): number => (Date.now() - ahead) / 1000;
+
 export const count = (n: number): string => INTEGER.format(n);
 
 /** Five significant digits, without the noise of a float. */
@@ -25,7 +37,7 @@ const decimal = (value: number, size: number): string => (size >= 1000 ? WHOLE :
 /** A number beside an axis whose marks are `step` apart: with as many decimals as tell them apart. */
 export function marked(value: number, step: number): string {
   const size = Math.abs(value);
-  if (size >= 1e7 || (size !== 0 && step < 0.99e-5)) return number(value);
+  if (size >= 1e7 || (size !== 0 && step < 0.99e-5)) return value.toExponential(Math.min(9, Math.max(0, Math.floor(Math.log10(size) + 1e-9) - Math.floor(Math.log10(step) + 1e-9)))).replace("e+", "e");
   return FIXED[Math.max(0, -Math.floor(Math.log10(step) + 1e-9))]!.format(value);
 }
 
@@ -47,7 +59,7 @@ export function share(p: number): string {
 
 export function clock(seconds: number): string {
   const date = new Date(1000 * seconds);
-  return Math.abs(Date.now() - date.getTime()) < 20 * 3_600_000 ? CLOCK.format(date) : DAY.format(date);
+  return Math.abs(now() - seconds) < 20 * 3600 ? CLOCK.format(date) : DAY.format(date);
 }
 
 export function duration(seconds: number): string {
@@ -58,8 +70,8 @@ export function duration(seconds: number): string {
   return `${Math.floor(whole / 86_400)} d`;
 }
 
-/** How long ago; times ahead of this clock are now. */
+/** How long ago; times ahead of the clock are now. */
 export function ago(seconds: number): string {
-  const age = Date.now() / 1000 - seconds;
+  const age = now() - seconds;
   return age < 2 ? "now" : `${duration(age)} ago`;
 }

@@ -1,7 +1,7 @@
 /** The shell: bar, addresses behind #, keys. Each view is mounted into <main> and says how it is left. */
 
 import "uplot/dist/uPlot.min.css";
-import { Refused, ask, streamPath, type AlertsPage, type Model } from "./api";
+import { Refused, ask, asking, streamPath, type AlertsPage, type Model } from "./api";
 import { PAGE, alertAddress, alertsView } from "./alerts";
 import { backtestView } from "./backtest";
 import { ICONS, fill, h, icon, text } from "./dom";
@@ -27,7 +27,7 @@ const KEYS: [string, string][] = [
   ["Esc", "Back"],
   ["Space", "Pause and go on, in a stream"],
   ["0", "Whole history, in a stream"],
-  ["a", "Acknowledge the selected alert"],
+  ["a", "Acknowledge the selected alert, or that of the stream"],
   ["g f", "Fleet (g a: alerts, g p: patterns, g b: backtest, g m: model)"],
   ["t", "Dark or light"],
   ["?", "These keys"],
@@ -80,7 +80,7 @@ const shell: Shell = {
     status.title = link.detail;
   },
   alerting({ alerts, next_cursor }) {
-    const open = `${alerts.length}${next_cursor === null ? "" : "+"}`;
+    const open = `${Math.min(alerts.length, PAGE)}${alerts.length > PAGE || next_cursor !== null ? "+" : ""}`; // the same wherever they were counted
     text(badge, alerts.length ? open : "");
     badge.setAttribute("aria-label", `${open} open`);
   },
@@ -91,6 +91,7 @@ function route(): void {
   const [view = "", ...rest] = path.split("/");
   shell.query = new URLSearchParams(query);
   current?.leave();
+  for (const dialog of document.querySelectorAll<HTMLDialogElement>("dialog[open]")) dialog.close(); // it asked about what is left
   shell.link(null);
   main.replaceChildren();
   main.scrollTop = 0;
@@ -167,14 +168,13 @@ document.addEventListener("keydown", (event) => {
 });
 
 async function countAlerts(): Promise<void> {
-  if (document.hidden) return;
   try {
     const page = await ask<AlertsPage>(`v1/alerts?status=open&limit=${PAGE}`);
     shell.alerting(page);
   } catch (error) {
     if (!(error instanceof Refused)) throw error; // said where alerts are listed
     if (error.status === 404) {
-      clearInterval(counting); // a service without alerts
+      ended(); // a service without alerts
       tabs.find((tab) => tab.dataset["view"] === "alerts")?.remove();
     }
   }
@@ -195,8 +195,7 @@ showTheme();
 window.addEventListener("hashchange", route);
 linked();
 route();
-const counting = setInterval(() => void countAlerts(), 5_000);
-void countAlerts();
+const ended = asking(10, countAlerts);
 void showPatterns();
 
 /** Alerts link to `/?alert=ID`, others to `/?stream=ID`: what comes before # is kept by mail and chat programs. */

@@ -1,7 +1,8 @@
 /** One stream: its value with what was expected, its score, what carries it, and what to do about it. */
 
 import uPlot from "uplot";
-import { BITS, Live, Refused, ask, streamPath, type Contributor, type EventsMessage, type Link, type StreamMessage } from "./api";
+import { StreamAlerts } from "./alerts";
+import { BITS, Live, Refused, ask, streamPath, type Contributor, type EventsMessage, type Link, type StreamMessage, type StreamState } from "./api";
 import { Chart, legend, scoreChart, valueChart, type Column, type Options } from "./charts";
 import { ICONS, fill, h, icon, scrolling, text } from "./dom";
 import { fleetAddress } from "./fleet";
@@ -71,6 +72,7 @@ class StreamPage {
   private readonly picker = h("select", { class: "field", "aria-label": "Features shown", hidden: true, onchange: () => this.pick(this.picker.value) });
   private readonly confirm: HTMLDialogElement;
   private readonly content = h("div");
+  private readonly alerts: StreamAlerts;
 
   constructor(
     main: HTMLElement,
@@ -80,6 +82,7 @@ class StreamPage {
     this.model = shell.query.get("model") ?? "";
     this.at = Number(shell.query.get("at")) || null;
     this.confirm = this.confirmation();
+    this.alerts = new StreamAlerts(id);
     text(this.title, id);
     for (const [name, seconds] of WINDOWS) this.windows.append(h("button", { type: "button", "data-seconds": seconds, onclick: () => this.look(seconds) }, name));
     fill(
@@ -104,8 +107,10 @@ class StreamPage {
           h("div", { class: "title" }, this.title, this.state),
           h("div", { class: "actions" }, this.picker, this.windows, this.pause, this.accept),
         ),
+        this.alerts.element,
         this.said,
         this.content,
+        this.alerts.earlier,
         this.confirm,
       ),
     );
@@ -118,6 +123,7 @@ class StreamPage {
 
   leave(): void {
     this.live.close();
+    this.alerts.leave();
     clearInterval(this.timer);
     cancelAnimationFrame(this.frame);
     this.charts.forEach((chart) => chart.leave());
@@ -128,6 +134,7 @@ class StreamPage {
     if (event.key === " " && !(event.target as HTMLElement).closest("button, a, select")) this.setPaused(!this.paused);
     else if (event.key === "Escape") location.hash = fleetAddress();
     else if (event.key === "0") this.look(0);
+    else if (event.key === "a") return this.alerts.acknowledge();
     else return false;
     return true;
   }
@@ -153,6 +160,7 @@ class StreamPage {
 
   private begin(about: StreamMessage): void {
     this.about = about;
+    this.alerts.of(about.model);
     this.data = nothing(about.chosen.length);
     this.last = null;
     this.zoom = null;
@@ -164,8 +172,24 @@ class StreamPage {
     this.plots.replaceChildren();
     this.content.hidden = true;
     this.accept.disabled = false; // an alert may be open though: of one that opened before the service was started again
-    fill(this.said, h("p", { class: "notice" }, `Nothing of this stream has been scored lately, as far as this replica (${about.replica}) knows. Its next event is shown here.`));
+    if (!about.chosen.length) void this.sayKnown(about);
     this.showPicker(about);
+  }
+
+  /** Of a stream whose events are not held here: what the service knows of it all the same. */
+  private async sayKnown(about: StreamMessage): Promise<void> {
+    let words: string;
+    try {
+      const { state_version, timestamp, anomaly_score, contributors } = await ask<StreamState>(`v1/streams/${streamPath(this.id)}?model=${encodeURIComponent(about.model)}`);
+      const [top] = contributors;
+      const found = [top && about.kind === "sensor" ? `${top.feature} ${number(top.actual)}, expected ${number(top.expected)}` : "", anomaly_score === null ? "" : `score ${score(anomaly_score)}`].filter(Boolean).join(", ");
+      const last = timestamp === null ? "" : `, the last one ${clock(timestamp)} (${ago(timestamp)})${found ? `: ${found}` : ""}`;
+      words = `${count(state_version)} events of this stream have been scored${last}. They are not held by this replica (${about.replica}): it was started since, or had no room for them (ONSET_CONSOLE_BYTES). The next one is shown here.`;
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      words = error.status === 404 ? "The service has scored nothing of a stream of this name, or has forgotten it. Its next event is shown here." : error.message;
+    }
+    if (this.about === about && !this.charts.length) fill(this.said, h("p", { class: "notice" }, words));
   }
 
   private add(message: EventsMessage): void {

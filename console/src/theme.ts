@@ -4,10 +4,11 @@ import { keep, kept } from "./kept";
 
 const KEY = "onset-theme";
 const system = matchMedia("(prefers-color-scheme: dark)");
+const paper = matchMedia("print"); // which is white
 const listeners = new Set<() => void>();
 
 let chosen = kept(KEY);
-export const dark = (): boolean => (chosen ?? (system.matches ? "dark" : "light")) === "dark";
+export const dark = (): boolean => !paper.matches && (chosen ?? (system.matches ? "dark" : "light")) === "dark";
 
 function apply(): void {
   document.documentElement.dataset["theme"] = dark() ? "dark" : "light";
@@ -84,4 +85,5 @@ function pixelOf(colour: string): number {
 }
 
 system.addEventListener("change", apply);
+paper.addEventListener("change", apply);
 apply();

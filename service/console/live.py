@@ -55,6 +55,8 @@ SPARK_EVENTS = 96
 """Events of a stream's history that the fleet gets."""
 FLOAT32_DIGITS = 8
 """Of values that can be zoomed into: one at a great height, or beside a -9999, would stand still with fewer."""
+DECADES = 1e4
+"""Greatest reading over the smallest up to which the digits of one scale say enough of both."""
 FEATURES_SENT = 8
 """Features of a stream whose values are sent unless others are asked for: those that carried the most lately."""
 TOP_SENT = 8
@@ -322,7 +324,7 @@ class _Stream:
         return _message("stream", LiveStream(*who, depth, manifest.warmup, features, chosen))
 
     def _columns(self, slot: int, events: NDArray[Any], skipped: int, chosen: list[int]) -> LiveEvents:
-        columns = {name: [series(events[name][:, j], FLOAT32_DIGITS) for j in chosen] for name in ("x", "expected", "lower", "upper")}
+        columns = {name: [readings(events[name][:, j]) for j in chosen] for name in ("x", "expected", "lower", "upper")}
         columns["contribution"] = [series(events["contribution"][:, j]) for j in chosen]
         return LiveEvents(
             skipped,
@@ -399,6 +401,12 @@ def series(numbers: NDArray[np.floating], digits: int = 6) -> list[float | None]
     decimals = digits - 1 - math.floor(math.log10(largest)) if largest > 0 else 0
     rounded: list[float | None] = np.round(wide, min(decimals, 300)).tolist()
     return [None if number != number else number for number in rounded] if len(finite) < len(wide) else rounded  # noqa: PLR0124 - NaN
+
+
+def readings(numbers: NDArray[np.floating]) -> list[float | None]:
+    """[N] as float32 has them; None = NaN. Of several decades, as of a vacuum gauge, each by itself: on one scale the small ones are 0."""
+    sizes = np.abs(numbers[np.isfinite(numbers) & (numbers != 0)])
+    return (short if len(sizes) and sizes.max() > DECADES * sizes.min() else series)(numbers, FLOAT32_DIGITS)
 
 
 def _message(event: str, body: msgspec.Struct | Mapping[str, Any]) -> bytes:

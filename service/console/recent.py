@@ -101,7 +101,10 @@ class Resting:
 
 
 class Room:
-    """Bytes that the rings of all `models` have together. An eighth is kept for them in equal parts; who comes first has the rest."""
+    """Bytes that the rings of all `models` have together. An eighth is kept for them in equal parts; who comes first has the rest.
+
+    A model whose one ring is larger than its part has that all the same, and takes nothing from the parts of others.
+    """
 
     def __init__(self, most_bytes: int, models: Iterable[str]) -> None:
         self.most_bytes = most_bytes
@@ -111,7 +114,7 @@ class Room:
     def left(self, model: str) -> int:
         """What the model may still take."""
         others = (max(taken, self._kept) for name, taken in self._taken.items() if name != model)
-        return self.most_bytes - self._taken[model] - sum(others)
+        return max(self._kept, self.most_bytes - sum(others)) - self._taken[model]
 
     def take(self, model: str, size: int) -> None:
         self._taken[model] += size
