@@ -14,6 +14,8 @@ from monitoring.panels import BAD, GOOD, NONE_IS_GOOD, SCORE, WARN, WORST, Query
 from monitoring.rules import MANY_NEW
 from service.metrics import P_VALUES
 
+PAGE = "http://127.0.0.1:8080/"
+"""Of the page, until someone says in a dashboard where it is."""
 # Of all replicas of one installation; those of one model.
 _ALL = 'job=~"$job"'
 _MODEL = f'{_ALL},model=~"$model"'
@@ -34,7 +36,7 @@ def all_dashboards() -> dict[str, str]:
 
 def overview() -> dashboard.Dashboard:
     """What do the streams do now, and where shall I look first?"""
-    onsets = f"sum by (model) (increase(onset_onsets_total{{{_MODEL}}}[$__interval]))"
+    onsets = f"sum by (model) (increase(onset_onsets_total{{{_MODEL}}}[$__rate_interval]))"
     top = f"topk(20, max by (model, stream) (anomaly_score{{{_MODEL}}}))"
     table = rows(
         "Top streams by score",
@@ -45,9 +47,10 @@ def overview() -> dashboard.Dashboard:
         columns={"stream": "stream", "model": "model", "Value": "score"},
     )
     to_stream = (
-        "/d/onset-stream?var-datasource=${datasource}&var-job=${job}&var-model=${__data.fields.model}"
+        "/d/onset-stream?var-datasource=${datasource}&${job:queryparam}&var-model=${__data.fields.model}"
         "&var-stream=${__data.fields.stream:percentencode}"
     )
+    to_page = "${page:raw}?stream=${__data.fields.stream:percentencode}&model=${__data.fields.model:percentencode}"
     sections = [
         (
             "Now",
@@ -70,14 +73,14 @@ def overview() -> dashboard.Dashboard:
                 number(
                     "Silent",
                     "Streams that have been silent for improbably long.",
-                    Query(f"sum(max by (model) (onset_streams_silent{{{_MODEL}}}))"),
+                    Query(f"sum(max by (job, model) (onset_streams_silent{{{_MODEL}}}))"),
                     "short",
                     ((None, GOOD), (1.0, WARN), (10.0, BAD)),
                 ),
                 number(
                     "Live",
                     "Streams that are waited for: their cadence is known.",
-                    Query(f"sum(max by (model) (onset_streams_live{{{_MODEL}}}))"),
+                    Query(f"sum(max by (job, model) (onset_streams_live{{{_MODEL}}}))"),
                     "short",
                 ),
                 number(
@@ -118,7 +121,10 @@ def overview() -> dashboard.Dashboard:
                 bars(
                     "Onsets and silences",
                     "Onsets, with which alerts open or go far beyond what they were, and silences raised in each interval.",
-                    [Query(onsets, "onsets {{model}}"), Query(f"sum(increase(onset_silences_total{{{_MODEL}}}[$__interval]))", "silences")],
+                    [
+                        Query(onsets, "onsets {{model}}"),
+                        Query(f"sum(increase(onset_silences_total{{{_MODEL}}}[$__rate_interval]))", "silences"),
+                    ],
                 ),
                 heat(
                     "Scores of all streams",
@@ -127,7 +133,7 @@ def overview() -> dashboard.Dashboard:
                     Query(f"sum by (le) (rate(onset_anomaly_score_bucket{{{_MODEL}}}[$__rate_interval]))", "{{le}}"),
                     "none",
                 ),
-                linked(table, "stream", "Look at this stream", to_stream),
+                linked(table, "stream", {"Look at this stream": to_stream, "Look at it on the page": to_page}),
                 line(
                     "Scores of the top streams",
                     "The ten most anomalous streams of those shown one by one; the dashed lines are where minor, major and critical begin.",
@@ -158,13 +164,13 @@ def overview() -> dashboard.Dashboard:
                 bars(
                     "What happened to alerts",
                     "Opened, escalated and resolved in each interval.",
-                    [Query(f"sum by (event) (increase(onset_alert_transitions_total{{{_ALL}}}[$__interval]))", "{{event}}")],
+                    [Query(f"sum by (event) (increase(onset_alert_transitions_total{{{_ALL}}}[$__rate_interval]))", "{{event}}")],
                     width=10,
                 ),
                 bars(
                     "Accepted as the new normal",
                     "Alerts closed because someone, or their age, said that this is normal now.",
-                    [Query(f"sum by (by) (increase(onset_accepted_total{{{_MODEL}}}[$__interval]))", "by {{by}}")],
+                    [Query(f"sum by (by) (increase(onset_accepted_total{{{_MODEL}}}[$__rate_interval]))", "by {{by}}")],
                     width=10,
                 ),
                 line(
@@ -196,6 +202,10 @@ def stream() -> dashboard.Dashboard:
         "none",
         width=24,
         height=10,
+    )
+    to_page = (
+        "${page:raw}?stream=${__field.labels.stream:percentencode}&model=${__field.labels.model:percentencode}"
+        "&at=${__value.time:date:seconds}"
     )
     onset = f"max by (stream) (anomaly_onset_timestamp_seconds{{{_STREAM}}})"
     sections = [
@@ -241,13 +251,14 @@ def stream() -> dashboard.Dashboard:
             [
                 line(
                     "Anomaly score",
-                    "1 = as rare as asked for. The dashed lines are where minor, major and critical begin.",
-                    [Query(f"max by (stream) (anomaly_score{{{_STREAM}}})", "score")],
+                    "1 = as rare as asked for. The dashed lines are where minor, major and critical begin. "
+                    "A point leads to the stream on the page, at its time.",
+                    [Query(f"max by (model, stream) (anomaly_score{{{_STREAM}}})", "score {{model}}")],
                     "none",
                     SCORE,
                     width=24,
                     height=7,
-                ),
+                ).data_links([dashboard.DashboardLink("Look at it on the page").url(to_page)]),
                 gauges(
                     "Contributors now",
                     "Which features carry the error of the last event; they sum to 1.",
@@ -320,7 +331,7 @@ def service() -> dashboard.Dashboard:
                 number(
                     "Streams in the store",
                     "About how many streams the store holds.",
-                    Query(f"max(onset_streams{{{_ALL}}})"),
+                    Query(f"sum(max by (job) (onset_streams{{{_ALL}}}))"),
                     "short",
                     width=4,
                 ),
@@ -434,12 +445,18 @@ def service() -> dashboard.Dashboard:
                 bars(
                     "Streams that started afresh",
                     "new ones, those that met another model, and those whose value was corrupt (look at the store at once).",
-                    [Query(f"sum by (reason) (increase(onset_fresh_states_total{{{_ALL}}}[$__interval]))", "{{reason}}")],
+                    [Query(f"sum by (reason) (increase(onset_fresh_states_total{{{_ALL}}}[$__rate_interval]))", "{{reason}}")],
                 ),
                 line(
                     "Bytes of states",
                     "What the live streams' values take in the store.",
-                    [Query(f"max by (model) (onset_state_bytes{{{_ALL}}}) * max by (model) (onset_streams_live{{{_ALL}}})", "{{model}}")],
+                    [
+                        Query(
+                            f"sum by (model) (max by (job, model) (onset_state_bytes{{{_ALL}}}) "
+                            f"* max by (job, model) (onset_streams_live{{{_ALL}}}))",
+                            "{{model}}",
+                        )
+                    ],
                     "bytes",
                 ),
                 number(
@@ -775,7 +792,7 @@ def logs() -> dashboard.Dashboard:
                 bars(
                     "Onsets in logs over time",
                     "Lines with which an alert opened, or went far beyond what it was, in each interval.",
-                    [Query(f"sum by (model) (increase(onset_onsets_total{{{_MODEL}}}[$__interval]) {_LOGS})", "{{model}}")],
+                    [Query(f"sum by (model) (increase(onset_onsets_total{{{_MODEL}}}[$__rate_interval]) {_LOGS})", "{{model}}")],
                 ),
                 bars(
                     "Anomalous log streams by severity",
@@ -799,6 +816,7 @@ def _board(uid: str, title: str, description: str, sections: list[tuple[str, lis
     board = board.refresh("10s").time("now-1h", "now").tooltip(models.DashboardCursorSync.CROSSHAIR)
     link = dashboard.DashboardLink("Onset").type(models.DashboardLinkType.DASHBOARDS).tags(["onset"])
     board = board.link(link.as_dropdown(False).include_vars(True).keep_time(True))
+    board = board.link(dashboard.DashboardLink("The page").type(models.DashboardLinkType.LINK).url("${page:raw}").target_blank(True))
     source = dashboard.DatasourceVariable("datasource").label("data source").description("Which Prometheus.").type("prometheus")
     board = board.with_variable(source).with_variable(
         _variable("job", "label_values(onset_ready, job)", "Which installation.", several=True)
@@ -806,6 +824,8 @@ def _board(uid: str, title: str, description: str, sections: list[tuple[str, lis
     if model:
         names = f"label_values(onset_state_bytes{{{_ALL}}}, model)"
         board = board.with_variable(_variable("model", names, "Which detectors.", several=True))
+    where = "Where people open the page of the service, with the slash at its end (ONSET_PUBLIC_URL)."
+    board = board.with_variable(dashboard.TextBoxVariable("page").label("page").description(where).default_value(PAGE))
     for part in panels.flow(sections):
         board = board.with_row(part) if isinstance(part, dashboard.Row) else board.with_panel(part)
     return board

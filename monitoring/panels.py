@@ -51,10 +51,13 @@ def line(
 
 
 def bars(title: str, description: str, queries: Sequence[Query], *, width: int = 12) -> Any:
-    """Stacked bars over time, of counts."""
+    """Stacked bars over time, of counts; a bar is a minute at least.
+
+    Over a time shorter than two scrapes, as Grafana's $__interval is by default, nothing increases.
+    """
     panel = line(title, description, queries, "short", width=width)
     stacking = common.StackingConfig().mode(common_models.StackingMode.NORMAL)
-    return panel.draw_style(common_models.GraphDrawStyle.BARS).fill_opacity(60).stacking(stacking)
+    return panel.draw_style(common_models.GraphDrawStyle.BARS).fill_opacity(60).stacking(stacking).interval("1m")
 
 
 def number(
@@ -123,10 +126,10 @@ def banded(panel: Any) -> Any:
     return panel.override_by_name("value", [_color("text"), models.DynamicConfigValue(id_val="custom.lineWidth", value=2), bare])
 
 
-def linked(panel: Any, field: str, title: str, url: str) -> Any:
-    """Make the cells of a table's column links."""
-    link = {"title": title, "url": url}
-    return panel.override_by_name(field, [models.DynamicConfigValue(id_val="links", value=[link])])
+def linked(panel: Any, field: str, links: dict[str, str]) -> Any:
+    """Make the cells of a table's column links: title → address."""
+    value = [{"title": title, "url": url} for title, url in links.items()]
+    return panel.override_by_name(field, [models.DynamicConfigValue(id_val="links", value=value)])
 
 
 def flow(sections: Sequence[tuple[str, Sequence[Any]]]) -> Iterator[Any]:

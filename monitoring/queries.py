@@ -68,7 +68,7 @@ def substituted(expr: str, variables: Mapping[str, str]) -> str:
 def variables(seconds: float, scrape_seconds: float, stream: str, feature: str) -> dict[str, str]:
     """Values of all variables; $__rate_interval is four scrapes, as Grafana makes it."""
     span, rate = f"{max(1, round(seconds))}s", f"{max(2, round(4 * scrape_seconds))}s"
-    return {"job": ".+", "model": ".+", "stream": stream, "feature": feature, "__range": span, "__rate_interval": rate, "__interval": rate}
+    return {"job": ".+", "model": ".+", "stream": stream, "feature": feature, "__range": span, "__rate_interval": rate}
 
 
 def ask(prometheus: str, asked: Iterable[Asked], values: Mapping[str, str], seconds: float) -> list[Found]:

@@ -90,7 +90,9 @@ def test_the_data_source_is_a_variable_everywhere(name: str) -> None:
     board = BOARDS[name]
     variables_ = board["templating"]["list"]
     assert (variables_[0]["name"], variables_[0]["type"]) == ("datasource", "datasource")
-    uses = [panel["datasource"] for panel in panels(board)] + [variable["datasource"] for variable in variables_[1:]]
+    uses = [panel["datasource"] for panel in panels(board)] + [
+        variable["datasource"] for variable in variables_[1:] if variable["type"] == "query"
+    ]
     uses += [target["datasource"] for panel in panels(board) for target in panel["targets"]]
     assert all(use == {"type": "prometheus", "uid": "${datasource}"} for use in uses)
 
@@ -110,6 +112,29 @@ def test_every_query_parses_and_asks_only_for_metrics_that_exist() -> None:
         names = selectors(promql_parser.parse(substituted(asked.expr, VALUES)))
         assert names or "vector(" in asked.expr, asked
         assert all(known(name) for name in names), (asked, names)
+
+
+def test_no_query_asks_what_increased_within_less_than_two_scrapes() -> None:
+    """Grafana's $__interval is one scrape in the time shown by default: its panels had no data."""
+    assert [asked for asked in queries() if "$__interval" in asked.expr] == []
+
+
+def test_streams_of_several_installations_are_added_up() -> None:
+    largest = re.compile(r"max( by \([^)]*\))? ?\(onset_streams")
+    shared = {asked.where: largest.findall(asked.expr) for asked in queries() if not asked.where.startswith("rule")}
+    assert sum(map(len, shared.values())) == 4
+    assert {where: by for where, found in shared.items() for by in found if "job" not in by} == {}
+
+
+def test_dashboards_lead_to_the_page_with_names_as_an_address_has_them() -> None:
+    for name, field in (("overview", "__data.fields"), ("stream", "__field.labels")):
+        text = json.dumps(BOARDS[name])
+        assert f"${{page:raw}}?stream=${{{field}.stream:percentencode}}&model=${{{field}.model:percentencode}}" in text
+    assert "&${job:queryparam}&" in json.dumps(BOARDS["overview"])  # of several installations ${job} is {a,b}, which is none
+    for board in BOARDS.values():
+        assert "${page:raw}" in [link.get("url") for link in board["links"]]
+        [page] = [variable for variable in board["templating"]["list"] if variable["name"] == "page"]
+        assert (page["type"], page["query"]) == ("textbox", dashboards.PAGE)
 
 
 def test_every_setting_is_explained_with_its_default() -> None:
