@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from service.bodies import checked
 from service.errors import BadBody, BadEvent, ItemError, TooLarge, UnsupportedMedia
-from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, SEVERITIES, Columns, Result
+from service.events import MAX_MESSAGE_LENGTH, MAX_NAME_LENGTH, PER_SECOND, SEVERITIES, Columns, Result
 from service.features import parse_timestamp
 from service.policy import DIRECTIONS, THRESHOLD
 from service.problems import problem_of
@@ -42,7 +42,6 @@ MAX_SEQUENCE = 2**63 - 1
 _OWN = ("stream_id", "event_id", "timestamp", "sequence", "message", "end")
 _READING = tuple(name for name in Result.__struct_fields__ if name != "line")
 """Fields of a reply to a sensor model's events."""
-_TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def pyarrow() -> ModuleType:
@@ -253,7 +252,7 @@ def _times(column: Any, pa: ModuleType) -> tuple[NDArray[np.float64], NDArray[np
         return _numbers("timestamp", column, pa, "a timestamp, or a number of seconds since 1970")
     ticks = column.cast(pa.int64())
     present = ticks.is_valid().to_numpy()
-    count, whole = ticks.fill_null(0).to_numpy(), _TICKS[kind.unit]
+    count, whole = ticks.fill_null(0).to_numpy(), PER_SECOND[kind.unit]
     # A nanosecond count has more digits than a float; all others divide as datetime does.
     seconds = count // whole + count % whole / whole if kind.unit == "ns" else count / whole
     return np.where(present, seconds, np.nan), np.zeros(len(column), np.bool_)

@@ -21,6 +21,8 @@ MAX_MESSAGE_LENGTH = 65_536
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 EARLIEST_SECONDS, LATEST_SECONDS = -62_135_510_400.0, 1e11
 """From the year 1 (a day late, for the zones) to 5138; a greater number is a time in milliseconds."""
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Whole, so that a time counted in one of them is the float next to it at every door and in every file: 1e9 rounds twice."""
 UNPRINTABLE = r"[\x00-\x1f\x7f\ud800-\udfff]"
 """What a name must not hold: control characters, and halves of characters."""
 

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from service.errors import BadBody, BadEvent, TooLarge
+from service.events import PER_SECOND
 from service.wire import LENGTH, VARINT, fields, read_varint, reading
 
 MESSAGE = "logproto.PushRequest"
 
 REMEMBERED_LENGTH = 2048
 """Of a stream's labels: longer ones are read each time, so that memory stays bounded."""
-_BILLION = 1_000_000_000
 _PAIR = re.compile(r'\s*([a-zA-Z_][a-zA-Z0-9_.:]*|"(?:[^"\\]|\\.)*")\s*=\s*("(?:[^"\\]|\\.)*"|`[^`]*`)\s*(?:,|$)', re.DOTALL)
 _ESCAPE = re.compile(rb"\\(?:([abfnrtv\\\"'])|x([0-9a-fA-F]{2})|([0-7]{3})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 _PLAIN = {b"a": b"\a", b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
@@ -147,7 +147,7 @@ def _entry(content: bytes, start: int, end: int) -> Entry:
 def _nanoseconds(content: bytes, start: int, end: int) -> int:
     found = {number: read_varint(content, here)[0] for number, kind, here, _ in fields(content, start, end) if kind == VARINT}
     seconds = found.get(1, 0)
-    return (seconds - (1 << 64) if seconds >> 63 else seconds) * _BILLION + found.get(2, 0)
+    return (seconds - (1 << 64) if seconds >> 63 else seconds) * PER_SECOND["ns"] + found.get(2, 0)
 
 
 def _pair(content: bytes, start: int, end: int) -> dict[str, str]:

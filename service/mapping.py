@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from service.bodies import Format, checked, decode, decode_one, decode_plain, from_fields, to_number
 from service.errors import BadBody, BadEvent, ItemError, NoReading, OnsetError, TooLarge
-from service.events import MAX_NAME_LENGTH, Event, shown
+from service.events import MAX_NAME_LENGTH, PER_SECOND, Event, shown
 from service.features import COUNTED_SECONDS, of_another_unit
 from service.sources import MAX_EVENTS, POSITIONS, Message
 from service.sources.options import Payload
@@ -34,9 +34,8 @@ from service.sources.templates import Pattern, Template
 Items = Sequence[Event | ItemError]
 
 _FORMATS = {"json": Format.JSON, "ndjson": Format.NDJSON, "msgpack": Format.MSGPACK, "cloudevents": Format.JSON}
-_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _UNITS = {"ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-_EARLIEST = {unit: COUNTED_SECONDS * _PER_SECOND[unit] for unit in _UNITS}
+_EARLIEST = {unit: COUNTED_SECONDS * PER_SECOND[unit] for unit in _UNITS}
 _PREFIXES = (b"ce_", b"ce-", b"cloudEvents_", b"cloudEvents:", b"")
 """Of a CloudEvent's attributes in Kafka, NATS, AMQP (two ways) and MQTT."""
 _CONTENT_TYPES = (b"content-type", b"Content-Type", b"content_type")
@@ -213,7 +212,7 @@ class Mapper:
         if number < _EARLIEST[unit]:
             raise of_another_unit(number, _UNITS[unit], self._payload.timestamp or "timestamp")
         try:
-            return number / _PER_SECOND[unit]
+            return number / PER_SECOND[unit]
         except OverflowError:  # of hundreds of digits: no time in any unit
             return number
 

@@ -59,7 +59,7 @@ class RemoteWrite:
         async with self._door.sent(request, unpacked_size) as sent:
             tally, written = await self._take(sent, message)
         self._latency.observe(time.perf_counter() - started)
-        return _answer(tally, written, message)
+        return _answer(tally, written)
 
     async def _take(self, sent: Sent, message: str) -> tuple[Tally, Written[Series]]:
         feature = feature_of(sent.scorer)
@@ -85,7 +85,7 @@ def _message(request: Incoming) -> str:
     return message
 
 
-def _answer(tally: Tally, written: Written[Series], message: str) -> Response:
+def _answer(tally: Tally, written: Written[Series]) -> Response:
     refused = sum(tally.refused.values())
     headers = {
         "x-prometheus-remote-write-samples-written": str(len(written) - refused),

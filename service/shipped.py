@@ -31,7 +31,7 @@ from service.errors import (
     StoreUnavailable,
     TooManyStreams,
 )
-from service.events import MAX_MESSAGE_LENGTH, Delivery, Event
+from service.events import MAX_MESSAGE_LENGTH, PER_SECOND, Delivery, Event
 from service.features import COUNTED_SECONDS, of_another_unit
 from service.intake import Incoming
 from service.metrics import Metrics
@@ -44,9 +44,7 @@ PART_LINES = 4096
 """Lines scored at once, at most: a long request lets others in between."""
 LONG = 32_768
 """Bytes of a body, unpacked, from which it is read beside the event loop: reading a thousand lines takes ten milliseconds and more."""
-BILLION = 10**9
-"""Nanoseconds of a second. Whole, as they are: a time is then the float next to it, as it is in a file or over REST; 1e9 rounds twice."""
-EARLIEST = COUNTED_SECONDS * BILLION
+EARLIEST = COUNTED_SECONDS * PER_SECOND["ns"]
 """Nanoseconds: before that there are no lines, but times of a sender that counts in a larger unit."""
 
 Read = TypeVar("Read")
@@ -221,7 +219,7 @@ class Shipping:
             if len(line) > MAX_MESSAGE_LENGTH:  # as those in files are read: nobody would see what was refused, or could send it otherwise
                 tally.cut += 1
                 line = line[:MAX_MESSAGE_LENGTH]
-            event = Event(stream_id, None, line, None if moment is None else moment / BILLION, event_id)
+            event = Event(stream_id, None, line, None if moment is None else moment / PER_SECOND["ns"], event_id)
             yield Delivery(event, 0, 0, now)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import TableError
-from service.events import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS, listed
+from service.events import EARLIEST_SECONDS, FLOAT32_MAX, LATEST_SECONDS, PER_SECOND, listed
 
 Float64 = NDArray[np.float64]
 Notify = Callable[[str], None]
@@ -58,7 +58,7 @@ MISSING = frozenset({"", "nan", "na", "n/a", "null", "none", "-"})
 TRUTHS = {"true": 1.0, "false": 0.0}
 EXCEL_SEPARATOR = re.compile(r'"?sep=([,;\t])"?\s*')
 """The line by which Excel is told what separates cells."""
-UNITS = {"ms": 10**3, "us": 10**6, "ns": 10**9}
+UNITS = {unit: PER_SECOND[unit] for unit in ("ms", "us", "ns")}
 """Forms of times that count since 1970 in less than seconds."""
 INFLUX_NOTES = frozenset({"#group", "#datatype", "#default"})
 """What InfluxDB's annotated CSV has in the first cell of lines that are no rows."""
