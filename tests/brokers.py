@@ -38,15 +38,31 @@ class _Broker(Program):
 class NatsServer(_Broker):
     """NATS with JetStream, whose streams outlive `stop` and `kill`."""
 
+    def __init__(self, folder: Path, *, secure: bool = False) -> None:
+        """`secure` = TLS."""
+        super().__init__(folder)
+        self.ca = folder / "cert.pem" if secure else None
+
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return f"{'tls' if self.ca else 'nats'}://127.0.0.1:{self.port}"
 
     async def connect(self) -> Client:
         return await nats.connect(self.url, allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=1, error_cb=_quiet)
 
     def _command(self) -> Sequence[str]:
-        return brokers.nats_server(self.folder, self.port)
+        secured = ["--tls", "--tlscert", str(self.ca), "--tlskey", str(_certified(self.ca))] if self.ca else []
+        return [*brokers.nats_server(self.folder, self.port), *secured]
+
+
+def _certified(ca: Path) -> Path:
+    """The key of a certificate of this machine that is made there."""
+    key = ca.with_name("key.pem")
+    about = ["-subj", "/CN=onset-test", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    openssl = program("openssl", "openssl")
+    subprocess.run([openssl, "req", "-x509", *curve, *about, "-keyout", str(key), "-out", str(ca)], check=True, capture_output=True)
+    return key
 
 
 async def _quiet(error: Exception) -> None: ...
@@ -70,11 +86,7 @@ class Mosquitto(_Broker):
         return f"mqtt://127.0.0.1:{self.port}"
 
     def _secured(self, ca: Path) -> list[str]:
-        key, users = self.folder / "key.pem", self.folder / "users"
-        about = ["-subj", "/CN=onset-test", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
-        curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-        openssl = program("openssl", "openssl")
-        subprocess.run([openssl, "req", "-x509", *curve, *about, "-keyout", str(key), "-out", str(ca)], check=True, capture_output=True)
+        key, users = _certified(ca), self.folder / "users"
         subprocess.run([program("mosquitto_passwd", "mosquitto"), "-b", "-c", str(users), self.USER, self.PASSWORD], check=True)
         return ["allow_anonymous false", f"certfile {ca}", f"keyfile {key}", f"password_file {users}"]
 

@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
@@ -70,7 +72,7 @@ class _Restart(Exception):
 
 
 class Nats:
-    """Implements Source."""
+    """Implements Source. Raises BadSetting where the credentials cannot be used."""
 
     def __init__(self, options: NatsSource, metrics: Metrics) -> None:
         self.name = options.called
@@ -86,6 +88,8 @@ class Nats:
         self._keeper: asyncio.Task[None] | None = None
         self._releases: set[asyncio.Task[None]] = set()
         self._failing = False
+        if options.credentials:
+            _check_credentials(options)
 
     async def open(self) -> None:
         self._keeper = asyncio.create_task(self._keep(), name=f"{self.name}-keeper")
@@ -169,6 +173,9 @@ class Nats:
                 disconnected_cb=gone,
                 **_login(options),
             )
+            url = client.connected_url
+            if (options.tls_ca or (url and url.scheme == "tls")) and not client._server_info.get("tls_required"):
+                raise ConnectionError("TLS is declared and the server does not ask for it: the client goes on without")
             self._js = client.jetstream(timeout=ANSWER_SECONDS)
             self._leases = await _Leases.of(self._js, f"{options.group}-leases", options.lease_seconds)
         except (NatsError, OSError, TimeoutError) as error:
@@ -615,6 +622,18 @@ async def _whole(answer: Awaitable[T]) -> T:
 async def _end(subscription: Subscription) -> None:
     with contextlib.suppress(NatsError, OSError):
         await subscription.unsubscribe()
+
+
+def _check_credentials(options: NatsSource) -> None:
+    """Raises BadSetting, and ImportError where what signs with them is not installed."""
+    importlib.import_module("nkeys")
+    about = f"Source '{options.called}': credentials '{options.credentials}'"
+    try:
+        content = Path(options.credentials).read_bytes()
+    except OSError as error:
+        raise BadSetting(f"{about} cannot be read ({error.strerror}).") from error
+    if b"BEGIN NATS USER JWT" not in content or b"BEGIN USER NKEY SEED" not in content:
+        raise BadSetting(f"{about} are not what nsc writes: a user's JWT and seed.")
 
 
 def _login(options: NatsSource) -> dict[str, Any]:

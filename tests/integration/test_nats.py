@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import pytest
@@ -18,12 +20,14 @@ from nats.js.errors import NotFoundError, ServerError
 from structlog.testing import capture_logs
 
 from service.detector import Detector
-from service.errors import StoreUnavailable
+from service.errors import BadSetting, StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
+from service.queues import queue
 from service.sources import Settlement
 from service.sources.nats import Nats, _whole, subjects_of
 from service.sources.options import NatsSource
+from service.stores.memory import MemoryStore
 from tests.brokers import NatsServer
 from tests.queues import in_order, recorded, uninterrupted
 from tests.rigs import NatsRig, content_of, each_once, nats_rig, service
@@ -132,6 +136,46 @@ async def test_a_subject_that_the_named_stream_does_not_take_is_refused(rig: Nat
             while not (refused := [line["reason"] for line in logs if line["event"] == "source_refused"]):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
     assert refused[0] == f"JetStream stream 'IN{rig.at}' takes in{rig.at}.>, and so nothing of 'elsewhere.>'."
+
+
+async def test_over_tls_and_not_where_the_server_does_not_ask_for_it(rig: NatsRig, tmp_path: Path) -> None:
+    metrics = Metrics()
+    with NatsServer(tmp_path / "secure", secure=True) as server:
+        secure = NatsSource(name="secure", servers=[server.url], tls_ca=str(server.ca), subjects=["a"])
+        plain = NatsSource(name="plain", servers=[rig.server.url.replace("nats:", "tls:")], subjects=["a"])
+        sources = [Nats(secure, metrics), Nats(plain, metrics)]
+        with capture_logs() as logs:
+            for source in sources:
+                await source.open()
+            await until(lambda: metrics.registry.get_sample_value("onset_source_partitions", {"source": "secure"}) == 1)
+            await until(lambda: any(entry["event"] == "nats_unavailable" for entry in logs))
+            for source in sources:
+                await source.close()
+    [told] = [entry for entry in logs if entry["event"] == "nats_unavailable"]
+    assert (told["source"], "TLS is declared and the server does not ask for it" in told["error"]) == ("plain", True)
+    assert metrics.registry.get_sample_value("onset_source_partitions", {"source": "plain"}) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "cannot be read \\(No such file or directory\\)"), ("nonsense", "are not what nsc writes")],
+)
+def test_credentials_that_cannot_be_used_stop_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, says: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "nkeys", ModuleType("nkeys"))
+    path = tmp_path / "onset.creds"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(BadSetting, match=says):
+        Nats(NatsSource(servers=["nats://nats"], subjects=["a"], credentials=str(path)), Metrics())
+
+
+def test_credentials_that_nothing_can_sign_with_name_what_is_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nkeys", None)
+    source, store = NatsSource(servers=["nats://nats"], subjects=["a"], credentials="onset.creds"), MemoryStore(state_ttl=60, result_ttl=60)
+    with pytest.raises(BadSetting, match=r"needs the extra 'nats': pip install 'onset\[nats\]' .*nkeys"):
+        queue(source, "", store, Metrics())
 
 
 @pytest.mark.parametrize(
