@@ -1,5 +1,5 @@
-"""What may be asked for: the false-alarm rate, as a number or in words, where steps run, and the models that ship. Imports next to nothing:
-settings are read before all else.
+"""What may be asked for: the false-alarm rate, as a number or in words, where steps run, the models that ship, and what is written back.
+Imports next to nothing: settings are read before all else.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ Provider = Literal["cpu", "cuda"]
 """Where a step runs."""
 SHIPPED, SHIPPED_MODELS = "shipped", Path(__file__).parent / "models"
 """The word that stands for the models that ship with the service, and their folder."""
+WRITTEN_BACK = ("anomaly_score", "alert_score", "onset_anomaly", "y", "yhat", "yhat_lower", "yhat_upper")
+"""Names of series that can be written back (ONSET_REMOTE_WRITE_METRICS)."""
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-9, 0.5
 """What may be asked for: the first included, the second not."""
 ALPHA_RANGE = f"from {SMALLEST_ALPHA:g} to below {LARGEST_ALPHA:g}"

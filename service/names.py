@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from service.asking import WRITTEN_BACK
 from service.errors import BadEvent
 from service.events import MAX_NAME_LENGTH, UNPRINTABLE
 from service.prompb import Label
@@ -37,9 +38,7 @@ REMEMBERED_BYTES = 4096
 """Of labels, on average for each series that may be remembered: of longer ones fewer are, so that memory stays bounded."""
 HASH_DIGITS = 32
 
-WRITTEN = ("anomaly_score", "alert_score", "onset_anomaly", "y", "yhat", "yhat_lower", "yhat_upper")
-"""Names of what can be written back."""
-OURS = frozenset({*WRITTEN, *(metric.name for metric in SERIES)})
+OURS = frozenset({*WRITTEN_BACK, *(metric.name for metric in SERIES)})
 
 Skip = Literal["", "own", "rule"]
 Labels = Mapping[str, str]

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.asking import LARGEST_ALPHA, SHIPPED_MODELS, SMALLEST_ALPHA, Provider, per_event
+from service.asking import LARGEST_ALPHA, SHIPPED_MODELS, SMALLEST_ALPHA, WRITTEN_BACK, Provider, per_event
 from service.logs import LogLevel
 
 CENTURY = 100 * 365 * 24 * 3600
@@ -239,13 +239,9 @@ class Settings(BaseSettings):
     @field_validator("remote_write_metrics")
     @classmethod
     def _are_written(cls, value: str) -> str:
-        if value == cls.model_fields["remote_write_metrics"].default:
-            return value
-        from service.names import WRITTEN  # noqa: PLC0415 - imports half the service, which waits until the store has been started
-
-        unknown = [name for name in value.split(",") if name not in WRITTEN]
+        unknown = [name for name in value.split(",") if name not in WRITTEN_BACK]
         if unknown:
-            raise ValueError(f"it has {unknown[0]!r}; there are {', '.join(WRITTEN)}")
+            raise ValueError(f"it has {unknown[0]!r}; there are {', '.join(WRITTEN_BACK)}")
         return value
 
     @field_validator("false_alarms")

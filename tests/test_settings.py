@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.names import WRITTEN
+from service.asking import WRITTEN_BACK
 from service.settings import Settings, unknown
 
 
@@ -48,7 +48,7 @@ def test_settings_that_name_no_metrics_to_write_back_import_nothing_of_the_servi
     code = "import sys; from service.settings import Settings; Settings(); print('service.names' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ONSET_")}
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip() == "False"
-    assert set(Settings().remote_write_metrics.split(",")) <= set(WRITTEN)
+    assert set(Settings().remote_write_metrics.split(",")) <= set(WRITTEN_BACK)
     with pytest.raises(ValidationError, match="it has 'yhut'"):
         Settings(remote_write_metrics="yhat,yhut")
 

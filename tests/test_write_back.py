@@ -15,11 +15,12 @@ from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
 from bench.prompb import message
+from service.asking import WRITTEN_BACK
 from service.detector import Detector
 from service.events import Event, Result
 from service.feed import Feed
 from service.metrics import Metrics
-from service.names import WRITTEN, Names
+from service.names import Names
 from service.policy import Policy
 from service.prompb import STALE, unpack
 from service.scorer import Limits, Scorer
@@ -139,7 +140,7 @@ async def test_scores_are_written_under_the_labels_of_their_series_exactly_as_th
         results = await back.score('node_load1{instance="a",job="node"}', *[1.0, 1.1] * 20, 9.0)
         await back.sent(41)
     samples = receiver.samples()
-    for name in WRITTEN:
+    for name in WRITTEN_BACK:
         written = samples.pop(labelled(name, **{"for": "node_load1", "instance": "a", "job": "node"}))
         assert written == of(results, name), name
     assert samples == {}

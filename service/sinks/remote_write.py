@@ -24,10 +24,11 @@ import httpx
 import numpy as np
 import structlog
 
+from service.asking import WRITTEN_BACK
 from service.feed import Batch
 from service.fleet import Judged, Seen
 from service.metrics import Metrics
-from service.names import FOR, MODEL, NAME, STREAM, WRITTEN, Names, exported
+from service.names import FOR, MODEL, NAME, STREAM, Names, exported
 from service.prompb import STALE, encode_labels, pack, series_of, times_of
 from service.sinks.posting import UNANSWERED, retry_after
 from service.wire import PROTOBUF
@@ -42,7 +43,7 @@ TOLD_SECONDS = 60.0
 
 _OF_FEATURES = {"y": "x", "yhat": "expected", "yhat_lower": "lower", "yhat_upper": "upper"}
 """Metrics with a series for each feature, and their columns of the record."""
-_NAMES = {name: encode_labels([(NAME, name)]) for name in WRITTEN}
+_NAMES = {name: encode_labels([(NAME, name)]) for name in WRITTEN_BACK}
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +54,7 @@ class Target:
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    metrics: Sequence[str] = WRITTEN
+    metrics: Sequence[str] = WRITTEN_BACK
     max_events: int = 100_000
     """Events waiting, at most; beside the batch that came last."""
     max_streams: int = 100_000
@@ -117,7 +118,7 @@ class WriteBack:
         self._closing = False
         self._labels: dict[tuple[str, str], _Labels] = {}
         self._told_at = -math.inf
-        self._numbers = [name for name in WRITTEN if name in target.metrics]
+        self._numbers = [name for name in WRITTEN_BACK if name in target.metrics]
         metrics.write_back_waiting.set_function(lambda: self._waiting)
 
     def see(self, batch: Batch) -> None:
