@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import redis
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from bench.receiver import Receiver
 from service import tracing
 from service.app import create_app
 from service.errors import BadSetting
@@ -26,11 +25,12 @@ from tests.doors import serving
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
-class Collector:
+class Collector(Receiver):
     """What an OpenTelemetry collector is to its senders."""
 
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
+    @property
+    def bodies(self) -> list[bytes]:
+        return [posted.body for posted in self.posted]
 
     @property
     def spans(self) -> list[Span]:
@@ -48,25 +48,9 @@ class Collector:
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    found = Collector()
-
-    class Receive(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            assert self.path == "/v1/traces"
-            found.bodies.append(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *arguments: object) -> None:
-            """Says nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receive) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-        yield found
-        server.shutdown()
-        thread.join()
+    with Collector() as listening:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{listening.port}")
+        yield listening
 
 
 def attributes(span: Span) -> dict[str, str | int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import http.server
 import json
 import math
 import shutil
@@ -11,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import pytest
 import redis
 import yaml
 
+from bench.receiver import Receiver
 from monitoring.generate import ROOT
 from monitoring.queries import Found, ask, queries, table, variables
 from monitoring.rules import RULES
@@ -59,13 +59,17 @@ def until(holds: Callable[[], Any], what: str) -> Any:
     return found
 
 
-@dataclass
-class Received:
-    """What Alertmanager told its receivers."""
+class Received(Receiver):
+    """A webhook for Alertmanager, and what it was told."""
 
-    alerts: list[dict[str, Any]] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    """The receiver of each notification."""
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        return [alert for posted in self.posted for alert in posted.json["alerts"]]
+
+    @property
+    def notices(self) -> list[str]:
+        """The receiver of each notification."""
+        return [posted.json["receiver"] for posted in self.posted]
 
     def of(self, status: str) -> list[dict[str, Any]]:
         """The service's alerts of the stream that is off."""
@@ -85,29 +89,6 @@ class World:
         """Sum of a metric, as the service tells it."""
         lines = local.get(f"{self.service.url}/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
-
-@contextmanager
-def receiver(received: Received) -> Iterator[str]:
-    """A webhook for Alertmanager."""
-
-    class Hook(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            notice = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            received.notices.append(notice["receiver"])
-            received.alerts += notice["alerts"]
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *arguments: Any) -> None:
-            """Says nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
 
 
 def models(folder: Path) -> Path:
@@ -188,11 +169,11 @@ def alertmanager_config(hook: str, *, patient: bool = False) -> str:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("monitoring")
     (folder / "service").mkdir()
-    received, faulty = Received(), threading.Event()
+    faulty = threading.Event()
     with (
         Valkey(folder / "store") as store,
-        receiver(received) as hook,
-        Alertmanager(folder / "alertmanager", alertmanager_config(hook)) as alertmanager,
+        Received() as received,
+        Alertmanager(folder / "alertmanager", alertmanager_config(received.url)) as alertmanager,
         Service(
             folder / "service/data",
             model=models(folder / "models"),
@@ -277,8 +258,10 @@ def test_no_rule_complains_about_the_service_itself(world: World) -> None:
 @pytest.fixture(name="told")
 def told_fixture(tmp_path: Path) -> Iterator[tuple[str, Received]]:
     """A patient Alertmanager's address, and what it told."""
-    received = Received()
-    with receiver(received) as hook, Alertmanager(tmp_path / "alertmanager", alertmanager_config(hook, patient=True)) as alertmanager:
+    with (
+        Received() as received,
+        Alertmanager(tmp_path / "alertmanager", alertmanager_config(received.url, patient=True)) as alertmanager,
+    ):
         yield alertmanager.url, received
 
 
