@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from service.artifact import (
     MANIFEST_KEY,
+    MAX_FEATURES,
     SELFTEST_KEY,
     SELFTEST_ROWS,
     SELFTEST_STEPS,
@@ -45,6 +46,11 @@ from training.verify import Runner, inputs_of, verify_manifest, verify_step
 
 OPSET = 18
 INPUTS = ("state", "x", "t", "learn", "alpha")
+NAMED = {
+    "name": "1 to 64 lower case letters, digits, - and _, the first a letter or a digit",
+    "version": "1 to 32 letters, digits, '.', '+', '-' and '_', the first a letter or a digit",
+}
+"""What `Outset` demands, in words."""
 
 
 def to_onnx(step: StepModule) -> bytes:
@@ -133,11 +139,23 @@ def _signals(step: ArtifactStep) -> dict[str, Any]:
 def refuse_unfit(name: str, version: str, features: Sequence[str]) -> None:
     """Raises TableError where no artifact could be named so or have these features: at the outset, not after hours of training."""
     try:
-        Outset(name=name, version=version, features=[Feature(name=feature) for feature in features])
+        Outset.model_validate({"name": name, "version": version, "features": [{"name": feature} for feature in features]})
     except ValidationError as error:
-        first = error.errors()[0]
-        what = "features" if first["loc"][0] == "features" else f"{first['loc'][0]} {first['input']!r}"
-        raise TableError(f"No model can be published with the {what}: {first['msg']}.") from None
+        where, given = error.errors()[0]["loc"], error.errors()[0]["input"]
+        if where == ("features",):
+            why = (
+                f"{len(features)} columns are more than a model takes ({MAX_FEATURES}). Leave some out (--exclude COLUMN), or make "
+                "files of parts of a machine and a model of each part."
+            )
+        elif where[0] == "features":
+            why = f"{_excerpt(given)} is no name of a column: 1 to 128 characters. Rename it in the files, or leave it out with --exclude."
+        else:
+            why = f"{_excerpt(given)} is no {where[0]} of a model: {NAMED[str(where[0])]}."
+        raise TableError(f"No model can be published so: {why}") from None
+
+
+def _excerpt(given: str) -> str:
+    return repr(given if len(given) <= 80 else given[:80] + "…")
 
 
 def publish(step: ArtifactStep, graph: bytes, manifest: Manifest, folder: Path) -> Path:

@@ -322,9 +322,9 @@ def test_a_name_with_dollars_is_drawn_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "sensors", "--name", "Pumps"], "No model can be published with the name 'Pumps'"),
-        (["--data", "sensors", "--version", "1/2"], "No model can be published with the version '1/2'"),
-        (["--logs", "app.log", "--name", "Pumps"], "No model can be published with the name 'Pumps'"),
+        (["--data", "sensors", "--name", "Pumps"], "'Pumps' is no name of a model: 1 to 64 lower case letters"),
+        (["--data", "sensors", "--version", "1/2"], "'1/2' is no version of a model: 1 to 32 letters"),
+        (["--logs", "app.log", "--name", "Pumps"], "'Pumps' is no name of a model: 1 to 64 lower case letters"),
         (["--data", "sensors", "--time-format", "%d"], "--time-format means nothing with --data"),
         (["--logs", "app.log", "--device", "cpu"], "--device means nothing with --logs"),
         (["--sessions", "keys.txt", "--mask", "a=b"], "--mask means nothing with --sessions"),
@@ -342,6 +342,22 @@ def test_what_could_not_be_published_or_means_nothing_is_refused_before_training
     assert result.exit_code == 1, result.output
     assert message in " ".join(result.output.split())
     assert not list(tmp_path.glob("out/checkpoint.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "message"),
+    [
+        ("c{}", 301, "301 columns are more than a model takes (300). Leave some out (--exclude COLUMN), or"),
+        ("c" * 129 + "{}", 2, "is no name of a column: 1 to 128 characters"),
+    ],
+)
+def test_columns_that_no_model_takes_are_refused_in_plain_words(name: str, count: int, message: str, tmp_path: Path) -> None:
+    """It was the validator's "List should have at most 300 items after validation"."""
+    head = ",".join(["timestamp", *(name.format(i) for i in range(count))])
+    (tmp_path / "a.csv").write_text("\n".join([head, *(f"{i}," + ",".join([str(i % 3)] * count) for i in range(300))]))
+    result = CliRunner().invoke(app, ["fit", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1, result.output
+    assert message in " ".join(result.output.split())
 
 
 def test_history_without_a_value_to_stop_by_is_refused(tmp_path: Path) -> None:
