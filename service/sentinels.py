@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,29 @@ BEYOND = 1e30
 """No unit has readings of this size; 3.4e38 is the largest float32."""
 RARE = 0.02
 """Share of a column's numbers up to which zeros are such, too: more of them are a machine that stands."""
+UNUSUAL = 0.1
+"""Share of a column's numbers up to which `fit` takes them for missing: more of one number are usual, whatever it means."""
 DISTINCT = 8
 """Such numbers that are told apart in a column."""
 SHOWN = 8
+
+
+class Place(NamedTuple):
+    """Where one number was found."""
+
+    column: str
+    times: int
+    share: float  # of the column's numbers
+
+    def __str__(self) -> str:
+        return f"{self.column} ({self.times:,}, {100 * self.share:.2g} %)"
+
+    def none(self, number: float) -> bool:
+        """Whether `number` is no reading here in all likelihood: never 0, which machines that stand have."""
+        return abs(number) >= BEYOND or (number != 0 and self.share <= UNUSUAL)
+
+
+Found = Mapping[float, Sequence[Place]]
 
 
 @dataclass
@@ -48,16 +69,16 @@ class Sentinels:
                 if number in counts or len(counts) < DISTINCT:
                     counts[number] += count
 
-    def found(self) -> dict[float, list[str]]:
-        """Those that are far from all other numbers of a column → the columns, with how often, in the order of the numbers."""
-        found: dict[float, list[str]] = {}
+    def found(self) -> dict[float, list[Place]]:
+        """Those that are far from all other numbers of a column → the columns, in the order of the numbers."""
+        found: dict[float, list[Place]] = {}
         for name, counts in self.counts.items():
             low, high = self.ranges[name]
             if counts[0] and not (zero := high > low and _far(0, low, high) and counts[0] <= RARE * self.numbers[name]):
                 low, high = min(low, 0), max(high, 0)
             for number, count in counts.items():
                 if count and (zero if number == 0 else _far(number, low, high)):
-                    found.setdefault(number, []).append(f"{name} ({count:,})")
+                    found.setdefault(number, []).append(Place(name, count, count / self.numbers[name]))
         return dict(sorted(found.items()))
 
 
@@ -71,7 +92,22 @@ def columns_of(stream: str, features: Sequence[str]) -> Sequence[str]:
     return features if len(features) > 1 else [stream]
 
 
-def advice(found: dict[float, list[str]], meaning: str) -> str:
+def of(found: Found, *, none: bool) -> Found:
+    """Those that are no readings in all likelihood, or those that may be some."""
+    chosen = {number: [place for place in where if place.none(number) == none] for number, where in found.items()}
+    return {number: where for number, where in chosen.items() if where}
+
+
+def blank(values: NDArray[np.float32], numbers: Iterable[float]) -> None:
+    """Make those of a column's numbers missing, in place."""
+    numbers = np.array(list(numbers))
+    none = np.isin(values, numbers.astype(np.float32))
+    if (np.abs(numbers) >= BEYOND).any():  # of these not all are told apart
+        none |= np.abs(values) >= BEYOND
+    values[none] = np.nan
+
+
+def advice(found: Found, meaning: str) -> str:
     """What was found, what it means, and what to do; "" = nothing was."""
     if not found:
         return ""
@@ -82,8 +118,8 @@ def advice(found: dict[float, list[str]], meaning: str) -> str:
     )
 
 
-def places(found: dict[float, list[str]]) -> str:
-    return "; ".join(f"{written(number)} in {some(names, SHOWN)}" for number, names in found.items())
+def places(found: Found) -> str:
+    return "; ".join(f"{written(number)} in {some(list(map(str, where)), SHOWN)}" for number, where in found.items())
 
 
 def missing_of(found: Iterable[float]) -> str:

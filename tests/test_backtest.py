@@ -203,7 +203,7 @@ def test_files_that_are_not_read_and_values_that_look_like_no_readings_are_told(
     ran = CliRunner().invoke(app, ["backtest", str(tmp_path / "data"), "--model", str(tiny_model_path), "--out", str(tmp_path / "out")])
     printed = " ".join(ran.output.split())
     assert "Not read, as they are no .csv, .tsv, .parquet, .npz file: 'c.csv.gz'. Unpack them" in printed
-    assert "no reading: -9999 in a.csv (1). Each is scored" in printed
+    assert "no reading: -9999 in a.csv (1, 1.6 %). Each is scored" in printed
     assert "`python -m service split FILES --missing -9999` makes such files" in printed
 
 

@@ -451,7 +451,7 @@ def test_numbers_that_stand_for_no_reading_are_named_and_may_be_taken_for_missin
     shape, template = TAG if long else None, "{stream}.{feature}"
     done = split([path], tmp_path / "out", template, PLAIN, long=shape)
     assert done.report()[1:] == [
-        "Far from all other readings, as devices write them that have none: -9999 in M1.a (3); 65535 in M2.a (1). "
+        "Far from all other readings, as devices write them that have none: -9999 in M1.a (3, 5 %); 65535 in M2.a (1, 1.7 %). "
         "--missing -9999 --missing 65535 takes them for missing."
     ]
     done = split([path], tmp_path / "clean", template, PLAIN, replace(ISO, missing=frozenset({-9999.0, 65535.0})), long=shape)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.errors import TableError
 from service.events import listed
 from service.outputs import naming
-from service.sentinels import Sentinels, advice, columns_of
+from service.sentinels import Found, Sentinels, advice, blank, columns_of, of
 from service.tables import (
     Notify,
     ReadOptions,
@@ -44,7 +45,7 @@ from training.data import Float32, Stream, clock
 CACHE = "cache"
 """Its folder, in the folder of the model."""
 LOCK = ".fit.lock"
-FORMAT = 5
+FORMAT = 6
 FILES = {"index.json", "x.f32", "t.f32"}
 READ = 1 << 20
 
@@ -202,14 +203,38 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                 lengths.append(rows)
                 _hash_from(t, start, sha)
     rowless.refuse_all()
+    found = sentinels.found()
+    if none := of(found, none=True):
+        moved = _leave_out(none, folder / "x.f32", names, lengths, features)
     unmoved = [feature for feature, moves in zip(features, moved.tolist(), strict=True) if not moves]
     kept = {"names": names, "lengths": lengths, "features": features, "unmoved": unmoved}
-    return {
-        **kept,
-        "rowless": len(rowless.names),
-        "sentinels": advice(sentinels.found(), "They are learned as usual, and hide faults."),
-        "sha256": sha.hexdigest(),
-    }
+    said = [
+        advice(none, "They are taken for missing here. Served, each is an anomaly."),
+        advice(of(found, none=False), "They are learned as usual, and hide faults."),
+    ]
+    return {**kept, "rowless": len(rowless.names), "sentinels": "\n".join(filter(None, said)), "sha256": sha.hexdigest()}
+
+
+def _leave_out(none: Found, path: Path, names: Sequence[str], lengths: Sequence[int], features: Sequence[str]) -> NDArray[np.bool_]:
+    """Make what is no reading missing in the file of rows; returns which features [F] then still move in any stream."""
+    numbers = defaultdict[str, list[float]](list)
+    for number, where in none.items():
+        for place in where:
+            numbers[place.column].append(number)
+    file, moved, first = np.memmap(path, np.float32, mode="r+"), np.zeros(len(features), bool), 0
+    x = file.reshape(-1, len(features))
+    for name, rows in zip(names, lengths, strict=True):
+        least, most = np.full(len(features), np.inf), np.full(len(features), -np.inf)
+        for start in range(first, first + rows, READ // len(features)):
+            piece = x[start : min(start + READ // len(features), first + rows)]
+            for i, column in enumerate(columns_of(name, features)):
+                if column in numbers:
+                    blank(piece[:, i], numbers[column])
+            least, most = np.fmin(least, np.fmin.reduce(piece)), np.fmax(most, np.fmax.reduce(piece))
+        moved |= least < most
+        first += rows
+    file.flush()
+    return moved
 
 
 def _hash_from(file: BinaryIO, start: int, sha: Any) -> None:

@@ -164,11 +164,14 @@ class DetectorStep(ArtifactStep):
         return self.signals.names
 
     def magnitude(self, slot: str) -> float | Float32:
-        """A precision near the pooled one is a small difference of large numbers; so is a forecast within the pooled deviation.
+        """A precision near the pooled one is a small difference of large numbers; so is a forecast within the pooled deviation, whose
+        distance from the reading is squared in the spread.
         Chances and heights are sums of weighed logarithms of distances in deviations, which are differences themselves.
         """
         if slot in ("expected", "lower", "upper"):
             return self.normaliser.floor.numpy()
+        if slot == "spread":
+            return self.normaliser.floor.numpy()[:, None] ** 2
         if slot in ("p_value", "onset_p", "onset_height"):
             return 10.0
         if slot == "precision" and isinstance(self.signals, ResidualSignals):

@@ -33,7 +33,7 @@ from training.export import manifest_of, publish, refuse_unfit, to_onnx, trainin
 from training.faults import FEWEST, Gain, faulty_streams, found
 from training.fit import Lanes, Plan, Trainer, prepare
 from training.fit import Progress as Reached
-from training.normaliser import FORECAST_LIMIT
+from training.normaliser import FORECAST_LIMIT, LIMIT
 from training.signals import SCALED_LIMIT, ResidualSignals
 from training.stillness import ALIKE, longest_runs
 from training.tail import HOLD
@@ -219,7 +219,7 @@ def _step(job: Job, sizes: Sizes) -> DetectorStep:
     step = DetectorStep(len(job.features), sizes, job.clip, scored=job.scored)
     if job.pooled_floor > 0:
         variance = np.mean([variance_of(stream.x[:MAX_FLOOR_ROWS]) for stream in job.calibration], axis=0)
-        step.normaliser.floor.copy_(torch.from_numpy(job.pooled_floor * np.sqrt(variance)).float())
+        step.normaliser.floor.copy_(torch.from_numpy(job.pooled_floor * np.sqrt(variance)).clamp(max=LIMIT).float())
     return step
 
 

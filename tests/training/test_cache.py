@@ -61,14 +61,43 @@ def test_packed_files_and_spreadsheets_beside_those_that_are_read_are_told(tmp_p
     assert "Not read, as they are no .csv, .tsv, .parquet, .npz file: 'b.csv.gz', 'c.XLSX'. Unpack them, or save them as CSV." in told
 
 
-def test_values_that_look_like_no_readings_are_told_with_what_to_do(tmp_path: Path) -> None:
-    """They had been learned in silence: what a detector takes for usual is wider by them."""
-    (small(tmp_path / "data") / "b.csv").write_text("timestamp,load\n" + "\n".join(f"{i},{-9999 if i == 5 else i % 3}" for i in range(9)))
+def test_what_is_no_reading_is_told_and_learned_as_the_same_history_without_it(tmp_path: Path) -> None:
+    """The scale of a column was widened by them, so that faults were hidden, and the model was refused or not by chance."""
+    (small(tmp_path / "data") / "b.csv").write_text("timestamp,load\n" + "\n".join(f"{i},{-9999 if i == 5 else i % 3}" for i in range(99)))
     cached = converted(tmp_path / "data", tmp_path / "cache")
-    assert "no reading: -9999 in b.csv (1). They are learned as usual" in cached.summary
+    assert "no reading: -9999 in b.csv (1, 1 %). They are taken for missing here." in cached.summary
     assert "`python -m service split FILES --missing -9999` makes such files" in cached.summary
+    stream = cached.streams[1]
+    assert np.flatnonzero(np.isnan(stream.x)).tolist() == [5]
+    assert np.nanmax(np.abs(stream.x)) == 2
     job = fleet_job(cached, [tmp_path / "data"], Sizes(), Plan(chunk=4), 0.15, None, "1", "")
     assert job.sentinels in cached.summary
+
+
+def test_of_a_fleet_each_column_is_without_what_is_no_reading_there(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        rows = [
+            f"{i},{-9999 if i == 50 else 20 + i % 3},{999 if i == 60 else i % 7 * 300},{65535 if i % 40 == 0 else 5}" for i in range(200)
+        ]
+        (tmp_path / "data" / f"{name}.csv").write_text("\n".join(["timestamp,heat,flow,mode", *rows]))
+    cached = converted(tmp_path / "data", tmp_path / "cache")
+    for stream in cached.streams:
+        assert np.flatnonzero(np.isnan(stream.x[:, 0])).tolist() == [50]
+        assert not np.isnan(stream.x[:, 1]).any(), "999 is amid its readings"
+        assert np.flatnonzero(np.isnan(stream.x[:, 2])).tolist() == list(range(0, 200, 40))
+    assert cached.unmoved == ["mode"]
+    assert "-9999 in heat (2, 0.5 %); 65535 in mode (10, 2.5 %)" in cached.sentinels
+
+
+def test_zeros_and_numbers_that_are_common_are_learned_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [f"{i},{0 if i == 50 else 20 + i % 3},{999 if i % 4 else i % 7}" for i in range(200)]
+    (tmp_path / "data" / "a.csv").write_text("\n".join(["timestamp,heat,mode", *rows]))
+    cached = converted(tmp_path / "data", tmp_path / "cache")
+    assert not np.isnan(cached.streams[0].x).any()
+    assert "0 in heat (1, 0.5 %); 999 in mode (150, 75 %). They are learned as usual, and hide faults." in cached.summary
+    assert "taken for missing" not in cached.summary
 
 
 def test_a_file_that_has_gone_since_it_was_found_is_named(tmp_path: Path) -> None:

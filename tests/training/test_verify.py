@@ -165,6 +165,13 @@ def test_a_fleet_of_features_that_are_counted_in_thousands_is_published() -> Non
     verify_step(step, Runner(session_of(to_onnx(step))))
 
 
+def test_a_spread_is_verified_within_the_square_of_the_pooled_deviation() -> None:
+    """A history with 65535 left in was refused for 1.2e-5 in it: the square of a reading's distance from a forecast of hundreds."""
+    step = random_step(2)
+    step.normaliser.floor.copy_(torch.tensor([600.0, 0.1]))
+    assert step.magnitude("spread") == pytest.approx(np.array([[360_000], [0.01]]))
+
+
 def test_what_is_made_of_an_events_distances_is_verified_by_one_measure(univariate: DetectorStep) -> None:
     """On one kind of processor the default was refused for 1.5e-5 of a decade in a height, and an ECG's for 1.4e-5 in a p-value."""
     assert univariate.magnitude("onset_height") == univariate.magnitude("onset_p") == univariate.magnitude("p_value") == 10
