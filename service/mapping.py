@@ -16,6 +16,7 @@ import binascii
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ _CONTENT_TYPES = (b"content-type", b"Content-Type", b"content_type")
 _OWN = ("stream_id", "timestamp", "values", "event_id", "sequence", "message", "end")
 _ENDS = {True: True, "true": True, "1": True, False: False, "false": False, "0": False, "": False, None: False}
 _TRUTHS = {"true": 1, "false": 0}
+_NEXT_LINE = re.compile(rb"[^\s\[,:]\s*\n\{")
+"""An object that begins a line and is no part of what stands before it: there would be a bracket, a comma or a colon."""
 _MISSING: Any = object()
 
 
@@ -333,7 +336,7 @@ class Mapper:
         return [_of_key(item, message.key) for item in items], bare
 
     def _body_format(self, content: bytes) -> Format:
-        if self._format is Format.JSON and b"\n{" in content and content.lstrip()[:1] == b"{":
+        if self._format is Format.JSON and b"\n{" in content and _NEXT_LINE.search(content):
             return Format.NDJSON
         return self._format
 

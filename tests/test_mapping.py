@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from service.errors import BadEvent, ItemError, NoReading, TooLarge
 from service.events import Event
 from service.mapping import Mapper
-from service.sources import POSITIONS, Message
+from service.sources import MAX_EVENTS, POSITIONS, Message
 from service.sources.options import Payload
 
 
@@ -55,6 +55,16 @@ def test_with_nothing_declared_a_message_is_what_rest_takes() -> None:
     assert one({"format": "msgpack"}, message(msgspec.msgpack.encode(given))) == whole
     assert wrong({}, message({"stream_id": "a", "speed": 2})) == ("speed", "2")
     assert wrong({}, message(b"nonsense"))[0] == "payload"
+
+
+def test_one_json_text_may_begin_its_objects_on_lines_of_their_own_and_objects_line_by_line_are_several() -> None:
+    a, b = b'{"stream_id": "a", "values": {"value": 1}}', b'{"stream_id": "b", "values": {"value": 2}}'
+    both = [Event("a", {"value": 1}), Event("b", {"value": 2})]
+    for written, declared in ((b"[\n%s,\n%s\n]", {}), (b'{\n"n": 1,\n"r": [\n%s,\r\n%s\n]\n}\n', {"each": "r"})):
+        assert events(declared, message(written % (a, b))) == both
+    assert events({}, message(a + b"\r\n" + b)) == both
+    assert events({}, message(a[:-9] + b"\n" + b))[1] == both[1], "of a line that is cut off the neighbour is an event"
+    assert wrong({}, message(b'{"stream_id": "a", "values":\n{"value": "hot"}}')) == ("values.value", '"hot"')
 
 
 def test_an_event_may_be_written_over_several_lines() -> None:
@@ -384,6 +394,13 @@ def test_limits_are_named() -> None:
     with pytest.raises(TooLarge, match="More than 10 events"):
         events({"stream_id": "s", "values": "v"}, message([{"s": "a", "v": 1}] * 11))
     assert wrong({}, message({}, position=POSITIONS))[0] == "id"
+
+
+def test_a_message_has_no_more_events_than_positions_tell_apart_whatever_the_limit_is() -> None:
+    content = b"[" + b",".join([b'{"values":{"value":1}}'] * (MAX_EVENTS + 1)) + b"]"
+    for declared in (Payload(), Payload(each=".", stream_id="{topic}")):
+        with pytest.raises((BadEvent, TooLarge), match=f"More than {MAX_EVENTS} events"):
+            Mapper(declared, max_events=10 * MAX_EVENTS).events(message(content))
 
 
 def test_whatever_comes_is_an_event_or_named_and_never_a_bug() -> None:
