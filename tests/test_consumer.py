@@ -14,8 +14,8 @@ import structlog
 from service.bodies import from_fields
 from service.consumer import FUSE_ENTRIES, FUSE_WINDOW, Consumer, Fuse
 from service.detector import Detector
-from service.errors import BadEvent, Fenced, ItemError, StoreUnavailable
-from service.events import Delivery, Event, Published, Result
+from service.errors import BadEvent, Fenced, ItemError, StoreUnavailable, Superseded
+from service.events import Delivery, Event, Lease, Published, Result
 from service.mapping import Mapper
 from service.metrics import Metrics
 from service.policy import Policy
@@ -60,6 +60,7 @@ def test_the_fuse_blows_on_a_share_of_recent_entries_and_not_on_a_few() -> None:
     assert not fuse.passes("p", 10, 10)
     assert fuse.passes("q", 200, 0), "a partition without bad entries goes on"
     assert fuse.passes("p", 10, 10), "the good entries of others have made the share small"
+    assert Fuse(0.5).passes("p", 2 * FUSE_ENTRIES, FUSE_ENTRIES), "as many as may be"
 
 
 def test_a_partition_that_waits_is_not_let_go_because_few_entries_are_left() -> None:
@@ -74,7 +75,7 @@ def test_the_fuse_forgets_what_is_long_past() -> None:
     fuse = Fuse(0.5)
     for _ in range(10):
         assert fuse.passes("p", FUSE_WINDOW, 0)
-    assert not fuse.passes("p", 2 * FUSE_WINDOW + 1, 2 * FUSE_WINDOW + 1)
+    assert not fuse.passes("p", FUSE_WINDOW + 1, FUSE_WINDOW + 1)
 
 
 class Line:
@@ -118,13 +119,13 @@ class Line:
     async def close(self) -> None:
         self.closed = True
 
-    def put(self, *contents: Any) -> Batch:
+    def put(self, *contents: Any, lease: Lease | None = None) -> Batch:
         messages = []
         for i, content in enumerate(contents):
             payload = content if isinstance(content, bytes) else json.dumps(content).encode()
             messages.append(Message(b"%d" % i, self.position, 1.7e9 + self.position, payload))
             self.position += 1
-        batch = Batch("line-0", self.source, messages)
+        batch = Batch("line-0", self.source, messages, lease)
         self.waiting.put_nowait(batch)
         return batch
 
@@ -142,10 +143,16 @@ class Trying(Scorer):
     """Loses some races before it wins them, and has a bug that one value brings out."""
 
     conflicts = 0
+    superseded = False
+    entries: tuple[bytes, ...] = ()
+    """Of the deliveries that came last: what their commit is to acknowledge."""
 
     async def consume(
         self, deliveries: Sequence[Delivery], sender: str = "", *, replies: bool = False
     ) -> tuple[list[Kind | ItemError], list[Published]]:
+        self.entries = tuple(delivery.entry for delivery in deliveries)
+        if self.superseded:
+            raise Superseded("Another file of the model is in force.")
         if any(delivery.event.values == {"value": 13.0} for delivery in deliveries):
             raise ZeroDivisionError("a bug")
         if self.conflicts:
@@ -234,6 +241,42 @@ async def test_a_stop_hands_back_what_could_not_be_finished(tiny_detector: Detec
     await held.drain(1)
 
 
+async def test_a_stop_finishes_what_is_under_way_and_of_the_queue_nothing_more_waits_here(scorer: Trying) -> None:
+    line, metrics = Line(), Metrics()
+    consumer = Consumer(line, scorer, metrics, MAPPER, fuse=0.9)
+    await consumer.start()
+    line.failures = [StoreUnavailable("down")] * 4  # 0.3 s
+    line.put(event(1))
+    await line.until(1, line.published)
+    metrics.source_lag.labels(line.name).set(1)
+    await consumer.stop(30)
+    assert (len(line.settled), line.abandoned) == (1, [])
+    assert metrics.registry.get_sample_value("onset_source_lag", {"source": "line"}) == 0
+
+
+async def test_a_batch_that_another_file_of_the_model_is_to_score_is_given_back_at_once(line: Line, scorer: Trying) -> None:
+    scorer.superseded = True
+    line.put(event(1))
+    await line.until(1, line.abandoned)
+    assert line.settled == []
+
+
+async def test_an_entry_of_several_events_is_not_acknowledged_by_the_commit_of_one_of_them(line: Line, scorer: Trying) -> None:
+    line.put(event(1), [event(2), event(3)], [event(4)], lease=Lease(b"line", b"lease", b"another's", b"group"))
+    await line.until(1, line.abandoned)
+    assert scorer.entries == (b"0", b"", b"", b"")
+
+
+async def test_an_entry_with_many_bad_events_is_one_bad_entry_to_the_fuse(scorer: Trying) -> None:
+    line = Line()
+    consumer = Consumer(line, scorer, Metrics(), MAPPER, fuse=0.5, fuse_seconds=0.02)
+    await consumer.start()
+    line.put(*[event(1)] * FUSE_ENTRIES, [{"stream_id": "a", "values": "none"}] * 99)
+    await line.until(1, line.settled)
+    await consumer.stop(5)
+    assert (len(line.settled[0][1].letters), line.abandoned) == (99, [])
+
+
 async def test_results_are_published_in_order_before_their_entries_are_acknowledged(line: Line) -> None:
     line.publish_failures = [StoreUnavailable("down"), StoreUnavailable("down")]
     line.put(event(1), event(2, "b"), b"nonsense", event(3))
@@ -311,4 +354,7 @@ async def test_a_queue_that_takes_no_results_for_long_is_told_once(scorer: Tryin
     with structlog.testing.capture_logs() as logs:
         line.put(event(1))
         await line.until(1, line.settled)
-    assert [entry["reason"] for entry in logs if entry["event"] == "source_waits"] == ["no such topic."]
+        line.publish_failures = [StoreUnavailable("no right.") for _ in range(6)]
+        line.put(event(2))
+        await line.until(2, line.settled)
+    assert [entry["reason"] for entry in logs if entry["event"] == "source_waits"] == ["no such topic.", "no right."], "once each time"
