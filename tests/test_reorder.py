@@ -79,6 +79,21 @@ async def test_a_sequence_without_a_gap_waits_for_nothing_once_its_place_is_know
     assert order.seen == [0, 1, 2, 3, 4, 5, 6, 1]
 
 
+async def test_of_more_streams_than_are_remembered_those_that_rested_longest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.reorder.REMEMBERED", 2)
+    held = reorder(Order(), seconds=0.05)
+    for stream, number in (("busy", 0), ("resting", 0), ("busy", 1), ("new", 0)):
+        await held.score(events([number], stream, sequenced=True))
+    held._seconds = 60
+    async with asyncio.timeout(20):
+        assert await held.score(events([2], "busy", sequenced=True)) == [2]
+    waits = asyncio.create_task(held.score(events([1], "resting", sequenced=True)))
+    await asyncio.sleep(0)
+    assert held.held == 1
+    await held.flush()
+    await waits
+
+
 async def test_sequences_that_no_float_tells_apart_keep_their_order() -> None:
     order = Order()
     held = reorder(order, seconds=60)
