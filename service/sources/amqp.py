@@ -47,6 +47,8 @@ HEARTBEAT_SECONDS = 10
 STANDBY_SECONDS = 1.0
 """A replica asks this often whether a queue is free."""
 FIRST_BACKOFF, MAX_BACKOFF = 0.05, 2.0
+_ROUTES = ("CC", "BCC")
+"""Headers by which RabbitMQ sends a message to further queues, perhaps to the one that it became a dead letter of."""
 MAX_KEY_BYTES = 255
 """Of a routing key, and of a message's identity."""
 _UNAVAILABLE = (AMQPError, OSError, TimeoutError, RuntimeError)
@@ -448,7 +450,7 @@ def _letter(letter: Letter, message: AbstractIncomingMessage) -> aio_pika.Messag
     about |= {} if letter.index is None else {"onset_index": letter.index}
     return aio_pika.Message(
         message.body,
-        headers={**(message.headers or {}), **about},
+        headers={f"onset_{name}" if name in _ROUTES else name: value for name, value in (message.headers or {}).items()} | about,
         content_type=message.content_type,
         content_encoding=message.content_encoding,
         message_id=message.message_id,

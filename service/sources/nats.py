@@ -654,7 +654,9 @@ def _login(options: NatsSource) -> dict[str, Any]:
 def _letter(batch: Batch, letter: Letter) -> tuple[bytes, dict[str, str]]:
     message = letter.message
     about = letter.about | {"subject": message.topic, "sequence": str(message.position)}
-    sent = {name.decode(): value.decode(errors="replace") for name, value in message.headers.items()}
+    # What the publisher asked of the server (Nats-Expected-Stream, Nats-Rollup, ...) would be asked of it again.
+    names = [(name.decode(), value.decode(errors="replace")) for name, value in message.headers.items()]
+    sent = {f"onset_{name}" if name.lower().startswith("nats-") else name: value for name, value in names}
     # The server drops a letter that is written again: the same message, the same identity.
     identity = f"{batch.source}/{message.position}/{'' if letter.index is None else letter.index}"
     return message.payload or b"", sent | {MESSAGE_ID: identity} | {f"onset_{name}": value for name, value in about.items()}

@@ -225,6 +225,20 @@ async def test_dead_letters_that_no_queue_takes_are_not_acknowledged(rig: AmqpRi
     assert [letter.body for letter in await rig.letters()] == [b"nonsense"]
 
 
+async def test_a_dead_letter_is_not_sent_on_to_where_its_message_was_to_go_as_well(
+    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack
+) -> None:
+    service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | {"queues": rig.queues[:2], "fuse": 1}).start()
+    await consuming(service, queues=2)
+    await rig.send(message(b"nonsense", headers={"CC": [rig.queues[1]]}))
+    await until(partial(done, service, 2))
+    await rig.send(message({"stream_id": "a", "values": {"value": 1.0}}), queue=1)  # behind what would have come again
+    await until(lambda: outcomes(service, "amqp").get("scored") == 1)
+    letters = await rig.letters()
+    assert [letter.body for letter in letters] == [b"nonsense"] * 2
+    assert [(letter.headers.get("CC"), letter.headers["onset_CC"]) for letter in letters] == [(None, [rig.queues[1]])] * 2
+
+
 async def test_the_question_for_the_depth_may_be_given_up_without_losing_the_consumer(rig: AmqpRig) -> None:
     [declared] = options.read(json.dumps([rig.declared | {"queues": rig.queues[:1]}]))
     assert isinstance(declared, AmqpSource)

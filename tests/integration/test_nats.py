@@ -116,6 +116,18 @@ async def test_a_message_that_leaves_no_room_for_a_reason_is_a_dead_letter_witho
     assert [result.stream_id for result in await rig.results()] == ["behind"]
 
 
+async def test_what_the_publisher_asked_of_its_stream_is_not_asked_of_the_dead_letters(rig: NatsRig, tiny_model_path: Path) -> None:
+    subject, stream = rig.subjects[0].replace(">", "a"), f"IN{rig.at}"
+    asked = {"Nats-Expected-Stream": stream, "Nats-Msg-Id": "theirs", "nats-expected-last-sequence": "0", "sent": "by us"}
+    async with service(rig, tiny_model_path, fuse=1).running():
+        await rig.js.publish(subject, b"nonsense", headers=asked)
+        await rig.put({"stream_id": "a", "values": {"value": 1.0}}, partition=0)
+        await until(rig.drained)
+    [letter] = await rig.dead()
+    assert (letter["sent"], letter["onset_Nats-Expected-Stream"], "Nats-Expected-Stream" in letter) == ("by us", stream, False)
+    assert [result.stream_id for result in await rig.results()] == ["a"]
+
+
 async def test_results_that_no_stream_takes_are_waited_with_and_their_subject_is_told(rig: NatsRig, tiny_model_path: Path) -> None:
     output = f"nowhere{rig.at}.results"
     with capture_logs() as logs:
