@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from service.artifact import GAP, NUMBERS, TEMPLATE, Feature, Lines
+from service.artifact import GAP, NEW, NUMBERS, TEMPLATE, Feature, Lines
 from service.errors import TableError
 from service.lines import Matcher, plain
 from service.log_files import Counted, Entry, LogFormat, files_of, read
@@ -53,6 +53,7 @@ HELD_OUT = "onsets_on_lines_held_out"
 FAULTS_FOUND = "injected_faults_found"
 SHOWN_LINES, SHOWN_LENGTH, SHOWN_BEFORE = 20, 300, 3
 CODED_AT_ONCE = 10_000
+NO_CODES: Ints = np.zeros(0, np.int64)
 MAX_LINES = 5_000_000
 """Lines of a training run: they are kept in memory as codes, with the first SHOWN_LENGTH characters of each."""
 
@@ -94,13 +95,18 @@ def sessions_of(
     said: Counted | None = None,
     notify: Notify = lambda _: None,
 ) -> tuple[Sessions, Lines]:
-    """Log files: templates are mined from all lines and from `known` ones. Tells of masks that no line needs. Raises TableError."""
+    """Log files: templates are mined from all lines and from `known` ones. Raises TableError.
+
+    Tells of masks that no line needs, and of `known` lines that the files have none like.
+    """
     mining = replace(mining, header=format_.header)
     idle = Idle(mining)
     lines = mine(_texts(paths, format_, known, idle), mining, session_seconds)
     for sentence in idle.said():
         notify(sentence)
     streams = _coded(paths, format_, lines, said)
+    for sentence in _absent(known, lines, streams.values()):
+        notify(sentence)
     newest = max((float(np.nanmax(coded.times)) for coded in streams.values() if np.isfinite(coded.times).any()), default=np.nan)
     sessions = [session for name, coded in streams.items() for session in _sessions(name, coded, session_seconds, newest)]
     if not sessions:
@@ -109,6 +115,18 @@ def sessions_of(
     for path in files_of(paths):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return Sessions(sessions, lines.templates, digest.hexdigest()), lines
+
+
+def _absent(known: Sequence[str], lines: Lines, streams: Iterable[Coded]) -> Iterator[str]:
+    """Which templates of `known` lines no line of the streams has: what never came is as rare as what is new."""
+    came = np.unique(np.concatenate([NO_CODES, *(coded.codes for coded in streams)]))
+    absent = np.setdiff1d(Matcher(lines).codes(list(known))[0].astype(np.int64), [NEW, *came.tolist()])
+    if len(absent):
+        yield (
+            f"{len(absent):,} of the patterns that are given come in no line of these files, such as {plain(lines.texts[absent[0]])!r}: "
+            "they have templates now, but stay as rare as new ones, and alert as those do. "
+            "Train on files that have them, too, such as those of the last days."
+        )
 
 
 def _texts(paths: Sequence[Path], format_: LogFormat, known: Sequence[str], idle: Idle) -> Iterator[str]:
