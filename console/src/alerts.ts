@@ -1,6 +1,6 @@
 /** Alerts: open, acknowledged, resolved; one alone, whatever it is by now; or those of one stream, on its own page. */
 
-import { Refused, ask, asking, streamPath, type Alert, type AlertsPage, type Evidence } from "./api";
+import { Refused, ask, asking, loadedModels, streamPath, type Alert, type AlertsPage, type Evidence } from "./api";
 import { fill, h, text } from "./dom";
 import { ago, chance, clock, duration, number, score as points, share } from "./format";
 import { keep, kept } from "./kept";
@@ -134,12 +134,14 @@ class AlertsView {
   private id: string;
   private status: Status;
   private severity: string;
+  private model: string;
   private most = PAGE;
   private selected = -1;
   private readonly ended: () => void;
   private shown = ""; // whether there are any, as was said
   private readonly choice = h("div", { class: "choice", role: "group", "aria-label": "Which alerts" });
   private readonly severities = h("div", { class: "choice", role: "group", "aria-label": "How severe" });
+  private readonly models = h("select", { class: "field", "aria-label": "Model", hidden: true, onchange: () => ((this.model = this.models.value), this.choose(this.status, this.severity)) });
   private readonly list = new AlertList(true, () => void this.load());
   private readonly more = h("div", { class: "more" });
   private readonly said = h("div", { role: "status" });
@@ -154,8 +156,10 @@ class AlertsView {
     this.severity = SEVERITIES.find(([severity]) => severity === shell.query.get("severity"))?.[0] ?? "";
     for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.choose(status, this.severity) }, status[0]!.toUpperCase() + status.slice(1)));
     for (const [severity, name] of SEVERITIES) this.severities.append(h("button", { type: "button", "data-severity": severity, onclick: () => this.choose(this.status, severity) }, name));
-    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts")), this.severities, this.choice), this.said, this.list.element, this.more));
+    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts"), h("p", { class: "quiet" }, `Times of ${Intl.DateTimeFormat().resolvedOptions().timeZone}`)), this.models, this.severities, this.choice), this.said, this.list.element, this.more));
+    this.model = shell.query.get("model") ?? "";
     this.show(this.status, this.severity, this.id);
+    void this.showModels();
     this.ended = asking(ASK_SECONDS, () => this.load());
   }
 
@@ -191,11 +195,23 @@ class AlertsView {
     const query = new URLSearchParams();
     if (status !== "open") query.set("status", status);
     if (severity) query.set("severity", severity);
+    if (this.model) query.set("model", this.model);
     history.replaceState(null, "", id ? alertAddress(id) : `#/alerts${query.size ? `?${query}` : ""}`);
     this.list.show([]);
     fill(this.more);
     delete this.more.dataset["shown"];
     fill(this.said, h("p", { class: "notice" }, "Loading …"));
+  }
+
+  private async showModels(): Promise<void> {
+    try {
+      const names = (await loadedModels()).models.map((model) => model.name);
+      if (this.model && !names.includes(this.model)) names.push(this.model); // it may have had alerts
+      this.models.hidden = names.length < 2;
+      fill(this.models, h("option", { value: "" }, "All models"), ...names.map((name) => h("option", { value: name, selected: name === this.model }, name)));
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error; // said where the alerts would be
+    }
   }
 
   private choose(status: Status, severity: string): void {
@@ -204,16 +220,16 @@ class AlertsView {
   }
 
   private async load(): Promise<void> {
-    const { id, status, severity, most } = this;
+    const { id, status, severity, model, most } = this;
     try {
       if (id) {
         const alert = await ask<Alert>(`v1/alerts/${encodeURIComponent(id)}`);
         if (id === this.id) this.fill([alert]);
         return;
       }
-      const page = await ask<AlertsPage>(`v1/alerts?status=${status}&limit=${most}${severity ? `&severity=${severity}` : ""}`);
-      if (this.id || status !== this.status || severity !== this.severity || most !== this.most) return;
-      if (status === "open" && !severity) this.shell.alerting(page);
+      const page = await ask<AlertsPage>(`v1/alerts?status=${status}&limit=${most}${severity ? `&severity=${severity}` : ""}${model ? `&model=${encodeURIComponent(model)}` : ""}`);
+      if (this.id || status !== this.status || severity !== this.severity || model !== this.model || most !== this.most) return;
+      if (status === "open" && !severity && !model) this.shell.alerting(page);
       this.fill(page.alerts);
       this.sayMore(page);
     } catch (error) {
@@ -234,7 +250,8 @@ class AlertsView {
     if (!alerts.length) {
       const words = { open: "Nothing has begun that is as rare as you asked to be told of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet." }[this.status];
       const severe = SEVERITIES.find(([severity]) => severity === this.severity)![1].toLowerCase();
-      fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, this.severity ? `None that is ${severe.replace("and", "or")}.` : words)));
+      const which = [this.severity ? ` that is ${severe.replace("and", "or")}` : "", this.model ? ` of ${this.model}` : ""].join("");
+      fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, which ? `None${which}.` : words)));
     }
   }
 

@@ -52,7 +52,23 @@ export async function ask<T>(path: string, options: RequestInit = {}): Promise<T
   }
   told(response.headers.get("date"));
   if (!response.ok) throw await refused(response);
-  return (response.status === 204 ? undefined : await response.json()) as T;
+  if (response.status === 204) return undefined as T;
+  if (!answers(response, "json")) throw new Refused(response.status, ANOTHER);
+  return (await response.json()) as T;
+}
+
+const ANOTHER = "Something else answered in the service's place: a proxy that asks to sign in? Load this page again.";
+const answers = (response: Response, kind: string): boolean => (response.headers.get("content-type") ?? "").includes(kind);
+
+let models: Promise<{ models: Model[] }> | null = null;
+
+/** The loaded models, as they were within the last minute: of many they are much to load. */
+export function loadedModels(): Promise<{ models: Model[] }> {
+  models ??= ask<{ models: Model[] }>("v1/models");
+  const asked = models;
+  const forget = (): void => void (models === asked && (models = null));
+  asked.then(() => setTimeout(forget, 60_000), forget);
+  return asked;
 }
 
 async function refused(response: Response): Promise<Refused> {
@@ -131,6 +147,7 @@ export class Live {
     const response = await fetch(address(this.path), { signal, headers: { accept: "text/event-stream" }, cache: "no-store" });
     told(response.headers.get("date"));
     if (!response.ok) throw await refused(response);
+    if (!answers(response, "event-stream")) throw new Refused(response.status, ANOTHER);
     if (!response.body) return;
     this.said({ state: "live", detail: "" });
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

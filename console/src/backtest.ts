@@ -1,7 +1,7 @@
 /** A file of one's own, scored as the service would have scored it live. */
 
 import uPlot from "uplot";
-import { Refused, ask, type Contributor, type Model } from "./api";
+import { Refused, ask, loadedModels, type Contributor } from "./api";
 import { Chart, legend, scoreChart, valueChart, type Column, type Options } from "./charts";
 import { ICONS, fill, h, icon, scrolling, text } from "./dom";
 import { chance, clock, count, number, score } from "./format";
@@ -97,7 +97,7 @@ class BacktestPage {
 
   private async loadModels(): Promise<void> {
     try {
-      const models = (await ask<{ models: Model[] }>("v1/models")).models.filter((one) => one.kind === "sensor");
+      const models = (await loadedModels()).models.filter((one) => one.kind === "sensor");
       fill(this.model, ...models.map((one) => h("option", { value: one.name, selected: one.default }, `${one.name} ${one.version}`)));
       this.alpha.value = String(models.find((one) => one.default)?.alpha ?? 0.001);
     } catch (error) {

@@ -1,6 +1,6 @@
 /** All streams, the most anomalous first: what the live feed says of them, in which order they are, and which of them are shown. */
 
-import { BITS, Live, address, ask, streamPath, type ChangesMessage, type Counts, type Feature, type FleetMessage, type Kind, type Link, type Model } from "./api";
+import { BITS, Live, address, loadedModels, streamPath, type ChangesMessage, type Counts, type Feature, type FleetMessage, type Kind, type Link } from "./api";
 import { ICONS, append, fill, h, icon, text } from "./dom";
 import { count } from "./format";
 import type { Shell, View } from "./view";
@@ -9,7 +9,7 @@ import { Trace } from "./spark";
 
 const SORT_SECONDS = 1;
 const HALF_LIFE = 15;
-const SHOWN = 300;
+const SHOWN = matchMedia("(max-width: 640px)").matches ? 100 : 300; // a phone is often on a slow link
 
 const FILTERS = [
   ["", "All"],
@@ -291,7 +291,7 @@ class Fleet {
 
   private async loadModels(): Promise<void> {
     try {
-      const { models } = await ask<{ models: Model[] }>("v1/models");
+      const { models } = await loadedModels();
       this.models.hidden = models.length < 2;
       fill(this.models, ...models.map((model) => h("option", { value: model.name, selected: this.model ? model.name === this.model : model.default }, `${model.name} ${model.version}`)));
     } catch {

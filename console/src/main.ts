@@ -1,7 +1,7 @@
 /** The shell: bar, addresses behind #, keys. Each view is mounted into <main> and says how it is left. */
 
 import "uplot/dist/uPlot.min.css";
-import { Refused, ask, asking, streamPath, type AlertsPage, type Model } from "./api";
+import { Refused, ask, asking, loadedModels, streamPath, type AlertsPage } from "./api";
 import { PAGE, alertAddress, alertsView } from "./alerts";
 import { backtestView } from "./backtest";
 import { ICONS, fill, h, icon, text } from "./dom";
@@ -35,6 +35,7 @@ const KEYS: [string, string][] = [
 
 const main = h("main", { id: "main", tabindex: "-1" });
 const status = h("div", { class: "status", role: "status", hidden: true }, h("span"));
+const trouble = h("p", { class: "trouble", role: "alert", hidden: true });
 const badge = h("span", { class: "badge" });
 const themeButton = h("button", { class: "button bare", type: "button", onclick: toggle });
 const help = keysDialog();
@@ -55,6 +56,7 @@ fill(
     themeButton,
     h("button", { class: "button bare wide", type: "button", onclick: () => help.showModal(), "aria-label": "Keys", title: "Keys (?)" }, "?"),
   ),
+  trouble,
   main,
 );
 document.body.append(help);
@@ -80,6 +82,7 @@ const shell: Shell = {
     status.title = link.detail;
   },
   alerting({ alerts, next_cursor }) {
+    trouble.hidden = true;
     const open = `${Math.min(alerts.length, PAGE)}${alerts.length > PAGE || next_cursor !== null ? "+" : ""}`; // the same wherever they were counted
     text(badge, alerts.length ? open : "");
     badge.setAttribute("aria-label", `${open} open`);
@@ -93,6 +96,7 @@ function route(): void {
   current?.leave();
   for (const dialog of document.querySelectorAll<HTMLDialogElement>("dialog[open]")) dialog.close(); // it asked about what is left
   shell.link(null);
+  const inside = main.contains(document.activeElement);
   main.replaceChildren();
   main.scrollTop = 0;
   const id = rest.map(decoded).join("/");
@@ -105,6 +109,7 @@ function route(): void {
   };
   current = (views[view] ?? (() => fleetView(main, shell)))();
   document.title = `${current.title} · Onset`;
+  if (inside && document.activeElement === document.body) main.focus({ preventScroll: true }); // what had the focus is gone: Tab goes on here, not at the top
   for (const tab of tabs) {
     const on = tab.dataset["view"] === view || (tab.dataset["view"] === "fleet" && (view === "stream" || !views[view]));
     if (on) tab.setAttribute("aria-current", "page");
@@ -172,7 +177,9 @@ async function countAlerts(): Promise<void> {
     const page = await ask<AlertsPage>(`v1/alerts?status=open&limit=${PAGE}`);
     shell.alerting(page);
   } catch (error) {
-    if (!(error instanceof Refused)) throw error; // said where alerts are listed
+    if (!(error instanceof Refused)) throw error;
+    trouble.hidden = error.status < 500; // what else there is the views say
+    text(trouble, error.status < 500 ? "" : `Nothing can be scored or acknowledged now: ${error.message}`);
     if (error.status === 404) {
       ended(); // a service without alerts
       tabs.find((tab) => tab.dataset["view"] === "alerts")?.remove();
@@ -183,7 +190,7 @@ async function countAlerts(): Promise<void> {
 /** New patterns are of log models alone. */
 async function showPatterns(): Promise<void> {
   try {
-    const { models } = await ask<{ models: Model[] }>("v1/models");
+    const { models } = await loadedModels();
     tabs.find((tab) => tab.dataset["view"] === "patterns")!.hidden = !models.some((model) => model.kind === "log");
   } catch (error) {
     if (!(error instanceof Refused)) throw error; // said where there is something to see

@@ -1,6 +1,6 @@
 /** Lines that no pattern of a log model matches, gathered by what they have in common: what the next training should see. */
 
-import { Refused, ask, type Model } from "./api";
+import { Refused, ask, loadedModels } from "./api";
 import { fill, h, scrolling } from "./dom";
 import { ago, count } from "./format";
 import { slots } from "./lines";
@@ -41,7 +41,7 @@ export function patternsView(main: HTMLElement, shell: Shell): View {
 
   async function begin(): Promise<void> {
     try {
-      const known = (await ask<{ models: Model[] }>("v1/models")).models.filter((one) => one.kind === "log");
+      const known = (await loadedModels()).models.filter((one) => one.kind === "log");
       const first = known.find((one) => one.name === model) ?? known[0];
       if (!first) return fill(list, h("div", { class: "empty" }, h("h2", {}, "No log model"), h("p", {}, "None of the loaded models takes log lines.")));
       models.hidden = known.length < 2;

@@ -262,6 +262,8 @@ def test_streams_are_found_and_opened_without_a_mouse(service: Service, plant: P
         expect(page.locator(".rows a")).to_be_focused()
         page.keyboard.press("Enter")
         expect(page.locator("h1")).to_have_text("plant-2/pump-3/temperature")
+        page.keyboard.press("Tab")
+        expect(page.get_by_label("Back to the fleet")).to_be_focused()  # not the beginning of the page again
         page.keyboard.press("g")
         page.keyboard.press("f")
         expect(page.locator(".rows li")).to_have_count(len(STREAMS))
@@ -550,6 +552,7 @@ def test_alerts_stay_as_they_are_for_who_is_about_to_press_a_button_and_are_ther
             expect(button).to_have_attribute("data-same", "yes")
             page.route("**/v1/alerts?*", at_midnight)
             page.reload()
+            expect(page.locator(".head")).to_contain_text("Times of UTC")
             expect(page.locator(".alert")).to_contain_text("began ")
             expect(page.locator(".alert")).to_contain_text("00:00:00")
             page.route("**/v1/alerts?*", gone)
@@ -675,6 +678,52 @@ def test_an_alert_says_how_rare_its_beginning_was_and_what_its_stream_shows_by_n
         alert = page.locator(".alert")
         expect(alert).to_contain_text("value 169.2, expected 169.8, within its range: its course is unusual · alert score 1.02 · Link")
         expect(alert).to_contain_text("value 471.7, expected 173.4 (up) · chance if normal: 1 in 10,000")
+
+
+def test_alerts_are_narrowed_to_those_of_a_model(tmp_path: Path, browser: Browser) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in ("line-1", "line-2"):
+        build_tiny(models, name=name)
+    with Service(tmp_path / "data", model=models, DEFAULT_MODEL="line-1", SILENCE="false") as running, Visit(browser, running.url) as page:
+        for name, stream in (("line-1", "a"), ("line-2", "b")):
+            events = [{"stream_id": stream, "values": {"value": value}} for value in [1.0, 1.1] * 10 + [99.0]]
+            local.post(f"{running.url}/v1/events?model={name}", json=events).raise_for_status()
+        page.goto(f"{running.url}/#/alerts")
+        expect(page.locator(".alert")).to_have_count(2)
+        page.get_by_label("Model").select_option("line-2")
+        expect(page.locator(".alert .name")).to_have_text(["b"])
+        page.reload()  # as a link that was copied
+        expect(page.locator(".alert .name")).to_have_text(["b"])
+        expect(page.get_by_label("Model")).to_have_value("line-2")
+        page.get_by_role("button", name="Resolved").click()
+        expect(page.locator(".empty")).to_contain_text("None of line-2.")
+
+
+def test_what_is_wrong_with_the_service_or_before_it_is_said_in_every_view(tmp_path: Path, tiny_model_path: Path, browser: Browser) -> None:
+    def away(route: Route) -> None:
+        problem = {"title": "Store unavailable", "status": 503, "detail": "The state store does not answer."}
+        route.fulfill(status=503, content_type="application/problem+json", body=json.dumps(problem))
+
+    def signed_out(route: Route) -> None:
+        route.fulfill(status=200, content_type="text/html", body="<h1>Sign in</h1>")
+
+    with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false") as running:
+        visit = Visit(browser, running.url)
+        with visit as page:
+            page.route("**/v1/alerts?*", away)
+            page.goto(running.url)
+            expect(page.locator(".status")).to_have_text("Live")  # of what is scored, which is nothing
+            expect(page.locator(".trouble")).to_contain_text("The state store does not answer.")
+            page.unroute("**/v1/alerts?*", away)
+            expect(page.locator(".trouble")).to_be_hidden()
+            page.route("**/v1/**", signed_out)  # as a proxy does once its session is over
+            page.goto(f"{running.url}/#/alerts")
+            expect(page.locator(".notice.wrong")).to_contain_text("Something else answered in the service's place")
+            page.goto(f"{running.url}/#/fleet")
+            expect(page.locator(".empty")).to_contain_text("Load this page again")
+            expect(page.locator(".status")).to_have_text("Not connected")
+            visit.wrong = [said for said in visit.wrong if "503" not in said]  # Chromium's own line on the answer
 
 
 def test_open_alerts_are_counted_alike_in_every_view(tmp_path: Path, tiny_model_path: Path, browser: Browser) -> None:

@@ -71,6 +71,10 @@ def test_without_the_built_page_its_address_has_the_plain_table_and_says_how_to_
             assert name in local.get(f"{plain.url}/").raise_for_status().text
             script = local.get(f"{plain.url}/assets/{name}").raise_for_status()
             assert script.text == f"// {name}"
+            assert script.headers["content-encoding"] == "gzip"
+            plainly = local.get(f"{plain.url}/assets/{name}", headers={"accept-encoding": "identity"})
+            assert (plainly.text, plainly.headers.get("content-encoding")) == (script.text, None)
+            assert plainly.headers["content-type"] == script.headers["content-type"]
             assert "immutable" in script.headers["cache-control"]
             assert local.get(f"{plain.url}/assets/{gone}").status_code == 404
         assert local.get(f"{plain.url}/assets/..%2Findex.html").status_code == 404
