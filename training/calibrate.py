@@ -78,7 +78,7 @@ def observe(step: DetectorStep, x: Float32, t: Float32, on_step: Callable[[], No
     upheld = np.ones(strengths.shape, bool)
     valid, ages, runs = np.zeros((T, B), bool), np.zeros((T, B), np.float32), np.zeros(x.shape, np.float32)
     for i in range(T):
-        parts = step.layout.split(state)
+        parts = step.split(state, torch.from_numpy(x[i]).t(), learn)
         ages[i] = step.age(parts)[0].numpy()
         judged, after = step.judge(parts, torch.from_numpy(x[i]).t(), torch.from_numpy(t[i]).t(), learn)
         state = step.layout.join(parts, {**parts, **after}, judged.event.learns)

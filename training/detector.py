@@ -187,7 +187,7 @@ class DetectorStep(ArtifactStep):
 
     def forward(self, state: Tensor, x: Tensor, t: Tensor, learn: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
         """The step function: see the service's contract for shapes and meaning of inputs and outputs."""
-        parts = self.layout.split(state)
+        parts = self.split(state, x.t(), learn > 0.5)
         judged, after = self.judge(parts, x.t(), t.t(), learn > 0.5)
         event = judged.event
         judges = self.judges(event) & (parts["events"] >= WARMUP)
@@ -225,6 +225,16 @@ class DetectorStep(ArtifactStep):
             return judged.event.present.to(judged.weights.dtype)
         weights = (judged.weights + 1e-6) * (judged.event.present & self.scored).to(judged.weights.dtype)
         return weights / row_sum(weights.t()).t().clamp(min=1e-12)
+
+    def split(self, state: Tensor, x: Tensor, may_learn: Tensor) -> Parts:
+        """The parts of a state [B, S] that meet x [F, B], may_learn [B] bool; fresh where the stream, or one of several features, begins
+        again. A stream that does is as old as it was: it must not for ever.
+        """
+        parts = self.layout.split(state)
+        again = self.normaliser.begins_again(x, may_learn, parts["events"], parts)
+        if self.features > 1:
+            return {**parts, **{slot.name: torch.where(again, 0.0, parts[slot.name]) for slot in self.normaliser.slots}}
+        return {**self.layout.split(torch.where(again.t(), 0.0, state)), "events": parts["events"]}
 
     def judge(self, parts: Parts, x: Tensor, t: Tensor, may_learn: Tensor) -> tuple[Judged, Parts]:
         """Everything before the tail, from x [F, B], t [3, B], may_learn [B] bool.

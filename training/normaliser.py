@@ -21,6 +21,11 @@ LIMIT = 1e18
 FORECAST_LIMIT = 8.0
 """|forecast| in z: sinh(8) = 1490 deviations."""
 TINY = 1e-18
+OUTSET = 20
+"""Events of a stream within which a feature may begin again, for 65535, -9999 or 0 while a device starts were none of its readings. It does
+where a reading confirms the one before: that was OFF in z, ten deviations, and is NEARER times as near to this one as to the mean.
+"""
+OFF, NEARER = 3.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,20 @@ class Normaliser(nn.Module):
     def slots(self) -> tuple[Slot, ...]:
         learned = tuple(Slot(name, self.features, Keeps.FEATURE) for name in ("seen", "mean", "variance"))
         return (Slot("reference", self.features), *learned)
+
+    def begins_again(self, x: Tensor, learn: Tensor, events: Tensor, parts: Parts) -> Tensor:
+        """Whether what was seen so far is to be forgotten [F, B] bool, of x [F, B], learn [B] bool, events [1, B] of the stream before."""
+        previous = parts["previous"] if "previous" in parts else self._previous(parts)
+        step, far = x - parts["reference"] - previous, previous - parts["mean"]
+        return (NEARER * step.abs() < far.abs()) & (parts["previous_z"].abs() > OFF) & (events < OUTSET) & learn
+
+    def _previous(self, parts: Parts) -> Tensor:
+        """The last value relative to the reference [F, B], of a feature that has learned from each but the first with a = 1/n: from z = d/s
+        and v = (1-a)(s² - floor² + a·d²).
+        """
+        n, deviations = parts["seen"].clamp(min=1.0), self._sinh(parts["previous_z"])
+        squares = parts["variance"] * n + (self.floor * self.floor).unsqueeze(1) * (n - 1)
+        return parts["mean"] + deviations * torch.sqrt(squares * (n - 1) / (n * (n + deviations * deviations)))
 
     def forward(self, x: Tensor, learn: Tensor, parts: Parts) -> tuple[Normalised, Parts]:
         """X [F, B] (NaN = missing), learn [B] bool."""

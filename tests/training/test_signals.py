@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tests.training.conftest import TINY, random_step
 from training.detector import DetectorStep
-from training.normaliser import Normalised
+from training.normaliser import OUTSET, Normalised
 from training.signals import WIDEST, MemorySignals, Residual, ResidualSignals
 from training.stillness import SPAN
 
@@ -123,9 +123,12 @@ def test_the_outputs_keep_the_step_functions_promises(features: int) -> None:
         assert torch.equal(silent, torch.isnan(onset_p))
         nothing = torch.from_numpy(np.isnan(x[i]).all(axis=1))
         assert silent.all() if i < 100 else torch.equal(silent, nothing)
-        assert torch.isnan(expected).all() if i == 0 else torch.isfinite(torch.stack([expected, lower, upper])).all()
-        if i > 0:
-            assert ((lower <= expected) & (expected <= upper)).all()
+        none = torch.isnan(expected)  # of the first reading, and of one with which a feature begins again
+        assert none.all() if i == 0 else not none.any() or i < OUTSET
+        assert torch.equal(none, torch.isnan(lower))
+        assert torch.equal(none, torch.isnan(upper))
+        assert (none | ((lower <= expected) & (expected <= upper))).all()
+        assert torch.isfinite(torch.stack([expected, lower, upper])[:, ~none]).all()
         assert (contribution >= 0).all()
         missing = np.isnan(x[i])
         assert (contribution[torch.from_numpy(missing)] == 0).all()
@@ -179,6 +182,56 @@ def test_readings_far_from_zero_keep_their_digits() -> None:
         assert torch.equal(old[name], new[name])
     for name in ("ends", "debt", "range"):  # of the signals value and level
         assert torch.equal(old[name].reshape(-1, 4)[:, :2], new[name].reshape(-1, 4)[:, :2])
+
+
+@pytest.mark.parametrize("outset", [[65535.0], [-9999.0] * 6, [3.4e38, 3.4e38], [2.0**31 - 1] * (OUTSET - 2)])
+def test_a_stream_that_begins_with_no_readings_of_its_own_is_as_one_without_them(outset: list[float]) -> None:
+    """With the second reading that is one: the first of all is as far from the others as these are."""
+    step = random_step(1)
+    x = 50 + np.random.default_rng(11).normal(size=(150, 1, 1))
+    _, whole = steps(step, np.concatenate([np.full((1, 1, 1), outset[i]) for i in range(len(outset))] + [x[:1], x]))
+    _, without = steps(step, x)
+    got, want = step.layout.split(whole), step.layout.split(without)
+    assert got["events"] == 150 + len(outset) + 1
+    for name in ("seen", "mean", "variance", "reference", "previous", "steady_level", "usual_motion"):
+        assert torch.equal(got[name], want[name]), name
+    for name in ("ends", "debt", "range"):  # of the signals value and level; the network hears of the clock since the first event
+        assert torch.equal(got[name].reshape(-1, 4)[:, :2], want[name].reshape(-1, 4)[:, :2]), name
+
+
+def test_of_several_features_only_the_one_that_began_with_no_readings_begins_again() -> None:
+    step = random_step(3)
+    x = 50 + np.random.default_rng(12).normal(size=(150, 4, 3))
+    x[:4, :, 1] = -9999.0
+    x[5, :, 1] = x[4, :, 1] + 0.01
+    _, state = steps(step, x)
+    parts = step.layout.split(state)
+    assert (parts["seen"][::2] == 150).all()
+    assert ((parts["seen"][1] <= 145) & (parts["seen"][1] >= 150 - OUTSET)).all()
+    np.testing.assert_allclose(parts["mean"] + parts["reference"], x.mean(axis=0, where=np.arange(150)[:, None, None] > 4).T, atol=0.1)
+    assert (parts["variance"] < 2).all()
+
+
+@pytest.mark.parametrize("pattern", [[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1e6, 1e6], [5.0] * 15 + [7.0] * 5])
+@pytest.mark.parametrize("features", [1, 2])
+def test_a_stream_begins_again_at_its_outset_alone(pattern: list[float], features: int) -> None:
+    step = random_step(features)
+    x = np.tile(np.array(pattern), 30)[:, None, None].repeat(features, 2)
+    _, state = steps(step, x)
+    assert (step.layout.split(state)["seen"] >= len(x) - OUTSET).all()
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_last_value_is_known_from_what_the_normaliser_keeps(scale: float) -> None:
+    """Of several features, and of a waveform, no state holds it."""
+    step = random_step(2)
+    x = scale * (3 + np.random.default_rng(13).normal(size=(OUTSET, 4, 2)))
+    x[1:3] = 1e4 * scale
+    for i in range(2, OUTSET):
+        _, state = steps(step, x[:i])
+        parts = step.layout.split(state)
+        known = step.normaliser._previous(parts) + parts["reference"]
+        np.testing.assert_allclose(known.T, x[i - 1], rtol=1e-3, atol=1e-3 * float(parts["variance"].max()) ** 0.5)
 
 
 def activity(x: NDArray[Any]) -> Float64:
