@@ -89,7 +89,7 @@ export class Chart {
       {
         width,
         height: this.options.height,
-        padding: [12, 6, 0, 0],
+        padding: [12, 24, 0, 0], // half of a time, which may stand at the edge
         legend: { show: false },
         scales: { x: { time, min, max, auto: false }, y: { range: y } },
         axes: [

@@ -334,5 +334,5 @@ function first(features: Feature[], kind: Kind): HTMLElement {
   const values = Object.fromEntries(features.slice(0, 8).map((feature) => [feature.name, 1]));
   const body = JSON.stringify(kind === "log" ? { stream_id: "web-1", message: "Took 12 ms for /index.html" } : { stream_id: "pump-7", values });
   const command = `curl -s ${address("v1/events")} \\\n  -H 'content-type: application/json' \\\n  -d '${body}'`;
-  return h("div", { class: "empty" }, h("h2", {}, "No events yet"), h("p", {}, "This page shows each stream the moment it is scored. Send the first event:"), h("pre", { tabindex: "0", "aria-label": "Command that sends an event" }, command));
+  return h("div", { class: "empty" }, h("h2", {}, "No events since this replica was started"), h("p", {}, "This page shows each stream the moment it is scored; one that was before is found by its whole name. Send an event:"), h("pre", { tabindex: "0", "aria-label": "Command that sends an event" }, command));
 }

@@ -187,7 +187,7 @@ class StreamPage {
       words = `${count(state_version)} events of this stream have been scored${last}. They are not held by this replica (${about.replica}): it was started since, or had no room for them (ONSET_CONSOLE_BYTES). The next one is shown here.`;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      words = error.status === 404 ? "The service has scored nothing of a stream of this name, or has forgotten it. Its next event is shown here." : error.message;
+      words = error.status === 404 ? `The service has scored nothing of a stream of this name with model ${about.model}, or has forgotten it. Its next event is shown here.` : error.message;
     }
     if (this.about === about && !this.charts.length) fill(this.said, h("p", { class: "notice" }, words));
   }

@@ -460,8 +460,12 @@ def test_the_chart_of_a_bulk_without_times_has_all_of_its_values_and_marks_that_
     """What someone sends by hand first: all of it comes at one instant."""
     with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false") as running, Visit(browser, running.url) as page:
         page.add_init_script(
-            "const said = window.said = []; const fill = CanvasRenderingContext2D.prototype.fillText;"
-            "CanvasRenderingContext2D.prototype.fillText = function (...words) { said.push(words[0]); return fill.apply(this, words); };"
+            "const said = window.said = [], cut = window.cut = []; const fill = CanvasRenderingContext2D.prototype.fillText;"
+            "CanvasRenderingContext2D.prototype.fillText = function (...words) { said.push(words[0]);"
+            " const [about, x] = words, half = this.measureText(about).width / 2;"
+            " const middle = x + ({right: -half, center: 0}[this.textAlign] ?? half);"
+            " if (middle + half > this.canvas.width + 1 || middle - half < -1) cut.push(about);"
+            " return fill.apply(this, words); };"
         )
         streams = {
             "spike": [5000.0] * 20 + [9000.0],
@@ -472,6 +476,9 @@ def test_the_chart_of_a_bulk_without_times_has_all_of_its_values_and_marks_that_
         for name, values in streams.items():
             events = [{"stream_id": name, "values": {"value": value}} for value in values]
             local.post(f"{running.url}/v1/events", json=events).raise_for_status()
+        whole = time.time() // 60 * 60
+        minutes = [{"stream_id": "minutes", "values": {"value": 5.0 + i % 3}, "timestamp": whole - i} for i in range(599, -1, -1)]
+        local.post(f"{running.url}/v1/events", json=minutes).raise_for_status()
         week = [{"stream_id": "week", "values": {"value": 5.0 + i % 3}, "timestamp": time.time() - 3600 * i} for i in range(150, 0, -1)]
         local.post(f"{running.url}/v1/events", json=week).raise_for_status()
         page.goto(f"{running.url}/#/stream/spike")
@@ -488,6 +495,14 @@ def test_the_chart_of_a_bulk_without_times_has_all_of_its_values_and_marks_that_
         page.goto("about:blank")
         page.goto(f"{running.url}/#/stream/week")
         until(page, "said.some(words => /^[0-9]+ [A-Z][a-z]+$/.test(words)) && said.includes('12:00')")  # else each day came twice
+        page.goto("about:blank")
+        page.goto(f"{running.url}/#/stream/minutes")
+        until(page, "said.some(words => /^[0-9]+:[0-9]+:00$/.test(words))")
+        for name in ("huge", "minutes"):
+            page.goto("about:blank")
+            page.goto(f"{running.url}/#/stream/{name}")
+            until(page, "said.length > 20")
+            assert page.evaluate("cut") == []
 
 
 def test_the_example_of_lines_on_the_page_of_the_api_is_sent_as_lines(service: Service, plant: Plant, browser: Browser) -> None:
