@@ -35,7 +35,7 @@ Float64 = NDArray[np.float64]
 Notify = Callable[[str], None]
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".npz")
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".xlsx", ".xls", ".feather")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".xlsx", ".xls", ".feather", ".arrow", ".orc", ".avro", ".jsonl", ".ndjson")
 """Of files that most likely hold rows, too, and are not read."""
 TIMESTAMP_COLUMNS = ("timestamp", "time", "datetime", "date_time", "date", "ts", "@timestamp", "epoch", "_time", "t_stamp")
 LABEL_COLUMNS = frozenset(

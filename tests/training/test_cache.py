@@ -54,11 +54,14 @@ def test_files_without_rows_are_told_and_left_out(tmp_path: Path) -> None:
 def test_packed_files_and_spreadsheets_beside_those_that_are_read_are_told(tmp_path: Path) -> None:
     """Half of a fleet had been left out in silence."""
     folder = small(tmp_path / "data")
-    for name in ("b.csv.gz", "c.XLSX", "README.md"):
+    for name in ("b.csv.gz", "c.XLSX", "d.jsonl", "README.md"):
         (folder / name).touch()
     told: list[str] = []
     converted(folder, tmp_path / "cache", told)
-    assert "Not read, as they are no .csv, .tsv, .parquet, .npz file: 'b.csv.gz', 'c.XLSX'. Unpack them, or save them as CSV." in told
+    assert (
+        "Not read, as they are no .csv, .tsv, .parquet, .npz file: 'b.csv.gz', 'c.XLSX', 'd.jsonl'. Unpack them, or save them as CSV."
+        in told
+    )
 
 
 def test_what_is_no_reading_is_told_and_learned_as_the_same_history_without_it(tmp_path: Path) -> None:
