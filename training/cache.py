@@ -186,11 +186,7 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                         names.append(source.name)
                         sha.update(source.name.encode())
                     features = features or list(table.columns)
-                    unknown = [column for column in table.columns if column not in features]
-                    if unknown:
-                        raise TableError(
-                            f"{source.name} has the column {unknown[0]!r} that {names[0]} lacks: one model, one set of features."
-                        )
+                    _refuse_uneven(source.name, list(table.columns), names[0], features)
                     sentinels.look(columns_of(source.name, features), table.matrix(features))
                     values = as_float32(source, features, table.matrix(features), notify, rows)
                     least, most = np.fmin(least, np.fmin.reduce(values)), np.fmax(most, np.fmax.reduce(values))
@@ -213,6 +209,17 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
         advice(of(found, none=False), "They are learned as usual, and hide faults."),
     ]
     return {**kept, "rowless": len(rowless.names), "sentinels": "\n".join(filter(None, said)), "sha256": sha.hexdigest()}
+
+
+def _refuse_uneven(name: str, columns: Sequence[str], first: str, features: Sequence[str]) -> None:
+    """Raises TableError where the columns of a file are not the features, which are those of the first one."""
+    lacked = [column for column in features if column not in columns]
+    if uneven := lacked or [column for column in columns if column not in features]:
+        said = f"lacks {listed(lacked)}, which {first} has" if lacked else f"has {listed(uneven)}, which {first} lacks"
+        raise TableError(
+            f"{name} {said}: one model, one set of features. --exclude {uneven[0]!r} leaves a column out of all files; where a machine "
+            "has no such sensor, give its file an empty column of that name, or fit its kind by itself with another --name."
+        )
 
 
 def _leave_out(none: Found, path: Path, names: Sequence[str], lengths: Sequence[int], features: Sequence[str]) -> NDArray[np.bool_]:

@@ -376,13 +376,19 @@ def test_two_runs_are_not_in_one_folder_at_once(tmp_path: Path) -> None:
         pass
 
 
-def test_streams_with_other_features_are_refused(tmp_path: Path) -> None:
-    rows = "\n".join(f"{i},1" for i in range(300))
-    (tmp_path / "a.csv").write_text("timestamp,load\n" + rows)
-    (tmp_path / "b.csv").write_text("timestamp,heat\n" + rows)
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("heat", "b.csv lacks 'load', which a.csv has: one model, one set of features. --exclude 'load' leaves a column out of all files"),
+        ("load,heat", "b.csv has 'heat', which a.csv lacks: one model, one set of features. --exclude 'heat' leaves a column out of all"),
+    ],
+)
+def test_streams_with_other_features_are_refused_with_what_to_do(columns: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("timestamp,load\n" + "\n".join(f"{i},1" for i in range(300)))
+    (tmp_path / "b.csv").write_text(f"timestamp,{columns}\n" + "\n".join(f"{i}" + ",1" * len(columns.split(",")) for i in range(9)))
     result = CliRunner().invoke(app, ["fit", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
-    assert "b.csv has the column 'heat' that a.csv lacks" in result.output
+    assert message in " ".join(result.output.split())
 
 
 def test_help_names_every_option_and_an_example() -> None:
