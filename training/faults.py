@@ -31,8 +31,8 @@ VALUES = 1 << 24
 CLEAR = 2.0
 """Standard errors by which a difference between the means of draws is more than chance."""
 LONGEST = 300
-FEWEST = 400
-"""Rows a stream needs to take part."""
+ENOUGH, FEWEST = 400, 250
+"""Rows a stream needs to take part, the fewer where none has more: signals speak from the 60th or 100th on, and half is without faults."""
 
 Fault = Callable[[np.random.Generator, Float64, float, float], Float64]
 """(rng, piece [L], size in deviations, deviation) → the piece with the fault."""
@@ -108,7 +108,8 @@ class Faulty:
 
 def faulty_streams(streams: Sequence[Stream], scored: Sequence[bool], seed: int) -> Faulty | None:
     """The longest streams, cut to the same rows; None where the history is too short, or nothing in it ever moves."""
-    longest = sorted((stream for stream in streams if len(stream) >= FEWEST), key=len, reverse=True)[:STREAMS]
+    least = ENOUGH if max(map(len, streams)) >= ENOUGH else FEWEST
+    longest = sorted((stream for stream in streams if len(stream) >= least), key=len, reverse=True)[:STREAMS]
     if not longest:
         return None
     rows = min(ROWS, len(longest[-1]))
