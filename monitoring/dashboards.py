@@ -352,13 +352,13 @@ def service() -> dashboard.Dashboard:
                     "Events by outcome",
                     "What became of the events: late ones were older than their stream's last, failed ones must be sent again.",
                     [Query(f"sum by (outcome) (rate(onset_events_total{{{_ALL}}}[$__rate_interval]))", "{{outcome}}")],
-                    "short",
+                    "cps",
                 ),
                 line(
                     "Events by door",
                     "Over HTTP, or which queue they came.",
                     [Query(f"sum by (door) (rate(onset_events_total{{{_ALL}}}[$__rate_interval]))", "{{door}}")],
-                    "short",
+                    "cps",
                 ),
                 line(
                     "Refused requests",
@@ -370,7 +370,7 @@ def service() -> dashboard.Dashboard:
                     "Remote write without a score",
                     "What Prometheus sent and no value of it was scored; rule: dropped here, so better dropped where it is sent from.",
                     [Query(f"sum by (what) (rate(onset_remote_write_unscored_total{{{_ALL}}}[$__rate_interval]))", "{{what}}")],
-                    "short",
+                    "cps",
                 ),
                 line(
                     "Ready",
@@ -440,7 +440,7 @@ def service() -> dashboard.Dashboard:
                     "Copies",
                     "Whether a state was at hand (hit) or had to be loaded (miss).",
                     [Query(f"sum by (result) (rate(onset_copies_total{{{_ALL}}}[$__rate_interval]))", "{{result}}")],
-                    "short",
+                    "cps",
                 ),
                 bars(
                     "Streams that started afresh",
@@ -495,7 +495,7 @@ def service() -> dashboard.Dashboard:
                             "{{source}} acknowledged",
                         ),
                     ],
-                    "short",
+                    "cps",
                 ),
                 line(
                     "Trouble",
@@ -504,7 +504,7 @@ def service() -> dashboard.Dashboard:
                         Query(f"sum by (source) (rate(onset_source_{name}_total{{{_ALL}}}[$__rate_interval]))", f"{{{{source}}}} {title}")
                         for name, title in (("dead_lettered", "dead letters"), ("claimed", "claimed"), ("fenced", "fenced"))
                     ],
-                    "short",
+                    "cps",
                 ),
                 line(
                     "Partitions",
@@ -529,7 +529,7 @@ def service() -> dashboard.Dashboard:
                             "{{sink}} {{outcome}}",
                         )
                     ],
-                    "short",
+                    "cps",
                 ),
                 line(
                     "Age of the oldest untold change",

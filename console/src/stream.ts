@@ -168,6 +168,7 @@ class StreamPage {
     this.charts.forEach((chart) => chart.leave());
     this.charts = [];
     this.lines = about.kind === "log" ? new LineList() : null;
+    text(this.state, ""); // it was of events that are not known any more, where the service was started again
     this.figures.replaceChildren();
     this.plots.replaceChildren();
     this.content.hidden = true;

@@ -119,6 +119,13 @@ def test_no_query_asks_what_increased_within_less_than_two_scrapes() -> None:
     assert [asked for asked in queries() if "$__interval" in asked.expr] == []
 
 
+def test_what_comes_a_second_says_so() -> None:
+    rate = re.compile(r"sum by \([^)]*\) \(rate\(onset_[a-z_]+_total\{[^}]*\}\[\$__rate_interval\]\)\)")
+    shown = [panel for board in BOARDS.values() for panel in panels(board) if all(rate.fullmatch(one["expr"]) for one in panel["targets"])]
+    assert len(shown) == 8
+    assert [panel["title"] for panel in shown if panel["fieldConfig"]["defaults"]["unit"] not in ("cps", "reqps")] == []
+
+
 def test_streams_of_several_installations_are_added_up() -> None:
     largest = re.compile(r"max( by \([^)]*\))? ?\(onset_streams")
     shared = {asked.where: largest.findall(asked.expr) for asked in queries() if not asked.where.startswith("rule")}
