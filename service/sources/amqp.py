@@ -30,6 +30,7 @@ import structlog
 from aio_pika import DeliveryMode, ExchangeType
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractIncomingMessage, AbstractQueue
 from aio_pika.exceptions import AMQPError, ChannelClosed, ChannelNotFoundEntity
+from pamqp import decode
 
 from service import tasks
 from service.errors import Fenced, StoreUnavailable
@@ -51,6 +52,7 @@ _ROUTES = ("CC", "BCC")
 """Headers by which RabbitMQ sends a message to further queues, perhaps to the one that it became a dead letter of."""
 MAX_KEY_BYTES = 255
 """Of a routing key, and of a message's identity."""
+TIMESTAMP_BYTES = 8
 _UNAVAILABLE = (AMQPError, OSError, TimeoutError, RuntimeError)
 """What aio-pika raises while the broker does not answer; RuntimeError of a connection that is closed."""
 
@@ -71,6 +73,7 @@ class Amqp:
 
     async def open(self) -> None:
         logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # what it complains of is told here once, in a sentence
+        decode.METHODS["timestamp"] = decode.TABLE_MAPPING[b"T"] = _timestamp
         self.owned()
         for reader in self._readers.values():
             reader.start()
@@ -424,6 +427,18 @@ def _message(message: AbstractIncomingMessage) -> Message:
         event_id=message.message_id or None,
         topic=message.routing_key or "",
     )
+
+
+def _timestamp(content: bytes) -> tuple[int, datetime | None]:
+    """Length and value of a time as pamqp reads it; None = no calendar shows it: microseconds, for one. For that aiormq would end the
+    connection, and each one after it: one message would stop its queue for good.
+    """
+    try:
+        return decode.timestamp(content)
+    except (ValueError, OverflowError, OSError):
+        if len(content) < TIMESTAMP_BYTES:
+            raise
+        return TIMESTAMP_BYTES, None
 
 
 def _bytes(value: Any) -> bytes:

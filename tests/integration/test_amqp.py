@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aio_pika
 import pytest
+from pamqp import encode
 from structlog.testing import capture_logs
 
 from service import tasks
@@ -237,6 +239,23 @@ async def test_a_dead_letter_is_not_sent_on_to_where_its_message_was_to_go_as_we
     letters = await rig.letters()
     assert [letter.body for letter in letters] == [b"nonsense"] * 2
     assert [(letter.headers.get("CC"), letter.headers["onset_CC"]) for letter in letters] == [(None, [rig.queues[1]])] * 2
+
+
+async def test_a_timestamp_that_no_calendar_shows_stops_nothing(
+    rig: AmqpRig, tiny_model_path: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await Replicas(rig.store, tiny_model_path, stack, rig.declared | {"queues": rig.queues[:1]}).start()
+    await consuming(service, queues=1)
+    event, now = {"stream_id": "a", "values": {"value": 1.0}}, datetime.now(UTC)
+    later = now + timedelta(minutes=10)
+    with monkeypatch.context() as patched:
+        patched.setitem(encode.METHODS, "timestamp", lambda time: struct.pack(">Q", round(1e6 * now.timestamp())))
+        await rig.send(message(event, message_id="us", timestamp=now, headers={"at": now}))
+    await rig.send(message(event, message_id="s", timestamp=later))
+    await until(partial(done, service, 2))
+    first, second = [json.loads(result.body) for result in await rig.sent_results()]
+    assert (first["event_id"], abs(first["timestamp"] - now.timestamp()) < 600) == ("us", True), "the time of its arrival"
+    assert (second["event_id"], second["timestamp"]) == ("s", int(later.timestamp()))
 
 
 async def test_the_question_for_the_depth_may_be_given_up_without_losing_the_consumer(rig: AmqpRig) -> None:
