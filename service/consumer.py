@@ -7,8 +7,8 @@ score      in order, MAX_BATCH events at most at once. Full queue, silent store,
            and none behind them before; so nothing is lost and nothing overtakes
 publish    results go to the queue before anything behind them is scored: what is delivered again after a crash is in the states' last
            commit, whose results are kept, and is published again. Not where the commit itself publishes (Redis Streams)
-fuse       too large a share of the recent entries cannot be used: it is the producer or the model, not the entries.
-           The partition waits for a person instead of emptying itself into the dead letters
+fuse       too large a share of the recent entries cannot be used (of one with several events, the share of these): it is the producer or
+           the model, not the entries. The partition waits for a person instead of emptying itself into the dead letters
 settle     dead letters written, and acknowledged what the commit has not acknowledged already
 superseded another file of the model is in force (claims.py): batches are abandoned, and others have the queue until ours is again (Tap)
 """
@@ -55,6 +55,17 @@ class _Work:
     deliveries: list[Delivery] = field(default_factory=list)
     origins: list[tuple[Message, int | None]] = field(default_factory=list)  # of each delivery: its entry, and which of several
     settlement: Settlement = field(default_factory=Settlement)
+    unread: int = 0
+    """Of its letters, those of what is no event: the first ones."""
+
+    @property
+    def bad(self) -> float:
+        """Entries that could not be used; one of which some events could, by the share of the others."""
+        letters = self.settlement.letters
+        bad = Counter(letter.message.id for letter in letters)
+        events = Counter(letter.message.id for letter in letters[: self.unread])
+        events.update(message.id for message, _ in self.origins if message.id in bad)
+        return sum(count / events[id_] for id_, count in bad.items())
 
 
 class Fuse:
@@ -62,12 +73,12 @@ class Fuse:
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self._recent: deque[tuple[int, int]] = deque()
-        self._entries = self._bad = 0
+        self._recent: deque[tuple[int, float]] = deque()
+        self._entries, self._bad = 0, 0.0
         self._blown: set[str] = set()
 
-    def passes(self, partition: str, entries: int, bad: int) -> bool:
-        """Whether a batch with so many bad entries may go on; then it counts. One that may not is asked about again."""
+    def passes(self, partition: str, entries: int, bad: float) -> bool:
+        """Whether a batch with so many bad entries, or parts of such, may go on; then it counts. One that may not is asked about again."""
         share = (self._bad + bad) / max(1, self._entries + entries)
         enough = self._entries + entries >= FUSE_ENTRIES or partition in self._blown
         if bad and enough and share > self._share:
@@ -160,7 +171,7 @@ class Consumer:
         work = self._parse(batch)
         for start in range(0, len(work.deliveries), MAX_BATCH):
             await self._score(batch, work, range(start, min(start + MAX_BATCH, len(work.deliveries))))
-        if not self._may_settle(batch, work.settlement):
+        if not self._may_settle(batch, work):
             await self._pause()
             self._source.abandon(batch)
             return
@@ -224,6 +235,7 @@ class Consumer:
                 position = message.position * MAX_EVENTS + i if source else 0
                 deliveries.append(Delivery(item, source, position, message.arrived, lease, entry))
                 origins.append((message, index))
+        work.unread = len(letters)
         return work
 
     async def _score(self, batch: Batch, work: _Work, places: Sequence[int]) -> None:
@@ -282,16 +294,16 @@ class Consumer:
             raise Fenced(f"The partition was lost before {fenced} of its events were committed.")
         return again
 
-    def _may_settle(self, batch: Batch, settlement: Settlement) -> bool:
+    def _may_settle(self, batch: Batch, work: _Work) -> bool:
         """Ask the fuse. Of one that blows, the log says why."""
-        bad = {letter.message.id for letter in settlement.letters}
-        passes = self._fuse.passes(batch.partition, len(batch.messages), len(bad))
+        bad = work.bad if work.settlement.letters else 0
+        passes = self._fuse.passes(batch.partition, len(batch.messages), bad)
         if not passes:
-            first = settlement.letters[0]
+            first = work.settlement.letters[0]
             log.error(
                 "source_paused",
                 partition=batch.partition,
-                bad_entries=len(bad),
+                bad_entries=round(bad, 1),
                 of=len(batch.messages),
                 first=first.message.id.decode(),
                 reason=first.error.detail,

@@ -267,6 +267,26 @@ async def test_an_entry_of_several_events_is_not_acknowledged_by_the_commit_of_o
     assert scorer.entries == (b"0", b"", b"", b"")
 
 
+@pytest.mark.parametrize(
+    ("part", "passes"),
+    [
+        ([event(1)] * 8 + [{"stream_id": "a", "values": "none"}], True),  # a gateway with a tag that is no number
+        ([event(1)] + [{"stream_id": "a", "values": {"pressure": 1}}] * 8, False),  # bad ones that only the scorer finds
+        ([{"stream_id": "a", "values": "none"}] * 9, False),
+    ],
+)
+async def test_of_an_entry_with_several_events_the_fuse_counts_the_share_that_cannot_be_used(
+    scorer: Trying, part: list[dict[str, Any]], passes: bool
+) -> None:
+    line = Line()
+    consumer = Consumer(line, scorer, Metrics(), MAPPER, fuse=0.5, fuse_seconds=0.02)
+    await consumer.start()
+    line.put(*[part] * FUSE_ENTRIES)
+    await line.until(1, line.settled if passes else line.abandoned)
+    await consumer.stop(5)
+    assert (len(line.settled), len(line.abandoned)) == ((1, 0) if passes else (0, 1))
+
+
 async def test_an_entry_with_many_bad_events_is_one_bad_entry_to_the_fuse(scorer: Trying) -> None:
     line = Line()
     consumer = Consumer(line, scorer, Metrics(), MAPPER, fuse=0.5, fuse_seconds=0.02)
