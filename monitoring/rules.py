@@ -660,7 +660,7 @@ RULES: tuple[Rule, ...] = (
         ("The log line `source_paused` names the first such entry and what is wrong with it.",),
         (
             "Correct the sender or the mapping (docs/queues.md); the partition tries again by itself.",
-            "To go on regardless: `ONSET_STREAMS_FUSE=1`.",
+            "To go on regardless: `fuse: 1` of the source, or `ONSET_STREAMS_FUSE=1`.",
         ),
         (
             Case({'onset_source_paused{job="onset",source="redis_streams"}': "0x5 1x35"}, {"job": "onset", "source": "redis_streams"}),

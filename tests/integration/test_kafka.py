@@ -42,6 +42,19 @@ async def test_a_topic_that_was_made_again_is_not_taken_for_the_old_one(kafka: M
     assert [result.state_version for result in await rig.results()] == list(range(1, 9))
 
 
+async def test_a_group_that_begins_with_what_is_new_reads_that_alone(kafka: MockKafka, empty_server: str, tiny_model_path: Path) -> None:
+    rig = KafkaRig(kafka, empty_server)
+    events = [{"stream_id": "a", "values": {"value": float(i)}, "timestamp": 1.7e9 + i} for i in range(3)]
+    await rig.put(*events[:2])
+    async with service(rig, tiny_model_path, start="latest").running() as running:
+        async with asyncio.timeout(30):
+            while running.metrics.registry.get_sample_value("onset_source_partitions", {"source": "kafka"}) != 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await rig.put(events[2])
+        await until_drained(rig)
+    assert [result.timestamp for result in await rig.results()] == [1.7e9 + 2]
+
+
 def filled(events: list[dict[str, Any]]) -> list[bytes]:
     """So large that the mock cluster, which keeps 5 MiB of a partition, deletes some."""
     return [json.dumps(event).encode() + b" " * 700_000 for event in events]
