@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import pytest
+from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig, ConsumerInfo, StreamConfig, StreamSource, SubjectTransform
@@ -197,6 +198,22 @@ def test_credentials_that_nothing_can_sign_with_name_what_is_to_be_installed(mon
 def test_what_a_stream_takes_is_not_known_where_its_messages_are_another_streams_or_renamed(elsewhere: dict[str, Any]) -> None:
     assert subjects_of(StreamConfig(subjects=["raw.>"])) == ["raw.>"]
     assert subjects_of(StreamConfig(subjects=["raw.>"], **elsewhere)) == []  # renamed ones are read by the name they have in the stream
+
+
+async def test_the_server_is_told_that_what_is_under_way_is_worked_on(rig: NatsRig) -> None:
+    source = Nats(NatsSource.model_validate(rig.declared), Metrics())
+    told: list[tuple[str, bytes]] = []
+
+    async def hear(message: Msg) -> None:
+        told.append((message.subject, message.data))
+
+    await rig.client.subscribe("$JS.ACK.>", cb=hear)
+    await source.open()
+    await rig.put({"stream_id": "a", "values": {"value": 1.0}}, {"stream_id": "a", "values": {"value": 2.0}}, partition=0)
+    batch = await source.receive()
+    names = {message.id.decode() for message in batch.messages}
+    await until(lambda: names <= {subject for subject, said in told if said == b"+WPI"})
+    await source.close()
 
 
 async def test_a_client_that_the_server_has_turned_out_for_good_is_made_anew(rig: NatsRig) -> None:
