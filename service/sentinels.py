@@ -34,13 +34,14 @@ class Place(NamedTuple):
     column: str
     times: int
     share: float  # of the column's numbers
+    moves: bool  # whether the column has two different numbers beside: else it is a switch, 0 or 65535
 
     def __str__(self) -> str:
         return f"{self.column} ({self.times:,}, {100 * self.share:.2g} %)"
 
     def none(self, number: float) -> bool:
         """Whether `number` is no reading here in all likelihood: never 0, which machines that stand have."""
-        return abs(number) >= BEYOND or (number != 0 and self.share <= UNUSUAL)
+        return abs(number) >= BEYOND or (number != 0 and self.moves and self.share <= UNUSUAL)
 
 
 Found = Mapping[float, Sequence[Place]]
@@ -78,7 +79,7 @@ class Sentinels:
                 low, high = min(low, 0), max(high, 0)
             for number, count in counts.items():
                 if count and (zero if number == 0 else _far(number, low, high)):
-                    found.setdefault(number, []).append(Place(name, count, count / self.numbers[name]))
+                    found.setdefault(number, []).append(Place(name, count, count / self.numbers[name], high > low))
         return dict(sorted(found.items()))
 
 

@@ -22,7 +22,7 @@ READINGS = [50 + i % 9 for i in range(200)]
 
 @pytest.mark.parametrize("number", [-9999, 65535, 1e20, 3.4e38, -3.4028234663852886e38, 0])
 def test_what_is_far_from_all_readings_is_found_in_whatever_piece(number: float) -> None:
-    assert found([number], READINGS, [number, np.nan]) == {number: [Place("a", 2, 2 / 202)]}
+    assert found([number], READINGS, [number, np.nan]) == {number: [Place("a", 2, 2 / 202, moves=True)]}
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,13 @@ def test_they_are_written_as_they_are_read_back() -> None:
 
 
 def test_what_a_machine_may_mean_is_no_missing_reading() -> None:
-    """Zero, and a number that is common: a mode `999` in a fifth of the rows."""
+    """Zero, a number that is common (a mode `999` in a fifth of the rows), and a bit that is seldom set."""
     rare, common = found([-9999, 0, 3.4e38], READINGS), found([999.0] * 50, READINGS)
     assert list(of(rare, none=True)) == [-9999, 3.4e38]
     assert list(of(rare, none=False)) == [0]
     assert of(common, none=True) == {}
     assert of(common, none=False) == common
+    assert of(found([0.0] * 95, [65535.0] * 5), none=True) == {}
     assert list(of(found([1e30] * 50, READINGS), none=True)) == [1e30]
 
 

@@ -80,17 +80,18 @@ def test_what_is_no_reading_is_told_and_learned_as_the_same_history_without_it(t
 def test_of_a_fleet_each_column_is_without_what_is_no_reading_there(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in "ab":
-        rows = [
-            f"{i},{-9999 if i == 50 else 20 + i % 3},{999 if i == 60 else i % 7 * 300},{65535 if i % 40 == 0 else 5}" for i in range(200)
-        ]
-        (tmp_path / "data" / f"{name}.csv").write_text("\n".join(["timestamp,heat,flow,mode", *rows]))
+        readings = [(-9999 if i == 50 else 20 + i % 3, 999 if i == 60 else i % 7 * 300, i % 2 if i % 40 else 65535) for i in range(200)]
+        rows = [f"{i},{heat},{flow},{mode},{65535 * (i > 190)}" for i, (heat, flow, mode) in enumerate(readings)]
+        (tmp_path / "data" / f"{name}.csv").write_text("\n".join(["timestamp,heat,flow,mode,bit", *rows]))
     cached = converted(tmp_path / "data", tmp_path / "cache")
     for stream in cached.streams:
         assert np.flatnonzero(np.isnan(stream.x[:, 0])).tolist() == [50]
         assert not np.isnan(stream.x[:, 1]).any(), "999 is amid its readings"
         assert np.flatnonzero(np.isnan(stream.x[:, 2])).tolist() == list(range(0, 200, 40))
-    assert cached.unmoved == ["mode"]
-    assert "-9999 in heat (2, 0.5 %); 65535 in mode (10, 2.5 %)" in cached.sentinels
+        assert not np.isnan(stream.x[:, 3]).any(), "seldom set"
+    assert cached.unmoved == []
+    assert "-9999 in heat (2, 0.5 %); 65535 in mode (10, 2.5 %). They are taken" in cached.sentinels
+    assert "65535 in bit (18, 4.5 %). They are learned" in cached.sentinels
 
 
 def test_zeros_and_numbers_that_are_common_are_learned_as_they_are(tmp_path: Path) -> None:
