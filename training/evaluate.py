@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.artifact import SEEN
 from training.data import Float32, Stream, cut, pad, variance_of
 from training.detector import WARMUP
 from training.synthetic import ANOMALIES
@@ -82,6 +83,17 @@ def false_onsets(onset_p: Float32, counted: NDArray[np.bool_], asked: Sequence[f
         measured[f"{rate:.2g}"] = {"asked": rate, "events": events, "onsets": found, "measured": round(found / max(events, 1), 7)}
         measured[f"{rate:.2g}"]["ratio"] = round(found / max(events, 1) / rate, 3)
     return measured
+
+
+def too_few(measured: dict[str, float]) -> str:
+    """What a row of `false_onsets` cannot tell, in words; "" where as many onsets were asked for as tell a rate."""
+    asked = measured["events"] * measured["asked"]
+    if asked >= SEEN:
+        return ""
+    return (
+        f"At α = {measured['asked']:g}, {asked:.1f} onsets were asked for in {measured['events']:,.0f} unseen rows: how many there were is "
+        f"mostly chance. {SEEN / measured['asked']:,.0f} rows or more tell a rate, of later files too (`python -m service backtest`)."
+    )
 
 
 def false_onsets_by_age(onset_p: Float32) -> dict[str, float]:

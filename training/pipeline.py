@@ -28,7 +28,7 @@ from training.calibrate import calibrate, observe
 from training.data import Fleet, Float32, Source, Stream, cut, pad, variance_of
 from training.detector import DetectorStep
 from training.distributed import ALONE, World
-from training.evaluate import ASKED, Scores, detection, false_onsets, false_onsets_by_age, onset_p_at, run_streams
+from training.evaluate import ASKED, Scores, detection, false_onsets, false_onsets_by_age, onset_p_at, run_streams, too_few
 from training.export import manifest_of, publish, refuse_unfit, to_onnx, training_record
 from training.faults import FEWEST, Gain, faulty_streams, found
 from training.fit import Lanes, Plan, Trainer, prepare
@@ -328,7 +328,10 @@ def _evaluate(step: DetectorStep, job: Job, run: StepFunction, console: Console)
         )
     if job.sentinels:
         quality["values_that_may_be_no_readings"] = job.sentinels
-    quality |= {"false_onsets_on_unseen_rows": false_onsets(onset_p, unseen)}
+    measured = false_onsets(onset_p, unseen)
+    quality |= {"false_onsets_on_unseen_rows": measured}
+    if few := too_few(measured["0.001"]):
+        quality["unseen_rows_are_few"] = few
     if not any(job.counted_from):
         quality["false_onsets_by_age_at_0.001"] = false_onsets_by_age(onset_p[ASKED.index(1e-3)])
     shortest = min(map(len, job.evaluation))
@@ -412,6 +415,8 @@ def _tell(console: Console, manifest: Manifest, model: Path, seconds: dict[str, 
         f"Onsets on {measured['events']:,} unseen rows at α = 0.001: {measured['onsets']}, {measured['ratio']} times what was asked. "
         f"Report: {model.parent / 'report.md'}"
     )
+    if "unseen_rows_are_few" in manifest.quality:
+        console.print(manifest.quality["unseen_rows_are_few"], style="yellow")
     console.print("Next:")
     for command in next_steps:
         console.print(f"  {command}", soft_wrap=True, highlight=False)

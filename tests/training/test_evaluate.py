@@ -9,7 +9,7 @@ from rich.console import Console
 
 from training.data import pad
 from training.detector import DetectorStep
-from training.evaluate import ASKED, _injected, run_streams
+from training.evaluate import ASKED, _injected, false_onsets, run_streams, too_few
 from training.fit import Plan
 from training.pipeline import _evaluate, default_job
 from training.synthetic import level_shift
@@ -34,6 +34,7 @@ def test_a_history_too_short_to_know_what_follows_a_first_onset_is_warned_of(uni
     assert quality["warning"].startswith("Calibrated on 224 rows of a stream at most: what begins behind its first 225 was never seen")
     quality, _ = _evaluate(univariate, default_job(Plan(), "1", "", lanes=8, length=225), run, Console(quiet=True))
     assert "warning" not in quality
+    assert quality["unseen_rows_are_few"] == too_few(quality["false_onsets_on_unseen_rows"]["0.001"]) != ""
 
 
 def test_a_report_names_what_in_the_history_may_be_no_readings(univariate: DetectorStep, run: Runner) -> None:
@@ -41,6 +42,15 @@ def test_a_report_names_what_in_the_history_may_be_no_readings(univariate: Detec
     assert "values_that_may_be_no_readings" not in _evaluate(univariate, job, run, Console(quiet=True))[0]
     quality, _ = _evaluate(univariate, replace(job, sentinels="-9999 in load (1)."), run, Console(quiet=True))
     assert quality["values_that_may_be_no_readings"] == "-9999 in load (1)."
+
+
+def test_a_report_says_where_unseen_rows_are_too_few_to_tell_a_rate() -> None:
+    """Of 675 rows it said "0.0 times what was asked"; later rows had twice as many onsets as asked."""
+    few, enough = (false_onsets(np.ones((3, rows, 1), np.float32), np.ones((rows, 1), bool))["0.001"] for rows in (675, 10_000))
+    assert too_few(few).startswith(
+        "At α = 0.001, 0.7 onsets were asked for in 675 unseen rows: how many there were is mostly chance. 10,000 rows or more tell a rate"
+    )
+    assert too_few(enough) == ""
 
 
 def test_each_rate_is_measured_where_it_is_asked_for(univariate: DetectorStep, run: Runner) -> None:
