@@ -58,7 +58,7 @@ from service.events import Delivery, Event
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
-from service.sources.options import AnySource
+from service.sources.options import AnyQueue
 from service.stores.redis import RedisStore
 
 STREAMS, PARTITIONS, FILL, IN_FLIGHT = 1000, 4, 500, 4
@@ -454,7 +454,7 @@ async def measure(name: str, folder: Path, events: int) -> Row:
         queue = QUEUES[name](folder, url)
         await queue.open()
         stack.push_async_callback(queue.stop)
-        batch = TypeAdapter[AnySource](AnySource).validate_python(queue.source).batch
+        batch = TypeAdapter[AnyQueue](AnyQueue).validate_python(queue.source).batch
         made, now = _made(detector, events), time.time()
         await queue.fill(_timed(made, now))
         raw, publish = [await queue.raw(events, batch, publish=publish) for publish in (False, True)]

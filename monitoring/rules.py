@@ -480,7 +480,10 @@ RULES: tuple[Rule, ...] = (
         "{{ $value | humanizePercentage }} of the events are rejected.",
         "They are not events that the model takes; the reply to each names the field and the value.",
         "A sender's format is wrong, or changed: an unknown feature, text in place of a number, a time in the future.",
-        ("The replies that the sender gets, or `onset_reason` in the dead letters of a queue.",),
+        (
+            "The replies that the sender gets, or `onset_reason` in the dead letters of a queue.",
+            "The log line `events_rejected`: what a source of type http refuses, and why (docs/http-sources.md).",
+        ),
         ("Correct the sender. Rejected events are never scored, so nothing has to be undone.",),
         _share_cases("rejected", 60),
         above=0.05,

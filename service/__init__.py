@@ -5,6 +5,7 @@
                  loki, otlp    log shippers ◄─ lokipush, otlplogs (the messages), shipped (what both do); wire (protobuf)
                  otlp          OpenTelemetry's metrics ◄─ otlpmetrics, samples (as remote_write); otlpwire (what its messages share)
                  consumer      queues ◄─ sources/, mapping (message → event)
+                 http_sources  who else speaks HTTP ◄─ mapping, lineprotocol (InfluxDB's lines)
     is an event  events, features (→ numbers), lines (a log line → its template's code)
     waits        reorder, batcher
     is scored    scorer        THE FLOW of a batch; copies, claims (is our model file in force?)

@@ -66,6 +66,7 @@ from service.errors import (
     Unfinished,
     UnknownAlert,
     UnknownModel,
+    UnknownSource,
     UnsupportedMedia,
 )
 from service.events import MAX_NAME_LENGTH, SEVERITIES, UNPRINTABLE, Columns, Event, Result, shown
@@ -121,7 +122,7 @@ _ANOTHER_SITE = (
 )
 _ANOTHER_NAME = "It is asked for as '{}' (its Host), which is none of the service's names: add it to ONSET_ALLOWED_HOSTS if it is one."
 _UNPRINTABLE, _SURROGATE = re.compile(UNPRINTABLE), re.compile(r"[\ud800-\udfff]")
-_MALFORMED = (BadBody, BadParameter, UnknownModel, UnsupportedMedia)
+_MALFORMED = (BadBody, BadParameter, UnknownModel, UnknownSource, UnsupportedMedia)
 _STOPPED = NotCommitted("The service stopped before this was answered: send it again.")
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
@@ -304,7 +305,7 @@ class Door:
         if path != EVENTS or method != "POST" or len(content) > self._limits.max_body_bytes or not request.names.isdisjoint(_NOT_PLAIN):
             return None
         try:
-            _only(request, "model")
+            only(request, "model")
             form = _format(request)
             if form is not Format.JSON or _accepted(request, form) is not form:
                 return None
@@ -339,7 +340,7 @@ class Door:
     async def list_streams(self, request: Request) -> Response:
         """A page of streams with their last results."""
         asked = _incoming(request)
-        _only(asked, "model", "silent", "limit", "cursor")
+        only(asked, "model", "silent", "limit", "cursor")
         scorer = self._scorer(asked)
         silent = asked.query("silent")
         if silent not in (None, "true", "false"):
@@ -356,7 +357,7 @@ class Door:
     async def one_stream(self, request: Request) -> Response:
         """The last result of a stream; or forget it."""
         asked = _incoming(request)
-        _only(asked, "model")
+        only(asked, "model")
         scorer, stream_id = self._scorer(asked), request.path_params["stream_id"]
         if request.method != "DELETE":
             return _json(await scorer.streams.last(stream_id))
@@ -368,14 +369,14 @@ class Door:
     async def post_accept(self, request: Request) -> Response:
         """Close a stream's alert and learn what it was about; its summary. Safe to repeat."""
         asked = _incoming(request)
-        _only(asked, "model")
+        only(asked, "model")
         result = await self._scorer(asked).streams.accept(request.path_params["stream_id"])
         return _json(result)
 
     async def list_alerts(self, request: Request) -> Response:
         """A page of alerts, the latest first."""
         asked = _incoming(request)
-        _only(asked, "status", "severity", "kind", "model", "stream_id", "limit", "cursor")
+        only(asked, "status", "severity", "kind", "model", "stream_id", "limit", "cursor")
         wanted = Wanted(
             frozenset(_words(asked, "status", get_args(alerts.Status))),
             frozenset(_words(asked, "severity", SEVERITIES[1:])),
@@ -501,7 +502,7 @@ class Door:
             raise BadParameter(
                 f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id", shown(stream_id)
             )
-        _only(request, "model", "top_contributors")
+        only(request, "model", "top_contributors")
         scorer = self._scorer(request)
         top = _number(request, "top_contributors", TOP, 0, MAX_TOP)
         form = _format(request)
@@ -514,19 +515,19 @@ class Door:
             address = _Address(stream_id, request.header(b"idempotency-key"))
             if form is Format.ARROW:
                 columns = address.columns(self._columns(content))
-                self._expect(request, scorer, len(columns))
+                self.expect(request, scorer, len(columns))
                 replied = await self._answer_columns(scorer, columns, reply, top, sender)
             else:
                 items, bare = self._decoded(content, form)
                 del content
-                self._expect(request, scorer, len(items))
+                self.expect(request, scorer, len(items))
                 replied = await self._answer(scorer, address.items(items), reply, top, sender, bare=bare)
         finally:
             self._intake.release(request)
         self._latency.observe(time.perf_counter() - started)
         return replied, _MEDIA_BYTES[reply]
 
-    def _expect(self, request: Incoming, scorer: Scorer, events: int) -> None:
+    def expect(self, request: Incoming, scorer: Scorer, events: int) -> None:
         """Count what the reply will take. Raises Overloaded."""
         self._intake.reply(request, events * _wide(scorer))
 
@@ -551,7 +552,7 @@ class Door:
     async def _answer_in_json(self, scorer: Scorer, items: Items, reply: Format, top: int, sender: str) -> bytes:
         with self._answering(len(items)):
             answers, kinds = await scorer.score_as_json(items, top_contributors=top, sender=sender)
-        self._count(_of_kinds([kinds.count(kind) for kind in Kind]))
+        self._count(outcomes_of(kinds))
         self._count(Counter(_outcome(answer) for answer in answers if isinstance(answer, ItemError)))
         _some_committed(answers)
         return encode(answers, reply, bare=False)
@@ -757,6 +758,11 @@ def _outcomes(scored: Scored) -> Counter[str]:
     return +(counted + Counter(_of_kinds(kinds)))
 
 
+def outcomes_of(kinds: Sequence[int]) -> dict[str, int]:
+    """How many events of these Kinds became what, but for those that are errors."""
+    return _of_kinds([kinds.count(kind) for kind in Kind])
+
+
 def _of_kinds(events: Sequence[int] | NDArray[np.intp]) -> dict[str, int]:
     """Outcomes of those that are no errors; `events` of each Kind."""
     counted = dict.fromkeys(_OF_KIND.values(), 0)
@@ -867,7 +873,7 @@ def _number(request: Incoming, name: str, default: int, least: int, most: int) -
     return int(text)
 
 
-def _only(request: Incoming, *names: str) -> None:
+def only(request: Incoming, *names: str) -> None:
     """What another name asks for would be left out: a list would have more than is meant, another model score. Raises BadParameter."""
     for name in request.parameters if request.scope["query_string"] else ():
         if name not in names:

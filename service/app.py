@@ -23,8 +23,8 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from starlette.responses import Response
 
-from service import loki, openapi, otlp, patterns, queues, remote_write, samples, series, shipped, tasks, tellers, tracing
-from service.api import Application, Door
+from service import http_sources, loki, openapi, otlp, patterns, queues, remote_write, samples, series, shipped, tasks, tellers, tracing
+from service.api import DOOR, Application, Door
 from service.canary import Canary
 from service.claims import StoredClaim
 from service.console.pages import Console, ConsoleLimits
@@ -47,6 +47,7 @@ from service.series import Series
 from service.settings import Settings
 from service.sinks.posting import address
 from service.sinks.remote_write import Target, WriteBack
+from service.sources.options import HttpSource
 from service.stores import Memory, Output, StateStore
 from service.stores.book import Book
 from service.stores.cluster import ClusterStore
@@ -55,6 +56,7 @@ from service.stores.redis import RedisStore
 REOPEN_SECONDS = 0.5
 PING_SECONDS = 1.0
 COUNT_SECONDS = 10.0
+DOORS = (DOOR, remote_write.DOOR, loki.DOOR, otlp.DOOR, otlp.METRICS_DOOR)
 VERSION = importlib.metadata.version("onset")
 
 log = structlog.get_logger(__name__)
@@ -70,11 +72,12 @@ class Service:
         """
         self.settings = settings
         self._embedded = embedded
-        self.sources = queues.declared(settings)
+        self.sources = queues.declared(settings, DOORS)
         self.metrics = Metrics()
         self.feed = Feed(self.metrics)
         self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads, settings.provider)
         self.default_model = _default(self.detectors, settings)
+        queues.check(self.sources, lambda name: self.detectors[name or self.default_model].manifest)
         self.names = Names(read_rules(settings.prometheus_relabel) if settings.prometheus_relabel else (), settings.prometheus_series)
         self.scorers: dict[str, Scorer] = {}
         self.claims: dict[str, StoredClaim] = {}
@@ -98,7 +101,7 @@ class Service:
         self.metrics.build.info({"version": VERSION})
         self.metrics.time.set_function(time.time)
         self.metrics.store_memory.set(math.nan)
-        self.metrics.begin(model=list(self.detectors), door=["http", remote_write.DOOR, loki.DOOR, otlp.DOOR, otlp.METRICS_DOOR])
+        self.metrics.begin(model=list(self.detectors), door=DOORS)
         self.patterns = patterns.Patterns(self.detectors, self.metrics)
         self._watch_streams()
         self.write_back = self._write_back() if settings.remote_write_url else None
@@ -207,7 +210,8 @@ class Service:
                 self._start_scorers(store)
             stack.push_async_callback(self._drain)
             most, drain = self.settings.max_batch_events, self.settings.drain_seconds
-            taps = queues.taps(self.sources, url, store, self._claimed, self.metrics, max_events=most, drain_seconds=drain)
+            read = [source for source in self.sources if not isinstance(source, HttpSource)]
+            taps = queues.taps(read, url, store, self._claimed, self.metrics, max_events=most, drain_seconds=drain)
             await self._open(store, stack)
             for name, claim in self.claims.items():
                 beside(claim.run(), f"claim-{name}")
@@ -269,7 +273,6 @@ class Service:
             self.scorers[name].start()
 
     def _claimed(self, model: str) -> tuple[Scorer, StoredClaim]:
-        """Raises KeyError."""
         name = model or self.default_model
         return self.scorers[name], self.claims[name]
 
@@ -360,6 +363,7 @@ def create_app(settings: Settings, embedded: EmbeddedStore | None = None) -> Fas
     as_otlp = otlp.OtlpMetrics(door, service.names, points, settings.max_batch_events, service.metrics)
     door.add_post(app, otlp.METRICS_PATH, as_otlp.export, "otlp_metrics")
     _add_log_doors(app, door, service)
+    _add_sources(app, door, service)
     openapi.add_docs(app)
     if service.console:
         app.router.routes += service.console.routes()
@@ -380,6 +384,15 @@ def _add_log_doors(app: Application, door: Door, service: Service) -> None:
     door.add_post(app, loki.PATH, as_loki.push, "loki_push")
     door.add_post(app, otlp.PATH, as_otlp.export, "otlp_logs")
     door.add_get(app, patterns.PATH, service.patterns.page, "patterns")
+
+
+def _add_sources(app: Application, door: Door, service: Service) -> None:
+    declared = [source for source in service.sources if isinstance(source, HttpSource)]
+    sources = http_sources.HttpSources(door, declared, service.settings.max_batch_events, service.metrics)
+    for path, name in ((http_sources.PATH, "source_events"), (http_sources.TOPIC_PATH, "source_topic_events")):
+        door.add_post(app, path, sources.post, name)
+    for path, name in ((http_sources.INFLUX_PATH, "influx_write"), (http_sources.INFLUX_1_PATH, "influx_1_write")):
+        door.add_post(app, path, sources.write, name)
 
 
 async def _home() -> Response:

@@ -13,6 +13,7 @@ OnsetError
 │   ├── TooManyStreams       the store holds as many streams as it may
 │   └── NotCommitted         the store, or the file in force, was gone in the middle of a long request
 ├── UnknownStream        no state is kept under this id
+├── UnknownSource        no source of kind http has this name
 ├── UnknownAlert         no alert has this id, or it was forgotten
 ├── AlertResolved        it is over: nobody needs to look after it
 ├── UnknownModel         no detector of this name is loaded
@@ -92,6 +93,10 @@ class NotCommitted(ItemError):
 
 class UnknownStream(OnsetError):
     """No state is kept under this stream id."""
+
+
+class UnknownSource(OnsetError):
+    """No source of kind http is declared under this name."""
 
 
 class UnknownAlert(OnsetError):

@@ -1,7 +1,7 @@
-"""Messages of queues → events, as declared once for all kinds of queues (sources/options.py): which field is the stream, the time, a value.
+"""Messages → events, as declared once for all kinds of sources (sources/options.py): which field is the stream, the time, a value.
 
-    format       what the payload is written in; `cloudevents`: the event's data is the payload, its attributes are `ce.…`; `text`: it is
-                 a log line, whatever it holds
+    format       what the payload is written in; `cloudevents`: the event's data is the payload, its attributes are `ce.…`; `influx`:
+                 each line is one (lineprotocol.py); `text`: it is a log line, whatever it holds
     plain        with nothing declared a message is one event or several as POST /v1/events takes them, decoded in one go
     mapped       each item of the payload by itself: references are resolved, and the event is checked like any other
     each         an item has events within, in a list, or as the members of an object: each of them by itself
@@ -28,6 +28,7 @@ from service.bodies import Format, checked, decode, decode_one, decode_plain, fr
 from service.errors import BadBody, BadEvent, ItemError, NoReading, OnsetError, TooLarge
 from service.events import MAX_NAME_LENGTH, PER_SECOND, Event, shown
 from service.features import COUNTED_SECONDS, of_another_unit
+from service.lineprotocol import decode as decode_lines
 from service.sources import MAX_EVENTS, POSITIONS, Message
 from service.sources.options import Payload
 from service.sources.templates import Pattern, Template
@@ -70,7 +71,7 @@ class Mapper:
     """Reads events from the messages of one source. `max_events` is of one message."""
 
     def __init__(self, payload: Payload, *, max_events: int) -> None:
-        self._each = _path(payload.each) if payload.each not in ("", ".") else None
+        self._nested = [(place, None if place == "." else _path(place)) for place in payload.nested]
         self._payload, self._read = payload, self._plain if payload.plain else self._mapped
         self._max_events = min(max_events, MAX_EVENTS)
         self._format = _FORMATS.get(payload.format, Format.JSON)
@@ -88,6 +89,8 @@ class Mapper:
         self._message = self._template("message", payload.message)
         self._end = self._reader(payload.end) if payload.end else None
         self._own = {name: self._reader(name) for name in _OWN}
+        if payload.format == "influx":  # the line's, which need not have one
+            self._own["timestamp"] = self._reader("payload.timestamp")
 
     def events(self, message: Message) -> tuple[Items, bool]:
         """The events of a message, or what is wrong with each; and whether it is one bare event. Raises OnsetError: nothing can be used."""
@@ -105,8 +108,9 @@ class Mapper:
             items, bare = self._items(message, levels)
         except BadBody as error:
             raise BadEvent(error.detail.replace("The body", "The payload", 1), "payload", _start(message)) from error
-        if self._payload.each:
-            items, bare = [part for item in items for part in ([item] if isinstance(item, ItemError) else self._parts(item))], False
+        for place, found in self._nested:
+            items = [part for item in items for part in ([item] if isinstance(item, ItemError) else self._parts(item, place, found))]
+            bare = False
             if len(items) > self._max_events:
                 raise TooLarge(f"More than {self._max_events} events in one message.")
         events = [event for item in items for event in ([item] if isinstance(item, ItemError) else self._try(item))]
@@ -356,20 +360,23 @@ class Mapper:
         if message.payload is None:
             fields = {_text(name): _text(value) for name, value in message.headers.items()}
             return [_Item(fields, message, levels, {})], True
+        if self._payload.format == "influx":
+            points = decode_lines(message.payload, most=self._max_events)
+            return [point if isinstance(point, BadEvent) else _Item(point, message, levels, {}) for point in points], False
         if self._payload.format in ("number", "text"):
             return [_Item(message.payload.decode(errors="replace").strip(), message, levels, {})], True
         contents, bare = decode_plain(message.payload, self._body_format(message.payload), max_events=self._max_events)
         return [content if isinstance(content, ItemError) else _Item(content, message, levels, {}) for content in contents], bare
 
-    def _parts(self, item: _Item) -> Sequence[_Item | ItemError]:
-        """Each event within a payload as a payload of its own."""
-        found = self._each(item.payload) if self._each else item.payload
+    def _parts(self, item: _Item, place: str, within: Callable[[Any], Any] | None) -> Sequence[_Item | ItemError]:
+        """What lies at a place of a payload, each as a payload of its own; `within` finds it, None = it is the payload itself."""
+        found = item.payload if within is None else within(item.payload)
         if isinstance(found, list):
             return [dataclasses.replace(item, payload=part, whole=item.payload) for part in found]
         if isinstance(found, dict):
             return [self._member(item, str(name), value) for name, value in found.items()]
         said, value = ("not in the message", "") if found is _MISSING else (shown(found), shown(found))
-        return [BadEvent(f"{self._payload.each} is to be a list or an object of events; it is {said}.", self._payload.each, value)]
+        return [BadEvent(f"{place} is to be a list or an object of events; it is {said}.", place, value)]
 
     def _member(self, item: _Item, name: str, value: Any) -> _Item | ItemError:
         """A reading by its name in an object, where words and other objects stand beside the readings."""
@@ -483,6 +490,9 @@ def _comparable(said: Any) -> Any:
 
 
 def _text_at(field: str, reference: str, found: Any) -> str:
+    if isinstance(found, str) and len(found) > MAX_NAME_LENGTH and field != "message":  # said once, it would be copied for each event
+        detail = f"{field} is to be made from '{reference}', which has {len(found)} characters: {MAX_NAME_LENGTH} at most."
+        raise BadEvent(detail, field, shown(found))
     if isinstance(found, str) and found:
         return found
     if isinstance(found, int | float) and not isinstance(found, bool):
@@ -493,7 +503,7 @@ def _text_at(field: str, reference: str, found: Any) -> str:
 
 
 def _header(message: Message, name: str) -> Any:
-    found = message.headers.get(name.encode())
+    found = message.headers.get(name.encode(), message.headers.get(name.lower().encode()))  # HTTP's come in small letters
     return _MISSING if found is None else _text(found)
 
 

@@ -17,7 +17,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
-from service import alerts, control, events, logs, loki, otlp, patterns, problems
+from service import alerts, control, events, http_sources, logs, loki, otlp, patterns, problems
 from service.api import MAX_NOTE, MAX_TOP, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.asking import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
@@ -69,7 +69,17 @@ def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict
     if app.openapi_schema is None:
         spec = get_openapi(title="Onset", version=app.version, description=_DESCRIPTION, routes=app.routes)
         _, components = msgspec.json.schema_components(
-            [Event, Result, Problem, PolicyReply, LevelReply, alerts.AlertPage, patterns.PatternPage, *(_LIVE_DATA if live else ())],
+            [
+                Event,
+                Result,
+                Problem,
+                http_sources.Taken,
+                PolicyReply,
+                LevelReply,
+                alerts.AlertPage,
+                patterns.PatternPage,
+                *(_LIVE_DATA if live else ()),
+            ],
             ref_template=_COMPONENT,
         )
         _describe(components)
@@ -96,7 +106,7 @@ def _add_cross_site(paths: dict[str, Any]) -> None:
 
 def _describe(components: dict[str, Any]) -> None:
     """Each field's docstring as its description: msgspec reads that of the class alone."""
-    modules = (events, problems, control, logs, alerts, patterns, messages)
+    modules = (events, problems, http_sources, control, logs, alerts, patterns, messages)
     for name, schema in components.items():
         [struct] = {vars(module)[name] for module in modules if name in vars(module)}
         for kind in struct.__mro__[: struct.__mro__.index(msgspec.Struct)]:
@@ -282,6 +292,7 @@ _CHANGE = {
         }
     ],
 }
+_DATA = [Event, Result, Problem, http_sources.Taken, PolicyReply, LevelReply]
 _LIVE_DATA = [data for events in LIVE_EVENTS.values() for data in events.values()]
 _HEALTH = {
     "type": "object",
@@ -338,6 +349,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
                 ["bad-parameter", "unknown-stream", "state-conflict", "store-unavailable"],
             )
         },
+        **_source_paths(),
         PATH: {"post": _remote_write(model)},
         loki.PATH: {"post": _loki()},
         otlp.PATH: {"post": _otlp()},
@@ -357,6 +369,38 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
             }
         },
     }
+
+
+def _source_paths() -> dict[str, Any]:
+    """Addresses of sources of type http, whose bodies only their senders and the declared mapping know."""
+    name = _parameter(
+        "name", "path", {"type": "string", "pattern": "^[a-z0-9_-]{1,64}$"}, "A source of type http, as ONSET_SOURCES has it."
+    )
+    topic = _parameter("topic", "path", {"type": "string", "minLength": 1}, "What payload.topic names the levels of; may hold slashes.")
+    results = _parameter("results", "query", {"type": "boolean"}, "true: a result or problem for each event.")
+    key = _parameter("Idempotency-Key", "header", {"type": "string", "pattern": VISIBLE}, "Gives events without an identity one.")
+    each = {"type": "array", "items": {"anyOf": [_ref("Result"), _ref("Problem")]}}
+    said = {"200": _json({"anyOf": [_ref("Taken"), each]}, "What became of the events.")}
+    failures = ["bad-event", "future-event", "bad-parameter", "unknown-source", "too-large", "unsupported-media", "bad-body"]
+    failures += ["overloaded", "too-many-streams", "store-unavailable"]
+    body = {"required": True, "content": {"application/json": {"schema": {}}, "text/plain": {"schema": {"type": "string"}}}}
+    paths = {}
+    for path, operation, parameters in (
+        (http_sources.PATH, "postToSource", [name]),
+        ("/v1/sources/{name}/{topic}", "postToSourceTopic", [name, topic]),
+    ):
+        summary = "Score what a sender of another kind has, as its source's payload declares"
+        paths[path] = {"post": _operation(operation, summary, [*parameters, results, key, _TENANT], said, failures) | {"requestBody": body}}
+    lines = {"required": True, "content": {"text/plain": {"schema": {"type": "string"}, "example": "oven,line=1 temp=214.5"}}}
+    fault = {"type": "object", "required": ["code", "message"], "properties": {"code": _TEXT, "message": _TEXT, "error": _TEXT}}
+    answers = {"204": {"description": "Everything was taken."}}
+    answers |= {str(status): _json(fault, title) for status, title in _failures(failures)}
+    precision = _parameter("precision", "query", {"enum": list(http_sources.PRECISIONS)}, "Unit of the lines' times; else the source's.")
+    for path, operation, own in ((http_sources.INFLUX_PATH, "influxWrite", "bucket"), (http_sources.INFLUX_1_PATH, "influx1Write", "db")):
+        source = _parameter(own, "query", {"type": "string"}, "The source, whose payload has format: influx.") | {"required": True}
+        summary = "Score lines that are sent as to an InfluxDB"
+        paths[path] = {"post": _operation(operation, summary, [source, precision, _TENANT], answers, []) | {"requestBody": lines}}
+    return paths
 
 
 def _live_paths() -> dict[str, Any]:
@@ -691,7 +735,8 @@ def _scoring(name: str, summary: str, parameters: list[Any], event_schema: str, 
         },
         "409": _problem("A single event older than the stream's last one, or ahead of the service's clock."),
     }
-    slugs = [slug for _, slug, _, _ in TABLE.values() if slug not in ("unknown-stream", "unknown-alert", "alert-resolved")]
+    others = ("unknown-stream", "unknown-alert", "unknown-source", "alert-resolved", "no-reading")
+    slugs = [slug for _, slug, _, _ in TABLE.values() if slug not in others]
     top = _parameter(
         "top_contributors", "query", {"type": "integer", "minimum": 0, "maximum": MAX_TOP, "default": TOP}, "Features to explain by."
     )

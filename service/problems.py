@@ -13,6 +13,7 @@ from service.errors import (
     CrossSite,
     FutureEvent,
     ItemError,
+    NoReading,
     NotCommitted,
     OnsetError,
     Overloaded,
@@ -26,6 +27,7 @@ from service.errors import (
     Unfinished,
     UnknownAlert,
     UnknownModel,
+    UnknownSource,
     UnknownStream,
     UnsupportedMedia,
 )
@@ -37,10 +39,12 @@ MEDIA_TYPE = "application/problem+json"
 TABLE: dict[type[OnsetError], tuple[int, str, str, int | None]] = {
     BadBody: (400, "bad-body", "The body cannot be read", None),
     BadEvent: (422, "bad-event", "An event has a field that cannot be used", None),
+    NoReading: (200, "no-reading", "It holds no reading: passed over", None),
     FutureEvent: (409, "future-event", "Ahead of the service's clock", None),
     BadParameter: (422, "bad-parameter", "A parameter cannot be used", None),
     CrossSite: (403, "cross-site", "A page of another site asks for it", None),
     UnknownStream: (404, "unknown-stream", "No such stream", None),
+    UnknownSource: (404, "unknown-source", "No such source", None),
     UnknownAlert: (404, "unknown-alert", "No such alert", None),
     AlertResolved: (409, "alert-resolved", "The alert is over", None),
     UnknownModel: (404, "unknown-model", "No such model", None),

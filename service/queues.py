@@ -5,7 +5,7 @@ A queue's client is imported only where such a source is declared: each is an op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from service.artifact import Manifest
@@ -22,8 +22,8 @@ from service.sources.redis_streams import RedisStreams
 from service.stores import StateStore
 
 
-def declared(settings: Settings) -> Sequence[options.AnySource]:
-    """All sources of these settings. Raises BadSetting."""
+def declared(settings: Settings, doors: Collection[str] = ()) -> Sequence[options.AnySource]:
+    """All sources of these settings; `doors` are what metrics call the others. Raises BadSetting."""
     sources = list(options.read(settings.sources))
     if settings.streams_input:
         sources.insert(0, _short(settings))
@@ -32,6 +32,9 @@ def declared(settings: Settings) -> Sequence[options.AnySource]:
         raise BadSetting(
             "ONSET_STREAMS_INPUT is a source called 'redis_streams', and so is one of ONSET_SOURCES: give that one another name."
         )
+    for source in sources:
+        if source.called in doors:
+            raise BadSetting(f"A source of ONSET_SOURCES is called '{source.called}', as a door of the service in its metrics: rename it.")
     if settings.redis_cluster:
         for source in sources:
             if isinstance(source, options.RedisStreamsSource):
@@ -47,7 +50,7 @@ def declared(settings: Settings) -> Sequence[options.AnySource]:
 
 
 def taps(
-    sources: Sequence[options.AnySource],
+    sources: Sequence[options.AnyQueue],
     store_url: str,
     store: StateStore,
     scorer_of: Callable[[str], tuple[Scorer, StoredClaim]],
@@ -56,21 +59,26 @@ def taps(
     max_events: int,
     drain_seconds: float,
 ) -> list[Tap]:
-    """One for each source, not started. `scorer_of` gives scorer and claim of a model by name ("" = the default). Raises BadSetting."""
+    """One for each queue, not started. `scorer_of` gives scorer and claim of a model by name ("" = the default). Raises BadSetting."""
     made = []
     for source in sources:
-        try:
-            scorer, claim = scorer_of(source.model)
-        except KeyError as error:
-            raise BadSetting(f"Source '{source.called}' names the model '{source.model}', which is not loaded.") from error
-        _fits(source, scorer.detector.manifest)
+        scorer, claim = scorer_of(source.model)
         mapper = Mapper(source.payload, max_events=max_events)
         made.append(Tap(partial(_consumer, source, store_url, store, scorer, metrics, mapper), claim, metrics, drain_seconds))
     return made
 
 
+def check(sources: Sequence[options.AnySource], manifest_of: Callable[[str], Manifest]) -> None:
+    """Raises BadSetting where no message could ever be an event of its model. `manifest_of` one by name, or KeyError; "" = the default."""
+    for source in sources:
+        try:
+            manifest = manifest_of(source.model)
+        except KeyError as error:
+            raise BadSetting(f"Source '{source.called}' names the model '{source.model}', which is not loaded.") from error
+        _fits(source, manifest)
+
+
 def _fits(source: options.AnySource, manifest: Manifest) -> None:
-    """Raises BadSetting where no message could ever be an event of its model."""
     payload, model = source.payload, f"Source '{source.called}': model '{manifest.name}'"
     if manifest.kind == "log":
         if payload.values or payload.format == "number":
@@ -85,11 +93,11 @@ def _fits(source: options.AnySource, manifest: Manifest) -> None:
                 raise BadSetting(f"{model} has no feature '{feature}', which payload declares; it knows {known}.")
 
 
-def _consumer(source: options.AnySource, store_url: str, store: StateStore, scorer: Scorer, metrics: Metrics, mapper: Mapper) -> Consumer:
+def _consumer(source: options.AnyQueue, store_url: str, store: StateStore, scorer: Scorer, metrics: Metrics, mapper: Mapper) -> Consumer:
     return Consumer(queue(source, store_url, store, metrics), scorer, metrics, mapper, fuse=source.fuse)
 
 
-def queue(source: options.AnySource, store_url: str, store: StateStore, metrics: Metrics) -> Source:
+def queue(source: options.AnyQueue, store_url: str, store: StateStore, metrics: Metrics) -> Source:
     """Raises BadSetting where its client is not installed."""
     try:
         match source:

@@ -258,25 +258,35 @@ class Scorer:
         return await self._scored(items, partial(self._replies.results, top_contributors=top_contributors), sender)
 
     async def score_as_json(
-        self, items: Sequence[Event | ItemError], *, top_contributors: int = TOP, sender: str = ""
+        self, items: Sequence[Event | ItemError], *, top_contributors: int = TOP, sender: str = "", by_content: bool = False
     ) -> tuple[list[msgspec.Raw | ItemError], list[int]]:
-        """The same with results that are JSON already, and the Kind of each event that has one or failed to be scored."""
+        """The same with results that are JSON already, and the Kind of each event that has one or failed to be scored.
+
+        `by_content`: an event that names no identity has that of its time and values, as one of a queue without positions.
+        """
         kinds: list[int] = []
 
         def replies(events: Sequence[Event], answers: Answers) -> list[msgspec.Raw]:
             kinds.extend(answers.kinds)
             return self._replies.as_json(events, answers, top_contributors=top_contributors)
 
-        return await self._scored(items, replies, sender), kinds
+        return await self._scored(items, replies, sender, by_content=by_content), kinds
 
     async def _scored(
-        self, items: Sequence[Event | ItemError], replies: Callable[[Sequence[Event], Answers], list[Reply]], sender: str
+        self,
+        items: Sequence[Event | ItemError],
+        replies: Callable[[Sequence[Event], Answers], list[Reply]],
+        sender: str,
+        *,
+        by_content: bool = False,
     ) -> list[Reply | ItemError]:
         self._check()
         events = [item for item in items if isinstance(item, Event)]
         parsed, errors = await self._parse(events)
         if errors:
             events = [event for i, event in enumerate(events) if i not in errors]
+        if by_content:
+            parsed = changed(parsed, key=[key or _content_key(event) for key, event in zip(parsed.key, events, strict=True)])
         answers: list[Reply | ItemError] = []
         done = await self._submit(parsed, sender)
         for here, outcome in done:
@@ -870,10 +880,14 @@ def _identity(delivery: Delivery, *, replies: bool) -> int:
     """Of an event that names none: its place in a queue, by which its stored result is found, or else its time and content; 0 = none."""
     if delivery.source:
         return event_key(f"{delivery.source}/{delivery.position}", None) if replies and delivery.lease is None else 0
-    event = delivery.event
-    return (
-        0 if event.timestamp is None else event_key(f"{event.timestamp} {event.values if event.message is None else event.message}", None)
-    )
+    return _content_key(delivery.event)
+
+
+def _content_key(event: Event) -> int:
+    """Identity of an event by its time and content; 0 = it has no time."""
+    if event.timestamp is None:
+        return 0
+    return event_key(f"{event.timestamp} {event.values if event.message is None else event.message}", None)
 
 
 def _result_id(reply: Result, delivery: Delivery) -> str:

@@ -85,7 +85,9 @@ class Settings(BaseSettings):
     reorder_events: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Events of one stream held at most."""
     sources: str = ""
-    """Queues that events come from: a JSON list, or a file with a YAML or JSON list (docs/queues.md)."""
+    """Queues that events come from (docs/queues.md), and addresses for senders of another kind (docs/http-sources.md): a JSON list, or a
+    file with a YAML or JSON list.
+    """
     streams_input: str = ""
     """Key of a Redis Stream of events in the store's server (docs/queues.md), such as onset:events; empty = none is read."""
     streams_output: Annotated[str, Field(min_length=1)] = "onset:results"

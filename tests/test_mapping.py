@@ -151,6 +151,32 @@ def test_one_bad_event_among_thousands_of_a_message_is_named_and_the_others_are_
     assert isinstance(found[2500], BadEvent)
 
 
+def test_lines_of_influx_are_a_stream_for_each_field_where_nothing_else_is_declared() -> None:
+    sent = message(b'cpu,host=a,cpu=0 idle=1.5,n=2i,note="x" 1795797153000000000\nbad\nm f=t')
+    idle, n, note, bad, without_time = events({"format": "influx"}, sent)
+    assert (idle, n) == (
+        Event("cpu,cpu=0,host=a/idle", {"value": 1.5}, timestamp=1795797153.0),
+        Event("cpu,cpu=0,host=a/n", {"value": 2.0}, timestamp=1795797153.0),
+    )
+    assert (type(note), type(bad), without_time) == (NoReading, BadEvent, Event("m/f", {"value": 1.0}))
+    assert one({"format": "influx", "values": "fields.idle"}, message(b"cpu,host=a idle=1.5")) == Event("cpu,host=a", {"value": 1.5})
+    declared = {"format": "influx", "timestamp_unit": "s", "stream_id": "tags.host", "message": "fields.message"}
+    assert one(declared, message(b'syslog,host=a message="up",severity=1i 1795797153')) == Event("a", None, "up", 1795797153)
+
+
+def test_a_list_within_a_list_is_gone_through_and_payload_is_what_the_innermost_one_is_in() -> None:
+    declared = {"each": ["batch", "points"], "stream_id": "payload.name", "timestamp": "t", "values": "v"}
+    sent = message({"batch": [{"name": "a", "points": [{"t": 1, "v": 2}, {"t": 2, "v": 3}]}, {"name": "b", "points": 7}, {"points": []}]})
+    first, second, bad = events(declared, sent)
+    assert (first, second) == (Event("a", {"value": 2}, timestamp=1), Event("a", {"value": 3}, timestamp=2))
+    assert isinstance(bad, BadEvent)
+    assert (bad.field, bad.value) == ("points", "7")
+
+
+def test_a_header_is_found_in_the_small_letters_of_http() -> None:
+    assert one({"stream_id": "{headers.X-Line}", "values": "v"}, message({"v": 1}, x__line="7")).stream_id == "7"
+
+
 def test_what_is_declared_must_be_there_and_a_missing_feature_is_missing() -> None:
     declared = {"stream_id": "s", "timestamp": "t", "event_id": "{s}-{n}", "sequence": "n", "values": {"x": "m.x", "y": "m.y"}}
     good = {"s": "a", "t": 5, "n": 9, "m": {"x": 1, "y": "2.5"}}

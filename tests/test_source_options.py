@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service import queues
-from service.app import Service
+from service.app import DOORS, Service
 from service.errors import BadSetting
 from service.settings import Settings
 from service.sources import options
@@ -57,6 +57,9 @@ def test_a_file_and_inline_json_say_the_same(tmp_path: Path) -> None:
         ('[{"type": "redis_streams", "payload": {"format": "text", "message": "m"}}]', "a text is the line itself"),
         ('[{"type": "redis_streams", "payload": {"message": "m", "values": "v"}}]', "declare one of values and message"),
         ('[{"type": "redis_streams", "payload": {"message": "{m"}}]', "payload.message: '{m' has a brace without its partner"),
+        ('[{"type": "http"}]', "source 1 (http): name: Field required"),
+        ('[{"type": "http", "name": "gateway", "fuse": 1}]', "source 1 (http): fuse: Extra inputs are not permitted; got 1."),
+        ('[{"type": "http", "name": "gateway", "payload": {"each": []}}]', "source 1 (http): payload.each"),
         ('[{"type": "kafka", "topics": ["a"]}]', "source 1 (kafka): brokers: Field required"),
         ('[{"type": "kafka", "brokers": "b", "topics": []}]', "source 1 (kafka): topics: List should have at least 1 item"),
         ('[{"type": "kafka", "brokers": "b", "topics": ["^onset"]}]', "'onset-results' is read and written by the same source"),
@@ -64,7 +67,7 @@ def test_a_file_and_inline_json_say_the_same(tmp_path: Path) -> None:
         ('[{"type": "nats", "servers": ["n"], "subjects": ["onset.>"]}]', "'onset.results' is read and written by the same source"),
         ('[{"type": "nats", "servers": ["n"], "subjects": ["*.results"]}]', "'onset.results' is read and written by the same source"),
         ('[{"type": "nats", "servers": ["n"], "subjects": ["a"], "group": "a.b"}]', "source 1 (nats): group:"),
-        ('[{"servers": ["n"]}]', "source 1 has no type; there are redis_streams, kafka, nats, mqtt, amqp."),
+        ('[{"servers": ["n"]}]', "source 1 has no type; there are redis_streams, kafka, nats, mqtt, amqp, http."),
         ('[{"type": "redis_streams", "key": "${NOWHERE_TO_BE_FOUND}"}]', "${NOWHERE_TO_BE_FOUND}, which the environment does not have"),
     ],
 )
@@ -183,6 +186,12 @@ def test_the_short_way_is_one_more_source() -> None:
     assert (short.key, short.batch) == ("events", 7)
     with pytest.raises(BadSetting, match="give that one another name"):
         queues.declared(Settings(streams_input="events", sources='[{"type": "redis_streams"}]'))
+
+
+def test_no_source_is_called_as_a_door_is_in_the_metrics(tiny_model_path: Path) -> None:
+    for name in DOORS:
+        with pytest.raises(BadSetting, match=f"called '{name}', as a door of the service"):
+            Service(Settings(model=tiny_model_path, sources=json.dumps([{"type": "http", "name": name}])))
 
 
 @pytest.mark.parametrize("settings", [{"streams_input": "events"}, {"sources": '[{"type": "redis_streams", "key": "events"}]'}])

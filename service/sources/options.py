@@ -1,11 +1,13 @@
 """What can be declared of a source (ONSET_SOURCES): one validated list, in a file or inline, shared by all kinds of sources.
 
-    - type: kafka | nats | mqtt | amqp | redis_streams
-      name, model, fuse                      of every source
+    - type: kafka | nats | mqtt | amqp | redis_streams | http
+      name, model                            of every source
+      fuse                                   of every queue
       payload: {format, stream_id, ...}      how an event is read from a message, the same everywhere (mapping.py)
       ...                                    what only this kind has
 
-Nothing here needs a queue's client: a wrong value stops the service before anything is opened.
+Queues are read; to an address (http) others send. Nothing here needs a queue's client: a wrong value stops the service before anything
+is opened.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from service.sources.templates import Pattern, Template
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _TAG = re.compile(r"[a-z0-9_-]{1,64}")
-FormatName = Literal["json", "ndjson", "msgpack", "cloudevents", "number", "text"]
+FormatName = Literal["json", "ndjson", "msgpack", "cloudevents", "influx", "number", "text"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
 KAFKA_OWN = frozenset(
     {
@@ -62,9 +64,10 @@ class Payload(Declared):
     """
 
     format: FormatName = "json"
-    each: str = ""
+    each: str | Annotated[tuple[NonEmpty, ...], Field(min_length=1)] = ""
     """Reference to a list of events within the payload, or to an object of which each number is one, with `name` and `value`; `.` = the
-    payload itself. All else is then within such an event, but for `payload.PATH`, which is of the whole payload.
+    payload itself. All else is then within such an event, but for `payload.PATH`, which is of the whole payload. Several: one within
+    the other, and `payload.PATH` is of what the innermost one is in.
     """
     topic: str = ""
     """Pattern of the topic, subject or routing key whose levels have names: plant/{line}/{sensor}/value."""
@@ -73,7 +76,7 @@ class Payload(Declared):
     timestamp: str = ""
     """Reference. Default: the payload's timestamp, or else the time at which the message came to the queue."""
     timestamp_unit: TimeUnit = "s"
-    """Of times that are numbers."""
+    """Of times that are numbers; of `influx` nanoseconds where nothing else is declared."""
     values: str | dict[Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)], NonEmpty] = ""
     """Feature → reference, or one reference to an object of numbers. Default: the payload's values."""
     feature: Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)] = "value"
@@ -100,6 +103,23 @@ class Payload(Declared):
     def _mapped(self) -> bool:
         read = self.timestamp or self.values or self.missing or self.good or self.message or self.end or self.event_id or self.sequence
         return bool(self.each or self.topic or self.stream_id or read)
+
+    @property
+    def nested(self) -> tuple[str, ...]:
+        """What `each` names, the outermost first."""
+        return self.each if isinstance(self.each, tuple) else (self.each,) if self.each else ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_influx(cls, declared: Any) -> Any:
+        """With what is meant where nothing else is declared of InfluxDB's lines: a stream for each field of a series, and nanoseconds."""
+        if not isinstance(declared, dict) or declared.get("format") != "influx":
+            return declared
+        mapped = any(declared.get(name) for name in ("each", "values", "message"))
+        whole = (
+            {"stream_id": "{payload.series}"} if mapped else {"stream_id": "{payload.series}/{name}", "each": "fields", "values": "value"}
+        )
+        return {"timestamp_unit": "ns"} | whole | declared
 
     @field_validator("stream_id", "event_id", "message")
     @classmethod
@@ -139,8 +159,6 @@ class Source(Declared):
     """As metrics and logs call it; must differ between sources. Default: its type."""
     model: str = ""
     """Which model scores it. Default: the service's default one."""
-    fuse: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """A partition pauses when more than this share of the recent messages cannot be used; 1 = never."""
     payload: Payload = Payload()
     keyed: ClassVar[bool] = False
     """Whether a message's key names its stream where nothing else does."""
@@ -164,7 +182,14 @@ class Source(Declared):
         return payload
 
 
-class RedisStreamsSource(Source):
+class Queue(Source):
+    """What every source that is read has."""
+
+    fuse: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """A partition pauses when more than this share of the recent messages cannot be used; 1 = never."""
+
+
+class RedisStreamsSource(Queue):
     """Redis Streams in the state store's server; `key`, `group` and so on are what ONSET_STREAMS_… are (docs/queues.md)."""
 
     type: Literal["redis_streams"] = "redis_streams"
@@ -178,7 +203,7 @@ class RedisStreamsSource(Source):
     lease_seconds: Annotated[float, Field(ge=0.5, le=300)] = 5
 
 
-class KafkaSource(Source):
+class KafkaSource(Queue):
     """Topics of a Kafka cluster, shared by the replicas of one consumer group."""
 
     type: Literal["kafka"] = "kafka"
@@ -214,7 +239,7 @@ class KafkaSource(Source):
         return options
 
 
-class NatsSource(Source):
+class NatsSource(Queue):
     """Subjects of a NATS JetStream stream, each read in its order by one replica at a time."""
 
     type: Literal["nats"] = "nats"
@@ -253,7 +278,7 @@ class NatsSource(Source):
         return self
 
 
-class MqttSource(Source):
+class MqttSource(Queue):
     """One session at an MQTT 5 broker; replicas take turns on it. A message's key is its topic."""
 
     type: Literal["mqtt"] = "mqtt"
@@ -310,7 +335,7 @@ class MqttSource(Source):
         return self
 
 
-class AmqpSource(Source):
+class AmqpSource(Queue):
     """Queues of a RabbitMQ, or of another AMQP 0-9-1 broker; each is a partition."""
 
     type: Literal["amqp"] = "amqp"
@@ -352,7 +377,16 @@ class AmqpSource(Source):
         return self
 
 
-AnySource = Annotated[RedisStreamsSource | KafkaSource | NatsSource | MqttSource | AmqpSource, Field(discriminator="type")]
+class HttpSource(Source):
+    """An address that others send to, POST /v1/sources/{name}. A message's topic, and its key, is what follows the name in the address."""
+
+    type: Literal["http"] = "http"
+    keyed: ClassVar[bool] = True
+    name: NonEmpty
+
+
+AnyQueue = RedisStreamsSource | KafkaSource | NatsSource | MqttSource | AmqpSource
+AnySource = Annotated[AnyQueue | HttpSource, Field(discriminator="type")]
 _sources: TypeAdapter[list[AnySource]] = TypeAdapter(list[AnySource])
 
 

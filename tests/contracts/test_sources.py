@@ -31,7 +31,7 @@ from service.sources.amqp import Amqp
 from service.sources.kafka import Kafka
 from service.sources.mqtt import Mqtt
 from service.sources.nats import Nats
-from service.sources.options import AnySource, Payload
+from service.sources.options import AnyQueue, Payload
 from service.sources.partitions import AHEAD
 from service.stores.memory import MemoryStore
 from tests.brokers import Mosquitto
@@ -226,7 +226,7 @@ async def test_who_dies_between_the_commit_and_the_acknowledgement_leaves_nothin
     holder = Service(Settings(redis_url=rig.store, model=service.settings.model))
     async with holder.running():
         [scorer] = holder.scorers.values()
-        options: AnySource = TypeAdapter(AnySource).validate_python(rig.declared | {"name": "line"})
+        options: AnyQueue = TypeAdapter(AnyQueue).validate_python(rig.declared | {"name": "line"})
         assert holder.store is not None
         dying = Dying(queues.queue(options, rig.store, holder.store, Metrics()), at)
         consumer = Consumer(dying, scorer, Metrics(), Mapper(Payload(), max_events=1000), fuse=1)
@@ -287,7 +287,7 @@ async def test_while_nothing_can_be_scored_no_more_is_taken_than_there_is_room_f
     store = MemoryStore(state_ttl=60, result_ttl=60)
     held = Scorer(tiny_detector, Policy(), store, metrics := Metrics(), Limits(), held=True)
     held.start()
-    options: AnySource = TypeAdapter(AnySource).validate_python(rig.declared | {"name": "line", "batch": batch})
+    options: AnyQueue = TypeAdapter(AnyQueue).validate_python(rig.declared | {"name": "line", "batch": batch})
     source = queues.queue(options, rig.store, store, metrics)
     consumer = Consumer(source, held, metrics, Mapper(Payload(), max_events=1000), fuse=1)
     await consumer.start()
