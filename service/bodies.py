@@ -334,8 +334,10 @@ def from_fields(fields: Mapping[bytes, bytes]) -> Event:
 
 def to_number(text: str) -> int | float | None:
     """None = it is not one."""
+    if len(text) > _MAX_DIGITS:  # which Python would read for milliseconds
+        return None
     try:
-        return int(text) if text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS else float(text)
+        return int(text) if text.isascii() and text.isdigit() else float(text)
     except ValueError:
         return None
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
@@ -145,12 +146,28 @@ def listed(names: Iterable[str]) -> str:
 def shown(value: Any) -> str:
     """A value as JSON, shortened to what a message can hold."""
     try:
-        text = json.dumps(value[:64] if isinstance(value, str) else value, default=str)
+        text = json.dumps(_beginning(value), default=str)
     except RecursionError:
         return "a value nested too deeply"
     except TypeError:  # a map of msgpack, whose keys need not be text
         text = repr(value)
     return text if len(text) <= 64 else text[:61] + "..."
+
+
+def _beginning(value: Any) -> Any:
+    """As much of a value as `shown` needs: it may be part of a large payload, and be told of for each event of that."""
+    left = 64  # values, each of which is a character at least
+
+    def cut(inner: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if isinstance(inner, str | bytes):
+            return inner[:64]
+        if isinstance(inner, dict):
+            return {(name[:64] if isinstance(name, str) else name): cut(part) for name, part in islice(inner.items(), left) if left > 0}
+        return [cut(part) for part in inner[:left] if left > 0] if isinstance(inner, list) else inner
+
+    return cut(value)
 
 
 class Lease(NamedTuple):

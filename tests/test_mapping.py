@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from typing import Any
 
 import msgspec
@@ -175,6 +176,20 @@ def test_a_list_within_a_list_is_gone_through_and_payload_is_what_the_innermost_
 
 def test_a_header_is_found_in_the_small_letters_of_http() -> None:
     assert one({"stream_id": "{headers.X-Line}", "values": "v"}, message({"v": 1}, x__line="7")).stream_id == "7"
+
+
+@pytest.mark.parametrize("large", ["h" * 1_000_000, "1" * 1_000_000, {f"k{i}": i for i in range(60_000)}, [["x" * 1_000_000]] * 3])
+@pytest.mark.parametrize("place", ["stream_id", "timestamp"])
+def test_what_events_share_is_not_gone_through_for_each_of_them(large: Any, place: str) -> None:
+    declared = {"each": "readings", "stream_id": "s", "timestamp": "t", "values": "v"} | {place: "payload.large"}
+    sent = message({"large": large, "readings": [{"s": "a", "t": 5, "v": 1}] * 1000})
+    mapper = Mapper(Payload.model_validate(declared), max_events=1000)
+    started = time.process_time()
+    items, _ = mapper.events(sent)
+    assert time.process_time() - started < 10  # it took minutes
+    assert len(items) == 1000
+    if place == "stream_id":
+        assert all(isinstance(item, BadEvent) and len(item.detail) < 200 for item in items)
 
 
 def test_what_is_declared_must_be_there_and_a_missing_feature_is_missing() -> None:
