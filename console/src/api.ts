@@ -23,7 +23,9 @@ export const address = (path: string): string => new URL(path, document.baseURI.
 /** Stream ids may hold slashes; each part is escaped. */
 export const streamPath = (id: string): string => id.split("/").map(encodeURIComponent).join("/");
 
-/** Asks so long after each answer, until ended. Of a slow link it takes a fifth at most, and nothing while nobody sees the page. */
+const LONGEST_MS = 30_000; // between two questions: what has come back is seen by then
+
+/** Asks so long after each answer, until ended. Of a slow link it takes about a fifth, and nothing while nobody sees the page. */
 export function asking(seconds: number, turn: () => Promise<void>): () => void {
   let timer = 0;
   let ended = false;
@@ -32,7 +34,7 @@ export function asking(seconds: number, turn: () => Promise<void>): () => void {
     try {
       if (!document.hidden) await turn();
     } finally {
-      if (!ended) timer = window.setTimeout(() => void next(), Math.max(1000 * seconds, 4 * (performance.now() - began)));
+      if (!ended) timer = window.setTimeout(() => void next(), Math.max(1000 * seconds, Math.min(LONGEST_MS, 4 * (performance.now() - began))));
     }
   };
   void next();
