@@ -1,12 +1,14 @@
 """How well odd sessions of log lines are found: trained on normal sessions alone, the threshold fixed by the asked false-alarm rate.
 
-    python -m bench.logs [--sets hdfs,openstack,bgl,thunderbird] [--seeds 3] [--steps 300] [--part 1] [--data ../shared/data] [--json FILE]
+    python -m bench.logs [--sets hdfs,openstack,bgl,thunderbird | hosts] [--seeds 3] [--steps 300] [--part 1]
+                         [--data ../shared/data] [--json FILE]
 
 A session is reported when one of its events, its end included, begins an anomaly. The asked rate of a set is one false alarm in 1,000
 sessions, then in 2,000, or in as many as it was trained on where these are fewer, and of ours the one that training recommends; ours is
 given it divided by the mean length of a training session. No label and no test session takes part. HDFS's real test set has 553,366
 normal and 16,838 abnormal sessions: its F1 is re-weighted to these. Intervals are of 95 %, by bootstrap over the test sessions.
-`--part n` takes every n-th abnormal session. BGL and Thunderbird are samples of raw lines, through the published model: raw_logs.py.
+`--part n` takes every n-th abnormal session. BGL and Thunderbird are samples of raw lines, through the published model: raw_logs.py;
+`hosts` are made logs of streams that never end, with incidents: host_logs.py.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
+from bench.host_logs import HOSTS_SET, HostRow, QuietRow, host_rows, host_tables
 from bench.raw_logs import RAW_SETS, RawRow, raw_rows, raw_table
 from bench.report import Goal, JsonFile, Machine, report, table
 from service.artifact import NEW
@@ -358,8 +361,11 @@ def run(
     torch.set_num_threads(1)
     machine, rows, seconds = Machine.now(), list[Row](), Counter[str]()
     chosen = [name for name in METHODS if not methods or name in methods.split(";")]
-    raw: list[RawRow] = []
+    raw, quiet, hosts = list[RawRow](), list[QuietRow](), list[HostRow]()
     for name in sets.split(","):
+        if name == HOSTS_SET:
+            quiet, hosts = host_rows(steps, first_seed)
+            continue
         if name in RAW_SETS:
             raw += raw_rows(name, data, steps)
             continue
@@ -374,11 +380,17 @@ def run(
                     best = replace(case, rate=rate)
                     rows.append(replace(row(best, method, seed, ours(best, seed)), recommended=True))
                 seconds[method] += round(time.monotonic() - began)
-    tables = [_table(name, [one for one in rows if one.set == name]) for name in sets.split(",") if name not in RAW_SETS]
+    tables = [_table(name, [one for one in rows if one.set == name]) for name in sets.split(",") if name not in (*RAW_SETS, HOSTS_SET)]
     tables += [raw_table(raw)] if raw else []
+    tables += host_tables(quiet, hosts) if hosts else []
     hdfs = [one.f1 for one in rows if one.set == "hdfs" and one.method == "ours" and one.asked == RATES[0]]
     goals = [Goal("F1 on HDFS, mean of the seeds", float(np.mean(hdfs)), bound) for bound in (GOAL, FLOOR)] if hdfs else []
-    found = {"rows": [asdict(one) for one in rows], "raw": [asdict(one) for one in raw], "seconds": dict(seconds)}
+    found = {
+        "rows": [asdict(one) for one in rows],
+        "raw": [asdict(one) for one in raw],
+        "hosts": {"quiet": [asdict(one) for one in quiet], "incidents": [asdict(one) for one in hosts]},
+        "seconds": dict(seconds),
+    }
     report(tables, goals, machine, found, json_file)
 
 

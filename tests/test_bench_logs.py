@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.host_logs import DAY, FIRST, GROUPS, HOSTS, Incident, lines_of
 from bench.logs import NEVER, Case, event_and_length, event_length_counts, load, row, two_grams
 
 TRAIN = "1 2 3\n1 2 2 3\n" * 40
@@ -51,3 +52,17 @@ def test_f1_counts_the_sessions_of_the_real_test_set_where_a_part_of_them_is_her
     assert here.f1 == pytest.approx(200 * 4 / (4 + 1 + 5))
     real = row(replace(case, name="hdfs"), "x", 0, found)
     assert real.f1 == pytest.approx(200 * 0.8 * 16_838 / (0.8 * 16_838 + 0.5 * 553_366 + 16_838))
+
+
+def test_an_incident_changes_what_its_host_says_in_its_time_and_nothing_else() -> None:
+    usual = lines_of(3, FIRST, ())
+    assert {host for _, host, _ in usual} == set(HOSTS)
+    start = FIRST + 3 * DAY
+    more = {"bursts": "sudo", "single": "OOM", "missing": "heartbeat (1 min)", "volume": "ten times"}
+    assert more.keys() == set(GROUPS)
+    for group, kind in more.items():
+        changed = lines_of(3, FIRST, [Incident(group, kind, "app", start, start + 600)])
+        differ = set(usual) ^ set(changed)
+        assert {host for _, host, _ in differ} == {"app"}
+        assert all(start <= t < start + 610 for t, _, _ in differ)
+        assert (len(changed) < len(usual)) == (group == "missing")

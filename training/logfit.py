@@ -34,6 +34,7 @@ from training.logs import (
     MARGIN,
     MOST_NATS,
     NEW_NATS,
+    OVERDUE,
     RUN,
     Counts,
     Decoded,
@@ -41,6 +42,7 @@ from training.logs import (
     Ranges,
     flat_calibration,
 )
+from training.rhythm import Rhythm, overdue_of, rhythm_of
 from training.sessions import Session, Sessions
 from training.tail import Calibration, Curve, Tail
 
@@ -300,6 +302,7 @@ def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan,
     folds = np.array_split(np.arange(len(pieces)), min(plan.folds, len(pieces)))
     rng = np.random.default_rng([plan.seed, len(pieces)])
     judged, faulty = list[Held](), {kind: list[Held]() for kind in FAULTS}
+    rhythms = list[Rhythm]()
     for number, fold in enumerate(folds):
         others = _others(pieces, fold)
         own = SEEN if others is pieces else number
@@ -307,13 +310,14 @@ def hold_out(pieces: list[Session], data: Sessions, sizes: Sizes, plan: LogPlan,
         known[np.concatenate([piece.codes for piece in others])] = True
         step = _trained(others, data.codes, sizes, replace(plan, seed=plan.seed + 1 + number), numbers, on_step)
         judged.append(observe_sessions(step, [pieces[i].knowing(known) for i in fold], own))
+        rhythms.append(step.clocks.rhythm)
         some = rng.choice(fold, min(FAULTY, len(fold)), replace=False)
         for kind, of_kind in faulty.items():
             changed = [with_fault(kind, rng, replace(pieces[i], stream=str(i)), len(data.templates)) for i in some]
             of_kind.append(observe_sessions(step, [session.knowing(known) for session in changed if session], own))
     held = _together(judged)
-    counted = _counted_again(held, data.codes) if "counts" in step.signals else held
-    return replace(counted, faulty={kind: whole for kind, parts in faulty.items() if (whole := _together(parts)).sessions})
+    whole = _counted_again(held, data.codes) if "counts" in step.signals else _overdue_again(held, rhythms)
+    return replace(whole, faulty={kind: every for kind, parts in faulty.items() if (every := _together(parts)).sessions})
 
 
 def _together(parts: Sequence[Held]) -> Held:
@@ -349,7 +353,7 @@ def _counted_again(held: Held, codes: int) -> Held:
 
 def _trained(sessions: Sequence[Session], codes: int, sizes: Sizes, plan: LogPlan, numbers: int, on_step: OnStep) -> LogStep:
     torch.manual_seed(plan.seed)
-    step = LogStep(count(sessions, codes), ranges_of(sessions, codes, numbers), sizes)
+    step = LogStep(count(sessions, codes), ranges_of(sessions, codes, numbers), sizes, rhythm_of(sessions))
     _begin_gaps(step, sessions)
     train(step, sessions, plan, on_step)
     return step.eval()
@@ -523,7 +527,7 @@ def _observed(step: LogStep, batch: Batch) -> tuple[Float32, Float32, Float32]:
         signals.append(torch.cat([step.counts.distance(b, e.unsqueeze(1)).t() for b, e in zip(batch.bins_after, ended, strict=True)]))
         by_table = [plain]
     else:
-        signals.append(_runs(step, surprise))
+        signals += [_runs(step, surprise), _overdue(step.clocks.rhythm, batch)]
         by_table = [plain, _runs(step, plain)]
     location, scale, measured, known = _gaps(step, batch, before)
     ratio = (measured - location).abs() / scale
@@ -540,6 +544,26 @@ def _runs(step: LogStep, nats: Tensor) -> Tensor:
         runs.append(run := step.counts.run(run, of_lines, own))
         own = step.counts.own(own, of_lines, torch.tensor(float(age)))
     return torch.stack(runs)
+
+
+def _overdue(rhythm: Rhythm, batch: Batch) -> Tensor:
+    """Nats of what is overdue [T, B], from fresh streams."""
+    lanes = zip(batch.codes.t().numpy(), batch.gap.t().numpy(), strict=True)
+    return torch.from_numpy(np.stack([overdue_of(rhythm, *lane) for lane in lanes], axis=1)).float()
+
+
+def _overdue_again(held: Held, rhythms: Sequence[Rhythm]) -> Held:
+    """The nats of what is overdue by what came in the stream before the piece, too; of each fold by the rhythm of the others."""
+    nats, streams = [one.copy() for one in held.nats], dict[str, list[int]]()
+    for i in sorted(range(len(held.sessions)), key=lambda i: held.sessions[i].start):
+        streams.setdefault(held.sessions[i].stream, []).append(i)
+    for which in streams.values():
+        codes, gaps = (np.concatenate([getattr(held.sessions[i], name) for i in which]) for name in ("codes", "gaps"))
+        overdue = [overdue_of(rhythm, codes, gaps) for rhythm in rhythms]
+        stops = np.cumsum([len(held.sessions[i]) for i in which]).tolist()
+        for i, start, stop in zip(which, [0, *stops], stops, strict=False):
+            nats[i][: stop - start, OVERDUE] = overdue[max(held.fold[i], 0)][start:stop]
+    return replace(held, nats=nats)
 
 
 def _chances(logits: Tensor, codes: Tensor) -> Tensor:

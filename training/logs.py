@@ -4,7 +4,8 @@
                         ├► gap ◄── its location and scale, of this code after that past                          ─► expected, lower, upper
                         ├► numbers ◄── tables of each template
                         └► counts ◄── combinations that normal sessions have
-                             or run: many lines in a row that are rather rare    (streams that never end)
+                             or run: many lines in a row that are rather rare; overdue: a periodic line that does not come
+                             (streams that never end; see training.rhythm)
                                  └─► nats of each signal ─► tail ─► p_value, onset_p
     embedding, gap ─► encoder LSTM ─► code = tanh(W·h) ─► decoder LSTM ─► the next line, and the last ones again
 
@@ -15,7 +16,7 @@ Shapes: T lines, B streams, V templates, C = V + 2 codes, K classes, M prototype
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from training.autoencoder import Sizes, decoder_of, encoder_of, parts_of, prefix
 from training.counting import BINS, MOST, Counting
 from training.detector import OUTPUTS, ArtifactStep
 from training.layout import Keeps, Layout, Parts, Slot, row_sum
+from training.rhythm import Clocks, Rhythm
 from training.sessions import Ints
 from training.tail import Calibration, Curve, Onsets, Tail
 
@@ -38,8 +40,9 @@ LIKELY, BEFORE = 3, 5
 LEAST_LIKELY = 1e-3
 """Smallest chance of a line that is named as likely."""
 MOST_NATS = 40.0
-RUN, OF_TEMPLATE = 2, 3
-"""Which signal the run is, in place of the counts; the template has the nats of the first three: line, new pattern, counts or run."""
+RUN, OVERDUE = 2, 3
+"""Which signals the run, in place of the counts, and what is overdue are, where streams never end."""
+ENDLESS = ("run", "overdue")
 CERTAIN = 1e12
 """Events that the pooled scale of evidence weighs: evidence is in nats for every stream."""
 MARGIN = 0.01
@@ -244,6 +247,8 @@ class Judged:
     ratio: Tensor  # [B, F] |actual - expected| ÷ scale, in measures
     location: Tensor  # [B, F - 1] in measures
     scale: Tensor  # [B, F - 1]
+    due: Tensor | None = None  # [B, P] nats of each clock, where streams never end
+    clocks: Parts = field(default_factory=dict)  # as the line found them
 
 
 def flat_calibration(signals: int) -> Calibration:
@@ -260,19 +265,23 @@ class LogStep(ArtifactStep):
     outputs = (*OUTPUTS, "likely", "before")
     warmup = 0
 
-    def __init__(self, counting: Counting, ranges: Ranges, sizes: Sizes) -> None:
+    def __init__(self, counting: Counting, ranges: Ranges, sizes: Sizes, rhythm: Rhythm) -> None:
         super().__init__()
         self.codes, self.sizes, self.ranges = len(counting.classes), sizes, ranges
         self.features = 2 + ranges.numbers
         self.lines = LineNetwork(counting, sizes)
         self.counts = Counts(counting)
+        self.clocks = Clocks(rhythm)
         numbers = ("numbers",) * (ranges.numbers > 0)
-        self.signals = ("line", "new pattern", "counts" if self.counts.counted else "run", "gap", *numbers)
+        self.signals = ("line", "new pattern", *(("counts",) if self.counts.counted else ENDLESS), "gap", *numbers)
         self.register_buffer("number_location", ranges.location, persistent=False)
         self.register_buffer("number_scale", ranges.scale, persistent=False)
         self.register_buffer("tie", (1e-6 * torch.arange(self.codes, dtype=torch.float32)).clamp(max=LEAST_LIKELY / 2), persistent=False)
+        due = torch.arange(self.codes) == self.clocks.codes.t()
+        self.register_buffer("due", due.float(), persistent=False)  # [P, C]
         self.calibrate(flat_calibration(len(self.signals)))
 
+    due: Tensor
     number_location: Tensor
     number_scale: Tensor
     tie: Tensor
@@ -282,7 +291,8 @@ class LogStep(ArtifactStep):
         self.tail = self.tail_of(calibration)
         own = [Slot("before", BEFORE, Keeps.ROWS), Slot("place", 1, Keeps.ROWS)]
         counted = [Slot("tally", self.counts.width, Keeps.ROWS)]
-        own += counted if self.counts.counted else [Slot("run", 1, Keeps.ROWS), Slot("own_usual", 1, Keeps.STREAM)]
+        endless = [Slot("run", 1, Keeps.ROWS), Slot("own_usual", 1, Keeps.STREAM), *self.clocks.slots]
+        own += counted if self.counts.counted else endless
         self.layout = Layout([*self.lines.slots, *own, Slot("age", 1, Keeps.STREAM), *self.tail.slots])
 
     def tail_of(self, calibration: Calibration) -> Tail:
@@ -311,7 +321,7 @@ class LogStep(ArtifactStep):
         going_on = 1.0 - line.ended
         for emitted in ("onset_height", "onset_hold"):
             tail_after[emitted] = tail_after[emitted] * going_on.t()
-        read = self._read(line, judged, parts)
+        read = self._read(line, judged, parts, learn)
         after = {name: torch.where(line.present, part * going_on, parts[name]) for name, part in read.items()}
         after |= {**tail_after, "age": parts["age"] + 1}
         if not self.counts.counted:
@@ -343,9 +353,10 @@ class LogStep(ArtifactStep):
         nats.append((line.code == 0).to(chances.dtype).unsqueeze(1) * NEW_NATS)
         if self.counts.counted:
             nats.append(self.counts.distance(self.counts.binned(self._counted(line, parts)), line.ended))
-        else:
-            nats.append(self.counts.run(parts["run"], nats[0], parts["own_usual"].t()))
-        return self._ranged(line, parts, nats, chances)
+            return self._ranged(line, parts, nats, chances)
+        due, clocks = self.clocks.overdue(line.gap, parts)
+        nats += [self.counts.run(parts["run"], nats[0], parts["own_usual"].t()), due.amax(dim=1, keepdim=True)]
+        return replace(self._ranged(line, parts, nats, chances), due=due, clocks=clocks)
 
     def _counted(self, line: Line, parts: Parts) -> Tensor:
         """Lines of each class [B, K] with this one; the end is no line."""
@@ -392,20 +403,28 @@ class LogStep(ArtifactStep):
         return ends[0], ends[1]
 
     def _shares(self, judged: Judged, line: Line) -> Tensor:
-        """Attribution [B, F]: each feature's nats as shares of 1; the template has those of OF_TEMPLATE signals."""
-        own = judged.nats[:, :OF_TEMPLATE]
+        """Attribution [B, F]: each feature's nats as shares of 1; the template has those of all signals before the gap's."""
+        own = judged.nats[:, : self.signals.index("gap")]
         template = own @ torch.ones(own.shape[1], 1) + 1e-6
         weights = torch.cat([template, judged.ratio[:, 1:].clamp(max=MOST_NATS)], dim=1) * line.present.to(own.dtype)
         return weights / row_sum(weights).clamp(min=1e-12)
 
     def _likely(self, judged: Judged) -> Tensor:
         """Codes [B, LIKELY] of the likeliest lines, then their chances; of equal ones the smaller code. NaN below LEAST_LIKELY."""
-        _, codes = torch.topk(judged.chances - self.tie, LIKELY, dim=1)
-        chances = judged.chances.gather(1, codes)
+        every = judged.chances if judged.due is None else self._with_overdue(judged.chances, judged.due)
+        _, codes = torch.topk(every - self.tie, LIKELY, dim=1)
+        chances = every.gather(1, codes)
         told = chances >= LEAST_LIKELY
         return torch.cat([torch.where(told, codes.to(chances.dtype), torch.nan), torch.where(told, chances, torch.nan)], dim=1)
 
-    def _read(self, line: Line, judged: Judged, parts: Parts) -> Parts:
+    def _with_overdue(self, chances: Tensor, nats: Tensor) -> Tensor:
+        """Chances [B, C] if what is overdue, by nats [B, P], comes as surely as it should have come."""
+        due = 1 - torch.exp(-nats)
+        surest = due.amax(dim=1, keepdim=True)
+        shares = due / row_sum(due).clamp(min=1e-6) * surest
+        return chances * (1 - surest) + shares @ self.due
+
+    def _read(self, line: Line, judged: Judged, parts: Parts, learn: Tensor) -> Parts:
         """The session's parts after this line, not yet those of the next session."""
         first = parts["place"] < 0.5
         gap = torch.log1p(line.gap.clamp(0.0, 1e12) / self.ranges.gap_unit) / self.ranges.gap_spread
@@ -418,6 +437,7 @@ class LogStep(ArtifactStep):
         }
         if self.counts.counted:
             after["tally"] = self._counted(line, parts)
-        else:
+        if judged.due is not None:
             after["run"] = judged.nats[:, RUN : RUN + 1]
+            after |= self.clocks.after(judged.clocks, judged.due, line.code, learn.unsqueeze(1) > 0.5)
         return after

@@ -36,6 +36,7 @@ class Session:
     ended: bool = True
     first: bool = True  # begins where the session began
     lines: tuple[str, ...] = ()  # as they were written, where that is known
+    start: int = 0  # lines of the session before these
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -51,6 +52,7 @@ class Session:
             ended=self.ended and stop == len(self),
             first=self.first and start == 0,
             lines=self.lines[start:stop],
+            start=self.start + start,
         )
 
     def knowing(self, known: NDArray[np.bool_]) -> Session:

@@ -21,6 +21,7 @@ from training.export import manifest_of, publish, to_onnx, training_record
 from training.line_faults import FAULTS
 from training.logfit import LINE_WEIGHTS, Fitted, calibration_of, fit, found_of, observe_sessions, ranges_of, rates_of
 from training.logs import BEFORE, LEAST_LIKELY, LIKELY, LogStep
+from training.rhythm import rhythm_of
 from training.sessions import Session, Sessions, read_sessions
 from training.verify import verify_file
 
@@ -52,7 +53,7 @@ def host() -> LogStep:
 
 def untrained(data: Sessions, sizes: Sizes = TINY, numbers: int = 1) -> LogStep:
     torch.manual_seed(0)
-    return LogStep(count(data.sessions, data.codes), ranges_of(data.sessions, data.codes, numbers), sizes).eval()
+    return LogStep(count(data.sessions, data.codes), ranges_of(data.sessions, data.codes, numbers), sizes, rhythm_of(data.sessions)).eval()
 
 
 def shaken(step: LogStep) -> LogStep:
@@ -116,7 +117,7 @@ def test_what_is_made_of_a_lines_surprise_is_verified_by_one_measure(step: LogSt
 
 
 def test_a_stream_that_never_ends_is_not_counted_and_a_new_pattern_in_it_is_found(host: LogStep) -> None:
-    assert host.signals == ("line", "new pattern", "run", "gap")
+    assert host.signals == ("line", "new pattern", "run", "overdue", "gap")
     assert "tally" not in {slot.name for slot in host.layout.slots}
     assert lowest(host, [OPEN, READ, READ, 0, WRITE, WRITE, CLOSE]) < 1e-3
 
