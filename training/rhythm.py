@@ -34,7 +34,7 @@ LEAST_PERIOD, LEAST_MARGIN = 10.0, 1.1
 """Seconds; factor beyond the longest interval up to which a line is not overdue: how much its intervals differ, this at least."""
 ROUNDED = 2.0
 """Seconds by which a clock may be ahead."""
-LATE, MISSING, MARGINS = 10.0, 20.0, 3
+LATE, MISSING, MARGINS = 20.0, 30.0, 3
 """Nats of a line beyond its margin, and beyond so many of them, when it is given up: two onsets, not one with every line meanwhile."""
 QUIET = 2.0
 """Of the longest gaps of a stream's time: a longer one is a silence."""
