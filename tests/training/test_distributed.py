@@ -34,7 +34,7 @@ CLOSE = 1e-4
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
-    return ["fit", "--data", str(data), "--out", str(out), "--steps", "60", *SIZES, *more]
+    return ["fit", "--data", str(data), "--out", str(out), "--steps", "60", "--keep-network", *SIZES, *more]
 
 
 def torchrun(*arguments: str) -> subprocess.Popen[str]:
