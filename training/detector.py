@@ -227,14 +227,16 @@ class DetectorStep(ArtifactStep):
         return weights / row_sum(weights.t()).t().clamp(min=1e-12)
 
     def split(self, state: Tensor, x: Tensor, may_learn: Tensor) -> Parts:
-        """The parts of a state [B, S] that meet x [F, B], may_learn [B] bool; fresh where the stream, or one of several features, begins
-        again. A stream that does is as old as it was: it must not for ever.
+        """The parts of a state [B, S] that meet x [F, B], may_learn [B] bool; where a feature begins again, what is kept of it is fresh.
+
+        Of a single feature the signals begin again, too. Neither the network nor the count of events does: it must not for ever.
         """
         parts = self.layout.split(state)
         again = self.normaliser.begins_again(x, may_learn, parts["events"], parts)
-        if self.features > 1:
-            return {**parts, **{slot.name: torch.where(again, 0.0, parts[slot.name]) for slot in self.normaliser.slots}}
-        return {**self.layout.split(torch.where(again.t(), 0.0, state)), "events": parts["events"]}
+        kept = [slot.name for slot in self.normaliser.slots]
+        if isinstance(self.signals, MemorySignals):
+            kept += self.signals.outlast
+        return {**parts, **{name: torch.where(again, 0.0, parts[name]) for name in kept}}
 
     def judge(self, parts: Parts, x: Tensor, t: Tensor, may_learn: Tensor) -> tuple[Judged, Parts]:
         """Everything before the tail, from x [F, B], t [3, B], may_learn [B] bool.

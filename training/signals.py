@@ -75,6 +75,8 @@ class MemorySignals(nn.Module):
     """
 
     names = ("value", "level", "residual", "activity")
+    outlast = ("previous", "steady_level", "debt")
+    """What an age of 0 does not make fresh by itself: of all means the weight is 1 then, and without an interval there is no range."""
     widest = 0.3
     sides: Tensor
     far: Tensor
