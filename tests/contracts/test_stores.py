@@ -665,7 +665,7 @@ async def test_a_key_of_another_kind_in_the_way_refuses_the_whole_call(redis_sto
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Valkey]:
     """A server of the test's own, with an append-only file."""
-    with Valkey(tmp_path / "own", appendonly="yes") as server:
+    with Valkey(tmp_path / "own", appendonly="yes", appendfsync="always") as server:
         yield server
 
 
@@ -690,7 +690,7 @@ async def test_all_that_was_acknowledged_survives_kill_9_and_the_same_store_goes
 
 
 async def test_a_server_that_loads_its_data_is_unavailable_until_it_has(tmp_path: Path) -> None:
-    with Valkey(tmp_path / "own", appendonly="yes", key_load_delay="60") as server:
+    with Valkey(tmp_path / "own", appendonly="yes", appendfsync="always", key_load_delay="60") as server:
         store = await opened(server.url)
         assert all(await store.commit(MODEL, [Write(f"s{i}", b"", value()) for i in range(16_000)]))  # it looks up every 1024th
         server.kill()

@@ -119,7 +119,7 @@ def test_a_file_that_is_refused_takes_nothing_from_the_one_in_force(tmp_path: Pa
 
 
 def test_the_queue_goes_over_to_the_new_file_with_nothing_lost_or_scored_twice(tmp_path: Path, server: Valkey, files: list[Path]) -> None:
-    lease = 12
+    lease = 20  # far above what handing over takes on a machine whose disk stalls
     source = json.dumps([{"type": "redis_streams", "key": KEY, "partitions": PARTITIONS, "batch": 20, "lease_seconds": lease}])
     old = Service(tmp_path / "old" / "data", model=files[0], REDIS_URL=server.url, SOURCES=source)
     new = Service(tmp_path / "new" / "data", model=files[1], REDIS_URL=server.url, SOURCES=source)

@@ -23,7 +23,7 @@ JSON = {"content-type": "application/json"}
 def valkey(tmp_path: Path) -> Iterator[Valkey]:
     """Not started yet; keeps its data when it is killed."""
     (tmp_path / "v").mkdir()
-    server = Valkey(tmp_path / "v", appendonly="yes")
+    server = Valkey(tmp_path / "v", appendonly="yes", appendfsync="always")
     yield server
     server.kill()
 

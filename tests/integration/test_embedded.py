@@ -262,7 +262,7 @@ def test_no_server_binary_says_what_to_install(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("hung", [False, True])
 async def test_a_server_left_in_the_folder_is_ended_first_even_where_it_hangs(tmp_path: Path, hung: bool) -> None:
     folder = tmp_path / "data"
-    with Valkey(folder, unixsocket=str(tmp_path / "elsewhere.sock"), appendonly="yes") as orphan:
+    with Valkey(folder, unixsocket=str(tmp_path / "elsewhere.sock"), appendonly="yes", appendfsync="always") as orphan:
         left = RedisStore(orphan.url, state_ttl=3600, result_ttl=60)
         await left.open()
         assert all(await left.commit("m", WRITES))
