@@ -229,7 +229,8 @@ class DetectorStep(ArtifactStep):
     def split(self, state: Tensor, x: Tensor, may_learn: Tensor) -> Parts:
         """The parts of a state [B, S] that meet x [F, B], may_learn [B] bool; where a feature begins again, what is kept of it is fresh.
 
-        Of a single feature the signals begin again, too. Neither the network nor the count of events does: it must not for ever.
+        With `MemorySignals` what they keep is fresh, too. The network goes on, and so does the count of events: no stream may begin again
+        for ever.
         """
         parts = self.layout.split(state)
         again = self.normaliser.begins_again(x, may_learn, parts["events"], parts)
