@@ -25,6 +25,14 @@ def partition(*sizes: int) -> Partition:
     return made
 
 
+def offered(*sizes: int) -> tuple[Partitions[Partition], Partition]:
+    """A replica's only partition, whose messages may be received two at a time."""
+    partitions, one = Partitions[Partition]("s", Metrics(), 2), partition(*sizes)
+    partitions.own([one])
+    partitions.offer(one)
+    return partitions, one
+
+
 def positions(messages: list[Message]) -> list[int]:
     return [message.position for message in messages]
 
@@ -47,10 +55,7 @@ def test_what_waits_is_full_by_messages_or_bytes_and_low_at_half_of_either() -> 
 
 
 async def test_what_is_abandoned_comes_again_before_what_came_after_it() -> None:
-    partitions = Partitions[Partition]("s", Metrics(), 2)
-    one = partition(1, 1, 1)
-    partitions.own([one])
-    partitions.offer(one)
+    partitions, _ = offered(1, 1, 1)
     batch = await partitions.receive()
     assert positions(list(batch.messages)) == [0, 1]
     partitions.abandon(batch)
@@ -58,10 +63,7 @@ async def test_what_is_abandoned_comes_again_before_what_came_after_it() -> None
 
 
 async def test_of_a_partition_that_is_given_up_only_what_is_under_way_is_finished() -> None:
-    partitions = Partitions[Partition]("s", Metrics(), 2)
-    one = partition(1, 1, 1)
-    partitions.own([one])
-    partitions.offer(one)
+    partitions, one = offered(1, 1, 1)
     batch = await partitions.receive()
     giving = asyncio.create_task(partitions.release([one]))
     await asyncio.sleep(0)
@@ -78,10 +80,7 @@ async def test_of_a_partition_that_is_given_up_only_what_is_under_way_is_finishe
 
 
 async def test_a_batch_that_nobody_has_taken_yet_does_not_hold_up_a_handover() -> None:
-    partitions = Partitions[Partition]("s", Metrics(), 2)
-    one = partition(1)
-    partitions.own([one])
-    partitions.offer(one)
+    partitions, one = offered(1)
     async with asyncio.timeout(5):  # half of HANDOVER_SECONDS
         await partitions.release([one])
     with pytest.raises(TimeoutError):
