@@ -187,7 +187,7 @@ def parse_timestamp(value: float | str, latest: float = math.inf) -> float:
         hint = ""
         if LATEST_SECONDS < seconds < 1e20:
             unit = "milliseconds" if seconds < 1e14 else "microseconds" if seconds < 1e17 else "nanoseconds"
-            hint = f" It looks like {unit}: send seconds, or declare the queue's payload.timestamp_unit."
+            hint = f" It looks like {unit}: send seconds, or declare the source's payload.timestamp_unit."
         raise BadEvent(f"timestamp {value} is not a time in seconds since 1970.{hint}", "timestamp", shown(value))
     if seconds > latest:
         detail = f"timestamp {value} is too far in the future: every later event of the stream would count as late.{hint}"

@@ -83,7 +83,7 @@ def test_bad_events_do_not_touch_their_neighbours() -> None:
             "timestamp",
             "late. It names no zone, so it is taken for UTC.",
         ),
-        (Event(stream_id="a", values={"flow": 1.0}, timestamp=1.7e12), "timestamp", "or declare the queue's payload.timestamp_unit."),
+        (Event(stream_id="a", values={"flow": 1.0}, timestamp=1.7e12), "timestamp", "or declare the source's payload.timestamp_unit."),
     ],
 )
 def test_a_bad_event_is_refused_by_field_and_reason(event: Event, field: str, says: str) -> None:
