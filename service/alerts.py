@@ -48,6 +48,8 @@ Kind = Literal["anomaly", "silence"]
 Status = Literal["open", "acknowledged", "resolved"]
 Resolution = Literal["recovered", "accepted", "accepted_by_age", "spoke", "ended", "forgotten"]
 What = Literal["opened", "escalated", "resolved", "forgotten"]
+Outcome = Literal["acknowledged", "already_acknowledged", "accepted", "resolved", "silence", "model_not_loaded", "conflict", "unknown"]
+"""Of an alert in a call about several."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -195,6 +197,35 @@ class AlertPage(msgspec.Struct, frozen=True):
     alerts: list[AlertReply]
     next_cursor: str | None
     """Where the next page begins; null = this was the last one."""
+
+
+class AlertCount(msgspec.Struct, frozen=True):
+    """How many alerts there are."""
+
+    count: int
+    by_severity: dict[Severity, int]
+    """Of each severity, also where there are none."""
+    complete: bool
+    """Whether these are all; false = there are more: the latest 5,000 were looked at."""
+
+
+class Told(msgspec.Struct, frozen=True):
+    """What a call about several alerts did to one."""
+
+    id: str
+    outcome: Outcome
+    stream_id: str | None
+    """null = the alert is not known."""
+    model: str | None
+
+
+class Done(msgspec.Struct, frozen=True):
+    """What a call did to several alerts."""
+
+    alerts: list[Told]
+    """In the order in which they were named, each once."""
+    outcomes: dict[Outcome, int]
+    """How many of each."""
 
 
 class Change(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -6,6 +6,9 @@
     GET    /v1/streams                     last results, page by page
     GET    /v1/streams/{stream_id}         last result          DELETE  forget the stream
     GET    /v1/alerts                      alerts, page by page
+    GET    /v1/alerts/count                how many there are
+    POST   /v1/alerts/acknowledge          someone looks after several
+    POST   /v1/alerts/accept               what several are about is their streams' new normal
     GET    /v1/alerts/{id}                 one of them
     POST   /v1/alerts/{id}/acknowledge     someone looks after it         DELETE  nobody does any more
     GET    /v1/patterns                    lines that a log model had no template for (patterns.py)
@@ -60,6 +63,7 @@ from service.errors import (
     NotCommitted,
     OnsetError,
     Overloaded,
+    StateConflict,
     StoreUnavailable,
     TooLarge,
     TooSlow,
@@ -67,6 +71,7 @@ from service.errors import (
     UnknownAlert,
     UnknownModel,
     UnknownSource,
+    UnknownStream,
     UnsupportedMedia,
 )
 from service.events import MAX_NAME_LENGTH, SEVERITIES, UNPRINTABLE, Columns, Event, Result, shown
@@ -78,7 +83,7 @@ from service.results import TOP, Answers, Scored
 from service.rounds import Kind
 from service.scorer import Scorer
 from service.stores import CURSOR_DIGITS
-from service.stores.book import Book, Wanted
+from service.stores.book import Became, Book, Wanted
 from service.writing import Answered
 
 DOOR = "http"
@@ -100,6 +105,7 @@ FEATURE_BYTES = 100
 """Of an event's reply, for each feature beyond the first: expected value and bounds. A wide model's replies are larger than its bodies."""
 MAX_PAGE = 1000
 MAX_NOTE = 2000
+ALERT_FILTERS = ("status", "severity", "kind", "model", "stream_id", "q")
 TENANT_HEADER = "X-Scope-OrgID"
 """Mimir's and Loki's name for it."""
 _TENANT = TENANT_HEADER.lower().encode()
@@ -248,6 +254,9 @@ class Door:
             Route("/v1/streams", self._guarded(self.list_streams), methods=["GET"], name="list_streams"),
             Route("/v1/streams/{stream_id:path}", self._guarded(self.one_stream), methods=["GET", "DELETE"], name="one_stream"),
             Route("/v1/alerts", self._guarded(self.list_alerts), methods=["GET"], name="list_alerts"),
+            Route("/v1/alerts/count", self._guarded(self.count_alerts), methods=["GET"], name="count_alerts"),
+            Route("/v1/alerts/acknowledge", self._guarded(self.acknowledge_several), methods=["POST"], name="acknowledge_several"),
+            Route("/v1/alerts/accept", self._guarded(self.accept_several), methods=["POST"], name="accept_several"),
             Route("/v1/alerts/{alert_id}", self._guarded(self.one_alert), methods=["GET"], name="one_alert"),
             Route("/v1/alerts/{alert_id}/acknowledge", self._guarded(self.acknowledge), methods=["POST", "DELETE"], name="acknowledge"),
             Route("/v1/log-level", self._guarded(self.log_level), methods=["GET", "PUT", "DELETE"], name="log_level"),
@@ -376,19 +385,54 @@ class Door:
     async def list_alerts(self, request: Request) -> Response:
         """A page of alerts, the latest first."""
         asked = _incoming(request)
-        only(asked, "status", "severity", "kind", "model", "stream_id", "limit", "cursor")
-        wanted = Wanted(
-            frozenset(_words(asked, "status", get_args(alerts.Status))),
-            frozenset(_words(asked, "severity", SEVERITIES[1:])),
-            next(iter(_words(asked, "kind", get_args(alerts.Kind), most=1)), None),
-            asked.query("model"),
-            asked.query("stream_id"),
-        )
+        only(asked, *ALERT_FILTERS, "limit", "cursor")
+        wanted = _wanted(asked)
         cursor = asked.query("cursor") or ""
         if cursor and not _ALERT_ID.fullmatch(cursor):
             raise _no_cursor(cursor)
         found, following = await self._book.page(wanted, cursor, _number(asked, "limit", 100, 1, MAX_PAGE))
         return _json(alerts.AlertPage([self._shown(alert) for alert in found], following or None))
+
+    async def count_alerts(self, request: Request) -> Response:
+        """How many alerts a list would have."""
+        asked = _incoming(request)
+        only(asked, *ALERT_FILTERS)
+        counted, complete = await self._book.count(_wanted(asked))
+        by_severity = {severity: counted[severity] for severity in SEVERITIES[1:]}
+        return _json(alerts.AlertCount(counted.total(), by_severity, complete))
+
+    async def acknowledge_several(self, request: Request) -> Response:
+        """Someone looks after those of some alerts that nobody does yet; what became of each. Safe to repeat."""
+        ids, by = _several(await self._object(_incoming(request)), time.time())
+        done = _done(await self._book.acknowledge_open(ids, by))
+        if done.outcomes.get("acknowledged"):
+            log.info("alerts_acknowledged", by=by.by, note=by.note, alerts=done.outcomes["acknowledged"])
+        return _json(done)
+
+    async def accept_several(self, request: Request) -> Response:
+        """What some alerts are about is their streams' new normal: acknowledged, then accepted; what became of each. Safe to repeat."""
+        ids, by = _several(await self._object(_incoming(request)), time.time())
+        became = await self._book.acknowledge_open(ids, by)
+        for id_, (_, alert) in became.items():
+            if alert is not None and alert.open:
+                became[id_] = Became(await self._accept(alert), alert)
+        done = _done(became)
+        if done.outcomes.get("accepted"):
+            log.info("alerts_accepted", by=by.by, note=by.note, alerts=done.outcomes["accepted"])
+        return _json(done)
+
+    async def _accept(self, alert: Alert) -> alerts.Outcome:
+        """Accept an alert that the book has as open."""
+        if alert.kind == "silence":
+            return "silence"
+        if (scorer := self._scorers.get(alert.model)) is None:
+            return "model_not_loaded"
+        try:
+            return "accepted" if await scorer.streams.accept_alert(alert.stream_id, alert.id) else "resolved"
+        except UnknownStream:
+            return "resolved"
+        except StateConflict:
+            return "conflict"
 
     async def one_alert(self, request: Request) -> Response:
         """One alert."""
@@ -905,11 +949,47 @@ def _known(id_: str, alert: Alert | None) -> Alert:
     return alert
 
 
-def _acknowledgement(body: Mapping[str, Any], now: float) -> Acknowledgement:
+def _wanted(asked: Incoming) -> Wanted:
+    """Which alerts are asked for, by ALERT_FILTERS. Raises BadParameter."""
+    holds = asked.query("q") or ""
+    if len(holds) > MAX_NAME_LENGTH:
+        raise BadParameter(f"q has {len(holds)} characters, names have {MAX_NAME_LENGTH} at most.", "q", shown(holds))
+    return Wanted(
+        frozenset(_words(asked, "status", get_args(alerts.Status))),
+        frozenset(_words(asked, "severity", SEVERITIES[1:])),
+        next(iter(_words(asked, "kind", get_args(alerts.Kind), most=1)), None),
+        asked.query("model"),
+        asked.query("stream_id"),
+        holds,
+    )
+
+
+def _several(body: Mapping[str, Any], now: float) -> tuple[list[str], Acknowledgement]:
+    """Ids of the alerts that are meant, each once, and who says so. Raises BadParameter."""
+    by = _acknowledgement({name: value for name, value in body.items() if name != "ids"}, now, "by, note and ids")
+    ids = body.get("ids")
+    if not isinstance(ids, list) or not 0 < len(ids) <= MAX_PAGE:
+        raise BadParameter(f"ids is {shown(ids)}; it is a list of 1 to {MAX_PAGE} ids of alerts.", "ids", shown(ids))
+    for i, id_ in enumerate(ids):
+        if not isinstance(id_, str) or not _ALERT_ID.fullmatch(id_):
+            raise BadParameter(f"ids[{i}] is {shown(id_)}; an alert's id is 28 digits and letters a to f.", f"ids[{i}]", shown(id_))
+    return list(dict.fromkeys(ids)), by
+
+
+def _done(became: Mapping[str, Became]) -> alerts.Done:
+    """What became of alerts, by id."""
+    told = [
+        alerts.Told(id_, outcome, alert.stream_id if alert else None, alert.model if alert else None)
+        for id_, (outcome, alert) in became.items()
+    ]
+    return alerts.Done(told, dict(Counter(one.outcome for one in told)))
+
+
+def _acknowledgement(body: Mapping[str, Any], now: float, parts: str = "by and note") -> Acknowledgement:
     """Raises BadParameter."""
     for name, value in body.items():
         if name not in ("by", "note"):
-            raise BadParameter(f"'{name[:64]}' is no part of an acknowledgement; it has by and note.", name[:64], shown(value))
+            raise BadParameter(f"'{name[:64]}' is no part of an acknowledgement; it has {parts}.", name[:64], shown(value))
     by, note = body.get("by"), body.get("note", "")
     if not (isinstance(by, str) and 0 < len(by) <= MAX_NAME_LENGTH and not _UNPRINTABLE.search(by)):
         raise BadParameter(f"by is {shown(by)}; it names who looks after it, in 1 to {MAX_NAME_LENGTH} characters.", "by", shown(by))

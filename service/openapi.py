@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from service import alerts, control, events, http_sources, logs, loki, otlp, patterns, problems
-from service.api import MAX_NOTE, MAX_TOP, TENANT_HEADER, VISIBLE
+from service.api import MAX_NOTE, MAX_PAGE, MAX_TOP, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.asking import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.bodies import Format
@@ -77,6 +77,8 @@ def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict
                 PolicyReply,
                 LevelReply,
                 alerts.AlertPage,
+                alerts.AlertCount,
+                alerts.Done,
                 patterns.PatternPage,
                 *(_LIVE_DATA if live else ()),
             ],
@@ -469,6 +471,12 @@ def _alert_paths() -> dict[str, Any]:
         [*taken, "bad-body", "too-slow", "too-large", "unsupported-media", "bad-parameter", "overloaded"],
     )
     post["requestBody"] = {"required": True, "content": {JSON: {"schema": _ACKNOWLEDGEMENT}}}
+    filters += [
+        _parameter("kind", "query", {"enum": list(get_args(alerts.Kind))}, "One of them; both if left out."),
+        _parameter("stream_id", "query", {"type": "string", "pattern": PRINTABLE}, "Of this stream only."),
+        _parameter("q", "query", {"type": "string", "maxLength": MAX_NAME_LENGTH}, "What the stream's name holds, whatever its case."),
+        _parameter("model", "query", {"type": "string"}, "Of this model only."),
+    ]
     return {
         "/v1/alerts": {
             "get": _operation(
@@ -476,14 +484,28 @@ def _alert_paths() -> dict[str, Any]:
                 "List alerts, the latest first",
                 [
                     *filters,
-                    _parameter("kind", "query", {"enum": list(get_args(alerts.Kind))}, "One of them; both if left out."),
-                    _parameter("stream_id", "query", {"type": "string", "pattern": PRINTABLE}, "Of this stream only."),
-                    _parameter("model", "query", {"type": "string"}, "Of this model only."),
                     _parameter("cursor", "query", {"type": "string", "pattern": alerts.ID}, "next_cursor of the page before."),
                     _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}, "At most."),
                 ],
                 {"200": _json(_ref("AlertPage"), "A page; it may have fewer alerts than asked for, or none, and yet a next_cursor.")},
                 ["bad-parameter", "store-unavailable"],
+            )
+        },
+        "/v1/alerts/count": {
+            "get": _operation(
+                "countAlerts",
+                "How many alerts a list would have",
+                filters,
+                {"200": _json(_ref("AlertCount"), "How many; of more than 5,000 to be looked at the latest.")},
+                ["bad-parameter", "store-unavailable"],
+            )
+        },
+        "/v1/alerts/acknowledge": {
+            "post": _of_several("acknowledgeAlerts", "Someone looks after those of some alerts that nobody does yet", [])
+        },
+        "/v1/alerts/accept": {
+            "post": _of_several(
+                "acceptAlerts", "Take what some alerts are about for their streams' new normal, and acknowledge them", ["model-superseded"]
             )
         },
         "/v1/alerts/{alert_id}": {"get": _operation("getAlert", "One alert", [identity], reply, ["unknown-alert", "store-unavailable"])},
@@ -494,7 +516,26 @@ def _alert_paths() -> dict[str, Any]:
     }
 
 
-_ACKNOWLEDGEMENT = {
+def _of_several(name: str, summary: str, slugs: list[str]) -> dict[str, Any]:
+    """An operation on alerts that are named by their ids."""
+    operation = _operation(
+        name,
+        summary,
+        [],
+        {"200": _json(_ref("Done"), "What became of each. Safe to repeat.")},
+        ["bad-body", "too-slow", "too-large", "unsupported-media", "bad-parameter", "overloaded", "store-unavailable", *slugs],
+    )
+    ids = {"type": "array", "minItems": 1, "maxItems": MAX_PAGE, "items": {"type": "string", "pattern": alerts.ID}}
+    body = _ACKNOWLEDGEMENT | {
+        "required": ["by", "ids"],
+        "properties": _ACKNOWLEDGEMENT["properties"] | {"ids": ids},
+        "example": {"by": "anna", "note": "power dip in hall 2", "ids": [f"019ab8f3c1d4{i:016x}" for i in (17, 18)]},
+    }
+    operation["requestBody"] = {"required": True, "content": {JSON: {"schema": body}}}
+    return operation
+
+
+_ACKNOWLEDGEMENT: dict[str, Any] = {
     "type": "object",
     "required": ["by"],
     "properties": {

@@ -117,20 +117,32 @@ class Streams:
 
         Raises UnknownStream, and StateConflict when other replicas won ACCEPT_ATTEMPTS times.
         """
+        rows, _ = await self._accept(stream_id)
+        return self._summary([stream_id], rows)[0]
+
+    async def accept_alert(self, stream_id: str, alert: str) -> bool:
+        """The same of one alert of the stream, by its id; False = it is no longer open, and nothing changes. Raises as `accept`."""
+        _, done = await self._accept(stream_id, alert)
+        return done
+
+    async def _accept(self, stream_id: str, alert: str | None = None) -> tuple[Rows, bool]:
+        """The stream's row [1] as it is then, and whether an alert was accepted: that which is open, or `alert` alone."""
         for _ in range(ACCEPT_ATTEMPTS):
-            loaded = self._codec.decode(await self._store.load(self._model, [stream_id]))
+            values = await self._store.load(self._model, [stream_id])
+            loaded = self._codec.decode(values)
             await self._claim.confirm(loaded.origins)
             if loaded.origins[0] != Origin.STORED:
                 raise self._unknown(stream_id)
             before = loaded.rows.copy()
-            if not self._policy().accept(loaded.rows):
-                return self._summary([stream_id], loaded.rows)[0]
+            over = alert is not None and alert not in (self._ids_open(stream_id, values[0], Origin.STORED) or ())
+            if over or not self._policy().accept(loaded.rows):
+                return loaded.rows, False
             entry = alerts.encoded(self._accepting(stream_id, before))
             write = Write(stream_id, loaded.tokens[0], self._codec.encode(loaded.rows)[0], log=[entry])
             self._copies.drop([stream_id])
             if await self._store.commit(self._model, [write]) == [WRITTEN]:
                 self.accepted(stream_id, before[0], by="call")
-                return self._summary([stream_id], loaded.rows)[0]
+                return loaded.rows, True
             self._metrics.conflicts.inc()
         raise StateConflict(f"Stream '{stream_id[:256]}' changed {ACCEPT_ATTEMPTS} times while its alert was being accepted: call again.")
 

@@ -121,6 +121,8 @@ async def test_a_page_of_another_site_changes_nothing(client: Client, headers: d
         ("DELETE", "/v1/streams/a"),
         ("PUT", "/v1/policy"),
         ("POST", "/v1/alerts/x/acknowledge"),
+        ("POST", "/v1/alerts/acknowledge"),
+        ("POST", "/v1/alerts/accept"),
         ("POST", "/nowhere"),
     ]:
         refused = await client.request(method, path, content=json.dumps(event()), headers=sent)
@@ -498,11 +500,31 @@ async def test_unknown_models_and_bad_parameters_are_named(client: Client) -> No
         ("streams", "silent", "perhaps", "true or false"),
         ("alerts", "cursor", "x", "none of ours"),
         ("alerts", "status", "opened", "open, acknowledged, resolved"),
-        ("alerts", "severty", "critical", "there are status, severity, kind, model, stream_id, limit, cursor"),
+        ("alerts", "severty", "critical", "there are status, severity, kind, model, stream_id, q, limit, cursor"),
+        ("alerts/count", "limit", "5", "there are status, severity, kind, model, stream_id, q"),
         ("streams", "state", "anomalous", "there are model, silent, limit, cursor"),
     ):
         problem = assert_problem(await client.get(f"/v1/{path}?{name}={value}"), 422, says, name)
         assert problem["value"] == json.dumps(value)
+    assert_problem(await client.get(f"/v1/alerts?q={'x' * 257}"), 422, "q has 257 characters", "q")
+
+
+@pytest.mark.parametrize("what", ["acknowledge", "accept"])
+@pytest.mark.parametrize(
+    ("body", "field", "says"),
+    [
+        ({"by": "anna"}, "ids", "a list of 1 to 1000 ids of alerts"),
+        ({"by": "anna", "ids": []}, "ids", "a list of 1 to 1000 ids of alerts"),
+        ({"by": "anna", "ids": ["a" * 28] * 1001}, "ids", "a list of 1 to 1000 ids of alerts"),
+        ({"by": "anna", "ids": ["a" * 28, "pump-7"]}, "ids[1]", 'ids[1] is "pump-7"'),
+        ({"ids": ["a" * 28]}, "by", "it names who looks after it"),
+        ({"by": "anna", "ids": ["a" * 28], "status": "open"}, "status", "it has by, note and ids"),
+    ],
+)
+async def test_several_alerts_are_named_by_their_ids_and_by_whom(
+    client: Client, what: str, body: dict[str, Any], field: str, says: str
+) -> None:
+    assert_problem(await client.post(f"/v1/alerts/{what}", content=json.dumps(body), headers=JSON), 422, says, field)
 
 
 async def test_streams_are_listed_shown_and_forgotten(client: Client) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from service import tasks
 from service.alerts import Acknowledgement, Alert, Evidence, Stand, Transition, encoded
 from service.desk import Desk, Keeping
 from service.errors import Fenced
+from service.events import Severity
 from service.metrics import Metrics
 from service.sinks.teller import first_cursor
 from service.stores import Write
@@ -238,6 +240,66 @@ async def test_an_acknowledgement_is_shown_and_told_and_can_be_undone(office: Of
     assert (again.status, again.acknowledgement) == ("open", None)
 
 
+async def test_of_several_alerts_those_are_acknowledged_that_nobody_looks_after_and_no_other(office: Office, desk: Desk) -> None:
+    transitions = [opening(name) for name in ("a", "b", "noted", "over")]
+    await office.log(*transitions, resolving("over"))
+    await desk.turn()
+    a, b, noted, over = (transition.alert for transition in transitions)
+    await office.book.acknowledge(noted, Acknowledgement("bob", "mine", 4.0))
+    anna = Acknowledgement("anna", "power dip", 5.0)
+    became = await office.book.acknowledge_open([b, over, noted, 28 * "0", a, b], anna)
+    assert [(id_, one.outcome) for id_, one in became.items()] == [
+        (b, "acknowledged"),
+        (over, "resolved"),
+        (noted, "already_acknowledged"),
+        (28 * "0", "unknown"),
+        (a, "acknowledged"),
+    ]
+    by = {alert.stream_id: alert.acknowledgement for alert in await office.all(status=frozenset({"acknowledged"}))}
+    assert by == {"a": anna, "b": anna, "noted": Acknowledgement("bob", "mine", 4.0)}
+    again = await office.book.acknowledge_open([a, b], Acknowledgement("anna", "power dip", 6.0))
+    assert [one.outcome for one in again.values()] == ["already_acknowledged"] * 2
+    assert sorted(name for name, event in await office.events() if event == "acknowledged") == ["a", "b", "noted"]
+
+
+async def test_who_takes_an_alert_while_several_are_acknowledged_keeps_it(office: Office, desk: Desk) -> None:
+    await office.log(opening("a"), opening("b"))
+    await desk.turn()
+    bob = Acknowledgement("bob", "mine", 4.0)
+
+    async def taken() -> None:
+        await office.book.acknowledge(opening("a").alert, bob)
+
+    slow = Book(cast("Commands", _ReadThenTurn(office.store, taken)))
+    became = await slow.acknowledge_open([opening("a").alert, opening("b").alert], Acknowledgement("anna", "all", 5.0))
+    assert [one.outcome for one in became.values()] == ["already_acknowledged", "acknowledged"]
+    assert {alert.acknowledgement for alert in await office.all(stream_id="a")} == {bob}
+
+
+async def test_alerts_are_found_by_a_part_of_their_streams_name_and_counted_by_severity(office: Office, desk: Desk) -> None:
+    names = ("Hall-2/pump-1", "hall-2/pump-2", "hall-3/pump-1")
+    severities: tuple[Severity, ...] = ("minor", "critical", "critical")
+    await office.log(*(opening(name, started_at=T0 + i, severity=severities[i]) for i, name in enumerate(names)))
+    await desk.turn()
+    assert {alert.stream_id for alert in await office.all(holds="HALL-2")} == set(names[:2])
+    assert await office.all(holds="hall-4") == []
+    assert await office.book.count(Wanted()) == (Counter(minor=1, critical=2), True)
+    assert await office.book.count(Wanted(holds="hall-2")) == (Counter(minor=1, critical=1), True)
+    await office.book.acknowledge_open([alert.id for alert in await office.all(holds="hall-3")], Acknowledgement("anna", "", 5.0))
+    assert await office.book.count(Wanted(status=frozenset({"open"}))) == (Counter(minor=1, critical=1), True)
+
+
+async def test_of_more_alerts_than_are_looked_at_the_latest_are_counted_and_said_not_to_be_all(
+    office: Office, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await office.log(*(opening(f"s{i}", started_at=T0 + i) for i in range(5)))
+    await desk.turn()
+    monkeypatch.setattr("service.stores.book.AT_ONCE", 2)
+    monkeypatch.setattr("service.stores.book.SCANNED", 4)
+    assert await office.book.count(Wanted()) == (Counter(minor=4), False)
+    assert await office.book.count(Wanted(stream_id="s1")) == (Counter(minor=1), True)
+
+
 @pytest.mark.parametrize(
     ("meanwhile", "then", "told"),
     [
@@ -251,7 +313,7 @@ async def test_what_happens_to_an_alert_while_it_is_acknowledged_is_not_told_as_
     await office.log(opening())
     await desk.turn()
     await office.log(meanwhile)
-    slow = Book(cast("Commands", _ReadThenTurn(office.store, desk)))
+    slow = Book(cast("Commands", _ReadThenTurn(office.store, desk.turn)))
     alert = await slow.acknowledge(meanwhile.alert, Acknowledgement("anna", "", 5.0))
     assert alert is not None
     assert (alert.status, alert.severity) == (then, "minor" if then == "resolved" else "critical")
@@ -260,10 +322,10 @@ async def test_what_happens_to_an_alert_while_it_is_acknowledged_is_not_told_as_
 
 
 class _ReadThenTurn:
-    """A store whose first reader is so slow that the desk has its turn before what was read is used."""
+    """A store whose first reader is so slow that something else is done before what was read is used."""
 
-    def __init__(self, store: RedisStore | ClusterStore, desk: Desk) -> None:
-        self._store, self._turn = store, [desk.turn]
+    def __init__(self, store: RedisStore | ClusterStore, done: Callable[[], Awaitable[None]]) -> None:
+        self._store, self._turn = store, [done]
 
     async def pipe(self, commands: Sequence[Command]) -> list[Any]:
         replies = await self._store.pipe(commands)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from service.alerts import alert_id
 from service.detector import Detector
 from service.errors import (
     BadEvent,
@@ -475,6 +476,16 @@ async def test_a_lasting_fault_freezes_its_stream_until_it_is_accepted(scorer: S
     assert scorer._metrics.registry.get_sample_value("onset_accepted_total", {"model": "tiny", "by": "call"}) == 1
     after = [Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 2000 + i) for i in range(300)]
     assert not any(result.status == "frozen" for result in results(await scorer.score(after)))
+
+
+async def test_an_alert_that_is_over_is_not_accepted_in_the_name_of_the_one_that_followed(scorer: Scorer) -> None:
+    await alarmed(scorer)
+    meant, another = (alert_id("tiny", "s", "anomaly", 1e9 + second) for second in (1000, 900))
+    assert not await scorer.streams.accept_alert("s", another)
+    assert (await scorer.streams.last("s")).status == "frozen"
+    assert await scorer.streams.accept_alert("s", meant)
+    assert not await scorer.streams.accept_alert("s", meant)
+    assert (await scorer.streams.last("s")).status == "ready"
 
 
 async def test_the_last_event_sent_again_after_the_acceptance_gets_its_stored_result(scorer: Scorer) -> None:

@@ -20,14 +20,15 @@ step, under the lease. So each transition counts once, whoever dies when.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
-from service.alerts import Acknowledgement, Alert, Change, Kind, Status
+from service.alerts import Acknowledgement, Alert, Change, Kind, Outcome, Status
 from service.errors import Fenced, StoreUnavailable
 from service.events import Severity
 from service.stores.redis import SHARDS, Command, Commands, log_key, state_key
@@ -43,13 +44,14 @@ _RENEW: Command = ("PEXPIRE", LEASE, LEASE_MS)
 CHANGES, DEAD_LETTERS = 100_000, 10_000
 # Of an alert that has changed since it was read sinks would be told what it no longer is, after what it became.
 ACKNOWLEDGE = """if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+if (redis.call('HGET', KEYS[2], ARGV[1]) or '') ~= ARGV[6] then return 0 end
 if ARGV[3] == '' then redis.call('HDEL', KEYS[2], ARGV[1]) else redis.call('HSET', KEYS[2], ARGV[1], ARGV[3]) end
 redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[5], '*', 'change', ARGV[4])
 return 1"""
 AT_ONCE = 500
 """Alerts loaded in one go."""
 SCANNED = 5_000
-"""Alerts that one page looks at, at most: where few of them are wanted it may have none, and a cursor."""
+"""Alerts that one page or count looks at, at most: where few of them are wanted a page may have none, and a cursor."""
 
 _alert, _ack, _change = msgspec.json.Decoder(Alert), msgspec.json.Decoder(Acknowledgement), msgspec.json.Decoder(Change)
 _json = msgspec.json.Encoder()
@@ -64,6 +66,8 @@ class Wanted:
     kind: Kind | None = None
     model: str | None = None
     stream_id: str | None = None
+    holds: str = ""
+    """What the name of the stream holds, in upper or lower case."""
 
     def has(self, alert: Alert) -> bool:
         return (
@@ -72,7 +76,15 @@ class Wanted:
             and self.kind in (None, alert.kind)
             and self.model in (None, alert.model)
             and self.stream_id in (None, alert.stream_id)
+            and self.holds.casefold() in alert.stream_id.casefold()
         )
+
+
+class Became(NamedTuple):
+    """What became of an alert in a call about several, and the alert as it is then."""
+
+    outcome: Outcome
+    alert: Alert | None
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,18 @@ class Book:
             looked, count = looked + count, min(2 * count, AT_ONCE)
         return found, cursor
 
+    async def count(self, wanted: Wanted) -> tuple[Counter[Severity], bool]:
+        """How many alerts there are by severity, and whether these are all: of more than SCANNED the latest are counted."""
+        counted: Counter[Severity] = Counter()
+        cursor = ""
+        for _ in range(0, SCANNED, AT_ONCE):
+            ids = await self._ids(wanted, cursor, AT_ONCE)
+            counted.update(alert.severity for alert in await self.alerts(ids) if alert is not None and wanted.has(alert))
+            if len(ids) < AT_ONCE:
+                return counted, True
+            cursor = ids[-1]
+        return counted, False
+
     async def open_ids(self) -> list[str]:
         return [id_.decode() for id_ in (await self._store.pipe([("ZRANGE", OPEN, 0, -1)]))[0]]
 
@@ -170,12 +194,30 @@ class Book:
             alert = _read(table, ack)
             if alert is None or not alert.open or acknowledgement is alert.acknowledgement is None:
                 return alert
-            known = replace(alert, acknowledgement=acknowledgement, status="acknowledged" if acknowledgement else "open")
-            change = Change("acknowledged" if acknowledgement else "unacknowledged", known)
-            by = _json.encode(acknowledgement) if acknowledgement else b""
-            keys = (TABLE, ACKS, CHANGES_KEY)
-            if (await self._store.pipe([("EVAL", ACKNOWLEDGE, len(keys), *keys, id_, table, by, _json.encode(change), CHANGES)]))[0]:
+            known, command = _acknowledging(alert, acknowledgement, table, ack)
+            if (await self._store.pipe([command]))[0]:
                 return known
+
+    async def acknowledge_open(self, ids: Sequence[str], acknowledgement: Acknowledgement) -> dict[str, Became]:
+        """Someone looks after those of these alerts that nobody does yet; what became of each."""
+        became: dict[str, Became] = {}
+        left = list(dict.fromkeys(ids))
+        while left:
+            some = left[:AT_ONCE]
+            table, acks = await self._store.pipe([("HMGET", TABLE, *some), ("HMGET", ACKS, *some)])
+            trying: list[tuple[Alert, Command]] = []
+            for id_, kept, ack in zip(some, table, acks, strict=True):
+                alert = _read(kept, ack)
+                if alert is None or not alert.open:
+                    became[id_] = Became("unknown" if alert is None else "resolved", alert)
+                elif alert.acknowledgement is not None:
+                    became[id_] = Became("already_acknowledged", alert)
+                else:
+                    trying.append(_acknowledging(alert, acknowledgement, kept, ack))
+            done = await self._store.pipe([command for _, command in trying]) if trying else []
+            became |= {known.id: Became("acknowledged", known) for (known, _), one in zip(trying, done, strict=True) if one}
+            left = [id_ for id_ in left if id_ not in became]  # with those that have changed since they were read
+        return {id_: became[id_] for id_ in ids}
 
     # ── for whoever keeps it ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -297,6 +339,14 @@ def _kept(alert: Alert) -> Iterator[Command]:
     else:
         yield "ZREM", OPEN, alert.id
         yield "ZADD", RESOLVED, alert.resolved_at, alert.id
+
+
+def _acknowledging(alert: Alert, by: Acknowledgement | None, table: bytes, ack: bytes | None) -> tuple[Alert, Command]:
+    """The open alert as it will be, and what makes it so unless it has changed since it was read as `table` and `ack`."""
+    known = replace(alert, acknowledgement=by, status="acknowledged" if by else "open")
+    change = _json.encode(Change("acknowledged" if by else "unacknowledged", known))
+    keys = (TABLE, ACKS, CHANGES_KEY)
+    return known, ("EVAL", ACKNOWLEDGE, len(keys), *keys, alert.id, table, _json.encode(by) if by else b"", change, CHANGES, ack or b"")
 
 
 def _added(change: Change) -> Command:

@@ -85,3 +85,36 @@ def test_accepting_and_deleting_streams_resolves_their_alerts(tmp_path: Path, ti
         local.delete(f"{service.url}/v1/streams/deleted").raise_for_status()
         wait(lambda: len(alerts(service, status="resolved")) == 2)
         assert {alert["stream_id"]: alert["resolution"] for alert in alerts(service)} == {"accepted": "accepted", "deleted": "forgotten"}
+
+
+def test_several_alerts_are_counted_acknowledged_and_accepted_at_once_and_each_is_told_of(tmp_path: Path, tiny_model_path: Path) -> None:
+    with Service(tmp_path / "data", model=tiny_model_path) as service:
+        names = [f"hall-{1 + i % 2}/{i}" for i in range(5)]
+        for name in names:
+            Sensor(service, name).send([*NORMAL, *STUCK])
+        wait(lambda: len(alerts(service)) == len(names))
+        counted = local.get(f"{service.url}/v1/alerts/count", params={"status": "open", "q": "HALL-1"}).json()
+        assert counted == {"count": 3, "by_severity": {"minor": 0, "major": 0, "critical": 3}, "complete": True}
+        ids = {alert["stream_id"]: alert["id"] for alert in alerts(service, q="hall-")}
+
+        def told(what: str, names: list[str]) -> dict[str, str]:
+            body = {"by": "anna", "note": "power dip", "ids": [ids[name] for name in names]}
+            done = local.post(f"{service.url}/v1/alerts/{what}", json=body).raise_for_status().json()
+            assert [one["id"] for one in done["alerts"]] == body["ids"]
+            assert sum(done["outcomes"].values()) == len(names)
+            return {one["stream_id"]: one["outcome"] for one in done["alerts"]}
+
+        assert told("acknowledge", names[:3]) == dict.fromkeys(names[:3], "acknowledged")
+        assert told("acknowledge", names[:4]) == dict.fromkeys(names[:3], "already_acknowledged") | {names[3]: "acknowledged"}
+        assert [alert["stream_id"] for alert in alerts(service, status="open")] == [names[4]]
+        assert told("accept", names[2:]) == dict.fromkeys(names[2:], "accepted")
+        assert told("accept", names[2:]) == dict.fromkeys(names[2:], "resolved")  # at once, or when the book has it
+        wait(lambda: len(alerts(service, status="resolved")) == 3)
+        assert {alert["resolution"] for alert in alerts(service, status="resolved")} == {"accepted"}
+        assert {alert["acknowledgement"]["by"] for alert in alerts(service)} == {"anna"}  # whoever accepted it, too
+        unknown = local.post(f"{service.url}/v1/alerts/accept", json={"by": "anna", "ids": [28 * "0"]}).json()
+        assert unknown == {"alerts": [{"id": 28 * "0", "outcome": "unknown", "stream_id": None, "model": None}], "outcomes": {"unknown": 1}}
+        service.terminate()
+        log = service.log.read_text()
+        assert '"event": "alerts_acknowledged"' in log
+        assert '"event": "alerts_accepted"' in log
