@@ -1,8 +1,8 @@
 /** Alerts: open, acknowledged, resolved; one alone, whatever it is by now; or those of one stream, on its own page. */
 
-import { Refused, ask, asking, loadedModels, streamPath, type Alert, type AlertsPage, type Evidence } from "./api";
-import { fill, h, text } from "./dom";
-import { ago, chance, clock, duration, number, score as points, share } from "./format";
+import { Refused, ask, asking, loadedModels, streamPath, type Alert, type AlertCount, type AlertsPage, type Done, type Evidence } from "./api";
+import { ICONS, fill, h, icon, text } from "./dom";
+import { ago, chance, clock, count, duration, number, score as points, share } from "./format";
 import { keep, kept } from "./kept";
 import { PARTS, partOf, slots, varying } from "./lines";
 import type { Shell, View } from "./view";
@@ -14,7 +14,7 @@ const SEVERITIES = [
   ["major,critical", "Major and critical"],
   ["critical", "Critical"],
 ] as const;
-export const PAGE = 100; // alerts asked for at once
+const PAGE = 100; // alerts asked for at once
 const MOST = 1000;
 const WORDS: Record<string, string> = {
   recovered: "the stream is back to normal",
@@ -24,8 +24,21 @@ const WORDS: Record<string, string> = {
   ended: "the stream has ended",
   forgotten: "the stream was forgotten",
 };
+/** What became of alerts in a call about several, after how many. */
+const BECAME: Record<string, string> = {
+  acknowledged: "acknowledged",
+  taken_back: "taken back",
+  accepted: "accepted as normal",
+  already_acknowledged: "acknowledged before, and left as they are",
+  resolved: "over by now",
+  silence: "silent, with nothing to be learned",
+  model_not_loaded: "of a model that is not loaded",
+  conflict: "of streams that changed meanwhile: try again",
+  unknown: "no longer known",
+};
 const NAME_KEY = "onset-name";
 const ASK_SECONDS = 3;
+const TYPING_MS = 250; // after the last key, before what is searched for is asked
 const EARLIER = 20; // of a stream, those that are not over included
 
 /** One alert as it is shown, and what of it is renewed as time goes. */
@@ -43,10 +56,10 @@ class AlertList {
   readonly element = h("ul", { class: "alerts" });
   private readonly items = new Map<string, Item>();
 
-  /** `named`: by their streams; else by what they are. `changed` is called when one was acknowledged or is no longer. */
+  /** `chosen`: ids of those that are selected; null = none can be, and they are named by what they are, not by their streams. `changed` is called when one was acknowledged, is no longer, or was selected. */
   constructor(
-    private readonly named: boolean,
     private readonly changed: () => void,
+    private readonly chosen: Chosen | null = null,
   ) {}
 
   /** Made again only where the alert has changed: a button that is being pressed stays the one it was. */
@@ -54,7 +67,7 @@ class AlertList {
     for (const alert of alerts) {
       const mark = `${alert.updated_at} ${alert.status} ${alert.acknowledgement?.at ?? ""} ${alert.last?.timestamp ?? ""}`;
       let item = this.items.get(alert.id);
-      if (item?.mark !== mark) this.items.set(alert.id, (item = { mark, ...itemOf(alert, this.named, () => acknowledge(alert, this.changed)) }));
+      if (item?.mark !== mark) this.items.set(alert.id, (item = { mark, ...itemOf(alert, this.chosen, () => acknowledge(alert, this.changed)) }));
       text(item.age, ago(alert.started_at));
     }
   }
@@ -66,11 +79,51 @@ class AlertList {
     for (const id of this.items.keys()) if (!held.has(id)) this.items.delete(id);
     if (wanted.length === this.element.childElementCount && wanted.every((one, i) => one === this.element.children[i])) return;
     const focused = document.activeElement?.closest<HTMLElement>(".alert");
-    const onButton = document.activeElement?.tagName === "BUTTON";
+    const kind = document.activeElement?.matches("button, input") ? document.activeElement.tagName : ".name a";
     const within = this.element.contains(document.activeElement);
     fill(this.element, ...wanted);
     const again = within && focused && this.items.get(focused.dataset["id"]!)?.element;
-    if (again) (again.querySelector<HTMLElement>(onButton ? "button" : ".name a") ?? again.querySelector<HTMLElement>(".name a"))!.focus();
+    if (again) (again.querySelector<HTMLElement>(kind) ?? again.querySelector<HTMLElement>(".name a"))!.focus();
+  }
+}
+
+/** Alerts that are selected, by id. Of those that are no longer listed none stays so. */
+class Chosen {
+  private readonly ids = new Set<string>();
+  private listed: Alert[] = [];
+
+  /** `changed` is called when someone has selected one, or no longer does. */
+  constructor(private readonly changed: () => void) {}
+
+  /** Which can be selected now. */
+  of(alerts: Alert[]): void {
+    this.listed = alerts.filter((alert) => alert.status !== "resolved");
+    const there = new Set(this.listed.map((alert) => alert.id));
+    for (const id of this.ids) if (!there.has(id)) this.ids.delete(id);
+  }
+
+  get size(): number {
+    return this.listed.length;
+  }
+
+  get alerts(): Alert[] {
+    return this.listed.filter((alert) => this.ids.has(alert.id));
+  }
+
+  has(alert: Alert): boolean {
+    return this.ids.has(alert.id);
+  }
+
+  set(alert: Alert, on: boolean): void {
+    if (on) this.ids.add(alert.id);
+    else this.ids.delete(alert.id);
+    this.changed();
+  }
+
+  all(on: boolean): void {
+    this.ids.clear();
+    if (on) for (const alert of this.listed) this.ids.add(alert.id);
+    this.changed();
   }
 }
 
@@ -78,8 +131,8 @@ class AlertList {
 export class StreamAlerts {
   readonly element = h("section", { "aria-label": "Alerts of this stream", hidden: true });
   readonly earlier = h("section", { class: "card", hidden: true }, h("header", {}, h("h2", {}, "Earlier alerts")));
-  private readonly now = new AlertList(false, () => void this.load());
-  private readonly past = new AlertList(false, () => void this.load());
+  private readonly now = new AlertList(() => void this.load());
+  private readonly past = new AlertList(() => void this.load());
   private model = "";
   private ended: (() => void) | null = null;
 
@@ -135,14 +188,26 @@ class AlertsView {
   private status: Status;
   private severity: string;
   private model: string;
+  private holds: string; // by the stream's name
   private most = PAGE;
-  private selected = -1;
+  private whole = ""; // how many there are, where not all of them are listed
+  private at = -1; // of the list, by keys
+  private typing = 0; // timer of a search that has not been asked yet
   private readonly ended: () => void;
   private shown = ""; // whether there are any, as was said
   private readonly choice = h("div", { class: "choice", role: "group", "aria-label": "Which alerts" });
   private readonly severities = h("div", { class: "choice", role: "group", "aria-label": "How severe" });
   private readonly models = h("select", { class: "field", "aria-label": "Model", hidden: true, onchange: () => ((this.model = this.models.value), this.choose(this.status, this.severity)) });
-  private readonly list = new AlertList(true, () => void this.load());
+  private readonly search = h("input", { class: "field", type: "search", placeholder: "Search by stream", "aria-label": "Search alerts by stream", oninput: () => this.searched() });
+  private readonly chosen = new Chosen(() => this.showChosen());
+  private readonly list = new AlertList(() => void this.load(), this.chosen);
+  private readonly every = h("input", { type: "checkbox", onchange: () => this.chosen.all(this.every.checked) });
+  private readonly everyName = h("span");
+  private readonly look = h("button", { class: "button", type: "button", onclick: () => (this.status === "open" ? this.acknowledge(this.chosen.alerts) : this.takeBack(this.chosen.alerts)) });
+  private readonly take = h("button", { class: "button", type: "button", onclick: () => this.accept(this.chosen.alerts) });
+  private readonly acts = h("div", { class: "actions" }, this.look, this.take);
+  private readonly bulk = h("div", { class: "bulk", role: "group", "aria-label": "Several alerts", hidden: true }, h("label", {}, this.every, this.everyName), this.acts);
+  private readonly became = h("p", { class: "notice", role: "status", hidden: true });
   private readonly more = h("div", { class: "more" });
   private readonly said = h("div", { role: "status" });
 
@@ -156,31 +221,47 @@ class AlertsView {
     this.severity = SEVERITIES.find(([severity]) => severity === shell.query.get("severity"))?.[0] ?? "";
     for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.choose(status, this.severity) }, status[0]!.toUpperCase() + status.slice(1)));
     for (const [severity, name] of SEVERITIES) this.severities.append(h("button", { type: "button", "data-severity": severity, onclick: () => this.choose(this.status, severity) }, name));
-    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts"), h("p", { class: "quiet" }, `Times of ${Intl.DateTimeFormat().resolvedOptions().timeZone}`)), this.models, this.severities, this.choice), this.said, this.list.element, this.more));
+    const search = h("div", { class: "search" }, icon(ICONS.search), this.search, h("kbd", { "aria-hidden": "true" }, "/"));
+    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts"), h("p", { class: "quiet" }, `Times of ${Intl.DateTimeFormat().resolvedOptions().timeZone}`)), search, this.models, this.severities, this.choice), this.became, this.said, this.bulk, this.list.element, this.more));
     this.model = shell.query.get("model") ?? "";
+    this.holds = this.search.value = shell.query.get("q") ?? "";
     this.show(this.status, this.severity, this.id);
     void this.showModels();
     this.ended = asking(ASK_SECONDS, () => this.load());
   }
 
   leave(): void {
+    clearTimeout(this.typing);
     this.ended();
   }
 
   key(event: KeyboardEvent): boolean {
+    const inSearch = event.target === this.search;
+    if (event.key === "/" && !inSearch) {
+      this.search.focus();
+      this.search.select();
+      return true;
+    }
+    if (event.key === "Escape" && (inSearch || this.search.value)) {
+      this.search.value = "";
+      this.search.blur();
+      this.searched();
+      return true;
+    }
+    if (inSearch && event.key !== "ArrowDown") return false;
     const items = [...this.list.element.children] as HTMLElement[];
     const step = event.key === "j" || event.key === "ArrowDown" ? 1 : event.key === "k" || event.key === "ArrowUp" ? -1 : 0;
     if (step && items.length) {
-      this.selected = Math.min(items.length - 1, Math.max(0, this.selected + step));
-      items[this.selected]!.querySelector<HTMLElement>(".name a")!.focus();
+      this.at = Math.min(items.length - 1, Math.max(0, this.at + step));
+      items[this.at]!.querySelector<HTMLElement>(".name a")!.focus();
       return true;
     }
-    if (event.key === "a") {
-      const item = document.activeElement?.closest(".alert");
-      item?.querySelector<HTMLButtonElement>("button")?.click();
-      return item !== null;
-    }
-    return false;
+    const item = document.activeElement?.closest(".alert");
+    if (event.key === "X") this.chosen.all(this.chosen.alerts.length < this.chosen.size);
+    else if (event.key === "x") item?.querySelector<HTMLInputElement>("input")?.click();
+    else if (event.key === "a") (this.acts.hidden ? item?.querySelector("button") : this.look)?.click();
+    else return false;
+    return true;
   }
 
   private show(status: Status, severity: string, id = ""): void {
@@ -188,7 +269,7 @@ class AlertsView {
     this.status = status;
     this.severity = severity;
     this.most = PAGE;
-    this.selected = -1;
+    this.at = -1;
     this.shown = "";
     for (const button of this.choice.querySelectorAll("button")) button.setAttribute("aria-pressed", String(!id && button.dataset["status"] === status));
     for (const button of this.severities.querySelectorAll("button")) button.setAttribute("aria-pressed", String(!id && button.dataset["severity"] === severity));
@@ -196,7 +277,12 @@ class AlertsView {
     if (status !== "open") query.set("status", status);
     if (severity) query.set("severity", severity);
     if (this.model) query.set("model", this.model);
+    if (this.holds) query.set("q", this.holds);
+    if (id) this.search.value = this.holds = "";
     history.replaceState(null, "", id ? alertAddress(id) : `#/alerts${query.size ? `?${query}` : ""}`);
+    this.chosen.of([]);
+    this.showChosen();
+    this.became.hidden = true;
     this.list.show([]);
     fill(this.more);
     delete this.more.dataset["shown"];
@@ -219,19 +305,89 @@ class AlertsView {
     void this.load();
   }
 
+  private searched(): void {
+    clearTimeout(this.typing);
+    this.typing = window.setTimeout(() => {
+      const holds = this.search.value.trim();
+      if (holds === this.holds) return;
+      this.holds = holds;
+      this.choose(this.status, this.severity);
+    }, TYPING_MS);
+  }
+
+  /** What is selected, and what can be done with it. */
+  private showChosen(): void {
+    const alerts = this.chosen.alerts;
+    this.bulk.hidden = this.chosen.size < 2;
+    this.list.element.toggleAttribute("data-several", !this.bulk.hidden);
+    this.every.checked = alerts.length > 0 && alerts.length === this.chosen.size;
+    this.every.indeterminate = alerts.length > 0 && alerts.length < this.chosen.size;
+    text(this.everyName, alerts.length ? `${count(alerts.length)} of ${this.whole || count(this.chosen.size)} selected` : `Select the ${count(this.chosen.size)} listed`);
+    for (const box of this.list.element.querySelectorAll<HTMLInputElement>(".name input")) box.checked = alerts.some((alert) => alert.id === box.value);
+    this.acts.hidden = !alerts.length;
+    text(this.look, `${this.status === "open" ? "Acknowledge" : "Take back"} ${count(alerts.length)}`);
+    text(this.take, `Accept ${count(alerts.length)} as normal`);
+  }
+
+  private acknowledge(alerts: Alert[]): void {
+    const words = `${listed(alerts)}: you look after them. They stay until their streams are normal again; what someone looks after already is left as it is.`;
+    signed(`Acknowledge ${count(alerts.length)}`, [words], "Acknowledge", (by) => this.told("acknowledge", alerts, by));
+  }
+
+  private accept(alerts: Alert[]): void {
+    const anomalies = alerts.filter((alert) => alert.kind === "anomaly");
+    const silent = alerts.length - anomalies.length;
+    const streams = `${count(anomalies.length)} ${anomalies.length === 1 ? "stream takes" : "streams take"}`;
+    const words = [
+      anomalies.length ? `${listed(anomalies)}: ${streams} what they show now for their normal, and learn it at once. Their alerts close. This cannot be undone.` : "Nothing can be accepted: a silence has nothing to be learned.",
+      silent && anomalies.length ? `${count(silent)} silent: left as they are.` : "",
+      anomalies.length ? "What is passing, as after a power dip, is better left to end by itself." : "",
+    ];
+    signed(`Accept ${count(anomalies.length)} as normal`, words.filter(Boolean), anomalies.length ? "Accept as normal" : "", (by) => this.told("accept", anomalies, by));
+  }
+
+  private async told(what: string, alerts: Alert[], by: Signature): Promise<void> {
+    const body = JSON.stringify({ ...by, ids: alerts.map((alert) => alert.id) });
+    this.say((await ask<Done>(`v1/alerts/${what}`, { method: "POST", headers: { "content-type": "application/json" }, body })).outcomes);
+  }
+
+  private takeBack(alerts: Alert[]): void {
+    const words = `${listed(alerts)}: nobody looks after them any more, and they are open again.`;
+    confirmed(`Take back ${count(alerts.length)}`, [words], "Take back", async (said) => {
+      const outcomes: Record<string, number> = {};
+      for (const [i, alert] of alerts.entries()) {
+        text(said, `${count(i)} of ${count(alerts.length)} …`);
+        const outcome = await takenBack(alert);
+        outcomes[outcome] = (outcomes[outcome] ?? 0) + 1;
+      }
+      this.say(outcomes);
+    });
+  }
+
+  /** What became of several. */
+  private say(outcomes: Record<string, number>): void {
+    this.chosen.all(false);
+    text(this.became, `${Object.entries(outcomes).map(([outcome, many]) => `${count(many)} ${BECAME[outcome] ?? outcome}`).join(", ")}.`);
+    this.became.hidden = false;
+    void this.load();
+  }
+
   private async load(): Promise<void> {
-    const { id, status, severity, model, most } = this;
+    const { id, status, severity, model, holds, most } = this;
     try {
       if (id) {
         const alert = await ask<Alert>(`v1/alerts/${encodeURIComponent(id)}`);
         if (id === this.id) this.fill([alert]);
         return;
       }
-      const page = await ask<AlertsPage>(`v1/alerts?status=${status}&limit=${most}${severity ? `&severity=${severity}` : ""}${model ? `&model=${encodeURIComponent(model)}` : ""}`);
-      if (this.id || status !== this.status || severity !== this.severity || model !== this.model || most !== this.most) return;
-      if (status === "open" && !severity && !model) this.shell.alerting(page);
+      const filter = `status=${status}${severity ? `&severity=${severity}` : ""}${model ? `&model=${encodeURIComponent(model)}` : ""}${holds ? `&q=${encodeURIComponent(holds)}` : ""}`;
+      const page = await ask<AlertsPage>(`v1/alerts?${filter}&limit=${most}`);
+      const all = page.next_cursor === null ? null : await ask<AlertCount>(`v1/alerts/count?${filter}`);
+      if (this.id || status !== this.status || severity !== this.severity || model !== this.model || holds !== this.holds || most !== this.most) return;
+      if (status === "open" && !severity && !model && !holds) this.shell.alerting(all ?? counted(page.alerts));
+      this.whole = all ? `${count(all.count)}${all.complete ? "" : "+"}` : "";
       this.fill(page.alerts);
-      this.sayMore(page);
+      this.sayMore(page.alerts.length);
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       if (id !== this.id) return;
@@ -241,8 +397,10 @@ class AlertsView {
   }
 
   private fill(alerts: Alert[]): void {
+    this.chosen.of(alerts);
     this.list.renew(alerts);
     this.list.show(alerts);
+    this.showChosen();
     const shown = String(alerts.length > 0);
     if (shown === this.shown) return;
     this.shown = shown;
@@ -250,23 +408,23 @@ class AlertsView {
     if (!alerts.length) {
       const words = { open: "Nothing has begun that is as rare as you asked to be told of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet." }[this.status];
       const severe = SEVERITIES.find(([severity]) => severity === this.severity)![1].toLowerCase();
-      const which = [this.severity ? ` that is ${severe.replace("and", "or")}` : "", this.model ? ` of ${this.model}` : ""].join("");
+      const which = [this.severity ? ` that is ${severe.replace("and", "or")}` : "", this.model ? ` of ${this.model}` : "", this.holds ? ` of a stream whose name holds “${this.holds}”` : ""].join("");
       fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, which ? `None${which}.` : words)));
     }
   }
 
   /** What is not shown, so that nobody takes the page for all there is. */
-  private sayMore(page: AlertsPage): void {
-    const shown = page.alerts.length;
-    if (this.more.dataset["shown"] === `${shown} ${page.next_cursor !== null}`) return;
-    this.more.dataset["shown"] = `${shown} ${page.next_cursor !== null}`;
-    if (page.next_cursor === null) return fill(this.more);
+  private sayMore(shown: number): void {
+    const words = this.whole && `The latest ${count(shown)} of ${this.whole}.`;
+    if (this.more.dataset["shown"] === words) return;
+    this.more.dataset["shown"] = words;
+    if (!words) return fill(this.more);
     const button = h("button", { class: "button", type: "button", onclick: () => ((this.most = Math.min(MOST, this.most + 2 * PAGE)), void this.load()) }, "Show more");
-    fill(this.more, h("p", {}, `The latest ${shown}; there are more.`), this.most < MOST ? button : null);
+    fill(this.more, h("p", {}, words), this.most < MOST ? button : null);
   }
 }
 
-function itemOf(alert: Alert, named: boolean, act: () => void): { element: HTMLElement; age: HTMLElement } {
+function itemOf(alert: Alert, chosen: Chosen | null, act: () => void): { element: HTMLElement; age: HTMLElement } {
   const { onset, last, acknowledgement } = alert;
   const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}&at=${alert.started_at}`;
   const severity = h("span", { class: "severity" }, alert.severity);
@@ -284,8 +442,9 @@ function itemOf(alert: Alert, named: boolean, act: () => void): { element: HTMLE
   const button = alert.status === "resolved" ? null : h("button", { class: "button", type: "button", "aria-label": `${acknowledgement ? "Change the note on" : "Acknowledge"} ${alert.stream_id}`, onclick: act }, acknowledgement ? "Change" : "Acknowledge");
   const age = h("span");
   const more = alert.kind === "silence" ? [] : [age, ...evidence];
-  const name = named ? alert.stream_id : alert.kind === "silence" ? "Silence" : "Anomaly";
-  const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, h("a", { href }, name)), h("p", {}, severity, what, ...more, " · ", link), line && onset ? lineOf(line, onset) : null, now, looked ? h("p", {}, looked) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
+  const name = chosen ? alert.stream_id : alert.kind === "silence" ? "Silence" : "Anomaly";
+  const box = chosen && alert.status !== "resolved" ? h("input", { type: "checkbox", value: alert.id, checked: chosen.has(alert), "aria-label": `Select ${alert.stream_id}`, onchange: (event: Event) => chosen.set(alert, (event.target as HTMLInputElement).checked) }) : null;
+  const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, box, h("a", { href }, name)), h("p", {}, severity, what, ...more, " · ", link), line && onset ? lineOf(line, onset) : null, now, looked ? h("p", {}, looked) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
   return { element, age };
 }
 
@@ -302,38 +461,92 @@ const rare = (p: number | null): string => (p !== null && p < 0.1 ? ` · chance 
 /** Asks who looks after it, and what there is to say. */
 function acknowledge(alert: Alert, done: () => void): void {
   const before = alert.acknowledgement;
+  const send = async (options: RequestInit): Promise<void> => {
+    await ask(`v1/alerts/${alert.id}/acknowledge`, options);
+    done();
+  };
+  const save = (by: Signature): Promise<void> => send({ method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(by) });
+  const words = `${alert.stream_id}: ${before ? "someone looks" : "you look"} after it. It stays until the stream is normal again.`;
+  signed(before ? "Acknowledged" : "Acknowledge", [words], before ? "Save" : "Acknowledge", save, before, before ? ["Take back", () => send({ method: "DELETE" })] : null);
+}
+
+/** Nobody looks after it any more; what became of it. */
+async function takenBack(alert: Alert): Promise<string> {
+  try {
+    await ask(`v1/alerts/${alert.id}/acknowledge`, { method: "DELETE" });
+    return "taken_back";
+  } catch (error) {
+    if (!(error instanceof Refused) || (error.status !== 404 && error.status !== 409)) throw error;
+    return error.status === 404 ? "unknown" : "resolved";
+  }
+}
+
+/** Who says so, and what else. */
+interface Signature {
+  by: string;
+  note: string;
+}
+
+/** Asks for a name and a note before it is done. */
+function signed(title: string, words: string[], name: string, send: (by: Signature) => Promise<void>, before: Signature | null = null, other: [string, () => Promise<void>] | null = null): void {
   const by = h("input", { class: "field", name: "by", maxlength: "128", value: before?.by ?? kept(NAME_KEY) ?? "", autocomplete: "name" });
   const note = h("input", { class: "field", name: "note", maxlength: "1000", value: before?.note ?? "" });
+  const act = async (): Promise<void> => {
+    if (!by.value.trim()) {
+      by.focus();
+      throw new Refused(0, "Your name is missing.");
+    }
+    keep(NAME_KEY, by.value);
+    return send({ by: by.value.trim(), note: note.value.trim() });
+  };
+  confirmed(title, words, name, act, h("div", { class: "form" }, h("label", {}, "Your name", by), h("label", {}, "Note", note)), other);
+}
+
+/** Asks whether it is to be done, and closes once it is: `act` may say how far it is. What is refused is said. Without a `name` nothing can be. */
+function confirmed(title: string, words: string[], name: string, act: (said: HTMLElement) => Promise<void>, form: HTMLElement | null = null, other: [string, () => Promise<void>] | null = null): void {
   const said = h("p", { role: "status" });
-  const send = async (options: RequestInit): Promise<void> => {
+  const run = async (what: () => Promise<void>): Promise<void> => {
+    const buttons = [...dialog.querySelectorAll("button")];
+    buttons.forEach((one) => (one.disabled = true)); // once is enough
     try {
-      await ask(`v1/alerts/${alert.id}/acknowledge`, options);
+      await what();
       dialog.close();
-      done();
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       text(said, error.message);
+    } finally {
+      buttons.forEach((one) => (one.disabled = false));
     }
   };
-  const save = (): void => {
-    keep(NAME_KEY, by.value);
-    void send({ method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ by: by.value.trim(), note: note.value.trim() }) });
-  };
-  const button = (name: string, act: () => void, kind = ""): HTMLElement => h("button", { class: `button ${kind}`, type: "button", onclick: act }, name);
+  const save = (): void => void run(() => act(said));
+  const button = (words: string, what: () => void, kind = ""): HTMLElement => h("button", { class: `button ${kind}`, type: "button", onclick: what }, words);
   const dialog = h(
     "dialog",
-    { "aria-labelledby": "ack-title", onclose: () => dialog.remove() },
-    h("h2", { id: "ack-title" }, before ? "Acknowledged" : "Acknowledge"),
-    h("p", {}, `${alert.stream_id}: ${before ? "someone looks" : "you look"} after it. It stays until the stream is normal again.`),
-    h("div", { class: "form" }, h("label", {}, "Your name", by), h("label", {}, "Note", note)),
+    { "aria-labelledby": "ask-title", onclose: () => dialog.remove() },
+    h("h2", { id: "ask-title" }, title),
+    ...words.map((one) => h("p", {}, one)),
+    name ? form : null,
     said,
-    h("div", { class: "actions" }, before ? button("Take back", () => void send({ method: "DELETE" })) : null, button("Cancel", () => dialog.close()), button(before ? "Save" : "Acknowledge", save, "primary")),
+    h("div", { class: "actions" }, other && button(other[0], () => void run(other[1])), button(name ? "Cancel" : "Close", () => dialog.close()), name ? button(name, save, "primary") : null),
   );
   dialog.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.target as HTMLElement).tagName === "INPUT") save();
   });
   document.body.append(dialog);
   dialog.showModal();
+}
+
+/** How many alerts of which severity: "3 critical, 12 minor alerts". */
+function listed(alerts: Alert[]): string {
+  const of = counted(alerts).by_severity;
+  const parts = ["critical", "major", "minor"].filter((severity) => of[severity]).map((severity) => `${count(of[severity]!)} ${severity}`);
+  return `${parts.join(", ")} ${alerts.length === 1 ? "alert" : "alerts"}`;
+}
+
+function counted(alerts: Alert[]): AlertCount {
+  const by_severity: Record<string, number> = {};
+  for (const { severity } of alerts) by_severity[severity] = (by_severity[severity] ?? 0) + 1;
+  return { count: alerts.length, by_severity, complete: true };
 }
 
 /** In seconds: of an anomaly by the events' own time, since a sender may bring all of it at once. */

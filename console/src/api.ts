@@ -322,6 +322,17 @@ export interface Alert {
   acknowledgement: { by: string; note: string; at: number } | null;
 }
 
+export interface AlertCount {
+  count: number;
+  by_severity: Record<string, number>;
+  complete: boolean;
+}
+
+/** What a call about several alerts did. */
+export interface Done {
+  outcomes: Record<string, number>;
+}
+
 export interface AlertsPage {
   alerts: Alert[];
   next_cursor: string | null;

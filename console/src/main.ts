@@ -1,10 +1,11 @@
 /** The shell: bar, addresses behind #, keys. Each view is mounted into <main> and says how it is left. */
 
 import "uplot/dist/uPlot.min.css";
-import { Refused, ask, asking, loadedModels, streamPath, type AlertsPage } from "./api";
-import { PAGE, alertAddress, alertsView } from "./alerts";
+import { Refused, ask, asking, loadedModels, streamPath, type AlertCount } from "./api";
+import { alertAddress, alertsView } from "./alerts";
 import { backtestView } from "./backtest";
 import { ICONS, fill, h, icon, text } from "./dom";
+import { count } from "./format";
 import { fleetView } from "./fleet";
 import { modelView } from "./model";
 import { patternsView } from "./patterns";
@@ -21,13 +22,14 @@ const TABS = [
 ] as const;
 
 const KEYS: [string, string][] = [
-  ["/", "Search streams"],
+  ["/", "Search streams, or alerts by their stream"],
   ["j  k", "Next, previous (arrows too)"],
   ["Enter", "Open what is selected"],
   ["Esc", "Back"],
   ["Space", "Pause and go on, in a stream"],
   ["0", "Whole history, in a stream"],
-  ["a", "Acknowledge the selected alert, or that of the stream"],
+  ["a", "Acknowledge the alert, those selected, or that of the stream"],
+  ["x", "Select the alert (X: all that are listed)"],
   ["g f", "Fleet (g a: alerts, g p: patterns, g b: backtest, g m: model)"],
   ["t", "Dark or light"],
   ["?", "These keys"],
@@ -81,11 +83,12 @@ const shell: Shell = {
     text(status.firstElementChild!, { live: "Live", connecting: "Connecting", away: "Not connected", paused: "Resting" }[link.state]);
     status.title = link.detail;
   },
-  alerting({ alerts, next_cursor }) {
+  alerting({ count: open, by_severity, complete }) {
     trouble.hidden = true;
-    const open = `${Math.min(alerts.length, PAGE)}${alerts.length > PAGE || next_cursor !== null ? "+" : ""}`; // the same wherever they were counted
-    text(badge, alerts.length ? open : "");
-    badge.setAttribute("aria-label", `${open} open`);
+    const words = `${count(open)}${complete ? "" : "+"}`;
+    text(badge, open ? words : "");
+    badge.title = `${words} open, ${count(by_severity["critical"] ?? 0)} critical`;
+    badge.setAttribute("aria-label", badge.title);
   },
 };
 
@@ -148,7 +151,7 @@ function keysDialog(): HTMLDialogElement {
 document.addEventListener("keydown", (event) => {
   const target = event.target as HTMLElement;
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
-  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(target.tagName);
+  const typing = target.matches("input:not([type='checkbox']), select, textarea");
   if (typing && event.key !== "Escape" && event.key !== "ArrowDown" && event.key !== "Enter") return;
   if (gone) {
     gone = false;
@@ -174,8 +177,7 @@ document.addEventListener("keydown", (event) => {
 
 async function countAlerts(): Promise<void> {
   try {
-    const page = await ask<AlertsPage>(`v1/alerts?status=open&limit=${PAGE}`);
-    shell.alerting(page);
+    shell.alerting(await ask<AlertCount>("v1/alerts/count?status=open"));
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     trouble.hidden = error.status < 500; // what else there is the views say

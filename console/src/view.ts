@@ -1,6 +1,6 @@
 /** What the shell and its views know of each other. */
 
-import type { AlertsPage, Link } from "./api";
+import type { AlertCount, Link } from "./api";
 
 /** What a view gives the shell: `leave` ends it, `key` takes a key that the shell has no use for. */
 export interface View {
@@ -11,6 +11,6 @@ export interface View {
 
 export interface Shell {
   link: (link: Link | null) => void;
-  alerting: (open: AlertsPage) => void;
+  alerting: (open: AlertCount) => void;
   query: URLSearchParams;
 }

@@ -10,7 +10,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -386,13 +386,16 @@ def test_every_view_is_accessible_and_fits_a_phone(service: Service, plant: Plan
     check_views(browser, service, VIEWS, colours)
 
 
-def check_views(browser: Browser, service: Service, views: list[str], colours: str) -> None:
-    """Each view at four widths: nothing wider than the screen or beyond its edge, and nothing that axe finds."""
+def check_views(
+    browser: Browser, service: Service, views: list[str], colours: str, then: Callable[[Page], None] = lambda page: None
+) -> None:
+    """Each view at four widths, after `then`: nothing wider than the screen or beyond its edge, and nothing that axe finds."""
     axe = (ROOT / "console" / "node_modules" / "axe-core" / "axe.min.js").read_text()
     with Visit(browser, service.url, color_scheme=colours, viewport={"width": 390, "height": 844}) as page:
         for view in views:
             page.goto(f"{service.url}/#/{view}")
             expect(page.locator("main")).not_to_contain_text(re.compile("Loading …|Connecting"))
+            then(page)
             for width in (320, 360, 768, 1280):
                 page.set_viewport_size({"width": width, "height": 844})
                 assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{view} is wider than {width}"
@@ -715,6 +718,103 @@ def test_alerts_are_narrowed_to_those_of_a_model(tmp_path: Path, browser: Browse
         expect(page.locator(".empty")).to_contain_text("None of line-2.")
 
 
+@pytest.fixture
+def dipped(tmp_path: Path, tiny_model_path: Path) -> Iterator[Service]:
+    """After a power dip: ten streams of two halls, each with an alert."""
+    with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false") as running:
+        names = [f"hall-{1 + i % 2}/pump-{i}" for i in range(10)]
+        events = [{"stream_id": name, "values": {"value": value}} for value in [1.0, 1.1] * 300 + [99.0] for name in names]
+        local.post(f"{running.url}/v1/events", json=events, timeout=60).raise_for_status()
+        wait(lambda: local.get(f"{running.url}/v1/alerts/count?status=open").json()["count"] == len(names))
+        yield running
+
+
+def test_many_alerts_are_found_by_their_stream_acknowledged_taken_back_and_accepted_at_once(dipped: Service, browser: Browser) -> None:
+    with Visit(browser, dipped.url) as page:
+        page.goto(f"{dipped.url}/#/alerts")
+        alerts, every, became = page.locator(".alert"), page.locator(".bulk input"), page.locator(".notice[role=status]")
+        expect(alerts).to_have_count(10)
+        page.get_by_label("Search alerts by stream").fill("HALL-1")
+        expect(alerts).to_have_count(5)
+        expect(page.locator(".badge")).to_have_text("10")  # of all, whatever is searched for
+        assert page.url.endswith("#/alerts?q=HALL-1")
+        page.reload()  # as a link that was copied
+        expect(alerts).to_have_count(5)
+        expect(page.locator(".bulk")).to_contain_text("Select the 5 listed")
+        every.check()
+        page.get_by_label("Select hall-1/pump-0").uncheck()
+        expect(page.locator(".bulk")).to_contain_text("4 of 5 selected")
+        page.get_by_role("button", name="Acknowledge 4", exact=True).click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("4 critical alerts: you look after them")
+        dialog.get_by_role("button", name="Acknowledge").click()
+        expect(dialog).to_contain_text("Your name is missing.")
+        dialog.get_by_label("Your name").fill("Ada")
+        dialog.get_by_label("Note").fill("power dip")
+        page.keyboard.press("Enter")
+        expect(became).to_have_text("4 acknowledged.")
+        expect(page.locator(".alert .name")).to_have_text(["hall-1/pump-0"])
+        expect(page.locator(".badge")).to_have_text("6")
+
+        page.get_by_role("button", name="Acknowledged").click()
+        expect(became).to_be_hidden()
+        expect(alerts).to_have_count(4)
+        expect(alerts.first).to_contain_text("by Ada: power dip")
+        page.get_by_label("Select hall-1/pump-2").check()
+        page.get_by_label("Select hall-1/pump-4").check()
+        page.get_by_role("button", name="Take back 2").click()
+        dialog.get_by_role("button", name="Take back").click()
+        expect(became).to_have_text("2 taken back.")
+        expect(alerts).to_have_count(2)
+        every.check()
+        page.get_by_role("button", name="Accept 2 as normal").click()
+        expect(dialog).to_contain_text("2 streams take what they show now for their normal")
+        expect(dialog.get_by_label("Your name")).to_have_value("Ada")
+        dialog.get_by_role("button", name="Accept as normal").click()
+        expect(became).to_have_text("2 accepted as normal.")
+        expect(page.locator(".empty")).to_contain_text("None of a stream whose name holds “HALL-1”.")
+        page.get_by_role("button", name="Resolved").click()
+        expect(alerts).to_have_count(2)
+        expect(alerts.first).to_contain_text("accepted as the new normal")
+
+
+def test_many_alerts_are_acknowledged_without_a_mouse_and_what_is_over_meanwhile_is_said(dipped: Service, browser: Browser) -> None:
+    with Visit(browser, dipped.url) as page:
+        page.goto(f"{dipped.url}/#/alerts")
+        expect(page.locator(".alert")).to_have_count(10)
+        page.keyboard.press("/")
+        page.keyboard.type("hall-2")
+        expect(page.locator(".alert")).to_have_count(5)
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("x")
+        page.keyboard.press("j")
+        page.keyboard.press("Tab")  # whatever the focus is on
+        page.keyboard.press("x")
+        expect(page.locator(".bulk")).to_contain_text("2 of 5 selected")
+        page.keyboard.press("Shift+X")
+        expect(page.locator(".bulk")).to_contain_text("5 of 5 selected")
+        page.route("**/v1/alerts?*", lambda route: route.abort())  # what is shown stays as it is
+        [another, over] = local.get(f"{dipped.url}/v1/alerts?q=hall-2&limit=2").json()["alerts"]
+        local.post(f"{dipped.url}/v1/alerts/{another['id']}/acknowledge", json={"by": "bob"}).raise_for_status()
+        local.post(f"{dipped.url}/v1/streams/{over['stream_id']}/accept").raise_for_status()
+        wait(lambda: local.get(f"{dipped.url}/v1/alerts/{over['id']}").json()["status"] == "resolved")
+        page.keyboard.press("a")
+        page.keyboard.type("Ada")
+        page.unroute("**/v1/alerts?*")
+        page.keyboard.press("Enter")
+        expect(page.locator(".notice[role=status]")).to_have_text(
+            re.compile("^(?=.*3 acknowledged)(?=.*1 acknowledged before, and left as they are)(?=.*1 over by now)")
+        )
+        page.keyboard.press("Escape")
+        expect(page.get_by_label("Search alerts by stream")).to_have_value("")
+        expect(page.locator(".alert")).to_have_count(5)
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_many_alerts_are_accessible_and_fit_a_phone(dipped: Service, browser: Browser, colours: str) -> None:
+    check_views(browser, dipped, ["alerts"], colours, lambda page: page.locator(".bulk input").check())
+
+
 def test_what_is_wrong_with_the_service_or_before_it_is_said_in_every_view(tmp_path: Path, tiny_model_path: Path, browser: Browser) -> None:
     def away(route: Route) -> None:
         problem = {"title": "Store unavailable", "status": 503, "detail": "The state store does not answer."}
@@ -726,11 +826,11 @@ def test_what_is_wrong_with_the_service_or_before_it_is_said_in_every_view(tmp_p
     with Service(tmp_path / "data", model=tiny_model_path, SILENCE="false") as running:
         visit = Visit(browser, running.url)
         with visit as page:
-            page.route("**/v1/alerts?*", away)
+            page.route("**/v1/alerts/**", away)
             page.goto(running.url)
             expect(page.locator(".status")).to_have_text("Live")  # of what is scored, which is nothing
             expect(page.locator(".trouble")).to_contain_text("The state store does not answer.")
-            page.unroute("**/v1/alerts?*", away)
+            page.unroute("**/v1/alerts/**", away)
             expect(page.locator(".trouble")).to_be_hidden()
             page.route("**/v1/**", signed_out)  # as a proxy does once its session is over
             page.goto(f"{running.url}/#/alerts")
@@ -748,12 +848,14 @@ def test_open_alerts_are_counted_alike_in_every_view(tmp_path: Path, tiny_model_
         local.post(f"{running.url}/v1/events", json=events, timeout=30).raise_for_status()
         wait(lambda: len(local.get(f"{running.url}/v1/alerts?limit=1000").json()["alerts"]) == len(names))
         page.goto(running.url)
-        expect(page.locator(".badge")).to_have_text(f"{PAGE}+")
+        expect(page.locator(".badge")).to_have_text(str(len(names)))
         page.goto(f"{running.url}/#/alerts")
         expect(page.locator(".alert")).to_have_count(PAGE)
+        expect(page.locator(".more")).to_contain_text(f"The latest {PAGE} of {len(names)}.")
         page.get_by_role("button", name="Show more").click()
         expect(page.locator(".alert")).to_have_count(len(names))
-        assert page.locator(".badge").inner_text() == f"{PAGE}+"
+        expect(page.locator(".more")).to_be_empty()
+        assert page.locator(".badge").inner_text() == str(len(names))
         page.emulate_media(media="print", color_scheme="dark")
         expect(page.locator("html")).to_have_attribute("data-theme", "light")  # paper is white
         expect(page.locator("header.bar")).to_be_hidden()
