@@ -48,13 +48,12 @@ from service.settings import Settings
 from service.sinks.posting import address
 from service.sinks.remote_write import Target, WriteBack
 from service.sources.options import HttpSource
-from service.stores import Memory, Output, StateStore
+from service.stores import PING_SECONDS, Memory, Output, StateStore, usable
 from service.stores.book import Book
 from service.stores.cluster import ClusterStore
 from service.stores.redis import RedisStore
 
 REOPEN_SECONDS = 0.5
-PING_SECONDS = 1.0
 COUNT_SECONDS = 10.0
 DOORS = (DOOR, remote_write.DOOR, loki.DOOR, otlp.DOOR, otlp.METRICS_DOOR)
 VERSION = importlib.metadata.version("onset")
@@ -316,12 +315,9 @@ class Service:
         if stuck:
             return stuck
         try:
-            async with asyncio.timeout(PING_SECONDS):
-                await self.store.ping()
+            await usable(self.store)
         except StoreUnavailable as error:
             return error.detail
-        except TimeoutError:
-            return "The state store does not answer a ping: no answer within a second."
         return None
 
 

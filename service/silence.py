@@ -7,9 +7,9 @@
 A stream that is said to have ended while its alert is open (`begin_end`) is swept in the same way: at its deadline it has ended.
 
 So a silence is raised once, however many replicas there are. The next event clears it and is judged as any other. Only streams whose
-events are not of the past are waited for (`waits`). After a start, an outage of the store, a pause of this process or a change of its clock
-every stream gets its patience anew, and RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take
-a while to come back to it.
+events are not of the past are waited for (`waits`). After a start, an outage of the store (also one that is too slow or takes no writes: by
+that a replica is not ready, and nobody is sent to it), a pause of this process or a change of its clock every stream gets its patience
+anew, and RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take a while to come back to it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.state import ALERT_OPEN, ENDING, SILENT, Loaded, Origin, Rows, StateCodec
 from service.stores import SILENT as SILENT_WATCH
-from service.stores import StateStore, Write
+from service.stores import StateStore, Write, usable
 
 SWEEP_SECONDS, COUNT_SECONDS = 1.0, 10.0
 LONGEST_SECONDS = 60.0
@@ -198,6 +198,7 @@ class Sweep(ABC):
     async def sweep(self) -> None:
         """Look at every stream that is due. Raises StoreUnavailable, Superseded."""
         self._file.check()
+        await usable(self._store)
         now = self._clock()
         if self._listening_since is None:
             self._listening_since = self._count_at = now

@@ -35,6 +35,7 @@ that scored it.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from typing import Protocol
 
 import msgspec
 
+from service.errors import StoreUnavailable
 from service.events import Lease
 
 LOST, WRITTEN, FENCED = 0, 1, 2
@@ -49,6 +51,8 @@ LOST, WRITTEN, FENCED = 0, 1, 2
 TRAIL_COMMITS = 8
 LOG_LENGTH = 10_000
 CURSOR_DIGITS = 40
+PING_SECONDS = 1.0
+"""Within which a store says that it can be written to; a replica whose store takes longer is not ready, and sent nothing."""
 SILENT = 1e12
 """Watches from here on are of silent streams."""
 
@@ -170,3 +174,12 @@ class StateStore(Protocol):
         """Returns when the store can be written to."""
 
     async def close(self) -> None: ...
+
+
+async def usable(store: StateStore) -> None:
+    """Returns when the store has said, within PING_SECONDS, that it can be written to; raises StoreUnavailable."""
+    try:
+        async with asyncio.timeout(PING_SECONDS):
+            await store.ping()
+    except TimeoutError as error:
+        raise StoreUnavailable("The state store does not answer a ping: no answer within a second.") from error
