@@ -116,6 +116,8 @@ RULES: tuple[Rule, ...] = (
         ),
         (
             "Bring the store back; replicas become ready by themselves within a second.",
+            "A full disk: what a rewriting that was killed has left (`temp-rewriteaof-*.aof`) may be deleted; then give it more "
+            "(docs/deploy.md).",
             "If replicas do not start, their log's last line is one sentence that says why (a setting, a model that does not verify).",
             "Removed on purpose, or scraped under another job name: it is quiet after an hour. Of the last one take the rules out, too.",
         ),

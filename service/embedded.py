@@ -46,6 +46,8 @@ CALM_SECONDS = 10.0
 FULL_BYTES = 4 * 1024 * 1024
 """A disk with less is full: so much may one write want."""
 LOG_TAIL_BYTES = 4096
+UNFINISHED = "temp-rewriteaof-*.aof"
+"""The file that the server was rewriting, as large as all its data: one that is killed meanwhile leaves it, and the next one never asks."""
 SERVERS = ("valkey-server", "redis-server")
 
 log = structlog.get_logger(__name__)
@@ -173,6 +175,8 @@ class EmbeddedStore:
 
     def _spawn(self) -> None:
         self._socket.unlink(missing_ok=True)
+        for unfinished in self._folder.glob(UNFINISHED):
+            unfinished.unlink(missing_ok=True)
         command = [
             self._binary,
             *(part for name, value in server_options(self._folder, self._socket).items() for part in (f"--{name}", value)),

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import psutil
 import pytest
+import redis.asyncio as redis
 from structlog.testing import capture_logs
 
 from service.embedded import FIRST_BACKOFF, EmbeddedStore, find_server, why_ended
@@ -22,6 +24,7 @@ from service.errors import StoreUnavailable
 from service.stores import Write
 from service.stores.redis import RedisStore
 from tests.servers import Valkey
+from tests.times import until
 
 WRITES = [Write(f"s{i}", b"", i.to_bytes(2, "big") * 20) for i in range(500)]
 IDS = [write.stream_id for write in WRITES]
@@ -162,6 +165,27 @@ async def test_of_a_server_that_died_the_log_has_its_own_words_and_of_a_full_dis
         await embedded.start()
     assert "manifest" in why_ended(folder)
     assert "disk is full" in why_ended(folder, full=2**62)
+
+
+async def test_a_server_that_is_killed_while_it_rewrites_its_file_leaves_no_part_of_it_on_the_disk(
+    embedded: EmbeddedStore, tmp_path: Path
+) -> None:
+    folder, store = tmp_path / "data", await opened(embedded)
+    assert all(await store.commit("m", WRITES))
+    for _ in range(2):
+        async with aclosing(redis.Redis.from_url(embedded.url)) as client:
+            await client.config_set("rdb-key-save-delay", 10_000_000)  # microseconds: it is never done
+            await client.bgrewriteaof()
+        await until(lambda: list(folder.glob("temp-rewriteaof-*")))
+        killed = psutil.Process(embedded.pid)
+        rewriting = killed.children()
+        killed.kill()
+        await answers_again(store)
+        for child in rewriting:  # of a server with more to write it ends by itself, soon
+            child.kill()
+        assert list(folder.glob("temp-*")) == []
+    assert await store.load("m", IDS) == VALUES
+    await store.close()
 
 
 async def test_a_server_that_cannot_start_says_where_to_look_and_gives_the_folder_back(tmp_path: Path) -> None:
