@@ -171,7 +171,7 @@ class StoredClaim:
     async def _renew(self) -> None:
         expected, mine = self._found, self._renewed()
         found = await self._store.claim(self._model, expected, mine)
-        if not found and expected:  # lost with the store's data; had it been there, another replica of ours would do
+        if not found:  # lost with the store's data; had it been there, another replica of ours would do
             expected = b""
             found = await self._store.claim(self._model, expected, mine)
         if found == expected:

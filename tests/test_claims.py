@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar, cast
 
+import msgspec
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, GAP_SECONDS, StoredClaim
+from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, GAP_SECONDS, Stake, StoredClaim
 from service.consumer import Consumer, Tap
 from service.detector import Detector
 from service.errors import BadSetting, ItemError, NotCommitted, StoreUnavailable, Superseded, UnknownStream
@@ -23,7 +24,7 @@ from service.policy import Policy
 from service.problems import problem_of
 from service.scorer import MAX_BATCH, Limits, Scorer
 from service.silence import RETURN_SECONDS, Sweeper
-from service.state import Origin
+from service.state import FORMAT, Origin
 from service.stores import StateStore, Write
 from service.stores.memory import MemoryStore
 from tests.test_consumer import MAPPER, Line
@@ -196,6 +197,15 @@ async def test_the_file_that_was_started_last_is_in_force_and_the_other_is_told_
     for replica in (old, new, again):
         await replica.claim.beat()
     assert (old.serves, new.serves, again.serves) == (True, False, True)
+
+
+async def test_a_build_whose_states_are_of_another_format_is_another_file(start: Start, store: Store) -> None:
+    """Each would start the other's streams afresh, batch after batch."""
+    old = await start(0)
+    stake = msgspec.json.decode(await store.claimed(MODEL), type=Stake)
+    await store.claim(MODEL, None, msgspec.json.encode(msgspec.structs.replace(stake, format=FORMAT + 1)))  # a newer build's start
+    await old.claim.beat()
+    assert not old.serves
 
 
 async def test_the_restart_of_an_instance_brings_no_former_file_back_and_its_replacement_does(start: Start, clock: Clock) -> None:

@@ -15,7 +15,7 @@ from service import tasks
 from service.control import Alpha, Asked, Control, Strict
 from service.detector import Detector
 from service.errors import BadParameter, StoreUnavailable
-from service.events import Event, Result
+from service.events import Columns, Delivery, Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import MAX_BATCH, Limits, Scorer
@@ -98,6 +98,7 @@ def normal(events: int) -> list[float]:
         ({"false_alarms": "1 per week"}, "cadence_seconds", "", "ONSET_CADENCE_SECONDS is not set"),
         ({"false_alarms": "1 per week", "cadence_seconds": 0}, "cadence_seconds", "0", "above 0"),
         ({"false_alarms": "1 per week", "cadence_seconds": None}, "cadence_seconds", "null", "above 0"),
+        ({"false_alarms": "1 per week", "cadence_seconds": True}, "cadence_seconds", "true", "above 0"),
         ({"false_alarms": "1 per week", "cadence_seconds": math.inf}, "cadence_seconds", "Infinity", "above 0"),
         ({"false_alarms": "1 per week", "cadence_seconds": 10**400}, "false_alarms", '"1 per week"', ""),
         ({"false_alarms": "often", "cadence_seconds": 60}, "false_alarms", '"often"', "(hour, day, week, month, year)"),
@@ -181,8 +182,17 @@ async def test_after_a_restart_nothing_is_scored_before_the_change_is_known(tiny
     before = Replica(tiny_detector, any_store, clock)
     await before.change(alpha=0.02)
     after = Replica(tiny_detector, any_store, clock)
+    event = Event(stream_id="s", values={"value": 1.0})
+    columns = Columns(["s"], [None], {"value": np.ones(1)}, np.full(1, np.nan), np.full(1, -1), {})
+    for score in (
+        lambda: after.scorer.score([event]),
+        lambda: after.scorer.consume([Delivery(event, 0, 0, START)]),
+        lambda: after.scorer.score_columns(columns),
+    ):
+        with pytest.raises(StoreUnavailable, match="policy has not been read"):
+            await score()
     with pytest.raises(StoreUnavailable, match="policy has not been read"):
-        await after.score("s", [1.0])
+        after.scorer.begin(event, "")
     with capture_logs() as lines:
         await after.control.refresh()
     assert [line["event"] for line in lines] == ["policy_overrules_environment"]
@@ -369,7 +379,9 @@ async def test_a_configured_cadence_gives_the_expectation_of_a_stream_and_none_o
     assert meant.reason is not None
 
 
-async def test_the_expectation_follows_the_cadences_that_live_streams_really_have(replicas: tuple[Replica, Replica]) -> None:
+async def test_the_expectation_follows_the_cadences_that_live_streams_really_have(
+    replicas: tuple[Replica, Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two = replicas
     for i in range(6):
         one.clock.now = START
@@ -384,6 +396,10 @@ async def test_the_expectation_follows_the_cadences_that_live_streams_really_hav
     assert meant.fleet_per_day == pytest.approx(0.01 * 3 * (8640 + 2880), rel=0.02)
     assert meant.per_stream_and_week == pytest.approx(7 * 0.01 * 5760, rel=0.02)
     assert (meant.reason, meant.extra_while_learning) == (None, 0)
+    monkeypatch.setattr("service.control.SAMPLED", 2)
+    drawn = (await two.control.reply()).expected_false_alarms["tiny"]
+    assert drawn.per_stream_and_day is not None
+    assert drawn.fleet_per_day == pytest.approx(6 * drawn.per_stream_and_day, rel=0.001), "of all, not of those that were drawn"
 
 
 async def test_who_asks_for_less_than_the_calibration_could_see_is_cautioned(tiny_detector: Detector) -> None:

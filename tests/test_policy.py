@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -81,8 +83,11 @@ def test_an_alert_opens_at_the_onset_and_closes_after_enough_ordinary_events() -
     assert np.isnan(started[8:]).all()
 
 
-def test_a_run_of_errors_without_onset_opens_no_alert() -> None:
-    assert not any(open_ for open_, _ in play(Policy(), CODEC.fresh(1), [1e-4] * 20))
+def test_a_run_of_errors_without_onset_opens_no_alert_and_ends_as_one_with() -> None:
+    trace = play(Policy(recovery=3), CODEC.fresh(1), [*[1e-4] * 20, 0.5, 0.5, 0.5])
+    assert not any(open_ for open_, _ in trace)
+    assert [start for _, start in trace[:-1]] == [0.0] * 22
+    assert np.isnan(trace[-1][1])
 
 
 def test_confidence_grows_to_one_half_at_the_priors_weight() -> None:
@@ -119,6 +124,8 @@ def test_a_frozen_state_takes_no_rare_event_for_ordinary_and_an_event_without_va
     assert all(open_ for open_, _ in trace)
     assert play(policy, rows, [float("nan"), 0.5])[-1][0] is False
     assert not rows["flags"][0]
+    often = play(Policy(alpha=0.05, recovery=3), old_stream(), [-1e-5, *[0.03] * 10])
+    assert all(open_ for open_, _ in often), "what is rarer than asked for is not ordinary, however often that is asked for"
 
 
 def test_a_stream_too_young_to_know_what_is_normal_learns_through_its_alerts() -> None:
@@ -137,13 +144,13 @@ def test_within_an_open_alert_only_a_much_rarer_onset_counts() -> None:
 
 def test_an_accepted_alert_is_closed_and_none_opens_until_the_stream_is_ordinary_again() -> None:
     policy, rows = Policy(recovery=3), old_stream()
-    play(policy, rows, [-1e-5, 1e-4])
+    play(policy, rows, [-1e-5, 0.5, 0.5])
     rows["learner"] = 7
     assert policy.accept(rows)
     assert rows["vector"][0] == 7
     assert not policy.accept(rows)
     assert flags(rows, ALERT_OPEN, FROZEN, LEARNER, ACCEPTED) == [False, False, False, True]
-    assert not any(open_ for open_, _ in play(policy, rows, [-1e-5, 1e-4, -1e-6, 0.5, 0.5, 0.5]))
+    assert not any(open_ for open_, _ in play(policy, rows, [0.5, -1e-5, 1e-4, -1e-6, 0.5, 0.5, 0.5]))
     assert flags(rows, ACCEPTED) == [False]
     assert play(policy, rows, [-1e-5])[-1][0]
 
@@ -160,6 +167,7 @@ def test_a_lasting_anomaly_is_accepted_by_its_age_if_so_configured() -> None:
     rows = old_stream()
     trace = play(Policy(accept_after=5), rows, [-1e-5, *[1e-4] * 6])
     assert [open_ for open_, _ in trace] == [True] * 5 + [False] * 2
+    assert [start for _, start in trace] == pytest.approx([0.0] * 5 + [math.nan, 6.0], nan_ok=True)
     assert flags(rows, ACCEPTED, FROZEN) == [True, False]
     assert all(open_ for open_, _ in play(Policy(), old_stream(), [-1e-5, *[1e-4] * 6]))
 

@@ -202,6 +202,7 @@ async def test_an_error_is_that_of_the_events_it_concerns(tiny_detector: Detecto
 
 async def test_a_stopping_service_releases_what_it_holds(tiny_detector: Detector) -> None:
     scorer = scorer_of(tiny_detector, MemoryStore(state_ttl=60, result_ttl=60), 60)
+    assert scorer.begin(walk(1, "s")[0], "") is None, "of a single event, too, an earlier one may come"
     asked = asyncio.create_task(scorer.score(walk(3, "s")))
     await asyncio.sleep(0.01)
     await scorer.drain(5)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from service.alerts import alert_id
@@ -142,10 +143,11 @@ async def test_a_bulk_sent_again_gets_its_stored_results(scorer: Scorer) -> None
     assert [result.anomaly_score for result in results(again)] == [result.anomaly_score for result in results(first)]
 
 
-async def test_a_bulk_without_times_sent_again_gets_its_stored_results(scorer: Scorer) -> None:
-    bulk = events(40, timed=False)
+@pytest.mark.parametrize("time", [None, 1e9])
+async def test_a_bulk_without_times_or_of_one_time_sent_again_gets_its_stored_results(scorer: Scorer, time: float | None) -> None:
+    *bulk, after = (replace(event, timestamp=time) for event in events(41))
     first = await scorer.score(bulk)
-    await scorer.score(events(1, start=40, timed=False))
+    await scorer.score([after])
     again = await scorer.score(bulk)
     assert scores(again) == scores(first)
     assert all(result.duplicate for result in results(again))
@@ -169,6 +171,8 @@ async def test_an_event_sent_again_with_its_successors_gets_its_stored_result_ho
     again = await scorer.score(sent)
     assert all(result.state_version == i + 1 for i, result in enumerate(results(again)))
     assert [scores(answers) for answers in first] == [scores(again)[: i + 1] for i in range(len(sent))]
+    await scorer.score(events(1, start=6))
+    assert scores(await scorer.score(sent)) == scores(again), "the last of them, too, has its result though another event came since"
 
 
 async def test_untimed_events_without_ids_are_new_ones_beside_repeated_ids(scorer: Scorer) -> None:
@@ -288,13 +292,19 @@ async def test_a_store_that_fails_within_a_bulk_fails_the_rest_of_it_only(tiny_d
     await scorer.drain(1)
 
 
-async def test_streams_beyond_the_limit_are_refused_and_known_ones_go_on(tiny_detector: Detector, store: MemoryStore) -> None:
+async def test_streams_beyond_the_limit_are_refused_until_there_is_room_and_known_ones_go_on(
+    tiny_detector: Detector, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scorer = make(tiny_detector, store, Limits(max_streams=3))
     answers = await scorer.score([Event(stream_id=f"s{i}", values={"value": 1.0}) for i in range(5)])
     assert [type(answer) for answer in answers] == [Result] * 3 + [TooManyStreams] * 2
     known, new = await scorer.score([Event(stream_id="s0", values={"value": 1.0}), Event(stream_id="s9", values={"value": 1.0})])
     assert isinstance(known, Result)
     assert isinstance(new, TooManyStreams)
+    await scorer.streams.forget("s1")
+    monkeypatch.setattr("service.scorer.COUNT_SECONDS", 0.0)  # the count is that old
+    [new] = await scorer.score([Event(stream_id="s9", values={"value": 1.0})])
+    assert isinstance(new, Result)
     await scorer.drain(1)
 
 

@@ -266,6 +266,18 @@ async def test_sessions_end_where_silences_are_not_raised(log_detector: Detector
         await replica.drain(1)
 
 
+async def test_no_session_ends_before_the_policy_is_known(world: World) -> None:
+    await world.say(ACCEPTED)
+    world.now += SECONDS + 1
+    for replica in world.replicas:
+        replica._held = True
+    await world.sweep()
+    assert world.ends == []
+    world.replicas[0].ask(1e-3, strict=False)
+    await world.sweep()
+    assert world.ends == ["s"]
+
+
 async def test_a_short_session_ends_no_sooner_than_senders_need_to_come_back_after_a_start(tmp_path: Path) -> None:
     quick = Detector.load(build_tiny_log(tmp_path, "quick", session_seconds=1.0))
     world = World(quick, MemoryStore(state_ttl=TTL, result_ttl=600))
