@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,55 @@ def test_grafana_evaluates_the_same_rules() -> None:
 
 def test_alertmanager_takes_its_configuration() -> None:
     assert "SUCCESS" in run("amtool", "prometheus-alertmanager", "check-config", ALERTMANAGER / "alertmanager.yml")
+
+
+def test_alertmanager_takes_the_receivers_of_the_documentation(tmp_path: Path) -> None:
+    [block] = re.findall("```yaml\n(receivers:.*?)```", (ROOT / "docs/monitoring.md").read_text(), re.DOTALL)
+    config = yaml.safe_load((ALERTMANAGER / "alertmanager.yml").read_text())
+    shipped, config["receivers"] = config["receivers"], yaml.safe_load(block)["receivers"]
+    config["global"] = {"smtp_smarthost": "mail:25", "smtp_from": "onset@example.org", "slack_api_url_file": "/etc/slack"}
+    (tmp_path / "alertmanager.yml").write_text(yaml.safe_dump(config))
+    shutil.copy(ALERTMANAGER / "onset.tmpl", tmp_path)
+    said = run("amtool", "prometheus-alertmanager", "check-config", tmp_path / "alertmanager.yml")
+    assert re.search(r"\b1 templates", said), said
+    assert {one["name"] for one in config["receivers"]} == {one["name"] for one in shipped}
+
+
+def _message(name: str, folder: Path, alerts: list[dict[str, Any]], status: str = "firing") -> str:
+    """What a receiver says of a group of alerts."""
+    common = {key: value for key, value in alerts[0]["labels"].items() if all(one["labels"].get(key) == value for one in alerts)}
+    grouped = {key: common[key] for key in ("alertname", "model") if key in common}
+    data = {"status": status, "alerts": [one | {"status": status} for one in alerts], "groupLabels": grouped, "commonLabels": common}
+    (folder / "data.json").write_text(json.dumps(data))
+    text = f'--template.text={{{{ template "{name}" . }}}}'
+    options = (f"--template.glob={ALERTMANAGER / 'onset.tmpl'}", text, f"--template.data={folder / 'data.json'}")
+    return run("amtool", "prometheus-alertmanager", "template", "render", *options).rstrip("\n")
+
+
+def test_messages_say_which_streams_and_what_is_wrong_with_them(tmp_path: Path) -> None:
+    def alert(i: int, **annotations: str) -> dict[str, Any]:
+        labels = {"alertname": "OnsetAnomaly", "model": "m", "severity": "critical", "stream": f"pump-{i}"}
+        words = {"summary": f"pump-{i} is 3 above its expected range.", "description": "p-value 1e-9.", "link": f"https://o/?alert={i}"}
+        return {"labels": labels, "annotations": words | annotations}
+
+    assert _message("onset.title", tmp_path, [alert(0)]) == "[critical] pump-0 is 3 above its expected range."
+    assert _message("onset.title", tmp_path, [alert(0)], "resolved") == "Over: [critical] pump-0 is 3 above its expected range."
+    assert _message("onset.text", tmp_path, [alert(0)]) == "• pump-0 is 3 above its expected range. p-value 1e-9. https://o/?alert=0"
+    many = [alert(i) for i in range(120)]
+    assert _message("onset.title", tmp_path, many) == "[critical] 120 × OnsetAnomaly of m"
+    lines = _message("onset.text", tmp_path, many).splitlines()
+    assert lines[:10] == [f"• pump-{i} is 3 above its expected range. https://o/?alert={i}" for i in range(10)]
+    assert lines[10:] == ["… 120 in all."]
+    noted = alert(0, acknowledged_by="anna", summary="web-1 logs unusual lines: <!channel> & <https://evil|look>")
+    assert _message("onset.text", tmp_path, [noted, alert(1)]).splitlines()[0] == (
+        "• web-1 logs unusual lines: ‹!channel> & ‹https://evil|look> anna looks after it. https://o/?alert=0"
+    )
+    rule = {
+        "labels": {"alertname": "OnsetDown"},
+        "annotations": {"summary": "Down.", "description": "For long.", "runbook_url": "docs/r.md"},
+    }
+    assert _message("onset.title", tmp_path, [rule]) == "Down."
+    assert _message("onset.text", tmp_path, [rule]) == "• Down. For long. docs/r.md"
 
 
 @pytest.mark.parametrize(
