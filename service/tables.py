@@ -285,6 +285,11 @@ def columns_of(source: Source, options: ReadOptions = ReadOptions()) -> list[str
     return [name.strip() for name in _header(first)]
 
 
+def features_of(source: Source, options: ReadOptions = ReadOptions()) -> list[str]:
+    """The columns of the tables that `read_batches` gives, by its first row. Raises TableError, NoRows where there is none."""
+    return list(next(read_batches(source, options, lambda _said: None, cells=1)).columns)
+
+
 def read_coded(source: Source, options: ReadOptions, wanted: Sequence[str] | None, dialect: Dialect, cells: int) -> Iterator[CodedRows]:
     """Some columns, None = all, of a CSV or Parquet file whose rows are in any order. Raises TableError when it gets to what is wrong."""
     readers = {".csv": _csv_coded, ".tsv": _csv_coded, ".parquet": _parquet_coded}

@@ -32,7 +32,7 @@ from training.lines import Mining, exported, masks_of, preview
 from training.logfit import LOG_SIZES, LogPlan
 from training.logpipeline import LogJob, keys_of, sessions_of
 from training.logpipeline import produce as produce_log
-from training.pipeline import Job, default_job, fleet_job, produce, slug
+from training.pipeline import Job, default_job, fleet_job, produce, refuse_features, slug
 from training.verify import verify_file
 
 app = typer.Typer(
@@ -181,16 +181,18 @@ def fit(
         _run_logs(log_job, out, model, version, threads)
         return
     data = given[0]
+    named = name or slug(data[0])
     options = ReadOptions(timestamp=timestamp, exclude=frozenset(exclude or ()), array=array)
     plan = WAVEFORM_PLAN if waveform else Plan(steps=400)
     plan = replace(plan, steps=steps or plan.steps, lanes=lanes, seed=seed)
     sizes = Sizes(hidden or 48, layers, code, decoder_hidden or 48, cell, waveform)
 
     def job(said: Console) -> Job:
-        convert(data, options, out / CACHE, said.print)
+        unscored = frozenset(context or ())
+        convert(data, options, out / CACHE, said.print, lambda features: refuse_features(named, version, features, sizes, unscored))
         cached = open_cache(out / CACHE)
         said.print(cached.summary)
-        return fleet_job(cached, data, sizes, plan, validation, name, version, _command(), frozenset(context or ()), keep_network)
+        return fleet_job(cached, data, sizes, plan, validation, named, version, _command(), unscored, keep_network)
 
     _run(job, out, threads, resume, device, precision)
 

@@ -15,8 +15,8 @@ import json
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,11 +29,13 @@ from service.events import listed
 from service.outputs import naming
 from service.sentinels import Found, Sentinels, advice, blank, columns_of, of
 from service.tables import (
+    NoRows,
     Notify,
     ReadOptions,
     Rowless,
     Source,
     as_float32,
+    features_of,
     find_sources,
     once_each,
     passed_over,
@@ -93,9 +95,11 @@ def alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def convert(paths: Sequence[Path], options: ReadOptions, folder: Path, notify: Notify) -> None:
-    """Make `folder` of the files under `paths`, or leave it when it is of these very files. Raises TableError, NotWritten, and
-    leaves nothing then.
+def convert(
+    paths: Sequence[Path], options: ReadOptions, folder: Path, notify: Notify, fit: Callable[[Sequence[str]], None] = lambda _: None
+) -> None:
+    """Make `folder` of the files under `paths`, or leave it when it is of these very files. `fit` raises TableError where no model can be
+    made of such features: before the rows are read, which may take hours. Raises TableError, NotWritten, and leaves nothing then.
     """
     sources = told_apart(find_sources(paths))
     if left := passed_over(paths):
@@ -106,6 +110,7 @@ def convert(paths: Sequence[Path], options: ReadOptions, folder: Path, notify: N
     if index.get("made_of") == made_of and _whole(folder, index):
         notify(f"Rows are taken from {folder}: the files have not changed.")
         return
+    fit(_one_set(sources, options))
     partial = folder.with_name(folder.name + ".partial")
     for old in (folder, partial):
         _refuse_foreign(old)
@@ -186,7 +191,6 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                         names.append(source.name)
                         sha.update(source.name.encode())
                     features = features or list(table.columns)
-                    _refuse_uneven(source.name, list(table.columns), names[0], features)
                     sentinels.look(columns_of(source.name, features), table.matrix(features))
                     values = as_float32(source, features, table.matrix(features), notify, rows)
                     least, most = np.fmin(least, np.fmin.reduce(values)), np.fmax(most, np.fmax.reduce(values))
@@ -209,6 +213,17 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
         advice(of(found, none=False), "They are learned as usual, and hide faults."),
     ]
     return {**kept, "rowless": len(rowless.names), "sentinels": "\n".join(filter(None, said)), "sha256": sha.hexdigest()}
+
+
+def _one_set(sources: Sequence[Source], options: ReadOptions) -> list[str]:
+    """The features of all files that have rows, by their first ones. Raises TableError where they are not the same."""
+    first, features = "", list[str]()
+    for source in sources:
+        with suppress(NoRows):
+            columns = features_of(source, options)
+            first, features = (first, features) if features else (source.name, columns)
+            _refuse_uneven(source.name, columns, first, features)
+    return features
 
 
 def _refuse_uneven(name: str, columns: Sequence[str], first: str, features: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from service.artifact import Feature, Manifest
 from service.detector import session_of
 from service.errors import ArtifactError, TableError
+from service.events import listed
 from training import report, synthetic
 from training.autoencoder import NoNetwork, Sizes
 from training.cache import Cached
@@ -81,6 +82,20 @@ class Job:
         return [name not in self.context for name in self.features]
 
 
+def refuse_features(name: str, version: str, features: Sequence[str], sizes: Sizes, context: frozenset[str]) -> None:
+    """Raises TableError where no detector can be made of such features, whatever their rows are."""
+    refuse_unfit(name, version, features)
+    unknown = sorted(context - set(features))
+    if unknown:
+        raise TableError(f"There is no column {unknown[0]!r} to be context; there are {listed(features)}.")
+    if context >= set(features):
+        raise TableError("All columns are context: at least one must be scored.")
+    if sizes.waveform and len(features) != 1:
+        raise TableError(f"A waveform is one column, here are {len(features)}: {listed(features)}. Leave the others out with --exclude.")
+    if sizes.waveform and sizes.cell == "none":
+        raise TableError("A waveform is judged by its network: --waveform and --cell none exclude each other.")
+
+
 def fleet_job(
     cached: Cached,
     paths: Sequence[Path],
@@ -96,16 +111,7 @@ def fleet_job(
     """A detector for the user's own streams. Raises TableError when it could not be made of them, or not be published."""
     streams, features = cached.streams, cached.features
     name = name or slug(paths[0])
-    refuse_unfit(name, version, features)
-    unknown = sorted(context - set(features))
-    if unknown:
-        raise TableError(f"There is no column {unknown[0]!r} to be context; there are {', '.join(features)}.")
-    if context >= set(features):
-        raise TableError("All columns are context: at least one must be scored.")
-    if sizes.waveform and len(features) != 1:
-        raise TableError(f"A waveform is one column, here are {len(features)}: {', '.join(features)}. Leave the others out with --exclude.")
-    if sizes.waveform and sizes.cell == "none":
-        raise TableError("A waveform is judged by its network: --waveform and --cell none exclude each other.")
+    refuse_features(name, version, features, sizes, context)
     fleet = Fleet(streams, validation)
     if max(fleet.splits) < plan.chunk:
         raise TableError(

@@ -360,6 +360,27 @@ def test_columns_that_no_model_takes_are_refused_in_plain_words(name: str, count
     assert message in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("columns", "arguments", "message"),
+    [
+        (301, (), "301 columns are more than a model takes"),
+        (2, ("--context", "valve"), "There is no column 'valve' to be context; there are 'c0', 'c1'."),
+        (2, ("--waveform",), "A waveform is one column, here are 2: 'c0', 'c1'."),
+        (3, (), "b.csv lacks 'c2', which a.csv has"),
+    ],
+)
+def test_features_of_which_no_model_can_be_made_are_refused_before_the_rows_are_read(
+    columns: int, arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    """Of a year of 301 columns all rows were read and written first, and of a fleet all files before the one that lacks a column."""
+    for name, count in (("a", columns), ("b", columns - (columns == 3))):
+        rows = ["timestamp," + ",".join(f"c{i}" for i in range(count)), "0" + ",1" * count, "1" + ",word" * count]
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    result = CliRunner().invoke(app, ["fit", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 1, result.output
+    assert message in " ".join(result.output.split())
+
+
 def test_history_without_a_value_to_stop_by_is_refused(tmp_path: Path) -> None:
     """It had published the network as it was before its first step: that one was never bettered."""
     (tmp_path / "a.csv").write_text("timestamp,load\n" + "\n".join(f"{i},{i % 3 if i < 300 else ''}" for i in range(400)))
