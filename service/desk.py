@@ -212,7 +212,7 @@ class Desk:
 
     async def _tidy(self) -> None:
         while await self._book.forget(self._token, self._clock() - self._keeping.retention, self._keeping.max_resolved) >= AT_ONCE:
-            await self._book.renew(self._token)
+            pass
         await self._book.trim(self._token, [sink.name for sink in self._sinks], self._clock() - self._keeping.retention)
 
     async def _fold(self, entries: Sequence[Entry], cursors: dict[str, str]) -> None:
@@ -298,7 +298,7 @@ def _meant(transition: Transition, known: Mapping[str, Alert]) -> list[str]:
     if transition.what != "forgotten":
         return [transition.alert]
     of = (transition.model, transition.stream_id)
-    return [id_ for id_, alert in known.items() if (alert.model, alert.stream_id) == of and alert.open]
+    return [id_ for id_, alert in known.items() if (alert.model, alert.stream_id) == of]
 
 
 def _change(before: Alert | None, after: Alert) -> Change:

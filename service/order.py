@@ -109,7 +109,7 @@ def _before(values: NDArray[Any], first: Bool, stored: NDArray[Any]) -> NDArray[
 def _seen(rows: Rows, at: Positions, key: NDArray[np.uint64]) -> Bool:
     """Identities that their stream has seen lately, or twice in this batch."""
     has = key != 0
-    seen: Bool = has & ((rows["seen"][at] == key[:, None]).any(axis=1) | (key == rows["last"]["key"][at]))
+    seen: Bool = has & (rows["seen"][at] == key[:, None]).any(axis=1)
     by_key = np.lexsort((key, at))
     twice = (at[by_key][1:] == at[by_key][:-1]) & (key[by_key][1:] == key[by_key][:-1])
     seen[by_key[1:][twice]] |= has[by_key[1:][twice]]

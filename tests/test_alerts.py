@@ -15,6 +15,7 @@ from service.alerts import (
     Evidence,
     Finding,
     Resolution,
+    Standing,
     Transition,
     advanced,
     alert_id,
@@ -29,6 +30,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
 from service.silence import Sweeper
+from service.state import ALERT_OPEN, LEVEL_SHIFT, SILENT, StateCodec
 from service.stores.memory import MemoryStore
 from tests.times import Clock
 
@@ -225,6 +227,10 @@ def test_an_escalation_raises_the_severity_and_opens_what_nobody_told_of() -> No
     risen = advanced(alert, opening(what="escalated", severity="critical"), T0 + 2, 3600)
     assert risen is not None
     assert (risen.severity, risen.opened_at, risen.updated_at) == ("critical", T0 + 1, T0 + 2)
+    assert advanced(risen, opening(what="escalated", severity="major"), T0 + 3, 3600) is None, "it never falls"
+    behind = advanced(alert, opening(what="escalated", severity="critical", evidence=evidence(T0 - 4000)), T0 + 2, 3600)
+    assert behind is not None
+    assert behind.live, "whoever was told that it opened is to be told how it ends"
     late = advanced(None, opening(what="escalated", severity="major"), T0 + 2, 3600)
     assert late == replace(opened(opening(severity="major")), opened_at=T0 + 2, updated_at=T0 + 2)
 
@@ -232,6 +238,22 @@ def test_an_escalation_raises_the_severity_and_opens_what_nobody_told_of() -> No
 def test_alerts_of_the_past_are_not_live_and_silences_always_are() -> None:
     assert not opened(opening(evidence=evidence(T0 - 4000))).live
     assert opened(opening(kind="silence", evidence=None)).live
+
+
+def test_the_event_that_ends_a_silence_is_none_of_its_evidence() -> None:
+    spoke = opening(what="resolved", kind="silence", resolution="spoke", evidence=evidence(T0 + 50))
+    resolved = advanced(opened(opening(kind="silence", evidence=None)), spoke, T0 + 51, 3600)
+    assert resolved is not None
+    assert (resolved.resolution, resolved.onset, resolved.last) == ("spoke", None, None)
+
+
+def test_a_stream_that_speaks_again_amid_its_alert_ends_its_silence_alone() -> None:
+    codec = StateCodec(features=1, state_size=1, model=1)
+    rows, records = codec.fresh(1), np.zeros(1, codec.record)
+    rows["flags"], rows["started_at"], rows["silent_since"] = ALERT_OPEN | 1 << LEVEL_SHIFT | SILENT, T0, T0 + 5
+    records["flags"], records["started_at"] = ALERT_OPEN | 1 << LEVEL_SHIFT, T0
+    moves = Standing.of(rows).moves(np.array([0]), records)
+    assert [(move.what, move.kind, move.started_at) for move in moves] == [("resolved", "silence", T0 + 5)]
 
 
 def test_a_forgotten_stream_resolves_its_alerts_and_what_is_not_known_stays_unknown() -> None:

@@ -152,6 +152,12 @@ async def test_a_late_event_is_published_as_late_and_acknowledged(scorer: Scorer
     assert (await scorer.streams.last("s")).state_version == 1
 
 
+async def test_results_of_late_events_have_identities_of_their_own_though_of_one_time(scorer: Scorer) -> None:
+    """A broker that drops what it has already would drop them."""
+    _, told = await scorer.consume([delivery(event(i), n, lease=None) for n, i in enumerate((10, 3, 3))], replies=True)
+    assert len({result.id for result in told}) == 3
+
+
 async def test_a_repeated_id_is_acknowledged_and_not_published_again(scorer: Scorer, store: MemoryStore) -> None:
     first = [delivery(event(i, event_id=f"e{i}"), i) for i in range(20)]
     again = [delivery(event(i, event_id=f"e{i}"), 100 + i) for i in range(20)]

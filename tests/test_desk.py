@@ -125,12 +125,21 @@ async def test_an_alert_is_opened_escalated_and_resolved_and_sinks_are_told_of_e
     assert escalated.severity_before == "minor"
 
 
-async def test_a_desk_whose_lease_is_gone_does_not_say_that_another_replica_has_it(office: Office, desk: Desk) -> None:
+def counted(metrics: Metrics) -> float:
+    """Open alerts, as this replica says."""
+    return sum(sample.value for metric in metrics.alerts_open.collect() for sample in metric.samples)
+
+
+async def test_a_desk_whose_lease_is_gone_does_not_say_that_another_replica_has_it(office: Office) -> None:
+    desk = office.desk(metrics := Metrics())
+    await office.log(opening())
+    await desk.turn()
     assert desk.keeps
     with capture_logs() as logs:
         await office.store.pipe([("DEL", LEASE)])
         running = asyncio.create_task(desk.run())
         await until(lambda: len(logs) == 2)
+        await until(lambda: counted(metrics) == 1)  # looked at anew, at once
         await tasks.end(running)
     assert [entry["event"] for entry in logs] == ["alerts_lease_lost", "alerts_kept_here"]
 
@@ -170,7 +179,7 @@ async def test_what_was_folded_and_not_yet_taken_out_of_the_log_counts_once(offi
 
 
 async def test_one_desk_keeps_the_book_and_another_takes_over_when_it_leaves(office: Office) -> None:
-    first, second = office.desk(), office.desk()
+    first, second = office.desk(metrics := Metrics()), office.desk()
     running = [asyncio.create_task(first.run())]
     await until(lambda: first.keeps)
     running.append(asyncio.create_task(second.run()))
@@ -181,9 +190,12 @@ async def test_one_desk_keeps_the_book_and_another_takes_over_when_it_leaves(off
     await asyncio.sleep(0.5)
     assert len(await office.all()) == 1
     assert not second.keeps
+    assert counted(metrics) == 1
     await tasks.end(running[0])
+    assert counted(metrics) == 0, "of two replicas that both said it there would be two"
     await until(lambda: second.keeps)
     await tasks.end(running[1])
+    assert await office.book.take("the next one, at once")
     assert await office.events() == [("s", "opened")]
 
 
@@ -204,6 +216,24 @@ async def test_a_long_fold_keeps_its_lease(office: Office) -> None:
     [left] = await office.store.pipe([("PTTL", LEASE)])
     assert left > 2000
     assert not await office.book.take("them")
+
+
+async def test_a_long_look_keeps_its_lease(office: Office, desk: Desk) -> None:
+    await office.log(opening())
+    await desk.turn()
+    await office.store.pipe([("PEXPIRE", LEASE, 500)])
+    await desk.look()
+    [left] = await office.store.pipe([("PTTL", LEASE)])
+    assert left > 2000
+
+
+async def test_a_clock_that_is_set_back_puts_off_no_look(office: Office, desk: Desk) -> None:
+    await office.log(opening())
+    await desk.turn()
+    office.streams.standing["s"] = Stand(False, None, None)
+    office.now -= 3600
+    await desk.turn()
+    assert [alert.resolution for alert in await office.all()] == ["forgotten"]
 
 
 async def test_an_acknowledgement_is_shown_and_told_and_can_be_undone(office: Office, desk: Desk) -> None:
@@ -353,11 +383,12 @@ async def test_pages_are_the_latest_first_and_filtered(office: Office, desk: Des
 
 
 async def test_deleting_a_stream_resolves_all_its_alerts_and_no_other(office: Office, desk: Desk) -> None:
-    await office.log(opening("a"), opening("a", kind="silence", started_at=T0 + 5), opening("b"))
+    await office.log(opening("a"), opening("a", kind="silence", started_at=T0 + 5), opening("b"), opening("a", model="other"))
     await desk.turn()
     await office.store.delete("m", "a", encoded(Transition("forgotten", "m", "a")))
     await desk.turn()
-    assert {(alert.stream_id, alert.resolution) for alert in await office.all()} == {("a", "forgotten"), ("b", None)}
+    resolved = {(alert.model, alert.stream_id, alert.resolution) for alert in await office.all()}
+    assert resolved == {("m", "a", "forgotten"), ("m", "b", None), ("other", "a", None)}
 
 
 async def test_a_look_keeps_what_streams_show_and_resolves_alerts_whose_streams_know_nothing_of_them(office: Office) -> None:

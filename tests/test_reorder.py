@@ -205,8 +205,11 @@ async def test_a_stopping_service_releases_what_it_holds(tiny_detector: Detector
     assert scorer.begin(walk(1, "s")[0], "") is None, "of a single event, too, an earlier one may come"
     asked = asyncio.create_task(scorer.score(walk(3, "s")))
     await asyncio.sleep(0.01)
+    async with asyncio.timeout(20):
+        scorer.stopping()
+        assert [answer.state_version for answer in await asked if isinstance(answer, Result)] == [1, 2, 3]
+        assert len(await scorer.score(walk(1, "t"))) == 1, "what comes yet is not held either"
     await scorer.drain(5)
-    assert [answer.state_version for answer in await asked if isinstance(answer, Result)] == [1, 2, 3]
 
 
 class Stuck(MemoryStore):

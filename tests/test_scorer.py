@@ -175,6 +175,15 @@ async def test_an_event_sent_again_with_its_successors_gets_its_stored_result_ho
     assert scores(await scorer.score(sent)) == scores(again), "the last of them, too, has its result though another event came since"
 
 
+async def test_an_event_sent_again_between_a_bulks_and_a_new_one_keeps_its_result(scorer: Scorer) -> None:
+    sent = events(5)
+    await scorer.score(sent[:2])
+    third = await scorer.score(sent[2:3])
+    await scorer.score(sent[:4])
+    await scorer.score(sent[4:])
+    assert scores(await scorer.score(sent[2:3])) == scores(third)
+
+
 async def test_untimed_events_without_ids_are_new_ones_beside_repeated_ids(scorer: Scorer) -> None:
     bulk = [event for pair in zip(events(4, timed=False), events(4, ids=False, timed=False), strict=True) for event in pair]
     await scorer.score(bulk)
@@ -300,6 +309,7 @@ async def test_streams_beyond_the_limit_are_refused_until_there_is_room_and_know
     assert [type(answer) for answer in answers] == [Result] * 3 + [TooManyStreams] * 2
     known, new = await scorer.score([Event(stream_id="s0", values={"value": 1.0}), Event(stream_id="s9", values={"value": 1.0})])
     assert isinstance(known, Result)
+    assert known.state_version == 2
     assert isinstance(new, TooManyStreams)
     await scorer.streams.forget("s1")
     monkeypatch.setattr("service.scorer.COUNT_SECONDS", 0.0)  # the count is that old
