@@ -206,7 +206,7 @@ class AlertCount(msgspec.Struct, frozen=True):
     by_severity: dict[Severity, int]
     """Of each severity, also where there are none."""
     complete: bool
-    """Whether these are all; false = there are more: the latest 5,000 were looked at."""
+    """Whether these are all; false = there may be more: at `limit`, or after the latest 5,000, the counting ends."""
 
 
 class Told(msgspec.Struct, frozen=True):

@@ -63,7 +63,6 @@ from service.errors import (
     NotCommitted,
     OnsetError,
     Overloaded,
-    StateConflict,
     StoreUnavailable,
     TooLarge,
     TooSlow,
@@ -71,7 +70,6 @@ from service.errors import (
     UnknownAlert,
     UnknownModel,
     UnknownSource,
-    UnknownStream,
     UnsupportedMedia,
 )
 from service.events import MAX_NAME_LENGTH, SEVERITIES, UNPRINTABLE, Columns, Event, Result, shown
@@ -83,7 +81,7 @@ from service.results import TOP, Answers, Scored
 from service.rounds import Kind
 from service.scorer import Scorer
 from service.stores import CURSOR_DIGITS
-from service.stores.book import Became, Book, Wanted
+from service.stores.book import SCANNED, Became, Book, Wanted
 from service.writing import Answered
 
 DOOR = "http"
@@ -396,8 +394,8 @@ class Door:
     async def count_alerts(self, request: Request) -> Response:
         """How many alerts a list would have."""
         asked = _incoming(request)
-        only(asked, *ALERT_FILTERS)
-        counted, complete = await self._book.count(_wanted(asked))
+        only(asked, *ALERT_FILTERS, "limit")
+        counted, complete = await self._book.count(_wanted(asked), _number(asked, "limit", MAX_PAGE, 1, SCANNED))
         by_severity = {severity: counted[severity] for severity in SEVERITIES[1:]}
         return _json(alerts.AlertCount(counted.total(), by_severity, complete))
 
@@ -413,26 +411,30 @@ class Door:
         """What some alerts are about is their streams' new normal: acknowledged, then accepted; what became of each. Safe to repeat."""
         ids, by = _several(await self._object(_incoming(request)), time.time())
         became = await self._book.acknowledge_open(ids, by)
-        for id_, (_, alert) in became.items():
-            if alert is not None and alert.open:
-                became[id_] = Became(await self._accept(alert), alert)
-        done = _done(became)
+        known = {id_: alert for id_, (_, alert) in became.items() if alert is not None and alert.open}
+        outcomes = await self._accept(known)
+        done = _done(became | {id_: Became(outcomes[id_], alert) for id_, alert in known.items()})
         if done.outcomes.get("accepted"):
             log.info("alerts_accepted", by=by.by, note=by.note, alerts=done.outcomes["accepted"])
         return _json(done)
 
-    async def _accept(self, alert: Alert) -> alerts.Outcome:
-        """Accept an alert that the book has as open."""
-        if alert.kind == "silence":
-            return "silence"
-        if (scorer := self._scorers.get(alert.model)) is None:
-            return "model_not_loaded"
-        try:
-            return "accepted" if await scorer.streams.accept_alert(alert.stream_id, alert.id) else "resolved"
-        except UnknownStream:
-            return "resolved"
-        except StateConflict:
-            return "conflict"
+    async def _accept(self, known: Mapping[str, Alert]) -> dict[str, alerts.Outcome]:
+        """Accept alerts, by id, that the book has as open."""
+        outcomes: dict[str, alerts.Outcome] = {}
+        meant: dict[str, dict[str, str]] = {}
+        for id_, alert in known.items():
+            if alert.kind == "silence":
+                outcomes[id_] = "silence"
+            elif alert.model not in self._scorers:
+                outcomes[id_] = "model_not_loaded"
+            elif alert.stream_id in meant.setdefault(alert.model, {}):  # one of them is over, and the book does not know yet
+                outcomes[id_] = "conflict"
+            else:
+                meant[alert.model][alert.stream_id] = id_
+        for model, ids in meant.items():
+            became = await self._scorers[model].streams.accept_alerts(ids)
+            outcomes |= {ids[stream_id]: outcome for stream_id, outcome in became.items()}
+        return outcomes
 
     async def one_alert(self, request: Request) -> Response:
         """One alert."""

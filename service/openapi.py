@@ -44,6 +44,7 @@ from service.remote_write import MESSAGE_1, MESSAGE_2, PATH
 from service.results import TOP
 from service.shipped import JSON
 from service.stores import CURSOR_DIGITS
+from service.stores.book import SCANNED
 from service.wire import PROTOBUF
 
 _BUNDLE = b"SwaggerUIBundle({"
@@ -495,8 +496,16 @@ def _alert_paths() -> dict[str, Any]:
             "get": _operation(
                 "countAlerts",
                 "How many alerts a list would have",
-                filters,
-                {"200": _json(_ref("AlertCount"), "How many; of more than 5,000 to be looked at the latest.")},
+                [
+                    *filters,
+                    _parameter(
+                        "limit",
+                        "query",
+                        {"type": "integer", "minimum": 1, "maximum": SCANNED, "default": MAX_PAGE},
+                        "The counting ends, 500 at a time, where so many are found.",
+                    ),
+                ],
+                {"200": _json(_ref("AlertCount"), "How many, and whether these are all.")},
                 ["bad-parameter", "store-unavailable"],
             )
         },

@@ -32,6 +32,8 @@ from service.stores import WRITTEN, StateStore, Write
 ATTEMPTS = 4
 """Times that streams are tried to be ended."""
 ACCEPT_ATTEMPTS = 20
+ACCEPTED_AT_ONCE = 50
+"""Alerts accepted in one step of the event loop, which takes some milliseconds."""
 
 log = structlog.get_logger(__name__)
 
@@ -117,34 +119,61 @@ class Streams:
 
         Raises UnknownStream, and StateConflict when other replicas won ACCEPT_ATTEMPTS times.
         """
-        rows, _ = await self._accept(stream_id)
-        return self._summary([stream_id], rows)[0]
+        row, outcome = (await self._accept({stream_id: None}))[stream_id]
+        if outcome == "unknown":
+            raise self._unknown(stream_id)
+        if outcome == "conflict":
+            raise StateConflict(
+                f"Stream '{stream_id[:256]}' changed {ACCEPT_ATTEMPTS} times while its alert was being accepted: call again."
+            )
+        return self._summary([stream_id], row)[0]
 
-    async def accept_alert(self, stream_id: str, alert: str) -> bool:
-        """The same of one alert of the stream, by its id; False = it is no longer open, and nothing changes. Raises as `accept`."""
-        _, done = await self._accept(stream_id, alert)
-        return done
+    async def accept_alerts(self, ids: Mapping[str, str]) -> dict[str, alerts.Outcome]:
+        """The same of several streams, each by the id of its alert: `resolved` = that is no longer open, and nothing changes; `conflict` =
+        other replicas won ACCEPT_ATTEMPTS times. By stream.
+        """
+        outcomes: dict[str, alerts.Outcome] = {}
+        names = list(ids)
+        for i in range(0, len(names), ACCEPTED_AT_ONCE):
+            became = await self._accept({name: ids[name] for name in names[i : i + ACCEPTED_AT_ONCE]})
+            outcomes |= {name: "resolved" if outcome == "unknown" else outcome for name, (_, outcome) in became.items()}
+        return outcomes
 
-    async def _accept(self, stream_id: str, alert: str | None = None) -> tuple[Rows, bool]:
-        """The stream's row [1] as it is then, and whether an alert was accepted: that which is open, or `alert` alone."""
+    async def _accept(self, ids: Mapping[str, str | None]) -> dict[str, tuple[Rows, alerts.Outcome]]:
+        """Each stream's row [1] as it is then, and what became of its alert: that with this id, None = whichever is open."""
+        became: dict[str, tuple[Rows, alerts.Outcome]] = {}
+        left = list(ids)
         for _ in range(ACCEPT_ATTEMPTS):
-            values = await self._store.load(self._model, [stream_id])
+            values = await self._store.load(self._model, left)
             loaded = self._codec.decode(values)
             await self._claim.confirm(loaded.origins)
-            if loaded.origins[0] != Origin.STORED:
-                raise self._unknown(stream_id)
-            before = loaded.rows.copy()
-            over = alert is not None and alert not in (self._ids_open(stream_id, values[0], Origin.STORED) or ())
-            if over or not self._policy().accept(loaded.rows):
-                return loaded.rows, False
-            entry = alerts.encoded(self._accepting(stream_id, before))
-            write = Write(stream_id, loaded.tokens[0], self._codec.encode(loaded.rows)[0], log=[entry])
-            self._copies.drop([stream_id])
-            if await self._store.commit(self._model, [write]) == [WRITTEN]:
-                self.accepted(stream_id, before[0], by="call")
-                return loaded.rows, True
-            self._metrics.conflicts.inc()
-        raise StateConflict(f"Stream '{stream_id[:256]}' changed {ACCEPT_ATTEMPTS} times while its alert was being accepted: call again.")
+            before, changed = loaded.rows.copy(), []
+            for i, (stream_id, value) in enumerate(zip(left, values, strict=True)):
+                row, id_ = loaded.rows[i : i + 1], ids[stream_id]
+                if loaded.origins[i] != Origin.STORED:
+                    became[stream_id] = row, "unknown"
+                elif (id_ is None or id_ in (self._ids_open(stream_id, value, Origin.STORED) or ())) and self._policy().accept(row):
+                    changed.append(i)
+                else:
+                    became[stream_id] = row, "resolved"
+            if changed:
+                names = [left[i] for i in changed]
+                entries = self._accepting(names, before[changed])
+                encoded = self._codec.encode(loaded.rows[changed])
+                writes = [
+                    Write(left[i], loaded.tokens[i], value, log=[entry]) for i, value, entry in zip(changed, encoded, entries, strict=True)
+                ]
+                self._copies.drop(names)
+                for i, written in zip(changed, await self._store.commit(self._model, writes), strict=True):
+                    if written == WRITTEN:
+                        self.accepted(left[i], before[i], by="call")
+                        became[left[i]] = loaded.rows[i : i + 1], "accepted"
+                    else:
+                        self._metrics.conflicts.inc()
+            left = [stream_id for stream_id in left if stream_id not in became]
+            if not left:
+                return became
+        return became | dict.fromkeys(left, (loaded.rows[:0], "conflict"))
 
     async def forget(self, stream_id: str) -> bool:
         """Delete a stream's state; whether there was one."""
@@ -230,12 +259,23 @@ class Streams:
             if row["flags"] & flag
         )
 
-    def _accepting(self, stream_id: str, row: Rows) -> Transition:
-        """For the log: the open alert of `row` [1] is about to be accepted by call."""
-        last = alerts.Evidence.of(self._summary([stream_id], row)[0])
-        severity = alerts.level(row["flags"][0])
-        started_at = float(row["started_at"][0])
-        return Transition("resolved", self._model, stream_id, "anomaly", started_at, severity, "accepted", last)
+    def _accepting(self, stream_ids: Sequence[str], rows: Rows) -> list[bytes]:
+        """For the log: the open alerts of `rows` [B] are about to be accepted by call."""
+        return [
+            alerts.encoded(
+                Transition(
+                    "resolved",
+                    self._model,
+                    stream_id,
+                    "anomaly",
+                    float(row["started_at"]),
+                    alerts.level(row["flags"]),
+                    "accepted",
+                    alerts.Evidence.of(result),
+                )
+            )
+            for stream_id, row, result in zip(stream_ids, rows, self._summary(stream_ids, rows), strict=True)
+        ]
 
     def _told_at_end(self, stream_ids: Sequence[str], rows: Rows, waits: NDArray[np.bool_]) -> list[list[bytes]]:
         """For the log: what is resolved as the streams of these rows [B] end; where one `waits`, its anomaly is not."""

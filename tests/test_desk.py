@@ -327,6 +327,7 @@ async def test_of_more_alerts_than_are_looked_at_the_latest_are_counted_and_said
     monkeypatch.setattr("service.stores.book.AT_ONCE", 2)
     monkeypatch.setattr("service.stores.book.SCANNED", 4)
     assert await office.book.count(Wanted()) == (Counter(minor=4), False)
+    assert await office.book.count(Wanted(), 1) == (Counter(minor=2), False)
     assert await office.book.count(Wanted(stream_id="s1")) == (Counter(minor=1), True)
 
 

@@ -501,10 +501,10 @@ async def test_a_lasting_fault_freezes_its_stream_until_it_is_accepted(scorer: S
 async def test_an_alert_that_is_over_is_not_accepted_in_the_name_of_the_one_that_followed(scorer: Scorer) -> None:
     await alarmed(scorer)
     meant, another = (alert_id("tiny", "s", "anomaly", 1e9 + second) for second in (1000, 900))
-    assert not await scorer.streams.accept_alert("s", another)
+    assert await scorer.streams.accept_alerts({"s": another, "none": another}) == {"s": "resolved", "none": "resolved"}
     assert (await scorer.streams.last("s")).status == "frozen"
-    assert await scorer.streams.accept_alert("s", meant)
-    assert not await scorer.streams.accept_alert("s", meant)
+    assert await scorer.streams.accept_alerts({"s": meant}) == {"s": "accepted"}
+    assert await scorer.streams.accept_alerts({"s": meant}) == {"s": "resolved"}
     assert (await scorer.streams.last("s")).status == "ready"
 
 
@@ -530,6 +530,9 @@ async def test_an_acceptance_that_loses_a_race_is_made_again_and_one_that_always
         await replicas[1].streams.accept("hot")
     with pytest.raises(UnknownStream, match="stream 'none'"):
         await replicas[1].streams.accept("none")
+    await alarmed(replicas[0], "calm")
+    ids = {name: alert_id("tiny", name, "anomaly", 1e9 + 1000) for name in ("hot", "calm")}
+    assert await replicas[1].streams.accept_alerts(ids) == {"hot": "conflict", "calm": "accepted"}
     for replica in replicas:
         await replica.drain(1)
 

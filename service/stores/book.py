@@ -158,8 +158,10 @@ class Book:
             looked, count = looked + count, min(2 * count, AT_ONCE)
         return found, cursor
 
-    async def count(self, wanted: Wanted) -> tuple[Counter[Severity], bool]:
-        """How many alerts there are by severity, and whether these are all: of more than SCANNED the latest are counted."""
+    async def count(self, wanted: Wanted, limit: int = SCANNED) -> tuple[Counter[Severity], bool]:
+        """How many alerts there are by severity, about `limit` at most, and whether these are all: of more than SCANNED the latest are
+        looked at.
+        """
         counted: Counter[Severity] = Counter()
         cursor = ""
         for _ in range(0, SCANNED, AT_ONCE):
@@ -167,6 +169,8 @@ class Book:
             counted.update(alert.severity for alert in await self.alerts(ids) if alert is not None and wanted.has(alert))
             if len(ids) < AT_ONCE:
                 return counted, True
+            if counted.total() >= limit:
+                break
             cursor = ids[-1]
         return counted, False
 
