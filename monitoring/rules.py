@@ -333,6 +333,30 @@ RULES: tuple[Rule, ...] = (
         above=0,
     ),
     Rule(
+        "OnsetStoreRewriteFailed",
+        "onset-health",
+        "max by (job) (onset_store_rewrite_failed)",
+        "10m",
+        "warning",
+        "The store cannot write its append-only file anew.",
+        "All that it has written since the last time is in the file, which grows until the disk is full.",
+        "What is scored is kept meanwhile. With a full disk nothing is scored: with `appendfsync always` the server ends.",
+        (
+            "The store's log (of the embedded one `store.log` in its folder): `fork: Cannot allocate memory`, `No space left on device`, "
+            "or the rewriting was killed (`terminated by signal 9`).",
+            "Of a cluster which node: `INFO persistence`, `aof_last_bgrewrite_status`.",
+        ),
+        (
+            "No memory to fork: `vm.overcommit_memory=1` on the store's machine; killed: more memory for its container.",
+            "No room: a larger disk (docs/deploy.md says how large). Then `BGREWRITEAOF`, or wait: it tries again by itself.",
+        ),
+        (
+            Case({f"onset_store_rewrite_failed{{{_A}}}": "0x10 1x30"}, {"job": "onset"}),
+            Case({f"onset_store_rewrite_failed{{{_A}}}": "0x10 1x8 0x30"}),
+        ),
+        above=0,
+    ),
+    Rule(
         "OnsetStoreRestarted",
         "onset-health",
         "increase(onset_store_restarts_total[15m])",

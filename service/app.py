@@ -95,8 +95,8 @@ class Service:
         self._was_ready: bool | None = None
         """As far as it was told; None = not yet: `serving` tells it."""
         self._counted_at = -math.inf
-        self._evicting = ""
-        """As it was told of."""
+        self._evicting, self._rewrite_failed = "", False
+        """As they were told of."""
         self.metrics.build.info({"version": VERSION})
         self.metrics.time.set_function(time.time)
         self.metrics.store_memory.set(math.nan)
@@ -154,13 +154,18 @@ class Service:
         return wrong
 
     def _see(self, memory: Memory) -> None:
-        """In the metrics; in the log, when the store begins to throw states away, or does so by another policy."""
+        """In the metrics; in the log, when the store begins to throw states away, or does so by another policy, or its disk to fill."""
         self.metrics.store_memory.set(memory.fullness)
         self.metrics.store_evicts.set(bool(memory.evicting))
         if memory.evicting and memory.evicting != self._evicting:
             detail = "States are lost once the memory is full: set it to noeviction."
             log.warning("store_evicts", maxmemory_policy=memory.evicting, detail=detail)
         self._evicting = memory.evicting
+        self.metrics.store_rewrite_failed.set(memory.rewrite_failed)
+        if memory.rewrite_failed and not self._rewrite_failed:
+            detail = "Its append-only file could not be written anew, and grows until the disk is full; its own log says why."
+            log.error("store_rewrite_failed", detail=detail)
+        self._rewrite_failed = memory.rewrite_failed
 
     def _tell(self, wrong: str | None) -> None:
         """In the log, when readiness turns: an outage is two lines, whatever else complains meanwhile."""

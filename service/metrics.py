@@ -581,6 +581,12 @@ class Metrics:
         "Whether the store throws states away once its memory is full (maxmemory-policy), of a cluster any node, within ten seconds.",
         "Set maxmemory-policy to noeviction: a refused write loses nothing, a state thrown away is a stream that starts afresh.",
     )
+    store_rewrite_failed = _gauge(
+        "onset_store_rewrite_failed",
+        "0 or 1",
+        "Whether the store could not write its append-only file anew the last time, of a cluster any node, within ten seconds.",
+        "The file grows until the disk is full, and then nothing is scored: its log says why, mostly no memory to fork, or no room.",
+    )
     store_restarts = _counter(
         "onset_store_restarts_total",
         "restarts",

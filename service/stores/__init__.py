@@ -100,12 +100,14 @@ class Page:
 
 @dataclass(frozen=True)
 class Memory:
-    """How the store's memory is used."""
+    """How the store's memory is used, and its disk."""
 
     fullness: float = math.nan
     """Part of its limit, of several servers of the fullest; NaN = there is none, or it does not say."""
     evicting: str = ""
     """Its maxmemory-policy where that throws states away, of several servers with which; "" = it does not, or does not say."""
+    rewrite_failed: bool = False
+    """Whether its append-only file, of any server, could not be written anew the last time: it grows until the disk is full."""
 
 
 class StateStore(Protocol):

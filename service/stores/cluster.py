@@ -179,7 +179,7 @@ class ClusterStore(Commands):
         each = [memory_of(about) for about in await asyncio.gather(*map(self._about_memory, primaries))]
         evicting = [f"{one.evicting} ({host}:{port})" for one, (host, port) in zip(each, primaries, strict=True) if one.evicting]
         fullness = max((one.fullness for one in each if not math.isnan(one.fullness)), default=math.nan)
-        return Memory(fullness, ", ".join(evicting))
+        return Memory(fullness, ", ".join(evicting), any(one.rewrite_failed for one in each))
 
     async def ping(self) -> None:
         # A commit of nothing to each primary, in one of its slots: refused where a real one would be.
@@ -255,7 +255,7 @@ class ClusterStore(Commands):
 
     async def _about_memory(self, address: Address) -> dict[str, str]:
         """What a node says of it; nothing where we may not ask."""
-        reply = (await self._ask(address, [("INFO", "memory")]))[0]
+        reply = (await self._ask(address, [("INFO", "memory", "persistence")]))[0]
         return dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line) if isinstance(reply, bytes) else {}
 
     async def _scan(self, address: Address, model: str, position: int, limit: int) -> tuple[int, list[bytes]]:

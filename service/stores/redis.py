@@ -315,7 +315,7 @@ class RedisStore(Commands):
         return await counted(self.pipe)
 
     async def memory(self) -> Memory:
-        return memory_of(await self._about("memory"))
+        return memory_of(await self._about("memory", "persistence"))
 
     async def ping(self) -> None:
         # A commit of nothing: refused where a real one would be (replica, full memory or disk).
@@ -468,12 +468,13 @@ async def _reply(connection: Any) -> Any:
 
 
 def memory_of(about: Mapping[str, Any]) -> Memory:
-    """Of what INFO says of a server's memory."""
+    """Of what INFO says of a server's memory and persistence."""
     most, policy = int(about.get("maxmemory", 0)), about.get("maxmemory_policy", "noeviction")
+    failed = about.get("aof_last_bgrewrite_status", "ok") != "ok"
     if not most:
-        return Memory()
+        return Memory(rewrite_failed=failed)
     used = int(about["used_memory"]) - int(about.get("mem_not_counted_for_evict", 0))
-    return Memory(used / most, "" if policy == "noeviction" else policy)
+    return Memory(used / most, "" if policy == "noeviction" else policy, failed)
 
 
 def leads_nowhere(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from structlog.testing import capture_logs
 
 from service.app import Service
@@ -336,3 +337,26 @@ async def test_a_queue_in_a_store_that_refuses_says_why_and_goes_on_once_it_does
             while not client.xlen("onset:results"):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert client.xlen("in") == 0
+
+
+async def test_a_store_that_cannot_write_its_file_anew_is_told_of_before_its_disk_is_full(tmp_path: Path, tiny_model_path: Path) -> None:
+    files = tmp_path / "own" / "appendonlydir"
+    with Valkey(tmp_path / "own", appendonly="yes") as server, server.client() as client, capture_logs() as logs:
+        async with Service(Settings(redis_url=server.url, model=tiny_model_path)).running() as service:
+
+            async def failed(value: float) -> bool:
+                assert await service.ready() is None
+                return service.metrics.registry.get_sample_value("onset_store_rewrite_failed") == value
+
+            assert await failed(0)
+            files.rename(tmp_path / "away")
+            files.touch()  # no folder: the new file has no place
+            with pytest.raises(redis.ResponseError):
+                client.bgrewriteaof()
+            await until(lambda: failed(1))
+            files.unlink()
+            (tmp_path / "away").rename(files)
+            client.bgrewriteaof()
+            await until(lambda: failed(0))
+    [told] = [entry for entry in logs if entry["event"] == "store_rewrite_failed"]
+    assert "until the disk is full" in told["detail"]
