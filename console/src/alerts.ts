@@ -72,7 +72,7 @@ class AlertList {
     }
   }
 
-  /** In this order, and no others. What has the focus keeps it. */
+  /** In this order, and no others. What has the focus keeps it; where that is gone, what follows has it. */
   show(alerts: Alert[]): void {
     const wanted = alerts.map((alert) => this.items.get(alert.id)!.element);
     const held = new Set(alerts.map((alert) => alert.id));
@@ -81,9 +81,13 @@ class AlertList {
     const focused = document.activeElement?.closest<HTMLElement>(".alert");
     const kind = document.activeElement?.matches("button, input") ? document.activeElement.tagName : ".name a";
     const within = this.element.contains(document.activeElement);
+    const after = focused ? [...this.element.children].slice([...this.element.children].indexOf(focused)) : [];
     fill(this.element, ...wanted);
-    const again = within && focused && this.items.get(focused.dataset["id"]!)?.element;
-    if (again) (again.querySelector<HTMLElement>(kind) ?? again.querySelector<HTMLElement>(".name a"))!.focus();
+    if (!within) return;
+    const again = focused && this.items.get(focused.dataset["id"]!)?.element;
+    const next = again ?? wanted.find((one) => after.includes(one)) ?? wanted.at(-1);
+    const place = next?.querySelector<HTMLElement>(again ? kind : ".name a") ?? next?.querySelector<HTMLElement>(".name a") ?? document.getElementById("main");
+    place?.focus({ preventScroll: !next });
   }
 }
 
@@ -172,8 +176,7 @@ export class StreamAlerts {
         (over ? this.earlier : this.element).hidden = !some.length;
       }
     } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      if (error.status === 404) this.leave(); // a service without alerts; all else the live feed tells
+      if (!(error instanceof Refused)) throw error; // the live feed tells
     }
   }
 }
@@ -252,7 +255,8 @@ class AlertsView {
     const items = [...this.list.element.children] as HTMLElement[];
     const step = event.key === "j" || event.key === "ArrowDown" ? 1 : event.key === "k" || event.key === "ArrowUp" ? -1 : 0;
     if (step && items.length) {
-      this.at = Math.min(items.length - 1, Math.max(0, this.at + step));
+      const here = items.findIndex((one) => one.contains(document.activeElement));
+      this.at = Math.min(items.length - 1, Math.max(0, (here < 0 ? this.at : here) + step));
       items[this.at]!.querySelector<HTMLElement>(".name a")!.focus();
       return true;
     }
@@ -392,7 +396,7 @@ class AlertsView {
       if (!(error instanceof Refused)) throw error;
       if (id !== this.id) return;
       this.shown = ""; // the next answer takes these words away, also where it is the same
-      fill(this.said, h("p", { class: "notice wrong" }, id || error.status !== 404 ? error.message : "This service keeps no alerts."));
+      fill(this.said, h("p", { class: "notice wrong" }, error.message));
     }
   }
 
@@ -518,11 +522,15 @@ function confirmed(title: string, words: string[], name: string, act: (said: HTM
       buttons.forEach((one) => (one.disabled = false));
     }
   };
+  const closed = (): void => {
+    dialog.remove();
+    if (document.activeElement === document.body) document.getElementById("main")?.focus({ preventScroll: true }); // the button that opened it is gone
+  };
   const save = (): void => void run(() => act(said));
   const button = (words: string, what: () => void, kind = ""): HTMLElement => h("button", { class: `button ${kind}`, type: "button", onclick: what }, words);
   const dialog = h(
     "dialog",
-    { "aria-labelledby": "ask-title", onclose: () => dialog.remove() },
+    { "aria-labelledby": "ask-title", onclose: closed },
     h("h2", { id: "ask-title" }, title),
     ...words.map((one) => h("p", {}, one)),
     name ? form : null,

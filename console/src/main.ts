@@ -182,10 +182,6 @@ async function countAlerts(): Promise<void> {
     if (!(error instanceof Refused)) throw error;
     trouble.hidden = error.status < 500; // what else there is the views say
     text(trouble, error.status < 500 ? "" : `Nothing can be scored or acknowledged now: ${error.message}`);
-    if (error.status === 404) {
-      ended(); // a service without alerts
-      tabs.find((tab) => tab.dataset["view"] === "alerts")?.remove();
-    }
   }
 }
 
@@ -204,7 +200,7 @@ showTheme();
 window.addEventListener("hashchange", route);
 linked();
 route();
-const ended = asking(10, countAlerts);
+asking(10, countAlerts);
 void showPatterns();
 
 /** Alerts link to `/?alert=ID`, others to `/?stream=ID`: what comes before # is kept by mail and chat programs. */
