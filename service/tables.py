@@ -171,7 +171,7 @@ def find_sources(paths: Iterable[Path]) -> list[Source]:
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             sources += [Source(file, file.relative_to(path).as_posix()) for file in files]
             if not files:
-                raise TableError(f"{path} holds no {', '.join(SUFFIXES)} file.")
+                raise TableError(f"{path} holds no {', '.join(SUFFIXES)} file. {passed_over([path])}".rstrip())
         elif path.is_file():
             sources.append(Source(path, path.name))
         else:
@@ -385,7 +385,8 @@ def _batches(reading: _Reading) -> Iterator[Table]:
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".npz": _read_npz}
     suffix = source.path.suffix.lower()
     if suffix not in readers:
-        raise TableError(f"{source.path} is not one of {', '.join(SUFFIXES)}.")
+        unpack = " Unpack it, or save it as CSV." if suffix in PACKED else ""
+        raise TableError(f"{source.path} is not one of {', '.join(SUFFIXES)}.{unpack}")
     rows, last = 0, -math.inf
     try:
         for table in readers[suffix](reading):
@@ -473,7 +474,10 @@ def _read_csv(reading: _Reading) -> Iterator[Table]:
 @contextmanager
 def _csv_rows(source: Source) -> Iterator[Iterator[list[str]]]:
     with source.path.open("rb") as content:
-        written_in = encoding(content.read(2))
+        begins = content.read(2)
+    if begins in (b"\x1f\x8b", b"PK"):
+        raise TableError(f"{source.path} is packed, or a spreadsheet that is called otherwise: unpack it, or save it as CSV.")
+    written_in = encoding(begins)
     with source.path.open(newline="", encoding=written_in) as file:
         try:
             line = file.readline()
@@ -637,7 +641,8 @@ def _advice(column: str, cell: str) -> str:
     if re.fullmatch(r"\s*[-+]?[\d.]*\d,\d+\s*", cell):
         return "is it a decimal comma? `python -m service split --decimal ,` makes files with points"
     if re.match(r"\s*\d{1,4}[-./]\d{1,2}[-./]\d{1,4}", cell):
-        return f"if it is the time, name it with --timestamp {column!r}, else leave the column out with --exclude {column!r}"
+        joined = "" if ":" in cell else ", after writing the time of day into the same column where it is in another"
+        return f"if it is the time, name it with --timestamp {column!r}{joined}; else leave the column out with --exclude {column!r}"
     if UNIT.fullmatch(cell):
         return "write the number alone, without its unit"
     return (
@@ -796,7 +801,7 @@ def _parquet_tables(reading: _Reading, file: Any, pa: Any) -> Iterator[Table]:
 def _arrow_numbers(reading: _Reading, column: str, values: Any, before: int, pa: Any) -> Float64:
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type):
         return np.asarray(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False))  # null is NaN
-    cells = values.to_pylist()
+    cells = _arrow_moments(reading.source, column, values, pa)
     decimal = reading.dialect.decimal
     return np.array([_number(reading, column, i, _as_written(cell, decimal)) for i, cell in enumerate(cells, before + 1)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -212,6 +213,14 @@ def test_times_of_parquet_in_nanoseconds_are_read_to_the_microsecond(tmp_path: P
         assert read(path).timestamps.tolist() == [1_700_000_000.123456, 1_700_000_001.0]
 
 
+def test_a_second_column_of_times_in_nanoseconds_is_refused_by_its_name(tmp_path: Path) -> None:
+    """It was Arrow's "not safely convertible to microseconds", without file and column."""
+    times = pa.array([1_700_000_000_123_456_789], pa.timestamp("ns"))
+    parquet.write_table(pa.table({"timestamp": times, "sent": times, "load": [1.0]}), tmp_path / "a.parquet")
+    with pytest.raises(TableError, match=r"column 'sent', row 1: .*if it is the time, name it with --timestamp 'sent'; else leave"):
+        read(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("times", [pa.array([2**62], pa.timestamp("us")), pa.array([2**52], pa.timestamp("s"))])
 def test_a_time_of_parquet_that_no_calendar_shows_is_refused_by_its_column(tmp_path: Path, times: pa.Array) -> None:
     parquet.write_table(pa.table({"timestamp": times, "load": [1.0]}), tmp_path / "a.parquet")
@@ -311,6 +320,24 @@ def test_a_path_without_tables_is_refused(tmp_path: Path) -> None:
         find_sources([tmp_path / "none.csv"])
     with pytest.raises(TableError, match=r"is not one of \.csv"):
         read(csv_of(tmp_path, "x", "a.txt"))
+
+
+def test_packed_files_are_told_to_be_unpacked(tmp_path: Path) -> None:
+    """Of a folder of them it was said that there is nothing in it, of one called .csv that a Windows may have written it."""
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"time,v\n0,1\n"))
+    with pytest.raises(TableError, match=r"holds no .* file\. Not read, .* 'a\.csv\.gz'\. Unpack them"):
+        find_sources([tmp_path])
+    with pytest.raises(TableError, match=r"a\.csv\.gz is not one of .*\. Unpack it"):
+        read(tmp_path / "a.csv.gz")
+    for begins in (gzip.compress(b"time,v\n0,1\n"), b"PK\x03\x04"):
+        (tmp_path / "a.csv").write_bytes(begins)
+        with pytest.raises(TableError, match=r"a\.csv is packed, or a spreadsheet"):
+            read(tmp_path / "a.csv")
+
+
+def test_a_date_whose_time_is_in_another_column_is_not_taken_for_midnight(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match=r"name it with --timestamp 'Date', after writing the time of day into the same column"):
+        read(csv_of(tmp_path, "Date,Time,v\n2026-01-01,00:01:00,1\n"))
 
 
 def test_a_matrix_has_the_columns_in_the_asked_order(tmp_path: Path) -> None:

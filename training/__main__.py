@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 
@@ -32,7 +33,16 @@ from training.lines import Mining, exported, masks_of, preview
 from training.logfit import LOG_SIZES, LogPlan
 from training.logpipeline import LogJob, keys_of, sessions_of
 from training.logpipeline import produce as produce_log
-from training.pipeline import Job, default_job, fleet_job, produce, refuse_features, slug
+from training.pipeline import (
+    MAX_CALIBRATION_LANES,
+    MAX_CALIBRATION_ROWS,
+    Job,
+    default_job,
+    fleet_job,
+    produce,
+    refuse_features,
+    slug,
+)
 from training.verify import verify_file
 
 app = typer.Typer(
@@ -274,9 +284,22 @@ def _run(
         _refuse(NotWritten(error.detail + _again(checkpoint)))
     except (OnsetError, ValueError) as error:
         _refuse(error)
+    except (MemoryError, RuntimeError) as error:  # torch has errors of its own where there is no memory
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        _refuse(OnsetError(_too_little(error) + _again(checkpoint)))
     except KeyboardInterrupt:
         said.print(f"Stopped.{_again(checkpoint)}", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def _too_little(error: Exception) -> str:
+    wanted = f" ({str(error).splitlines()[0]})" if str(error) else ""
+    return (
+        f"Too little memory{wanted}. It does not grow with the rows beyond the first {MAX_CALIBRATION_ROWS:,} of the "
+        f"{MAX_CALIBRATION_LANES} longest files, but with the columns: leave some out (--exclude), make models of parts of a machine, or "
+        "give fewer files; while the network learns, fewer --lanes help, too."
+    )
 
 
 def _again(checkpoint: Path) -> str:

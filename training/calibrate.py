@@ -253,15 +253,19 @@ def _band(observed: Observed) -> Curve:
 
     Pooled over all rows instead, a few streams that are constant for hours would make everybody's band endless.
     """
-    settled = observed.age[:, :, None] >= min(200.0, float(observed.age.max()) / 2)
-    ratio = np.where(settled & (observed.ratio < 1e6), observed.ratio, np.nan)
-    columns = [column[np.isfinite(column)] for column in ratio.reshape(len(ratio), -1).T]
-    columns = [column for column in columns if len(column) >= 100]
+    settled = observed.age >= min(200.0, float(observed.age.max()) / 2)
     decades: Float64 = np.array([0.3, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
-    decades = decades[decades <= np.log10(max((len(column) for column in columns), default=1) / 2)]
+    quantiles, longest = list[Float64](), 1
+    for lane in range(observed.ratio.shape[1]):  # one at a time: of a wide fleet all rows are gigabytes
+        for column in observed.ratio[settled[:, lane], lane].T:
+            kept = column[column < 1e6]  # NaN is not
+            if len(kept) >= 100:
+                quantiles.append(np.quantile(kept, 1 - 10.0**-decades))
+                longest = max(longest, len(kept))
+    decades = decades[decades <= np.log10(longest / 2)]
     if len(decades) < 2:
         return Curve((1.0, 3.0), (0.5, 2.0), 0.5)
-    ratios = np.maximum.accumulate(np.median([np.quantile(column, 1 - 10.0**-decades) for column in columns], axis=0))
+    ratios = np.maximum.accumulate(np.median([each[: len(decades)] for each in quantiles], axis=0))
     slope = float((decades[-1] - decades[-2]) / max(ratios[-1] - ratios[-2], 1e-3))
     return Curve(tuple(map(float, ratios)), tuple(map(float, decades)), min(slope, 10.0))
 

@@ -118,8 +118,8 @@ def detection(step: StepFunction, state_size: int, streams: Sequence[Stream], sc
     changed = list(pieces)
     for make in ANOMALIES.values():
         changed += [Stream(piece.name, _injected(rng, piece.x, np.array(scored), at, make), piece.t) for piece in pieces]
-    scores = run_streams(step, state_size, *pad(changed, at + REACTION))
-    hits = (scores.onset_p[at:] < 1e-3).reshape(REACTION, len(ANOMALIES) + 1, len(pieces))
+    [onset_p] = onset_p_at(step, state_size, *pad(changed, at + REACTION), asked=[1e-3])
+    hits = (onset_p[at:] < 1e-3).reshape(REACTION, len(ANOMALIES) + 1, len(pieces))
     found = {}
     for i, name in enumerate(("at_random", *ANOMALIES)):
         hit = hits[:, i].any(axis=0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from service.events import listed
 from service.outputs import write_bytes
 from training.autoencoder import HORIZONS, LAGS, WINDOW, Outlook, Outputs, WaveformOutputs
 from training.data import Block, Float32, Source
@@ -284,11 +285,19 @@ class Trainer:
     """Owns the weights while they are learned. `run` returns with the best ones (by validation loss) loaded."""
 
     def __init__(
-        self, step: DetectorStep, source: Source, plan: Plan, checkpoint: Path | None = None, identity: str = "", world: World = ALONE
+        self,
+        step: DetectorStep,
+        source: Source,
+        plan: Plan,
+        checkpoint: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        world: World = ALONE,
     ) -> None:
-        """`identity` says what is trained on what; a checkpoint of another one is not continued. In what world it is, is not asked."""
+        """`identity` says what is trained on what: `data`, a hash, `features`, and by their names whatever else; a checkpoint of another
+        one is not continued. In what world it is, is not asked.
+        """
         self.step, self.source, self.plan, self.checkpoint, self.world = step, source, plan, checkpoint, world
-        self.identity = {"plan": asdict(plan), "what": identity}
+        self.identity = {**asdict(plan), **(identity or {})}
         self.network = step.autoencoder.to(world.device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=plan.learning_rate)
         self.progress = Progress()
@@ -437,10 +446,17 @@ class Trainer:
         return True
 
 
-def _differing(was: dict[str, Any], now: dict[str, Any]) -> str:
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What of two identities is not the same, in words."""
-    plans = [(name, was["plan"].get(name), value) for name, value in now["plan"].items()]
-    parts = [f"{name} {before}, now {value}" for name, before, value in (*plans, ("trained", was["what"], now["what"])) if before != value]
+    others = [name for name, value in now.items() if was.get(name) != value]
+    parts = [f"{name} {was.get(name)}, now {now[name]}" for name in others if name not in ("data", "features")]
+    if "features" in others:
+        before, after = was.get("features") or [], now["features"]
+        changes = (("without", set(before) - set(after)), ("with", set(after) - set(before)))
+        changed = [f"{how} {listed(sorted(which))}" for how, which in changes if which]
+        parts.append(f"the columns, now {' and '.join(changed) or 'in another order'}")
+    elif "data" in others:
+        parts.append("the files or their rows")
     return "; ".join(parts)
 
 

@@ -43,6 +43,8 @@ from training.verify import Runner, StepFunction
 MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
 POOLED_ROWS = 4000
 """Rows of each calibration lane that the pooled constants of the signals are fitted on."""
+POOLED_VALUES = 1 << 24
+"""Numbers of them that are run through the network at a time: what it holds of each is some twenty times as large."""
 MAX_EVALUATION_ROWS = 20_000
 """Unseen rows of a stream that are looked at."""
 MAX_FLOOR_ROWS = 1_000_000
@@ -262,10 +264,13 @@ def _what_pays(step: DetectorStep, job: Job) -> tuple[DetectorStep, dict[str, An
 def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console: Console, world: World) -> Reached:
     if isinstance(step.autoencoder, NoNetwork):
         return Reached()
-    identity = f"{job.data_sha256 or job.data} {job.features} {type(step.autoencoder).__name__} {job.sizes} validation={job.validation:g}"
+    of_data = {"data": job.data_sha256 or job.data, "features": job.features, "validation": job.validation}
+    identity = of_data | asdict(job.sizes)
     trainer = Trainer(step, job.source, job.plan, checkpoint, identity, world)
     if resume:
         world.in_turn(trainer.resume)
+    if resume and not checkpoint.is_file():
+        console.print(f"There is no {checkpoint} to continue from: beginning anew.")
     if trainer.progress.block:
         console.print(f"Continuing at step {trainer.progress.block * job.plan.chunks}.")
     with _bar(console) as bar:
@@ -304,16 +309,23 @@ def fit_stillness(step: DetectorStep, streams: Sequence[Stream], runs: Float32) 
     step.stillness.fit(runs, [len(stream) for stream in streams], longest)
 
 
-@torch.no_grad()
-def _residuals(step: DetectorStep, x: Any, t: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _residuals(step: DetectorStep, x: Float32, t: Float32) -> tuple[torch.Tensor, torch.Tensor]:
     """Residuals of x [T, B, F] once each lane has settled, in asinh and in linear units [N, F]; NaN where missing."""
+    lanes = max(1, POOLED_VALUES // (len(x) * x.shape[2]))
+    pieces = [_residuals_of(step, x[:, i : i + lanes], t[:, i : i + lanes]) for i in range(0, x.shape[1], lanes)]
+    return tuple(torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*pieces, strict=True))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _residuals_of(step: DetectorStep, x: Float32, t: Float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of some lanes, [T, B, F]."""
     lanes = Lanes.fresh(step, x.shape[1])
     prepared = prepare(step, torch.from_numpy(x), torch.from_numpy(t), lanes)
     outputs = step.autoencoder.sequence(prepared.inputs, lanes.network)
     z, forecast, present = prepared.z[1:], outputs.location[:-1], prepared.present[1:]
     linear = (torch.sinh(z) - torch.sinh(forecast.clamp(-FORECAST_LIMIT, FORECAST_LIMIT))).clamp(-SCALED_LIMIT, SCALED_LIMIT)
     settled = min(60, len(z) // 4)
-    return tuple(torch.where(present, part, torch.nan)[settled:].flatten(0, 1) for part in (z - forecast, linear))  # type: ignore[return-value]
+    return tuple(torch.where(present, part, torch.nan)[settled:] for part in (z - forecast, linear))  # type: ignore[return-value]
 
 
 def _evaluate(step: DetectorStep, job: Job, run: StepFunction, console: Console) -> tuple[dict[str, Any], report.Shown]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from service.errors import TableError
 from service.tables import ReadOptions, find_sources, read_table
 from tests.limits import files_of_at_most
 from tests.training.conftest import TINY, random_step
+from training import pipeline
 from training.__main__ import _run, app
 from training.cache import alone_in, convert, open_cache
 from training.data import CONTEXT, Block, Fleet, Stream, clock
 from training.distributed import ALONE
 from training.evaluate import Scores, run_streams
 from training.fit import Drawn, Lanes, Plan, Progress, Trainer, learning_rate, prepare, prepare_all
-from training.pipeline import Job, _step, _train, fleet_job
+from training.pipeline import Job, _residuals, _step, _train, fleet_job
 from training.report import Shown, draw
 from training.synthetic import ANOMALIES, Synthetic, generate, streams
 
@@ -141,6 +143,59 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     Trainer(random_step(1), SMALL, replace(PLAN, steps=2), path).run()
     with pytest.raises(ValueError, match=r"belongs to a run with other settings or data: steps 2, now 8\. Use the same ones"):
         Trainer(random_step(1), SMALL, PLAN, path).resume()
+
+
+def test_what_is_not_as_it_was_is_told_by_its_name(tmp_path: Path) -> None:
+    """It was both data hashes, and all names of the columns and all sizes of the network twice over."""
+    path, step = tmp_path / "checkpoint.pt", random_step(1)
+    was = {"data": "ab", "features": ["heat", "load"], "hidden": 48}
+    Trainer(step, SMALL, replace(PLAN, steps=2), path, was).run()
+    for now, said in (
+        ({"data": "cd"}, "data: the files or their rows. Use"),
+        ({"data": "cd", "features": ["flow", "load"]}, "data: the columns, now without 'heat' and with 'flow'. Use"),
+        ({"features": ["load", "heat"]}, "data: the columns, now in another order. Use"),
+        ({"hidden": 32}, "data: hidden 48, now 32. Use"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Trainer(step, SMALL, replace(PLAN, steps=2), path, was | now).resume()
+
+
+@pytest.mark.parametrize("fill", [lambda: np.empty(1 << 50), lambda: torch.empty(1 << 50)])
+def test_too_little_memory_is_told_with_what_to_do(fill: Callable[[], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was a traceback, after the network had learned for hours."""
+    (tmp_path / "checkpoint.pt").touch()
+
+    def job(_said: Console) -> Job:
+        fill()
+        raise AssertionError
+
+    with pytest.raises(typer.Exit):
+        _run(job, tmp_path, 1, resume=False)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Too little memory (" in said
+    assert "leave some out (--exclude)" in said
+    assert said.endswith("with --resume continues from " + str(tmp_path / "checkpoint.pt") + ".")
+
+
+def test_what_signals_are_fitted_on_is_the_same_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 machines of 300 columns it was all of them through the network at once, gigabytes."""
+    step, rng = random_step(3), np.random.default_rng(0)
+    x = rng.normal(size=(50, 5, 3)).astype(np.float32)
+    x[20:, 4] = np.nan
+    t = np.stack([clock(1.7e9 + 60 * np.arange(50, dtype=np.float64))] * 5, axis=1)
+    whole = _residuals(step, x, t)
+    monkeypatch.setattr(pipeline, "POOLED_VALUES", 2 * 50 * 3)
+    for one, other in zip(whole, _residuals(step, x, t), strict=True):
+        assert torch.allclose(one, other, atol=1e-6, equal_nan=True)
+        assert len(one) == 5 * (49 - 12)
+
+
+def test_to_continue_where_there_is_no_checkpoint_is_told(fleet_folder: Path, tmp_path: Path) -> None:
+    convert([fleet_folder], ReadOptions(), tmp_path / "cache", lambda _: None)
+    job = fleet_job(open_cache(tmp_path / "cache"), [fleet_folder], TINY, Plan(steps=2, chunk=24, chunks=2), 0.15, None, "1", "")
+    said = Console(record=True, quiet=False, file=io.StringIO(), width=400)
+    _train(_step(job, TINY), job, tmp_path / "out" / "checkpoint.pt", True, said, ALONE)
+    assert "checkpoint.pt to continue from: beginning anew." in said.export_text()
 
 
 def test_rows_that_were_learned_from_are_not_validated_on_by_a_run_that_continues(fleet_folder: Path, tmp_path: Path) -> None:
