@@ -128,6 +128,17 @@ async def test_a_full_queue_refuses_at_once_and_takes_all_of_a_submission_or_not
         assert await waits == [2, 4, 6]
 
 
+async def test_what_is_handled_takes_none_of_its_senders_room() -> None:
+    gate = Gate()
+    async with batcher(gate, max_batch=1, max_queue=8) as running:
+        first = asyncio.create_task(running.submit(jobs(1, 2, 3, 4)))
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(running.submit(jobs(5, 6)))
+        await waiting(running, 5)
+        gate.open.set()
+        assert [*await first, *await second] == [2, 4, 6, 8, 10, 12]
+
+
 @pytest.mark.parametrize("leaves", range(6))
 async def test_a_client_that_leaves_does_not_hurt_its_batch_mates(leaves: int) -> None:
     gate = Gate()
@@ -142,6 +153,7 @@ async def test_a_client_that_leaves_does_not_hurt_its_batch_mates(leaves: int) -
         stayed = [task for i, task in enumerate(tasks) if i != leaves]
         assert await asyncio.gather(*stayed) == [[2 * i] for i in range(6) if i != leaves]
         assert await head == [198]
+        assert (running.queued, running._queued_streams) == (0, 0), "nor does it take room for good"
     assert leaves not in gate.batches[1], "who left before the batch began is not computed"
 
 

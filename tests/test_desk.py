@@ -57,6 +57,19 @@ class Listener:
         return None
 
 
+class Telling(Listener):
+    """Never done."""
+
+    running = 0
+
+    async def run(self, token: str) -> None:
+        self.running += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.running -= 1
+
+
 class Office:
     """A desk, or several, over one store."""
 
@@ -131,7 +144,8 @@ def counted(metrics: Metrics) -> float:
 
 
 async def test_a_desk_whose_lease_is_gone_does_not_say_that_another_replica_has_it(office: Office) -> None:
-    desk = office.desk(metrics := Metrics())
+    sink = Telling(office.book, "telling")
+    desk = Desk(office.book, {"m": office.streams}, metrics := Metrics(), Keeping(), [sink], clock=lambda: office.now)
     await office.log(opening())
     await desk.turn()
     assert desk.keeps
@@ -140,6 +154,7 @@ async def test_a_desk_whose_lease_is_gone_does_not_say_that_another_replica_has_
         running = asyncio.create_task(desk.run())
         await until(lambda: len(logs) == 2)
         await until(lambda: counted(metrics) == 1)  # looked at anew, at once
+        assert sink.running == 1, "two would tell everything twice"
         await tasks.end(running)
     assert [entry["event"] for entry in logs] == ["alerts_lease_lost", "alerts_kept_here"]
 

@@ -169,6 +169,10 @@ def test_a_smaller_rate_takes_back_what_quiet_earned_at_a_larger_one_and_nothing
     assert np.abs(back["vector"][:, audit]).max() < 0.25
     assert (back["vector"][:, ~audit] == same["vector"][:, ~audit]).all()
     assert (again["p_value"] == records["p_value"]).all()
+    learning = loud.copy()
+    learning["learner"], learning["flags"] = loud["vector"], ALERT_OPEN | FROZEN | LEARNER
+    learning, _ = play(detector, Policy(alpha=1e-4), x[:, 400:401], learning, start=400)
+    assert np.abs(learning["learner"][:, audit]).max() < 0.25, "what is learned beside a frozen state, too"
     more, _ = play(detector, loud_policy, x[:, 400:401], quiet.copy(), start=400)
     assert (more["vector"][:, audit] < quiet["vector"][:, audit]).all()  # earned at a smaller rate, it holds for a larger one
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +17,10 @@ from service.detector import Detector
 from service.events import PLACE, Event, Readings
 from service.order import turns
 from service.policy import Policy
-from service.rounds import Kind, Outcomes, advance
+from service.rounds import Kind, Outcomes, _time_features, advance
 from service.state import Rows, StateCodec
 from tests.readings import to_readings
+from training.data import clock
 
 POLICY = Policy()
 
@@ -206,6 +210,26 @@ def test_an_event_without_time_is_never_late(tiny_detector: Detector) -> None:
     run(tiny_detector, rows, [event(0, timestamp=2e6)])  # ahead of the arrival time 1e6
     assert run(tiny_detector, rows, [event(0)])[0] == [Kind.SCORED]
     assert rows["last"]["timestamp"][0] == 2e6
+
+
+def test_the_increase_of_a_counter_is_of_two_readings_with_nothing_in_between(tiny_detector: Detector) -> None:
+    rows, given = codec_of(tiny_detector).fresh(1), []
+    for i, raw in enumerate((100.0, 130.0, None, 190.0, 190.0)):
+        readings = readings_of(tiny_detector, [event(0, timestamp=10.0 * i)])
+        outcomes = advance(
+            tiny_detector, POLICY, rows, replace(readings, raw=None if raw is None else np.array([raw])), np.zeros(1, np.intp)
+        )
+        given.append(float(outcomes.records["x"][0, 0]))
+    assert given == pytest.approx([math.nan, 3.0, 1.0, math.nan, 0.0], nan_ok=True)
+
+
+def test_a_detector_is_told_the_times_that_it_was_trained_with() -> None:
+    moments = [datetime(1970, 1, 1, tzinfo=UTC), datetime(2026, 11, 29, 23, 59, 59, tzinfo=UTC), datetime(2026, 11, 30, tzinfo=UTC)]
+    seconds = np.array([moment.timestamp() for moment in moments])
+    t = _time_features(seconds, np.diff(seconds, prepend=np.nan))
+    np.testing.assert_array_equal(t, clock(seconds))
+    assert t[:, 2].tolist() == [moment.weekday() for moment in moments]
+    assert t[1:, 1].tolist() == [86_399, 0]
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])

@@ -463,12 +463,13 @@ async def test_a_stream_can_be_looked_at_listed_and_forgotten(scorer: Scorer) ->
 
 async def test_what_is_counted_is_what_happened(scorer: Scorer) -> None:
     await scorer.score(events(50))
-    await scorer.score([Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 1000)])
+    for _ in range(2):  # once, and a duplicate
+        await scorer.score([Event(stream_id="s", values={"value": 60.0}, timestamp=1e9 + 1000, event_id="jump")])
     sample = scorer._metrics.registry.get_sample_value
     assert sample("onset_onsets_total", {"model": "tiny"}) == 1
     assert sample("onset_anomalies_total", {"model": "tiny"}) == 1
-    assert sample("onset_batch_events_sum") == 51
-    assert sample("onset_stage_seconds_count", {"stage": "commit"}) == 2
+    assert sample("onset_batch_events_sum") == 52
+    assert sample("onset_stage_seconds_count", {"stage": "commit"}) == 4
     assert sample("onset_state_bytes", {"model": "tiny"}) == scorer._codec.bytes
 
 
