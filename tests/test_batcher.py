@@ -123,7 +123,10 @@ async def test_a_full_queue_refuses_at_once_and_takes_all_of_a_submission_or_not
             await running.submit(jobs(4, 5, 6))
         assert refusal.value.retry_after >= 1
         assert running.queued == 3
+        held = asyncio.create_task(running.submit(jobs(7, 8, 9), admitted=True))
+        await waiting(running, 6)
         gate.open.set()
+        assert await held == [14, 16, 18], "what was let in before is not refused"
         assert await first == [0]
         assert await waits == [2, 4, 6]
 
@@ -205,18 +208,22 @@ async def test_what_follows_a_failed_item_of_the_same_call_is_not_handled() -> N
     assert handled == [0, 1, 2, 3]
 
 
-async def test_draining_finishes_what_waits_and_refuses_what_comes() -> None:
+@pytest.mark.parametrize("count", [1, 3])
+async def test_draining_finishes_what_runs_and_what_waits_and_refuses_what_comes(count: int) -> None:
     gate = Gate()
     async with batcher(gate) as running:
-        tasks = [asyncio.create_task(running.submit(jobs(i))) for i in range(3)]
-        await waiting(running, 2)
-        drained = asyncio.create_task(running.drain(5))
-        await asyncio.sleep(0)
+        tasks = [asyncio.create_task(running.submit(jobs(0)))]
+        await asyncio.sleep(0.01)
+        tasks += [asyncio.create_task(running.submit(jobs(i))) for i in range(1, count)]
+        await waiting(running, count - 1)
+        drained = asyncio.create_task(running.drain(20))
+        await asyncio.sleep(0.01)
+        assert not drained.done()
         with pytest.raises(Overloaded, match="stopping"):
             await running.submit(jobs(9))
         gate.open.set()
         await drained
-        assert await asyncio.gather(*tasks) == [[0], [2], [4]]
+        assert await asyncio.gather(*tasks) == [[0], [2], [4]][:count]
         assert not running.healthy
 
 
@@ -363,9 +370,10 @@ async def test_a_stream_keeps_its_order_past_what_is_passed_over() -> None:
     assert gate.batches == [[1], [4], [2, 3]]
 
 
-async def test_senders_take_turns_however_much_one_of_them_has_queued() -> None:
+@pytest.mark.parametrize("max_batch", [1, 4])
+async def test_senders_take_turns_however_much_one_of_them_has_queued(max_batch: int) -> None:
     gate = Gate()
-    async with batcher(gate, max_batch=4) as running:
+    async with batcher(gate, max_batch=max_batch) as running:
         head = asyncio.create_task(running.submit(jobs(0)))
         await asyncio.sleep(0.01)
         noisy = asyncio.create_task(running.submit(jobs(*range(100, 120)), "noisy"))
@@ -373,7 +381,7 @@ async def test_senders_take_turns_however_much_one_of_them_has_queued() -> None:
         await waiting(running, 22)
         gate.open.set()
         await asyncio.gather(head, noisy, *quiet)
-    assert gate.batches[1] == [100, 1, 101, 2]
+    assert [number for batch in gate.batches[1:] for number in batch][:4] == [100, 1, 101, 2]
 
 
 async def test_however_much_one_sender_has_queued_there_is_room_for_the_next() -> None:

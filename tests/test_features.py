@@ -114,6 +114,29 @@ def test_every_time_that_is_taken_can_be_shown_in_every_zone() -> None:
             parse_timestamp(text)
 
 
+BOTH: dict[str, float | None] = {"flow": 1.0, "temperature": 2.0}
+ODD = [
+    Event(stream_id="a", values=BOTH | {"flow": None}),
+    Event(stream_id="a", values={"flow": 1.0}),
+    Event(stream_id="a", values={"flow": 1.0, "speed": 2.0}),
+    Event(stream_id="a", values=BOTH | {"speed": 3.0}),
+    Event(stream_id="a", values=BOTH | {"flow": float("nan")}),
+    Event(stream_id="a", values=BOTH | {"flow": 1e39}),
+    Event(stream_id="a", values={}),
+    Event(stream_id="a"),
+    Event(stream_id="a", message="GET /"),
+    Event(stream_id="a", values=BOTH, end=True),
+    Event(stream_id="a", values=BOTH, timestamp="2023-11-14T00:00:00Z"),
+    Event(stream_id="a", values=BOTH, timestamp="5"),
+    Event(stream_id="a", values=BOTH, timestamp=float("nan")),
+    Event(stream_id="a", values=BOTH, timestamp=NOW + 61),
+    Event(values=BOTH),
+    Event(stream_id="a\n", values=BOTH),
+    Event(stream_id="a", values=BOTH, event_id="\x00"),
+]
+"""What must be looked at one by one."""
+
+
 @st.composite
 def usual_and_odd_events(draw: st.DrawFn) -> list[Event]:
     """Plain ones, and at most two among them that must be looked at one by one."""
@@ -125,36 +148,23 @@ def usual_and_odd_events(draw: st.DrawFn) -> list[Event]:
         event_id=st.one_of(st.none(), st.text("xyz", min_size=1, max_size=3)),
         sequence=st.one_of(st.none(), st.integers(0, 9)),
     )
-    both: dict[str, float | None] = {"flow": 1.0, "temperature": 2.0}
-    odd = st.sampled_from(
-        [
-            Event(stream_id="a", values=both | {"flow": None}),
-            Event(stream_id="a", values={"flow": 1.0}),
-            Event(stream_id="a", values={"flow": 1.0, "speed": 2.0}),
-            Event(stream_id="a", values=both | {"speed": 3.0}),
-            Event(stream_id="a", values=both | {"flow": float("nan")}),
-            Event(stream_id="a", values=both | {"flow": 1e39}),
-            Event(stream_id="a", values={}),
-            Event(stream_id="a"),
-            Event(stream_id="a", message="GET /"),
-            Event(stream_id="a", values=both, end=True),
-            Event(stream_id="a", values=both, timestamp="2023-11-14T00:00:00Z"),
-            Event(stream_id="a", values=both, timestamp="5"),
-            Event(stream_id="a", values=both, timestamp=float("nan")),
-            Event(stream_id="a", values=both, timestamp=NOW + 61),
-            Event(values=both),
-            Event(stream_id="a\n", values=both),
-            Event(stream_id="a", values=both, event_id="\x00"),
-        ]
-    )
     events = draw(st.lists(plain, min_size=TOGETHER, max_size=TOGETHER + 4))
-    for event in draw(st.lists(odd, max_size=2)):
+    for event in draw(st.lists(st.sampled_from(ODD), max_size=2)):
         events.insert(draw(st.integers(0, len(events))), event)
     return events
 
 
+@pytest.mark.parametrize("odd", ODD)
+def test_one_odd_event_among_many_is_read_as_it_is_alone(odd: Event) -> None:
+    read_as_each_alone([*(Event(stream_id="a", values=BOTH, timestamp=float(i), sequence=i) for i in range(TOGETHER)), odd])
+
+
 @given(usual_and_odd_events())
 def test_many_events_at_once_are_read_as_each_of_them_alone(events: list[Event]) -> None:
+    read_as_each_alone(events)
+
+
+def read_as_each_alone(events: list[Event]) -> None:
     parsed, errors = parse(events, MANIFEST, now=NOW, max_future=60)
     alone = [parse([event], MANIFEST, now=NOW, max_future=60) for event in events]
     assert {i: error.detail for i, error in errors.items()} == {i: wrong[0].detail for i, (_, wrong) in enumerate(alone) if wrong}
