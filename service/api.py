@@ -408,22 +408,23 @@ class Door:
         return _json(done)
 
     async def accept_several(self, request: Request) -> Response:
-        """What some alerts are about is their streams' new normal: acknowledged, then accepted; what became of each. Safe to repeat."""
+        """What some alerts are about is their streams' new normal; what became of each. Safe to repeat."""
         ids, by = _several(await self._object(_incoming(request)), time.time())
-        became = await self._book.acknowledge_open(ids, by)
-        known = {id_: alert for id_, (_, alert) in became.items() if alert is not None and alert.open}
-        outcomes = await self._accept(known)
-        done = _done(became | {id_: Became(outcomes[id_], alert) for id_, alert in known.items()})
+        known = dict(zip(ids, await self._book.alerts(ids), strict=True))
+        outcomes = await self._accept(known, by)
+        done = _done({id_: Became(outcomes[id_], alert) for id_, alert in known.items()})
         if done.outcomes.get("accepted"):
             log.info("alerts_accepted", by=by.by, note=by.note, alerts=done.outcomes["accepted"])
         return _json(done)
 
-    async def _accept(self, known: Mapping[str, Alert]) -> dict[str, alerts.Outcome]:
-        """Accept alerts, by id, that the book has as open."""
+    async def _accept(self, known: Mapping[str, Alert | None], by: Acknowledgement) -> dict[str, alerts.Outcome]:
+        """Acknowledge and accept alerts, by id as the book has them, where that can be done here."""
         outcomes: dict[str, alerts.Outcome] = {}
         meant: dict[str, dict[str, str]] = {}
         for id_, alert in known.items():
-            if alert.kind == "silence":
+            if alert is None or not alert.open:
+                outcomes[id_] = "unknown" if alert is None else "resolved"
+            elif alert.kind == "silence":
                 outcomes[id_] = "silence"
             elif alert.model not in self._scorers:
                 outcomes[id_] = "model_not_loaded"
@@ -432,6 +433,7 @@ class Door:
             else:
                 meant[alert.model][alert.stream_id] = id_
         for model, ids in meant.items():
+            await self._book.acknowledge_open(list(ids.values()), by)
             became = await self._scorers[model].streams.accept_alerts(ids)
             outcomes |= {ids[stream_id]: outcome for stream_id, outcome in became.items()}
         return outcomes

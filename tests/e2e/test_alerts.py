@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from pathlib import Path
 from typing import Any
 
+from service.alerts import Transition, encoded
+from service.stores import Write
 from tests import local
+from tests.contracts.test_stores import opened, value
 from tests.e2e.process import Service
 from tests.times import wait
 
@@ -118,3 +122,28 @@ def test_several_alerts_are_counted_acknowledged_and_accepted_at_once_and_each_i
         log = service.log.read_text()
         assert '"event": "alerts_acknowledged"' in log
         assert '"event": "alerts_accepted"' in log
+
+
+def test_what_cannot_be_accepted_here_is_told_of_beside_what_is(tmp_path: Path, tiny_model_path: Path, empty_server: str) -> None:
+    async def write(transition: Transition) -> None:
+        store = await opened(empty_server)
+        await store.commit(transition.model, [Write(transition.stream_id, b"", value(), log=[encoded(transition)])])
+        await store.close()
+
+    with Service(tmp_path / "data", model=tiny_model_path, REDIS_URL=empty_server) as service:
+        Sensor(service, "stuck").send([*NORMAL, *STUCK])
+        now = time.time()
+        silent = Transition("opened", "tiny", "silent", "silence", now, patience=5.0)
+        elsewhere = Transition("opened", "another", "elsewhere", "anomaly", now)
+        for transition in (silent, elsewhere):
+            asyncio.run(write(transition))
+        wait(lambda: len(alerts(service, status="open")) == 3)
+        ids = [alert["id"] for alert in alerts(service)]
+        done = local.post(f"{service.url}/v1/alerts/accept", json={"by": "anna", "ids": ids}).raise_for_status().json()
+        assert {one["stream_id"]: one["outcome"] for one in done["alerts"]} == {
+            "stuck": "accepted",
+            "silent": "silence",
+            "elsewhere": "model_not_loaded",
+        }
+        assert done["outcomes"] == {"accepted": 1, "silence": 1, "model_not_loaded": 1}
+        assert {alert["stream_id"] for alert in alerts(service, status="open")} == {"silent", "elsewhere"}  # nobody looks after them
