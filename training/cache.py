@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ from service.events import listed
 from service.outputs import naming
 from service.sentinels import Found, Sentinels, advice, blank, columns_of, of
 from service.tables import (
+    Dialect,
     NoRows,
     Notify,
     ReadOptions,
@@ -47,7 +49,7 @@ from training.data import Float32, Stream, clock
 CACHE = "cache"
 """Its folder, in the folder of the model."""
 LOCK = ".fit.lock"
-FORMAT = 6
+FORMAT = 7
 FILES = {"index.json", "x.f32", "t.f32"}
 READ = 1 << 20
 
@@ -61,6 +63,7 @@ class Cached:
     unmoved: list[str]  # features that have no two different values in any stream
     rowless: int  # files without rows, which are no stream
     sentinels: str  # which values look like no readings, with what to do; "" = none does
+    times: str  # from when to when the rows are, in words
     sha256: str  # of names and rows: the same data, the same hash
 
     @property
@@ -69,6 +72,7 @@ class Cached:
         read = f"Read {len(self.streams)} stream(s), {sum(map(len, self.streams)):,} rows, {len(self.features)} feature(s): {names}"
         if self.rowless:
             read += f"\n{self.rowless:,} of {self.rowless + len(self.streams):,} files have no rows and are left out."
+        read += f"\n{self.times}"
         if self.sentinels:
             read += f"\n{self.sentinels}"
         if not self.unmoved:
@@ -132,7 +136,7 @@ def open_cache(folder: Path) -> Cached:
     x, t = _mapped(folder / "x.f32", len(features)), _mapped(folder / "t.f32", 3)
     ends = np.cumsum(lengths).tolist()
     streams = [Stream(name, x[end - rows : end], t[end - rows : end]) for name, rows, end in zip(names, lengths, ends, strict=True)]
-    return Cached(features, streams, index["unmoved"], index["rowless"], index["sentinels"], index["sha256"])
+    return Cached(features, streams, index["unmoved"], index["rowless"], index["sentinels"], index["times"], index["sha256"])
 
 
 def told_apart(sources: Sequence[Source]) -> list[Source]:
@@ -181,14 +185,17 @@ def _made_of(sources: Sequence[Source], options: ReadOptions) -> list[Any]:
 def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify: Notify) -> dict[str, Any]:
     sha, rowless, sentinels = hashlib.sha256(), Rowless(sources, notify), Sentinels()
     names, lengths, features, moved = list[str](), list[int](), list[str](), np.array(False)
+    spans, unzoned = list[tuple[float, float]](), set[bool]()
+    dialect = Dialect(unzoned=lambda: unzoned.add(True))
     with (folder / "x.f32").open("wb") as x, (folder / "t.f32").open("w+b") as t:
         for source in sources:
             start, rows, before = t.tell(), 0, np.nan
             least, most = np.array(np.inf), np.array(-np.inf)
             with rowless.left_out(source):
-                for table in read_batches(source, options, notify):
+                for table in read_batches(source, options, notify, dialect=dialect):
                     if rows == 0:
                         names.append(source.name)
+                        first = float(table.timestamps[0])
                         sha.update(source.name.encode())
                     features = features or list(table.columns)
                     sentinels.look(columns_of(source.name, features), table.matrix(features))
@@ -199,6 +206,7 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
                     x.write(content)
                     t.write(clock(table.timestamps, before).tobytes())
                     rows, before = rows + len(table), table.timestamps[-1]
+                spans.append((first, float(before)))
                 moved = moved | (least < most)
                 lengths.append(rows)
                 _hash_from(t, start, sha)
@@ -212,7 +220,17 @@ def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify
         advice(none, "They are taken for missing here. Served, each is an anomaly."),
         advice(of(found, none=False), "They are learned as usual, and hide faults."),
     ]
-    return {**kept, "rowless": len(rowless.names), "sentinels": "\n".join(filter(None, said)), "sha256": sha.hexdigest()}
+    times = _spanned(spans, lengths, unzoned=bool(unzoned))
+    return {**kept, "rowless": len(rowless.names), "times": times, "sentinels": "\n".join(filter(None, said)), "sha256": sha.hexdigest()}
+
+
+def _spanned(spans: Sequence[tuple[float, float]], rows: Sequence[int], *, unzoned: bool) -> str:
+    """From when to when: a serial number of a spreadsheet is a time of 1970, and a local one is hours off, and nothing else tells it."""
+    first, last = (datetime.fromtimestamp(end, UTC).isoformat(" ", "seconds")[:19] for end in (min(spans)[0], max(end for _, end in spans)))
+    every = sorted((end - start) / (count - 1) for (start, end), count in zip(spans, rows, strict=True) if count > 1) or [0.0]
+    apart = " to ".join(dict.fromkeys(f"{seconds:,.4g}" for seconds in (every[0], every[-1])))
+    zone = ", for which times that name no zone are taken (`python -m service split --zone` makes it of local ones)" if unzoned else ""
+    return f"Times from {first} to {last} UTC{zone}; a stream has a row every {apart} s in the mean."
 
 
 def _one_set(sources: Sequence[Source], options: ReadOptions) -> list[str]:

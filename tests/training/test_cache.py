@@ -94,6 +94,22 @@ def test_of_a_fleet_each_column_is_without_what_is_no_reading_there(tmp_path: Pa
     assert "65535 in bit (18, 4.5 %). They are learned" in cached.sentinels
 
 
+def test_from_when_to_when_the_rows_are_is_told(tmp_path: Path) -> None:
+    """A spreadsheet's serial numbers were learned as times of 1970 in silence, local times as those of UTC."""
+    (tmp_path / "data").mkdir()
+    days = [("2026-03-01 00:00:00", "2026-03-01 00:00:10", "2026-03-01 00:01:00"), ("2026-03-02 23:00:00", "2026-03-03 01:00:00")]
+    for name, times in zip("ab", days, strict=True):
+        rows = [f"{time},{i}" for i, time in enumerate(times)]
+        (tmp_path / "data" / f"{name}.csv").write_text("\n".join(["timestamp,load", *rows]))
+    told = converted(tmp_path / "data", tmp_path / "cache").summary
+    assert "\nTimes from 2026-03-01 00:00:00 to 2026-03-03 01:00:00 UTC, for which times that name no zone are taken (" in told
+    assert told.endswith("; a stream has a row every 30 to 7,200 s in the mean.")
+    (tmp_path / "data" / "a.csv").write_text("timestamp,load\n46023.0,1\n46023.5,2\n")
+    (tmp_path / "data" / "b.csv").unlink()
+    told = converted(tmp_path / "data", tmp_path / "cache").summary
+    assert "\nTimes from 1970-01-01 12:47:03 to 1970-01-01 12:47:03 UTC; a stream has a row every 0.5 s in the mean." in told
+
+
 def test_zeros_and_numbers_that_are_common_are_learned_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     rows = [f"{i},{0 if i == 50 else 20 + i % 3},{999 if i % 4 else i % 7}" for i in range(200)]

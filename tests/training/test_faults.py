@@ -119,7 +119,7 @@ def test_short_streams_are_judged_where_there_are_no_longer_ones() -> None:
 
 def job_of(rows: int, network: Literal["keep", "if it pays"], cell: Variant = "standard") -> Job:
     history = streams(rows)
-    cached = Cached(["a", "b", "c"], history, [], 0, "", "")
+    cached = Cached(["a", "b", "c"], history, [], 0, "", "", "")
     made = fleet_job(cached, [Path("pumps")], replace(TINY, cell=cell), Plan(chunk=24), 0.15, None, "1", "")
     return replace(made, network=network)
 
