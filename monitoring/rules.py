@@ -113,6 +113,8 @@ RULES: tuple[Rule, ...] = (
             "The *Service* dashboard: readiness by replica, and when it went.",
             "The store: does it answer a PING, does it load its file (`LOADING`)? Is its disk full (`MISCONF`; with `appendfsync always` "
             "it ends, and its log says `Can't recover from AOF write error`)?",
+            "*No answer within a second*: it is there and slow. Its disk (`appendfsync always` waits for it), its processor, the network "
+            "(`valkey-cli --latency`), or a long command (`SLOWLOG GET`).",
         ),
         (
             "Bring the store back; replicas become ready by themselves within a second.",
@@ -733,7 +735,7 @@ RULES: tuple[Rule, ...] = (
         "OnsetClocksDiffer",
         "onset-issues",
         f"max by (job) ({_OFF}) - min by (job) ({_OFF})",
-        "5m",
+        "1m",  # before OnsetManyStreamsSilent, which it is the cause of
         "warning",
         "Clocks of replicas are {{ $value | humanizeDuration }} apart.",
         "Streams that speak are raised as silent, again and again.",
@@ -949,6 +951,8 @@ RULES: tuple[Rule, ...] = (
         (
             "`GET /v1/streams?silent=true`: what have they in common?",
             "Are the events refused at the door (OnsetRefusing, OnsetEventsRejected)?",
+            "Do they speak, and are raised again and again (`onset_silences_total` grows by the second)? Then the clock of a replica is "
+            "wrong: OnsetClocksDiffer.",
         ),
         ("Bring the sender back. The next event of a stream ends its silence.",),
         (
