@@ -193,8 +193,9 @@ def _error(column: dict[str, Any], i: int, feature: str | None, pa: ModuleType) 
     """What is wrong with a row, found and said as for any other event; of its features this one is looked at."""
     own = {name: column[name][i].as_py() for name in _OWN if name in column and name not in ("timestamp", "end")}
     time = column["timestamp"][i].as_py() if "timestamp" in column and pa.types.is_floating(column["timestamp"].type) else None
+    values = {} if feature is None else {feature.removeprefix(PREFIX): _numbers(feature, column[feature].slice(i, 1), pa)[0].item()}
     try:
-        checked({**own, "values": {} if feature is None else {feature.removeprefix(PREFIX): float(column[feature][i].as_py())}})
+        checked({**own, "values": values})
         if time is not None and not math.isfinite(time):
             parse_timestamp(time)
     except BadEvent as error:

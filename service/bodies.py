@@ -20,6 +20,7 @@ import msgspec
 
 from service.errors import BadBody, BadEvent, ItemError, TooLarge
 from service.events import MAX_NAME_LENGTH, Event, Result, shown
+from service.packed import SHORT_BYTES, look_through
 from service.problems import Problem, problem_of
 
 Items = list[Event | ItemError]
@@ -92,6 +93,7 @@ def decode_plain(content: bytes, form: Format, *, max_events: int) -> tuple[list
     if not content.strip():
         raise BadBody("The payload is empty.")
     if form is Format.MSGPACK:
+        look_through(content)
         body = _unpack(content)
     else:
         try:
@@ -165,7 +167,7 @@ def _decode_packed(content: bytes, max_events: int) -> tuple[Items, bool]:
         try:
             return [_packed_event.decode(content)], True
         except _UNDECODED:
-            return [checked(_unpack(content))], True
+            return [_unpacked(content)], True
     if count > max_events:  # before an object is made for each of them
         raise _too_many(max_events)
     try:
@@ -187,15 +189,27 @@ def _try_packed(part: msgspec.Raw) -> Event | ItemError:
         return _packed_event.decode(part)
     except _UNDECODED:
         try:
-            return _try(_unpack(part))
+            return _unpacked(part)
+        except BadEvent as error:
+            return error
         except BadBody as error:
             return BadEvent(error.detail.replace("The body", "The item", 1))
 
 
+def _unpacked(content: bytes | msgspec.Raw) -> Event:
+    """An event that is no ordinary one, or what is wrong with it. Raises BadEvent, BadBody."""
+    if memoryview(content).nbytes > SHORT_BYTES:  # to look through it would take as long as what that is to prevent
+        event: Event = _unpack(content, _packed_event)
+        return event
+    return checked(_unpack(content))
+
+
 def _unpack(content: bytes | msgspec.Raw, decoder: msgspec.msgpack.Decoder[Any] = _unpacker) -> Any:
-    """Msgpack → plain values. Raises BadBody."""
+    """Msgpack → what the decoder makes of it, plain values. Raises BadBody, and BadEvent where it makes events."""
     try:
         return decoder.decode(content)
+    except msgspec.ValidationError as error:
+        raise _wrong(error, {}) from error
     except RecursionError as error:
         raise BadBody("The body is nested too deeply: an event is a map with one map in it.") from error
     except UnicodeDecodeError as error:
@@ -282,12 +296,16 @@ def checked(item: Any) -> Event:
     except UnicodeEncodeError:  # half a character in a text, where none belongs: named like any other
         return checked({name: _whole_characters(value) for name, value in item.items()})
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
-        message = str(error)
-        path = _PATH.search(message)
-        field = path.group(1) if path else ""
-        value = shown(item.get(field.partition(".")[0]))
-        what = message.partition(" - at ")[0]
-        raise BadEvent(f"{field or 'The event'}: {what}; got {value}.", field, value) from error
+        raise _wrong(error, item) from error
+
+
+def _wrong(error: Exception, item: Mapping[str, Any]) -> BadEvent:
+    """What a decoder said, with the value that was sent, if the item is at hand."""
+    what, _, _ = str(error).partition(" - at ")
+    path = _PATH.search(str(error))
+    field = path.group(1) if path else ""
+    value = shown(item.get(field.partition(".")[0])) if item else ""
+    return BadEvent(f"{field or 'The event'}: {what}{f'; got {value}' if value else ''}.", field, value)
 
 
 def _whole_characters(value: Any) -> Any:
@@ -356,12 +374,13 @@ def _check_values(values: Any) -> None:
             continue
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise BadEvent(f"{field} is {shown(number)}, not a number; send null for a missing value.", field, shown(number))
-        if not math.isfinite(_float(number)):
+        if not math.isfinite(as_float(number)):
             raise BadEvent(f"{field} is {shown(number)}; send null for a missing value.", field, shown(number))
 
 
-def _float(number: int | float) -> float:
+def as_float(number: int | float) -> float:
+    """A whole number beyond all floats is infinite."""
     try:
         return float(number)
     except OverflowError:
-        return math.inf
+        return math.inf if number > 0 else -math.inf

@@ -30,6 +30,8 @@ _FIELD = re.compile(
 )
 _TIME = re.compile(r" *+(?:(-?\d{1,20}) *+)?\r?(?:\n|\Z)")
 _NOTHING = re.compile(r"(?:[ \t\r]*+(?:#[^\n]*+)?(?:\n|\Z))++")
+_WHOLE_DIGITS = 20
+"""Of 64 bits, with their sign. Python makes no int of thousands."""
 _IN_MEASUREMENT, _IN_TAG, _IN_TEXT = re.compile(r"\\([, ])"), re.compile(r"\\([,= ])"), re.compile(r'\\(["\\])')
 
 
@@ -81,7 +83,7 @@ def _value(found: re.Match[str]) -> Any:
         return _plain(_IN_TEXT, written)
     if number is None:
         return truth[0] in "tT"
-    return int(number) if whole and number.lstrip("+-").isdigit() else float(number)
+    return int(number) if whole and len(number) <= _WHOLE_DIGITS and number.lstrip("+-").isdigit() else float(number)
 
 
 def _plain(escaped: re.Pattern[str], text: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from service.bodies import Format, checked, decode, decode_one, decode_plain, from_fields, to_number
+from service.bodies import Format, as_float, checked, decode, decode_one, decode_plain, from_fields, to_number
 from service.errors import BadBody, BadEvent, ItemError, NoReading, OnsetError, TooLarge
 from service.events import MAX_NAME_LENGTH, PER_SECOND, Event, shown
 from service.features import COUNTED_SECONDS, of_another_unit
@@ -480,13 +480,13 @@ def _path(dotted: str) -> Callable[[Any], Any]:
 
 
 def _comparable(said: Any) -> Any:
-    """As words and numbers are compared: a text that is a number is one, and NaN is NaN however it is written."""
+    """As words and numbers are compared: a text that is a number is one, and NaN is NaN however it is written. None = it is neither."""
     if isinstance(said, bool):
         return str(said).lower()
     number = to_number(said.strip()) if isinstance(said, str) else said
     if isinstance(number, int | float):
-        return "NaN" if math.isnan(number) else float(number)
-    return said.strip() if isinstance(said, str) else repr(said)
+        return "NaN" if math.isnan(number := as_float(number)) else number
+    return said.strip() if isinstance(said, str) else None
 
 
 def _text_at(field: str, reference: str, found: Any) -> str:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from decimal import Decimal
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import msgspec
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 
 from service import arrow
 from service.api import Application
-from service.bodies import Format, decode
+from service.bodies import Format, decode, decode_plain
 from service.detector import Detector
 from service.errors import BadBody, BadEvent, ItemError, OnsetError, TooLarge
 from service.events import Event
@@ -266,6 +267,13 @@ async def test_a_column_that_cannot_be_used_is_named(client: httpx.AsyncClient, 
     assert_problem(await post(client, stream(rows), ARROW), 422, says, field)
 
 
+def test_a_decimal_beyond_all_floats_is_a_bad_row_however_far_beyond() -> None:
+    for scale in (-400, -2_000_000_000):
+        seven = pa.Array.from_buffers(pa.decimal128(10, scale), 1, [None, pa.py_buffer((7).to_bytes(16, "little"))])
+        columns = columns_of(stream(pa.table({"stream_id": ["a"], "flow": seven})))
+        assert (columns.bad[0].field, columns.bad[0].value) == ("values.flow", "Infinity")
+
+
 async def test_decimals_of_a_database_are_numbers(client: httpx.AsyncClient) -> None:
     rows = pa.table({"stream_id": ["a", "a"], "flow": pa.array([Decimal("20.25"), None], pa.decimal128(10, 2))})
     first, missing = answers(await post(client, stream(rows), ARROW))
@@ -427,6 +435,49 @@ def test_an_array_of_more_items_than_allowed_is_refused_by_its_head() -> None:
     for body in (b"\x91" * 1_000_000, b"\x81\xa1x" * 300_000, b"", b"\x93\x01", b"\xc1"):
         with pytest.raises((BadBody, BadEvent)):
             decode(body, Format.MSGPACK, max_events=MAX_EVENTS)
+
+
+def test_a_long_event_that_is_none_is_refused_before_objects_of_any_kind_are_made_of_it() -> None:
+    keys = dict.fromkeys(range(3000))  # of numbers that are chosen for it, 100,000 stood still for eight seconds
+    for item in (keys, {"values": keys}, {"stream_id": "n", "values": {"value": [[]] * 10_000}}):
+        good, bad = decode(msgspec.msgpack.encode([GOOD, item]), Format.MSGPACK, max_events=MAX_EVENTS)[0]
+        assert good == Event(stream_id="n", values={"value": 1.5})
+        assert isinstance(bad, BadEvent)
+        assert "Expected `" in bad.detail
+        with pytest.raises(BadEvent, match="Expected `"):
+            decode(msgspec.msgpack.encode(item), Format.MSGPACK, max_events=MAX_EVENTS)
+
+
+ANY_PART = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.builds(lambda length: "x" * length, st.sampled_from([0, 31, 32, 255, 256, 65_535, 65_536]))
+    | st.builds(lambda length: b"x" * length, st.sampled_from([0, 255, 256, 65_536]))
+    | st.builds(lambda length: msgspec.msgpack.Ext(5, b"x" * length), st.sampled_from([0, 1, 2, 3, 4, 8, 16, 17, 256, 65_536])),
+    lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.integers(0, 99) | st.text(), inner, max_size=20),
+    max_leaves=40,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ANY_PART)
+def test_a_wide_map_with_a_key_that_is_no_text_is_found_behind_whatever_stands_before_it(before: Any) -> None:
+    texts, numbers = {f"key {i}": i for i in range(1001)}, dict.fromkeys(range(1000), "a text")
+    fits = [before, {"a": [before, texts]}, numbers, before]
+    assert decode_plain(msgspec.msgpack.encode(fits), Format.MSGPACK, max_events=MAX_EVENTS) == (ANY, False)
+    for wide in (texts | {1: 1}, numbers | {1000: ""}):
+        with pytest.raises(BadBody, match="more than 1000 entries with a key that is no text"):
+            decode_plain(msgspec.msgpack.encode([before, {"a": [before, wide]}, before]), Format.MSGPACK, max_events=MAX_EVENTS)
+
+
+def test_a_payload_of_very_many_parts_for_its_size_is_refused_before_they_are_made() -> None:
+    for part in (b"\x80", b"\x90", b"\xc0"):
+        with pytest.raises(TooLarge, match="more than 25001 parts in 100006 bytes"):
+            decode_plain(b"\x91\xdd" + (100_000).to_bytes(4, "big") + part * 100_000, Format.MSGPACK, max_events=MAX_EVENTS)
+    numbers = [{"a": float(i)} for i in range(3000)]
+    assert decode_plain(msgspec.msgpack.encode([numbers]), Format.MSGPACK, max_events=MAX_EVENTS) == ([numbers], False)
 
 
 async def test_gzip_goes_with_every_format(client: httpx.AsyncClient) -> None:

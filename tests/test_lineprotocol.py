@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from typing import Any
 
@@ -54,6 +55,11 @@ def test_a_series_has_its_tags_in_order_and_a_time_only_where_it_was_sent() -> N
     }
     assert one("m,a=1,b=2 f=1")["series"] == "m,a=1,b=2"
     assert "timestamp" not in one("m f=1")
+
+
+@pytest.mark.parametrize(("digits", "value"), [(19, 10**19 - 1), (5000, math.inf)])
+def test_a_whole_number_of_any_length_is_a_number_or_beyond_all_of_them(digits: int, value: float) -> None:
+    assert one(f"m f={'9' * digits}i")["fields"] == {"f": value}
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\\"), min_size=1, max_size=8)

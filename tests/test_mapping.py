@@ -477,6 +477,16 @@ def test_whatever_comes_is_an_event_or_named_and_never_a_bug() -> None:
             assert all(isinstance(item, Event | BadEvent) for item in found)
 
 
+@pytest.mark.parametrize("huge", ["9" * 350, "-" + "9" * 350, '"' + "9" * 350 + '"'])
+@pytest.mark.parametrize("declared", [{"values": "v", "missing": [-9999]}, {"values": "w", "good": {"v": [192]}}])
+def test_a_number_beyond_all_of_ours_is_no_bug_where_words_are_declared(declared: dict[str, Any], huge: str) -> None:
+    sent = f'[{{"s": "a", "v": {huge}, "w": 1}}, {{"s": "b", "v": 192, "w": 192}}]'
+    bad, good = events({"stream_id": "s"} | declared, message(sent.encode()))
+    assert isinstance(bad, BadEvent | NoReading)
+    assert isinstance(good, Event)
+    assert good.values == {"value": 192}
+
+
 # ── log lines ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
