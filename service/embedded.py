@@ -275,7 +275,7 @@ def why_ended(folder: Path, full: int = FULL_BYTES) -> str:
     Where less than `full` bytes of the disk are left that comes first: the log may lack its last lines.
     """
     if (free := shutil.disk_usage(folder).free) < full:
-        return f"its disk is full ({free // 1024} KiB left): make room, and it goes on by itself"
+        return f"its disk is full ({free // 1024} KiB left): make room"
     with (folder / "store.log").open("rb") as said:
         said.seek(max(0, said.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
         lines = [line for line in said.read().decode(errors="replace").splitlines() if line.strip()]

@@ -164,7 +164,9 @@ async def test_of_a_server_that_died_the_log_has_its_own_words_and_of_a_full_dis
     with pytest.raises(StoreUnavailable, match="manifest"):
         await embedded.start()
     assert "manifest" in why_ended(folder)
-    assert "disk is full" in why_ended(folder, full=2**62)
+    full = why_ended(folder, full=2**62)
+    assert "disk is full" in full
+    assert full.endswith("make room"), "also where a service refuses to start and will not go on"
 
 
 async def test_a_server_that_is_killed_while_it_rewrites_its_file_leaves_no_part_of_it_on_the_disk(
