@@ -155,17 +155,25 @@ def overview() -> dashboard.Dashboard:
                     NONE_IS_GOOD,
                     width=4,
                 ),
+                number(
+                    "Unattended",
+                    "Open alerts that nobody has acknowledged, of a minute ago at most.",
+                    Query(f"sum(onset_alerts_unattended{{{_ALL}}})"),
+                    "short",
+                    ((None, GOOD), (1.0, WARN), (10.0, BAD)),
+                    width=4,
+                ),
                 bars(
                     "Open alerts",
                     "Alerts that are open, by the highest severity they reached.",
                     [Query(f"sum by (kind, severity) (onset_alerts_open{{{_ALL}}})", "{{kind}} {{severity}}")],
-                    width=10,
+                    width=8,
                 ),
                 bars(
                     "What happened to alerts",
                     "Opened, escalated and resolved in each interval.",
                     [Query(f"sum by (event) (increase(onset_alert_transitions_total{{{_ALL}}}[$__rate_interval]))", "{{event}}")],
-                    width=10,
+                    width=8,
                 ),
                 bars(
                     "Accepted as the new normal",

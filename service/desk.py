@@ -155,14 +155,18 @@ class Desk:
     async def look(self) -> None:
         """Bring the open alerts up to what their streams show by now. Raises StoreUnavailable, Fenced."""
         counted: Counter[tuple[str, str]] = Counter()
+        unattended: Counter[tuple[str, str]] = Counter()
         gone: list[str] = []
         ids = await self._book.open_ids()
         for i in range(0, len(ids), AT_ONCE):
             await self._book.renew(self._token)
             some = [alert for alert in await self._book.alerts(ids[i : i + AT_ONCE]) if alert is not None]
             counted.update((alert.kind, alert.severity) for alert in some)
-            gone += await self._refresh(some)
-        self._count(counted)
+            lost = await self._refresh(some)
+            left = [alert for alert in some if alert.acknowledgement is None and alert.id not in lost]
+            unattended.update((alert.kind, alert.severity) for alert in left)
+            gone += lost
+        self._count(counted, unattended)
         if gone:
             # A stream's state and its entry of the log are one step: what the state said is in the log by now, if it was ever told.
             await self.fold()
@@ -270,15 +274,16 @@ class Desk:
             if was is not None:
                 self._metrics.alerts_open.labels(was.kind, was.severity).dec()
 
-    def _count(self, counted: Counter[tuple[str, str]]) -> None:
-        """The open alerts, as they were just looked at."""
+    def _count(self, counted: Counter[tuple[str, str]], unattended: Counter[tuple[str, str]]) -> None:
+        """The open alerts, as they were just looked at, and those that nobody looks after."""
         for kind, severity in itertools.product(get_args(alerts.Kind), SEVERITIES[1:]):
             self._metrics.alerts_open.labels(kind, severity).set(counted[kind, severity])
+            self._metrics.alerts_unattended.labels(kind, severity).set(unattended[kind, severity])
 
     async def _lose(self) -> None:
         self._cursors = None
         self._metrics.alerts_keeper.set(0)
-        self._count(Counter())
+        self._count(Counter(), Counter())
         tellers, self._tellers = self._tellers, []
         for task in tellers:
             await tasks.end(task)

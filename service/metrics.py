@@ -460,6 +460,15 @@ class Metrics:
         kind=("anomaly", "silence"),
         severity=("minor", "major", "critical"),
     )
+    alerts_unattended = _gauge(
+        "onset_alerts_unattended",
+        "alerts",
+        "Open alerts that nobody has acknowledged, as of the last look at them (ONSET_ALERTS_RESEND_SECONDS), on the replica that keeps "
+        "the book (0 on the others).",
+        "Critical ones for half an hour: nobody is there, or they do not hear of it.",
+        kind=("anomaly", "silence"),
+        severity=("minor", "major", "critical"),
+    )
     alert_transitions = _counter(
         "onset_alert_transitions_total",
         "alerts",

@@ -500,6 +500,25 @@ async def test_an_alert_of_the_past_that_escalates_in_the_present_is_told_as_ope
     assert sample("onset_alerts_open", {"kind": "anomaly", "severity": "minor"}) == 0
 
 
+async def test_open_alerts_that_nobody_looks_after_are_counted_at_each_look(office: Office) -> None:
+    metrics = Metrics()
+    office.now = time.time()
+    desk = office.desk(metrics)
+    await office.log(*(opening(name, severity="critical") for name in ("gone", "noted", "alone")))
+    office.streams.standing = {"gone": Stand(False, None, None)}
+    await desk.turn()
+
+    def unattended() -> float | None:
+        return metrics.registry.get_sample_value("onset_alerts_unattended", {"kind": "anomaly", "severity": "critical"})
+
+    assert unattended() == 2
+    await office.book.acknowledge_open([opening("noted").alert], Acknowledgement("anna", "", 5.0))
+    office.now += 61
+    await desk.turn()
+    assert unattended() == 1
+    assert metrics.registry.get_sample_value("onset_alerts_open", {"kind": "anomaly", "severity": "critical"}) == 2
+
+
 async def test_more_alerts_than_may_be_open_are_dropped_and_counted_until_there_is_room(office: Office) -> None:
     metrics = Metrics()
     desk = office.desk(metrics, max_open=2)
