@@ -29,7 +29,7 @@ from training.data import CONTEXT, Block, Fleet, Stream, clock
 from training.distributed import ALONE
 from training.evaluate import Scores, run_streams
 from training.fit import Drawn, Lanes, Plan, Progress, Trainer, learning_rate, prepare, prepare_all
-from training.pipeline import Job, _residuals, _step, _train, fleet_job
+from training.pipeline import Job, _next_steps, _residuals, _step, _train, fleet_job
 from training.report import Shown, draw
 from training.synthetic import ANOMALIES, Synthetic, generate, streams
 
@@ -68,6 +68,19 @@ def test_one_command_makes_a_model_of_a_folder_of_streams(fitted: tuple[Path, st
     assert "Left out as labels: label" in printed
     assert "python -m service serve --model" in printed
     assert "python -m service backtest" in printed
+
+
+def test_the_next_step_serves_the_file_where_its_folder_cannot_be_served(fitted: tuple[Path, str], tmp_path: Path) -> None:
+    """A second version beside the first: the command that fit gave was refused, and so was the next restart of the folder's service."""
+    for version in (1, 2):
+        model = tmp_path / f"pumps-{version}.onnx"
+        shutil.copy(fitted[0] / "pumps-1.onnx", model)
+        served, *_ = _next_steps(model)
+        command, _, why = served.partition("      # ")
+        assert command == f"python -m service serve --model {tmp_path if version == 1 else model}"
+        assert why.partition(":")[2].partition(",")[0] == (
+            "" if version == 1 else f" {tmp_path} holds two models named 'pumps': keep one version of each"
+        )
 
 
 def test_the_report_shows_the_loss_and_a_stream(fitted: tuple[Path, str]) -> None:
