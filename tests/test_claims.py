@@ -640,6 +640,7 @@ async def test_a_stream_that_fell_silent_while_another_file_was_in_force_is_rais
         clock.now += 600
         await of_new.sweep()
     assert raised == [], "it cannot say for how long silence is ordinary"
+    assert await store.due(MODEL, clock.now, 10) == [], "and is not asked of it again with each sweep, in the place of others"
     of_old = (await start(0)).sweeper(raised, "old")
     await of_old.sweep()
     clock.now += 600

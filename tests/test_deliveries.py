@@ -186,6 +186,18 @@ async def test_under_a_lost_lease_nothing_is_written_and_rest_events_of_the_same
     assert (store.results, len(pending(store))) == ([], 2)
 
 
+class Down(MemoryStore):
+    async def commit(self, model: str, writes: Sequence[Write]) -> Sequence[int]:
+        raise StoreUnavailable("The store does not answer.")
+
+
+async def test_what_a_store_that_is_away_has_not_kept_is_not_done(tiny_detector: Detector) -> None:
+    scorer = make(tiny_detector, Down(state_ttl=60, result_ttl=60))
+    with pytest.raises(StoreUnavailable):
+        await scorer.consume([delivery(event(1), 1, lease=None)])
+    await scorer.drain(1)
+
+
 class Contended(MemoryStore):
     """A store in which another replica always commits first to the stream `hot`."""
 

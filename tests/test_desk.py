@@ -266,6 +266,7 @@ async def test_an_acknowledgement_is_shown_and_told_and_can_be_undone(office: Of
     await office.book.acknowledge(known.id, None)
     [known] = await office.all()
     assert (known.status, known.acknowledgement) == ("open", None)
+    assert await office.book.acknowledge(known.id, None) == known  # of which nobody is told
     await office.book.acknowledge(known.id, Acknowledgement("anna", "", 6.0))
     await office.log(resolving())
     await desk.turn()

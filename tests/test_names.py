@@ -17,6 +17,7 @@ from service.names import (
     REMEMBERED_BYTES,
     Names,
     Series,
+    exported,
     is_counter,
     labels_of,
     resolve,
@@ -82,6 +83,9 @@ def test_the_labels_of_a_hashed_name_are_remembered() -> None:
     assert names.labels('up{a="b"}') == {"__name__": "up", "a": "b"}
     assert names.labels("pump-7/temperature") is None
     assert names.find(b"key") is series
+    for i in range(100):  # sent in other orders of its labels
+        names.name(b"again %d" % i, sent(__name__="up", x="y" * 300), "")
+    assert names.labels(series.stream_id) is not None
     for i in range(2):
         names.name(b"%d" % i, sent(__name__="up", x=f"{i}" * 300), "")
     assert names.find(b"key") is None
@@ -102,10 +106,16 @@ def test_long_labels_take_no_more_memory_than_short_ones() -> None:
     assert list(names._series.entries) == [b"key"]
 
 
+def test_a_label_that_is_called_as_one_of_ours_takes_no_others_place() -> None:
+    theirs = {"model": "a", "exported_model": "b", "job": "c"}
+    assert exported(theirs, {"model"}) == {"exported_exported_model": "a", "exported_model": "b", "job": "c"}
+
+
 def test_our_own_scores_are_never_scored() -> None:
     for name in OURS:
         assert resolve(sent(__name__=name, model="default", **{"for": "up"}), "", ())[0].skip == "own"
         assert resolve(sent(__name__=name, model="default", stream="pump-7", feature="value"), "", ())[0].skip == "own"
+        assert resolve(sent(__name__=name, model="T-800"), "", ())[0].skip == "", "somebody else's"
     assert resolve(sent(__name__="y", axis="2"), "", ())[0].skip == ""  # somebody else's
 
 

@@ -353,10 +353,15 @@ def copies_of(scorer: Scorer) -> dict[str, float]:
     return {name: scorer._metrics.copies.labels(name)._value.get() for name in ("hit", "miss", "stale")}
 
 
-async def test_a_stream_that_comes_again_is_not_loaded_again(scorer: Scorer) -> None:
+async def test_a_stream_that_comes_again_is_not_loaded_again(scorer: Scorer, store: MemoryStore) -> None:
     for i in range(5):
         await scorer.score(events(1, start=i))
     assert copies_of(scorer) == {"hit": 4, "miss": 1, "stale": 0}
+    restarted = make(scorer.detector, store)
+    for i in range(5, 10):
+        await restarted.score(events(1, start=i))
+    assert copies_of(restarted) == {"hit": 3, "miss": 2, "stale": 0}, "from the second one on it was the last to write the stream"
+    await restarted.drain(1)
 
 
 async def test_a_stale_copy_costs_another_attempt_and_changes_no_score(tiny_detector: Detector, store: MemoryStore) -> None:

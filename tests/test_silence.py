@@ -228,6 +228,16 @@ async def test_a_stream_that_ended_after_one_delivery_has_not_paused_since_then(
     assert silence.patience < 1000
 
 
+async def test_a_first_delivery_in_parts_says_nothing_of_how_often_they_come(world: World) -> None:
+    events = [Event("s", {"value": float(i % 3)}, timestamp=world.clock.now - 100 + i) for i in range(100)]
+    for part in (events[:60], events[60:]):
+        world.clock.now += 0.1
+        await world.replicas[0].score(part)
+    world.clock.now += 90
+    await world.sweep()
+    assert world.raised == []
+
+
 async def test_a_stream_whose_clock_is_ahead_is_missed_as_any_other(world: World) -> None:
     spoken = await world.speak("s", 100, behind=-3600)
     world.clock.now += 20

@@ -312,6 +312,7 @@ async def test_a_sink_hears_of_an_alert_once_it_is_as_severe_as_asked(office: De
     assert sink.told == [("opened", "b"), ("resolved", "b")]
     [opened, _] = sink.notices
     assert opened.severity_before is None
+    assert await office.book.withheld("kept", [opening("a").alert, opening("b").alert]) == set(), "what is over is not kept for good"
     assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "below"}) == 2
     assert metrics.registry.get_sample_value("onset_alert_deliveries_total", {"sink": "kept", "outcome": "withheld"}) == 1
 

@@ -131,3 +131,7 @@ def test_the_identity_of_an_event_is_its_id_or_its_sequence() -> None:
     assert event_key(None, 7) != event_key(None, 8)
     assert event_key("#7", None) != event_key(None, 7)
     assert 0 < event_key("a", None) < 2**64
+
+
+def test_an_id_is_no_sequence_though_it_looks_like_one() -> None:
+    assert len({event_key("5", None), event_key("#5", None), event_key(None, 5), event_key("5", 5)}) == 3

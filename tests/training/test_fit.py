@@ -24,7 +24,8 @@ from tests.limits import files_of_at_most
 from tests.training.conftest import TINY, random_step
 from training import pipeline
 from training.__main__ import _run, app
-from training.cache import alone_in, convert, open_cache
+from training.autoencoder import Sizes
+from training.cache import Cached, alone_in, convert, open_cache
 from training.data import CONTEXT, Block, Fleet, Stream, clock
 from training.distributed import ALONE
 from training.evaluate import Scores, run_streams
@@ -319,6 +320,11 @@ def test_training_lanes_never_reach_into_the_validation_part(fleet_folder: Path)
         assert np.nanmax(fleet.block(np.random.default_rng(seed), 8, 96).x) < fleet.splits[0]
     validation = fleet.validation()
     assert validation.x[validation.counts_from :].min() >= fleet.splits[0]
+    cached = Cached(["a", "b"], numbered, [], 0, "", "")
+    job = fleet_job(cached, [Path("fleet")], Sizes(), Plan(chunk=96), 0.25, None, "1", "")
+    assert max(stream.x.max() for stream in job.calibration) < fleet.splits[0], "nor does the calibration"
+    for stream, seen in zip(job.evaluation, job.counted_from, strict=True):
+        assert stream.x[seen:].min() >= fleet.splits[0], "and what is measured is behind both"
 
 
 def test_a_file_of_a_few_rows_takes_nothing_from_the_others() -> None:
