@@ -1,6 +1,6 @@
 """The service, module by module, by the way that an event takes.
 
-    it comes     api           HTTP ◄─ intake (within limits), bodies, packed, arrow, problems (errors as replies), openapi, writing (to sockets)
+    it comes     api           HTTP ◄─ intake (limits), bodies, packed, arrow, problems (errors as replies), openapi, writing (to sockets)
                  remote_write  Prometheus ◄─ prompb (the message), names and relabel (series → stream)
                  loki, otlp    log shippers ◄─ lokipush, otlplogs (the messages), shipped (what both do); wire (protobuf)
                  otlp          OpenTelemetry's metrics ◄─ otlpmetrics, samples (as remote_write); otlpwire (what its messages share)

@@ -263,6 +263,13 @@ def test_the_band_of_a_wide_fleet_is_found_without_copies_of_all_its_rows() -> N
         tracemalloc.stop()
 
 
+def test_the_band_of_an_event_is_of_what_came_before_it() -> None:
+    """Else what is far off would lie within it."""
+    spread, after = Band(1)(torch.tensor([[9.0]]), torch.tensor([[50.0]]), {"spread": torch.tensor([[4.0]])})
+    assert spread.item() == 2
+    assert after["spread"].item() > 4
+
+
 def test_a_stream_that_stood_still_at_first_gets_a_band_once_it_moves() -> None:
     band = Band(1)
     parts = {slot.name: torch.zeros(slot.size, 1) for slot in band.slots}
