@@ -320,7 +320,7 @@ def test_training_lanes_never_reach_into_the_validation_part(fleet_folder: Path)
         assert np.nanmax(fleet.block(np.random.default_rng(seed), 8, 96).x) < fleet.splits[0]
     validation = fleet.validation()
     assert validation.x[validation.counts_from :].min() >= fleet.splits[0]
-    cached = Cached(["a", "b"], numbered, [], 0, "", "")
+    cached = Cached(["a", "b"], numbered, [], 0, "", "", "")
     job = fleet_job(cached, [Path("fleet")], Sizes(), Plan(chunk=96), 0.25, None, "1", "")
     assert max(stream.x.max() for stream in job.calibration) < fleet.splits[0], "nor does the calibration"
     for stream, seen in zip(job.evaluation, job.counted_from, strict=True):
