@@ -527,6 +527,24 @@ async def test_alertmanager_is_told_again_of_what_is_open_however_much_happens_a
         await sink.close()
 
 
+async def test_alertmanager_hears_nothing_of_the_past_and_of_an_escalation_that_the_lower_severity_is_over(office: Desk) -> None:
+    with Receiver() as receiver:
+        sink = Alertmanager(receiver.url, office.book, Metrics(), resend=60, clock=lambda: office.now)
+        await sink.begin(TOKEN)
+        await office.happen(opening("old"), max_age=3600)
+        for _ in range(2):  # nor when it is told again of all that is open
+            await sink.turn(TOKEN)
+            office.now += 61
+        assert receiver.posted == []
+        await office.happen(opening("s"))
+        await sink.turn(TOKEN)
+        await office.happen(opening("s", what="escalated", severity="critical"))
+        await sink.turn(TOKEN)
+        told = receiver.posted[-1].json
+        assert {(alert["labels"]["severity"], "endsAt" in alert) for alert in told} == {("minor", True), ("critical", False)}
+        await sink.close()
+
+
 async def test_an_alertmanager_that_dies_between_changes_lags_by_what_waits_behind_its_telling_again(office: Desk) -> None:
     metrics = Metrics()
     with Receiver() as receiver:
@@ -576,16 +594,19 @@ async def test_alerts_that_are_too_many_for_a_proxy_before_alertmanager_are_told
     assert await office.book.letters(1) == []
 
 
-async def test_alertmanager_is_not_told_that_an_alert_ends_with_the_one_before_it_however_many_there_are(office: Desk) -> None:
+@pytest.mark.parametrize(("between", "ends"), [(0, [False, False]), (AT_ONCE, [True, False, True, False])])
+async def test_alertmanager_is_not_told_that_an_alert_ends_with_the_one_before_it_however_many_there_are(
+    office: Desk, between: int, ends: list[bool]
+) -> None:
     with Receiver() as receiver:
         sink = Alertmanager(receiver.url, office.book, Metrics(), resend=60, clock=lambda: office.now)
         await sink.begin(TOKEN)
-        await office.happen(opening("s"), resolving("s"), *(opening(f"other-{i}", started_at=T0 + 1) for i in range(AT_ONCE)))
+        await office.happen(opening("s"), resolving("s"), *(opening(f"other-{i}", started_at=T0 + 1) for i in range(between)))
         await office.happen(opening("s", started_at=T0 + 2))
         while await sink.turn(TOKEN):
             pass
         told = [alert for posted in receiver.posted for alert in posted.json if alert["labels"]["stream"] == "s"]
-        assert ["endsAt" in alert for alert in told] == [True, False, True, False]  # at once, and again as of how things stand
+        assert ["endsAt" in alert for alert in told] == ends  # at once, and again as of how things stand
         await sink.close()
 
 
