@@ -142,9 +142,11 @@ def test_a_number_beyond_float32_is_refused_by_its_place(tmp_path: Path, tiny_de
         score([tmp_path / "x.csv"], tiny_detector, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("first", "told"), [(123_456_789, True), (1_000_000, False)])
-def test_a_column_whose_changes_a_detector_cannot_see_is_told(tmp_path: Path, tiny_detector: Detector, first: int, told: bool) -> None:
-    meter: list[float | str] = [first + 3.0 * i for i in range(40)]
+@pytest.mark.parametrize(("first", "step", "told"), [(123_456_789, 3.0, True), (1_000_000, 3.0, False), (123_456_789, 0.0, False)])
+def test_a_column_whose_changes_a_detector_cannot_see_is_told(
+    tmp_path: Path, tiny_detector: Detector, first: int, step: float, told: bool
+) -> None:
+    meter: list[float | str] = [first + step * i for i in range(40)]
     source = Source(write(tmp_path / "meter.csv", meter), "meter.csv")
     notes: list[str] = []
     read_series(source, tiny_detector, ReadOptions(), notes.append)

@@ -6,6 +6,7 @@ import gzip
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,20 @@ import pytest
 from pyarrow import parquet
 
 from service.errors import TableError
-from service.tables import BATCH_CELLS, Notify, ReadOptions, Source, Table, find_sources, once_each, read_batches, read_table, refuse_idle
+from service.tables import (
+    BATCH_CELLS,
+    Dialect,
+    Notify,
+    ReadOptions,
+    Source,
+    Table,
+    find_sources,
+    once_each,
+    read_batches,
+    read_for,
+    read_table,
+    refuse_idle,
+)
 
 NOON = datetime(2024, 1, 1, 12, tzinfo=UTC).timestamp()
 
@@ -81,9 +95,19 @@ def test_the_time_column_can_be_named(tmp_path: Path) -> None:
 
 def test_labels_are_left_out_and_said_so(tmp_path: Path) -> None:
     told: list[str] = []
-    table = read(csv_of(tmp_path, "datetime;v;anomaly;changepoint\n2024-01-01;1;0;0\n"), told=told)
+    table = read(csv_of(tmp_path, "datetime;v;Anomaly;changepoint\n2024-01-01;1;0;0\n"), told=told)
     assert list(table.columns) == ["v"]
-    assert told == ["Left out as labels: anomaly, changepoint."]
+    assert told == ["Left out as labels: Anomaly, changepoint."]
+
+
+def test_the_only_column_stands_for_the_only_feature_and_one_of_several_does_not(tmp_path: Path) -> None:
+    told: list[str] = []
+    path = csv_of(tmp_path, "time,v\n1,7\n")
+    assert read_for(Source(path, path.name), ["value"], DEFAULTS, told.append)[1].tolist() == [[7.0]]
+    assert told == ["Column 'v' is taken for the model's only feature 'value'."]
+    path = csv_of(tmp_path, "time,v,w\n1,7,8\n")
+    with pytest.raises(TableError, match="has the columns 'v', 'w', the model the features 'value': none fits"):
+        read_for(Source(path, path.name), ["value"], DEFAULTS, told.append)
 
 
 def test_columns_can_be_chosen(tmp_path: Path) -> None:
@@ -170,6 +194,20 @@ def test_the_batches_of_a_file_are_its_table_in_pieces(tmp_path: Path) -> None:
     assert [len(batch) for batch in batches] == [3, 3, 3, 1]
     assert np.concatenate([batch.timestamps for batch in batches]).tolist() == whole.timestamps.tolist()
     assert np.concatenate([batch.matrix(["a", "b"]) for batch in batches]).tolist() == whole.matrix(["a", "b"]).tolist()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("rows", [1, 2, 4, 100])
+def test_the_hour_that_a_clock_set_back_has_twice_is_told_apart_across_batches(tmp_path: Path, suffix: str, rows: int) -> None:
+    times = ["2026-10-25 02:30:00", "2026-10-25 02:45:00", "2026-10-25 02:00:00", "2026-10-25 02:30:00", "2026-10-25 03:00:00"]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        path.write_text("time,a\n" + "".join(f"{time},1\n" for time in times))
+    else:
+        parquet.write_table(pa.table({"time": times, "a": [1.0] * 5}), path)
+    batches = list(read_batches(Source(path, path.name), cells=2 * rows, dialect=Dialect(zone=ZoneInfo("Europe/Berlin"))))
+    seconds = np.concatenate([batch.timestamps for batch in batches])
+    assert np.diff(seconds).tolist() == [900, 900, 1800, 1800]
 
 
 def test_a_long_file_is_one_table_with_its_times_as_written(tmp_path: Path) -> None:
