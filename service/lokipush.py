@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -25,7 +26,8 @@ MESSAGE = "logproto.PushRequest"
 
 REMEMBERED_LENGTH = 2048
 """Of a stream's labels: longer ones are read each time, so that memory stays bounded."""
-_PAIR = re.compile(r'\s*([a-zA-Z_][a-zA-Z0-9_.:]*|"(?:[^"\\]|\\.)*")\s*=\s*("(?:[^"\\]|\\.)*"|`[^`]*`)\s*(?:,|$)', re.DOTALL)
+# Possessive (*+): otherwise each character of a text takes 160 bytes, to go back to.
+_PAIR = re.compile(r'\s*+([a-zA-Z_][a-zA-Z0-9_.:]*+|"(?:[^"\\]|\\.)*+")\s*+=\s*+("(?:[^"\\]|\\.)*+"|`[^`]*+`)\s*+(?:,|$)', re.DOTALL)
 _ESCAPE = re.compile(rb"\\(?:([abfnrtv\\\"'])|x([0-9a-fA-F]{2})|([0-7]{3})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 _PLAIN = {b"a": b"\a", b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
 _NOTHING: Mapping[str, str] = {}
@@ -81,7 +83,8 @@ def decode_protobuf(content: bytes, *, most: int) -> list[Pushed]:
     pushed: list[Pushed] = []
     left = most
     with reading(MESSAGE):
-        places = [(start, end) for number, kind, start, end in fields(content, 0, len(content)) if (number, kind) == (1, LENGTH)]
+        streams = ((start, end) for number, kind, start, end in fields(content, 0, len(content)) if (number, kind) == (1, LENGTH))
+        places = list(islice(streams, most + 1))
         _limited(len(places), "streams", most)
         for start, end in places:
             pushed.append(_stream(content, start, end, left, most))
@@ -115,14 +118,14 @@ def _value(value: Any, stream: int) -> Entry:
 
 
 def _stream(content: bytes, start: int, end: int, left: int, most: int) -> Pushed:
-    labels, places = b"", []
+    labels, places = b"", list[tuple[int, int]]()
     for number, kind, here, there in fields(content, start, end):
         if kind == LENGTH and number == 1:
             labels = content[here:there]
         elif kind == LENGTH and number == 2:
+            if len(places) == left:
+                _limited(most + 1, "lines", most)
             places.append((here, there))
-    if len(places) > left:
-        _limited(most + 1, "lines", most)
     entries = [_entry(content, here, there) for here, there in places]
     try:
         return Pushed(labels_of(labels.decode(errors="replace")), entries)

@@ -99,7 +99,7 @@ class _Reader(Reader):
                     self._exported.points.append(self._point(origin, name, counter, a, b))
         for number in _DISTRIBUTIONS:
             if number in found:
-                self._exported.distributions += len(self.parts(*found[number], 1))
+                self._exported.distributions += sum(1 for _ in self.parts(*found[number], 1))
 
     def _is_counter(self, start: int, end: int) -> bool:
         said = {number: read_varint(self.content, here)[0] for number, kind, here, _ in fields(self.content, start, end) if kind == VARINT}

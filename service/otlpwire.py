@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -88,8 +88,7 @@ class Reader:
         self.content = content
 
     def attributes(self, start: int, end: int, field: int) -> Attributes:
-        pairs = [self._pair(here, there, 0) for here, there in self.parts(start, end, field)]
-        return dict(pairs) if pairs else NONE
+        return dict(self._pair(here, there, 0) for here, there in self.parts(start, end, field)) or NONE
 
     def _pair(self, start: int, end: int, depth: int) -> tuple[str, Value]:
         key, value = "", None
@@ -120,9 +119,9 @@ class Reader:
                 value = base64.b64encode(self.content[here:there]).decode()
         return value
 
-    def parts(self, start: int, end: int, wanted: int) -> list[tuple[int, int]]:
-        """Where the messages and texts of one field lie."""
-        return [(here, there) for number, kind, here, there in fields(self.content, start, end) if number == wanted and kind == LENGTH]
+    def parts(self, start: int, end: int, wanted: int) -> Iterator[tuple[int, int]]:
+        """Where the messages and texts of one field lie; one by one, as there may be one in every two bytes."""
+        return ((here, there) for number, kind, here, there in fields(self.content, start, end) if number == wanted and kind == LENGTH)
 
     def text(self, start: int, end: int) -> str:
         return self.content[start:end].decode(errors="replace")

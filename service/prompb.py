@@ -30,6 +30,8 @@ from service.wire import FIXED64, LENGTH, VARINT, Malformed, cut_off, field, fie
 STALE = 0x7FF0_0000_0000_0002
 """The bits of the NaN that ends a series; any other NaN is a value."""
 MAX_SYMBOLS = 250_000
+MAX_SERIES_LABELS, MAX_REFS = 10_000, 2_000_000
+"""Labels of one series of 1.0, and labels_refs of all of 2.0: more than any sender's, and few for the memory that each takes."""
 MAX_LABEL_BYTES = 64 * 1024 * 1024
 """Of the labels of a 2.0 request, a symbol counted each time that a series refers to it: a few bytes can do so a million times."""
 TYPES = ("", "counter", "gauge", "histogram", "gaugehistogram", "summary", "info", "stateset")
@@ -193,10 +195,12 @@ class _Reader1(_Reader[S]):
         return end
 
     def _series(self, start: int, end: int) -> None:
-        labels, parts, samples = [], [], []
+        labels, parts, samples = list[Label](), list[bytes](), list[tuple[int, int]]()
         tag = start
         for number, kind, here, there in fields(self.content, start, end):
             if number == _LABELS and kind == LENGTH:
+                if len(labels) == MAX_SERIES_LABELS:
+                    raise TooLarge(f"Byte {start} begins a series of more than {MAX_SERIES_LABELS} labels.")
                 labels.append(_label(self.content, here, there))
                 parts.append(self.content[tag:there])
             elif number == _SAMPLES and kind == LENGTH:
@@ -316,6 +320,8 @@ def _label(content: bytes, start: int, end: int) -> Label:
 def _refs(packed: Sequence[bytes], lengths: Sequence[int]) -> Iterator[list[int]]:
     """The labels_refs of each series; `lengths` of the symbols. Raises TooLarge before any symbol is repeated."""
     data = np.frombuffer(b"".join(packed), np.uint8)
+    if (count := np.count_nonzero(data < 0x80)) > MAX_REFS:
+        raise TooLarge(f"{count} labels_refs in one request, at most {MAX_REFS}: lower max_samples_per_send.")
     last = np.flatnonzero(data < 0x80)
     if len(data) and (len(last) == 0 or last[-1] != len(data) - 1):
         raise Malformed("labels_refs is cut off")

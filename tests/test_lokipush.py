@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from service.errors import BadBody, BadEvent, TooLarge
 from service.lokipush import Entry, Pushed, decode_json, decode_protobuf, labels_of
+from service.wire import varint
 from tests.pushes import Line, push_object, push_protobuf
 
 NOW = 1_790_000_000_123_456_789
@@ -125,6 +127,29 @@ def test_a_line_that_is_no_utf_8_is_read_with_replacements() -> None:
     sent = push_protobuf({'{a="b"}': [(NOW, "caf?")]}).replace(b"caf?", b"caf\xe9")
     [pushed] = decode_protobuf(sent, most=10)
     assert pushed.entries[0].line == "caf\ufffd"
+
+
+def inside(tag: int, content: bytes) -> bytes:
+    return bytes([tag]) + varint(len(content)) + content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x0a\x00" * 500_000,
+        inside(0x0A, b"\x12\x00" * 500_000),
+        inside(0x0A, inside(0x0A, b'{a="' + b"x" * 1_000_000 + b'"}')),
+        inside(0x0A, inside(0x0A, b'{"' + b"x" * 1_000_000 + b"}")),
+    ],
+    ids=["streams", "lines", "a label", "a name without an end"],
+)
+def test_a_megabyte_of_whatever_takes_a_few_to_read(content: bytes) -> None:
+    tracemalloc.start()
+    with contextlib.suppress(TooLarge):
+        decode_protobuf(content, most=1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6, f"{peak / 1e6:.0f} MB"
 
 
 @pytest.mark.parametrize("most", [2, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from service.errors import BadBody, TooLarge
 from service.otlplogs import decode_json, decode_protobuf, severity_name
 from service.otlpwire import MAX_DEPTH, encode_response, text_of
+from service.wire import varint
 from tests.pushes import export, record
 
 NOW = 1_790_000_000_123_456_789
@@ -158,3 +160,21 @@ def test_the_answer_is_what_opentelemetrys_library_reads(rejected: int, message:
     response = ExportLogsServiceResponse.FromString(encode_response(rejected, message))
     assert (response.partial_success.rejected_log_records, response.partial_success.error_message) == (rejected, message)
     assert response.HasField("partial_success") == bool(rejected or message)
+
+
+def inside(content: bytes, *tags: int) -> bytes:
+    for tag in reversed(tags):
+        content = bytes([tag]) + varint(len(content)) + content
+    return content
+
+
+@pytest.mark.parametrize("tags", [(), (0x0A,), (0x0A, 0x0A), (0x0A, 0x12), (0x0A, 0x12, 0x12, 0x32)])
+def test_half_a_megabyte_of_nothing_takes_little_more_to_read(tags: tuple[int, ...]) -> None:
+    contents = [inside(bytes([tag, 0]) * 250_000, *tags) for tag in (0x0A, 0x12, 0x32)]
+    tracemalloc.start()
+    for content in contents:
+        with contextlib.suppress(TooLarge):
+            decode_protobuf(content, most=1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6, f"{peak / 1e6:.0f} MB"

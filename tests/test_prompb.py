@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from bench.prompb import Sent, body_1, body_2, message
 from service.errors import BadBody, TooLarge
 from service.prompb import (
+    MAX_REFS,
+    MAX_SERIES_LABELS,
     MAX_SYMBOLS,
     STALE,
     Label,
@@ -228,12 +230,21 @@ def test_a_few_symbols_referred_to_a_million_times_are_refused_before_they_are_r
 
 @pytest.mark.timeout(120)  # it takes two seconds; to put them together one by one took an hour
 def test_as_many_unpacked_refs_as_a_body_holds_are_read_in_one_go() -> None:
-    inner = b"\x08\x00" * 3_000_000
+    inner = b"\x08\x00" * MAX_REFS
     content = b"\x22\x00\x2a" + varint(len(inner)) + inner
     book = Book()
     read(decode_2, content, book)
     [key] = book.known
-    assert len(key) > 3_000_000
+    assert len(key) > MAX_REFS
+
+
+def test_very_many_labels_and_refs_are_refused_before_they_are_made() -> None:
+    labels = b"\x0a\x00" * (MAX_SERIES_LABELS + 1)
+    with pytest.raises(TooLarge, match="a series of more than 10000 labels"):
+        read(decode_1, b"\x0a" + varint(len(labels)) + labels)
+    refs = b"\x0a" + varint(MAX_REFS + 1) + bytes(MAX_REFS + 1)
+    with pytest.raises(TooLarge, match="2000001 labels_refs"):
+        read(decode_2, b"\x22\x00\x2a" + varint(len(refs)) + refs)
 
 
 def test_more_symbols_than_allowed_are_refused() -> None:
