@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +137,10 @@ def test_a_file_that_fits_no_feature_is_refused_with_both_lists(tmp_path: Path) 
         score([tmp_path / "data.csv"], detector, tmp_path / "out")
 
 
-def test_a_number_beyond_float32_is_refused_by_its_place(tmp_path: Path, tiny_detector: Detector) -> None:
-    write(tmp_path / "x.csv", [1.0, 1e39])
-    with pytest.raises(TableError, match=r"feature 'value', row 2: 1e\+39 is beyond the range of float32"):
+@pytest.mark.parametrize("number", [1e39, -1e39])
+def test_a_number_beyond_float32_is_refused_by_its_place(tmp_path: Path, tiny_detector: Detector, number: float) -> None:
+    write(tmp_path / "x.csv", [1.0, number])
+    with pytest.raises(TableError, match=rf"feature 'value', row 2: {re.escape(str(number))} is beyond the range of float32"):
         score([tmp_path / "x.csv"], tiny_detector, tmp_path / "out")
 
 

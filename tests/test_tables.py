@@ -210,6 +210,23 @@ def test_the_hour_that_a_clock_set_back_has_twice_is_told_apart_across_batches(t
     assert np.diff(seconds).tolist() == [900, 900, 1800, 1800]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_times_in_milliseconds_are_read_where_the_caller_says_so(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        path.write_text("time,a\n1704110400000,1\n1704110400500,1\n")
+    else:
+        parquet.write_table(pa.table({"time": [1704110400000, 1704110400500], "a": [1.0, 1.0]}), path)
+    [table] = read_batches(Source(path, path.name), dialect=Dialect(time_format="ms"))
+    assert table.timestamps.tolist() == [NOON, NOON + 0.5]
+
+
+def test_an_array_in_fortrans_order_is_read_as_any_other(tmp_path: Path) -> None:
+    values = np.arange(6.0).reshape(3, 2)
+    np.savez(tmp_path / "a.npz", rows=np.asfortranarray(values))
+    assert read(tmp_path / "a.npz").matrix(["f0", "f1"]).tolist() == values.tolist()
+
+
 def test_a_long_file_is_one_table_with_its_times_as_written(tmp_path: Path) -> None:
     table = read(csv_of(tmp_path, "time,a\n" + "\n".join(f"{number},1" for number in range(LONG))))
     assert len(table) == len(table.written) == LONG
