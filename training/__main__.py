@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -37,6 +38,7 @@ from training.pipeline import (
     MAX_CALIBRATION_LANES,
     MAX_CALIBRATION_ROWS,
     Job,
+    bar_of,
     default_job,
     fleet_job,
     produce,
@@ -199,7 +201,12 @@ def fit(
 
     def job(said: Console) -> Job:
         unscored = frozenset(context or ())
-        convert(data, options, out / CACHE, said.print, lambda features: refuse_features(named, version, features, sizes, unscored))
+
+        def fit(features: Sequence[str]) -> None:
+            refuse_features(named, version, features, sizes, unscored)
+
+        with bar_of(said) as bar:
+            convert(data, options, out / CACHE, said.print, fit, partial(bar.track, description="Reading files"))
         cached = open_cache(out / CACHE)
         said.print(cached.summary)
         return fleet_job(cached, data, sizes, plan, validation, named, version, _command(), unscored, keep_network)

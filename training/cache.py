@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -100,10 +100,16 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def convert(
-    paths: Sequence[Path], options: ReadOptions, folder: Path, notify: Notify, fit: Callable[[Sequence[str]], None] = lambda _: None
+    paths: Sequence[Path],
+    options: ReadOptions,
+    folder: Path,
+    notify: Notify,
+    fit: Callable[[Sequence[str]], None] = lambda _: None,
+    track: Callable[[Sequence[Source]], Iterable[Source]] = iter,
 ) -> None:
     """Make `folder` of the files under `paths`, or leave it when it is of these very files. `fit` raises TableError where no model can be
-    made of such features: before the rows are read, which may take hours. Raises TableError, NotWritten, and leaves nothing then.
+    made of such features: before the rows are read, which may take hours. `track` shows how far that is. Raises TableError, NotWritten,
+    and leaves nothing then.
     """
     sources = told_apart(find_sources(paths))
     if left := passed_over(paths):
@@ -122,7 +128,7 @@ def convert(
     try:
         with naming(folder):
             partial.mkdir(parents=True)
-            index = _write(sources, options, partial, once_each(notify))
+            index = _write(sources, options, partial, once_each(notify), track)
             (partial / "index.json").write_text(json.dumps({**index, "made_of": made_of}))
             partial.rename(folder)
     finally:
@@ -182,13 +188,19 @@ def _made_of(sources: Sequence[Source], options: ReadOptions) -> list[Any]:
     return [FORMAT, {**asdict(options), "exclude": sorted(options.exclude)}, files]
 
 
-def _write(sources: Sequence[Source], options: ReadOptions, folder: Path, notify: Notify) -> dict[str, Any]:
+def _write(
+    sources: Sequence[Source],
+    options: ReadOptions,
+    folder: Path,
+    notify: Notify,
+    track: Callable[[Sequence[Source]], Iterable[Source]],
+) -> dict[str, Any]:
     sha, rowless, sentinels = hashlib.sha256(), Rowless(sources, notify), Sentinels()
     names, lengths, features, moved = list[str](), list[int](), list[str](), np.array(False)
     spans, unzoned = list[tuple[float, float]](), set[bool]()
     dialect = Dialect(unzoned=lambda: unzoned.add(True))
     with (folder / "x.f32").open("wb") as x, (folder / "t.f32").open("w+b") as t:
-        for source in sources:
+        for source in track(sources):
             start, rows, before = t.tell(), 0, np.nan
             least, most = np.array(np.inf), np.array(-np.inf)
             with rowless.left_out(source):

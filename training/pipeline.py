@@ -273,7 +273,7 @@ def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console
         console.print(f"There is no {checkpoint} to continue from: beginning anew.")
     if trainer.progress.block:
         console.print(f"Continuing at step {trainer.progress.block * job.plan.chunks}.")
-    with _bar(console) as bar:
+    with bar_of(console) as bar:
         task = bar.add_task("Training", total=trainer.blocks * job.plan.chunks, completed=trainer.progress.block * job.plan.chunks)
 
         def show(reached: Reached) -> None:
@@ -287,7 +287,7 @@ def _train(step: DetectorStep, job: Job, checkpoint: Path, resume: bool, console
 
 def _calibrate(step: DetectorStep, job: Job, console: Console) -> None:
     x, t = pad(job.calibration, min(MAX_CALIBRATION_ROWS, max(map(len, job.calibration))))
-    with _bar(console) as bar:
+    with bar_of(console) as bar:
         task = bar.add_task("Calibrating", total=len(x))
         observed = observe(step, x, t, lambda: bar.advance(task))
     names = [stream.name for stream in job.calibration]
@@ -330,7 +330,7 @@ def _residuals_of(step: DetectorStep, x: Float32, t: Float32) -> tuple[torch.Ten
 
 def _evaluate(step: DetectorStep, job: Job, run: StepFunction, console: Console) -> tuple[dict[str, Any], report.Shown]:
     x, t = pad(job.evaluation, max(map(len, job.evaluation)))
-    with _bar(console) as bar:
+    with bar_of(console) as bar:
         task = bar.add_task("Measuring false onsets on unseen rows", total=len(x))
         onset_p = onset_p_at(run, step.state_size, x, t, on_step=lambda: bar.advance(task))
     row, ends = np.arange(len(x))[:, None], [len(stream) for stream in job.evaluation]
@@ -453,7 +453,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.monotonic() - start
 
 
-def _bar(console: Console) -> Progress:
+def bar_of(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

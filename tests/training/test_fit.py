@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -67,6 +68,7 @@ def test_one_command_makes_a_model_of_a_folder_of_streams(fitted: tuple[Path, st
     assert detector.manifest.training.rows == 840
     assert len(detector.manifest.training.data_sha256) == 64
     assert "Left out as labels: label" in printed
+    assert re.search(r"Reading files .* 2/2 ", printed), "an hour of silence, of years of rows"
     assert "python -m service serve --model" in printed
     assert "python -m service backtest" in printed
 
