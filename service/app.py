@@ -12,7 +12,7 @@ import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -45,8 +45,10 @@ from service.relabel import read_rules
 from service.scorer import Limits, Scorer
 from service.series import Series
 from service.settings import Settings
+from service.silence import Sweep
 from service.sinks.posting import address
 from service.sinks.remote_write import Target, WriteBack
+from service.sources import options
 from service.sources.options import HttpSource
 from service.stores import PING_SECONDS, Memory, Output, StateStore, usable
 from service.stores.book import Book
@@ -220,10 +222,8 @@ class Service:
             for name, claim in self.claims.items():
                 beside(claim.run(), f"claim-{name}")
             beside(self.control.run(), "policy")
-            for scorer in self.scorers.values():
-                silent = scorer.sweeper(self.settings.state_ttl_seconds) if self.settings.silence else None
-                if sweeper := scorer.session_sweeper() or silent:
-                    beside(sweeper.run(), f"sweep-{scorer.detector.name}")
+            for name, sweeper in self._sweepers(read):
+                beside(sweeper.run(), f"sweep-{name}")
             for canary in self._canaries(store):
                 beside(canary.run(), "canary")
             if self.console and self.settings.redis_url:  # an embedded store is of one replica
@@ -254,6 +254,15 @@ class Service:
         every = self.settings.canary_seconds
         sensors = [detector for detector in self.detectors.values() if detector.manifest.kind == "sensor"]  # its anomaly is one of numbers
         return [Canary(detector, store, self.metrics, every) for detector in sensors] if every else []
+
+    def _sweepers(self, read: Sequence[options.AnyQueue]) -> Iterator[tuple[str, Sweep]]:
+        """Of each model, if it has one. `read` are the queues."""
+        for name, scorer in self.scorers.items():
+            fed = [source for source in read if (source.model or self.default_model) == name]
+            unread = queues.unread_seconds(fed) if self.settings.redis_url else 0.0  # an embedded store is of one replica
+            silent = scorer.sweeper(self.settings.state_ttl_seconds, unread) if self.settings.silence else None
+            if sweeper := scorer.session_sweeper() or silent:
+                yield name, sweeper
 
     def _start_scorers(self, store: StateStore) -> None:
         settings = self.settings

@@ -17,9 +17,15 @@ from service.mapping import Mapper
 from service.metrics import Metrics
 from service.scorer import Scorer
 from service.settings import Settings
+from service.silence import RETURN_SECONDS
 from service.sources import Source, options
 from service.sources.redis_streams import RedisStreams
 from service.stores import StateStore
+
+KAFKA_SESSION_MS = 45_000
+"""librdkafka's default of session.timeout.ms."""
+AMQP_UNHEARD_SECONDS = 20.0
+"""A broker gives a client up after two heartbeats (sources/amqp.py)."""
 
 
 def declared(settings: Settings, doors: Collection[str] = ()) -> Sequence[options.AnySource]:
@@ -123,6 +129,21 @@ def queue(source: options.AnyQueue, store_url: str, store: StateStore, metrics: 
         raise BadSetting(
             f"Source '{source.called}' needs the extra '{source.type}': pip install 'onset[{source.type}]' ({error})."
         ) from error
+
+
+def unread_seconds(sources: Sequence[options.AnyQueue]) -> float:
+    """For how long what one replica reads of these is not heard, at most, where it is killed: until others read it, and have caught up."""
+    return max(map(_unread_seconds, sources)) + RETURN_SECONDS if sources else 0.0
+
+
+def _unread_seconds(source: options.AnyQueue) -> float:
+    match source:
+        case options.KafkaSource():
+            return float(source.options.get("session.timeout.ms", KAFKA_SESSION_MS)) / 1000
+        case options.AmqpSource():
+            return AMQP_UNHEARD_SECONDS
+        case _:
+            return source.lease_seconds
 
 
 def _short(settings: Settings) -> options.RedisStreamsSource:

@@ -411,10 +411,11 @@ class Scorer:
             start += len(answer.kinds)
         return results
 
-    def sweeper(self, state_ttl: float) -> Sweeper:
-        """What looks for its silent streams."""
+    def sweeper(self, state_ttl: float, unread: float = 0.0) -> Sweeper:
+        """What looks for its silent streams; `unread` as Sweeper takes it."""
         name, policy = self.detector.name, lambda: self.policy
-        return Sweeper(name, self._codec, policy, self._store, self._metrics, state_ttl, clock=self._clock, claim=self.claim)
+        about = (name, self._codec, policy, self._store, self._metrics, state_ttl)
+        return Sweeper(*about, clock=self._clock, claim=self.claim, unread=unread)
 
     def session_sweeper(self) -> SessionSweeper | None:
         """What ends its silent sessions, in place of a sweeper; None = the model knows no such sessions."""

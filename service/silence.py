@@ -234,9 +234,13 @@ class Sweeper(Sweep):
         clock: Callable[[], float] = time.time,
         *,
         claim: Claim | None = None,
+        unread: float = 0.0,
     ) -> None:
+        """`unread` = seconds for which nobody may read a queue, since the replica that did was killed: so much longer than its patience a
+        stream is waited for, by all replicas, who do not know which one reads it.
+        """
         super().__init__(model, codec, store, metrics, clock, claim)
-        self._policy, self._state_ttl, self._raise = policy, state_ttl, raise_
+        self._policy, self._state_ttl, self._raise, self._unread = policy, state_ttl, raise_, unread
 
     async def _look(self, stream_ids: list[str], loaded: Loaded, now: float, since: float) -> bool:
         rows = loaded.rows
@@ -244,13 +248,14 @@ class Sweeper(Sweep):
         kept = (loaded.origins == Origin.STORED) & (rows["deadline"] > 0)
         ending = kept & (rows["flags"] & ENDING != 0)
         waited = kept & (rows["flags"] & SILENT == 0)
-        later = waited & (rows["deadline"] > now)
+        until = rows["deadline"] + np.where(ending, 0.0, self._unread)
+        later = waited & (until > now)
         grace = since + np.maximum(np.where(np.isfinite(patience) & ~ending, patience, 0), RETURN_SECONDS)
         due = waited & ~later
         over_now, silent = due & ending & (now >= grace), due & ~ending & (now >= grace)
         foreign = loaded.origins >= Origin.OTHER_MODEL
         over = ~kept & ~foreign
-        watches = {stream_ids[i]: float(rows["deadline"][i]) for i in np.flatnonzero(later).tolist()}
+        watches = {stream_ids[i]: float(until[i]) for i in np.flatnonzero(later).tolist()}
         watches |= {stream_ids[i]: min(float(grace[i]), now + GRACE_SECONDS) for i in np.flatnonzero(due & (now < grace)).tolist()}
         watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(over).tolist()}
         watches |= {stream_ids[i]: now + FOREIGN_SECONDS for i in np.flatnonzero(foreign).tolist()}

@@ -265,6 +265,25 @@ async def test_a_stream_that_turns_to_the_past_or_is_forgotten_is_no_longer_wait
     assert await world.store.due("tiny", 1e11, 10) == []
 
 
+@pytest.mark.parametrize("unread", [0.0, 55.0])
+async def test_while_nobody_may_read_a_queue_since_its_replica_was_killed_no_stream_of_it_is_raised(world: World, unread: float) -> None:
+    sweeper = world.replicas[0].sweeper(TTL, unread)
+    await sweeper.sweep()
+    await world.speak("s", 100)
+    for _ in range(60):
+        world.clock.now += 1
+        await sweeper.sweep()
+    assert (await world.store.silent("tiny", 1))[0] == (not unread)
+    if unread:  # another replica reads on: the backlog, and then what comes
+        await world.speak("s", 5)
+        await sweeper.sweep()
+        assert (await world.store.silent("tiny", 1))[0] == 0
+    for _ in range(300):
+        world.clock.now += 1
+        await sweeper.sweep()
+    assert (await world.store.silent("tiny", 1))[0] == 1
+
+
 async def test_after_a_start_every_stream_gets_its_patience_anew(world: World, tiny_detector: Detector) -> None:
     await world.speak("s", 100)
     world.clock.now += 3000
