@@ -1063,7 +1063,7 @@ def test_an_alert_of_a_line_says_what_about_it_was_unusual_and_only_what_was_lik
         route.fulfill(response=reply, json=alerts)
 
     with Visit(browser, web.url) as page:
-        page.route(re.compile("/v1/alerts"), slow)
+        page.route("**/v1/alerts?*", slow)
         page.goto(f"{web.url}/#/alerts")
         alert = page.locator(".alert", has_text="web-1")
         expect(alert.locator(".shares li")).to_have_count(1)
