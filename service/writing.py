@@ -336,6 +336,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
         if not self.transport.is_closing():
             super().on_headers_complete()
+            self.headers = []  # what follows a chunked body is none of the request's (RFC 9110, 6.5.1)
             self.cycle.keep_alive &= not self._over
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:

@@ -239,6 +239,27 @@ async def mirror(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_what_follows_a_chunked_body_is_no_header(pieces: int) -> None:
+    async def names(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body", False):
+            pass
+        body = b" ".join(name for name, _ in scope["headers"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    trailed = b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nContent-Encoding: gzip\r\nX-Forwarded-For: 10.0.0.1\r\n\r\n"
+    request = b"POST /a HTTP/1.1\r\nHost: a\r\n" + trailed
+    async with connected(app=names) as (transport, reader):
+        for sent in (request, request):
+            cut = len(sent) if pieces == 1 else sent.index(b"Content-Encoding")
+            transport.write(sent[:cut])
+            await asyncio.sleep(0.05)
+            transport.write(sent[cut:])
+            await until(lambda: b"".join(reader.reads).endswith(b"\r\n\r\nhost transfer-encoding"))
+            reader.reads.clear()
+
+
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
 """As Java's HttpClient has it by default, in a plain http request."""
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
