@@ -18,7 +18,7 @@ from service.events import PLACE, Event, Readings
 from service.order import turns
 from service.policy import Policy
 from service.rounds import Kind, Outcomes, _time_features, advance
-from service.state import Rows, StateCodec
+from service.state import FROZEN, Rows, StateCodec
 from tests.readings import to_readings
 from training.data import clock
 
@@ -221,6 +221,16 @@ def test_the_increase_of_a_counter_is_of_two_readings_with_nothing_in_between(ti
         )
         given.append(float(outcomes.records["x"][0, 0]))
     assert given == pytest.approx([math.nan, 3.0, 1.0, math.nan, 0.0], nan_ok=True)
+
+
+def test_the_event_that_opens_an_alert_teaches_the_learner_alone(tiny_detector: Detector) -> None:
+    rows, policy = codec_of(tiny_detector).fresh(1), Policy(settled=10)
+    run(tiny_detector, rows, [event(0, float(i % 3), timestamp=float(i)) for i in range(50)], policy)
+    before = rows["vector"][:, 1:].copy()  # mean and deviation
+    run(tiny_detector, rows, [event(0, 1000.0, timestamp=50.0)], policy)
+    assert rows["flags"][0] & FROZEN
+    np.testing.assert_array_equal(rows["vector"][:, 1:], before)
+    assert (rows["learner"][:, 1:] != before).any()
 
 
 def test_a_detector_is_told_the_times_that_it_was_trained_with() -> None:

@@ -180,7 +180,10 @@ async def test_the_labels_of_a_hashed_name_are_written_whole(tiny_detector: Dete
     assert set(receiver.samples()) == {labelled("onset_anomaly", **{"for": "up", "path": "x" * 400})}
 
 
-async def test_many_events_go_in_few_requests_and_each_stream_in_its_order(tiny_detector: Detector, receiver: Receiver) -> None:
+async def test_many_events_go_in_few_requests_of_bounded_size_and_each_stream_in_its_order(
+    tiny_detector: Detector, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.sinks.remote_write.REQUEST_SAMPLES", 20)
     streams = [f'up{{instance="{i}"}}' for i in range(30)]
     async with source(tiny_detector, receiver.url, metrics=("y",)) as back:
         for n in range(100):
@@ -189,6 +192,7 @@ async def test_many_events_go_in_few_requests_and_each_stream_in_its_order(tiny_
     samples = receiver.samples()
     assert sum(map(len, samples.values())) == 200
     assert all(times == sorted(set(times)) for times in ([time for time, _ in series] for series in samples.values()))
+    assert max(len(request.timeseries) for _, _, request in receiver.requests) <= 20
     assert len(receiver.requests) < 50  # of 100 batches; a busy machine has more pauses between them
     assert all(headers["content-encoding"] == "snappy" for _, headers, _ in receiver.requests)
     assert all(headers["x-prometheus-remote-write-version"] == "0.1.0" for _, headers, _ in receiver.requests)
@@ -205,6 +209,17 @@ async def test_headers_and_the_login_of_the_address_are_sent_and_never_logged(ti
     [told] = [line for line in logs if line["event"] == "write_back_waits"]
     assert "secret" not in str(logs)
     assert told["answer"] == "500: out of order sample"
+
+
+async def test_what_is_refused_for_now_is_sent_again_after_a_growing_pause(
+    tiny_detector: Detector, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.sinks.remote_write.FIRST_PAUSE", 0.02)
+    receiver.answers = [(503, {})] * 5
+    async with source(tiny_detector, receiver.url, metrics=("y",)) as back:
+        await back.score("a", 1.0)
+        await back.sent(1)
+    assert receiver.requests[-1][0] - receiver.requests[0][0] >= 0.5 * 0.02 * (1 + 2 + 4 + 8 + 16)
 
 
 async def test_what_fails_for_now_is_sent_again_when_the_receiver_asks_for_it(tiny_detector: Detector, receiver: Receiver) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tests.training.conftest import TINY, random_step
 from training.detector import DetectorStep
-from training.normaliser import OUTSET, Normalised
+from training.normaliser import OUTSET, Normalised, Normaliser
 from training.signals import WIDEST, MemorySignals, Residual, ResidualSignals
 from training.stillness import SPAN
 
@@ -169,6 +169,12 @@ def test_frozen_learning_keeps_a_fault_from_becoming_normal(features: int) -> No
     if features > 1:  # how long each stands still goes on, what is usual does not
         assert torch.equal(before["still"] // SPAN, after["still"] // SPAN)
         assert (after["still"] % SPAN == 49).all()
+
+
+def test_what_a_normaliser_has_learned_fades_with_its_memory() -> None:
+    parts = {"reference": torch.zeros(1, 1), "seen": torch.full((1, 1), 1e6), "mean": torch.zeros(1, 1), "variance": torch.ones(1, 1)}
+    _, after = Normaliser(1, 1e4, memory=2000.0)(torch.ones(1, 1), torch.tensor([True]), parts)
+    assert after["mean"].item() == pytest.approx(1 / 2000)
 
 
 def test_readings_far_from_zero_keep_their_digits() -> None:
