@@ -59,7 +59,6 @@ def test_a_replica_that_is_killed_makes_no_stream_of_its_queue_silent(tmp_path: 
     folders = [tmp_path / name / "data" for name in ("one", "two")]
     for folder in folders:
         folder.mkdir(parents=True)
-    queue = {"REDIS_URL": empty_server, "STREAMS_INPUT": "in", "STREAMS_PARTITIONS": "2"}
     enough = threading.Event()
 
     def write(client: redis.Redis, at: float, value: int) -> None:
@@ -75,8 +74,8 @@ def test_a_replica_that_is_killed_makes_no_stream_of_its_queue_silent(tmp_path: 
                     return
 
     with (
-        Service(folders[0], model=tiny_model_path, **queue) as one,
-        Service(folders[1], model=tiny_model_path, **queue) as two,
+        Service(folders[0], model=tiny_model_path, REDIS_URL=empty_server, STREAMS_INPUT="in", STREAMS_PARTITIONS="2") as one,
+        Service(folders[1], model=tiny_model_path, REDIS_URL=empty_server, STREAMS_INPUT="in", STREAMS_PARTITIONS="2") as two,
         redis.Redis.from_url(empty_server) as client,
     ):
         wait(lambda: sample(one, "onset_source_partitions") == sample(two, "onset_source_partitions") == 1)
