@@ -154,9 +154,10 @@ def usual_and_odd_events(draw: st.DrawFn) -> list[Event]:
     return events
 
 
-@pytest.mark.parametrize("odd", ODD)
-def test_one_odd_event_among_many_is_read_as_it_is_alone(odd: Event) -> None:
-    read_as_each_alone([*(Event(stream_id="a", values=BOTH, timestamp=float(i), sequence=i) for i in range(TOGETHER)), odd])
+@pytest.mark.parametrize("odd", [None, *ODD])
+def test_one_odd_event_among_many_is_read_as_it_is_alone(odd: Event | None) -> None:
+    plain = [Event(stream_id="a", values=BOTH, timestamp=float(i), sequence=i) for i in range(TOGETHER)]
+    read_as_each_alone(plain if odd is None else [*plain, odd])
 
 
 @given(usual_and_odd_events())

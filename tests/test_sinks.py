@@ -395,6 +395,7 @@ async def test_the_webhook_gets_signed_notices_and_again_after_failures_under_th
         ("soon", None),
         ("Mon, 21 Sep 2026 13:46:50 GMT", 10.0),
         ("Mon, 21 Sep 2020 13:46:50 GMT", 0),
+        ("Wed, 21 Sep 2033 13:46:50 GMT", 60.0),
     ],
 )
 def test_retry_after_is_seconds_or_a_date(header: str, seconds: float | None) -> None:

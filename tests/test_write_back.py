@@ -290,6 +290,7 @@ async def test_nothing_is_sent_that_would_cost_its_request(tiny_detector: Detect
         await back.score("old", 1.0, start=NOW - 101)
         await back.score("before 1970", 1.0, start=-5.0)
         await back.score("a", 1.0, 2.0, 3.0, step=0.0002)  # all within a millisecond
+        await back.score("a", 1.0, start=NOW - 10)  # late: not scored, and does not wait for good
         await back.sent(1)
     assert (back.count("old"), back.count("repeated"), back.count("sent")) == (2, 2, 1)
     assert list(receiver.samples().values()) == [[(int(NOW * 1000), 1.0)]]
