@@ -45,7 +45,7 @@ class Rules:
     alike: bool = False  # streams are too short to be told apart: what is seen of one says nothing of its next events
     draft: Calibration | None = None  # scales, band and floor, where they are not to be learned
     finest: int | None = None  # rank from which on a tail is extrapolated; None = 10, or 1 of 400
-    steepest: float = np.inf  # decades per unit of a signal beyond what was seen
+    steepest: float = 10.0  # decades per unit of a signal beyond what was seen; more is an edge that few or old streams happen to have
     steepest_sum: float = np.inf
 
 
@@ -291,7 +291,7 @@ def _sparse_tail(values: Float64, exposure: float, steepest: float) -> Curve:
     """Of fewer than 10: from the rate of what was, one decade per unit; where it may not be as steep, from the rate to once in all."""
     greatest = float(values.max()) if len(values) else 0.0
     start = float(np.log10(max(exposure, 10.0) / max(len(values), 1)))
-    if np.isinf(steepest):
+    if steepest > 1:
         return Curve((0.0, greatest + 1.0), (start, start + 1.0), 1.0)
     slope = min(steepest, 0.2)
     return Curve((0.0, greatest + 1.0), (start, float(np.log10(max(exposure, 10.0))) + slope), slope)

@@ -221,6 +221,29 @@ def test_few_streams_are_drawn_to_the_generators_constants_and_say_so(observed: 
     assert few.as_dict()["support"]["streams"] == 1
 
 
+def test_an_edge_of_what_was_seen_is_not_taken_for_the_edge_of_what_there_is() -> None:
+    """A slow cycle is new to each stream at its start; what old ones show ends sharply below that, and so started with p < 1e-12."""
+    rng = np.random.default_rng(5)
+    seen = rng.uniform(0.9, 1.0, size=(3000, 4, 2)).astype(np.float32)
+    seen[100:140] *= 1.3
+    ages = np.repeat(np.arange(3000, dtype=np.float32)[:, None], 4, axis=1)
+    observed = Observed(seen, np.zeros((3000, 4, 1), np.float32), ages >= 0, ages)
+    smallest = {}
+    for steepest in (SENSORS.steepest, np.inf):
+        calibration = calibrate(observed, 100, rules=replace(SENSORS, steepest=steepest))
+        assert all(signal.tail.slope <= steepest for signal in calibration.signals)
+        tail = Tail(2, 100, calibration)
+        parts, p = {slot.name: torch.zeros(slot.size, 4) for slot in tail.slots}, []
+        with torch.no_grad():
+            for strengths, age in zip(seen[:140], ages[:140], strict=True):
+                judge = torch.from_numpy(age >= 100)[None]
+                answer, parts = tail(torch.from_numpy(strengths).t() * judge, judge, torch.from_numpy(age)[None], ALPHA.expand(4), parts)
+                p.append(answer.onset_p.numpy())
+        smallest[steepest] = float(np.nanmin(p))
+    assert smallest[np.inf] < 1e-12
+    assert smallest[SENSORS.steepest] > 1e-6
+
+
 @pytest.mark.parametrize("rows", [3000, 300])
 def test_how_much_streams_differ_is_not_learned_from_eight_of_them_nor_from_few_onsets(rows: int) -> None:
     """Eight that happen to be alike do not say that the next one will be, or that one of them does not change."""
