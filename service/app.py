@@ -261,7 +261,7 @@ class Service:
             fed = [source for source in read if (source.model or self.default_model) == name]
             unread = queues.unread_seconds(fed) if self.settings.redis_url else 0.0  # an embedded store is of one replica
             silent = scorer.sweeper(self.settings.state_ttl_seconds, unread) if self.settings.silence else None
-            if sweeper := scorer.session_sweeper() or silent:
+            if sweeper := scorer.session_sweeper(unread) or silent:
                 yield name, sweeper
 
     def _start_scorers(self, store: StateStore) -> None:

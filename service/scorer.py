@@ -417,13 +417,13 @@ class Scorer:
         about = (name, self._codec, policy, self._store, self._metrics, state_ttl)
         return Sweeper(*about, clock=self._clock, claim=self.claim, unread=unread)
 
-    def session_sweeper(self) -> SessionSweeper | None:
-        """What ends its silent sessions, in place of a sweeper; None = the model knows no such sessions."""
+    def session_sweeper(self, unread: float = 0.0) -> SessionSweeper | None:
+        """What ends its silent sessions, in place of a sweeper; None = the model knows no such sessions. `unread` as Sweeper takes it."""
         lines = self.detector.manifest.lines
         if lines is None or lines.session_seconds is None:
             return None
-        name, seconds = self.detector.name, lines.session_seconds
-        return SessionSweeper(name, self._codec, seconds, self._end_sessions, self._store, self._metrics, self._clock, claim=self.claim)
+        about = (self.detector.name, self._codec, lines.session_seconds, self._end_sessions, self._store, self._metrics, self._clock)
+        return SessionSweeper(*about, claim=self.claim, unread=unread)
 
     async def _end_sessions(self, stream_ids: Sequence[str], loaded: Loaded) -> None:
         """Step the end of the session of each of these streams, as sessions.End says."""

@@ -47,16 +47,18 @@ class SessionSweeper(Sweep):
         clock: Callable[[], float],
         *,
         claim: Claim | None = None,
+        unread: float = 0.0,
     ) -> None:
+        """`unread` as `silence.Sweeper` takes it: a session whose lines wait in a queue is not over."""
         super().__init__(model, codec, store, metrics, clock, claim)
-        self._seconds, self._end = seconds, end
+        self._seconds, self._end, self._unread = seconds, end, unread
 
     async def _look(self, stream_ids: list[str], loaded: Loaded, now: float, since: float) -> bool:
-        deadline = loaded.rows["deadline"]
-        waited = (loaded.origins == Origin.STORED) & (deadline > 0)
-        later = waited & (deadline > now)
+        waited = (loaded.origins == Origin.STORED) & (loaded.rows["deadline"] > 0)
+        until = loaded.rows["deadline"] + self._unread
+        later = waited & (until > now)
         over = waited & ~later & (now >= since + max(self._seconds, RETURN_SECONDS))
-        watches = {stream_ids[i]: float(deadline[i]) for i in np.flatnonzero(later).tolist()}
+        watches = {stream_ids[i]: float(until[i]) for i in np.flatnonzero(later).tolist()}
         foreign = loaded.origins >= Origin.OTHER_MODEL
         watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(~waited & ~foreign).tolist()}
         watches |= {stream_ids[i]: now + FOREIGN_SECONDS for i in np.flatnonzero(foreign).tolist()}

@@ -96,6 +96,23 @@ async def world(log_detector: Detector, any_store: StateStore) -> AsyncIterator[
         await replica.drain(1)
 
 
+async def test_a_session_whose_lines_may_wait_in_a_queue_that_nobody_reads_is_not_over(world: World) -> None:
+    world.sweepers = [sweeper for replica in world.replicas if (sweeper := replica.session_sweeper(unread=55.0))]
+    await world.sweep()
+    await world.say(ACCEPTED, TOOK)
+    for _ in range(4):  # of two replicas one was killed: the other reads its part later
+        world.now += (SECONDS + 50) / 4
+        await world.sweep()
+    assert world.ends == []
+    await world.say(CLOSED)
+    world.now += SECONDS + 50
+    await world.sweep()
+    assert world.ends == []
+    world.now += 10
+    await world.sweep()
+    assert world.ends == ["s"]
+
+
 async def test_a_session_that_falls_silent_ends_once_by_a_scored_event_of_its_last_lines_time(world: World) -> None:
     line = await world.say(ACCEPTED, TOOK, CLOSED)
     world.now += SECONDS - 1
