@@ -97,7 +97,7 @@ def measure(data: Path, system: str, seconds: float) -> Row:
     alone = [int(found.cluster_id) if (found := peer.match(line)) else 0 for line in lines]
     ours = _rate(matcher.codes, live, seconds)
     theirs = _rate(lambda body: [peer.match(line) for line in body], live, seconds)
-    known = matcher.codes(lines)[0]
+    known = matcher.codes(lines)[0].astype(int)
     return Row(
         system,
         known=round(_rate(matcher.codes, [lines], seconds)),
@@ -106,7 +106,7 @@ def measure(data: Path, system: str, seconds: float) -> Row:
         drain3=round(theirs),
         ratio=round(ours / theirs, 2),
         accuracy_of_drain=round(grouping_accuracy(alone, truth), 4),
-        accuracy=round(grouping_accuracy([int(code) for code in known], truth), 4),
+        accuracy=round(grouping_accuracy(known.tolist(), truth), 4),
         templates=len(set(known.tolist())),
         hand_made=len(set(truth)),
     )

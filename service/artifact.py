@@ -38,7 +38,11 @@ MAX_FEATURES = 300
 SELFTEST_STEPS, SELFTEST_ROWS = 32, 8
 
 NEW = 0
-"""Code of a line that no template matches; templates are 1 to V, and V + 1 is the end of a session."""
+"""Code of a line that no template matches; templates are 1 to V, and V + 1 is the end of a session.
+
+What the graph reads of such a line is kind ÷ (2·NEW_KINDS), below a half: lines that begin alike are of one kind.
+"""
+NEW_KINDS = 16
 NEW_TEXT, END_TEXT = "(new pattern)", "(end of session)"
 """How a code without a template is written."""
 TEMPLATE, GAP = "template", "gap"

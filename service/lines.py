@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -28,7 +29,7 @@ import numpy as np
 import re2
 from numpy.typing import NDArray
 
-from service.artifact import NEW, NUMBER, NUMBERS, WILDCARD, Lines, Mask
+from service.artifact import NEW, NEW_KINDS, NUMBER, NUMBERS, WILDCARD, Lines, Mask
 from service.events import FLOAT32_MAX
 
 # Hexadecimal with a letter among the first eight: RE2 cannot look ahead, so it says where.
@@ -71,6 +72,8 @@ HEXADECIMAL = "<HEX>"
 MOST_IDS = 4
 """Ids in one token of which each may be a number by itself."""
 MOST_NUMBERS = len(NUMBERS)
+ALIKE = 2
+"""First tokens that new patterns of one kind have in common."""
 
 _NUMERIC = re.compile(f"{HEXADECIMAL}|{NUMBER}")
 _EDGE, _SIX = r"\b", "(?=[0-9a-fA-F]{6})"
@@ -97,11 +100,10 @@ Pick = tuple[int, slice | None, int]
 class Matched(NamedTuple):
     """What a masked line is."""
 
-    code: int
+    code: float
     picks: tuple[Pick, ...]
 
 
-_UNKNOWN = Matched(NEW, ())
 _PADDING = [[math.nan] * missing for missing in range(MOST_NUMBERS, -1, -1)]
 
 
@@ -117,8 +119,8 @@ class Matcher:
         self._numbers = _Memory(self._numbers_of, NUMBERED, WORD_LENGTH)
 
     def codes(self, messages: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """[N] codes, NEW where no template matches, and [N, 4] the first numbers of each line, NaN = none."""
-        codes: list[int] = []
+        """[N] codes, NEW and the line's kind where no template matches, and [N, 4] the first numbers of each line, NaN = none."""
+        codes: list[float] = []
         numbers: list[list[float]] = []
         known, split, masked_of, number = self._known, self.splitter.words, self.splitter.masked_word, self._number
         for message in messages:
@@ -130,7 +132,7 @@ class Matcher:
 
     def code_of(self, masked: str) -> int:
         """Of a line that is masked already, its tokens separated by blanks."""
-        return self._known[masked].code
+        return int(self._known[masked].code)
 
     def _matched(self, masked: str) -> Matched:
         """The masked words of a line, one a line → what it is."""
@@ -143,7 +145,7 @@ class Matcher:
             for code, taken in self._with_ids.get(len(tokens), ()):
                 if all(token in one for token, one in zip(tokens, taken, strict=True) if one):
                     return Matched(code, self._picks(masked, self._templates[code - 1]))
-        return _UNKNOWN
+        return Matched(_new(tokens), ())
 
     def _picks(self, masked: str, template: list[str]) -> tuple[Pick, ...]:
         """Where the numbers of a line are that its template knows as such."""
@@ -166,6 +168,12 @@ class Matcher:
 
     def _numbers_of(self, word: str) -> list[float]:
         return list(map(_float32, self.splitter.numbers(word)))
+
+
+def _new(tokens: Sequence[str]) -> float:
+    """NEW, and of which kind: as many tokens, and the same first ones."""
+    kind = zlib.crc32(f"{len(tokens)} {' '.join(tokens[:ALIKE])}".encode("utf-8", "surrogatepass")) % NEW_KINDS
+    return NEW + kind / (2 * NEW_KINDS)
 
 
 def _only(masked: str) -> slice | None:

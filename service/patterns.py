@@ -112,7 +112,7 @@ class Patterns:
             return
         outcomes = batch.answers.batch.outcomes
         records = outcomes.records
-        new = np.flatnonzero((outcomes.kinds == Kind.SCORED) & (records["x"][:, 0] == NEW)).tolist()
+        new = np.flatnonzero((outcomes.kinds == Kind.SCORED) & (records["x"][:, 0] < NEW + 0.5)).tolist()
         for i in new:
             if (text := batch.messages[i]) is not None:
                 self._count(batch.model, text, float(records["timestamp"][i]))

@@ -167,7 +167,7 @@ class Batch:
     def contributors(self, at: slice | list[int], top: int) -> list[list[Contributor]]:
         """Of the events there, the `top` features that contribute most; of missing ones those that are why it is anomalous."""
         records, names = self.outcomes.records, self.model.names
-        columns = [records[name][at] for name in ("contribution", "x", "expected")]
+        columns = [records["contribution"][at], _actual(records[at], self.model), records["expected"][at]]
         if not top:
             found: list[list[Contributor]] = [[] for _ in columns[0]]
         elif len(names) == 1:  # of most streams, and nothing to be sorted
@@ -207,6 +207,12 @@ class Told:
     """Pattern → its chance."""
 
 
+def _actual(records: Rows, model: Model) -> NDArray[np.float32]:
+    """[N, F] values as they are told: of a new pattern its code, without its kind."""
+    x: NDArray[np.float32] = records["x"]
+    return x if model.patterns is None else np.concatenate([np.floor(x[:, :1]), x[:, 1:]], axis=1)
+
+
 class Patterns:
     """The texts of one log model's codes."""
 
@@ -220,7 +226,7 @@ class Patterns:
         found = []
         for code, likely, before in zip(records["x"][:, 0].tolist(), records["likely"].tolist(), records["before"].tolist(), strict=True):
             expected = {self._text(one): chance for one, chance in zip(likely[:k], likely[k:], strict=True) if not math.isnan(one)}
-            template = None if code == NEW else texts[int(code)]
+            template = None if int(code) == NEW else texts[int(code)]
             found.append(Told(int(code), template, [self._text(one) for one in before if not math.isnan(one)], expected))
         return found
 
@@ -356,7 +362,7 @@ class Replies:
             confidence=self._policy.confidence(version),
             alpha=np.array([_shortest(alpha) for alpha in alphas.tolist()], np.float64)[which],
             direction=np.where(has, verdicts.direction, NO_DIRECTION).astype(np.int8),
-            x=records["x"],
+            x=_actual(records, self._model),
             expected=records["expected"],
             lower=records["lower"],
             upper=records["upper"],

@@ -27,7 +27,7 @@ from service.detector import Detector, StepOutput
 from service.events import FLOAT32_MAX, PLACE, Readings
 from service.order import STORED, Plan, Turns
 from service.policy import Policy
-from service.state import FROZEN, LEARNER, SEEN, Rows
+from service.state import ACCEPTED, FROZEN, LEARNER, SEEN, Rows
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -176,7 +176,8 @@ class _Batch:
         before = rows["flags"].copy()
         learners = np.flatnonzero(before & LEARNER)
         frozen = before & FROZEN != 0
-        learn = np.where(frozen, np.float32(0), np.float32(1)) if frozen.any() else self._learn[:k]
+        accepted = before & ACCEPTED != 0
+        learn = np.float32(1) * ~frozen + accepted if frozen.any() or accepted.any() else self._learn[:k]
         out, learned = self._judged(rows, learners, x, t, learn)
         onset_p = self._policy.track(rows, self._timestamp[here], out.p_value, out.onset_p, self._onset_alpha[here])
         if before.any() or rows["flags"].any():

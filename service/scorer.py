@@ -492,7 +492,7 @@ class Scorer:
             return
         outcomes = answers.batch.outcomes
         codes = outcomes.records["x"][outcomes.kinds == Kind.SCORED, 0]
-        new, ends = int((codes == NEW).sum()), int((codes == lines.end).sum())
+        new, ends = int((codes < NEW + 0.5).sum()), int((codes == lines.end).sum())
         for match, count in (("new", new), ("template", len(codes) - new - ends)):
             self._metrics.lines.labels(self.detector.name, match).inc(count)
 

@@ -66,6 +66,7 @@ async def test_an_unseen_pattern_is_scored_as_new_and_its_alert_shows_the_line(c
     new = "Segfault at 0xdeadbeef\n  in libfoo.so"
     *_, reply = await post(client, [line(message, timestamp=NOW + i) for i, message in enumerate([ACCEPTED, TOOK, new])])
     assert reply["line"] == {"message": new, "template": None, "new": True, "before": [TEMPLATES[1], TEMPLATES[0]]}
+    assert reply["contributors"][0]["actual"] == 0  # its kind is the graph's alone
     assert reply["is_anomaly"]
     assert reply["alert_score"] > 1
     assert (await post(client, line(ACCEPTED, timestamp=NOW + 3)))["line"]["before"][0] == "(new pattern)"

@@ -9,6 +9,7 @@
                                  └─► nats of each signal ─► tail ─► p_value, onset_p
     embedding, gap ─► encoder LSTM ─► code = tanh(W·h) ─► decoder LSTM ─► the next line, and the last ones again
 
+Where streams never end, the rare lines that led to an accepted alert have a chance of their own in that stream from then on.
 A signal is in nats, the negative logarithm of a chance; what nats are worth is for the tail to say, from sessions held out.
 After the end of a session all of this is as at its beginning, but what is learned of the stream's tail stays.
 Shapes: T lines, B streams, V templates, C = V + 2 codes, K classes, M prototypes, N numbers, I inputs, H hidden, J signals.
@@ -22,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from service.artifact import NEW, NEW_KINDS
 from training.autoencoder import Sizes, decoder_of, encoder_of, parts_of, prefixed
 from training.counting import BINS, MOST, Counting
 from training.detector import OUTPUTS, ArtifactStep
 from training.layout import Keeps, Layout, Parts, Slot, row_sum
 from training.rhythm import Clocks, Rhythm
 from training.sessions import Ints
-from training.tail import Calibration, Curve, Onsets, Tail
+from training.tail import HOLD, Calibration, Curve, Onsets, Tail
 
 EMBEDDED, COUNTED = 12, 32
 """Numbers that a line's code becomes, and that the counts of its session become."""
@@ -52,6 +54,12 @@ RUN_DRIFT, RUN_STEP, RUN_MOST = 0.5, 2.0, 20.0
 none, and a long run is forgotten within some twenty ordinary lines."""
 OWN_FIRST, OWN_LAST = 200.0, 1000.0
 """Lines that a stream's own usual nats are the mean of: at first, of the pooled ones, and at most. So what is accepted becomes usual."""
+ACCEPTS = 1.5
+"""What `learn` exceeds while an alert of the stream has just been accepted."""
+OWN_LINES, ACCEPTED = 5000.0, 100.0
+"""Lines that a stream's shares of accepted lines are of; and as how many of them a line counts once it is accepted."""
+HEARD, RECENT = 0.9, 0.3
+"""What is noted of a rare line that is not accepted, and what is left of it after some hundred others: accepted is what was heard since."""
 NEW_NATS = 0.1
 """Evidence of a new pattern: all are the same, and how rare they are is for the tail to say."""
 GAP_LIMIT = 25.0
@@ -174,6 +182,7 @@ class Counts(nn.Module):
         weights[place.reshape(-1), np.repeat(np.arange(len(counting.prototypes)), self.width)] = np.tile(
             counting.weights, len(counting.prototypes)
         )
+        self._keep("within", torch.from_numpy(counting.within))
         self.register_buffer("own_class", torch.from_numpy(pairs[:, 0]), persistent=False)
         self._keep("own_bin", torch.from_numpy(pairs[:, 1]))
         self._keep("weights", torch.from_numpy(weights))
@@ -185,6 +194,7 @@ class Counts(nn.Module):
 
     classes: Tensor
     bins: Tensor
+    within: Tensor  # [C] log-chances of codes in their classes
     log_chances: Tensor
     own_class: Tensor  # [P] of each bin that a prototype has in a class
     own_bin: Tensor  # [P]
@@ -219,6 +229,29 @@ class Counts(nn.Module):
         off = (nats - self.usual).clamp(max=RUN_STEP * self.spread)
         return before + (off - before) / (OWN_FIRST + age).clamp(max=OWN_LAST)
 
+    def rare(self, nats: Tensor) -> Tensor:
+        """Whether lines [..] are as rare as a run makes of one at most."""
+        return nats > self.usual + RUN_STEP * self.spread
+
+    def place(self, codes: Tensor, kinds: Tensor) -> Tensor:
+        """[B] where in `own` lines of these codes are noted: new patterns by their kinds [B], others by their class."""
+        return torch.where(codes == NEW, kinds, self.classes[codes] + (NEW_KINDS - 1))
+
+    def accepted(self, own: Tensor, place: Tensor, codes: Tensor) -> Tensor:
+        """The chance [B, 1] of a line of these codes wherever it comes, in a stream in which it was accepted; else 0."""
+        of_place = own.gather(1, place.unsqueeze(1))
+        return torch.where(of_place < 1, 0.0, of_place / OWN_LINES) * torch.exp(self.within[codes].unsqueeze(1))
+
+    def own_after(self, own: Tensor, place: Tensor, rare: Tensor, accepts: Tensor) -> Tensor:
+        """What a stream has noted of its lines [B, W] after one more, there; rare, accepts [B, 1] bool.
+
+        From 1 on a line is accepted: so many of the last OWN_LINES. Below, how recently it was heard.
+        """
+        here = (place.unsqueeze(1) == torch.arange(own.shape[1])).to(own.dtype)
+        faded = own * torch.where(own < 1, 1 - 1 / HOLD, 1 - 1 / OWN_LINES)
+        noted = torch.where(own < 1, torch.maximum(faded, HEARD * here * rare.to(own.dtype)), faded + here)
+        return torch.where(accepts & (noted > RECENT), noted.clamp(min=ACCEPTED), noted)
+
 
 def _with_class(prototypes: Ints) -> Ints:
     """Bins [M, K] → pairs of class and bin [M·K, 2]."""
@@ -232,6 +265,7 @@ class Line:
 
     present: Tensor  # [B, 1] bool
     code: Tensor  # [B] int64
+    kind: Tensor  # [B] int64 of a new pattern, else 0
     gap: Tensor  # [B, 1] seconds, NaN = none
     numbers: Tensor  # [B, N] NaN = none
     ended: Tensor  # [B, 1] 1 where it is the end of a session
@@ -291,7 +325,8 @@ class LogStep(ArtifactStep):
         self.tail = self.tail_of(calibration)
         own = [Slot("before", BEFORE, Keeps.ROWS), Slot("place", 1, Keeps.ROWS)]
         counted = [Slot("tally", self.counts.width, Keeps.ROWS)]
-        endless = [Slot("run", 1, Keeps.ROWS), Slot("own_usual", 1, Keeps.STREAM), *self.clocks.slots]
+        learned = [Slot("own_usual", 1, Keeps.STREAM), Slot("own_lines", NEW_KINDS - 1 + self.counts.width, Keeps.STREAM)]
+        endless = [Slot("run", 1, Keeps.ROWS), *learned, *self.clocks.slots]
         own += counted if self.counts.counted else endless
         self.layout = Layout([*self.lines.slots, *own, Slot("age", 1, Keeps.STREAM), *self.tail.slots])
 
@@ -326,6 +361,8 @@ class LogStep(ArtifactStep):
         after |= {**tail_after, "age": parts["age"] + 1}
         if not self.counts.counted:
             after["own_usual"] = self.counts.own(parts["own_usual"], judged.nats[:, :1].t(), parts["age"])
+            place, accepts = self.counts.place(line.code, line.kind), learn.unsqueeze(1) > ACCEPTS
+            after["own_lines"] = self.counts.own_after(parts["own_lines"].t(), place, self.counts.rare(judged.nats[:, :1]), accepts).t()
         state_out = self.layout.join(parts, after, present & (learn > 0.5).unsqueeze(0))
         lower, upper = self._band(judged, answer.factor.t())
         before = torch.where(parts["before"] > 0, parts["before"] - 1, torch.nan)
@@ -335,9 +372,12 @@ class LogStep(ArtifactStep):
     def line_of(self, x: Tensor) -> Line:
         """Of x [B, F]. What is no code is a new pattern."""
         present = torch.isfinite(x[:, :1])
-        code = torch.where(present, x[:, :1], 0.0).clamp(0.0, self.codes - 1.0).round()
+        told = torch.where(present, x[:, :1], 0.0).clamp(0.0, self.codes - 1.0)
+        code = told.round()
+        kind = torch.where(code == NEW, told * (2 * NEW_KINDS), 0.0).round().clamp(max=NEW_KINDS - 1.0)
         ended = (code == self.codes - 1).to(x.dtype) * present.to(x.dtype)
-        return Line(present, code.squeeze(1).to(torch.int64), x[:, 1:2], x[:, 2:], ended)
+        codes, kinds = (part.squeeze(1).to(torch.int64) for part in (code, kind))
+        return Line(present, codes, kinds, x[:, 1:2], x[:, 2:], ended)
 
     def judge(self, line: Line, parts: Parts) -> Judged:
         """Everything before the tail."""
@@ -349,8 +389,11 @@ class LogStep(ArtifactStep):
         chances = torch.exp(logits - logits.amax(dim=1, keepdim=True))
         chances = chances / row_sum(chances)
         code = line.code.unsqueeze(1)
-        nats = [self.counts.surprise(chances.gather(1, code), code)]
-        nats.append((line.code == 0).to(chances.dtype).unsqueeze(1) * NEW_NATS)
+        chance, new = chances.gather(1, code), (code == NEW).to(chances.dtype)
+        if not self.counts.counted:
+            accepted = self.counts.accepted(parts["own_lines"].t(), self.counts.place(line.code, line.kind), line.code)
+            chance, new = (chance + accepted).clamp(max=1.0), new * (accepted == 0).to(new.dtype)
+        nats = [self.counts.surprise(chance, code), new * NEW_NATS]
         if self.counts.counted:
             nats.append(self.counts.distance(self.counts.binned(self._counted(line, parts)), line.ended))
             return self._ranged(line, parts, nats, chances)

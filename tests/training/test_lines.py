@@ -191,14 +191,14 @@ def test_a_wildcard_that_takes_a_few_words_becomes_a_template_for_each() -> None
         "VM Stopped (Lifecycle Event) on node <NUM>",
         "VM Paused (Lifecycle Event) on node <NUM>",
     ]
-    assert Matcher(mined).codes(["VM Resumed (Lifecycle Event) on node 7"])[0].tolist() == [NEW]
+    assert Matcher(mined).codes(["VM Resumed (Lifecycle Event) on node 7"])[0].astype(int).tolist() == [NEW]
 
 
 def test_what_one_word_tells_apart_may_have_further_words_that_tell() -> None:
     said = [line for i in range(10) for line in (f"payment authorised in {i} ms", f"http 201 in {i} ms", f"user {i}x found in {i} ms")]
     mined = mine(said)
     assert "payment authorised in <NUM> ms" in mined.templates
-    assert Matcher(mined).codes(["payment declined in 7 ms"])[0].tolist() == [NEW]
+    assert Matcher(mined).codes(["payment declined in 7 ms"])[0].astype(int).tolist() == [NEW]
 
 
 def test_an_id_that_happens_to_have_no_letter_makes_no_template_of_its_own() -> None:
@@ -246,7 +246,7 @@ def test_every_mined_line_that_says_something_matches_and_mining_again_gives_the
         return
     mined = mine(said, mining)
     assert mine(said, mining) == mined
-    assert (Matcher(mined).codes(said)[0] != 0).tolist() == speaking
+    assert (Matcher(mined).codes(said)[0] >= 1).tolist() == speaking
 
 
 def test_own_masks_come_first_and_bad_ones_are_refused() -> None:
@@ -262,7 +262,7 @@ def test_numbers_that_are_names_stay_as_they_are_and_have_templates_of_their_own
     mined = mine(said, Mining(masks=masks_of([r"=^46\d\d\b"])))
     assert mined.templates == [f"EventID: {event}, user <NUM> at <IP>" for event in range(4624, 4636)]
     codes, numbers = Matcher(mined).codes(["EventID: 4625, user 7 at 10.0.0.7", "EventID: 4699, user 7 at 10.0.0.7"])
-    assert codes.tolist() == [2, NEW]
+    assert codes.astype(int).tolist() == [2, NEW]
     assert numbers[0, :2].tolist() == [7, pytest.approx(math.nan, nan_ok=True)]
 
 

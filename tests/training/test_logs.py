@@ -13,7 +13,12 @@ from torch import Tensor
 from service.artifact import Feature, Lines, Manifest
 from service.detector import Detector
 from service.errors import TableError
-from tests.training.logs import CACHE, CLOSE, END, OPEN, QUICK, READ, TEMPLATES, TINY, WRITE, one_host, session, sessions
+from service.events import Event
+from service.policy import Policy
+from service.rounds import advance
+from service.state import ALERT_OPEN
+from tests.readings import to_readings
+from tests.training.logs import CACHE, CLOSE, END, OPEN, QUICK, READ, TEMPLATES, TINY, WRITE, normal, one_host, session, sessions
 from training.autoencoder import Sizes, Variant
 from training.counting import BINS, count, counts_of
 from training.data import Float32
@@ -144,6 +149,39 @@ def test_many_lines_in_a_row_that_may_each_come_now_and_then_are_found_where_one
     assert (frozen["p_value"][-200:] < 1e-3).mean() > 0.9
     assert (accepted["p_value"][-200:] < 1e-3).mean() < 0.5, "what is accepted becomes usual"
     assert one.layout.split(state)["own_usual"].item() > 0.2
+
+
+def test_what_is_accepted_is_usual_for_the_stream_and_another_new_line_is_not(host: LogStep, tmp_path: Path) -> None:
+    """A release said two new lines, some twenty alerts a day, and as many after the first was accepted."""
+    told = manifest(host)
+    detector = Detector.load(publish(host, to_onnx(host), told.model_copy(update={"features": told.features[: host.features]}), tmp_path))
+    policy, rng = Policy(alpha=1e-4), np.random.default_rng(3)
+    said = {OPEN: "open a", READ: "read b", WRITE: "write c in <NUM> ms", CACHE: "cache hit", CLOSE: "close"}
+    rows, moment = detector.codec().fresh(1), 0.0
+
+    def hear(*new: str, sessions: int = 1) -> bool:
+        """Some normal lines, then new ones; whether an alert is open."""
+        nonlocal moment
+        messages = [said[code] for _ in range(sessions) for code in normal(rng)] + list(new)
+        events = []
+        for message in messages:
+            moment += 10.0 if message == said[READ] else 1.0
+            events.append(Event(stream_id="host", message=message, timestamp=moment))
+        readings, errors = to_readings(events, detector.manifest, now=0.0, matcher=detector.matcher)
+        assert not errors
+        advance(detector, policy, rows, readings, np.zeros(len(events), np.intp))
+        return bool(rows["flags"][0] & ALERT_OPEN)
+
+    release, other = "cache warmed for region eu", "Out of memory: killed process 7"
+    assert not hear(sessions=150)
+    for _ in range(3):  # until it is accepted it is told of each time
+        assert hear(release)
+        assert not hear(sessions=40)
+    assert hear(release)
+    assert policy.accept(rows)
+    assert not any(hear(release, sessions=40) for _ in range(8))
+    assert hear(other, sessions=40)
+    assert not hear(release, sessions=80)
 
 
 @pytest.mark.parametrize("cell", ["standard", "bidirectional", "memoryless"])
