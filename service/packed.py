@@ -12,8 +12,8 @@ SHORT_BYTES = 8192
 """What is no longer does no harm."""
 WIDE = 1000
 """Maps of more entries have text as keys."""
-BYTES_A_PART, FEW_PARTS = 4, 10_000
-"""A part takes so many bytes on average, where there are more than a few."""
+BYTES_A_PART, FEW_PARTS = 4, 100_000
+"""A part takes so many bytes on average, where there are more than a few: those of some ten thousand short readings, 7 MB at most."""
 
 _TEXTS = frozenset((*range(0xA0, 0xC0), 0xD9, 0xDA, 0xDB))
 _BYTES = {
@@ -82,4 +82,5 @@ def look_through(content: bytes) -> None:
             at += count
         while left == 0 and outer:
             left, wide = outer.pop()
-    raise TooLarge(f"The body has more than {most} parts in {len(content)} bytes.")
+    if at < len(content):
+        raise TooLarge(f"The body has more than {most} parts in {len(content)} bytes: send it in several.")

@@ -474,10 +474,19 @@ def test_a_wide_map_with_a_key_that_is_no_text_is_found_behind_whatever_stands_b
 
 def test_a_payload_of_very_many_parts_for_its_size_is_refused_before_they_are_made() -> None:
     for part in (b"\x80", b"\x90", b"\xc0"):
-        with pytest.raises(TooLarge, match="more than 25001 parts in 100006 bytes"):
-            decode_plain(b"\x91\xdd" + (100_000).to_bytes(4, "big") + part * 100_000, Format.MSGPACK, max_events=MAX_EVENTS)
+        with pytest.raises(TooLarge, match="more than 125001 parts in 500006 bytes"):
+            decode_plain(b"\x91\xdd" + (500_000).to_bytes(4, "big") + part * 500_000, Format.MSGPACK, max_events=MAX_EVENTS)
     numbers = [{"a": float(i)} for i in range(3000)]
     assert decode_plain(msgspec.msgpack.encode([numbers]), Format.MSGPACK, max_events=MAX_EVENTS) == ([numbers], False)
+
+
+def test_as_many_short_readings_as_a_message_may_have_are_read() -> None:
+    short = [{"s": f"p{i}", "t": 1_764_288_000 + i, "v": i % 100} for i in range(10_000)]  # the default of ONSET_MAX_BATCH_EVENTS
+    assert decode_plain(msgspec.msgpack.encode(short), Format.MSGPACK, max_events=10_000) == (short, False)
+    most = [0] * 99_999  # with their array as many parts as there may be
+    assert decode_plain(msgspec.msgpack.encode([most[:-1]]), Format.MSGPACK, max_events=1) == ([most[:-1]], False)
+    with pytest.raises(TooLarge, match="more than 100000 parts"):
+        decode_plain(msgspec.msgpack.encode([most]), Format.MSGPACK, max_events=1)
 
 
 async def test_gzip_goes_with_every_format(client: httpx.AsyncClient) -> None:
