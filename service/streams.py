@@ -120,7 +120,7 @@ class Streams:
         Raises UnknownStream, and StateConflict when other replicas won ACCEPT_ATTEMPTS times.
         """
         row, outcome = (await self._accept({stream_id: None}))[stream_id]
-        if outcome == "unknown":
+        if outcome in ("unknown", "model_not_loaded"):
             raise self._unknown(stream_id)
         if outcome == "conflict":
             raise StateConflict(
@@ -129,8 +129,9 @@ class Streams:
         return self._summary([stream_id], row)[0]
 
     async def accept_alerts(self, ids: Mapping[str, str]) -> dict[str, alerts.Outcome]:
-        """The same of several streams, each by the id of its alert: `resolved` = that is no longer open, and nothing changes; `conflict` =
-        other replicas won ACCEPT_ATTEMPTS times. By stream.
+        """The same of several streams, each by the id of its alert: `resolved` = that is no longer open, and nothing changes;
+        `model_not_loaded` = the state is of another file of the model until the next event; `conflict` = other replicas won ACCEPT_ATTEMPTS
+        times. By stream.
         """
         outcomes: dict[str, alerts.Outcome] = {}
         names = list(ids)
@@ -151,7 +152,7 @@ class Streams:
             for i, (stream_id, value) in enumerate(zip(left, values, strict=True)):
                 row, id_ = loaded.rows[i : i + 1], ids[stream_id]
                 if loaded.origins[i] != Origin.STORED:
-                    became[stream_id] = row, "unknown"
+                    became[stream_id] = row, "model_not_loaded" if loaded.origins[i] == Origin.OTHER_MODEL else "unknown"
                 elif (id_ is None or id_ in (self._ids_open(stream_id, value, Origin.STORED) or ())) and self._policy().accept(row):
                     changed.append(i)
                 else:

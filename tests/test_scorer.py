@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from service.state import TOKEN
 from service.stores import LOST, WRITTEN, Write
 from service.stores.memory import MemoryStore
 from tests.times import Clock
+from tests.tiny import build_tiny
 
 
 def make(detector: Detector, store: MemoryStore, limits: Limits | None = None, clock: Clock | None = None) -> Scorer:
@@ -512,6 +514,20 @@ async def test_an_alert_that_is_over_is_not_accepted_in_the_name_of_the_one_that
     assert await scorer.streams.accept_alerts({"s": meant}) == {"s": "accepted"}
     assert await scorer.streams.accept_alerts({"s": meant}) == {"s": "resolved"}
     assert (await scorer.streams.last("s")).status == "ready"
+
+
+async def test_an_alert_in_a_state_of_another_file_of_the_model_is_not_told_to_be_over(
+    scorer: Scorer, store: MemoryStore, tmp_path: Path
+) -> None:
+    await alarmed(scorer)
+    successor = make(Detector.load(build_tiny(tmp_path, version="2")), store)
+    [stand] = await successor.streams.stand(["s"])
+    meant = alert_id("tiny", "s", "anomaly", 1e9 + 1000)
+    assert stand.open == frozenset({meant})
+    assert await successor.streams.accept_alerts({"s": meant, "none": meant}) == {"s": "model_not_loaded", "none": "resolved"}
+    with pytest.raises(UnknownStream):
+        await successor.streams.accept("s")
+    await successor.drain(1)
 
 
 async def test_the_last_event_sent_again_after_the_acceptance_gets_its_stored_result(scorer: Scorer) -> None:
