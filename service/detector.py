@@ -171,8 +171,8 @@ class Detector:
         """One event for each of B distinct streams: state [B,S], x [B,F] (NaN = missing), t [B,3], learn [B], alpha [B].
 
         `t`: seconds since the stream's previous event (NaN = it is the first), second of the day, day of the week from Monday on, in UTC.
-        `learn`: 0 = the state learns nothing of what is usual from it. `alpha`: false-alarm rate that the band is for. More:
-        docs/model-file.md.
+        `learn`: 0 = the state learns nothing of what is usual from it, 2 = what a log stream just heard is accepted. `alpha`: false-alarm
+        rate that the band is for. More: docs/model-file.md.
         """
         rows, inputs = len(x), (state, x, t, learn, alpha)
         if rows <= MAX_ROWS:

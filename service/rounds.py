@@ -147,6 +147,7 @@ class _Batch:
         timestamp, previous = plan.timestamp[at], plan.previous[at]
         self._gap = timestamp - previous
         self._t = _time_features(timestamp, self._gap)
+        self._accepts = np.uint32(0 if detector.manifest.lines is None else ACCEPTED)  # a sensor's graph may learn twice as much by 2
         self._learn, self._alpha = np.ones(len(turns.streams), np.float32), np.full(len(turns.streams), policy.alpha, np.float32)
         record = self._records = np.empty(E, rows.dtype["last"])  # in the order of the rounds
         record["key"], record["timestamp"], record["version"] = readings.key[at], timestamp, plan.version[at] + np.uint64(1)
@@ -176,7 +177,7 @@ class _Batch:
         before = rows["flags"].copy()
         learners = np.flatnonzero(before & LEARNER)
         frozen = before & FROZEN != 0
-        accepted = before & ACCEPTED != 0
+        accepted = before & self._accepts != 0
         learn = np.float32(1) * ~frozen + accepted if frozen.any() or accepted.any() else self._learn[:k]
         out, learned = self._judged(rows, learners, x, t, learn)
         onset_p = self._policy.track(rows, self._timestamp[here], out.p_value, out.onset_p, self._onset_alpha[here])

@@ -18,7 +18,7 @@ from service.events import PLACE, Event, Readings
 from service.order import turns
 from service.policy import Policy
 from service.rounds import Kind, Outcomes, _time_features, advance
-from service.state import FROZEN, Rows, StateCodec
+from service.state import ACCEPTED, FROZEN, Rows, StateCodec
 from tests.readings import to_readings
 from training.data import clock
 
@@ -231,6 +231,16 @@ def test_the_event_that_opens_an_alert_teaches_the_learner_alone(tiny_detector: 
     assert rows["flags"][0] & FROZEN
     np.testing.assert_array_equal(rows["vector"][:, 1:], before)
     assert (rows["learner"][:, 1:] != before).any()
+
+
+def test_a_sensor_learns_after_an_acceptance_as_it_always_does(tiny_detector: Detector) -> None:
+    rows, policy = codec_of(tiny_detector).fresh(2), Policy(settled=10)
+    some = [event(stream, float(i % 3), timestamp=float(i)) for i in range(50) for stream in (0, 1)]
+    run(tiny_detector, rows, some, policy)
+    rows["flags"][0], rows["quiet"] = ACCEPTED, 0
+    run(tiny_detector, rows, [event(stream, 1.5, timestamp=50.0) for stream in (0, 1)], policy)
+    assert rows["flags"].tolist() == [ACCEPTED, 0]
+    np.testing.assert_array_equal(rows["vector"][0], rows["vector"][1])
 
 
 def test_a_detector_is_told_the_times_that_it_was_trained_with() -> None:
