@@ -16,7 +16,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +31,6 @@ from service.outputs import naming
 from service.sentinels import Found, Sentinels, advice, blank, columns_of, of
 from service.tables import (
     Dialect,
-    NoRows,
     Notify,
     ReadOptions,
     Rowless,
@@ -246,13 +245,14 @@ def _spanned(spans: Sequence[tuple[float, float]], rows: Sequence[int], *, unzon
 
 
 def _one_set(sources: Sequence[Source], options: ReadOptions) -> list[str]:
-    """The features of all files that have rows, by their first ones. Raises TableError where they are not the same."""
-    first, features = "", list[str]()
+    """The features of all files that have rows, by their first ones. Raises TableError where they differ, NoRows where there are none."""
+    first, features, rowless = "", list[str](), Rowless(sources, lambda _said: None)
     for source in sources:
-        with suppress(NoRows):
+        with rowless.left_out(source):
             columns = features_of(source, options)
             first, features = (first, features) if features else (source.name, columns)
             _refuse_uneven(source.name, columns, first, features)
+    rowless.refuse_all()
     return features
 
 

@@ -457,6 +457,16 @@ def test_features_of_which_no_model_can_be_made_are_refused_before_the_rows_are_
     assert message in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(("files", "message"), [("a", "a.csv has no rows."), ("ab", "None of 2 files has a row.")])
+def test_files_without_a_row_are_told_as_such(files: str, message: str, tmp_path: Path) -> None:
+    """It was "0 columns are more than a model takes (300)"."""
+    for name in files:
+        (tmp_path / f"{name}.csv").write_text("timestamp,load\n")
+    result = CliRunner().invoke(app, ["fit", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1, result.output
+    assert " ".join(result.output.split()).endswith(message)
+
+
 def test_history_without_a_value_to_stop_by_is_refused(tmp_path: Path) -> None:
     """It had published the network as it was before its first step: that one was never bettered."""
     (tmp_path / "a.csv").write_text("timestamp,load\n" + "\n".join(f"{i},{i % 3 if i < 300 else ''}" for i in range(400)))
