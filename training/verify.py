@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from service.artifact import Manifest
+from service.artifact import NEW, NEW_KINDS, Manifest
 from service.detector import Detector, StepOutput, bucket
 from service.errors import ArtifactError
 from training.data import Float32
@@ -64,10 +64,12 @@ def probe_inputs(steps: int, rows: int, features: int, seed: int = 0) -> tuple[F
 
 
 def line_inputs(steps: int, rows: int, step: LogStep, seed: int) -> tuple[Float32, Float32, Float32, Float32]:
-    """The same of lines: codes as they come and repeated, ends of sessions, gaps over eight decades, numbers in part, some of them huge."""
+    """The same of lines: codes as they come and repeated, new patterns of all kinds, ends of sessions, gaps over eight decades, numbers in
+    part, some of them huge; now and then what is rare is accepted.
+    """
     rng = np.random.default_rng(seed)
     x = np.full((steps, rows, step.features), np.nan)
-    x[:, :, 0] = rng.integers(0, step.codes - 1, (steps, rows))
+    x[:, :, 0] = rng.integers(NEW, step.codes - 1, (steps, rows))
     for i in range(1, steps):
         x[i, :, 0] = np.where(rng.random(rows) < 0.3, x[i - 1, :, 0], x[i, :, 0])
     x[:, :, 0] = np.where(rng.random((steps, rows)) < 0.08, step.codes - 1, x[:, :, 0])
@@ -75,6 +77,8 @@ def line_inputs(steps: int, rows: int, step: LogStep, seed: int) -> tuple[Float3
     numbers = rng.normal(size=x[:, :, 2:].shape) * 10 ** rng.uniform(-2, 6, x[:, :, 2:].shape)
     x[:, :, 2:] = np.where(rng.random(numbers.shape) < 0.6, numbers, np.nan)
     _, t, learn, alpha = probe_inputs(steps, rows, 1, seed)
+    x[:, :, 0] += np.where(x[:, :, 0] == NEW, rng.integers(0, NEW_KINDS, (steps, rows)) / (2 * NEW_KINDS), 0.0)
+    learn = np.where(rng.random((steps, rows)) < 0.05, np.float32(2), learn)
     return x.astype(np.float32), t, learn, alpha
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from service.artifact import Feature, Lines, Manifest
-from service.detector import Detector
-from service.errors import TableError
+from service.detector import Detector, StepOutput, session_of
+from service.errors import ArtifactError, TableError
 from service.events import Event
 from service.policy import Policy
 from service.rounds import advance
@@ -28,7 +28,7 @@ from training.logfit import LINE_WEIGHTS, Fitted, calibration_of, fit, found_of,
 from training.logs import BEFORE, LEAST_LIKELY, LIKELY, LogStep
 from training.rhythm import rhythm_of
 from training.sessions import Session, Sessions, read_sessions
-from training.verify import verify_file
+from training.verify import Runner, verify_file, verify_same_answers
 
 Answer = dict[str, Float32]
 RNG = np.random.default_rng(7)
@@ -54,6 +54,11 @@ def step(fitted: Fitted) -> LogStep:
 @pytest.fixture(scope="module")
 def host() -> LogStep:
     return fit(one_host(), TINY, QUICK).step.eval()
+
+
+@pytest.fixture(scope="module")
+def host_graph(host: LogStep) -> bytes:
+    return to_onnx(host)
 
 
 def untrained(data: Sessions, sizes: Sizes = TINY, numbers: int = 1) -> LogStep:
@@ -151,10 +156,10 @@ def test_many_lines_in_a_row_that_may_each_come_now_and_then_are_found_where_one
     assert one.layout.split(state)["own_usual"].item() > 0.2
 
 
-def test_what_is_accepted_is_usual_for_the_stream_and_another_new_line_is_not(host: LogStep, tmp_path: Path) -> None:
+def test_what_is_accepted_is_usual_for_the_stream_and_another_new_line_is_not(host: LogStep, host_graph: bytes, tmp_path: Path) -> None:
     """A release said two new lines, some twenty alerts a day, and as many after the first was accepted."""
     told = manifest(host)
-    detector = Detector.load(publish(host, to_onnx(host), told.model_copy(update={"features": told.features[: host.features]}), tmp_path))
+    detector = Detector.load(publish(host, host_graph, told.model_copy(update={"features": told.features[: host.features]}), tmp_path))
     policy, rng = Policy(alpha=1e-4), np.random.default_rng(3)
     said = {OPEN: "open a", READ: "read b", WRITE: "write c in <NUM> ms", CACHE: "cache hit", CLOSE: "close"}
     rows, moment = detector.codec().fresh(1), 0.0
@@ -182,6 +187,21 @@ def test_what_is_accepted_is_usual_for_the_stream_and_another_new_line_is_not(ho
     assert not any(hear(release, sessions=40) for _ in range(8))
     assert hear(other, sessions=40)
     assert not hear(release, sessions=80)
+
+
+def test_a_graph_that_accepts_nothing_or_knows_no_kinds_of_new_patterns_is_refused(host: LogStep, host_graph: bytes) -> None:
+    run = Runner(session_of(host_graph))
+
+    def accepts_nothing(state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
+        return run(state, x, t, np.minimum(learn, 1), alpha)
+
+    def knows_no_kinds(state: Float32, x: Float32, t: Float32, learn: Float32, alpha: Float32) -> StepOutput:
+        without = np.concatenate([np.floor(x[:, :1]), x[:, 1:]], axis=1)
+        return run(state, without, t, learn, alpha)
+
+    for other in (accepts_nothing, knows_no_kinds):
+        with pytest.raises(ArtifactError, match="'own_lines' of step"):
+            verify_same_answers(host, other)
 
 
 @pytest.mark.parametrize("cell", ["standard", "bidirectional", "memoryless"])
