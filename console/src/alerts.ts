@@ -511,7 +511,8 @@ function confirmed(title: string, words: string[], name: string, act: (said: HTM
   const said = h("p", { role: "status" });
   const run = async (what: () => Promise<void>): Promise<void> => {
     const buttons = [...dialog.querySelectorAll("button")];
-    buttons.forEach((one) => (one.disabled = true)); // once is enough
+    if (buttons.some((one) => one.disabled)) return; // once is enough, however long Enter is held
+    buttons.forEach((one) => (one.disabled = true));
     try {
       await what();
       dialog.close();
