@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from service.claims import Claim
 from service.metrics import Metrics
-from service.silence import FOREIGN_SECONDS, RETURN_SECONDS, Sweep, watched
+from service.silence import FOREIGN_SECONDS, Sweep, watched
 from service.state import Loaded, Origin, Rows, StateCodec
 from service.stores import StateStore
 
@@ -57,7 +57,7 @@ class SessionSweeper(Sweep):
         waited = (loaded.origins == Origin.STORED) & (loaded.rows["deadline"] > 0)
         until = loaded.rows["deadline"] + self._unread
         later = waited & (until > now)
-        over = waited & ~later & (now >= since + max(self._seconds, RETURN_SECONDS))
+        over = waited & ~later & (now >= self._grace(since, self._seconds))
         watches = {stream_ids[i]: float(until[i]) for i in np.flatnonzero(later).tolist()}
         foreign = loaded.origins >= Origin.OTHER_MODEL
         watches |= {stream_ids[i]: 0.0 for i in np.flatnonzero(~waited & ~foreign).tolist()}

@@ -10,6 +10,7 @@ So a silence is raised once, however many replicas there are. The next event cle
 events are not of the past are waited for (`waits`). After a start, an outage of the store (also one that is too slow or takes no writes: by
 that a replica is not ready, and nobody is sent to it), a pause of this process or a change of its clock every stream gets its patience
 anew, and RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take a while to come back to it.
+After an outage of less than RETURN_SECONDS only these: a store that stalls for a second an hour hides no stream that speaks twice a day.
 """
 
 from __future__ import annotations
@@ -165,11 +166,12 @@ class Sweep(ABC):
         self._file = claim or Uncontested()
         self._model, self._codec, self._store, self._metrics, self._clock = model, codec, store, metrics, clock
         self._listening_since: float | None = None
+        self._away_since = self._away_at = -math.inf  # of the last outage of the store, by the clock
         self._count_at = 0.0
 
     @abstractmethod
     async def _look(self, stream_ids: list[str], loaded: Loaded, now: float, since: float) -> bool:
-        """Look at these streams, `since` when we have been listening without a break; whether any was dealt with."""
+        """Look at these streams, `since` when we have been listening without a long break; whether any was dealt with."""
 
     async def run(self, every: float = SWEEP_SECONDS) -> None:
         """Sweep until cancelled."""
@@ -186,17 +188,37 @@ class Sweep(ABC):
             except StoreUnavailable as error:
                 if not failing:  # an outage is one line, however long it lasts
                     log.warning("sweep_failed", model=self._model, error=error.detail)
-                failing, self._listening_since = True, None
+                failing = True
             except Exception as error:  # a bug must not end the watch for all streams; it is counted and logged
                 self._metrics.bug(error, model=self._model)
             asleep = self._clock()
             await asyncio.sleep(every)
             now = self._clock()
             if not (0 <= now - asleep <= RETURN_SECONDS and 0 <= now - began <= LONGEST_SECONDS):
-                self._listening_since = None
+                self._listening_since, self._away_at = None, -math.inf
 
     async def sweep(self) -> None:
         """Look at every stream that is due. Raises StoreUnavailable, Superseded."""
+        began = self._clock()
+        try:
+            await self._sweep()
+        except StoreUnavailable:
+            self._away(began)
+            raise
+
+    def _away(self, began: float) -> None:
+        """A sweep that began then found no store. What is not a while apart is one outage."""
+        if began > self._away_at + RETURN_SECONDS:
+            self._away_since = began
+        self._away_at = self._clock()
+        if self._away_at > self._away_since + RETURN_SECONDS:
+            self._listening_since = None
+
+    def _grace(self, since: float, patience: float | NDArray[np.float64]) -> NDArray[np.float64]:
+        """Until when nobody who has so much patience is judged: it may have been the service that was silent."""
+        return np.maximum(since + np.maximum(patience, RETURN_SECONDS), self._away_at + RETURN_SECONDS)
+
+    async def _sweep(self) -> None:
         self._file.check()
         await usable(self._store)
         now = self._clock()
@@ -250,7 +272,7 @@ class Sweeper(Sweep):
         waited = kept & (rows["flags"] & SILENT == 0)
         until = rows["deadline"] + np.where(ending, 0.0, self._unread)
         later = waited & (until > now)
-        grace = since + np.maximum(np.where(np.isfinite(patience) & ~ending, patience, 0), RETURN_SECONDS)
+        grace = self._grace(since, np.where(np.isfinite(patience) & ~ending, patience, 0))
         due = waited & ~later
         over_now, silent = due & ending & (now >= grace), due & ~ending & (now >= grace)
         foreign = loaded.origins >= Origin.OTHER_MODEL

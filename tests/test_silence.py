@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -382,6 +383,51 @@ class Away(MemoryStore):
         if self.away:
             raise StoreUnavailable("The store does not answer.")
         return await super().due(model, now, limit)
+
+
+@pytest.mark.parametrize(("outage", "raised"), [(3, 1), (60, 0)])
+async def test_a_store_that_stalls_now_and_then_hides_no_stream_that_seldom_speaks(
+    tiny_detector: Detector, outage: int, raised: int
+) -> None:
+    store = Away(state_ttl=TTL, result_ttl=600)
+    world = World(tiny_detector, store, Policy())
+    sweeper = world.sweepers[0]
+    await sweeper.sweep()
+    await world.speak("slow", 100, gap=300.0)
+    for second in range(3000):
+        world.clock.now += 1
+        store.away = second % 600 >= 600 - outage
+        if store.away:
+            with pytest.raises(StoreUnavailable):
+                await sweeper.sweep()
+        else:
+            await sweeper.sweep()
+    assert len(world.raised) == raised  # after a minute's outage it has its patience anew, which is more than ten minutes
+    for replica in world.replicas:
+        await replica.drain(1)
+
+
+@pytest.mark.parametrize("stalls", [range(3, 9), range(3, 30, 2)])
+async def test_who_may_have_been_turned_away_for_seconds_has_time_to_come_back(tiny_detector: Detector, stalls: range) -> None:
+    store = Away(state_ttl=TTL, result_ttl=600)
+    world = World(tiny_detector, store, Policy())
+    sweeper = world.sweepers[0]
+    await sweeper.sweep()
+    await world.speak("quick", 200, gap=1.0)
+    for second in range(stalls.stop + 9):
+        world.clock.now += 1
+        store.away = second in stalls
+        with contextlib.suppress(StoreUnavailable):
+            await sweeper.sweep()
+        if second < 2:
+            await world.speak("quick", 1, gap=0.0)
+    assert world.raised == []
+    for _ in range(60):
+        world.clock.now += 1
+        await sweeper.sweep()
+    assert [silence.stream_id for silence in world.raised] == ["quick"]
+    for replica in world.replicas:
+        await replica.drain(1)
 
 
 async def test_an_outage_is_one_line_however_long_it_lasts(tiny_detector: Detector) -> None:
