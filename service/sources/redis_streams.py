@@ -172,7 +172,10 @@ class RedisStreams:
             await tasks.end(self._keeper)
         while not self._ready.empty():
             self.abandon(self._ready.get_nowait())
-        releases = [asyncio.create_task(self._release(partition)) for partition in self._owned.values() if not partition.leaving]
+        staying = [partition for partition in self._owned.values() if not partition.leaving]
+        for partition in staying:  # at once: what its reader hands out from here on nobody receives, and it would be waited for
+            partition.leaving = True
+        releases = [asyncio.create_task(self._release(partition)) for partition in staying]
         if releases or self._releases:
             await asyncio.wait([*releases, *self._releases])
         with contextlib.suppress(StoreUnavailable):
@@ -369,7 +372,7 @@ class _Partition:
                 await self.free.wait()
                 self._again = False
                 await self._claim()
-                while True:
+                while not self._again:  # also where nothing new comes that would be held back
                     await self._read()
                     backoff = FIRST_BACKOFF
             except _StartAgain:

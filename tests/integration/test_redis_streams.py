@@ -299,6 +299,54 @@ async def test_who_lost_a_lease_can_neither_read_nor_commit_nor_settle(replicas:
     assert await q.results() == []
 
 
+async def test_what_was_abandoned_comes_again_though_nothing_new_does(q: Queue, empty_server: str) -> None:
+    await q.add(*recorded(10, 2))
+    source = RedisStreams(empty_server, RedisStreamsSource(lease_seconds=60), Metrics())
+    await source.open()
+    async with asyncio.timeout(20):
+        first = await source.receive()
+        await asyncio.sleep(0.1)  # its reader waits for new ones by now
+        source.abandon(first)
+        again = await source.receive()
+        source.abandon(again)
+        await source.close()
+    assert [message.id for message in again.messages] == [message.id for message in first.messages]
+
+
+async def test_a_batch_that_is_handed_out_while_its_source_closes_keeps_no_partition_from_its_next_owner(
+    q: Queue, empty_server: str
+) -> None:
+    await q.add(*recorded(10, 2))
+    source = RedisStreams(empty_server, RedisStreamsSource(lease_seconds=60), Metrics())
+    call, ready, answered, drained = source.call, source._ready.empty, asyncio.Event(), asyncio.Event()
+
+    async def late(function: str, keys: Any, *arguments: Any) -> Any:
+        answer = await call(function, keys, *arguments)
+        if function == "claim" and answer[1]:
+            answered.set()
+            await drained.wait()
+        return answer
+
+    def empty() -> bool:
+        if answered.is_set():
+            drained.set()  # the reader goes on before anything that close() begins from here on
+        return ready()
+
+    source.call, source._ready.empty = late, empty  # type: ignore[method-assign]
+    await source.open()
+    async with asyncio.timeout(20):
+        source.abandon(await source.receive())
+        await answered.wait()
+        await source.close()
+    other = RedisStreams(empty_server, RedisStreamsSource(lease_seconds=60), Metrics())
+    await other.open()
+    async with asyncio.timeout(20):
+        batch = await other.receive()
+        assert len(batch.messages) == 20
+        other.abandon(batch)
+        await other.close()
+
+
 async def test_an_owner_that_was_taken_for_dead_gets_its_entries_back_with_a_new_lease(replicas: Replicas, q: Queue) -> None:
     service = await replicas.start(streams_lease_seconds=0.6)
     await until(lambda: metric(service, "source_partitions") == 1)
