@@ -244,8 +244,7 @@ class RedisStreams:
             log.warning("partition_lost", partition=partition.key, owned=self.partitions)
 
     async def _release(self, partition: _Partition) -> None:
-        """Read no more, let what is under way end (the lease is renewed meanwhile), then let another replica have it."""
-        partition.leaving = True
+        """Read no more, let what is under way end (the lease is renewed meanwhile), then let another replica have it. It is `leaving`."""
         await partition.end()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.declared.lease_seconds):
