@@ -233,6 +233,7 @@ class Service:
             streams = {name: scorer.streams for name, scorer in self.scorers.items()}
             if self.console:
                 beside(self.console.over.run(streams), "over")
+                beside(self.console.attended.run(self.book), "attended")
             desk = Desk(self.book, streams, self.metrics, _keeping(self.settings), self.sinks)
             beside(desk.run(), "alerts")
             for tap in taps:

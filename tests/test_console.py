@@ -21,8 +21,22 @@ import pytest
 
 from service.console.live import FleetQuery, Live, carrying, readings, series, short
 from service.console.over import Over
-from service.console.recent import ANOMALY, COLD, LEVEL_SHIFT, MESSAGE_BYTES, ONSET, OPEN, QUIET_SECONDS, Put, Recent, Room, event_dtype
+from service.console.recent import (
+    ANOMALY,
+    ATTENDED,
+    COLD,
+    LEVEL_SHIFT,
+    MESSAGE_BYTES,
+    ONSET,
+    OPEN,
+    QUIET_SECONDS,
+    Put,
+    Recent,
+    Room,
+    event_dtype,
+)
 from service.console.shared import Shared
+from service.console.table import page
 from service.console.trial import Trial, TrialLimits, Trials
 from service.detector import Detector
 from service.errors import Overloaded, TooLarge
@@ -187,6 +201,30 @@ async def test_open_alerts_stand_in_the_order_of_their_severity_however_long_ago
         await fleet.score(("a", 10.8), ("b", 10.0))
         assert [fleet.level(name) for name in "abc"] == [1, 0, 3]
         assert fleet.listed(most=10) == ["c", "a", "b"]
+
+
+async def test_an_alert_that_somebody_looks_after_stands_below_those_that_nobody_has_seen_whatever_their_severity(
+    tiny_detector: Detector,
+) -> None:
+    async with fleet_of(tiny_detector) as fleet:
+        await fleet.warm("a", "b", "c", "calm")
+        await fleet.score(("a", 99.0), ("b", 99.0))
+        fleet.now += 300
+        await fleet.score(("c", 10.8))
+        watcher = Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10)))
+        rows = (await watcher.data("changes"))["rows"]
+        assert not any(row[5] & ATTENDED for row in rows)
+        assert fleet.recent.attend({"a", "calm", "unknown"})
+        assert fleet.listed(most=10) == ["b", "c", "a", "calm"]
+        assert fleet.listed(most=2) == ["b", "c"]
+        fleet.live.news()
+        rows = (await watcher.data("changes"))["rows"]
+        assert {fleet.recent.name(row[0]) for row in rows if row[5] & ATTENDED} == {"a"}  # nobody can look after what is no alert
+        assert page([fleet.recent], "replica-1", alone=False).count("△ critical alert acknowledged") == 1
+        assert not fleet.recent.attend({"a", "calm"})
+        assert fleet.recent.attend(set())
+        assert fleet.listed(most=10) == ["a", "b", "c", "calm"]
+        await watcher.leave()
 
 
 async def test_an_alert_that_ended_without_an_event_is_taken_from_the_page(tiny_detector: Detector) -> None:

@@ -15,6 +15,8 @@ from structlog.testing import capture_logs
 
 from service import tasks
 from service.alerts import Acknowledgement, Alert, Evidence, Stand, Transition, encoded
+from service.console.attended import Attended
+from service.console.recent import Recent
 from service.desk import Desk, Keeping
 from service.errors import Fenced
 from service.events import Severity
@@ -306,6 +308,28 @@ async def test_of_several_alerts_those_are_acknowledged_that_nobody_looks_after_
     again = await office.book.acknowledge_open([a, b], Acknowledgement("anna", "power dip", 6.0))
     assert [one.outcome for one in again.values()] == ["already_acknowledged"] * 2
     assert sorted(name for name, event in await office.events() if event == "acknowledged") == ["a", "b", "noted"]
+
+
+async def test_the_page_learns_whose_open_anomalies_somebody_looks_after_and_when_that_is_no_longer_so(office: Office, desk: Desk) -> None:
+    silence = opening("quiet", kind="silence")
+    await office.log(*(opening(name) for name in ("a", "b", "over")), silence)
+    await desk.turn()
+    anna = Acknowledgement("anna", "", 5.0)
+    await office.book.acknowledge_open([opening(name).alert for name in ("a", "over")] + [silence.alert], anna)
+    await office.log(resolving("over"))
+    await desk.turn()
+    marked: list[set[str]] = []
+
+    class Marking:
+        def attend(self, stream_ids: set[str]) -> bool:
+            marked.append(stream_ids)
+            return True
+
+    attended = Attended({"m": cast("Recent", Marking()), "another": cast("Recent", Marking())}, Metrics(), lambda: True, lambda: None)
+    await attended.look(office.book)
+    await office.book.acknowledge(opening("a").alert, None)
+    await attended.look(office.book)
+    assert marked == [{"a"}, set(), set(), set()]
 
 
 async def test_who_takes_an_alert_while_several_are_acknowledged_keeps_it(office: Office, desk: Desk) -> None:

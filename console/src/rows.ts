@@ -309,14 +309,14 @@ function made(stream: Stream): Row {
   return { stream, place: -1, top: -1, size: -1, t: NaN, written: 0, item: h("li", {}, link), link, name, state, reading, expected, plot, score: points, age };
 }
 
-type Shown = "alert" | "anomalous" | "cold" | "normal";
+type Shown = "alert" | "attended" | "anomalous" | "cold" | "normal";
 
-const kindOf = ({ bits }: Stream): Shown => (bits & BITS.open ? "alert" : bits & BITS.anomaly ? "anomalous" : bits & BITS.cold ? "cold" : "normal");
+const kindOf = ({ bits }: Stream): Shown => (bits & BITS.open ? (bits & BITS.attended ? "attended" : "alert") : bits & BITS.anomaly ? "anomalous" : bits & BITS.cold ? "cold" : "normal");
 
 /** The open alert of a stream in words: how severe it has been. */
-export const alertOf = (bits: number): string => ["Alert", "Minor alert", "Major alert", "Critical alert"][bits >> LEVEL_SHIFT] ?? "Alert";
+export const alertOf = (bits: number): string => ["Alert", "Minor alert", "Major alert", "Critical alert"][(bits >> LEVEL_SHIFT) & 3] ?? "Alert";
 
 function stateOf(stream: Stream): string {
   const onset = stream.onset ? `, onset ${ago(stream.onset)}` : "";
-  return { alert: `${alertOf(stream.bits)}${onset}`, anomalous: "Anomalous", cold: "Warming up", normal: `Normal${onset}` }[kindOf(stream)];
+  return { alert: `${alertOf(stream.bits)}${onset}`, attended: `${alertOf(stream.bits)}, acknowledged`, anomalous: "Anomalous", cold: "Warming up", normal: `Normal${onset}` }[kindOf(stream)];
 }

@@ -53,7 +53,8 @@ class LiveFleet(msgspec.Struct, frozen=True):
     """The one that answers."""
     features: list[LiveFeature]
     keys: list[int]
-    """All streams that are shown, first those with an open alert, the most severe first, then by how anomalous they were lately."""
+    """All streams that are shown, first those with an open alert that nobody looks after, the most severe first, then with one that
+    somebody does, then by how anomalous they were lately."""
     new: list[LiveShown]
 
 
@@ -81,7 +82,7 @@ LiveRow = tuple[int, float, Number, Number, Number, int, float, int, Severity]
 
 class LiveChanges(msgspec.Struct, frozen=True):
     """A row is of one stream: key; time, value and expected value of its last event, both of the feature that carries the most; greatest
-    score since the message before; bits; rank; place of that feature; severity.
+    score since the message before; bits, with 128 = somebody looks after the open alert; rank; place of that feature; severity.
     """
 
     counts: LiveCounts

@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.asking import ALPHA_RANGE, LARGEST_ALPHA, SMALLEST_ALPHA
 from service.backtest import TAIL
 from service.console import table
+from service.console.attended import Attended
 from service.console.live import STATES, Events, FleetQuery, Live
 from service.console.over import Over
 from service.console.recent import Recent, Room
@@ -92,6 +93,7 @@ class Console:
         self.shared = Shared(recent, replica, self.log, metrics)
         self.live = Live(recent, limits.most_watchers, replica, metrics, self.shared)
         self.over = Over(recent, metrics, self.live.news)
+        self.attended = Attended(recent, metrics, self.shared.watches, self.live.news)
         self.trials = Trials(limits.trial)
         self._detectors = detectors
         self._models = models

@@ -149,7 +149,7 @@ class Shared:
 
     def glance(self) -> None:
         """Somebody looks at all models for a moment."""
-        if not self._watches():
+        if not self.watches():
             self._history |= {(model, FLEET) for model in self._recent}
             self._wake.set()
         self._glanced = self._clock()
@@ -172,7 +172,7 @@ class Shared:
         away = False
         while True:
             self._wake.clear()
-            pause = TELL_SECONDS if self._out or self._watches() else IDLE_SECONDS
+            pause = TELL_SECONDS if self._out or self.watches() else IDLE_SECONDS
             try:
                 more = await self.turn()
                 pause, away = 0 if more else pause, False
@@ -191,7 +191,7 @@ class Shared:
 
     async def turn(self) -> bool:
         """One exchange; whether there is more to do at once. Raises StoreUnavailable."""
-        watches, begun, ask = self._watches(), set(self._history), self._ask()
+        watches, begun, ask = self.watches(), set(self._history), self._ask()
         parts = self._told()
         exchanged = await self._log.exchange(ask, parts, reads=watches)
         if ask is not None:
@@ -210,12 +210,13 @@ class Shared:
 
     # ── asking and hearing ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _watches(self) -> bool:
+    def watches(self) -> bool:
+        """Whether anybody looks at a page of this replica."""
         return bool(self._watched) or self._clock() - self._glanced < GLANCE_SECONDS
 
     def _ask(self) -> bytes | None:
         now = self._clock()
-        if not self._watches() or (now - self._asked_at < ASK_SECONDS and not self._history):
+        if not self.watches() or (now - self._asked_at < ASK_SECONDS and not self._history):
             return None
         self._asked_at = now
         watched = set(self._watched)

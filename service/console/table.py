@@ -59,7 +59,8 @@ def _row(recent: Recent, slot: int) -> str:
     feature = recent.manifest.feature_names[top]
     named = "" if len(recent.manifest.features) == 1 else f" {html.escape(feature)}"
     name = recent.name(slot)
-    state, kind = _state(int(last["bits"]), events["bits"])
+    attended = bool(recent.attended(np.array([slot]))[0])
+    state, kind = _state(int(last["bits"]), events["bits"], attended=attended)
     score = "-" if math.isnan(last["score"]) else f"{last['score']:.2f}"
     return (
         f'<tr class="{kind}"><th scope="row"><a href="v1/streams/{quote(name)}">{html.escape(name)}</a></th>'
@@ -75,10 +76,11 @@ def _reading(line: bytes | None, last: np.void, top: int, named: str) -> str:
     return f"<td>{_number(last['x'][top])}{named}</td><td>{_number(last['expected'][top])}</td>"
 
 
-def _state(bits: int, lately: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> tuple[str, str]:
+def _state(bits: int, lately: np.ndarray[tuple[int], np.dtype[np.uint8]], *, attended: bool) -> tuple[str, str]:
     """In words, and its class."""
     if bits & OPEN:
-        return f"▲ {SEVERITIES[max(1, bits >> LEVEL_SHIFT)]} alert open{', frozen' if bits & HELD else ''}", "alert"
+        severity, frozen = SEVERITIES[max(1, bits >> LEVEL_SHIFT)], ", frozen" if bits & HELD else ""
+        return (f"△ {severity} alert acknowledged{frozen}", "attended") if attended else (f"▲ {severity} alert open{frozen}", "alert")
     if bits & ANOMALY:
         return "anomalous", "anomalous"
     if bits & COLD:

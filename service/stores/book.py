@@ -177,6 +177,11 @@ class Book:
     async def open_ids(self) -> list[str]:
         return [id_.decode() for id_ in (await self._store.pipe([("ZRANGE", OPEN, 0, -1)]))[0]]
 
+    async def attended_ids(self) -> list[str]:
+        """Of the open alerts that someone looks after."""
+        acks, still = await self._store.pipe([("HKEYS", ACKS), ("ZRANGE", OPEN, 0, -1)])
+        return [id_.decode() for id_ in {*acks} & {*still}]
+
     async def there(self, model: str, stream_ids: Sequence[str]) -> list[bool]:
         """Whether these streams have a state, of a model that need not be loaded."""
         return [bool(found) for found in await self._store.pipe([("EXISTS", state_key(model, stream_id)) for stream_id in stream_ids])]

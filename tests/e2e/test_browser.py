@@ -832,6 +832,22 @@ def test_alerts_that_are_acknowledged_one_after_the_other_by_keys_are_all_of_the
         expect(page.locator("main")).to_be_focused()
 
 
+def test_in_the_fleet_an_alert_that_is_acknowledged_makes_way_for_those_that_are_not(dipped: Service, browser: Browser) -> None:
+    with Visit(browser, dipped.url) as page:
+        page.goto(dipped.url)
+        rows = page.locator(".rows li")
+        expect(rows).to_have_count(10)
+        first = page.locator(".rows li[aria-posinset='1']")
+        [alert] = local.get(f"{dipped.url}/v1/alerts?stream_id={first.locator('.name').inner_text()}").json()["alerts"]
+        local.post(f"{dipped.url}/v1/alerts/{alert['id']}/acknowledge", json={"by": "Ada"}).raise_for_status()
+        last = page.locator(".rows li[aria-posinset='10']")
+        expect(last.locator(".name")).to_have_text(alert["stream_id"])
+        expect(last).to_contain_text("Critical alert, acknowledged")
+        expect(first).not_to_contain_text("acknowledged")
+        local.delete(f"{dipped.url}/v1/alerts/{alert['id']}/acknowledge").raise_for_status()
+        expect(page.locator(".rows")).not_to_contain_text("acknowledged")
+
+
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_many_alerts_are_accessible_and_fit_a_phone(dipped: Service, browser: Browser, colours: str) -> None:
     check_views(browser, dipped, ["alerts"], colours, lambda page: page.locator(".bulk input").check())
