@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import cramjam
 import msgspec
+import numpy as np
 
 from service.errors import BadBody, BadEvent, ItemError, TooLarge
 from service.events import MAX_NAME_LENGTH, Event, Result, shown
@@ -41,6 +43,8 @@ _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _MAX_DIGITS = 400
 """Of a whole number; the largest float has 309."""
 _FIELDS = Event.__struct_fields__
+ENCODINGS = ("gzip", "x-gzip", "deflate", "zstd")
+"""Content-Encodings that `inflate` undoes."""
 
 
 class Format(enum.Enum):
@@ -127,20 +131,43 @@ def encode(answers: Sequence[Result | msgspec.Raw | ItemError], form: Format, *,
     return _encoder.encode_lines(bodies) if form is Format.NDJSON else encoder.encode(bodies)
 
 
-def inflate(content: bytes, max_bytes: int) -> bytes:
-    """Undo gzip, of one member. Raises BadBody, or TooLarge as soon as the result is over `max_bytes`."""
-    stream = zlib.decompressobj(wbits=31)
+def inflate(content: bytes, max_bytes: int, encoding: str = "gzip") -> bytes:
+    """Undo one of ENCODINGS. Raises BadBody, or TooLarge as soon as the result is over `max_bytes`."""
+    return _unzstd(content, max_bytes) if encoding == "zstd" else _unzlib(content, max_bytes, encoding.removeprefix("x-"))
+
+
+def _unzlib(content: bytes, max_bytes: int, encoding: str) -> bytes:
+    """Of one member. Deflate also without zlib's head of two bytes: .NET's DeflateStream writes it so."""
+    headed = len(content) > 1 and content[0] & 0x0F == zlib.DEFLATED and int.from_bytes(content[:2], "big") % 31 == 0
+    bits = zlib.MAX_WBITS if headed else -zlib.MAX_WBITS
+    stream = zlib.decompressobj(wbits=zlib.MAX_WBITS + 16 if encoding == "gzip" else bits)
     try:
         plain = stream.decompress(content, max_bytes + 1)
     except zlib.error as error:
-        raise BadBody(f"The body is not gzip: {error}.") from error
+        raise BadBody(f"The body is not {encoding}: {error}.") from error
     if len(plain) > max_bytes:
-        raise TooLarge(f"The body is over {max_bytes} bytes when unpacked (ONSET_MAX_BODY_BYTES).")
+        raise _too_large_unpacked(max_bytes)
     if not stream.eof:
-        raise BadBody("The gzip body is cut off.")
+        raise BadBody(f"The {encoding} body is cut off.")
     if stream.unused_data:
-        raise BadBody(f"{len(stream.unused_data)} bytes follow the end of the gzip body; send it as one member.")
+        raise BadBody(f"{len(stream.unused_data)} bytes follow the end of the {encoding} body; send it as one member.")
     return plain
+
+
+def _unzstd(content: bytes, max_bytes: int) -> bytes:
+    """Of any number of frames. What it takes of memory is what comes out, whatever window a frame declares."""
+    room = np.empty(max_bytes, np.uint8)  # no page of it is there before it is written to
+    try:
+        size = cramjam.zstd.decompress_into(content, room.data)
+    except cramjam.DecompressionError as error:
+        if "write whole buffer" in str(error):
+            raise _too_large_unpacked(max_bytes) from error
+        raise BadBody(f"The body is not zstd: {error}.") from error
+    return room[:size].tobytes()
+
+
+def _too_large_unpacked(max_bytes: int) -> TooLarge:
+    return TooLarge(f"The body is over {max_bytes} bytes when unpacked (ONSET_MAX_BODY_BYTES).")
 
 
 def _decode_array(content: bytes, max_events: int) -> Items:

@@ -15,7 +15,7 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-from service.bodies import inflate
+from service.bodies import ENCODINGS, inflate
 from service.errors import Overloaded, TooLarge, TooSlow, UnsupportedMedia
 from service.metrics import Metrics
 
@@ -84,11 +84,11 @@ class Intake:
         """The body, unpacked. Raises TooLarge, TooSlow, Overloaded, UnsupportedMedia, BadBody, ClientDisconnect; then nothing is held."""
         encoding = request.header(b"content-encoding")
         encoding = "identity" if encoding is None else encoding.lower()
-        if encoding not in ("identity", "gzip"):
-            raise UnsupportedMedia(f"Content-Encoding '{encoding[:64]}' is not read here; send gzip or none.")
+        if encoding != "identity" and encoding not in ENCODINGS:
+            raise UnsupportedMedia(f"Content-Encoding '{encoding[:64]}' is not read here; send gzip, deflate, zstd or none.")
         content = await self._sent(request)
         try:
-            return self._inflated(request, content) if encoding == "gzip" else content
+            return content if encoding == "identity" else self._inflated(request, content, encoding)
         except BaseException:
             self.release(request)
             raise
@@ -160,9 +160,9 @@ class Intake:
             if not message.get("more_body", False):
                 return content if len(parts) == 1 else b"".join(parts)
 
-    def _inflated(self, request: Incoming, content: bytes) -> bytes:
+    def _inflated(self, request: Incoming, content: bytes, encoding: str) -> bytes:
         try:
-            inflated = inflate(content, self._limits.max_body_bytes)
+            inflated = inflate(content, self._limits.max_body_bytes, encoding)
         except TooLarge:
             self._refused.labels("body").inc()
             raise

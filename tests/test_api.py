@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import cramjam
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -434,7 +436,16 @@ async def test_gzip_is_read_within_the_limit(client: Client) -> None:
     assert_problem(await client.raw(b"plain", zipped), 400, "not gzip")
     assert_problem(await client.raw(gzip.compress(b"{}")[:-3], zipped), 400, "cut off")
     assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "body"}) == 1
-    assert_problem(await client.raw(b"x", JSON | {"content-encoding": "br"}), 415, "'br'")
+    assert_problem(await client.raw(b"x", JSON | {"content-encoding": "br"}), 415, "send gzip, deflate, zstd or none")
+
+
+async def test_deflate_and_zstd_have_the_limits_of_gzip(client: Client) -> None:
+    for encoding, pack in (("deflate", zlib.compress), ("zstd", lambda content: bytes(cramjam.zstd.compress(content)))):
+        packed = JSON | {"content-encoding": encoding}
+        assert (await client.raw(pack(json.dumps(event()).encode()), packed)).status_code == 200
+        assert_problem(await client.raw(pack(b" " * 1_000_000), packed), 413, "when unpacked")
+        assert_problem(await client.raw(b"plain", packed), 400, f"not {encoding}")
+    assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "body"}) == 2
 
 
 async def test_another_content_type_is_refused(client: Client) -> None:

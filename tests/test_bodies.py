@@ -6,8 +6,11 @@ import gzip
 import json
 import time
 import tracemalloc
+import zlib
+from collections.abc import Callable
 from typing import Any
 
+import cramjam
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -134,16 +137,48 @@ def test_the_last_of_two_equal_keys_counts_also_beside_a_bad_item() -> None:
     assert items_of(b"[" + twice + b",null]")[0] == expected
 
 
-def test_gzip_is_undone_up_to_the_limit_and_nothing_is_dropped_silently() -> None:
-    assert inflate(gzip.compress(b"x" * 100), 100) == b"x" * 100
+def raw_deflate(content: bytes) -> bytes:
+    """Without a head, as .NET's DeflateStream writes it."""
+    stream = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return stream.compress(content) + stream.flush()
+
+
+def zstd(content: bytes) -> bytes:
+    return bytes(cramjam.zstd.compress(content))
+
+
+def zstd_of_unknown_size(count: int) -> bytes:
+    """So many times the same byte, as a stream is written: the head tells no size, but a window of 128 MiB."""
+    last_run_of_one_byte = ((count << 3) | 3).to_bytes(3, "little") + b"x"
+    return b"\x28\xb5\x2f\xfd" + bytes([0, 17 << 3]) + last_run_of_one_byte
+
+
+PACKED = [("gzip", gzip.compress), ("x-gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", raw_deflate), ("zstd", zstd)]
+
+
+@pytest.mark.parametrize(("encoding", "pack"), PACKED)
+def test_what_is_packed_is_undone_up_to_the_limit_and_nothing_is_dropped_silently(encoding: str, pack: Callable[[bytes], bytes]) -> None:
+    assert inflate(pack(b"x" * 100), 100, encoding) == b"x" * 100
+    assert inflate(pack(b""), 100, encoding) == b""
     with pytest.raises(TooLarge, match="over 99 bytes"):
-        inflate(gzip.compress(b"x" * 100), 99)
-    with pytest.raises(BadBody, match="cut off"):
-        inflate(gzip.compress(b"x" * 100)[:-1], 100)
-    with pytest.raises(BadBody, match="cut off"):
-        inflate(b"", 100)
+        inflate(pack(b"x" * 100), 99, encoding)
+    with pytest.raises(TooLarge, match="over 1000 bytes"):
+        inflate(pack(bytes(10_000_000)), 1000, encoding)
+    for broken in (pack(b"x" * 100)[:-1], b""):
+        with pytest.raises(BadBody, match=r"cut off|incomplete frame"):
+            inflate(broken, 100, encoding)
+    with pytest.raises(BadBody, match=f"not {encoding.removeprefix('x-')}"):
+        inflate(b"plain", 100, encoding)
+    with pytest.raises(BadBody, match=r"follow the end|Unknown frame"):
+        inflate(pack(b"x") + b"junk", 100, encoding)
+
+
+def test_gzip_is_one_member_and_zstd_any_number_of_frames() -> None:
     with pytest.raises(BadBody, match="follow the end"):
         inflate(gzip.compress(b"x") + gzip.compress(b"y"), 100)
+    assert inflate(zstd(b"x") + zstd_of_unknown_size(3), 100, "zstd") == b"xxxx"
+    with pytest.raises(TooLarge, match="over 3 bytes"):
+        inflate(zstd(b"x") + zstd_of_unknown_size(3), 3, "zstd")
 
 
 text = st.text(st.characters(codec=None, exclude_categories=[]), max_size=6)
