@@ -149,8 +149,8 @@ def overview() -> dashboard.Dashboard:
             [
                 number(
                     "Rules firing",
-                    "Alerts of Onset's rules and of the service that fire now, as Prometheus sees them.",
-                    Query('count(ALERTS{alertname=~"Onset.+",alertstate="firing"}) or vector(0)'),
+                    "Rules of Onset that fire now. What the service itself tells Alertmanager is not among them: see Open alerts.",
+                    Query('count(ALERTS{alertname=~"Onset.+",alertstate="firing",job=~"$job|"}) or vector(0)'),
                     "short",
                     NONE_IS_GOOD,
                     width=4,
@@ -469,7 +469,7 @@ def service() -> dashboard.Dashboard:
                 ),
                 number(
                     "Store memory",
-                    "Part of its maxmemory that the store uses. Full, it refuses every write; no data: it has no limit.",
+                    "Part of its maxmemory that the store uses. Full, it refuses every write.",
                     Query(f"max(onset_store_memory_ratio{{{_ALL}}})"),
                     "percentunit",
                     width=6,

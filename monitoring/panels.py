@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,19 @@ SCORE = ((None, GOOD), (1.0, WARN), (1.5, BAD), (2.0, WORST))
 PLAIN = ((None, NEUTRAL),)
 """A number that is neither good nor bad."""
 NONE_IS_GOOD = ((None, GOOD), (1e-9, BAD))
+EMPTY = {
+    r"\b(anomaly_score|anomaly_grade|anomaly_onset_timestamp_seconds|y|yhat|contribution)\{": (
+        "Nothing here: set ONSET_STREAM_METRICS. A stream that has said nothing for 5 minutes is not shown, either."
+    ),
+    r"onset_source_": "No queue is read: ONSET_SOURCES is not set.",
+    r"onset_alert_(deliveries|lag)": "Nobody is told: set ONSET_ALERTS_ALERTMANAGERS or another sink.",
+    r"onset_write_back_": "No scores are written back: ONSET_REMOTE_WRITE_URL is not set.",
+    r"onset_canary_": "No canary runs: ONSET_CANARY_SECONDS is 0, or all models are of logs.",
+    r"onset_lines_total": "No model of logs is loaded.",
+    r"onset_store_memory_ratio": "The store has no maxmemory.",
+    r"histogram_quantile": "Nothing was scored in this time.",
+}
+"""What a panel says where it finds nothing, in place of "No data", by what its queries ask for."""
 
 Steps = Sequence[tuple[float | None, str]]
 
@@ -166,6 +180,8 @@ def _described(
     )
     levels = [models.Threshold(value=value, color=color) for value, color in steps]
     panel = panel.thresholds(dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(levels))
+    if words := [said for asked, said in EMPTY.items() if any(re.search(asked, query.expr) for query in queries)]:
+        panel = panel.no_value(words[0])
     if steps is not PLAIN:
         panel = panel.color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
     for i, query in enumerate(queries):

@@ -120,6 +120,24 @@ def test_no_query_asks_what_increased_within_less_than_two_scrapes() -> None:
     assert [asked for asked in queries() if "$__interval" in asked.expr] == []
 
 
+def test_a_panel_that_may_find_nothing_says_what_has_to_be_set_for_it_to_find_something() -> None:
+    said = {panel["title"]: panel["fieldConfig"]["defaults"].get("noValue", "") for board in BOARDS.values() for panel in panels(board)}
+    assert "ONSET_STREAM_METRICS" in said["Top streams by score"]
+    assert "ONSET_SOURCES" in said["Lag"]
+    assert said["Store memory"] == "The store has no maxmemory."
+    assert "no data" not in " ".join(panel["description"] for board in BOARDS.values() for panel in panels(board))
+    assert said["Ready"] == ""
+    for name in ("stream", "logs"):
+        assert [panel["title"] for panel in panels(BOARDS[name]) if not said[panel["title"]]] == []
+    settings = {f"ONSET_{field.upper()}" for field in Settings.model_fields}
+    assert {word for words in said.values() for word in re.findall("ONSET_[A-Z_]+[A-Z]", words)} <= settings
+
+
+def test_rules_of_another_installation_are_not_counted_among_those_that_fire() -> None:
+    [expr] = [asked.expr for asked in queries() if "ALERTS{" in asked.expr]
+    assert 'job=~"$job|"' in expr  # "" = a rule that tells of a job that is not there at all
+
+
 def test_what_comes_a_second_says_so() -> None:
     rate = re.compile(r"sum by \([^)]*\) \(rate\(onset_[a-z_]+_total\{[^}]*\}\[\$__rate_interval\]\)\)")
     shown = [panel for board in BOARDS.values() for panel in panels(board) if all(rate.fullmatch(one["expr"]) for one in panel["targets"])]
