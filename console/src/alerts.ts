@@ -260,7 +260,7 @@ class AlertsView {
       items[this.at]!.querySelector<HTMLElement>(".name a")!.focus();
       return true;
     }
-    const item = document.activeElement?.closest(".alert");
+    const item = document.activeElement?.closest(".alert") ?? (this.id ? this.list.element.firstElementChild : null); // one alone needs no focus
     if (event.key === "X") this.chosen.all(this.chosen.alerts.length < this.chosen.size);
     else if (event.key === "x") item?.querySelector<HTMLInputElement>("input")?.click();
     else if (event.key === "a") (this.acts.hidden ? item?.querySelector("button") : this.look)?.click();
@@ -435,9 +435,9 @@ function itemOf(alert: Alert, chosen: Chosen | null, act: () => void): { element
   const link = h("a", { class: "link", href: alertAddress(alert.id), "aria-label": `Link to this alert of ${alert.stream_id}`, title: "This alert alone, at an address to send to someone" }, "Link");
   const line = onset?.line;
   const score = onset?.alert_score ? h("span", { title: "1 = as rare as you asked to be told of" }, `alert score ${points(onset.alert_score)}`) : null;
-  const evidence = onset ? [" · ", line?.new ? "new pattern · " : "", line ? "" : found(onset), score, rare(onset.p_value)] : [];
+  const evidence = onset ? [line?.new ? " · new pattern" : "", line || !onset.contributors.length ? "" : ` · ${found(onset)}`, score && " · ", score, unusual(onset) ? ` · ${chanceOf(onset)}` : ""] : [];
   const what = alert.kind === "silence" ? ` · silent for longer than ${duration(Math.ceil(alert.patience ?? 0))} since ${clock(Math.min(alert.started_at, alert.opened_at))}` : ` · began ${clock(alert.started_at)}, `;
-  const now = last && !line && alert.status !== "resolved" && last.timestamp !== onset?.timestamp ? h("p", {}, `At ${clock(last.timestamp)}: `, found(last), rare(last.p_value).replace(/^ · /, "")) : null;
+  const now = last && !line && alert.status !== "resolved" && last.timestamp !== onset?.timestamp ? h("p", {}, `At ${clock(last.timestamp)}: ${[found(last), chanceOf(last)].filter(Boolean).join(" · ")}`) : null;
   const state =
     alert.status === "resolved"
       ? `Resolved ${alert.resolved_at ? clock(alert.resolved_at) : ""}: ${WORDS[alert.resolution ?? ""] ?? alert.resolution ?? ""}${alert.resolved_at ? `, after ${duration(lasted(alert, alert.resolved_at))}` : ""}`
@@ -453,14 +453,17 @@ function itemOf(alert: Alert, chosen: Chosen | null, act: () => void): { element
 }
 
 /** What the feature that carries the most showed, beside what was expected. */
-function found({ contributors: [top], direction }: Evidence): string {
+function found(evidence: Evidence): string {
+  const { contributors: [top], direction, alert_score } = evidence;
   if (!top) return "";
-  const way = within(top) ? ", within its range: its course is unusual" : direction !== "none" ? ` (${direction})` : "";
-  return `${top.feature} ${top.actual === null ? "has no value" : number(top.actual)}, expected ${number(top.expected)}${way} · `;
+  const course = within(top) ? (unusual(evidence) || alert_score ? ", within its range: its course is unusual" : "") : direction !== "none" ? ` (${direction})` : "";
+  return `${top.feature} ${top.actual === null ? "has no value" : number(top.actual)}, expected ${number(top.expected)}${course}`;
 }
 
 /** Where the event by itself is ordinary, what began with it is not: the alert score says how rare that is. */
-const rare = (p: number | null): string => (p !== null && p < 0.1 ? ` · chance if normal: ${chance(p)}` : "");
+const unusual = ({ p_value }: Evidence): boolean => p_value !== null && p_value < 0.1;
+
+const chanceOf = (evidence: Evidence): string => (unusual(evidence) ? `chance if normal: ${chance(evidence.p_value)}` : evidence.p_value === null ? "" : "ordinary by itself");
 
 /** Asks who looks after it, and what there is to say. */
 function acknowledge(alert: Alert, done: () => void): void {

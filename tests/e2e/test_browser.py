@@ -676,6 +676,7 @@ def test_an_alert_says_how_rare_its_beginning_was_and_what_its_stream_shows_by_n
     tmp_path: Path, tiny_model_path: Path, browser: Browser
 ) -> None:
     """The shipped detector tells that a course is unusual where each event is ordinary; that it went far since is the news."""
+    newest = {"p_value": 0.0001, "direction": "up", "actual": 471.7}
 
     def slow(route: Route) -> None:
         reply = route.fetch()
@@ -683,8 +684,8 @@ def test_an_alert_says_how_rare_its_beginning_was_and_what_its_stream_shows_by_n
         for alert in alerts["alerts"]:  # none where it is asked for before it is listed
             alert["onset"] |= {"p_value": 1.0, "alert_score": 1.02}
             alert["onset"]["contributors"][0] |= {"actual": 169.2, "expected": 169.8, "lower": 166.8, "upper": 172.8}
-            last = alert["onset"]["contributors"][0] | {"actual": 471.7, "expected": 173.4, "lower": 166.1, "upper": 180.6}
-            later = {"timestamp": alert["started_at"] + 60, "p_value": 0.0001, "direction": "up", "contributors": [last]}
+            last = alert["onset"]["contributors"][0] | {"actual": newest["actual"], "expected": 173.4, "lower": 166.1, "upper": 180.6}
+            later = newest | {"timestamp": alert["started_at"] + 60, "alert_score": 0.0, "contributors": [last]}
             alert["last"] = alert["onset"] | later
         route.fulfill(response=reply, json=alerts)
 
@@ -696,6 +697,9 @@ def test_an_alert_says_how_rare_its_beginning_was_and_what_its_stream_shows_by_n
         alert = page.locator(".alert")
         expect(alert).to_contain_text("value 169.2, expected 169.8, within its range: its course is unusual · alert score 1.02 · Link")
         expect(alert).to_contain_text("value 471.7, expected 173.4 (up) · chance if normal: 1 in 10,000")
+        newest |= {"p_value": 0.7, "direction": "none", "actual": 174.0}
+        page.reload()
+        expect(alert.locator("> p").last).to_have_text(re.compile(r": value 174\.0, expected 173\.4 · ordinary by itself$"))
 
 
 def test_alerts_are_narrowed_to_those_of_a_model(tmp_path: Path, browser: Browser) -> None:
@@ -846,6 +850,17 @@ def test_in_the_fleet_an_alert_that_is_acknowledged_makes_way_for_those_that_are
         expect(first).not_to_contain_text("acknowledged")
         local.delete(f"{dipped.url}/v1/alerts/{alert['id']}/acknowledge").raise_for_status()
         expect(page.locator(".rows")).not_to_contain_text("acknowledged")
+
+
+def test_an_alert_that_a_link_led_to_is_acknowledged_by_one_key(dipped: Service, browser: Browser) -> None:
+    [alert] = local.get(f"{dipped.url}/v1/alerts?limit=1").json()["alerts"]
+    with Visit(browser, dipped.url) as page:
+        page.goto(f"{dipped.url}/?alert={alert['id']}")
+        expect(page.locator(".alert")).to_have_count(1)
+        page.keyboard.press("a")
+        page.get_by_label("Your name").fill("Ada")
+        page.keyboard.press("Enter")
+        expect(page.locator(".alert")).to_contain_text("by Ada")
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
