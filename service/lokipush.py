@@ -20,7 +20,7 @@ import msgspec
 
 from service.errors import BadBody, BadEvent, TooLarge
 from service.events import PER_SECOND
-from service.wire import LENGTH, VARINT, fields, read_varint, reading
+from service.wire import LENGTH, VARINT, Body, read_varint, reading
 
 MESSAGE = "logproto.PushRequest"
 
@@ -81,13 +81,13 @@ def decode_json(content: bytes, *, most: int) -> list[Pushed]:
 def decode_protobuf(content: bytes, *, most: int) -> list[Pushed]:
     """The same of an unpacked logproto.PushRequest."""
     pushed: list[Pushed] = []
-    left = most
+    left, body = most, Body(content)
     with reading(MESSAGE):
-        streams = ((start, end) for number, kind, start, end in fields(content, 0, len(content)) if (number, kind) == (1, LENGTH))
+        streams = ((start, end) for number, kind, start, end in body.fields(0, len(content)) if (number, kind) == (1, LENGTH))
         places = list(islice(streams, most + 1))
         _limited(len(places), "streams", most)
         for start, end in places:
-            pushed.append(_stream(content, start, end, left, most))
+            pushed.append(_stream(body, start, end, left, most))
             left -= len(pushed[-1].entries)
     return pushed
 
@@ -117,45 +117,45 @@ def _value(value: Any, stream: int) -> Entry:
     return Entry(int(digits), line, metadata)
 
 
-def _stream(content: bytes, start: int, end: int, left: int, most: int) -> Pushed:
+def _stream(body: Body, start: int, end: int, left: int, most: int) -> Pushed:
     labels, places = b"", list[tuple[int, int]]()
-    for number, kind, here, there in fields(content, start, end):
+    for number, kind, here, there in body.fields(start, end):
         if kind == LENGTH and number == 1:
-            labels = content[here:there]
+            labels = body.content[here:there]
         elif kind == LENGTH and number == 2:
             if len(places) == left:
                 _limited(most + 1, "lines", most)
             places.append((here, there))
-    entries = [_entry(content, here, there) for here, there in places]
+    entries = [_entry(body, here, there) for here, there in places]
     try:
         return Pushed(labels_of(labels.decode(errors="replace")), entries)
     except BadEvent as error:
         return Pushed((), entries, error)
 
 
-def _entry(content: bytes, start: int, end: int) -> Entry:
+def _entry(body: Body, start: int, end: int) -> Entry:
     nanoseconds, line, metadata = 0, "", dict[str, str]()
-    for number, kind, here, there in fields(content, start, end):
+    for number, kind, here, there in body.fields(start, end):
         if kind != LENGTH:
             continue
         if number == 1:
-            nanoseconds = _nanoseconds(content, here, there)
+            nanoseconds = _nanoseconds(body, here, there)
         elif number == 2:
-            line = content[here:there].decode(errors="replace")
+            line = body.content[here:there].decode(errors="replace")
         elif number == 3:
-            metadata |= _pair(content, here, there)
+            metadata |= _pair(body, here, there)
     return Entry(nanoseconds, line, metadata or _NOTHING)
 
 
-def _nanoseconds(content: bytes, start: int, end: int) -> int:
-    found = {number: read_varint(content, here)[0] for number, kind, here, _ in fields(content, start, end) if kind == VARINT}
+def _nanoseconds(body: Body, start: int, end: int) -> int:
+    found = {number: read_varint(body.content, here)[0] for number, kind, here, _ in body.fields(start, end) if kind == VARINT}
     seconds = found.get(1, 0)
     return (seconds - (1 << 64) if seconds >> 63 else seconds) * PER_SECOND["ns"] + found.get(2, 0)
 
 
-def _pair(content: bytes, start: int, end: int) -> dict[str, str]:
-    places = [(number, here, there) for number, kind, here, there in fields(content, start, end) if kind == LENGTH]
-    found = {number: content[here:there].decode(errors="replace") for number, here, there in places}
+def _pair(body: Body, start: int, end: int) -> dict[str, str]:
+    places = [(number, here, there) for number, kind, here, there in body.fields(start, end) if kind == LENGTH]
+    found = {number: body.content[here:there].decode(errors="replace") for number, here, there in places}
     return {found.get(1, ""): found.get(2, "")}
 
 

@@ -30,7 +30,7 @@ from service.otlpwire import (
     json_value,
     whole,
 )
-from service.wire import FIXED64, LENGTH, VARINT, fields, read_varint, reading
+from service.wire import FIXED64, LENGTH, VARINT, read_varint, reading
 
 MESSAGE = "opentelemetry.proto.collector.logs.v1.ExportLogsServiceRequest"
 
@@ -87,8 +87,9 @@ class _Reader(Reader):
     def _record(self, origin: Origin, start: int, end: int) -> Record:
         time = observed = severity_number = 0
         body: Value = None
+        attributes: dict[str, Value] = {}
         found: dict[int, tuple[int, int]] = {}
-        for number, kind, here, there in fields(self.content, start, end):
+        for number, kind, here, there in self.fields(start, end):
             if kind == FIXED64 and number in (1, 11):
                 moment = int.from_bytes(self.content[here:there], "little")
                 time, observed = (moment, observed) if number == 1 else (time, moment)
@@ -96,7 +97,10 @@ class _Reader(Reader):
                 severity_number, _ = read_varint(self.content, here)
             elif number == 5 and kind == LENGTH:
                 body = self.value(here, there, 0)
-            elif kind == LENGTH and number != 6:
+            elif number == 6 and kind == LENGTH:
+                name, value = self.pair(here, there, 0)
+                attributes[name] = value
+            elif kind == LENGTH:
                 found[number] = here, there
         text = {number: self.text(*found[number]) for number in (3, 12) if number in found}
         ids = {number: self.content[slice(*found[number])].hex() for number in (9, 10) if number in found}
@@ -105,7 +109,7 @@ class _Reader(Reader):
             time or observed,
             text.get(3, "") or severity_name(severity_number),
             body,
-            self.attributes(start, end, 6),
+            attributes or NONE,
             ids.get(9, ""),
             ids.get(10, ""),
             text.get(12, ""),

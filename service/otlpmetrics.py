@@ -19,8 +19,8 @@ from typing import NamedTuple
 import msgspec
 
 from service.errors import BadBody, TooLarge
-from service.otlpwire import NONE, Attributes, Json, KeyValue, Origin, Reader, Resource, Whole, attributes_of, whole
-from service.wire import FIXED64, LENGTH, VARINT, fields, read_varint, reading
+from service.otlpwire import NONE, Attributes, Json, KeyValue, Origin, Reader, Resource, Value, Whole, attributes_of, whole
+from service.wire import FIXED64, LENGTH, VARINT, read_varint, reading
 
 MESSAGE = "opentelemetry.proto.collector.metrics.v1.ExportMetricsServiceRequest"
 CUMULATIVE = 2
@@ -87,7 +87,7 @@ class _Reader(Reader):
         return self._exported
 
     def _metric(self, origin: Origin, start: int, end: int) -> None:
-        found = {number: (here, there) for number, kind, here, there in fields(self.content, start, end) if kind == LENGTH}
+        found = {number: (here, there) for number, kind, here, there in self.fields(start, end) if kind == LENGTH}
         name = self.text(*found[1]) if 1 in found else ""
         for number in (_GAUGE, _SUM):
             if number in found:
@@ -102,12 +102,13 @@ class _Reader(Reader):
                 self._exported.distributions += sum(1 for _ in self.parts(*found[number], 1))
 
     def _is_counter(self, start: int, end: int) -> bool:
-        said = {number: read_varint(self.content, here)[0] for number, kind, here, _ in fields(self.content, start, end) if kind == VARINT}
+        said = {number: read_varint(self.content, here)[0] for number, kind, here, _ in self.fields(start, end) if kind == VARINT}
         return said.get(2) == CUMULATIVE and bool(said.get(3))
 
     def _point(self, origin: Origin, name: str, counter: bool, start: int, end: int) -> Point:
         nanoseconds, value, flags = 0, math.nan, 0
-        for number, kind, here, there in fields(self.content, start, end):
+        attributes: dict[str, Value] = {}
+        for number, kind, here, there in self.fields(start, end):
             if kind == FIXED64 and number == 3:
                 nanoseconds = int.from_bytes(self.content[here:there], "little")
             elif kind == FIXED64 and number == 4:
@@ -116,7 +117,10 @@ class _Reader(Reader):
                 value = float(int.from_bytes(self.content[here:there], "little", signed=True))
             elif kind == VARINT and number == 8:
                 flags, _ = read_varint(self.content, here)
-        return Point(origin, name, counter, self.attributes(start, end, 7), nanoseconds, value, bool(flags & NO_VALUE))
+            elif kind == LENGTH and number == 7:
+                key, said = self.pair(here, there, 0)
+                attributes[key] = said
+        return Point(origin, name, counter, attributes or NONE, nanoseconds, value, bool(flags & NO_VALUE))
 
 
 # ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

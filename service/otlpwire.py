@@ -16,7 +16,7 @@ from typing import Any, cast
 import msgspec
 
 from service.errors import BadBody, BadEvent
-from service.wire import FIXED64, LENGTH, VARINT, Malformed, fields, read_varint, varint
+from service.wire import FIXED64, LENGTH, VARINT, Body, Malformed, read_varint, varint
 
 MAX_DEPTH = 32
 """Of values within values."""
@@ -81,18 +81,15 @@ def _text_field(tag: int, text: str) -> bytes:
 # ── protobuf ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Reader:
+class Reader(Body):
     """One pass over a body."""
 
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-
     def attributes(self, start: int, end: int, field: int) -> Attributes:
-        return dict(self._pair(here, there, 0) for here, there in self.parts(start, end, field)) or NONE
+        return dict(self.pair(here, there, 0) for here, there in self.parts(start, end, field)) or NONE
 
-    def _pair(self, start: int, end: int, depth: int) -> tuple[str, Value]:
+    def pair(self, start: int, end: int, depth: int) -> tuple[str, Value]:
         key, value = "", None
-        for number, kind, here, there in fields(self.content, start, end):
+        for number, kind, here, there in self.fields(start, end):
             if number == 1 and kind == LENGTH:
                 key = self.text(here, there)
             elif number == 2 and kind == LENGTH:
@@ -103,7 +100,7 @@ class Reader:
         if depth > MAX_DEPTH:
             raise Malformed(f"byte {start} is within {MAX_DEPTH} values, one in the other")
         value: Value = None
-        for number, kind, here, there in fields(self.content, start, end):
+        for number, kind, here, there in self.fields(start, end):
             if kind == LENGTH and number == 1:
                 value = self.text(here, there)
             elif kind == VARINT and number in (2, 3):
@@ -114,14 +111,14 @@ class Reader:
             elif kind == LENGTH and number == 5:
                 value = [self.value(a, b, depth + 1) for a, b in self.parts(here, there, 1)]
             elif kind == LENGTH and number == 6:
-                value = dict(self._pair(a, b, depth + 1) for a, b in self.parts(here, there, 1))
+                value = dict(self.pair(a, b, depth + 1) for a, b in self.parts(here, there, 1))
             elif kind == LENGTH and number == 7:
                 value = base64.b64encode(self.content[here:there]).decode()
         return value
 
     def parts(self, start: int, end: int, wanted: int) -> Iterator[tuple[int, int]]:
         """Where the messages and texts of one field lie; one by one, as there may be one in every two bytes."""
-        return ((here, there) for number, kind, here, there in fields(self.content, start, end) if number == wanted and kind == LENGTH)
+        return ((here, there) for number, kind, here, there in self.fields(start, end) if number == wanted and kind == LENGTH)
 
     def text(self, start: int, end: int) -> str:
         return self.content[start:end].decode(errors="replace")

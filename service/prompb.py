@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import BadBody, TooLarge
-from service.wire import FIXED64, LENGTH, VARINT, Malformed, cut_off, field, fields, read_varint, reading, varint
+from service.wire import FIXED64, LENGTH, VARINT, Body, Malformed, cut_off, field, read_varint, reading, varint
 
 STALE = 0x7FF0_0000_0000_0002
 """The bits of the NaN that ends a series; any other NaN is a value."""
@@ -137,6 +137,7 @@ class _Reader(ABC, Generic[S]):
 
     def __init__(self, content: bytes, find: Find[S], name: Name[S], most: int) -> None:
         self.content, self.find, self.name, self.most = content, find, name, most
+        self.body = Body(content)
         self.written = Written[S]()
         self.owner: list[int] = []
         self.starts: list[int] = []
@@ -187,6 +188,7 @@ class _Reader1(_Reader[S]):
 
     def _other(self, at: int) -> int:
         """A field of the request that is no plain series; returns where the next one starts."""
+        self.body.looked()
         number, kind, start, end = field(self.content, at, len(self.content))
         if number == 1 and kind == LENGTH:
             self._series(start, end)
@@ -197,11 +199,11 @@ class _Reader1(_Reader[S]):
     def _series(self, start: int, end: int) -> None:
         labels, parts, samples = list[Label](), list[bytes](), list[tuple[int, int]]()
         tag = start
-        for number, kind, here, there in fields(self.content, start, end):
+        for number, kind, here, there in self.body.fields(start, end):
             if number == _LABELS and kind == LENGTH:
                 if len(labels) == MAX_SERIES_LABELS:
                     raise TooLarge(f"Byte {start} begins a series of more than {MAX_SERIES_LABELS} labels.")
-                labels.append(_label(self.content, here, there))
+                labels.append(_label(self.body, here, there))
                 parts.append(self.content[tag:there])
             elif number == _SAMPLES and kind == LENGTH:
                 samples.append((here, there))
@@ -222,15 +224,15 @@ class _Reader2(_Reader[S]):
 
     def read(self) -> None:
         content, symbols, places = self.content, [], []
-        for number, kind, start, end in fields(content, 0, len(content)):
+        for number, kind, start, end in self.body.fields(0, len(content)):
             if kind == LENGTH and number == 4:
                 symbols.append(content[start:end])
             elif kind == LENGTH and number == 5:
                 places.append((start, end))
             if len(symbols) > MAX_SYMBOLS:
                 raise TooLarge(f"More than {MAX_SYMBOLS} symbols in one request: lower max_samples_per_send.")
-        if len(places) > self.most:
-            raise TooLarge(f"More than {self.most} series in one request (ONSET_MAX_BATCH_EVENTS): lower max_samples_per_send.")
+            if len(places) > self.most:
+                raise TooLarge(f"More than {self.most} series in one request (ONSET_MAX_BATCH_EVENTS): lower max_samples_per_send.")
         packed, types = [], []
         for i, (start, end) in enumerate(places):
             refs, kind = self._series(i, start, end)
@@ -251,7 +253,7 @@ class _Reader2(_Reader[S]):
     def _series(self, owner: int, start: int, end: int) -> tuple[bytes, int]:
         """Note the samples of a series; returns its labels_refs as they are, and its type."""
         refs, metric_type = list[bytes](), 0
-        for number, kind, here, there in fields(self.content, start, end):
+        for number, kind, here, there in self.body.fields(start, end):
             if number == _SAMPLES and kind == LENGTH:
                 self.sample(owner, here, there)
             elif number == _LABELS and kind in (LENGTH, VARINT):  # packed or not, it is the same varints
@@ -262,7 +264,7 @@ class _Reader2(_Reader[S]):
                 self.written.exemplars += 1
             elif number == 5 and kind == LENGTH:
                 self.written.metadata += 1
-                metric_type = next((self.content[a] for n, k, a, _ in fields(self.content, here, there) if (n, k) == (1, VARINT)), 0)
+                metric_type = next((self.content[a] for n, k, a, _ in self.body.fields(here, there) if (n, k) == (1, VARINT)), 0)
         return b"".join(refs), metric_type
 
 
@@ -292,28 +294,28 @@ def _read_samples(reader: _Reader[S]) -> None:
         written.milliseconds[places[usual]] = ((time[usual] & 0x7F).astype(np.int64) << _SHIFTS).sum(axis=1)
         done[places[usual]] = True
     for i in np.flatnonzero(~done).tolist():
-        written.bits[i], written.milliseconds[i] = _sample(content, reader.starts[i], reader.ends[i])
+        written.bits[i], written.milliseconds[i] = _sample(reader.body, reader.starts[i], reader.ends[i])
 
 
-def _sample(content: bytes, start: int, end: int) -> tuple[int, int]:
+def _sample(body: Body, start: int, end: int) -> tuple[int, int]:
     """Bits of the value, and ms; what is left out is 0."""
     bits = milliseconds = 0
-    for number, kind, here, there in fields(content, start, end):
+    for number, kind, here, there in body.fields(start, end):
         if number == 1 and kind == FIXED64:
-            bits = int.from_bytes(content[here:there], "little")
+            bits = int.from_bytes(body.content[here:there], "little")
         elif number == 2 and kind == VARINT:
-            unsigned, _ = read_varint(content, here)
+            unsigned, _ = read_varint(body.content, here)
             milliseconds = unsigned - (1 << 64) if unsigned >> 63 else unsigned
     return bits, milliseconds
 
 
-def _label(content: bytes, start: int, end: int) -> Label:
+def _label(body: Body, start: int, end: int) -> Label:
     name = value = b""
-    for number, kind, here, there in fields(content, start, end):
+    for number, kind, here, there in body.fields(start, end):
         if number == 1 and kind == LENGTH:
-            name = content[here:there]
+            name = body.content[here:there]
         elif number == 2 and kind == LENGTH:
-            value = content[here:there]
+            value = body.content[here:there]
     return name, value
 
 

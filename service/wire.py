@@ -7,11 +7,13 @@ from contextlib import contextmanager
 
 import msgspec
 
-from service.errors import BadBody
+from service.errors import BadBody, TooLarge
 
 PROTOBUF = "application/x-protobuf"
 """The media type."""
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
+BYTES_A_FIELD, FEW_FIELDS = 3, 500_000
+"""A field or message takes so many bytes on average, where there are more than a few: it may take two, and costs a microsecond."""
 
 
 class Malformed(Exception):
@@ -33,11 +35,27 @@ def reading(message: str) -> Iterator[None]:
         raise BadBody(f"The body is no {message}: {error}.") from error
 
 
-def fields(content: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Fields of a message: number, wire type, and where its content lies."""
-    while at < end:
-        number, kind, start, at = field(content, at, end)
-        yield number, kind, start, at
+class Body:
+    """A message with those within it: each field that is looked at counts, and each message, as there may be only so many."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.allowed = self._left = max(FEW_FIELDS, len(content) // BYTES_A_FIELD)
+
+    def fields(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Of the message that lies there: number, wire type, and where its content lies. Raises Malformed, IndexError, TooLarge."""
+        self.looked()
+        content = self.content
+        while at < end:
+            self.looked()
+            number, kind, start, at = field(content, at, end)
+            yield number, kind, start, at
+
+    def looked(self) -> None:
+        """One more is looked at. Raises TooLarge."""
+        self._left -= 1
+        if self._left < 0:
+            raise TooLarge(f"The body has more than {self.allowed} fields in {len(self.content)} bytes: send it in several.")
 
 
 def field(content: bytes, at: int, end: int) -> tuple[int, int, int, int]:
