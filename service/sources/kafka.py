@@ -250,9 +250,12 @@ class _Reader:
         self._thread.start()
 
     async def end(self) -> None:
-        """Commit, leave the group."""
+        """Commit, leave the group; where the brokers do not answer the client waits for the session to end (45 s), and we do not."""
         self._stopping.set()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, ANSWER_SECONDS)
+        if self._thread.is_alive():
+            detail = "The brokers do not answer that we leave: others have our partitions when the session times out."
+            log.warning("kafka_unavailable", source=self._source.name, error=detail)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -14,7 +14,10 @@ from structlog.testing import capture_logs
 from bench.kafka_mock import MockKafka
 from bench.servers import free_port
 from service.errors import BadSetting, StoreUnavailable
-from service.sources.kafka import Outgoing, _Sender
+from service.metrics import Metrics
+from service.sources import Settlement
+from service.sources.kafka import Kafka, Outgoing, _Sender
+from service.sources.options import KafkaSource
 from tests.rigs import KafkaRig, partition_of, service
 
 
@@ -149,6 +152,24 @@ async def test_brokers_that_do_not_answer_are_told_with_the_reason(kafka: MockKa
                 await asyncio.sleep(0.05)
     assert nobody in told[0]["error"]
     assert "Connection refused" in told[0]["error"]
+
+
+async def test_a_stop_does_not_wait_for_brokers_that_are_gone_with_an_offset_uncommitted(kafka: MockKafka, empty_server: str) -> None:
+    rig = KafkaRig(kafka, empty_server)
+    session = {"session.timeout.ms": 45_000}  # for as long the client waits; orchestrators kill after 30 s
+    source = Kafka(KafkaSource(**(rig.declared | {"options": session})), Metrics())
+    await rig.put({"stream_id": "a", "values": {"value": 1.0}})
+    await source.open()
+    batch = await source.receive()
+    kafka.down()
+    try:
+        await source.settle(batch, Settlement())
+        with capture_logs() as logs:
+            async with asyncio.timeout(30):
+                await source.close()
+    finally:
+        kafka.up()
+    assert any("when the session times out" in entry["error"] for entry in logs if entry["event"] == "kafka_unavailable")
 
 
 async def test_the_topic_that_records_do_not_get_to_is_named() -> None:
