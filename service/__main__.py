@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import logging
@@ -12,12 +13,13 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 
 if TYPE_CHECKING:
     from service.embedded import EmbeddedStore
+    from service.logs import Stderr
     from service.long_tables import Long
 
 app = typer.Typer(
@@ -58,6 +60,8 @@ def serve(
     # In force until uvicorn's own handler is, and again after it: a stop while starting ends at once (process 1 of a container would
     # ignore it), and a drained one with 0, where uvicorn raises the signal again.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     gc.disable()  # until memory.settle: what is imported stays, and looking through it takes a sixth of the time to start
     from pydantic import ValidationError  # noqa: PLC0415
 
@@ -69,7 +73,7 @@ def serve(
     given["strict"] = strict
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
-        logs.configure(settings.log_level, settings.log_json, hash_streams=settings.log_hash_streams)
+        stderr = logs.configure(settings.log_level, settings.log_json, hash_streams=settings.log_hash_streams)
         embedded = None if settings.redis_url else _launched(settings.data_dir)
         from service.app import create_app  # noqa: PLC0415 - takes a second, in which the store reads its data
 
@@ -81,7 +85,7 @@ def serve(
         _refuse(error.detail)
     for name, meant in unknown(os.environ).items():  # not refused: Kubernetes sets some for a Service called onset
         logs.log.warning("unknown_setting", name=name, ignored=True, did_you_mean=meant)
-    _run(asgi, listening, settings.drain_seconds)
+    _run(asgi, listening, settings.drain_seconds, stderr)
 
 
 @app.command()
@@ -333,7 +337,7 @@ def _launched(data_dir: Path) -> EmbeddedStore:
     return embedded
 
 
-def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
+def _run(asgi: Any, listening: socket.socket, drain_seconds: float, stderr: Stderr) -> None:
     import asyncio  # noqa: PLC0415
 
     import uvicorn  # noqa: PLC0415
@@ -351,13 +355,10 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
             if self.started:
                 url = _url(*listening.getsockname()[:2])
                 wrong = await service.ready()
-                to = sys.stderr if service.settings.alerts_stdout else sys.stdout  # which has nothing but alerts then
-                print(
-                    f"Onset serves {url} (page: {url}/, API: {url}/docs). {f'Not ready yet: {wrong} Then try' if wrong else 'Try'}:",
-                    file=to,
-                )
                 curl = f"  curl -s {url}/v1/events -H 'content-type: application/json' -d {shlex.quote(json.dumps(sample))}"
-                print(curl, file=to, flush=True)
+                then = f"Not ready yet: {wrong} Then try" if wrong else "Try"
+                to = stderr if service.settings.alerts_stdout else sys.stdout  # which has nothing but alerts then
+                _announce(f"Onset serves {url} (page: {url}/, API: {url}/docs). {then}:\n{curl}", cast("TextIO", to))
                 models = {name: detector.manifest.version for name, detector in service.detectors.items()}
                 logs.log.info("serving", url=url, version=asgi.version, models=models, not_ready=wrong)
 
@@ -370,6 +371,7 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
             logs.log.info("stopped")
 
     service = asgi.state.service
+    stderr.lost = service.metrics.log_lost.inc
     unread = Unread(service.settings.max_inflight_bytes, service.metrics.refused.labels("unread").inc, memory.give_back)
     room = Room(most_connections(), service.metrics.refused.labels("connections").inc)
     config = uvicorn.Config(
@@ -395,6 +397,15 @@ def _run(asgi: Any, listening: socket.socket, drain_seconds: float) -> None:
             raise
     if service.failure is not None:
         _refuse(service.failure)
+
+
+def _announce(text: str, to: TextIO) -> None:
+    """For who started it by hand: a full disk or a reader that is gone is no reason not to serve."""
+    try:
+        print(text, file=to, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # or what is left of it would fail again as the process ends
 
 
 def _url(host: str, port: int) -> str:

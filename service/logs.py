@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TextIO, cast, get_args
 
 import msgspec
 import structlog
@@ -31,13 +31,50 @@ HASHED = ("stream_id", "stream")
 log = structlog.get_logger(__name__)
 
 
-def configure(level: LogLevel, as_json: bool, *, hash_streams: bool = False) -> None:
-    """Set up structlog and the standard library's logging, for the whole process."""
+class Stderr:
+    """The standard error, as a file. A line that it does not take ends nothing else: the disk that it goes to is full, or its reader is
+    gone. `lost` is called of each, and the first one that is taken again says in `lines_lost` how many were not.
+    """
+
+    def __init__(self, to: TextIO | None) -> None:
+        self._to = to  # None = the process was started without one
+        self.lost: Callable[[], None] = lambda: None
+        self._failed = False
+        self._lines = 0
+
+    def write(self, text: str) -> int:
+        self._try(lambda to: to.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """The end of a line."""
+        self._try(lambda to: to.flush())
+        failed, self._failed = self._failed, False
+        self._lines = self._lines + 1 if failed else 0
+        if failed:
+            self.lost()
+
+    def tell(self, logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """A processor of structlog."""
+        return {**line, "lines_lost": self._lines} if self._lines else line
+
+    def _try(self, call: Callable[[TextIO], object]) -> None:
+        try:
+            if self._to is not None:
+                call(self._to)
+        except (OSError, ValueError):  # ValueError: it is closed
+            self._failed = True
+
+
+def configure(level: LogLevel, as_json: bool, *, hash_streams: bool = False) -> Stderr:
+    """Set up structlog and the standard library's logging, for the whole process. Where the lines go."""
+    stderr = Stderr(sys.stderr)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _place,
+        stderr.tell,
         *([_hash_streams] if hash_streams else []),
         # Without local variables: they hold clients' data.
         ExceptionRenderer(ExceptionDictTransformer(show_locals=False)) if as_json else structlog.dev.set_exc_info,
@@ -45,10 +82,10 @@ def configure(level: LogLevel, as_json: bool, *, hash_streams: bool = False) -> 
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=False)
     structlog.configure(
         processors=[*shared, renderer],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", stderr)),
         cache_logger_on_first_use=False,  # so that the level can be changed
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer]
@@ -56,6 +93,7 @@ def configure(level: LogLevel, as_json: bool, *, hash_streams: bool = False) -> 
     )
     logging.basicConfig(handlers=[handler], force=True)
     set_level(level)
+    return stderr
 
 
 def set_level(level: LogLevel) -> None:

@@ -246,6 +246,12 @@ class Metrics:
         "Events whose scores wait to be written back.",
         "Near ONSET_REMOTE_WRITE_QUEUE_EVENTS the oldest are dropped: the receiver is too slow, or down.",
     )
+    log_lost = _counter(
+        "onset_log_lines_lost_total",
+        "lines",
+        "Lines of the service's own log that its standard error did not take.",
+        "Grows: the disk that the log goes to is full, or what reads it is gone. Scoring goes on without.",
+    )
     bugs = _counter(
         "onset_unexpected_errors_total",
         "errors",

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 import logging
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +54,40 @@ def test_a_line_says_to_which_request_and_batch_it_belongs(capsys: pytest.Captur
     assert (ours["event"], ours["request"], ours["batch"], ours["stream_id"]) == ("something", "r-1", "b-2", "pump-7")
     assert (library["event"], library["request"]) == ("of a library", "r-1")
     assert not {"request", "batch"} & set(other)
+
+
+class Disk(io.StringIO):
+    """Of a log; full while `full`."""
+
+    full = False
+
+    def write(self, text: str) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(text)
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_log_whose_disk_is_full_ends_nothing_and_says_so_when_there_is_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, lost = Disk(), []
+    monkeypatch.setattr(sys, "stderr", disk)
+    logs.configure("info", as_json=True).lost = lambda: lost.append(1)
+    for full in (False, True, True, False, False):
+        disk.full = full
+        structlog.get_logger().warning("ours")
+        logging.getLogger("some.library").warning("theirs")
+    assert [(line["event"], line.get("lines_lost")) for line in lines(disk.getvalue())] == [
+        ("ours", None),
+        ("theirs", None),
+        ("ours", 4),
+        ("theirs", None),
+        ("ours", None),
+        ("theirs", None),
+    ]
+    assert len(lost) == 4
+    disk.close()
+    structlog.get_logger().warning("to nobody")
+    assert len(lost) == 5
 
 
 @pytest.mark.usefixtures("configured")

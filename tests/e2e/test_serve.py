@@ -18,6 +18,7 @@ import httpx
 import psutil
 from typer.testing import CliRunner
 
+from bench.servers import free_port
 from service.__main__ import app
 from tests import local
 from tests.e2e.process import Service
@@ -62,6 +63,30 @@ def test_port_0_is_any_free_one_and_the_line_it_prints_can_be_pasted(tmp_path: P
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_it_serves_where_the_disk_of_its_output_is_full_and_ends_cleanly_with_its_terminal(tmp_path: Path, tiny_model_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--model", str(tiny_model_path), "--data-dir", str(tmp_path)]
+    with Path("/dev/full").open("wb") as full, subprocess.Popen(command, stdout=full, stderr=full) as process:
+        url = f"http://127.0.0.1:{port}"
+
+        def answers() -> bool:
+            assert process.poll() is None, "it ended"
+            try:
+                return local.get(f"{url}/health/ready").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            wait(answers, 60)
+            event = {"stream_id": "a", "values": {"value": 1.0}}
+            assert local.post(f"{url}/v1/events", json=event).status_code == 200
+            wait(lambda: re.search(r"^onset_log_lines_lost_total [1-9]", local.get(f"{url}/metrics").text, re.MULTILINE) is not None)
+        finally:
+            process.send_signal(signal.SIGHUP)  # as a terminal does that is closed
+        process.wait(30)
+    assert process.returncode >= 0, "it was ended by the signal"
 
 
 def test_where_alerts_go_to_the_standard_output_nothing_else_does(tmp_path: Path, tiny_model_path: Path) -> None:
