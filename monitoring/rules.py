@@ -293,14 +293,15 @@ RULES: tuple[Rule, ...] = (
         "warning",
         "The store's memory is {{ $value | humanizePercentage }} full.",
         "The store uses {{ $value | humanizePercentage }} of its maxmemory; when that is all, it refuses every write.",
-        "In a full store nothing is scored, of old streams either: requests get 503 (`store-refused`), queues wait; nothing is lost.",
+        "Beyond 90 % new streams are refused (429, `too-many-streams`; from a queue they are dead letters) and known ones go on. In a full "
+        "store nothing is scored: requests get 503 (`store-refused`), queues wait; nothing is lost.",
         (
             "`onset_streams`: does it grow for ever? Then a sender makes up names: `GET /v1/streams` shows them.",
             "Results of Redis Streams, some 700 bytes each (`ONSET_STREAMS_MAX_RESULTS`); queues that nobody reads; other programs' keys.",
         ),
         (
             "More streams than were planned for: raise the store's maxmemory, and the memory of its container to twice that.",
-            "Names made up: set `ONSET_MAX_STREAMS` below what the store holds, so that new streams alone are refused; mend the sender, "
+            "Names made up: mend the sender, "
             "delete what it made (`DELETE /v1/streams/{stream_id}`), or let it be forgotten (`ONSET_STATE_TTL_SECONDS`).",
         ),
         (

@@ -49,6 +49,8 @@ LOG_TAIL_BYTES = 4096
 UNFINISHED = "temp-rewriteaof-*.aof"
 """The file that the server was rewriting, as large as all its data: one that is killed meanwhile leaves it, and the next one never asks."""
 SERVERS = ("valkey-server", "redis-server")
+SHARE = 0.5
+"""Of the memory there is, what its data may take: the service lives beside it, and rewriting its file copies what changes meanwhile."""
 
 log = structlog.get_logger(__name__)
 
@@ -283,8 +285,25 @@ def why_ended(folder: Path, full: int = FULL_BYTES) -> str:
     return " ".join(reversed(warnings))
 
 
+def memory_there_is(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process may take with its children: the machine's, or fewer in a container or unit that is limited (Linux)."""
+    limits = [psutil.virtual_memory().total]
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (groups / "memory", "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        group = root / path.lstrip("/")
+        for place in (group, *group.parents):  # of a container the path is often of outside: then its own is at the root
+            with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+                limits.append(int((place / name).read_text()))
+            if place == root:
+                break
+    return min(limits)
+
+
 def server_options(folder: Path, socket: Path) -> dict[str, str]:
-    """How the server is started: nothing acknowledged is lost, whatever kills it."""
+    """How the server is started: nothing acknowledged is lost, whatever kills it, and it is not killed for want of memory."""
     return {
         "port": "0",
         "unixsocket": str(socket),
@@ -293,6 +312,8 @@ def server_options(folder: Path, socket: Path) -> dict[str, str]:
         "appendonly": "yes",
         "appendfsync": "always",
         "save": "",
+        "maxmemory": str(int(SHARE * memory_there_is())),
+        "maxmemory-policy": "noeviction",
         "daemonize": "no",
         "loglevel": "notice",
         "logfile": str(folder / "store.log"),

@@ -10,7 +10,7 @@ OnsetError
 │   │   ├── NoReading            it is declared to be none: the event is passed over
 │   │   └── FutureEvent          ahead of our clock: it would make every later event late
 │   ├── StateConflict        other replicas won the race for this stream three times in a row
-│   ├── TooManyStreams       the store holds as many streams as it may
+│   ├── TooManyStreams       the store has no room for another stream
 │   └── NotCommitted         the store, or the file in force, was gone in the middle of a long request
 ├── UnknownStream        no state is kept under this id
 ├── UnknownSource        no source of kind http has this name
@@ -84,7 +84,7 @@ class StateConflict(ItemError):
 
 
 class TooManyStreams(ItemError):
-    """A new stream was refused because the store holds as many as the limit allows."""
+    """A new stream was refused because the store holds as many as the limit allows, or is nearly full."""
 
 
 class NotCommitted(ItemError):

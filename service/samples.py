@@ -44,7 +44,7 @@ AHEAD_SECONDS = 5.0
 _REASONS: Mapping[type[ItemError], str] = {
     BadEvent: "of a series or with a time that cannot be used",
     FutureEvent: "ahead of this clock",
-    TooManyStreams: "of a new stream beyond ONSET_MAX_STREAMS",
+    TooManyStreams: "of a new stream that the store has no room for (ONSET_MAX_STREAMS, its maxmemory)",
     StateConflict: "not written, other replicas were faster",
     NotCommitted: "not written, the store stopped answering",
 }

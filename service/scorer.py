@@ -52,7 +52,7 @@ from service.rounds import Kind, Outcomes, Positions, advancing
 from service.sessions import SessionSweeper
 from service.silence import Sweeper, waits
 from service.state import EXPIRED, Loaded, Origin, Rows, event_key
-from service.stores import FENCED, LOST, WRITTEN, StateStore, Write
+from service.stores import FENCED, LOST, NEARLY_FULL, WRITTEN, Memory, StateStore, Write
 from service.streams import Streams
 
 ATTEMPTS = 3
@@ -74,7 +74,7 @@ OVERTAKEN = 10_000
 TOLD_SECONDS = 60.0
 """States that were set back are told of in the log once in this time."""
 COUNT_SECONDS = 1.0
-"""How long a count of the store's streams is good for."""
+"""How long a count of the store's streams is good for, and what it says of its memory."""
 
 _KINDS = list(Kind)
 _DONE, _TOLD, _REFUSED, _FAILED = int(Kind.LATE), (int(Kind.SCORED), int(Kind.LATE)), int(Kind.REFUSED), int(Kind.CONFLICT)
@@ -209,7 +209,7 @@ class Scorer:
             )
             metrics.held.labels(detector.name).set_function(lambda: self._reorder.held if self._reorder else 0)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"step-{detector.name}")
-        self._count, self._counted_at = 0, -COUNT_SECONDS
+        self._count, self._memory, self._counted_at = 0, Memory(), -COUNT_SECONDS
         self._overtaken: dict[str, tuple[int, float]] = {}
         """Streams whose copy was not what the store has, until they are loaded: its version, and the time of its last event."""
         self._set_back_told_at = -math.inf
@@ -822,13 +822,13 @@ class Scorer:
         }
 
     async def _refused(self, origins: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """[B] whether a stream is new and beyond the limit."""
+        """[B] whether a stream is new and the store has no room for it."""
         new: NDArray[np.bool_] = origins == Origin.NEW
         if not new.any():
             return new
         if time.monotonic() - self._counted_at > COUNT_SECONDS:
-            self._count, self._counted_at = await self._store.count(), time.monotonic()
-        room = self._limits.max_streams - self._count
+            self._count, self._memory, self._counted_at = await self._store.count(), await self._store.memory(), time.monotonic()
+        room = 0 if self._memory.nearly_full else self._limits.max_streams - self._count
         refused: NDArray[np.bool_] = new & (np.cumsum(new) > room)
         self._count += int((new & ~refused).sum())
         return refused
@@ -858,10 +858,10 @@ class Scorer:
     def _failure(self, stream_id: str, kind: Kind) -> ItemError:
         if kind == Kind.CONFLICT:
             return StateConflict(f"Other replicas committed stream '{stream_id}' first, {ATTEMPTS} times: send the event again.")
-        return TooManyStreams(
-            f"Stream '{stream_id}' is new and the store already holds {self._limits.max_streams} streams (ONSET_MAX_STREAMS).",
-            "stream_id",
-        )
+        why = f"the store already holds {self._limits.max_streams} streams (ONSET_MAX_STREAMS)"
+        if self._memory.nearly_full:
+            why = f"the store's memory is {self._memory.fullness:.0%} full (maxmemory): beyond {NEARLY_FULL:.0%} known streams alone go on"
+        return TooManyStreams(f"Stream '{stream_id}' is new and {why}.", "stream_id")
 
     def _count_fresh(self, stream_ids: Sequence[str], origins: NDArray[np.uint8], written: Positions) -> None:
         """Count streams that started afresh, once they are committed; what should not happen is logged with the stream."""

@@ -52,7 +52,7 @@ Read = TypeVar("Read")
 _REASONS: Mapping[type[ItemError], str] = {
     BadEvent: "cannot be used",
     FutureEvent: "ahead of this clock",
-    TooManyStreams: "of a new stream beyond ONSET_MAX_STREAMS",
+    TooManyStreams: "of a new stream that the store has no room for (ONSET_MAX_STREAMS, its maxmemory)",
 }
 
 

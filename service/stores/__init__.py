@@ -53,6 +53,8 @@ LOG_LENGTH = 10_000
 CURSOR_DIGITS = 40
 PING_SECONDS = 1.0
 """Within which a store says that it can be written to; a replica whose store takes longer is not ready, and sent nothing."""
+NEARLY_FULL = 0.9
+"""A store whose memory is fuller takes no new streams: what is left is for what known ones grow by, and for results."""
 SILENT = 1e12
 """Watches from here on are of silent streams."""
 
@@ -108,6 +110,11 @@ class Memory:
     """Its maxmemory-policy where that throws states away, of several servers with which; "" = it does not, or does not say."""
     rewrite_failed: bool = False
     """Whether its append-only file, of any server, could not be written anew the last time: it grows until the disk is full."""
+
+    @property
+    def nearly_full(self) -> bool:
+        """A full one refuses by itself, and loses nothing then; one that evicts makes room."""
+        return NEARLY_FULL < self.fullness < 1 and not self.evicting
 
 
 class StateStore(Protocol):

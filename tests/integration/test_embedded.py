@@ -19,7 +19,7 @@ import pytest
 import redis.asyncio as redis
 from structlog.testing import capture_logs
 
-from service.embedded import FIRST_BACKOFF, EmbeddedStore, find_server, why_ended
+from service.embedded import FIRST_BACKOFF, EmbeddedStore, find_server, memory_there_is, why_ended
 from service.errors import StoreUnavailable
 from service.stores import Write
 from service.stores.redis import RedisStore
@@ -423,3 +423,34 @@ def test_a_launched_server_that_hangs_is_killed_when_it_is_abandoned(tmp_path: P
     again = EmbeddedStore(tmp_path / "data")
     again.launch()
     again.abandon()
+
+
+async def test_its_data_takes_half_of_the_memory_there_is_at_most_and_nothing_is_evicted(embedded: EmbeddedStore) -> None:
+    async with aclosing(redis.Redis.from_url(embedded.url)) as client:
+        about = await client.info("memory")
+    assert about["maxmemory"] == pytest.approx(memory_there_is() / 2, abs=1)
+    assert about["maxmemory_policy"] == "noeviction"
+
+
+@pytest.mark.parametrize(
+    ("own", "file", "limit"),
+    [
+        ("0::/", "memory.max", "1000"),  # a container
+        ("0::/system.slice/onset.service", "system.slice/onset.service/memory.max", "1000"),
+        ("0::/system.slice/onset.service", "system.slice/memory.max", "1000"),
+        ("0::/../outside", "memory.max", "1000"),
+        ("4:cpu,memory:/docker/abc\n0::/", "memory/memory.limit_in_bytes", "1000"),
+        ("4:memory:/docker/abc", "memory/docker/abc/memory.limit_in_bytes", "1000"),
+        ("0::/", "memory.max", "max"),
+        ("3:cpu:/", "memory/memory.limit_in_bytes", "1000"),
+        ("0::/", "nothing", ""),
+    ],
+)
+def test_the_memory_there_is_is_that_of_the_container_or_unit(own: str, file: str, limit: str, tmp_path: Path) -> None:
+    (tmp_path / "own").write_text(own + "\n")
+    groups = tmp_path / "cgroup"
+    (groups / file).parent.mkdir(parents=True)
+    (groups / file).write_text(limit + "\n")
+    expected = 1000 if limit == "1000" and "cpu:" not in own else psutil.virtual_memory().total
+    assert memory_there_is(groups, tmp_path / "own") == expected
+    assert memory_there_is(groups, tmp_path / "nothing") == psutil.virtual_memory().total

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from service.app import Service
 from service.claims import BEAT_SECONDS, EXPIRY_SECONDS, StoredClaim
 from service.detector import Detector
-from service.errors import StoreRefused, StoreUnavailable
+from service.errors import StoreRefused, StoreUnavailable, TooManyStreams
 from service.events import Event, Lease, Result
 from service.metrics import Metrics
 from service.policy import Policy
@@ -99,6 +99,35 @@ async def test_a_full_store_refuses_without_loss_says_what_helps_and_takes_the_s
     assert (answer.state_version, answer.duplicate) == (1, False)
     problem = problem_of(refused.value)
     assert (problem.status, problem.type, problem.retry_after) == (503, "urn:onset:store-refused", 10)
+    await scorer.drain(5)
+    await store.close()
+
+
+async def test_a_store_that_is_nearly_full_takes_no_new_streams_and_known_ones_go_on(
+    server: Valkey, tiny_detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.scorer.COUNT_SECONDS", 0.0)
+    store = RedisStore(server.url, state_ttl=60, result_ttl=60)
+    await store.open()
+    scorer = Scorer(tiny_detector, Policy(), store, Metrics(), Limits())
+    scorer.start()
+
+    async def kinds(*names: str) -> list[type]:
+        return [type(answer) for answer in await scorer.score([Event(name, {"value": 1.0}) for name in names])]
+
+    assert await kinds("a", "b") == [Result, Result]
+    with server.client() as client:
+        client.config_set("maxmemory", int(client.info("memory")["used_memory"] / 0.95))
+        assert await kinds("a", "c", "b") == [Result, TooManyStreams, Result]
+        [refused] = await scorer.score([Event("c", {"value": 1.0})])
+        assert isinstance(refused, TooManyStreams)
+        assert re.fullmatch(r"Stream 'c' is new and the store's memory is 9\d% full \(maxmemory\): beyond 90% .*", refused.detail)
+        client.config_set("maxmemory-policy", "allkeys-lru")  # it makes room by itself
+        assert await kinds("c") == [Result]
+        client.config_set("maxmemory-policy", "noeviction")
+        assert await kinds("d") == [TooManyStreams]
+        client.config_set("maxmemory", 2 * client.info("memory")["used_memory"])
+        assert await kinds("d", "a") == [Result, Result]
     await scorer.drain(5)
     await store.close()
 
