@@ -60,6 +60,7 @@ from service.errors import (
     BadParameter,
     CrossSite,
     ItemError,
+    NoMemory,
     NotCommitted,
     OnsetError,
     Overloaded,
@@ -690,6 +691,9 @@ class Door:
             return response
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # nobody reads it
+        if isinstance(error, MemoryError):  # of a 500 many senders drop what they sent
+            self._metrics.refused.labels("memory").inc()
+            return respond(problem_of(NoMemory("This machine gives the service no more memory now: send it again.")))
         return self._bug(path, error)  # must not take the connection with it; it is counted and logged
 
     async def _unexpected(self, request: Request, error: Exception) -> Response:

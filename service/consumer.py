@@ -219,6 +219,8 @@ class Consumer:
                 named = error if isinstance(error, ItemError) else BadEvent(error.detail, "payload")
                 letters.append(Letter(message, named))
                 continue
+            except MemoryError:  # no fault of the message
+                raise
             except Exception as error:  # a bug that one message brings out must not stop those behind it for ever
                 self._metrics.bug(error, partition=batch.partition)
                 letters.append(Letter(message, _unexpected(error)))
@@ -249,8 +251,8 @@ class Consumer:
                 )
             except Superseded:
                 raise
-            except (Overloaded, StoreUnavailable) as error:
-                log.debug("batch_waits", partition=batch.partition, reason=error.detail)
+            except (Overloaded, StoreUnavailable, MemoryError) as error:
+                log.debug("batch_waits", partition=batch.partition, reason=str(error) or repr(error))
             except Exception as error:  # a bug that one event brings out must not stop those behind it for ever
                 bugs += 1
                 self._metrics.bug(error, partition=batch.partition)

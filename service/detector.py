@@ -205,7 +205,12 @@ class Detector:
         feed = {"state": state, "x": x, "t": t, "learn": learn, "alpha": alpha}
         if padded != rows:
             feed = {name: _pad(values, padded) for name, values in feed.items()}
-        return StepOutput.of(self._session.run(self._outputs, feed), rows)
+        try:
+            return StepOutput.of(self._session.run(self._outputs, feed), rows)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            if "bad_alloc" in str(error):
+                raise MemoryError(str(error)) from error
+            raise
 
     def _check_interface(self, path: Path) -> None:
         inputs = {node.name for node in self._session.get_inputs()}

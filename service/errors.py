@@ -25,6 +25,7 @@ OnsetError
 ├── TooSlow              a body did not arrive in time
 │   └── Unfinished           and its sender would drop it, were it not told to send it again
 ├── Overloaded           the queue is full: come back in `retry_after` seconds
+├── NoMemory             this machine gives the process no more memory
 ├── Fenced               a partition of a queue is another replica's by now
 └── StoreUnavailable     the state store does not answer
     ├── StoreRefused     it answers, and refuses until somebody changes it
@@ -150,6 +151,10 @@ class Overloaded(OnsetError):
     def __init__(self, detail: str, retry_after: int = 1) -> None:
         super().__init__(detail)
         self.retry_after = retry_after
+
+
+class NoMemory(OnsetError):
+    """This machine gives the process no more memory: what was to be done with it may be done later, or elsewhere."""
 
 
 class Fenced(OnsetError):

@@ -76,6 +76,10 @@ UNFINISHED = _unavailable(
     b'{"type":"urn:onset:not-committed","title":"Broken off in the middle of the request","status":503,'
     b'"detail":"The service stops, and the rest of the body did not come: send it again.","retry_after":1}'
 )
+NO_MEMORY = _unavailable(
+    b'{"type":"urn:onset:no-memory","title":"No memory is left","status":503,'
+    b'"detail":"This machine gives the service no more memory now: send it again.","retry_after":2}'
+)
 TOO_MANY = _unavailable(
     b'{"type":"urn:onset:too-many-connections","title":"As many connections as there are file descriptors for","status":503,'
     b'"detail":"Keep connections and use them again; the service\'s operator may raise its limit of open files.","retry_after":1}'
@@ -297,8 +301,12 @@ class Protocol(HttpToolsProtocol):
         self._reads = True
         try:
             self._parse(data)
-        except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, MemoryError):  # no fault of the client, which would drop it
+                self.transport.write(NO_MEMORY)
+                self.transport.close()
+            else:
+                self.send_400_response("Invalid HTTP request received.")
         self._reads = False
         if self._held is not None:
             self._begin_held()

@@ -36,9 +36,11 @@ LIMITS = DoorLimits(max_body_bytes=100_000, max_batch_events=1000, max_inflight_
 class Gated(Store):
     """Whose loads can fail, too."""
 
-    down = buggy = False
+    down = buggy = full = False
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
+        if self.full:
+            raise MemoryError
         if self.buggy:
             raise KeyError("secret of the inside")
         if self.down:
@@ -653,6 +655,18 @@ async def test_a_bug_is_a_500_with_a_reference_that_tells_nothing_else(client: C
         assert problem["detail"].rstrip(".").split()[-1] in references
     assert client.metrics.registry.get_sample_value("onset_unexpected_errors_total") == 3
     client.store.buggy = False
+    assert (await client.score(event()))["state_version"] == 1
+
+
+async def test_what_there_is_no_memory_for_is_to_be_sent_again(client: Client) -> None:
+    client.store.full = True
+    for body in (event(), [event()]):
+        answer = await client.raw(json.dumps(body))
+        assert assert_problem(answer, 503, "send it again")["type"] == "urn:onset:no-memory"
+        assert int(answer.headers["retry-after"]) >= 1
+    assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "memory"}) == 2
+    assert client.metrics.registry.get_sample_value("onset_unexpected_errors_total") == 0
+    client.store.full = False
     assert (await client.score(event()))["state_version"] == 1
 
 

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 import structlog
 
-from service.bodies import from_fields
-from service.consumer import FUSE_ENTRIES, FUSE_WINDOW, Consumer, Fuse
+from service.bodies import Items, from_fields
+from service.consumer import BUG_ATTEMPTS, FUSE_ENTRIES, FUSE_WINDOW, Consumer, Fuse
 from service.detector import Detector
 from service.errors import BadEvent, Fenced, ItemError, StoreUnavailable, Superseded
 from service.events import Delivery, Event, Lease, Published, Result
@@ -144,6 +144,8 @@ class Trying(Scorer):
 
     conflicts = 0
     superseded = False
+    no_memory = 0
+    """How often there is none."""
     entries: tuple[bytes, ...] = ()
     """Of the deliveries that came last: what their commit is to acknowledge."""
 
@@ -153,6 +155,9 @@ class Trying(Scorer):
         self.entries = tuple(delivery.entry for delivery in deliveries)
         if self.superseded:
             raise Superseded("Another file of the model is in force.")
+        if self.no_memory:
+            self.no_memory -= 1
+            raise MemoryError
         if any(delivery.event.values == {"value": 13.0} for delivery in deliveries):
             raise ZeroDivisionError("a bug")
         if self.conflicts:
@@ -213,6 +218,28 @@ async def test_an_event_that_brings_out_a_bug_is_a_dead_letter_and_does_not_stop
     assert letter.message.id == b"1"
     assert "ZeroDivisionError" in letter.error.detail
     assert (await scorer.streams.last("a")).state_version == 2
+
+
+async def test_what_there_is_no_memory_for_is_scored_later_and_no_dead_letter(line: Line, scorer: Trying) -> None:
+    scorer.no_memory = 2 * BUG_ATTEMPTS
+    line.put(event(1), event(2))
+    await line.until(1, line.settled)
+    assert not line.settled[0][1].letters
+    assert (await scorer.streams.last("a")).state_version == 2
+
+
+async def test_a_message_that_there_is_no_memory_to_read_is_delivered_again(scorer: Trying) -> None:
+    class Full(Mapper):
+        def events(self, message: Message) -> tuple[Items, bool]:
+            raise MemoryError
+
+    line = Line()
+    consumer = Consumer(line, scorer, Metrics(), Full(Payload(), max_events=100), fuse=0.9)
+    await consumer.start()
+    line.put(event(1))
+    await line.until(1, line.abandoned)
+    await consumer.stop(5)
+    assert not line.settled
 
 
 async def test_settling_is_tried_until_the_queue_answers_and_given_up_where_it_is_anothers(line: Line) -> None:
