@@ -13,7 +13,7 @@
     is stored    state (a stream's value), stores/
     is answered  results, ordinary (the usual reply, made faster)
     and told     feed          ─► console/, fleet, series, patterns, sinks/remote_write
-                 alerts        ─► desk (keeps the book of them) ─► sinks/
+                 alerts        ─► desk (keeps the book of them) ─► sinks/; mutes (of which nobody is told for a while)
 
     beside it    streams (asked and done about single ones), silence and sessions (what does not come; cadence), canary, control (α)
     it starts    __main__ ─► app, the composition root ◄─ settings, queues, tellers; embedded (our own valkey-server), logs, memory

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from service.artifact import NEW_TEXT, NUMBER, NUMBERS
 from service.events import SEVERITIES, Direction, Line, Result, Severity
 from service.lines import plain
+from service.mutes import Muted
 from service.state import ALERT_OPEN, EXPIRED, LEVEL, LEVEL_SHIFT, SILENT, Rows
 
 ID = "^[0-9a-f]{28}$"
@@ -167,6 +168,8 @@ class Alert(msgspec.Struct, frozen=True):
     patience: float | None
     """Of a silence: the seconds that were still ordinary."""
     acknowledgement: Acknowledgement | None = None
+    muted: Muted | None = None
+    """What sinks are not told of it for a while; of one that was resolved meanwhile, were not told of it."""
 
     @property
     def open(self) -> bool:

@@ -10,6 +10,8 @@
     POST   /v1/alerts/acknowledge          someone looks after several
     POST   /v1/alerts/accept               what several are about is their streams' new normal
     GET    /v1/alerts/{id}                 one of them
+    GET    /v1/mutes                       whose alerts nobody is told of for a while
+    PUT    /v1/mutes/{name}                say so, or change it           DELETE  end it
     POST   /v1/alerts/{id}/acknowledge     someone looks after it         DELETE  nobody does any more
     GET    /v1/patterns                    lines that a log model had no template for (patterns.py)
     GET    /v1/models                      manifests of the loaded detectors
@@ -49,7 +51,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from service import alerts, arrow, tracing
+from service import alerts, arrow, mutes, tracing
 from service.alerts import Acknowledgement, Alert
 from service.bodies import Format, Items, decode, decode_object, decode_one, encode
 from service.control import Control
@@ -70,6 +72,7 @@ from service.errors import (
     Unfinished,
     UnknownAlert,
     UnknownModel,
+    UnknownMute,
     UnknownSource,
     UnsupportedMedia,
 )
@@ -104,7 +107,7 @@ FEATURE_BYTES = 100
 """Of an event's reply, for each feature beyond the first: expected value and bounds. A wide model's replies are larger than its bodies."""
 MAX_PAGE = 1000
 MAX_NOTE = 2000
-ALERT_FILTERS = ("status", "severity", "kind", "model", "stream_id", "q")
+ALERT_FILTERS = ("status", "severity", "kind", "model", "stream_id", "q", "muted")
 TENANT_HEADER = "X-Scope-OrgID"
 """Mimir's and Loki's name for it."""
 _TENANT = TENANT_HEADER.lower().encode()
@@ -258,6 +261,8 @@ class Door:
             Route("/v1/alerts/accept", self._guarded(self.accept_several), methods=["POST"], name="accept_several"),
             Route("/v1/alerts/{alert_id}", self._guarded(self.one_alert), methods=["GET"], name="one_alert"),
             Route("/v1/alerts/{alert_id}/acknowledge", self._guarded(self.acknowledge), methods=["POST", "DELETE"], name="acknowledge"),
+            Route("/v1/mutes", self._guarded(self.list_mutes), methods=["GET"], name="list_mutes"),
+            Route("/v1/mutes/{name}", self._guarded(self.mute), methods=["PUT", "DELETE"], name="mute"),
             Route("/v1/log-level", self._guarded(self.log_level), methods=["GET", "PUT", "DELETE"], name="log_level"),
             Route("/v1/policy", self._guarded(self.policy), methods=["GET", "PUT", "DELETE"], name="policy"),
             Route("/metrics", self.get_metrics, methods=["GET"], name="metrics"),
@@ -453,6 +458,27 @@ class Door:
         if not alert.open:
             raise AlertResolved(f"Alert '{alert.id}' of stream '{alert.stream_id}' is resolved ({alert.resolution}).")
         return _json(self._shown(alert))
+
+    async def list_mutes(self, request: Request) -> Response:
+        """Whose alerts nobody is told of for a while."""
+        now = time.time()
+        return _json(mutes.MuteList([mutes.MuteReply.of(mute, now) for mute in await self._book.mutes()]))
+
+    async def mute(self, request: Request) -> Response:
+        """Nobody is told of some streams' alerts from one time to another, or (DELETE) that is over. Safe to repeat."""
+        name, now = request.path_params["name"], time.time()
+        if request.method == "DELETE":
+            if not await self._book.unmute(name):
+                raise UnknownMute(f"No mute '{name[:64]}' is known.")
+            log.info("unmuted", mute=name)
+            return Response(status_code=204)
+        asked = mutes.asked(name, await self._object(_incoming(request)), now)
+        known = await self._book.mutes()
+        if len(known) >= mutes.MOST and all(mute.name != name for mute in known):
+            raise TooLarge(f"There are {len(known)} mutes, as many as are kept: end some of them (DELETE).")
+        await self._book.mute(asked)
+        log.info("muted", mute=name, streams=asked.streams, model=asked.model, until=asked.ends_at, by=asked.by, note=asked.note)
+        return _json(mutes.MuteReply.of(asked, now))
 
     def _shown(self, alert: Alert) -> alerts.AlertReply:
         return alerts.AlertReply.of(alert, self._public_url)
@@ -969,6 +995,7 @@ def _wanted(asked: Incoming) -> Wanted:
         asked.query("model"),
         asked.query("stream_id"),
         holds,
+        {"true": True, "false": False}.get(next(iter(_words(asked, "muted", ("true", "false"), most=1)), "")),
     )
 
 

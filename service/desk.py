@@ -26,11 +26,12 @@ import msgspec
 import structlog
 from msgspec.structs import replace
 
-from service import alerts, tasks
+from service import alerts, mutes, tasks
 from service.alerts import Alert, Change, Stand, Transition
 from service.errors import Fenced, StoreUnavailable
 from service.events import SEVERITIES
 from service.metrics import Metrics
+from service.mutes import Mute, Muted
 from service.stores.book import AT_ONCE, Book, Entry
 
 POLL_SECONDS = 0.5
@@ -157,39 +158,49 @@ class Desk:
         counted: Counter[tuple[str, str]] = Counter()
         unattended: Counter[tuple[str, str]] = Counter()
         gone: list[str] = []
+        muted = 0
+        in_force = await self._book.mutes()
         ids = await self._book.open_ids()
         for i in range(0, len(ids), AT_ONCE):
             await self._book.renew(self._token)
             some = [alert for alert in await self._book.alerts(ids[i : i + AT_ONCE]) if alert is not None]
             counted.update((alert.kind, alert.severity) for alert in some)
-            lost = await self._refresh(some)
-            left = [alert for alert in some if alert.acknowledgement is None and alert.id not in lost]
+            lost, known = await self._refresh(some, in_force)
+            muted += sum(alert.muted is not None for alert in known)
+            left = [alert for alert in known if alert.acknowledgement is None and alert.muted is None]
             unattended.update((alert.kind, alert.severity) for alert in left)
             gone += lost
-        self._count(counted, unattended)
+        self._count(counted, unattended, muted)
         if gone:
             # A stream's state and its entry of the log are one step: what the state said is in the log by now, if it was ever told.
             await self.fold()
             left = [alert for alert in await self._book.alerts(gone) if alert is not None and alert.open]
             await self._forget(left)
 
-    async def _refresh(self, some: Sequence[Alert]) -> list[str]:
-        """Keep what the streams of these open alerts show; ids of those that their streams know nothing of."""
+    async def _refresh(self, some: Sequence[Alert], in_force: Sequence[Mute]) -> tuple[list[str], list[Alert]]:
+        """Keep what the streams of these open alerts show, and tell of those that are muted no more.
+
+        Returns ids of those that their streams know nothing of, and the others as they are then.
+        """
         stands = await self._stands(some)
-        renewed, changes, gone = [], [], []
+        renewed, changes, gone, left = [], [], [], []
         for alert in some:
-            stand = stands[alert.id]
+            stand, known = stands[alert.id], alert
             if not stand.there or (stand.open is not None and alert.id not in stand.open):
                 gone.append(alert.id)
-            elif stand.last is not None and alert.kind == "anomaly" and stand.last != alert.last:
+                continue
+            if stand.last is not None and alert.kind == "anomaly" and stand.last != alert.last:
                 live = alert.live or self._clock() - stand.last.timestamp <= self._keeping.max_age
                 known = replace(alert, last=stand.last, live=live)
+            now = max(self._clock(), alert.updated_at)  # by the store's clock, of which ours may be behind
+            known, change = _unmuted(alert, known, mutes.holding(in_force, alert.model, alert.stream_id, now))
+            left.append(known)
+            if known != alert:
                 renewed.append(known)
-                if live and not alert.live:  # an alert of the past has caught up with the present
-                    changes.append(Change("opened", known))
+            changes += [change] if change is not None else []
         if renewed:
             await self._book.write(self._token, renewed, changes, {})
-        return gone
+        return gone, left
 
     async def _stands(self, some: Sequence[Alert]) -> dict[str, Stand]:
         """How the streams of these alerts stand, by alert; of models that are not loaded here only whether they are there."""
@@ -217,14 +228,17 @@ class Desk:
     async def _tidy(self) -> None:
         while await self._book.forget(self._token, self._clock() - self._keeping.retention, self._keeping.max_resolved) >= AT_ONCE:
             pass
+        await self._book.forget_mutes(self._clock() - self._keeping.retention)
         await self._book.trim(self._token, [sink.name for sink in self._sinks], self._clock() - self._keeping.retention)
 
     async def _fold(self, entries: Sequence[Entry], cursors: dict[str, str]) -> None:
         read = [(entry, transition) for entry in entries if (transition := self._transition(entry)) is not None]
         known = await self._known([transition for _, transition in read])
         room = self._keeping.max_open - await self._book.open_count()
+        in_force = await self._book.mutes()  # after the log: what was muted before an alert was committed mutes it
         changed: dict[str, Alert] = {}
         moves: list[tuple[Alert | None, Alert]] = []
+        changes: list[Change] = []
         for entry, transition in read:
             for id_ in _meant(transition, known):
                 before = known.get(id_)
@@ -238,10 +252,12 @@ class Desk:
                     continue
                 room += not after.open
                 room -= opens
-                known[id_] = changed[id_] = after
+                change = _muted(before, _change(before, after), mutes.holding(in_force, after.model, after.stream_id, entry.at))
+                changes.append(change)
+                known[id_] = changed[id_] = after = change.alert
                 moves.append((before, after))
         folded = {entry.shard: entry.id for entry in entries}
-        await self._book.write(self._token, list(changed.values()), [_change(*move) for move in moves], folded)
+        await self._book.write(self._token, list(changed.values()), changes, folded)
         cursors.update({f"log:{shard}": id_ for shard, id_ in folded.items()})
         self._counted(moves)
 
@@ -274,8 +290,9 @@ class Desk:
             if was is not None:
                 self._metrics.alerts_open.labels(was.kind, was.severity).dec()
 
-    def _count(self, counted: Counter[tuple[str, str]], unattended: Counter[tuple[str, str]]) -> None:
-        """The open alerts, as they were just looked at, and those that nobody looks after."""
+    def _count(self, counted: Counter[tuple[str, str]], unattended: Counter[tuple[str, str]], muted: int = 0) -> None:
+        """The open alerts, as they were just looked at, those that nobody looks after, and those that nobody is told of."""
+        self._metrics.alerts_muted.set(muted)
         for kind, severity in itertools.product(get_args(alerts.Kind), SEVERITIES[1:]):
             self._metrics.alerts_open.labels(kind, severity).set(counted[kind, severity])
             self._metrics.alerts_unattended.labels(kind, severity).set(unattended[kind, severity])
@@ -314,3 +331,24 @@ def _change(before: Alert | None, after: Alert) -> Change:
     if after.live and not before.live:  # an alert of the past, of which nobody was told
         return Change("opened", after)
     return Change("escalated", after, before.severity)
+
+
+def _muted(before: Alert | None, change: Change, mute: Mute | None) -> Change:
+    """The change as it is told while `mute` is in force."""
+    if mute is None or change.event == "resolved" or change.alert.muted is not None:
+        return change
+    told = before.severity if change.event == "escalated" and before is not None and before.live else None
+    return replace(change, alert=replace(change.alert, muted=Muted(mute.name, mute.ends_at, told)))
+
+
+def _unmuted(before: Alert, after: Alert, mute: Mute | None) -> tuple[Alert, Change | None]:
+    """An open alert that a look has found to be so, as it is under the `mute` in force, and what is told of it."""
+    muted = after.muted
+    caught_up = after.live and not before.live  # an alert of the past, of which nobody was told
+    if mute is not None and (muted is not None or caught_up):
+        after = replace(after, muted=Muted(mute.name, mute.ends_at, muted.told if muted is not None else None))
+        return after, Change("opened", after) if caught_up else None
+    after = replace(after, muted=None)
+    if caught_up or (muted is not None and muted.told is None):
+        return after, Change("opened", after)
+    return after, Change("escalated", after, muted.told) if muted is not None else None

@@ -15,6 +15,7 @@ OnsetError
 ├── UnknownStream        no state is kept under this id
 ├── UnknownSource        no source of kind http has this name
 ├── UnknownAlert         no alert has this id, or it was forgotten
+├── UnknownMute          no mute has this name
 ├── AlertResolved        it is over: nobody needs to look after it
 ├── UnknownModel         no detector of this name is loaded
 ├── BadBody              a body whose items cannot even be told apart
@@ -102,6 +103,10 @@ class UnknownSource(OnsetError):
 
 class UnknownAlert(OnsetError):
     """No alert has this id, or it was resolved so long ago that it is forgotten."""
+
+
+class UnknownMute(OnsetError):
+    """No mute has this name, or it was over so long ago that it is forgotten."""
 
 
 class AlertResolved(OnsetError):

@@ -475,6 +475,13 @@ class Metrics:
         kind=("anomaly", "silence"),
         severity=("minor", "major", "critical"),
     )
+    alerts_muted = _gauge(
+        "onset_alerts_muted",
+        "alerts",
+        "Open alerts that no sink is told of, since a mute (/v1/mutes) is in force, as of the last look at them, on the replica that keeps "
+        "the book (0 on the others).",
+        "More than the maintenance explains, or for longer: GET /v1/mutes says who muted what until when.",
+    )
     alert_transitions = _counter(
         "onset_alert_transitions_total",
         "alerts",
@@ -495,10 +502,10 @@ class Metrics:
         "notices",
         "What became of notices to a sink: delivered, retried (an attempt after the first), withheld (beyond the flood limit, or of an "
         "alert that it was not told of), below (its alert is less than ONSET_ALERTS_LEAST_SEVERITY), past (its alert was of the past), "
-        "dead_lettered.",
+        "muted (a mute held it), dead_lettered.",
         "retried grows: the sink is down or slow. dead_lettered: read why in the log; withheld: many streams went wrong at once.",
         sink=RUNNING,
-        outcome=("delivered", "retried", "withheld", "below", "past", "dead_lettered"),
+        outcome=("delivered", "retried", "withheld", "below", "past", "muted", "dead_lettered"),
     )
     alert_delivery = _histogram(
         "onset_alert_delivery_seconds",

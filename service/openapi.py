@@ -17,7 +17,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
-from service import alerts, control, events, http_sources, logs, loki, otlp, patterns, problems
+from service import alerts, control, events, http_sources, logs, loki, mutes, otlp, patterns, problems
 from service.api import MAX_NOTE, MAX_PAGE, MAX_TOP, TENANT_HEADER, VISIBLE
 from service.artifact import Manifest
 from service.asking import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
@@ -80,6 +80,7 @@ def document(app: FastAPI, manifests: Sequence[Manifest], *, live: bool) -> dict
                 alerts.AlertPage,
                 alerts.AlertCount,
                 alerts.Done,
+                mutes.MuteList,
                 patterns.PatternPage,
                 *(_LIVE_DATA if live else ()),
             ],
@@ -109,7 +110,7 @@ def _add_cross_site(paths: dict[str, Any]) -> None:
 
 def _describe(components: dict[str, Any]) -> None:
     """Each field's docstring as its description: msgspec reads that of the class alone."""
-    modules = (events, problems, http_sources, control, logs, alerts, patterns, messages)
+    modules = (events, problems, http_sources, control, logs, alerts, mutes, patterns, messages)
     for name, schema in components.items():
         [struct] = {vars(module)[name] for module in modules if name in vars(module)}
         for kind in struct.__mro__[: struct.__mro__.index(msgspec.Struct)]:
@@ -358,6 +359,7 @@ def _paths(event: dict[str, Any]) -> dict[str, Any]:
         otlp.PATH: {"post": _otlp()},
         otlp.METRICS_PATH: {"post": _otlp_metrics(model)},
         **_alert_paths(),
+        **_mute_paths(),
         patterns.PATH: {"get": _patterns(model)},
         "/v1/policy": _policy_operations(),
         "/v1/log-level": _level_operations(),
@@ -477,6 +479,7 @@ def _alert_paths() -> dict[str, Any]:
         _parameter("stream_id", "query", {"type": "string", "pattern": PRINTABLE}, "Of this stream only."),
         _parameter("q", "query", {"type": "string", "maxLength": MAX_NAME_LENGTH}, "What the stream's name holds, whatever its case."),
         _parameter("model", "query", {"type": "string"}, "Of this model only."),
+        _parameter("muted", "query", {"type": "boolean"}, "true: those that no sink is told of now; false: the others."),
     ]
     return {
         "/v1/alerts": {
@@ -554,6 +557,52 @@ _ACKNOWLEDGEMENT: dict[str, Any] = {
     "additionalProperties": False,
     "example": {"by": "anna", "note": "bearing ordered, watching it until Friday"},
 }
+
+
+def _mute_paths() -> dict[str, Any]:
+    name = _parameter("name", "path", {"type": "string", "pattern": mutes.NAME}, "Of the mute, which who makes it chooses.")
+    put = _operation(
+        "putMute",
+        "Tell nobody of some streams' alerts from one time to another, such as those of a line under maintenance",
+        [name],
+        {"200": _json(_ref("MuteReply"), "The mute, in place of the one that had its name. Safe to repeat.")},
+        ["bad-body", "too-slow", "too-large", "unsupported-media", "bad-parameter", "overloaded", "store-unavailable"],
+    )
+    moment = {"anyOf": [{"type": "string", "format": "date-time"}, {"type": "number"}], "description": "Its zone named, or since 1970."}
+    named = {"type": "string", "pattern": PRINTABLE}
+    body = {
+        "type": "object",
+        "required": ["streams", "ends_at", "by"],
+        "properties": {
+            "streams": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": mutes.PATTERNS,
+                "items": named,
+                "description": "Whole names; * is any characters.",
+            },
+            "model": {"anyOf": [named, {"type": "null"}], "description": "Of this model only."},
+            "starts_at": {"anyOf": [*moment["anyOf"], {"type": "null"}], "description": "Now if left out."},
+            "ends_at": moment,
+            "by": named | {"description": "Who says so."},
+            "note": {"type": "string", "maxLength": mutes.MAX_NOTE},
+        },
+        "additionalProperties": False,
+        "example": {"streams": ["line-3", "line-3.*"], "ends_at": "2026-11-28T16:00:00+01:00", "by": "anna", "note": "boiler inspection"},
+    }
+    put["requestBody"] = {"required": True, "content": {JSON: {"schema": body}}}
+    taken = ["unknown-mute", "store-unavailable"]
+    return {
+        "/v1/mutes": {
+            "get": _operation(
+                "listMutes", "Whose alerts nobody is told of", [], {"200": _json(_ref("MuteList"), "All.")}, ["store-unavailable"]
+            )
+        },
+        "/v1/mutes/{name}": {
+            "put": put,
+            "delete": _operation("deleteMute", "End a mute", [name], {"204": {"description": "It is over."}}, taken),
+        },
+    }
 
 
 def _policy_operations() -> dict[str, Any]:

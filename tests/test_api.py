@@ -513,9 +513,10 @@ async def test_unknown_models_and_bad_parameters_are_named(client: Client) -> No
         ("streams", "silent", "perhaps", "true or false"),
         ("alerts", "cursor", "x", "none of ours"),
         ("alerts", "status", "opened", "open, acknowledged, resolved"),
-        ("alerts", "severty", "critical", "there are status, severity, kind, model, stream_id, q, limit, cursor"),
+        ("alerts", "muted", "yes", "true, false"),
+        ("alerts", "severty", "critical", "there are status, severity, kind, model, stream_id, q, muted, limit, cursor"),
         ("alerts/count", "limit", "5001", "from 1 to 5000"),
-        ("alerts/count", "cursor", "x", "there are status, severity, kind, model, stream_id, q, limit"),
+        ("alerts/count", "cursor", "x", "there are status, severity, kind, model, stream_id, q, muted, limit"),
         ("streams", "state", "anomalous", "there are model, silent, limit, cursor"),
     ):
         problem = assert_problem(await client.get(f"/v1/{path}?{name}={value}"), 422, says, name)

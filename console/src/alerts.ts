@@ -1,13 +1,13 @@
 /** Alerts: open, acknowledged, resolved; one alone, whatever it is by now; or those of one stream, on its own page. */
 
-import { Refused, ask, asking, loadedModels, streamPath, type Alert, type AlertCount, type AlertsPage, type Done, type Evidence } from "./api";
+import { Refused, ask, asking, loadedModels, streamPath, type Alert, type AlertCount, type AlertsPage, type Done, type Evidence, type Mute } from "./api";
 import { ICONS, fill, h, icon, text } from "./dom";
 import { ago, chance, clock, count, duration, number, score as points, share } from "./format";
 import { keep, kept } from "./kept";
 import { PARTS, partOf, slots, varying } from "./lines";
 import type { Shell, View } from "./view";
 
-const STATUSES = ["open", "acknowledged", "resolved"] as const;
+const STATUSES = ["open", "acknowledged", "resolved", "muted"] as const; // what is muted is neither open nor acknowledged here
 type Status = (typeof STATUSES)[number];
 const SEVERITIES = [
   ["", "All"],
@@ -36,6 +36,14 @@ const BECAME: Record<string, string> = {
   conflict: "of streams that changed meanwhile: try again",
   unknown: "no longer known",
 };
+/** How they are asked for. */
+const FILTERS: Record<Status, string> = {
+  open: "status=open&muted=false",
+  acknowledged: "status=acknowledged&muted=false",
+  resolved: "status=resolved",
+  muted: "status=open,acknowledged&muted=true",
+};
+const MUTED_HOURS = 8; // for so long, unless someone says how long
 const NAME_KEY = "onset-name";
 const ASK_SECONDS = 3;
 const TYPING_MS = 250; // after the last key, before what is searched for is asked
@@ -65,7 +73,7 @@ class AlertList {
   /** Made again only where the alert has changed: a button that is being pressed stays the one it was. */
   renew(alerts: Alert[]): void {
     for (const alert of alerts) {
-      const mark = `${alert.updated_at} ${alert.status} ${alert.acknowledgement?.at ?? ""} ${alert.last?.timestamp ?? ""}`;
+      const mark = `${alert.updated_at} ${alert.status} ${alert.acknowledgement?.at ?? ""} ${alert.last?.timestamp ?? ""} ${alert.muted?.until ?? ""}`;
       let item = this.items.get(alert.id);
       if (item?.mark !== mark) this.items.set(alert.id, (item = { mark, ...itemOf(alert, this.chosen, () => acknowledge(alert, this.changed)) }));
       text(item.age, ago(alert.started_at));
@@ -206,11 +214,12 @@ class AlertsView {
   private readonly list = new AlertList(() => void this.load(), this.chosen);
   private readonly every = h("input", { type: "checkbox", onchange: () => this.chosen.all(this.every.checked) });
   private readonly everyName = h("span");
-  private readonly look = h("button", { class: "button", type: "button", onclick: () => (this.status === "open" ? this.acknowledge(this.chosen.alerts) : this.takeBack(this.chosen.alerts)) });
+  private readonly look = h("button", { class: "button", type: "button", onclick: () => (this.status === "acknowledged" ? this.takeBack(this.chosen.alerts) : this.acknowledge(this.chosen.alerts)) });
   private readonly take = h("button", { class: "button", type: "button", onclick: () => this.accept(this.chosen.alerts) });
   private readonly acts = h("div", { class: "actions" }, this.look, this.take);
   private readonly bulk = h("div", { class: "bulk", role: "group", "aria-label": "Several alerts", hidden: true }, h("label", {}, this.every, this.everyName), this.acts);
   private readonly became = h("p", { class: "notice", role: "status", hidden: true });
+  private readonly mutes = h("ul", { class: "mutes", "aria-label": "Mutes", hidden: true });
   private readonly more = h("div", { class: "more" });
   private readonly said = h("div", { role: "status" });
 
@@ -225,7 +234,7 @@ class AlertsView {
     for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.choose(status, this.severity) }, status[0]!.toUpperCase() + status.slice(1)));
     for (const [severity, name] of SEVERITIES) this.severities.append(h("button", { type: "button", "data-severity": severity, onclick: () => this.choose(this.status, severity) }, name));
     const search = h("div", { class: "search" }, icon(ICONS.search), this.search, h("kbd", { "aria-hidden": "true" }, "/"));
-    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts"), h("p", { class: "quiet" }, `Times of ${Intl.DateTimeFormat().resolvedOptions().timeZone}`)), search, this.models, this.severities, this.choice), this.became, this.said, this.bulk, this.list.element, this.more));
+    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts"), h("p", { class: "quiet" }, `Times of ${Intl.DateTimeFormat().resolvedOptions().timeZone}`)), search, this.models, this.severities, this.choice, h("button", { class: "button", type: "button", onclick: () => this.mute() }, "Mute …")), this.became, this.mutes, this.said, this.bulk, this.list.element, this.more));
     this.model = shell.query.get("model") ?? "";
     this.holds = this.search.value = shell.query.get("q") ?? "";
     this.show(this.status, this.severity, this.id);
@@ -287,6 +296,7 @@ class AlertsView {
     this.chosen.of([]);
     this.showChosen();
     this.became.hidden = true;
+    this.mutes.hidden = true;
     this.list.show([]);
     fill(this.more);
     delete this.more.dataset["shown"];
@@ -302,6 +312,54 @@ class AlertsView {
     } catch (error) {
       if (!(error instanceof Refused)) throw error; // said where the alerts would be
     }
+  }
+
+  /** Those that are not over. */
+  private async showMutes(): Promise<void> {
+    const { mutes } = await ask<{ mutes: Mute[] }>("v1/mutes");
+    if (this.status !== "muted" || this.id) return;
+    const held = mutes.filter((mute) => mute.state !== "over");
+    const shown = JSON.stringify(held);
+    this.mutes.hidden = !held.length;
+    if (this.mutes.dataset["shown"] === shown) return;
+    this.mutes.dataset["shown"] = shown;
+    fill(this.mutes, ...held.map((mute) => h("li", {}, h("p", {}, h("b", {}, mute.streams.join(" · ")), mute.model ? ` of ${mute.model}` : "", ` ${mute.state === "in_force" ? "" : `from ${clock(mute.starts_at)} `}until ${clock(mute.ends_at)}, by ${mute.by}${mute.note ? `: ${mute.note}` : ""}`), h("button", { class: "button", type: "button", "aria-label": `End ${mute.name}`, onclick: () => this.endMute(mute) }, "End …"))));
+  }
+
+  private endMute(mute: Mute): void {
+    confirmed("End a mute", [`${mute.streams.join(" · ")}: alerts that are still open are told within a minute.`], "End it", async () => {
+      try {
+        await ask(`v1/mutes/${mute.name}`, { method: "DELETE" });
+      } catch (error) {
+        if (!(error instanceof Refused) || error.status !== 404) throw error; // someone was faster
+      }
+      void this.load();
+    });
+  }
+
+  /** Asks whose alerts nobody is to be told of, and until when. */
+  private mute(): void {
+    const streams = h("textarea", { class: "field", name: "streams", rows: 3 });
+    streams.value = this.holds ? `*${this.holds}*` : "";
+    const from = h("input", { class: "field", type: "datetime-local", name: "from" });
+    const until = h("input", { class: "field", type: "datetime-local", name: "until", value: picked(Date.now() + MUTED_HOURS * 3.6e6) });
+    const parts = [h("label", {}, "Streams, one a line; * is any characters", streams), h("label", {}, "From (now, if empty)", from), h("label", {}, "Until", until)];
+    const save = async (by: Signature): Promise<void> => {
+      const names = streams.value.split("\n").map((name) => name.trim()).filter(Boolean);
+      if (!names.length) {
+        streams.focus();
+        throw new Refused(0, "Which streams is missing.");
+      }
+      if (!until.value) {
+        until.focus();
+        throw new Refused(0, "Until when is missing.");
+      }
+      const body = JSON.stringify({ ...by, streams: names, model: this.model || null, starts_at: from.value ? new Date(from.value).toISOString() : null, ends_at: new Date(until.value).toISOString() });
+      await ask(`v1/mutes/${name}`, { method: "PUT", headers: { "content-type": "application/json" }, body });
+      this.choose("muted", "");
+    };
+    const name = `page-${Date.now().toString(36)}`; // the same where it is sent again
+    signed("Mute", [`Nobody is told of alerts that begin meanwhile${this.model ? ` in ${this.model}` : ""}. They are scored and listed, and those that are still open afterwards are told then.`], "Mute", save, null, null, parts);
   }
 
   private choose(status: Status, severity: string): void {
@@ -329,7 +387,7 @@ class AlertsView {
     text(this.everyName, alerts.length ? `${count(alerts.length)} of ${this.whole || count(this.chosen.size)} selected` : `Select the ${count(this.chosen.size)} listed`);
     for (const box of this.list.element.querySelectorAll<HTMLInputElement>(".name input")) box.checked = alerts.some((alert) => alert.id === box.value);
     this.acts.hidden = !alerts.length;
-    text(this.look, `${this.status === "open" ? "Acknowledge" : "Take back"} ${count(alerts.length)}`);
+    text(this.look, `${this.status === "acknowledged" ? "Take back" : "Acknowledge"} ${count(alerts.length)}`);
     text(this.take, `Accept ${count(alerts.length)} as normal`);
   }
 
@@ -384,8 +442,11 @@ class AlertsView {
         if (id === this.id) this.fill([alert]);
         return;
       }
-      const filter = `status=${status}${severity ? `&severity=${severity}` : ""}${model ? `&model=${encodeURIComponent(model)}` : ""}${holds ? `&q=${encodeURIComponent(holds)}` : ""}`;
-      const page = await ask<AlertsPage>(`v1/alerts?${filter}&limit=${most}`);
+      if (status === "muted") await this.showMutes();
+      const filter = `${FILTERS[status]}${severity ? `&severity=${severity}` : ""}${model ? `&model=${encodeURIComponent(model)}` : ""}${holds ? `&q=${encodeURIComponent(holds)}` : ""}`;
+      let page = await ask<AlertsPage>(`v1/alerts?${filter}&limit=${most}`);
+      // Behind thousands of others there may be some: a page looks at so many alone.
+      while (!page.alerts.length && page.next_cursor !== null) page = await ask<AlertsPage>(`v1/alerts?${filter}&limit=${most}&cursor=${page.next_cursor}`);
       const all = page.next_cursor === null ? null : await ask<AlertCount>(`v1/alerts/count?${filter}`);
       if (this.id || status !== this.status || severity !== this.severity || model !== this.model || holds !== this.holds || most !== this.most) return;
       if (status === "open" && !severity && !model && !holds) this.shell.alerting(all ?? counted(page.alerts));
@@ -410,7 +471,7 @@ class AlertsView {
     this.shown = shown;
     this.said.replaceChildren();
     if (!alerts.length) {
-      const words = { open: "Nothing has begun that is as rare as you asked to be told of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet." }[this.status];
+      const words = { open: "Nothing has begun that is as rare as you asked to be told of.", acknowledged: "Nobody looks after an alert now.", resolved: "No alert has been resolved yet.", muted: "No alert is open that nobody is told of." }[this.status];
       const severe = SEVERITIES.find(([severity]) => severity === this.severity)![1].toLowerCase();
       const which = [this.severity ? ` that is ${severe.replace("and", "or")}` : "", this.model ? ` of ${this.model}` : "", this.holds ? ` of a stream whose name holds “${this.holds}”` : ""].join("");
       fill(this.said, h("div", { class: "empty" }, h("h2", {}, `No ${this.status} alerts`), h("p", {}, which ? `None${which}.` : words)));
@@ -443,12 +504,13 @@ function itemOf(alert: Alert, chosen: Chosen | null, act: () => void): { element
       ? `Resolved ${alert.resolved_at ? clock(alert.resolved_at) : ""}: ${WORDS[alert.resolution ?? ""] ?? alert.resolution ?? ""}${alert.resolved_at ? `, after ${duration(lasted(alert, alert.resolved_at))}` : ""}`
       : "";
   const looked = acknowledgement ? `Acknowledged ${clock(acknowledgement.at)} by ${acknowledgement.by || "someone"}${acknowledgement.note ? `: ${acknowledgement.note}` : ""}` : "";
+  const muted = alert.muted && alert.status !== "resolved" ? `Muted until ${clock(alert.muted.until)} (${alert.muted.mute}): nobody is told${alert.muted.told ? ` that it is more than ${alert.muted.told}` : ""}` : "";
   const button = alert.status === "resolved" ? null : h("button", { class: "button", type: "button", "aria-label": `${acknowledgement ? "Change the note on" : "Acknowledge"} ${alert.stream_id}`, onclick: act }, acknowledgement ? "Change" : "Acknowledge");
   const age = h("span");
   const more = alert.kind === "silence" ? [] : [age, ...evidence];
   const name = chosen ? alert.stream_id : alert.kind === "silence" ? "Silence" : "Anomaly";
   const box = chosen && alert.status !== "resolved" ? h("input", { type: "checkbox", value: alert.id, checked: chosen.has(alert), "aria-label": `Select ${alert.stream_id}`, onchange: (event: Event) => chosen.set(alert, (event.target as HTMLInputElement).checked) }) : null;
-  const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, box, h("a", { href }, name)), h("p", {}, severity, what, ...more, " · ", link), line && onset ? lineOf(line, onset) : null, now, looked ? h("p", {}, looked) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
+  const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, box, h("a", { href }, name)), h("p", {}, severity, what, ...more, " · ", link), line && onset ? lineOf(line, onset) : null, now, muted ? h("p", {}, muted) : null, looked ? h("p", {}, looked) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
   return { element, age };
 }
 
@@ -488,6 +550,12 @@ async function takenBack(alert: Alert): Promise<string> {
   }
 }
 
+/** A time as a field of type datetime-local has it: the browser's. */
+function picked(ms: number): string {
+  const at = new Date(ms);
+  return new Date(ms - at.getTimezoneOffset() * 60_000).toISOString().slice(0, 16);
+}
+
 /** Who says so, and what else. */
 interface Signature {
   by: string;
@@ -495,7 +563,7 @@ interface Signature {
 }
 
 /** Asks for a name and a note before it is done. */
-function signed(title: string, words: string[], name: string, send: (by: Signature) => Promise<void>, before: Signature | null = null, other: [string, () => Promise<void>] | null = null): void {
+function signed(title: string, words: string[], name: string, send: (by: Signature) => Promise<void>, before: Signature | null = null, other: [string, () => Promise<void>] | null = null, first: HTMLElement[] = []): void {
   const by = h("input", { class: "field", name: "by", maxlength: "128", value: before?.by ?? kept(NAME_KEY) ?? "", autocomplete: "name" });
   const note = h("input", { class: "field", name: "note", maxlength: "1000", value: before?.note ?? "" });
   const act = async (): Promise<void> => {
@@ -506,7 +574,7 @@ function signed(title: string, words: string[], name: string, send: (by: Signatu
     keep(NAME_KEY, by.value);
     return send({ by: by.value.trim(), note: note.value.trim() });
   };
-  confirmed(title, words, name, act, h("div", { class: "form" }, h("label", {}, "Your name", by), h("label", {}, "Note", note)), other);
+  confirmed(title, words, name, act, h("div", { class: "form" }, ...first, h("label", {}, "Your name", by), h("label", {}, "Note", note)), other);
 }
 
 /** Asks whether it is to be done, and closes once it is: `act` may say how far it is. What is refused is said. Without a `name` nothing can be. */

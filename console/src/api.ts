@@ -320,6 +320,19 @@ export interface Alert {
   last: Evidence | null;
   patience: number | null;
   acknowledgement: { by: string; note: string; at: number } | null;
+  muted: { mute: string; until: number; told: string | null } | null;
+}
+
+/** Whose alerts nobody is told of for a while. */
+export interface Mute {
+  name: string;
+  streams: string[];
+  model: string | null;
+  starts_at: number;
+  ends_at: number;
+  by: string;
+  note: string;
+  state: "coming" | "in_force" | "over";
 }
 
 export interface AlertCount {

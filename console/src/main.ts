@@ -177,7 +177,7 @@ document.addEventListener("keydown", (event) => {
 
 async function countAlerts(): Promise<void> {
   try {
-    shell.alerting(await ask<AlertCount>("v1/alerts/count?status=open"));
+    shell.alerting(await ask<AlertCount>("v1/alerts/count?status=open&muted=false"));
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     trouble.hidden = error.status < 500; // what else there is the views say

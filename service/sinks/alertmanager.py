@@ -108,9 +108,9 @@ class Alertmanager:
         left: list[Posted] = []
         for told in changes:
             alert, before = told.change.alert, told.change.severity_before
-            if alert.live:
+            if _told(alert):
                 latest[alert.id] = alert
-                if before is not None:
+                if before is not None and alert.muted is None:
                     left.append(self._posted(alert, severity=before, ends=told.at))
         return _one_each([*left, *map(self._posted, latest.values())])
 
@@ -120,7 +120,7 @@ class Alertmanager:
         # Open ones last: a stream's alert that is held open ends it there, also where the next one has begun.
         ids = await self._book.resolved_since(now - self._keep_firing) + await self._book.open_ids()
         for i in range(0, len(ids), AT_ONCE):
-            some = [alert for alert in await self._book.alerts(ids[i : i + AT_ONCE]) if alert is not None and alert.live]
+            some = [alert for alert in await self._book.alerts(ids[i : i + AT_ONCE]) if alert is not None and _told(alert)]
             firing = [alert for alert in some if alert.open or alert.opened_at + self._keep_firing > now]
             if firing:
                 await self._tell(token, _one_each([self._posted(alert) for alert in firing]))
@@ -168,7 +168,7 @@ class Alertmanager:
             "acknowledged_by": alert.acknowledgement.by if alert.acknowledgement else "",
         }
         posted: Posted = {
-            "labels": labels(NAMES[alert.kind], alert.stream_id, alert.model, severity or alert.severity),
+            "labels": labels(NAMES[alert.kind], alert.stream_id, alert.model, severity or _severity(alert)),
             "annotations": {name: text for name, text in annotations.items() if text},
             "startsAt": _time(starts),
         }
@@ -182,13 +182,24 @@ class Alertmanager:
 
     def _delivered(self, changes: Sequence[Told]) -> None:
         for told in changes:
-            if told.change.alert.live:
+            alert = told.change.alert
+            if _told(alert):
                 self._metrics.alert_delivery.labels(self.name).observe(max(0.0, self._clock() - told.at))
             else:
-                self._count("past")
+                self._count("muted" if alert.live else "past")
 
     def _count(self, outcome: str) -> None:
         self._metrics.alert_deliveries.labels(self.name, outcome).inc()
+
+
+def _told(alert: Alert) -> bool:
+    """Whether it is to be there at all: alerts of the past are not, nor those that opened while they were muted."""
+    return alert.live and (alert.muted is None or alert.muted.told is not None)
+
+
+def _severity(alert: Alert) -> str:
+    """That it has there: of one that escalated while it was muted the one before."""
+    return (alert.muted.told if alert.muted else None) or alert.severity
 
 
 def labels(alertname: str, stream_id: str, model: str, severity: str) -> dict[str, str]:

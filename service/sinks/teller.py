@@ -1,7 +1,7 @@
 """Where alerts go: what happened to them is told to each sink by itself, in order, at least once.
 
-    changes after the sink's cursor ─► leave out alerts of the past, those of less than `least` severity, and what is beyond the flood
-    limit ─► tell (again and again, with back-off) ─► cursor, dead letters and what was withheld, in one step under the desk's lease
+    changes after the sink's cursor ─► leave out alerts of the past, muted ones, those of less than `least` severity, and what is beyond the
+    flood limit ─► tell (again and again, with back-off) ─► cursor, dead letters and what was withheld, in one step under the desk's lease
 
 A flood (a whole plant goes wrong) is told as such: the first alert beyond `per_minute` of its severity brings one notice that more follow
 which are not told one by one, and each minute another one says how many. Each severity has room of its own, so that a thousand minor
@@ -236,6 +236,10 @@ class Teller:
             return
         known = not await self._book.withheld(name, [alert.id])
         event = change.event
+        if alert.muted is not None and event in ("opened", "escalated"):
+            self._count("muted")
+            await self._book.delivered(token, name, told.id, withhold=[alert.id] if alert.muted.told is None else [])
+            return
         if event == "opened" or (event == "escalated" and not known):
             if SEVERITIES.index(alert.severity) < SEVERITIES.index(self._least):
                 self._count("below")

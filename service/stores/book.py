@@ -4,6 +4,7 @@ Keys (each name once, here), all in one slot of a cluster:
 
     onset:{alerts}:lease           who keeps the book, a token that expires; every write but an acknowledgement is made under it
     onset:{alerts}:table           the alerts, a hash id → JSON
+    onset:{alerts}:mutes           whose alerts nobody is told of for a while, a hash name → JSON: written by any replica
     onset:{alerts}:acks            who looks after them, a hash id → JSON: written by any replica
     onset:{alerts}:all  :open      their ids, sorted sets without scores: ids sort by when an anomaly began
     onset:{alerts}:streams         the same behind a hash of their stream
@@ -31,12 +32,13 @@ from msgspec.structs import replace
 from service.alerts import Acknowledgement, Alert, Change, Kind, Outcome, Status
 from service.errors import Fenced, StoreUnavailable
 from service.events import Severity
+from service.mutes import Mute
 from service.stores.redis import SHARDS, Command, Commands, log_key, state_key
 
 PREFIX = b"onset:{alerts}:"
-LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS = (
+LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS, MUTES = (
     PREFIX + name
-    for name in (b"lease", b"table", b"acks", b"all", b"open", b"streams", b"resolved", b"cursors", b"changes", b"dead-letters")
+    for name in (b"lease", b"table", b"acks", b"all", b"open", b"streams", b"resolved", b"cursors", b"changes", b"dead-letters", b"mutes")
 )
 FENCED_FUNCTION = "onset_fenced_v6"
 LEASE_MS = 5000
@@ -48,12 +50,15 @@ if (redis.call('HGET', KEYS[2], ARGV[1]) or '') ~= ARGV[6] then return 0 end
 if ARGV[3] == '' then redis.call('HDEL', KEYS[2], ARGV[1]) else redis.call('HSET', KEYS[2], ARGV[1], ARGV[3]) end
 redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[5], '*', 'change', ARGV[4])
 return 1"""
+# One that was changed since it was read stays.
+UNMUTE = "if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end return 0"
 AT_ONCE = 500
 """Alerts loaded in one go."""
 SCANNED = 5_000
 """Alerts that one page or count looks at, at most: where few of them are wanted a page may have none, and a cursor."""
 
 _alert, _ack, _change = msgspec.json.Decoder(Alert), msgspec.json.Decoder(Acknowledgement), msgspec.json.Decoder(Change)
+_mute = msgspec.json.Decoder(Mute)
 _json = msgspec.json.Encoder()
 
 
@@ -68,6 +73,8 @@ class Wanted:
     stream_id: str | None = None
     holds: str = ""
     """What the name of the stream holds, in upper or lower case."""
+    muted: bool | None = None
+    """Whether sinks are not told of it for now."""
 
     def has(self, alert: Alert) -> bool:
         return (
@@ -77,6 +84,7 @@ class Wanted:
             and self.model in (None, alert.model)
             and self.stream_id in (None, alert.stream_id)
             and self.holds.casefold() in alert.stream_id.casefold()
+            and self.muted in (None, alert.muted is not None)
         )
 
 
@@ -227,6 +235,26 @@ class Book:
             became |= {known.id: Became("acknowledged", known) for (known, _), one in zip(trying, done, strict=True) if one}
             left = [id_ for id_ in left if id_ not in became]  # with those that have changed since they were read
         return {id_: became[id_] for id_ in ids}
+
+    async def mutes(self) -> list[Mute]:
+        """The one that ends first first; those that are over among them."""
+        found = [_mute.decode(kept) for kept in (await self._store.pipe([("HVALS", MUTES)]))[0]]
+        return sorted(found, key=lambda mute: (mute.ends_at, mute.name))
+
+    async def mute(self, mute: Mute) -> None:
+        """In place of the one that has its name."""
+        await self._store.pipe([("HSET", MUTES, mute.name, _json.encode(mute))])
+
+    async def unmute(self, name: str) -> bool:
+        """Whether there was one."""
+        return bool((await self._store.pipe([("HDEL", MUTES, name)]))[0])
+
+    async def forget_mutes(self, before: float) -> None:
+        """Those that were over by then."""
+        kept = (await self._store.pipe([("HVALS", MUTES)]))[0]
+        over = [(mute.name, one) for one in kept if (mute := _mute.decode(one)).ends_at < before]
+        if over:
+            await self._store.pipe([("EVAL", UNMUTE, 1, MUTES, name, one) for name, one in over])
 
     # ── for whoever keeps it ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -672,6 +672,46 @@ def test_the_page_of_a_stream_has_its_alerts_which_are_acknowledged_noted_upon_a
         expect(now).to_have_count(0)
 
 
+def test_streams_are_muted_until_a_time_and_their_alerts_stand_apart_until_someone_ends_it(
+    tmp_path: Path, tiny_model_path: Path, browser: Browser
+) -> None:
+    values = [1.0, 1.1] * 300 + [99.0] * 20
+    settings = {"SILENCE": "false", "ALERTS_RESEND_SECONDS": "1"}
+    with (
+        Service(tmp_path / "data", model=tiny_model_path, wait=True, forked=True, **settings) as running,
+        Visit(browser, running.url) as page,
+    ):
+        page.goto(f"{running.url}/#/alerts")
+        page.get_by_role("button", name="Mute …").click()
+        page.get_by_label("Your name").fill("Ada")
+        page.get_by_role("button", name="Mute", exact=True).click()
+        expect(page.locator("dialog[open]")).to_contain_text("Which streams is missing.")
+        page.get_by_label("Streams, one a line").fill("hall-2\nhall-2/*\n")
+        page.get_by_label("Note", exact=True).fill("inspection")
+        page.get_by_role("button", name="Mute", exact=True).click()
+        expect(page.locator(".mutes li")).to_contain_text("hall-2 · hall-2/* until")
+        expect(page.locator(".mutes li")).to_contain_text("by Ada: inspection")
+        [mute] = local.get(f"{running.url}/v1/mutes").json()["mutes"]
+        assert 7.9 * 3600 < mute["ends_at"] - time.time() <= 8 * 3600, "of an 8 hours' shift, if nobody says how long"
+        for name in ("hall-1/a", "hall-2/a"):
+            events = [{"stream_id": name, "values": {"value": value}} for value in values]
+            local.post(f"{running.url}/v1/events", json=events).raise_for_status()
+        alerts = page.locator(".alert")
+        expect(alerts).to_have_count(1)
+        expect(alerts).to_contain_text("hall-2/a")
+        expect(alerts).to_contain_text("nobody is told")
+        page.get_by_role("button", name="Open").click()
+        expect(page.locator(".alert .name")).to_have_text(["hall-1/a"])
+        expect(page.locator(".badge")).to_have_text("1")
+        page.get_by_role("button", name="Muted", exact=True).click()
+        page.get_by_role("button", name=f"End {mute['name']}").click()
+        page.get_by_role("button", name="End it").click()
+        expect(page.locator(".empty")).to_contain_text("No alert is open that nobody is told of.")
+        expect(page.locator(".mutes")).to_be_hidden()
+        page.get_by_role("button", name="Open").click()
+        expect(alerts).to_have_count(2)
+
+
 def test_an_alert_says_how_rare_its_beginning_was_and_what_its_stream_shows_by_now(
     tmp_path: Path, tiny_model_path: Path, browser: Browser
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,9 @@ ROUTES = {
     ("GET", "/v1/alerts/{alert_id}"),
     ("POST", "/v1/alerts/{alert_id}/acknowledge"),
     ("DELETE", "/v1/alerts/{alert_id}/acknowledge"),
+    ("GET", "/v1/mutes"),
+    ("PUT", "/v1/mutes/{name}"),
+    ("DELETE", "/v1/mutes/{name}"),
     ("GET", "/v1/models"),
     ("GET", "/v1/policy"),
     ("PUT", "/v1/policy"),
@@ -104,6 +108,8 @@ def test_every_operation_answers_as_documented(schema: Any, method: str, path: s
     @given(case=schema[path][method].as_strategy())
     def check(case: Any) -> None:
         assume(_means_a_rate(case.body))
+        if path == "/v1/mutes/{name}" and method == "PUT":  # no schema can say which times are ahead
+            case.body |= {"starts_at": None, "ends_at": time.time() + 60}
         case.call_and_validate(timeout=10)
 
     check()
