@@ -271,11 +271,11 @@ def split(
             def show(doing: str, done: int, of: int | None) -> None:
                 progress.update(task, description=f"{done:,} {doing}", completed=done, total=of)
 
-            done = split_tables(files, out, columns, options, dialect, typer.echo, long, show)
+            done = split_tables(files, out, columns, options, dialect, _say, long, show)
     except OnsetError as error:
         _refuse(error.detail)
     for sentence in done.report():
-        typer.echo(sentence)
+        _say(sentence)
 
 
 def _long(tag: list[str], value: list[str], good: list[str], every: float, hold: float) -> Long | None:
@@ -414,8 +414,14 @@ def _url(host: str, port: int) -> str:
     return f"http://[{near}]:{port}" if ":" in near else f"http://{near}:{port}"
 
 
+def _say(sentence: str, *, err: bool = False) -> None:
+    from service.terminal import harmless  # noqa: PLC0415
+
+    typer.echo(harmless(sentence), err=err)
+
+
 def _refuse(reason: str) -> NoReturn:
-    typer.echo(f"onset: {reason}", err=True)
+    _say(f"onset: {reason}", err=True)
     raise typer.Exit(2)
 
 
