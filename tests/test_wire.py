@@ -17,7 +17,9 @@ from service.wire import FEW_FIELDS, varint
 
 Decode = Callable[..., Any]
 
-_nobody: Callable[[bytes], Any] = {}.get
+
+def _nobody(key: bytes) -> Any:
+    return None
 
 
 def _name(*labels: Any) -> Any:
