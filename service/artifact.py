@@ -16,6 +16,7 @@ import base64
 import hashlib
 import io
 import re
+import zipfile
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,8 @@ SEEN = 10
 """Events of this rate that a calibration must have had room for, to say how often they come."""
 MAX_FEATURES = 300
 SELFTEST_STEPS, SELFTEST_ROWS = 32, 8
+SELFTEST_BYTES = 64 * 1024 * 1024
+"""Of a self-test unpacked, at most; the largest that is made, of MAX_FEATURES and 65,536 floats of state, has 4 MB."""
 
 NEW = 0
 """Code of a line that no template matches; templates are 1 to V, and V + 1 is the end of a session.
@@ -264,7 +267,12 @@ class SelfTest:
     def decode(cls, text: str) -> SelfTest:
         """Raises ArtifactError when `text` is not what `encode` writes."""
         try:
-            with np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False) as arrays:
+            packed = io.BytesIO(base64.b64decode(text, validate=True))
+            with zipfile.ZipFile(packed) as arrays:
+                size = sum(member.file_size for member in arrays.infolist())
+            if size > SELFTEST_BYTES:  # a few kB may unpack to gigabytes
+                raise ValueError(f"they unpack to {size} bytes, at most {SELFTEST_BYTES}")
+            with np.load(packed, allow_pickle=False) as arrays:
                 nothing = np.zeros((*arrays["p_value"].shape, 0), np.float32)  # files of before there were log models have no such arrays
                 return cls(**{f.name: arrays.get(f.name, nothing).astype(np.float32) for f in fields(cls)})
         except Exception as error:  # base64, zip and npy each have errors of their own; all mean the same here
@@ -298,7 +306,7 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ArtifactError(f"{path}: manifest field {where}: {first['msg']} (got {first.get('input')!r}).") from error
+        raise ArtifactError(f"{path}: manifest field {where}: {first['msg']} (got {first.get('input')!r:.100}).") from error
 
 
 def find_artifacts(path: Path) -> list[Path]:

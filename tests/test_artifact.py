@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import onnx
 import pytest
 from pydantic import ValidationError
 
-from service.artifact import MANIFEST_KEY, SELFTEST_KEY, SHA256_KEY, UNSEALED, Manifest, SelfTest, find_artifacts, seal
+from service.artifact import MANIFEST_KEY, SELFTEST_BYTES, SELFTEST_KEY, SHA256_KEY, UNSEALED, Manifest, SelfTest, find_artifacts, seal
 from service.detector import Detector, load_detectors
 from service.errors import ArtifactError
 from tests.tiny import build_tiny, set_metadata, tiny_manifest
@@ -133,6 +135,22 @@ def test_a_manifest_for_another_graph_is_refused(tmp_path: Path) -> None:
 def test_unreadable_self_test_vectors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="self-test vectors cannot be read"):
         Detector.load(resealed(build_tiny(tmp_path), {SELFTEST_KEY: "???"}))
+
+
+def test_a_self_test_that_unpacks_to_more_than_one_has_is_refused_before_it_is(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    np.savez_compressed(packed, x=np.zeros((SELFTEST_BYTES // 4 + 1,), np.float32))
+    assert len(packed.getvalue()) < 100_000
+    path = resealed(build_tiny(tmp_path), {SELFTEST_KEY: base64.b64encode(packed.getvalue()).decode()})
+    with pytest.raises(ArtifactError, match=f"unpack to 6710[0-9]+ bytes, at most {SELFTEST_BYTES}"):
+        Detector.load(path)
+
+
+def test_what_is_wrong_with_a_manifest_is_told_in_a_sentence_however_long_it_is(tmp_path: Path) -> None:
+    path = resealed(build_tiny(tmp_path), {MANIFEST_KEY: "[" * 1_000_000})
+    with pytest.raises(ArtifactError, match="manifest field the whole") as refused:
+        Detector.load(path)
+    assert len(str(refused.value)) < 1000
 
 
 def test_a_layout_that_does_not_add_up_is_refused() -> None:
