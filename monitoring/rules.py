@@ -672,10 +672,13 @@ RULES: tuple[Rule, ...] = (
         "The queue keeps its entries for a shorter time, or in less space, than they waited here. Those are never scored; what is still "
         "there is.",
         (
-            "The log line `kafka_offset_gone` names partition and offsets.",
+            "The log line `kafka_offset_gone` names partition and offsets, `streams_trimmed` the partition and how many.",
             "Was the service away for long (`OnsetSourceUnread`, `OnsetSourceLagging`)?",
         ),
-        ("Let the queue keep them longer (`retention.ms`, `retention.bytes`); add replicas where they fall behind.",),
+        (
+            "Let the queue keep them longer (Kafka: `retention.ms`, `retention.bytes`; Redis Streams: what runs `XTRIM`, or adds with "
+            "`MAXLEN`); add replicas where they fall behind.",
+        ),
         _grows('onset_source_lost_total{job="onset",source="kafka"}', {"job": "onset", "source": "kafka"}),
         above=0,
         range="15m",

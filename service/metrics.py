@@ -655,7 +655,8 @@ class Metrics:
     source_lost = _counter(
         "onset_source_lost_total",
         "entries",
-        "Entries that the queue had deleted before they were read. Kafka alone tells, by offsets: of a compacted topic at most so many.",
+        "Entries that the queue had deleted before they were read. Kafka tells, by offsets: of a compacted topic at most so "
+        "many; Redis Streams do where they are trimmed and the server knows how many the group has read. Other queues do not.",
         "Grows: it keeps entries for a shorter time than they waited here. Let it keep them longer; see onset_source_lag.",
         source=RUNNING,
     )

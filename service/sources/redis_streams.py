@@ -45,7 +45,7 @@ from service.sources import POSITIONS, Batch, Letter, Message, Settlement, ident
 from service.sources.options import RedisStreamsSource
 
 LIBRARY = Path(__file__).with_name("streams.lua")
-VERSION = "v1"
+VERSION = "v2"
 """Of the functions in the library, renamed together whenever their arguments change."""
 _UNANSWERED = (RedisError, OSError, RuntimeError)
 """As of the store, see stores/redis.py."""
@@ -284,6 +284,10 @@ class RedisStreams:
     def claimed(self, entries: int) -> None:
         self._metrics.source_claimed.labels(self.name).inc(entries)
 
+    def lost(self, partition: str, entries: int) -> None:
+        self._metrics.source_lost.labels(self.name).inc(entries)
+        log.error("streams_trimmed", source=self.name, partition=partition, entries=entries)
+
     def bug(self, error: Exception) -> None:
         self._metrics.bug(error, source=self.name)
 
@@ -397,7 +401,9 @@ class _Partition:
                 return
 
     async def _read(self) -> None:
-        entries, last = await self._owners("read", self.lease.group, self._source.member, self._source.declared.batch)
+        entries, last, lost = await self._owners("read", self.lease.group, self._source.member, self._source.declared.batch)
+        if lost:
+            self._source.lost(self.key, lost)
         if entries:
             await self._hand_out(entries)
         else:

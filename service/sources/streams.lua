@@ -1,4 +1,4 @@
-#!lua name=onset_streams_v1
+#!lua name=onset_streams_v2
 -- Who owns which partition, and what only its owner may do with it. A lease is a key that holds its owner's token and expires; every
 -- function but `attend` takes the partition's stream and its lease as the first two keys, in a cluster of one slot, and the token as
 -- its first argument, and replies nil, with nothing done, where the lease no longer holds that token.
@@ -11,7 +11,8 @@
 -- release KEYS stream, lease               ARGV token
 --         Give the lease up. Reply 1.
 -- read    KEYS stream, lease               ARGV token, TTL, group, member, count
---         New entries; renews the lease. Reply {entries, id of the last entry that was ever delivered}.
+--         New entries; renews the lease. Reply {entries, id of the last entry that was ever delivered, number of entries that were
+--         deleted before the group had read them}, each of these once.
 -- claim   KEYS stream, lease               ARGV token, TTL, group, member, count, cursor
 --         Entries that any member has read and not acknowledged, from the cursor on, by id. Reply {next cursor, entries}; at the end,
 --         members that have none are struck off the group.
@@ -64,25 +65,52 @@ local function release(keys, args)
   return redis.call('DEL', keys[2])
 end
 
+local function fields(flat)
+  local about = {}
+  for i = 1, #flat, 2 do
+    about[flat[i]] = flat[i + 1]
+  end
+  return about
+end
+
+local function group_of(key, name)
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', key)) do
+    local about = fields(group)
+    if about['name'] == name then
+      return about
+    end
+  end
+end
+
+-- Of the entries that there ever were, those that are gone and the group has not read: they were trimmed at the stream's head. The server
+-- does not always know how many it has read; then 0.
+local function lost(key, name)
+  local group = group_of(key, name)
+  if not group or not group['entries-read'] then
+    return 0
+  end
+  local stream = fields(redis.call('XINFO', 'STREAM', key))
+  local gone = stream['entries-added'] - stream['length']
+  if gone <= group['entries-read'] then
+    return 0
+  end
+  redis.call('XGROUP', 'SETID', key, name, group['last-delivered-id'], 'ENTRIESREAD', gone)
+  return gone - group['entries-read']
+end
+
 local function read(keys, args)
   if not ours(keys, args) then
     return nil
   end
   redis.call('PEXPIRE', keys[2], args[2])
+  local missed = lost(keys[1], args[3])
   local found = redis.call('XREADGROUP', 'GROUP', args[3], args[4], 'COUNT', args[5], 'STREAMS', keys[1], '>')
   local entries = found and found[1] and found[1][2] or {}
   if #entries > 0 then
-    return { entries, entries[#entries][1] }
+    return { entries, entries[#entries][1], missed }
   end
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', keys[1])) do
-    local about = {}
-    for i = 1, #group, 2 do
-      about[group[i]] = group[i + 1]
-    end
-    if about['name'] == args[3] then
-      return { entries, about['last-delivered-id'] }
-    end
-  end
+  local group = group_of(keys[1], args[3])
+  return group and { entries, group['last-delivered-id'], missed }
 end
 
 local function claim(keys, args)
@@ -93,10 +121,7 @@ local function claim(keys, args)
   local found = redis.call('XAUTOCLAIM', keys[1], args[3], args[4], 0, args[6], 'COUNT', args[5])
   if found[1] == '0-0' then
     for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', keys[1], args[3])) do
-      local about = {}
-      for i = 1, #consumer, 2 do
-        about[consumer[i]] = consumer[i + 1]
-      end
+      local about = fields(consumer)
       if about['pending'] == 0 and about['name'] ~= args[4] then
         redis.call('XGROUP', 'DELCONSUMER', keys[1], args[3], about['name'])
       end
@@ -129,9 +154,9 @@ local function settle(keys, args)
   return acknowledged
 end
 
-redis.register_function('onset_attend_v1', attend)
-redis.register_function('onset_hold_v1', hold)
-redis.register_function('onset_release_v1', release)
-redis.register_function('onset_read_v1', read)
-redis.register_function('onset_claim_v1', claim)
-redis.register_function('onset_settle_v1', settle)
+redis.register_function('onset_attend_v2', attend)
+redis.register_function('onset_hold_v2', hold)
+redis.register_function('onset_release_v2', release)
+redis.register_function('onset_read_v2', read)
+redis.register_function('onset_claim_v2', claim)
+redis.register_function('onset_settle_v2', settle)

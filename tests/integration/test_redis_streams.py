@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from redis.crc import key_slot
+from structlog.testing import capture_logs
 
 from service.app import Service
 from service.consumer import Consumer
@@ -389,6 +390,34 @@ async def test_a_paused_partition_goes_on_once_the_bad_entries_are_gone(
     assert [result.state_version for result in await q.results()] == [1, 2]
     await until(lambda: metric(service, "source_paused") == 0)
     await consumer.stop(5)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_what_is_trimmed_before_it_was_read_is_counted_once_and_told(
+    empty_server: str, tiny_model_path: Path, q: Queue, keep: bool
+) -> None:
+    events = recorded(26, 1)
+
+    async def read(scored: int, lost: int, more: list[dict[str, Any]]) -> list[int]:
+        """What is told of by a service that finds so many, then gets more."""
+        with capture_logs() as logs:
+            async with AsyncExitStack() as stack:
+                service = await Replicas(empty_server, tiny_model_path, stack).start(streams_keep=keep)
+                await until(lambda: metric(service, "source_lost_total") == lost)
+                await until(lambda: outcomes(service).get("scored", 0) == scored)
+                await q.add(*more)
+                await until(lambda: outcomes(service).get("scored", 0) == scored + len(more))
+                await until(_acknowledged(q))
+                assert metric(service, "source_lost_total") == lost
+        return [entry["entries"] for entry in logs if entry["event"] == "streams_trimmed"]
+
+    assert await read(0, 0, events[:10]) == []
+    await q.add(*events[10:20])
+    await q.client.xtrim(KEY, maxlen=6, approximate=False)
+    assert await read(6, 4, []) == [4]
+    await q.add(*events[20:25])
+    await q.client.xtrim(KEY, maxlen=0, approximate=False)
+    assert await read(0, 5, events[25:]) == [5]
 
 
 async def test_a_full_queue_pauses_reading_and_loses_nothing(replicas: Replicas, q: Queue, tiny_detector: Detector) -> None:
