@@ -46,7 +46,7 @@ from service import tasks
 from service.errors import BadSetting, Fenced, StoreUnavailable
 from service.events import Published
 from service.metrics import Metrics
-from service.sources import Batch, Letter, Message, Settlement, identity
+from service.sources import Batch, Letter, Message, Settlement, address, identity
 from service.sources.options import NatsSource, meet
 from service.sources.partitions import AHEAD, Partition, Partitions
 
@@ -55,6 +55,8 @@ ANSWER_SECONDS = 5.0
 PULL_SECONDS = 2.0
 """How long a pull waits at the server for messages."""
 BACKOFF_SECONDS = 0.5
+MOST_REASONS = 8
+"""That are told of one outage."""
 EXPECTED, MESSAGE_ID = "Nats-Expected-Last-Subject-Sequence", "Nats-Msg-Id"
 WRONG_SEQUENCE = 10071
 """JetStream's error code of a compare-and-set that lost."""
@@ -87,7 +89,8 @@ class Nats:
         self._leases: _Leases | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._releases: set[asyncio.Task[None]] = set()
-        self._failing = False
+        self._told: set[str] = set()
+        """Of the outage that there is: what was said of it."""
         if options.credentials:
             _check_credentials(options)
 
@@ -135,7 +138,7 @@ class Nats:
             try:
                 await self._connect()
                 await self._ask(self._share)
-                self._failing = False
+                self._recovered()
             except StoreUnavailable as error:
                 await self._on_error(error)
             except Exception as error:  # a bug must not end the heartbeat for good; it is counted and logged
@@ -198,10 +201,16 @@ class Nats:
             await tasks.end(closing)
 
     async def _on_error(self, error: Exception) -> None:
-        """We go on for ever; once is enough to tell."""
-        if not self._failing:
-            log.warning("nats_unavailable", source=self.name, error=repr(error))
-        self._failing = True
+        """We go on for ever; each reason is told once: a server that comes back may refuse the login."""
+        reason = repr(error)
+        if reason not in self._told and len(self._told) < MOST_REASONS:
+            self._told.add(reason)
+            log.warning("nats_unavailable", source=self.name, error=reason)
+
+    def _recovered(self) -> None:
+        if self._told:
+            self._told.clear()
+            log.info("nats_connected", source=self.name, server=address(self.client.connected_url.geturl()))
 
     async def _share(self) -> None:
         """Renew, release or take, so that every live member has the same number of partitions, give or take one."""

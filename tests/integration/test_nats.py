@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
@@ -167,6 +167,33 @@ async def test_over_tls_and_not_where_the_server_does_not_ask_for_it(rig: NatsRi
     [told] = [entry for entry in logs if entry["event"] == "nats_unavailable"]
     assert (told["source"], "TLS is declared and the server does not ask for it" in told["error"]) == ("plain", True)
     assert metrics.registry.get_sample_value("onset_source_partitions", {"source": "plain"}) is None
+
+
+async def test_an_outage_is_told_with_each_of_its_reasons_and_its_end(tmp_path: Path) -> None:
+    class Locked(NatsServer):
+        locked = False
+
+        def _command(self) -> Sequence[str]:
+            return [*super()._command(), *(["--user", "somebody", "--pass", "else"] if self.locked else [])]
+
+    metrics = Metrics()
+    with Locked(tmp_path / "locked") as server, capture_logs() as logs:
+        source = Nats(NatsSource(servers=[server.url], subjects=["a"], lease_seconds=1), metrics)
+        await source.open()
+        await until(lambda: metrics.registry.get_sample_value("onset_source_partitions", {"source": "nats"}) == 1)
+        await asyncio.to_thread(server.kill)
+        server.locked = True
+        await asyncio.to_thread(server.start)
+        await until(lambda: any("Authorization" in entry["error"] for entry in logs if entry["event"] == "nats_unavailable"))
+        await asyncio.to_thread(server.kill)
+        server.locked = False
+        await asyncio.to_thread(server.start)
+        await until(lambda: any(entry["event"] == "nats_connected" for entry in logs))
+        await source.close()
+    told = [entry["error"] for entry in logs if entry["event"] == "nats_unavailable"]
+    assert len(told) == len(set(told))
+    [connected] = [entry for entry in logs if entry["event"] == "nats_connected"]
+    assert connected["server"] == f"127.0.0.1:{server.port}"
 
 
 @pytest.mark.parametrize(
