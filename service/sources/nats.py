@@ -210,7 +210,8 @@ class Nats:
     def _recovered(self) -> None:
         if self._told:
             self._told.clear()
-            log.info("nats_connected", source=self.name, server=address(self.client.connected_url.geturl()))
+            url = self.client.connected_url
+            log.info("nats_connected", source=self.name, server=address(url.geturl()) if url else "")
 
     async def _share(self) -> None:
         """Renew, release or take, so that every live member has the same number of partitions, give or take one."""
