@@ -89,9 +89,6 @@ def _judged(live: str, silent: str, warming: str) -> dict[str, str]:
     return {f"onset_streams_{name}{{{_M}}}": values for name, values in (("live", live), ("silent", silent), ("warming", warming))}
 
 
-_OFF = "onset_time_seconds - timestamp(onset_time_seconds)"
-"""By how much a replica's clock is ahead of the Prometheus', and what a scrape takes."""
-
 MANY_NEW = 0.05
 """Share of lines of new patterns from which on a log model is out of date."""
 _LINES = 'onset_lines_total{job="onset",instance="a:8080",model="m",match="%s"}'
@@ -738,26 +735,33 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "OnsetClocksDiffer",
         "onset-issues",
-        f"max by (job) ({_OFF}) - min by (job) ({_OFF})",
-        "1m",  # before OnsetManyStreamsSilent, which it is the cause of
+        "max by (job) (abs(onset_store_clock_ahead_seconds))",
+        "5m",
         "warning",
-        "Clocks of replicas are {{ $value | humanizeDuration }} apart.",
-        "Streams that speak are raised as silent, again and again.",
-        "By when a stream has to speak is reckoned by the clock of the replica that scored it, and every one looks by its own. Clocks that "
-        "are further apart than a stream's patience (a few of its intervals) raise it after each event: OnsetSilence by the thousand.",
+        "The clocks of a replica and of the store are {{ $value | humanizeDuration }} apart.",
+        "If the replica's is wrong, the times in its log are. If the store's is, so are those of alerts and of events without one.",
+        "All replicas judge by the store's clock: one whose own is wrong scores, waits for streams and raises them like the others. Where "
+        "the store's is wrong, more than five minutes ahead, live streams look like history, and no silence is raised.",
         (
-            "Which one: `onset_time_seconds - timestamp(onset_time_seconds)`, by `instance`.",
-            "Its node's clock: `chronyc tracking`, `timedatectl`; of node_exporter's metrics `node_timex_offset_seconds`.",
+            "Which one: `onset_store_clock_ahead_seconds`, by `instance`. Where one replica differs, it is its node's; where all say the "
+            "same, the store's.",
+            "That node's clock: `chronyc tracking`, `timedatectl`; of node_exporter's metrics `node_timex_offset_seconds`.",
         ),
-        ("Set the node's clock right; until then take the replica off it (`kubectl cordon`, then delete the pod).",),
+        (
+            "Set the node's clock right. When the store's steps, replicas say `store_clock_stepped`, and every stream gets its patience "
+            "anew; if it was set back, streams that do not speak any more are raised so much later: let chrony or NTP slew it instead.",
+        ),
         (
             Case(
-                {f"onset_time_seconds{{{_A}}}": "0+60x40", 'onset_time_seconds{job="onset",instance="b:8080"}': "20+60x40"},
+                {
+                    f"onset_store_clock_ahead_seconds{{{_A}}}": "0x40",
+                    'onset_store_clock_ahead_seconds{job="onset",instance="b:8080"}': "-20x40",
+                },
                 {"job": "onset"},
             ),
-            Case({f"onset_time_seconds{{{_A}}}": "0+60x40", 'onset_time_seconds{job="onset",instance="b:8080"}': "1+60x40"}),
+            Case({f"onset_store_clock_ahead_seconds{{{_A}}}": "4x40"}),
         ),
-        above=2,
+        above=5,
     ),
     Rule(
         "OnsetModelsDiffer",
@@ -955,8 +959,6 @@ RULES: tuple[Rule, ...] = (
         (
             "`GET /v1/streams?silent=true`: what have they in common?",
             "Are the events refused at the door (OnsetRefusing, OnsetEventsRejected)?",
-            "Do they speak, and are raised again and again (`onset_silences_total` grows by the second)? Then the clock of a replica is "
-            "wrong: OnsetClocksDiffer.",
         ),
         ("Bring the sender back. The next event of a stream ends its silence.",),
         (

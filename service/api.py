@@ -224,8 +224,11 @@ class Door:
         public_url: str = "",
         level: Level | None = None,
         allowed_hosts: str = "",
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`book` of alerts; `public_url` under which people reach the service, "" = not known; `allowed_hosts` as the setting."""
+        """`book` of alerts; `public_url` under which people reach the service, "" = not known; `allowed_hosts` as the setting; `clock`
+        gives seconds since 1970.
+        """
         self._scorers = scorers
         self._default = default_model
         self._limits = limits
@@ -234,6 +237,7 @@ class Door:
         self._control = control
         self._intake = Intake(limits, metrics)
         self._book = book or Book()
+        self._clock = clock
         self._public_url = public_url
         self.origin = _origin(public_url)
         self.hosts = _hosts(allowed_hosts, public_url)
@@ -407,7 +411,7 @@ class Door:
 
     async def acknowledge_several(self, request: Request) -> Response:
         """Someone looks after those of some alerts that nobody does yet; what became of each. Safe to repeat."""
-        ids, by = _several(await self._object(_incoming(request)), time.time())
+        ids, by = _several(await self._object(_incoming(request)), self._clock())
         done = _done(await self._book.acknowledge_open(ids, by))
         if done.outcomes.get("acknowledged"):
             log.info("alerts_acknowledged", by=by.by, note=by.note, alerts=done.outcomes["acknowledged"])
@@ -415,7 +419,7 @@ class Door:
 
     async def accept_several(self, request: Request) -> Response:
         """What some alerts are about is their streams' new normal; what became of each. Safe to repeat."""
-        ids, by = _several(await self._object(_incoming(request)), time.time())
+        ids, by = _several(await self._object(_incoming(request)), self._clock())
         known = dict(zip(ids, await self._book.alerts(ids), strict=True))
         outcomes = await self._accept(known, by)
         done = _done({id_: Became(outcomes[id_], alert) for id_, alert in known.items()})
@@ -452,7 +456,7 @@ class Door:
 
     async def acknowledge(self, request: Request) -> Response:
         """Someone looks after an alert, or (DELETE) nobody does any more; the alert as it is then. Safe to repeat."""
-        by = _acknowledgement(await self._object(_incoming(request)), time.time()) if request.method == "POST" else None
+        by = _acknowledgement(await self._object(_incoming(request)), self._clock()) if request.method == "POST" else None
         id_ = request.path_params["alert_id"]
         alert = _known(id_, await self._book.acknowledge(id_, by) if _ALERT_ID.fullmatch(id_) else None)
         if not alert.open:
@@ -461,12 +465,12 @@ class Door:
 
     async def list_mutes(self, request: Request) -> Response:
         """Whose alerts nobody is told of for a while."""
-        now = time.time()
+        now = self._clock()
         return _json(mutes.MuteList([mutes.MuteReply.of(mute, now) for mute in await self._book.mutes()]))
 
     async def mute(self, request: Request) -> Response:
         """Nobody is told of some streams' alerts from one time to another, or (DELETE) that is over. Safe to repeat."""
-        name, now = request.path_params["name"], time.time()
+        name, now = request.path_params["name"], self._clock()
         if request.method == "DELETE":
             if not await self._book.unmute(name):
                 raise UnknownMute(f"No mute '{name[:64]}' is known.")

@@ -52,6 +52,7 @@ from service.sources import options
 from service.sources.options import HttpSource
 from service.stores import PING_SECONDS, Memory, Output, StateStore, usable
 from service.stores.book import Book
+from service.stores.clock import READ_SECONDS, StoreClock
 from service.stores.cluster import ClusterStore
 from service.stores.redis import RedisStore
 
@@ -75,6 +76,8 @@ class Service:
         self._embedded = embedded
         self.sources = queues.declared(settings, DOORS)
         self.metrics = Metrics()
+        self.clock = StoreClock()
+        """What all parts of all replicas judge by: never this machine's."""
         self.feed = Feed(self.metrics)
         self.detectors: Mapping[str, Detector] = load_detectors(settings.model, settings.inference_threads, settings.provider)
         self.default_model = _default(self.detectors, settings)
@@ -85,8 +88,8 @@ class Service:
         with _affordable("ONSET_CONSOLE_BYTES", settings.console_bytes):
             self.console = self._console() if settings.console else None
         self.book = Book()
-        self.sinks = tellers.declared(settings, self.book, self.metrics)
-        self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics)
+        self.sinks = tellers.declared(settings, self.book, self.metrics, self.clock)
+        self.control = Control(_asked(settings), settings.cadence_seconds, self.scorers, self.metrics, self.clock)
         self.store: StateStore | None = None
         self._store_open = False
         self._not_open_for = ""
@@ -100,7 +103,7 @@ class Service:
         self._evicting, self._rewrite_failed = "", False
         """As they were told of."""
         self.metrics.build.info({"version": VERSION})
-        self.metrics.time.set_function(time.time)
+        self.metrics.store_clock_ahead.set_function(lambda: self.clock.ahead)
         self.metrics.store_memory.set(math.nan)
         self.metrics.begin(model=list(self.detectors), door=DOORS)
         self.patterns = patterns.Patterns(self.detectors, self.metrics)
@@ -133,7 +136,7 @@ class Service:
             settings.remote_write_max_age_seconds,
         )
         features = {name: detector.manifest.feature_names for name, detector in self.detectors.items()}
-        write_back = WriteBack(target, self.names, features, self.metrics)
+        write_back = WriteBack(target, self.names, features, self.metrics, self.clock)
         self.feed.watch(write_back.see)
         return write_back
 
@@ -203,7 +206,7 @@ class Service:
                 embedded.on_restart = self.metrics.store_restarts.inc
                 url = await embedded.start()
                 stack.push_async_callback(embedded.stop)
-            store = _store(self.settings, url)
+            store = _store(self.settings, url, self.clock)
             stack.push_async_callback(store.close)
             self.store = store
             self.control.connect(store)
@@ -217,12 +220,14 @@ class Service:
             stack.push_async_callback(self._drain)
             most, drain = self.settings.max_batch_events, self.settings.drain_seconds
             read = [source for source in self.sources if not isinstance(source, HttpSource)]
-            taps = queues.taps(read, url, store, self._claimed, self.metrics, max_events=most, drain_seconds=drain)
+            taps = queues.taps(read, url, store, self._claimed, self.metrics, max_events=most, drain_seconds=drain, clock=self.clock)
             await self._open(store, stack)
+            beside(tasks.repeat(store.ping, READ_SECONDS, lambda error: None, partial(self.metrics.bug, task="clock")), "clock")
             for name, claim in self.claims.items():
                 beside(claim.run(), f"claim-{name}")
             beside(self.control.run(), "policy")
             for name, sweeper in self._sweepers(read):
+                self.clock.when_stepped(sweeper.anew)
                 beside(sweeper.run(), f"sweep-{name}")
             for canary in self._canaries(store):
                 beside(canary.run(), "canary")
@@ -234,7 +239,7 @@ class Service:
             if self.console:
                 beside(self.console.over.run(streams), "over")
                 beside(self.console.attended.run(self.book), "attended")
-            desk = Desk(self.book, streams, self.metrics, _keeping(self.settings), self.sinks)
+            desk = Desk(self.book, streams, self.metrics, _keeping(self.settings), self.sinks, self.clock)
             beside(desk.run(), "alerts")
             for tap in taps:
                 tap.start()
@@ -254,7 +259,7 @@ class Service:
     def _canaries(self, store: StateStore) -> list[Canary]:
         every = self.settings.canary_seconds
         sensors = [detector for detector in self.detectors.values() if detector.manifest.kind == "sensor"]  # its anomaly is one of numbers
-        return [Canary(detector, store, self.metrics, every) for detector in sensors] if every else []
+        return [Canary(detector, store, self.metrics, every, self.clock) for detector in sensors] if every else []
 
     def _sweepers(self, read: Sequence[options.AnyQueue]) -> Iterator[tuple[str, Sweep]]:
         """Of each model, if it has one. `read` are the queues."""
@@ -283,7 +288,9 @@ class Service:
         for name, detector in self.detectors.items():
             policy_of = replace(policy, tau=detector.manifest.age_constant)
             claim = self.claims[name] = StoredClaim(detector, store, self.metrics, instance=settings.instance)
-            self.scorers[name] = Scorer(detector, policy_of, store, self.metrics, limits, held=True, feed=self.feed, claim=claim)
+            self.scorers[name] = Scorer(
+                detector, policy_of, store, self.metrics, limits, self.clock, held=True, feed=self.feed, claim=claim
+            )
             self.scorers[name].start()
 
     def _claimed(self, model: str) -> tuple[Scorer, StoredClaim]:
@@ -363,6 +370,7 @@ def create_app(settings: Settings, embedded: EmbeddedStore | None = None) -> Fas
         settings.public_url,
         Level(settings.log_level),
         settings.allowed_hosts,
+        service.clock,
     )
     door.add_to(app)
     ended = [service.write_back.ended] if service.write_back else []
@@ -371,7 +379,7 @@ def create_app(settings: Settings, embedded: EmbeddedStore | None = None) -> Fas
     )
     door.add_post(app, remote_write.PATH, prometheus.post, "remote_write")
     points = samples.Samples(otlp.METRICS_DOOR, service.metrics, ended, settings.prometheus_end_seconds)
-    as_otlp = otlp.OtlpMetrics(door, service.names, points, settings.max_batch_events, service.metrics)
+    as_otlp = otlp.OtlpMetrics(door, service.names, points, settings.max_batch_events, service.metrics, service.clock)
     door.add_post(app, otlp.METRICS_PATH, as_otlp.export, "otlp_metrics")
     _add_log_doors(app, door, service)
     _add_sources(app, door, service)
@@ -389,7 +397,9 @@ def _add_log_doors(app: Application, door: Door, service: Service) -> None:
     """Raises BadSetting."""
     settings, metrics = service.settings, service.metrics
     model = shipped.log_model([detector.manifest for detector in service.detectors.values()], settings.logs_model)
-    to_loki, to_otlp = (shipped.Shipping(door, name, model, metrics, settings.max_queue_events) for name in (loki.DOOR, otlp.DOOR))
+    to_loki, to_otlp = (
+        shipped.Shipping(door, name, model, metrics, settings.max_queue_events, service.clock) for name in (loki.DOOR, otlp.DOOR)
+    )
     as_loki = loki.Loki(to_loki, loki.Streams(settings.loki_stream), settings.max_lines)
     as_otlp = otlp.Otlp(to_otlp, otlp.Streams(settings.otlp_stream), settings.max_lines)
     door.add_post(app, loki.PATH, as_loki.push, "loki_push")
@@ -399,7 +409,7 @@ def _add_log_doors(app: Application, door: Door, service: Service) -> None:
 
 def _add_sources(app: Application, door: Door, service: Service) -> None:
     declared = [source for source in service.sources if isinstance(source, HttpSource)]
-    sources = http_sources.HttpSources(door, declared, service.settings.max_batch_events, service.metrics)
+    sources = http_sources.HttpSources(door, declared, service.settings.max_batch_events, service.metrics, service.clock)
     for path, name in ((http_sources.PATH, "source_events"), (http_sources.TOPIC_PATH, "source_topic_events")):
         door.add_post(app, path, sources.post, name)
     for path, name in ((http_sources.INFLUX_PATH, "influx_write"), (http_sources.INFLUX_1_PATH, "influx_1_write")):
@@ -440,13 +450,13 @@ def _check_cluster(settings: Settings) -> None:
         raise BadSetting("ONSET_REDIS_CLUSTER needs ONSET_REDIS_URL: the embedded store is one server.")
 
 
-def _store(settings: Settings, url: str) -> RedisStore | ClusterStore:
+def _store(settings: Settings, url: str, clock: StoreClock) -> RedisStore | ClusterStore:
     state_ttl, result_ttl = settings.state_ttl_seconds, settings.result_ttl_seconds
     try:
         if settings.redis_cluster:
-            return ClusterStore(url, state_ttl=state_ttl, result_ttl=result_ttl)
+            return ClusterStore(url, state_ttl=state_ttl, result_ttl=result_ttl, clock=clock)
         output = Output(settings.streams_output, settings.streams_max_results)
-        return RedisStore(url, state_ttl=state_ttl, result_ttl=result_ttl, output=output)
+        return RedisStore(url, state_ttl=state_ttl, result_ttl=result_ttl, output=output, clock=clock)
     except ValueError as error:
         raise BadSetting(f"ONSET_REDIS_URL cannot be used: {error}.") from error
 

@@ -16,6 +16,7 @@ import asyncio
 import math
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,14 +64,17 @@ class Finding:
 class Canary:
     """The canary of one detector."""
 
-    def __init__(self, detector: Detector, store: StateStore, metrics: Metrics, every: float) -> None:
-        self._detector, self._store, self._metrics, self._every = detector, store, metrics, every
+    def __init__(
+        self, detector: Detector, store: StateStore, metrics: Metrics, every: float, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`clock` gives seconds since 1970."""
+        self._detector, self._store, self._metrics, self._every, self._clock = detector, store, metrics, every, clock
         self._stream_id = uuid.uuid4().hex  # replicas must not meet in one stream
         self._events = _events(detector, self._stream_id)
         self._expected: list[Result | ItemError] | None = None
         self._last: CanaryResult = "ok"
         metrics.canary_ok.labels(detector.name).set(math.nan)
-        metrics.canary_run.labels(detector.name).set(time.time())
+        metrics.canary_run.labels(detector.name).set(self._clock())
 
     async def run(self) -> None:
         """Look soon and then at every interval until cancelled."""
@@ -115,7 +119,7 @@ class Canary:
         model, metrics = self._detector.name, self._metrics
         metrics.canary_runs.labels(model, finding.result).inc()
         metrics.canary_ok.labels(model).set(finding.result == "ok")
-        metrics.canary_run.labels(model).set(time.time())
+        metrics.canary_run.labels(model).set(self._clock())
         metrics.canary_score.labels(model, "quiet").set(finding.quiet_score)
         metrics.canary_score.labels(model, "fault").set(finding.fault_score)
         if finding.result != self._last:

@@ -81,7 +81,7 @@ class Sink(Protocol):
 
 
 class Desk:
-    """`clock` gives seconds since 1970; it should be about the store's."""
+    """`clock` gives seconds since 1970: the store's, which the log's entries have their times of."""
 
     def __init__(
         self,

@@ -153,11 +153,11 @@ class Metrics:
         "Whether events can be scored and committed now.",
         "0 for longer than a start takes: /health/ready says why; mostly the store does not answer.",
     )
-    time = _gauge(
-        "onset_time_seconds",
+    store_clock_ahead = _gauge(
+        "onset_store_clock_ahead_seconds",
         "seconds",
-        "This replica's clock, since 1970.",
-        "Differs between replicas by more than a second or two: streams that speak are taken for silent.",
+        "The store's clock, which all replicas judge by, minus this machine's; NaN until it was read.",
+        "More than a few seconds either way: one of both clocks is wrong; the store's, where all replicas say the same.",
     )
     model = _info(
         "onset_model_info",

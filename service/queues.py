@@ -5,6 +5,7 @@ A queue's client is imported only where such a source is declared: each is an op
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
@@ -64,13 +65,14 @@ def taps(
     *,
     max_events: int,
     drain_seconds: float,
+    clock: Callable[[], float],
 ) -> list[Tap]:
     """One for each queue, not started. `scorer_of` gives scorer and claim of a model by name ("" = the default). Raises BadSetting."""
     made = []
     for source in sources:
         scorer, claim = scorer_of(source.model)
         mapper = Mapper(source.payload, max_events=max_events)
-        made.append(Tap(partial(_consumer, source, store_url, store, scorer, metrics, mapper), claim, metrics, drain_seconds))
+        made.append(Tap(partial(_consumer, source, store_url, store, scorer, metrics, mapper, clock), claim, metrics, drain_seconds))
     return made
 
 
@@ -99,20 +101,28 @@ def _fits(source: options.AnySource, manifest: Manifest) -> None:
                 raise BadSetting(f"{model} has no feature '{feature}', which payload declares; it knows {known}.")
 
 
-def _consumer(source: options.AnyQueue, store_url: str, store: StateStore, scorer: Scorer, metrics: Metrics, mapper: Mapper) -> Consumer:
-    return Consumer(queue(source, store_url, store, metrics), scorer, metrics, mapper, fuse=source.fuse)
+def _consumer(
+    source: options.AnyQueue,
+    store_url: str,
+    store: StateStore,
+    scorer: Scorer,
+    metrics: Metrics,
+    mapper: Mapper,
+    clock: Callable[[], float],
+) -> Consumer:
+    return Consumer(queue(source, store_url, store, metrics, clock), scorer, metrics, mapper, fuse=source.fuse)
 
 
-def queue(source: options.AnyQueue, store_url: str, store: StateStore, metrics: Metrics) -> Source:
-    """Raises BadSetting where its client is not installed."""
+def queue(source: options.AnyQueue, store_url: str, store: StateStore, metrics: Metrics, clock: Callable[[], float] = time.time) -> Source:
+    """`clock` gives seconds since 1970. Raises BadSetting where its client is not installed."""
     try:
         match source:
             case options.RedisStreamsSource():
-                return RedisStreams(store_url, source, metrics)
+                return RedisStreams(store_url, source, metrics, clock)
             case options.KafkaSource():
                 from service.sources.kafka import Kafka  # noqa: PLC0415
 
-                return Kafka(source, metrics)
+                return Kafka(source, metrics, clock)
             case options.NatsSource():
                 from service.sources.nats import Nats  # noqa: PLC0415
 
@@ -120,11 +130,11 @@ def queue(source: options.AnyQueue, store_url: str, store: StateStore, metrics: 
             case options.MqttSource():
                 from service.sources.mqtt import Mqtt  # noqa: PLC0415
 
-                return Mqtt(source, store, metrics)
+                return Mqtt(source, store, metrics, clock)
             case options.AmqpSource():
                 from service.sources.amqp import Amqp  # noqa: PLC0415
 
-                return Amqp(source, metrics)
+                return Amqp(source, metrics, clock)
     except ImportError as error:
         raise BadSetting(
             f"Source '{source.called}' needs the extra '{source.type}': pip install 'onset[{source.type}]' ({error})."

@@ -7,7 +7,7 @@
 So a session ends once, however many replicas there are, and whenever they were killed; a line that was written meanwhile wins, and it
 goes on. The end is an event like any other: scored, told to those that watch, in the alerts. It has the time of the session's last
 line: one that comes after it, of whatever time since then, is not late, and begins the next session. Whether lines come is asked of
-the clock, not of their own times: sessions of an old file end, too. After a start or an outage of the store every session has its
+the store's clock, not of their own times: sessions of an old file end, too. After a start or an outage of the store every session has its
 time anew, as in silence.py.
 """
 
@@ -64,7 +64,7 @@ class SessionSweeper(Sweep):
         watches |= {stream_ids[i]: now + FOREIGN_SECONDS for i in np.flatnonzero(foreign).tolist()}
         await self._store.watch(self._model, watches)
         places = np.flatnonzero(over)
-        if len(places):
+        if len(places) and await self._still(since):
             some = places.tolist()
             await self._end(
                 [stream_ids[i] for i in some], Loaded(loaded.rows[places], [loaded.tokens[i] for i in some], loaded.origins[places])

@@ -185,7 +185,7 @@ class Settings(BaseSettings):
     max_streams: Annotated[int, Field(ge=1)] = 1_000_000
     """Streams the store holds, of all models; an event of a new one beyond them is refused."""
     max_future_seconds: Annotated[float, Field(ge=0)] = 24 * 3600
-    """A timestamp further ahead of this clock is refused: it would make every later event late."""
+    """A timestamp further ahead of the store's clock is refused: it would make every later event late."""
     inference_threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Threads of ONNX Runtime for a step; more than one rarely pays for networks this small."""
     provider: Provider = "cpu"

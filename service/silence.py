@@ -8,9 +8,12 @@ A stream that is said to have ended while its alert is open (`begin_end`) is swe
 
 So a silence is raised once, however many replicas there are. The next event clears it and is judged as any other. Only streams whose
 events are not of the past are waited for (`waits`). After a start, an outage of the store (also one that is too slow or takes no writes: by
-that a replica is not ready, and nobody is sent to it), a pause of this process or a change of its clock every stream gets its patience
+that a replica is not ready, and nobody is sent to it), a pause of this process or a step of the clock every stream gets its patience
 anew, and RETURN_SECONDS at least: it may have been the service that was silent, and senders and queues take a while to come back to it.
 After an outage of less than RETURN_SECONDS only these: a store that stalls for a second an hour hides no stream that speaks twice a day.
+
+The clock is the store's (stores/clock.py), read by the ping that every sweep begins with, and again before anything is raised: whatever
+clocks replicas have, what one writes another judges by the same. Where the store's is set back, deadlines of before are so much too late.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from service.stores import StateStore, Write, usable
 
 SWEEP_SECONDS, COUNT_SECONDS = 1.0, 10.0
 LONGEST_SECONDS = 60.0
-"""What a sweep takes at most, with a store that hardly answers: after more this process, or its clock, was stopped meanwhile."""
+"""What a sweep takes at most, with a store that hardly answers: after more this process was stopped meanwhile."""
 SWEPT = 1000
 """Streams looked at in one go."""
 ROUNDS = 10
@@ -195,7 +198,11 @@ class Sweep(ABC):
             await asyncio.sleep(every)
             now = self._clock()
             if not (0 <= now - asleep <= RETURN_SECONDS and 0 <= now - began <= LONGEST_SECONDS):
-                self._listening_since, self._away_at = None, -math.inf
+                self.anew()
+
+    def anew(self) -> None:
+        """Every stream gets its patience anew: this process was stopped, or the clock has stepped."""
+        self._listening_since, self._away_at = None, -math.inf
 
     async def sweep(self) -> None:
         """Look at every stream that is due. Raises StoreUnavailable, Superseded."""
@@ -205,6 +212,11 @@ class Sweep(ABC):
         except StoreUnavailable:
             self._away(began)
             raise
+
+    async def _still(self, since: float) -> bool:
+        """Whether the clock is the one that the sweep began with: the states were loaded after that. Raises StoreUnavailable."""
+        await usable(self._store)
+        return self._listening_since == since
 
     def _away(self, began: float) -> None:
         """A sweep that began then found no store. What is not a while apart is one outage."""
@@ -285,6 +297,8 @@ class Sweeper(Sweep):
         claimed = kept & (rows["flags"] & SILENT != 0)
         watches |= {stream_ids[i]: SILENT_WATCH + now + self._state_ttl for i in np.flatnonzero(claimed).tolist()}
         await self._store.watch(self._model, watches)
+        if (silent.any() or over_now.any()) and not await self._still(since):
+            return False
         await self._claim(stream_ids, rows, loaded.tokens, np.flatnonzero(silent), now, patience)
         await self._end(stream_ids, rows, loaded.tokens, np.flatnonzero(over_now))
         return bool(watches) or bool(silent.any()) or bool(over_now.any())

@@ -7,14 +7,14 @@ A batch of values is one numpy structured array, so loading, judging and writing
     4       crc u4                CRC-32 of everything after it
     8       nonce u8 · version u8 the token that compare-and-set compares: a new nonce at every commit, its upper half the writer's tag
     24      model u8              first 64 bits of the model file's hash: a state of another model is never stepped
-    32      trail_until f8        until when the store may hold a trail of earlier results (see `stores`)
+    32      trail_until f8        until when, by its clock, the store may hold a trail of earlier results (see `stores`)
     40      flags u4              see ALERT_OPEN and the next ones
     44      quiet u4              ordinary events since the last other one
     48      lasting u4 · peak f4  events since the alert opened · its rarest onset
     56      started_at f8         when the running anomaly began, NaN = none runs
     64      gaps u4 · pace, pace_spread, pace_longest f4   the stream's cadence, see cadence.py; the longest knows times of arrival, too
-    80      deadline f8           time of this machine until which silence is ordinary, 0 = nobody waits for the stream; negative = nobody
-                                  yet, the time of its only arrival so far
+    80      deadline f8           until when, by the store's clock, silence is ordinary; 0 = nobody waits for the stream; negative =
+                                  nobody yet, the time of its only arrival so far
     88      watch_until f8        when the store's watch of the stream runs out, 0 = not watched
     96      silent_since f8       last event's arrival, where the stream is silent; NaN = it is not
     104     raw f8                the last event's reading of a counter, whose increase per second is what is scored; NaN = it was none

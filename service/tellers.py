@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from service.desk import Sink
 from service.errors import BadSetting
 from service.metrics import Metrics
@@ -14,8 +17,8 @@ from service.sinks.webhook import Webhook
 from service.stores.book import Book
 
 
-def declared(settings: Settings, book: Book, metrics: Metrics) -> list[Sink]:
-    """All sinks of these settings. Raises BadSetting."""
+def declared(settings: Settings, book: Book, metrics: Metrics, clock: Callable[[], float] = time.time) -> list[Sink]:
+    """All sinks of these settings; `clock` gives seconds since 1970. Raises BadSetting."""
     sinks: list[Sink] = [
         Alertmanager(
             _base("ONSET_ALERTS_ALERTMANAGERS", url.strip()),
@@ -25,13 +28,14 @@ def declared(settings: Settings, book: Book, metrics: Metrics) -> list[Sink]:
             runbook_url=settings.alerts_runbook_url,
             resend=settings.alerts_resend_seconds,
             keep_firing=settings.alerts_keep_firing_seconds,
+            clock=clock,
         )
         for url in settings.alerts_alertmanagers.split(",")
         if url.strip()
     ]
     told_one_by_one: list[Webhook | Stdout] = [Stdout()] if settings.alerts_stdout else []
     if settings.alerts_webhook:
-        told_one_by_one.append(Webhook(address("ONSET_ALERTS_WEBHOOK", settings.alerts_webhook.strip()), _secret(settings)))
+        told_one_by_one.append(Webhook(address("ONSET_ALERTS_WEBHOOK", settings.alerts_webhook.strip()), _secret(settings), clock))
     patience = Patience(give_up=settings.alerts_give_up_seconds)
     sinks += [
         Teller(
@@ -42,6 +46,7 @@ def declared(settings: Settings, book: Book, metrics: Metrics) -> list[Sink]:
             least=settings.alerts_least_severity,
             per_minute=settings.alerts_per_minute,
             patience=patience,
+            clock=clock,
         )
         for sink in told_one_by_one
     ]

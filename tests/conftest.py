@@ -48,6 +48,7 @@ LONGEST = (
     "integration/test_openapi.py",
     "training/test_cells.py",
     "e2e/test_cluster.py",
+    "e2e/test_clocks.py",
     "e2e/test_demo.py",
     "test_lasting.py",
     "e2e/test_mqtt_kill.py",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from service.scorer import Limits, Scorer
 from service.silence import RETURN_SECONDS, SWEPT, Silence, Sweeper
 from service.state import StateCodec
 from service.stores import StateStore
+from service.stores.clock import StoreClock
 from service.stores.memory import MemoryStore
 from service.stores.redis import SHARDS, shard_of
 from tests.times import Clock
@@ -455,3 +456,107 @@ async def test_a_sweeper_outlives_outages_and_bugs(tiny_detector: Detector) -> N
         assert world.metrics[0].registry.get_sample_value("onset_unexpected_errors_total") == counted
     for replica in world.replicas:
         await replica.drain(1)
+
+
+# ── the store's clock ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Seen:
+    """The store as one replica sees it, which reads its clock with each ping. `ahead` [1] is how far that is ahead of all uptimes."""
+
+    def __init__(self, store: StateStore, uptime: Clock, ahead: list[float]) -> None:
+        self._store, self._ahead, self.clock = store, ahead, StoreClock(uptime)
+        self.before_load: Callable[[], Awaitable[object]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def ping(self) -> None:
+        self.clock.read(self.clock.uptime() + self._ahead[0], self.clock.uptime())
+
+    async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
+        if (call := self.before_load) is not None:
+            self.before_load = None
+            await call()
+        return await self._store.load(model, stream_ids)
+
+
+class Steps:
+    """Two replicas over a store whose clock may step; each learns of that by its own pings alone."""
+
+    def __init__(self, detector: Detector, store: StateStore) -> None:
+        self.uptime, self.ahead, self.raised = Clock(7000.0), [1.8e9], list[Silence]()
+        self.seen = [Seen(store, self.uptime, self.ahead) for _ in range(2)]
+        self.replicas = [Scorer(detector, Policy(), cast("StateStore", seen), Metrics(), Limits(), seen.clock) for seen in self.seen]
+        self.sweepers = []
+        for one, seen in zip(self.replicas, self.seen, strict=True):
+            sweeper = Sweeper(detector.name, one._codec, Policy, cast("StateStore", seen), Metrics(), TTL, self.raised.append, seen.clock)
+            seen.clock.when_stepped(sweeper.anew)
+            self.sweepers.append(sweeper)
+            one.start()
+
+    async def speak(self, replica: int) -> None:
+        event = Event(stream_id="s", values={"value": 1.0}, timestamp=self.uptime.now + 1.8e9)
+        assert isinstance((await self.replicas[replica].score([event]))[0], Result)
+
+    async def sweep(self) -> None:
+        for sweeper in self.sweepers:
+            await sweeper.sweep()
+
+    async def go_on(self, events: int, gap: float = 10.0) -> None:
+        for i in range(events):
+            self.uptime.now += gap
+            await self.speak(i % 2)
+            await self.sweep()
+
+
+@pytest.fixture
+async def steps(tiny_detector: Detector, any_store: StateStore) -> AsyncIterator[Steps]:
+    steps = Steps(tiny_detector, any_store)
+    await steps.sweep()
+    yield steps
+    for replica in steps.replicas:
+        await replica.drain(1)
+
+
+@pytest.mark.parametrize("seconds", [250.0, -3600.0, 25.0, -25.0])
+async def test_when_the_stores_clock_steps_nothing_that_speaks_is_raised_and_what_does_not_is_in_its_time(
+    steps: Steps, seconds: float
+) -> None:
+    await steps.go_on(100)
+    steps.ahead[0] += seconds
+    steps.uptime.now += 5
+    await steps.sweep()
+    await steps.seen[0].ping()
+    await steps.go_on(5)
+    assert steps.raised == []
+    last = steps.uptime.now
+    while not steps.raised:
+        steps.uptime.now += 1
+        await steps.sweep()
+        assert steps.uptime.now < last + 120
+    assert last + 20 < steps.uptime.now < last + steps.raised[0].patience + 2
+    await steps.sweep()
+    assert len(steps.raised) == 1
+
+
+async def test_a_stream_that_a_replica_wrote_by_the_new_clock_is_not_judged_by_the_one_that_a_sweep_began_with(steps: Steps) -> None:
+    await steps.go_on(100)
+
+    async def step() -> None:
+        steps.ahead[0] -= 3600
+        await steps.seen[0].ping()
+        await steps.speak(0)
+
+    for _ in range(10):  # until the stream is due to be looked at
+        steps.uptime.now += 9.9
+        steps.seen[1].before_load = step
+        await steps.sweepers[1].sweep()
+        if steps.seen[1].before_load is None:
+            break
+        steps.uptime.now += 0.1
+        await steps.speak(0)
+    assert steps.seen[1].before_load is None
+    assert steps.raised == []
+    await steps.go_on(5)
+    assert steps.raised == []

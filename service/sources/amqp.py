@@ -62,12 +62,12 @@ log = structlog.get_logger(__name__)
 
 
 class Amqp:
-    """Implements Source."""
+    """Implements Source. `clock` gives seconds since 1970."""
 
-    def __init__(self, declared: AmqpSource, metrics: Metrics) -> None:
+    def __init__(self, declared: AmqpSource, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
         self.name = declared.called
         self.publishes = bool(declared.output)
-        self.declared, self.metrics = declared, metrics
+        self.declared, self.metrics, self.clock = declared, metrics, clock
         self._ready: asyncio.Queue[Batch] = asyncio.Queue()  # holds one batch a queue at most
         self._readers = {queue: _Reader(self, queue) for queue in declared.queues}
 
@@ -244,7 +244,7 @@ class _Reader:
             messages = session.take(self._declared.batch)
             self._free.clear()
             self._under_way = (session, messages)
-            self._source.hand_out(Batch(self._queue, 0, [_message(message) for message in messages]))
+            self._source.hand_out(Batch(self._queue, 0, [_message(message, self._source.clock()) for message in messages]))
 
 
 class _Busy(Exception):
@@ -413,11 +413,11 @@ async def _close(connection: AbstractConnection) -> None:
 # ── messages ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _message(message: AbstractIncomingMessage) -> Message:
+def _message(message: AbstractIncomingMessage, now: float) -> Message:
     headers = {name.encode(): _bytes(value) for name, value in (message.headers or {}).items()}
     if message.content_type:
         headers[b"content-type"] = message.content_type.encode()
-    arrived = message.timestamp.timestamp() if isinstance(message.timestamp, datetime) else time.time()
+    arrived = message.timestamp.timestamp() if isinstance(message.timestamp, datetime) else now
     return Message(
         b"%d" % (message.delivery_tag or 0),
         0,

@@ -108,12 +108,12 @@ class _Partition(Partition):
 
 
 class Kafka:
-    """Implements Source. Raises BadSetting where librdkafka does not take the options."""
+    """Implements Source. Raises BadSetting where librdkafka does not take the options. `clock` gives seconds since 1970."""
 
-    def __init__(self, options: KafkaSource, metrics: Metrics) -> None:
+    def __init__(self, options: KafkaSource, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
         self.name = options.called
         self.publishes = bool(options.output)
-        self._options, self._metrics = options, metrics
+        self._options, self._metrics, self._clock = options, metrics, clock
         self._partitions: Partitions[_Partition] = Partitions(self.name, metrics, options.batch)
         self._reader: _Reader | None = None
         self._sender: _Sender | None = None
@@ -217,7 +217,7 @@ class Kafka:
         return Message(
             b"%d" % offset,
             offset,
-            ms / 1000 if kind != TIMESTAMP_NOT_AVAILABLE else time.time(),
+            ms / 1000 if kind != TIMESTAMP_NOT_AVAILABLE else self._clock(),
             _bytes(record.value()),
             {name.encode(): _bytes(value) for name, value in _pairs(headers)} if headers else {},
             None if key is None else _bytes(key).decode(errors="surrogateescape"),

@@ -88,12 +88,12 @@ class _Arrival(NamedTuple):
 
 
 class Mqtt:
-    """Implements Source: one session."""
+    """Implements Source: one session. `clock` gives seconds since 1970, on all replicas the same."""
 
-    def __init__(self, declared: MqttSource, leases: Leases, metrics: Metrics) -> None:
+    def __init__(self, declared: MqttSource, leases: Leases, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
         self.name = declared.called
         self.publishes = bool(declared.output)
-        self._declared, self._leases, self._metrics = declared, leases, metrics
+        self._declared, self._leases, self._metrics, self._clock = declared, leases, metrics, clock
         self.partition = f"{declared.session}@{address(declared.url)}"
         self._lease = f"mqtt/{self.partition}"
         self._identity = identity(self._lease)
@@ -274,7 +274,7 @@ class Mqtt:
 
     def _place(self) -> int:
         """The next position: the time in microseconds, or a little later."""
-        self._last = max(self._last + 1, round(1e6 * time.time()))
+        self._last = max(self._last + 1, round(1e6 * self._clock()))
         return self._last
 
     async def _note(self, session: _Session, arrivals: Sequence[_Arrival]) -> None:

@@ -90,14 +90,14 @@ class Keys:
 
 
 class RedisStreams:
-    """Implements Source."""
+    """Implements Source. `clock` gives seconds since 1970."""
 
     publishes = False
 
-    def __init__(self, url: str, declared: RedisStreamsSource, metrics: Metrics) -> None:
+    def __init__(self, url: str, declared: RedisStreamsSource, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
         """`url` as redis-py takes it; the server must be the state store's."""
         self.name = declared.called
-        self.declared, self._metrics = declared, metrics
+        self.declared, self._metrics, self.clock = declared, metrics, clock
         self.keys = Keys(declared.key, declared.partitions)
         self.lease_ms = round(1000 * declared.lease_seconds)
         self._pool = redis.BlockingConnectionPool.from_url(
@@ -410,7 +410,7 @@ class _Partition:
             await self._source.wait(self.key, last, BLOCK_MS)
 
     async def _hand_out(self, entries: Sequence[Any]) -> None:
-        messages = [_message(entry) for entry in entries]
+        messages = [_message(entry, self._source.clock()) for entry in entries]
         await self.free.wait()
         if self.leaving:  # a cancellation that was swallowed (tasks.end): what was read since is for the next owner to claim
             raise Fenced(f"Partition '{self.key}' is being given back.")
@@ -430,13 +430,13 @@ class _Partition:
         return await self._source.call(function, [self.lease.stream, self.lease.key], self.lease.token, self._source.lease_ms, *arguments)
 
 
-def _message(entry: Any) -> Message:
+def _message(entry: Any, now: float) -> Message:
     id_, fields = entry
     ms, _, sequence = id_.partition(b"-")
     time_ms, number = int(ms), int(sequence)
     fits = time_ms < 1 << MS_BITS and number < 1 << SEQUENCE_BITS
     position = time_ms << SEQUENCE_BITS | number if fits else POSITIONS
-    arrived = time_ms / 1000 if time_ms >= EARLIEST_MS else time.time()
+    arrived = time_ms / 1000 if time_ms >= EARLIEST_MS else now
     headers = dict(zip(fields[::2], fields[1::2], strict=True))
     return Message(id_, position, arrived, headers.pop(EVENT, None), headers)
 

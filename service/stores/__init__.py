@@ -180,7 +180,7 @@ class StateStore(Protocol):
     async def memory(self) -> Memory: ...
 
     async def ping(self) -> None:
-        """Returns when the store can be written to."""
+        """Returns when the store can be written to; its clock (clock.py) has been read by then."""
 
     async def close(self) -> None: ...
 

@@ -18,4 +18,4 @@ local function fenced(keys, args)
   return commands
 end
 
-redis.register_function('onset_fenced_v6', fenced)
+redis.register_function('onset_fenced_v7', fenced)

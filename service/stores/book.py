@@ -40,7 +40,7 @@ LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS,
     PREFIX + name
     for name in (b"lease", b"table", b"acks", b"all", b"open", b"streams", b"resolved", b"cursors", b"changes", b"dead-letters", b"mutes")
 )
-FENCED_FUNCTION = "onset_fenced_v6"
+FENCED_FUNCTION = "onset_fenced_v7"
 LEASE_MS = 5000
 _RENEW: Command = ("PEXPIRE", LEASE, LEASE_MS)
 CHANGES, DEAD_LETTERS = 100_000, 10_000

@@ -34,6 +34,7 @@ from redis.exceptions import AskError, MovedError, TryAgainError
 
 from service.errors import StoreUnavailable
 from service.stores import OUTPUT, Memory, Page, Write
+from service.stores.clock import StoreClock
 from service.stores.redis import (
     FUNCTION,
     LIBRARY,
@@ -57,6 +58,7 @@ from service.stores.redis import (
     pattern,
     position_of,
     scanned,
+    seconds_of,
     shard_of,
     state_key,
     too_old,
@@ -104,9 +106,9 @@ class ClusterStore(Commands):
     `open` must have succeeded once; after an outage the same object works again.
     """
 
-    def __init__(self, url: str, *, state_ttl: int, result_ttl: int) -> None:
+    def __init__(self, url: str, *, state_ttl: int, result_ttl: int, clock: StoreClock | None = None) -> None:
         """TTLs in seconds; `url` of one of the nodes, or of several with commas between: redis:// or rediss://. Raises ValueError."""
-        super().__init__(state_ttl=state_ttl, result_ttl=result_ttl, output=OUTPUT)
+        super().__init__(state_ttl=state_ttl, result_ttl=result_ttl, output=OUTPUT, clock=clock)
         self._seeds = dict(_seed(part) for part in re.split(r",(?=\w+://)", url))
         self._nodes = {address: _Node(url) for address, url in self._seeds.items()}
         self._owners: dict[int, Address] = {}
@@ -119,10 +121,13 @@ class ClusterStore(Commands):
         return [(shard, entries) for shard, entries in enumerate(parts) if entries]
 
     async def open(self) -> None:
-        """Load the commit function into every primary. Raises StoreUnavailable, also for servers too old or not in cluster mode."""
+        """Load the commit function into every primary, read the clock. Raises StoreUnavailable, also for servers too old or not in
+        cluster mode.
+        """
         self._stale = True
         await self._know()
         await asyncio.gather(*(self._load_function(address) for address in self._primaries()))
+        await self.ping()
 
     async def _watched(self, model: str, ranges: Sequence[tuple[float, float]], limit: int) -> list[str]:
         keys = [watch_key(model, shard) for shard in range(SHARDS)]
@@ -182,11 +187,17 @@ class ClusterStore(Commands):
         return Memory(fullness, ", ".join(evicting), any(one.rewrite_failed for one in each))
 
     async def ping(self) -> None:
-        # A commit of nothing to each primary, in one of its slots: refused where a real one would be.
+        # A commit of nothing to each primary, in one of its slots: refused where a real one would be. The first slot's has the clock.
         await self._know()
-        shards = {address: shard for shard, slot in enumerate(SLOTS) if (address := self._owners.get(slot))}
+        shards: dict[Address, int] = {}
+        for shard, slot in enumerate(SLOTS):
+            if address := self._owners.get(slot):
+                shards.setdefault(address, shard)
         _, arguments = self._commit_of("", [])
-        await self._run([_Request(SLOTS[shard], [("FCALL", FUNCTION, 1, watch_key("", shard), *arguments)]) for shard in shards.values()])
+        asked = self._clock.uptime()
+        commits = [_Request(SLOTS[shard], [("FCALL", FUNCTION, 1, watch_key("", shard), *arguments)]) for shard in shards.values()]
+        for time in (await self._run(commits))[:1]:
+            self._clock.read(seconds_of(time), asked)
 
     async def close(self) -> None:
         await asyncio.gather(*(node.pool.aclose() for node in self._nodes.values()))

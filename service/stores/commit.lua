@@ -1,4 +1,4 @@
-#!lua name=onset_v6
+#!lua name=onset_v7
 -- The commit of a batch: for each stream, write its new value if the stored one still carries the expected token, append its results
 -- to the output stream, and acknowledge the entries of the input stream that they are of.
 --
@@ -18,7 +18,8 @@
 --       trail blobs: position of the stream u4, then the results
 --       watch blobs: position of the stream u4, time f8 (0 = no longer watched), then the stream's id
 --       log blobs: position of the stream u4, then the entry
--- Reply one integer for each stream: 1 written, 0 lost to another writer, 2 fenced: a lease it is written under is no longer ours
+-- Reply one integer for each stream: 1 written, 0 lost to another writer, 2 fenced: a lease it is written under is no longer ours;
+--       of no stream the server's time: s, and us beyond them
 --
 -- A function runs alone on the server, so all that is done for a stream is one step. Each stream stands for itself: a loser leaves
 -- the others written. Bytes 8 to 23 of a value are its token (service/state.py). Few long arguments instead of many short ones:
@@ -130,6 +131,8 @@ local function commit(keys, args)
   local wrong = misused(keys, last_key, output)
   if wrong then
     return wrong
+  elseif streams == 0 then
+    return redis.call('TIME')
   end
   fence(keys, args, last_key + output, first_lease, outcome)
   compare(keys, args, streams, outcome)
@@ -162,4 +165,4 @@ local function commit(keys, args)
   return outcome
 end
 
-redis.register_function('onset_commit_v6', commit)
+redis.register_function('onset_commit_v7', commit)

@@ -45,9 +45,10 @@ from service.errors import StoreRefused, StoreUnavailable
 from service.events import Lease
 from service.refusals import UNKNOWN, refusal
 from service.stores import LOG_LENGTH, OUTPUT, SILENT, TRAIL_COMMITS, Memory, Output, Page, Write
+from service.stores.clock import StoreClock
 
 SHARDS = 256
-FUNCTION, WATCHED = "onset_commit_v6", "onset_watched_v6"
+FUNCTION, WATCHED = "onset_commit_v7", "onset_watched_v7"
 """With the other functions and their library renamed whenever its arguments change: replicas of two versions may share a server."""
 LIBRARY = "\n".join(Path(__file__).with_name(name).read_text() for name in ("commit.lua", "book.lua", "watch.lua"))
 COMMIT_STREAMS, COMMIT_BYTES = 512, 4 * 1024 * 1024
@@ -142,8 +143,9 @@ LOGS = {log_key(shard): shard for shard in range(SHARDS)}
 class Commands(ABC):
     """What is done in the same way on one server and in a cluster: which commands a call is, and what their replies mean."""
 
-    def __init__(self, *, state_ttl: int, result_ttl: int, output: Output) -> None:
-        """TTLs in seconds."""
+    def __init__(self, *, state_ttl: int, result_ttl: int, output: Output, clock: StoreClock | None) -> None:
+        """TTLs in seconds; `clock` is read at each ping."""
+        self._clock = clock or StoreClock()
         self._ttls = (state_ttl, result_ttl, TRAIL_COMMITS)
         self._output = output
         self._refused_at = -math.inf
@@ -269,9 +271,9 @@ class Commands(ABC):
 class RedisStore(Commands):
     """Implements StateStore on one server. `open` must have succeeded once; after an outage the same object works again."""
 
-    def __init__(self, url: str, *, state_ttl: int, result_ttl: int, output: Output = OUTPUT) -> None:
+    def __init__(self, url: str, *, state_ttl: int, result_ttl: int, output: Output = OUTPUT, clock: StoreClock | None = None) -> None:
         """TTLs in seconds; `url` as redis-py takes it: redis://, rediss://, unix://."""
-        super().__init__(state_ttl=state_ttl, result_ttl=result_ttl, output=output)
+        super().__init__(state_ttl=state_ttl, result_ttl=result_ttl, output=output, clock=clock)
         self._pool = connections(url)
         self._client = redis.Redis.from_pool(self._pool)
 
@@ -282,11 +284,12 @@ class RedisStore(Commands):
         return [(LOGS[key], entries) for key, entries in parts]
 
     async def open(self) -> None:
-        """Load the commit function. Raises StoreUnavailable, also for a server that is too old or part of a cluster."""
+        """Load the commit function, read the clock. Raises StoreUnavailable, also for a server that is too old or part of a cluster."""
         about = await self._about("cluster")
         if about.get("cluster_enabled"):
             raise StoreUnavailable("The server is a node of a Redis Cluster: set ONSET_REDIS_CLUSTER=true.")
         await self._load_function()
+        await self.ping()
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         keys = [state_key(model, stream_id) for stream_id in stream_ids]
@@ -319,7 +322,8 @@ class RedisStore(Commands):
 
     async def ping(self) -> None:
         # A commit of nothing: refused where a real one would be (replica, full memory or disk).
-        await self.call(FUNCTION, [], self._commit_of("", [])[1])
+        asked = self._clock.uptime()
+        self._clock.read(seconds_of(await self.call(FUNCTION, [], self._commit_of("", [])[1])), asked)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -475,6 +479,12 @@ def memory_of(about: Mapping[str, Any]) -> Memory:
         return Memory(rewrite_failed=failed)
     used = int(about["used_memory"]) - int(about.get("mem_not_counted_for_evict", 0))
     return Memory(used / most, "" if policy == "noeviction" else policy, failed)
+
+
+def seconds_of(time: Sequence[bytes]) -> float:
+    """Since 1970, as TIME says it."""
+    seconds, microseconds = map(int, time)
+    return seconds + microseconds / 1e6
 
 
 def leads_nowhere(error: BaseException) -> bool:

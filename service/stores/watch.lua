@@ -19,4 +19,4 @@ local function watched(keys, args)
   return found
 end
 
-redis.register_function{function_name = 'onset_watched_v6', callback = watched, flags = {'no-writes'}}
+redis.register_function{function_name = 'onset_watched_v7', callback = watched, flags = {'no-writes'}}

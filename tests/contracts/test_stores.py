@@ -17,6 +17,7 @@ from service.errors import StoreUnavailable
 from service.events import Lease
 from service.state import TOKEN
 from service.stores import FENCED, LOST, OUTPUT, SILENT, TRAIL_COMMITS, WRITTEN, Output, StateStore, Write
+from service.stores.clock import StoreClock
 from service.stores.cluster import ClusterStore
 from service.stores.memory import MemoryStore
 from service.stores.redis import COMMIT_BYTES, COMMIT_STREAMS, TIMEOUT_SECONDS, RedisStore, log_key, shard_of, state_key, trail_key
@@ -168,6 +169,24 @@ async def queue(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
 @pytest.fixture
 async def store(backend: Backend) -> StateStore:
     return await backend.open(3600, 600)
+
+
+@pytest.mark.parametrize("kind", ["server", "cluster"])
+async def test_opening_a_store_and_every_ping_read_its_clock(request: pytest.FixtureRequest, kind: str) -> None:
+    clock, steps = StoreClock(), list[float]()
+    if kind == "server":
+        store: RedisStore | ClusterStore = RedisStore(request.getfixturevalue("empty_server"), state_ttl=60, result_ttl=60, clock=clock)
+    else:
+        store = ClusterStore(request.getfixturevalue("empty_cluster").url, state_ttl=60, result_ttl=60, clock=clock)
+    await store.open()
+    assert abs(clock.ahead) < 1, "it is on this machine"
+    clock.read(clock() + 3600, clock.uptime())
+    assert clock.ahead > 3590
+    clock.when_stepped(lambda: steps.append(clock.ahead))
+    await store.ping()
+    [ahead] = steps
+    assert abs(ahead) < 1
+    await store.close()
 
 
 async def test_what_was_never_written_is_none(store: StateStore) -> None:

@@ -24,6 +24,7 @@ from bench.servers import free_port
 from tests import local
 
 START_SECONDS, STOP_SECONDS = 60, 30
+AHEAD = Path(__file__).with_name("ahead")
 _asking = threading.Lock()
 """The nursery answers one at a time, and tests kill and start from threads."""
 
@@ -48,6 +49,7 @@ class Service:
         self._wait = wait
         self._forked = forked and hasattr(os, "pidfd_open")  # Linux
         self.source: Path | None = None  # where another copy of the package lies; not forked
+        self.ahead = 0.0  # of the machine's clock, as the process sees it; not forked
         self._process: subprocess.Popen[bytes] | Born | None = None
         self.log = data_dir.parent / "service.log"
 
@@ -81,6 +83,9 @@ class Service:
 
     def start(self) -> None:
         environment = os.environ | {f"ONSET_{name}": value for name, value in self._environment.items()}
+        if self.ahead:
+            path = os.pathsep.join([str(AHEAD), *filter(None, [os.environ.get("PYTHONPATH")])])
+            environment |= {"PYTHONPATH": path, "AHEAD": str(self.ahead)}
         if self._forked:
             self.log.touch()  # it is there at once
             with _asking:
