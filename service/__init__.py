@@ -15,7 +15,8 @@
     and told     feed          ─► console/, fleet, series, patterns, sinks/remote_write
                  alerts        ─► desk (keeps the book of them) ─► sinks/; mutes (of which nobody is told for a while)
 
-    beside it    streams (asked and done about single ones), silence and sessions (what does not come; cadence), canary, control (α)
+    beside it    streams (asked and done about single ones) ◄─ lessons (what an accepted alert that is over teaches)
+                 silence and sessions (what does not come; cadence), canary, control (α)
     it starts    __main__ ─► app, the composition root ◄─ settings, queues, tellers; embedded (our own valkey-server), logs, memory
     no server    backtest, log_backtest ─► report ◄─ sketch; replay, demo; split; terminal
                  files: tables, long_tables, log_files, sentinels (what is no reading); outputs (what commands write)

@@ -4,7 +4,7 @@
     log    ─► alerts        folded, one replica at a time   (desk.py, stores/book.py)
            ─► changes       what sinks are told, in order   (sinks/)
 
-    anomaly   opened ──escalated──► … ──► resolved: recovered │ accepted │ accepted_by_age │ ended │ forgotten
+    anomaly   opened ──escalated──► … ──► resolved: recovered │ accepted │ accepted_by_age │ ended │ forgotten ──(a log's)──► accepted
     silence   opened ───────────────────► resolved: spoke │ ended │ forgotten
 
 An anomaly's alert opens at its onset (policy.py's ALERT_OPEN) and is resolved with the run of errors it belongs to. Its id follows from
@@ -133,6 +133,11 @@ class Transition(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def alert(self) -> str:
         return alert_id(self.model, self.stream_id, self.kind, self.started_at)
+
+    @staticmethod
+    def accepted(alert: Alert) -> Transition:
+        """One that is over is accepted after all."""
+        return Transition("resolved", alert.model, alert.stream_id, alert.kind, alert.started_at, alert.severity, "accepted")
 
 
 class Acknowledgement(msgspec.Struct, frozen=True):
@@ -338,7 +343,7 @@ def moved(moves: Sequence[Move], model: str, stream_ids: Sequence[str], results:
 def advanced(alert: Alert | None, transition: Transition, at: float, max_age: float) -> Alert | None:
     """The alert after a transition that was committed at `at`; None where it changes nothing.
 
-    A later event of an anomaly that nobody has told of opens its alert; one that is resolved already may open again.
+    A later event of an anomaly that nobody has told of opens its alert; one that is resolved already may open again, and be accepted.
     """
     evidence, what = transition.evidence, transition.what
     live = transition.kind == "silence" or (evidence is not None and at - evidence.timestamp <= max_age)
@@ -360,6 +365,9 @@ def advanced(alert: Alert | None, transition: Transition, at: float, max_age: fl
             last=evidence,
             patience=transition.patience,
         )
+    if transition.resolution == "accepted" and evidence is None:
+        over = alert is not None and not alert.open and alert.resolution != "accepted"
+        return replace(alert, updated_at=at, resolution="accepted") if alert is not None and over else None
     if alert is None or not alert.open:
         return None
     if what in ("opened", "escalated"):

@@ -51,7 +51,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from service import alerts, arrow, mutes, tracing
+from service import alerts, arrow, lessons, mutes, tracing
 from service.alerts import Acknowledgement, Alert
 from service.bodies import Format, Items, decode, decode_object, decode_one, encode
 from service.control import Control
@@ -431,8 +431,11 @@ class Door:
         """Acknowledge and accept alerts, by id as the book has them, where that can be done here."""
         outcomes: dict[str, alerts.Outcome] = {}
         meant: dict[str, dict[str, str]] = {}
+        past: dict[str, list[Alert]] = {}
         for id_, alert in known.items():
-            if alert is None or not alert.open:
+            if alert is not None and alert.model in self._scorers and lessons.teaches(alert):
+                past.setdefault(alert.model, []).append(alert)
+            elif alert is None or not alert.open:
                 outcomes[id_] = "unknown" if alert is None else "resolved"
             elif alert.kind == "silence":
                 outcomes[id_] = "silence"
@@ -446,6 +449,10 @@ class Door:
             await self._book.acknowledge_open(list(ids.values()), by)
             became = await self._scorers[model].streams.accept_alerts(ids)
             outcomes |= {ids[stream_id]: outcome for stream_id, outcome in became.items()}
+        for model, some in past.items():
+            outcomes |= await self._scorers[model].streams.accept_past(some)
+        if signed := [alert.id for some in past.values() for alert in some if outcomes[alert.id] == "accepted"]:
+            await self._book.sign(signed, by)
         return outcomes
 
     async def one_alert(self, request: Request) -> Response:

@@ -212,9 +212,13 @@ class Manifest(Outset):
     @property
     def audit(self) -> slice | None:
         """Where the state keeps the sensitivity that a stream's quiet has earned at its α (training/tail.py); None = it has none."""
+        return self.part(AUDIT)
+
+    def part(self, name: str) -> slice | None:
+        """Where the state has this slice of the layout; None = nowhere."""
         start = 0
         for part in self.layout:
-            if part.name == AUDIT:
+            if part.name == name:
                 return slice(start, start + part.size)
             start += part.size
         return None

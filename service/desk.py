@@ -245,13 +245,16 @@ class Desk:
                 after = alerts.advanced(before, transition, entry.at, self._keeping.max_age)
                 if after is None:
                     continue
-                opens = before is None or not before.open
+                was_open = before is not None and before.open
+                opens = after.open and not was_open
                 if opens and room <= 0:
                     self._metrics.alerts_dropped.inc()
                     log.warning("alert_dropped", stream_id=after.stream_id, model=after.model, max_open=self._keeping.max_open)
                     continue
-                room += not after.open
-                room -= opens
+                room += was_open - after.open
+                if not (was_open or after.open):  # it is over, and was accepted after all
+                    known[id_] = changed[id_] = after
+                    continue
                 change = _muted(before, _change(before, after), mutes.holding(in_force, after.model, after.stream_id, entry.at))
                 changes.append(change)
                 known[id_] = changed[id_] = after = change.alert

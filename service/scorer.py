@@ -182,7 +182,7 @@ class Scorer:
         self._replies = Replies(detector.manifest, policy)
         self._copies = Copies(self._codec, limits.copies_bytes)
         self.streams = Streams(
-            detector.name,
+            detector,
             self._codec,
             lambda: self.policy,
             store,

@@ -5,6 +5,7 @@ Whatever changes a state does so as a batch does: it loads, compares the version
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +17,18 @@ import structlog
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from service import alerts, cadence, silence
-from service.alerts import Stand, Transition
+from service import alerts, cadence, lessons, silence
+from service.alerts import Alert, Stand, Transition
 from service.claims import Claim, Uncontested
 from service.copies import Copies
+from service.detector import Detector
 from service.errors import StateConflict, UnknownStream
 from service.events import Event, Result
 from service.metrics import Metrics
 from service.policy import Policy
 from service.results import TOP, Replies
 from service.rounds import Kind, Outcomes
-from service.state import ALERT_OPEN, SILENT, Origin, Rows, StateCodec, header_of
+from service.state import ALERT_OPEN, LEARNER, SILENT, Origin, Rows, StateCodec, header_of
 from service.stores import WRITTEN, StateStore, Write
 
 ATTEMPTS = 4
@@ -39,14 +41,14 @@ log = structlog.get_logger(__name__)
 
 
 class Streams:
-    """Of one model. `policy` gives the one in force; of a state that is changed the copy is dropped. `alerting`, `claim` as of the scorer.
+    """Of one detector. `policy` gives the one in force; of a changed state the copy is dropped. `alerting`, `claim` as of the scorer.
 
     What is asked raises Superseded where the model's file is not in force: others can answer.
     """
 
     def __init__(
         self,
-        model: str,
+        detector: Detector,
         codec: StateCodec,
         policy: Callable[[], Policy],
         store: StateStore,
@@ -59,7 +61,8 @@ class Streams:
         claim: Claim | None = None,
     ) -> None:
         self._claim = claim or Uncontested()
-        self._model, self._codec, self._policy, self._store, self._copies = model, codec, policy, store, copies
+        self._detector, self._model = detector, detector.name
+        self._codec, self._policy, self._store, self._copies = codec, policy, store, copies
         self._replies, self._metrics, self._clock, self._alerting = replies, metrics, clock, alerting
 
     async def last(self, stream_id: str) -> Result:
@@ -140,34 +143,93 @@ class Streams:
             outcomes |= {name: "resolved" if outcome == "unknown" else outcome for name, (_, outcome) in became.items()}
         return outcomes
 
+    async def accept_past(self, past: Sequence[Alert]) -> dict[str, alerts.Outcome]:
+        """Alerts of log lines that are over: the rare lines that they show are usual for their streams from now on. By id.
+
+        `resolved` = it teaches nothing (it was about a pause, a number, or a line that did not come), or its stream is gone; else as above.
+        """
+        outcomes: dict[str, alerts.Outcome] = {}
+        for i in range(0, len(past), ACCEPTED_AT_ONCE):
+            some = past[i : i + ACCEPTED_AT_ONCE]
+            heard = lessons.heard(self._detector, some)
+            if heard is None:
+                return dict.fromkeys((alert.id for alert in past), "resolved")
+            learned = await asyncio.to_thread(lessons.learned, self._detector, heard)
+            taught: dict[str, list[tuple[Alert, NDArray[np.float32]]]] = {}
+            for alert, lesson in zip(some, learned, strict=True):
+                if lesson.any():
+                    taught.setdefault(alert.stream_id, []).append((alert, lesson))
+                else:
+                    outcomes[alert.id] = "resolved"
+            became = await self._teach(taught)
+            for stream_id, about in taught.items():
+                outcome = became[stream_id][1]
+                outcomes |= {alert.id: "resolved" if outcome == "unknown" else outcome for alert, _ in about}
+        return outcomes
+
     async def _accept(self, ids: Mapping[str, str | None]) -> dict[str, tuple[Rows, alerts.Outcome]]:
         """Each stream's row [1] as it is then, and what became of its alert: that with this id, None = whichever is open."""
+
+        def accept(stream_id: str, row: Rows, value: bytes | None) -> bool:
+            id_ = ids[stream_id]
+            meant = id_ is None or id_ in (self._ids_open(stream_id, value, Origin.STORED) or ())
+            return meant and self._policy().accept(row)
+
+        return await self._change(list(ids), accept, self._accepting, lambda stream_id, row: self.accepted(stream_id, row, by="call"))
+
+    async def _teach(self, taught: Mapping[str, Sequence[tuple[Alert, NDArray[np.float32]]]]) -> dict[str, tuple[Rows, alerts.Outcome]]:
+        """The same of alerts that are over, of which these slices OWN_LINES [W] are learned."""
+        own = self._detector.manifest.part(lessons.OWN_LINES)
+
+        def learn(stream_id: str, row: Rows, value: bytes | None) -> bool:
+            for state in ("vector", "learner") if row["flags"][0] & LEARNER else ("vector",):
+                row[state][:, own] = np.max([row[state][0, own], *(lesson for _, lesson in taught[stream_id])], axis=0)
+            return True
+
+        def told(stream_ids: Sequence[str], rows: Rows) -> list[list[bytes]]:
+            return [[alerts.encoded(Transition.accepted(alert)) for alert, _ in taught[stream_id]] for stream_id in stream_ids]
+
+        def done(stream_id: str, row: Rows) -> None:
+            for alert, _ in taught[stream_id]:
+                self.accepted(stream_id, row, by="call", started=alert.started_at)
+
+        return await self._change(list(taught), learn, told, done)
+
+    async def _change(
+        self,
+        stream_ids: Sequence[str],
+        change: Callable[[str, Rows, bytes | None], bool],
+        told: Callable[[Sequence[str], Rows], list[list[bytes]]],
+        done: Callable[[str, Rows], None],
+    ) -> dict[str, tuple[Rows, alerts.Outcome]]:
+        """Each stream's row [1] as it is then, and what became of it: `change` makes it another one, in place, or says that it is to stay.
+
+        `told` gives the log's entries of the rows [B] before that, `done` is called for each that was written.
+        """
         became: dict[str, tuple[Rows, alerts.Outcome]] = {}
-        left = list(ids)
+        left = list(stream_ids)
         for _ in range(ACCEPT_ATTEMPTS):
             values = await self._store.load(self._model, left)
             loaded = self._codec.decode(values)
             await self._claim.confirm(loaded.origins)
             before, changed = loaded.rows.copy(), []
             for i, (stream_id, value) in enumerate(zip(left, values, strict=True)):
-                row, id_ = loaded.rows[i : i + 1], ids[stream_id]
+                row = loaded.rows[i : i + 1]
                 if loaded.origins[i] != Origin.STORED:
                     became[stream_id] = row, "model_not_loaded" if loaded.origins[i] == Origin.OTHER_MODEL else "unknown"
-                elif (id_ is None or id_ in (self._ids_open(stream_id, value, Origin.STORED) or ())) and self._policy().accept(row):
+                elif change(stream_id, row, value):
                     changed.append(i)
                 else:
                     became[stream_id] = row, "resolved"
             if changed:
                 names = [left[i] for i in changed]
-                entries = self._accepting(names, before[changed])
+                entries = told(names, before[changed])
                 encoded = self._codec.encode(loaded.rows[changed])
-                writes = [
-                    Write(left[i], loaded.tokens[i], value, log=[entry]) for i, value, entry in zip(changed, encoded, entries, strict=True)
-                ]
+                writes = [Write(left[i], loaded.tokens[i], value, log=log) for i, value, log in zip(changed, encoded, entries, strict=True)]
                 self._copies.drop(names)
                 for i, written in zip(changed, await self._store.commit(self._model, writes), strict=True):
                     if written == WRITTEN:
-                        self.accepted(left[i], before[i], by="call")
+                        done(left[i], before[i])
                         became[left[i]] = loaded.rows[i : i + 1], "accepted"
                     else:
                         self._metrics.conflicts.inc()
@@ -215,10 +277,12 @@ class Streams:
             pending = [name for name, became in zip(stream_ids, written, strict=True) if became != WRITTEN]
         raise StateConflict(f"{len(pending)} streams changed {ATTEMPTS} times while they were being ended: send the request again.")
 
-    def accepted(self, stream_id: str, row: Rows, by: str) -> None:
-        """For the audit: a change of regime was accepted. `row` is a value before it, or the record of the event that did it."""
+    def accepted(self, stream_id: str, row: Rows, by: str, started: float | None = None) -> None:
+        """For the audit: a change of regime was accepted. `row` is a value before it, or the record of the event that did it; `started` of
+        what is over.
+        """
         self._metrics.accepted.labels(self._model, by).inc()
-        started = float(row["started_at"])
+        started = float(row["started_at"]) if started is None else started
         log.info(
             "regime_accepted",
             stream_id=stream_id,
@@ -260,21 +324,23 @@ class Streams:
             if row["flags"] & flag
         )
 
-    def _accepting(self, stream_ids: Sequence[str], rows: Rows) -> list[bytes]:
+    def _accepting(self, stream_ids: Sequence[str], rows: Rows) -> list[list[bytes]]:
         """For the log: the open alerts of `rows` [B] are about to be accepted by call."""
         return [
-            alerts.encoded(
-                Transition(
-                    "resolved",
-                    self._model,
-                    stream_id,
-                    "anomaly",
-                    float(row["started_at"]),
-                    alerts.level(row["flags"]),
-                    "accepted",
-                    alerts.Evidence.of(result),
+            [
+                alerts.encoded(
+                    Transition(
+                        "resolved",
+                        self._model,
+                        stream_id,
+                        "anomaly",
+                        float(row["started_at"]),
+                        alerts.level(row["flags"]),
+                        "accepted",
+                        alerts.Evidence.of(result),
+                    )
                 )
-            )
+            ]
             for stream_id, row, result in zip(stream_ids, rows, self._summary(stream_ids, rows), strict=True)
         ]
 

@@ -57,7 +57,7 @@ OWN_FIRST, OWN_LAST = 200.0, 1000.0
 ACCEPTS = 1.5
 """What `learn` exceeds while an alert of the stream has just been accepted."""
 OWN_LINES, ACCEPTED = 5000.0, 100.0
-"""Lines that a stream's shares of accepted lines are of; and as how many of them a line counts once it is accepted."""
+"""Lines that a stream's shares of accepted lines are of; and as how many of them a line counts at least once it is accepted."""
 HEARD, RECENT = 0.9, 0.3
 """What is noted of a rare line that is not accepted, and what is left of it after some hundred others: accepted is what was heard since."""
 NEW_NATS = 0.1
@@ -245,11 +245,12 @@ class Counts(nn.Module):
     def own_after(self, own: Tensor, place: Tensor, rare: Tensor, accepts: Tensor) -> Tensor:
         """What a stream has noted of its lines [B, W] after one more, there; rare, accepts [B, 1] bool.
 
-        From 1 on a line is accepted: so many of the last OWN_LINES. Below, how recently it was heard.
+        From 1 on a line is accepted: so many of the last OWN_LINES, and never fewer than at first: what someone has accepted may come once
+        a month. Below, how recently it was heard.
         """
         here = (place.unsqueeze(1) == torch.arange(own.shape[1])).to(own.dtype)
-        faded = own * torch.where(own < 1, 1 - 1 / HOLD, 1 - 1 / OWN_LINES)
-        noted = torch.where(own < 1, torch.maximum(faded, HEARD * here * rare.to(own.dtype)), faded + here)
+        faded, kept = own * (1 - 1 / HOLD), (own * (1 - 1 / OWN_LINES)).clamp(min=ACCEPTED)
+        noted = torch.where(own < 1, torch.maximum(faded, HEARD * here * rare.to(own.dtype)), kept + here)
         return torch.where(accepts & (noted > RECENT), noted.clamp(min=ACCEPTED), noted)
 
 

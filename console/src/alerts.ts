@@ -31,6 +31,7 @@ const BECAME: Record<string, string> = {
   accepted: "accepted as normal",
   already_acknowledged: "acknowledged before, and left as they are",
   resolved: "over by now",
+  nothing: "with nothing to be learned",
   silence: "silent, with nothing to be learned",
   model_not_loaded: "of a model that is not loaded",
   conflict: "of streams that changed meanwhile: try again",
@@ -56,6 +57,9 @@ interface Item {
   age: HTMLElement;
 }
 
+/** Whether it is of log lines, over, and not accepted: the rare ones that it shows can still be, as they come again. */
+const teaches = (alert: Alert): boolean => alert.status === "resolved" && Boolean(alert.onset?.line) && !(alert.resolution ?? "").startsWith("accepted");
+
 /** Where one alert is shown alone. */
 export const alertAddress = (id: string): string => `#/alerts?id=${encodeURIComponent(id)}`;
 
@@ -64,10 +68,14 @@ class AlertList {
   readonly element = h("ul", { class: "alerts" });
   private readonly items = new Map<string, Item>();
 
-  /** `chosen`: ids of those that are selected; null = none can be, and they are named by what they are, not by their streams. `changed` is called when one was acknowledged, is no longer, or was selected. */
+  /**
+   * `chosen`: ids of those that are selected; null = none can be, and they are named by what they are, not by their streams. `changed` is called when one was
+   * acknowledged, is no longer, or was selected; `accepted` when one that is over was, with what became of it.
+   */
   constructor(
     private readonly changed: () => void,
     private readonly chosen: Chosen | null = null,
+    private readonly accepted: (outcomes: Record<string, number>) => void = changed,
   ) {}
 
   /** Made again only where the alert has changed: a button that is being pressed stays the one it was. */
@@ -75,7 +83,7 @@ class AlertList {
     for (const alert of alerts) {
       const mark = `${alert.updated_at} ${alert.status} ${alert.acknowledgement?.at ?? ""} ${alert.last?.timestamp ?? ""} ${alert.muted?.until ?? ""}`;
       let item = this.items.get(alert.id);
-      if (item?.mark !== mark) this.items.set(alert.id, (item = { mark, ...itemOf(alert, this.chosen, () => acknowledge(alert, this.changed)) }));
+      if (item?.mark !== mark) this.items.set(alert.id, (item = { mark, ...itemOf(alert, this.chosen, () => acknowledge(alert, this.changed), this.accepted) }));
       text(item.age, ago(alert.started_at));
     }
   }
@@ -109,7 +117,7 @@ class Chosen {
 
   /** Which can be selected now. */
   of(alerts: Alert[]): void {
-    this.listed = alerts.filter((alert) => alert.status !== "resolved");
+    this.listed = alerts.filter((alert) => alert.status !== "resolved" || teaches(alert));
     const there = new Set(this.listed.map((alert) => alert.id));
     for (const id of this.ids) if (!there.has(id)) this.ids.delete(id);
   }
@@ -211,7 +219,7 @@ class AlertsView {
   private readonly models = h("select", { class: "field", "aria-label": "Model", hidden: true, onchange: () => ((this.model = this.models.value), this.choose(this.status, this.severity)) });
   private readonly search = h("input", { class: "field", type: "search", placeholder: "Search by stream", "aria-label": "Search alerts by stream", oninput: () => this.searched() });
   private readonly chosen = new Chosen(() => this.showChosen());
-  private readonly list = new AlertList(() => void this.load(), this.chosen);
+  private readonly list = new AlertList(() => void this.load(), this.chosen, (outcomes) => this.say(outcomes));
   private readonly every = h("input", { type: "checkbox", onchange: () => this.chosen.all(this.every.checked) });
   private readonly everyName = h("span");
   private readonly look = h("button", { class: "button", type: "button", onclick: () => (this.status === "acknowledged" ? this.takeBack(this.chosen.alerts) : this.acknowledge(this.chosen.alerts)) });
@@ -272,7 +280,7 @@ class AlertsView {
     const item = document.activeElement?.closest(".alert") ?? (this.id ? this.list.element.firstElementChild : null); // one alone needs no focus
     if (event.key === "X") this.chosen.all(this.chosen.alerts.length < this.chosen.size);
     else if (event.key === "x") item?.querySelector<HTMLInputElement>("input")?.click();
-    else if (event.key === "a") (this.acts.hidden ? item?.querySelector("button") : this.look)?.click();
+    else if (event.key === "a") (this.acts.hidden ? item?.querySelector("button") : this.look.hidden ? this.take : this.look)?.click();
     else return false;
     return true;
   }
@@ -387,6 +395,7 @@ class AlertsView {
     text(this.everyName, alerts.length ? `${count(alerts.length)} of ${this.whole || count(this.chosen.size)} selected` : `Select the ${count(this.chosen.size)} listed`);
     for (const box of this.list.element.querySelectorAll<HTMLInputElement>(".name input")) box.checked = alerts.some((alert) => alert.id === box.value);
     this.acts.hidden = !alerts.length;
+    this.look.hidden = this.status === "resolved";
     text(this.look, `${this.status === "acknowledged" ? "Take back" : "Acknowledge"} ${count(alerts.length)}`);
     text(this.take, `Accept ${count(alerts.length)} as normal`);
   }
@@ -397,6 +406,7 @@ class AlertsView {
   }
 
   private accept(alerts: Alert[]): void {
+    if (this.status === "resolved") return acceptLines(alerts, (outcomes) => this.say(outcomes));
     const anomalies = alerts.filter((alert) => alert.kind === "anomaly");
     const silent = alerts.length - anomalies.length;
     const streams = `${count(anomalies.length)} ${anomalies.length === 1 ? "stream takes" : "streams take"}`;
@@ -409,8 +419,7 @@ class AlertsView {
   }
 
   private async told(what: string, alerts: Alert[], by: Signature): Promise<void> {
-    const body = JSON.stringify({ ...by, ids: alerts.map((alert) => alert.id) });
-    this.say((await ask<Done>(`v1/alerts/${what}`, { method: "POST", headers: { "content-type": "application/json" }, body })).outcomes);
+    this.say(await did(what, alerts, by));
   }
 
   private takeBack(alerts: Alert[]): void {
@@ -489,7 +498,7 @@ class AlertsView {
   }
 }
 
-function itemOf(alert: Alert, chosen: Chosen | null, act: () => void): { element: HTMLElement; age: HTMLElement } {
+function itemOf(alert: Alert, chosen: Chosen | null, act: () => void, accepted: (outcomes: Record<string, number>) => void): { element: HTMLElement; age: HTMLElement } {
   const { onset, last, acknowledgement } = alert;
   const href = `#/stream/${streamPath(alert.stream_id)}?model=${encodeURIComponent(alert.model)}&at=${alert.started_at}`;
   const severity = h("span", { class: "severity" }, alert.severity);
@@ -505,11 +514,11 @@ function itemOf(alert: Alert, chosen: Chosen | null, act: () => void): { element
       : "";
   const looked = acknowledgement ? `Acknowledged ${clock(acknowledgement.at)} by ${acknowledgement.by || "someone"}${acknowledgement.note ? `: ${acknowledgement.note}` : ""}` : "";
   const muted = alert.muted && alert.status !== "resolved" ? `Muted until ${clock(alert.muted.until)} (${alert.muted.mute}): nobody is told${alert.muted.told ? ` that it is more than ${alert.muted.told}` : ""}` : "";
-  const button = alert.status === "resolved" ? null : h("button", { class: "button", type: "button", "aria-label": `${acknowledgement ? "Change the note on" : "Acknowledge"} ${alert.stream_id}`, onclick: act }, acknowledgement ? "Change" : "Acknowledge");
+  const button = teaches(alert) ? h("button", { class: "button", type: "button", "aria-label": `Accept the lines of ${alert.stream_id} as normal`, onclick: () => acceptLines([alert], accepted) }, "Accept as normal") : alert.status === "resolved" ? null : h("button", { class: "button", type: "button", "aria-label": `${acknowledgement ? "Change the note on" : "Acknowledge"} ${alert.stream_id}`, onclick: act }, acknowledgement ? "Change" : "Acknowledge");
   const age = h("span");
   const more = alert.kind === "silence" ? [] : [age, ...evidence];
   const name = chosen ? alert.stream_id : alert.kind === "silence" ? "Silence" : "Anomaly";
-  const box = chosen && alert.status !== "resolved" ? h("input", { type: "checkbox", value: alert.id, checked: chosen.has(alert), "aria-label": `Select ${alert.stream_id}`, onchange: (event: Event) => chosen.set(alert, (event.target as HTMLInputElement).checked) }) : null;
+  const box = chosen && (alert.status !== "resolved" || teaches(alert)) ? h("input", { type: "checkbox", value: alert.id, checked: chosen.has(alert), "aria-label": `Select ${alert.stream_id}`, onchange: (event: Event) => chosen.set(alert, (event.target as HTMLInputElement).checked) }) : null;
   const element = h("li", { class: "alert", "data-status": alert.status, "data-id": alert.id }, h("div", { class: "name" }, box, h("a", { href }, name)), h("p", {}, severity, what, ...more, " · ", link), line && onset ? lineOf(line, onset) : null, now, muted ? h("p", {}, muted) : null, looked ? h("p", {}, looked) : null, state ? h("p", {}, state) : null, button && h("div", { class: "actions" }, button));
   return { element, age };
 }
@@ -537,6 +546,26 @@ function acknowledge(alert: Alert, done: () => void): void {
   const save = (by: Signature): Promise<void> => send({ method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(by) });
   const words = `${alert.stream_id}: ${before ? "someone looks" : "you look"} after it. It stays until the stream is normal again.`;
   signed(before ? "Acknowledged" : "Acknowledge", [words], before ? "Save" : "Acknowledge", save, before, before ? ["Take back", () => send({ method: "DELETE" })] : null);
+}
+
+/** A call about several; how many became what. */
+async function did(what: string, alerts: Alert[], by: Signature): Promise<Record<string, number>> {
+  const body = JSON.stringify({ ...by, ids: alerts.map((alert) => alert.id) });
+  return (await ask<Done>(`v1/alerts/${what}`, { method: "POST", headers: { "content-type": "application/json" }, body })).outcomes;
+}
+
+/** Asks who takes the lines of alerts that are over for usual. What is not `accepted` of a single one stays said. */
+function acceptLines(alerts: Alert[], done: (outcomes: Record<string, number>) => void): void {
+  const streams = new Set(alerts.map((alert) => alert.stream_id));
+  const words = [
+    `${listed(alerts)} of ${streams.size === 1 ? [...streams][0]! : `${count(streams.size)} streams`}: the rare lines that ${alerts.length === 1 ? "it shows" : "they show"} are usual there from now on, and open no alert when they come again. This cannot be undone.`,
+    "An attack's lines are better left as they are: they would be usual, too.",
+  ];
+  signed(alerts.length === 1 ? "Accept as normal" : `Accept ${count(alerts.length)} as normal`, words, "Accept as normal", async (by) => {
+    const { resolved: nothing, ...outcomes } = await did("accept", alerts, by);
+    if (alerts.length === 1 && !outcomes["accepted"]) throw new Refused(0, nothing ? "It teaches nothing: it was about a pause, a number or a line that did not come, or its stream is gone." : `Not accepted: ${BECAME[Object.keys(outcomes)[0]!] ?? ""}.`);
+    done(nothing ? { ...outcomes, nothing } : outcomes);
+  });
 }
 
 /** Nobody looks after it any more; what became of it. */

@@ -52,6 +52,8 @@ redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[5], '*', 'change', ARGV[4])
 return 1"""
 # One that was changed since it was read stays.
 UNMUTE = "if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then return redis.call('HDEL', KEYS[1], ARGV[1]) end return 0"
+SIGN = """if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+return redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2])"""
 AT_ONCE = 500
 """Alerts loaded in one go."""
 SCANNED = 5_000
@@ -255,6 +257,11 @@ class Book:
         over = [(mute.name, one) for one in kept if (mute := _mute.decode(one)).ends_at < before]
         if over:
             await self._store.pipe([("EVAL", UNMUTE, 1, MUTES, name, one) for name, one in over])
+
+    async def sign(self, ids: Sequence[str], acknowledgement: Acknowledgement) -> None:
+        """Alerts that are over keep who has accepted them, where nobody had looked after them. Nobody is told."""
+        signed = _json.encode(acknowledgement)
+        await self._store.pipe([("EVAL", SIGN, 2, TABLE, ACKS, id_, signed) for id_ in ids])
 
     # ── for whoever keeps it ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from service.detector import session_of
+from tests.training import logs
 from training.autoencoder import Sizes
 from training.calibrate import Observed, calibrate, observe
 from training.data import pad
 from training.detector import DetectorStep
 from training.export import to_onnx
+from training.logfit import fit
+from training.logs import LogStep
 from training.synthetic import streams
 from training.verify import Runner
 
@@ -65,3 +68,14 @@ def fleet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines += [f"{1.7e9 + 60 * i},{load[i]:.3f},{'' if 100 <= i < 105 else f'{heat[i]:.2f}'},0" for i in range(420)]
         (folder / f"pump-{stream}.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def host() -> LogStep:
+    """Of a stream of log lines that never ends."""
+    return fit(logs.one_host(), logs.TINY, logs.QUICK).step.eval()
+
+
+@pytest.fixture(scope="session")
+def host_graph(host: LogStep) -> bytes:
+    return to_onnx(host)

@@ -51,16 +51,6 @@ def step(fitted: Fitted) -> LogStep:
     return fitted.step.eval()
 
 
-@pytest.fixture(scope="module")
-def host() -> LogStep:
-    return fit(one_host(), TINY, QUICK).step.eval()
-
-
-@pytest.fixture(scope="module")
-def host_graph(host: LogStep) -> bytes:
-    return to_onnx(host)
-
-
 def untrained(data: Sessions, sizes: Sizes = TINY, numbers: int = 1) -> LogStep:
     torch.manual_seed(0)
     return LogStep(count(data.sessions, data.codes), ranges_of(data.sessions, data.codes, numbers), sizes, rhythm_of(data.sessions)).eval()
