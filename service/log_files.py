@@ -45,6 +45,10 @@ _FINER = re.compile(r"([.,]\d{6})\d+")
 _GZIP = b"\x1f\x8b"
 _PACKED = {b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"BZh9": "bzip2", b"PK\x03\x04": "zip"}
 """How files begin that would be read as one line of garbage."""
+HEAD_BYTES = 4_096
+_NO_TEXT = bytes(set(range(32)) - set(b"\x01\x02\x03\b\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f")) + b"\x7f"
+"""Control characters that a text does not have (it may have colours, and separators); a file of which a twentieth are such is none."""
+_EXPORTED = b"__CURSOR="
 SPARED = 1_000
 """Lines whose time is none, by which they may exceed the others of a file before it is given up."""
 MAX_LINES = 2_000_000
@@ -114,6 +118,8 @@ class Counted:
     without_time: int = 0
     headless: int = 0
     """Lines before the first entry of a file."""
+    headless_one: str = ""
+    """What the first of them begins with."""
     torn: int = 0
     """Lines that begin as entries do, but with what is no time."""
     torn_one: str = ""
@@ -166,7 +172,9 @@ def _nothing(paths: Sequence[Path], counted: Counted) -> TableError:
     if counted.without_stream:
         why = f"In none of {counted.without_stream:,} entries --stream-regex finds a stream."
     elif counted.headless:
-        why = f"None of {counted.headless:,} lines begins as --timestamp-regex or --time-format says."
+        why = f"None of {counted.headless:,} lines begins as --timestamp-regex or --time-format says, such as {counted.headless_one!r}."
+        if counted.headless_one.startswith("\x1b"):
+            why += " It begins with a colour: take colours out first (sed 's/\\x1b\\[[0-9;]*m//g')."
     return TableError(f"{', '.join(map(str, paths))}: no line of a stream in there. {why}")
 
 
@@ -235,6 +243,7 @@ def _entries(file: Path, format_: LogFormat, counted: Counted) -> Iterator[tuple
             yield seconds, "\n".join(parts).rstrip()
         if (began is None and format_.timestamp) or not line.strip():
             counted.headless += bool(line.strip())
+            counted.headless_one = counted.headless_one or line.strip()[:SHOWN_LENGTH]
             parts = []
             continue
         seconds, parts, size = math.nan if began is None else began, [line], len(line)
@@ -244,7 +253,7 @@ def _entries(file: Path, format_: LogFormat, counted: Counted) -> Iterator[tuple
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """Raises TableError."""
+    """Of one that is longer than a message the beginning: a file need not have line ends. Raises TableError."""
     try:
         with file.open("rb") as raw:
             begins = raw.read(6)
@@ -252,12 +261,31 @@ def _lines(file: Path) -> Iterator[str]:
             raise TableError(f"{file} is packed by {packed}, which is not read here: unpack it, or pack it by gzip.")
         opened = gzip.open if file.suffix == ".gz" or begins.startswith(_GZIP) else open
         with opened(file, "rb") as content:
-            written_in = encoding(content.read(2))
+            head = content.read(HEAD_BYTES)
+        written_in = encoding(head[:2])
+        if why := _no_lines(head, written_in):
+            raise TableError(f"{file} {why}")
         with opened(file, "rt", encoding=written_in, errors="replace", newline="\n") as lines:
-            for line in lines:
-                yield line.rstrip("\r\n")
+            goes_on = False
+            while line := lines.readline(MAX_MESSAGE_LENGTH):
+                if not goes_on:
+                    yield line.rstrip("\r\n")
+                goes_on = not line.endswith("\n")
     except (OSError, EOFError) as error:
         raise TableError(f"{file} cannot be read: {error}.") from error
+
+
+def _no_lines(head: bytes, written_in: str) -> str:
+    """Why what a file begins with is no log of lines; "" = it is one."""
+    if head.startswith(_EXPORTED):
+        return "is journald's export, a field a line: give `journalctl -o short-iso` or `-o json`."
+    if written_in.startswith("utf-16") or not head.strip(b"\0"):  # a log that was truncated while it was written begins with zeros
+        return ""
+    odd = len(head) - len(head.translate(None, _NO_TEXT))
+    if 20 * odd <= len(head):
+        return ""
+    zeros = " Is it UTF-16 without its mark? Turn it into UTF-8 (iconv)." if 3 * head.count(0) > len(head) else ""
+    return f"is no text: of its first {len(head):,} bytes {odd:,} are control characters. Leave it out.{zeros}"
 
 
 class _Times:

@@ -55,7 +55,8 @@ app = typer.Typer(
 console = terminal()
 EXAMPLE = (
     "Example: python -m training fit --data sensors/ --out out/pumps, then python -m service serve --model out/pumps. "
-    "In several processes: torchrun --nproc-per-node 4 -m training fit ..."
+    "In several processes: torchrun --nproc-per-node 4 -m training fit ... "
+    "Of logs: python -m training fit --logs app.log --time-format '%Y-%m-%d %H:%M:%S,%f' --out out/app"
 )
 
 Out = Annotated[Path, typer.Option(help="Folder for the model, its report (md, html, png, json) and the checkpoint.")]
@@ -183,7 +184,9 @@ def fit(
                 mining = Mining(masks=masks_of(mask or ()), delimiters=delimiters, similarity=similarity)
                 format_ = LogFormat(timestamp_regex, time_format, stream_regex)
                 counted = Counted()
-                read, templates = sessions_of(given[0], format_, mining, session_seconds, exported(patterns or ()), counted, console.print)
+                known = exported(patterns or ())
+                with console.status("Reading files") as status:
+                    read, templates = sessions_of(given[0], format_, mining, session_seconds, known, counted, console.print, status.update)
                 console.print(counted.left_out)
             chosen = Sizes(hidden or LOG_SIZES.hidden, layers, code, decoder_hidden or LOG_SIZES.decoder_hidden, cell)
             log_plan, files = LogPlan(steps=steps or LogPlan.steps, seed=seed), ", ".join(path.name for path in given[0])
@@ -292,7 +295,7 @@ def _run(
     except (OnsetError, ValueError) as error:
         _refuse(error)
     except (MemoryError, RuntimeError) as error:  # torch has errors of its own where there is no memory
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+        if not _without_memory(error):
             raise
         _refuse(OnsetError(_too_little(error) + _again(checkpoint)))
     except KeyboardInterrupt:
@@ -300,10 +303,17 @@ def _run(
         raise typer.Exit(130) from None
 
 
+def _without_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _wanted(error: Exception) -> str:
+    return f" ({str(error).splitlines()[0]})" if str(error) else ""
+
+
 def _too_little(error: Exception) -> str:
-    wanted = f" ({str(error).splitlines()[0]})" if str(error) else ""
     return (
-        f"Too little memory{wanted}. It does not grow with the rows beyond the first {MAX_CALIBRATION_ROWS:,} of the "
+        f"Too little memory{_wanted(error)}. It does not grow with the rows beyond the first {MAX_CALIBRATION_ROWS:,} of the "
         f"{MAX_CALIBRATION_LANES} longest files, but with the columns: leave some out (--exclude), make models of parts of a machine, or "
         "give fewer files; while the network learns, fewer --lanes help, too."
     )
@@ -322,6 +332,13 @@ def _run_logs(job: Callable[[], LogJob], out: Path, name: str, version: str, thr
             produce_log(job(), out, threads=threads, console=console)
     except (OnsetError, ValueError) as error:
         _refuse(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _without_memory(error):
+            raise
+        _refuse(OnsetError(f"Too little memory{_wanted(error)}. It grows with the lines: give fewer of them, such as the last weeks."))
+    except KeyboardInterrupt:
+        console.print("Stopped; nothing was written. A log model is made in one go: there is no --resume.")
+        raise typer.Exit(130) from None
 
 
 def _refuse_others(given: typer.Context, parameters: Sequence[str], data: str) -> None:

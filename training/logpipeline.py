@@ -10,7 +10,7 @@ import hashlib
 import html
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ CODED_AT_ONCE = 10_000
 NO_CODES: Ints = np.zeros(0, np.int64)
 MAX_LINES = 5_000_000
 """Lines of a training run: they are kept in memory as codes, with the first SHOWN_LENGTH characters of each."""
+Step = Callable[[str], object]
+"""Told now and then what is being done, and how far that is."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,19 @@ def sessions_of(
     known: Sequence[str] = (),
     said: Counted | None = None,
     notify: Notify = lambda _: None,
+    doing: Step = lambda _: None,
+    most: int = MAX_LINES,
 ) -> tuple[Sessions, Lines]:
-    """Log files: templates are mined from all lines and from `known` ones. Raises TableError.
+    """Log files: templates are mined from all lines and from `known` ones. Raises TableError; for too many lines once it has met them.
 
     Tells of masks that no line needs, and of `known` lines that the files have none like.
     """
     mining = replace(mining, header=format_.header)
     idle = Idle(mining)
-    lines = mine(_texts(paths, format_, known, idle), mining, session_seconds)
+    lines = mine(_texts(paths, format_, known, idle, doing, most), mining, session_seconds)
     for sentence in idle.said():
         notify(sentence)
-    streams = _coded(paths, format_, lines, said)
+    streams = _coded(paths, format_, lines, said, doing)
     for sentence in _absent(known, lines, streams.values()):
         notify(sentence)
     newest = max((float(np.nanmax(coded.times)) for coded in streams.values() if np.isfinite(coded.times).any()), default=np.nan)
@@ -113,7 +117,8 @@ def sessions_of(
         raise TableError(f"{', '.join(map(str, paths))}: no line of a stream in there; see `python -m training lines`.")
     digest = hashlib.sha256()
     for path in files_of(paths):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        with path.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
     return Sessions(sessions, lines.templates, digest.hexdigest()), lines
 
 
@@ -129,8 +134,21 @@ def _absent(known: Sequence[str], lines: Lines, streams: Iterable[Coded]) -> Ite
         )
 
 
-def _texts(paths: Sequence[Path], format_: LogFormat, known: Sequence[str], idle: Idle) -> Iterator[str]:
-    for text in itertools.chain((entry.text for entry in read(paths, format_)), known):
+def _texts(paths: Sequence[Path], format_: LogFormat, known: Sequence[str], idle: Idle, doing: Step, most: int) -> Iterator[str]:
+    count = 0
+    for entries in _in_pieces(read(paths, format_)):
+        count += len(entries)
+        if count > most:  # before any of them has cost more than to be read
+            raise TableError(
+                f"More than {most:,} lines, which are kept in memory while a model is made: train on a part of them, such as the last "
+                "weeks, or on some hosts of many that are alike. In the files as given they are reached in the stream "
+                f"'{entries[-1].stream[:64]}'."
+            )
+        doing(f"Finding templates: {count:,} lines")
+        for entry in entries:
+            idle.look(entry.text)
+            yield entry.text
+    for text in known:
         idle.look(text)
         yield text
 
@@ -145,15 +163,14 @@ class Coded:
     texts: list[str]
 
 
-def _coded(paths: Sequence[Path], format_: LogFormat, lines: Lines, said: Counted | None) -> dict[str, Coded]:
+def _coded(paths: Sequence[Path], format_: LogFormat, lines: Lines, said: Counted | None, doing: Step) -> dict[str, Coded]:
     """By stream."""
     matcher = Matcher(lines)
     streams: dict[str, list[tuple[float, float, Float32, str]]] = {}
     count = 0
     for entries in _in_pieces(read(paths, format_, said)):
         count += len(entries)
-        if count > MAX_LINES:
-            raise TableError(f"More than {MAX_LINES:,} lines: train on a part of them, such as the last weeks.")
+        doing(f"Matching lines: {count:,}")
         codes, numbers = matcher.codes([entry.text for entry in entries])
         for entry, code, number in zip(entries, codes, numbers, strict=True):
             streams.setdefault(entry.stream, []).append((float(code), entry.seconds, number, entry.text[:SHOWN_LENGTH]))
@@ -201,13 +218,15 @@ def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None
     console = console or Console(quiet=True)
     out.mkdir(parents=True, exist_ok=True)
     seconds, losses, began = {}, list[float](), time.monotonic()
+    replaced = (out / f"{job.name}-{job.version}.onnx").is_file()
     with console.status("Training") as status:
         steps = (job.plan.folds + 1) * job.plan.steps
 
         def on_step(loss: float) -> None:
             losses.append(loss)
             if len(losses) % 10 == 0:
-                status.update(f"Training, step {len(losses):,} of {steps:,}, loss {loss:.3f}")
+                left = (time.monotonic() - began) / len(losses) * (steps - len(losses))
+                status.update(f"Training, step {len(losses):,} of {steps:,}, loss {loss:.3f}, about {left / 60:.0f} min left of these")
 
         fitted = fit(job.data, job.sizes, job.plan, job.numbers, on_step, job.keep_network)
     step, held = fitted.step, fitted.held
@@ -241,10 +260,21 @@ def produce(job: LogJob, out: Path, *, threads: int = 1, console: Console | None
     last = losses[-job.plan.steps :]
     reached = Progress(training=list(enumerate(last, start=1)))
     _draw(out / "report.png", last, validated[1e-3].onset_p)
-    next_steps = [f"python -m service serve --model {out}"]
+    next_steps = [
+        f"python -m service serve --model {report.servable(model)}",
+        f"python -m service backtest FILES... --model {model} --out scores/     # with the same --time-format and the like",
+    ]
     report.write(out, manifest, reached, model, seconds, next_steps)
     write_text(out / "report.html", _page(job, manifest.name, quality, odd))
     _tell(console, job, step, model, quality, odd, seconds["in all"])
+    if replaced:
+        console.print(
+            "It replaces a file of the same name: streams that a service scores by that begin anew. Another --version leaves it as it is.",
+            style="yellow",
+        )
+    console.print("Next:")
+    for command in next_steps:
+        console.print(f"  {command}", soft_wrap=True, highlight=False)
     return model
 
 

@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.artifact import Feature, Manifest, find_artifacts
-from service.detector import load_detectors, session_of
+from service.artifact import Feature, Manifest
+from service.detector import session_of
 from service.errors import ArtifactError, TableError
 from service.events import listed
 from training import report, synthetic
@@ -409,14 +409,8 @@ def slug(path: Path) -> str:
 
 
 def _next_steps(model: Path) -> list[str]:
-    try:
-        if len(find_artifacts(model.parent)) > 1:
-            load_detectors(model.parent)
-        served = str(model.parent)
-    except ArtifactError as error:
-        served = f"{model}      # the file: {error.detail}"
     return [
-        f"python -m service serve --model {served}",
+        f"python -m service serve --model {report.servable(model)}",
         "python -m service replay FILE --url http://127.0.0.1:8080 --speed 100x",
         f"python -m service backtest FILES... --model {model} --out backtest/ --report backtest.html",
     ]

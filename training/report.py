@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from service.artifact import Manifest
+from service.artifact import Manifest, find_artifacts
 from service.backtest import Series, Tally, score
-from service.detector import Detector
+from service.detector import Detector, load_detectors
+from service.errors import ArtifactError
 from service.outputs import whole, write_text
 from service.policy import Policy
 from service.report import Subject
@@ -152,6 +153,16 @@ def _series(stream: Stream) -> Series:
     gaps = np.nan_to_num(stream.t[1:, 0].astype(np.float64))
     seconds = (weekday - EPOCH_WEEKDAY) % 7 * 86_400 + second + np.r_[0.0, np.cumsum(gaps)]
     return Series(stream.name, (), seconds, np.asarray(stream.x, np.float32))
+
+
+def servable(model: Path) -> str:
+    """What to serve: the folder of a published file, or the file where its folder cannot be served as a whole, and why."""
+    try:
+        if len(find_artifacts(model.parent)) > 1:
+            load_detectors(model.parent)
+        return str(model.parent)
+    except ArtifactError as error:
+        return f"{model}      # the file: {error.detail}"
 
 
 def write(folder: Path, manifest: Manifest, progress: Progress, model: Path, seconds: dict[str, float], next_steps: list[str]) -> None:

@@ -6,9 +6,11 @@ import gzip
 import lzma
 import math
 import os
+import tracemalloc
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +48,7 @@ def test_entries_have_their_stream_their_time_and_the_lines_that_go_on_with_them
     assert first == Entry("req-1", began + 0.25, "2026-11-26 08:00:00,250 [req-1] Started GET /a for 10.0.0.7")
     assert broken.text == "2026-11-26 08:00:01,000 [req-2] java.io.IOException: broken\n\tat a.b.C(C.java:7)\n\nCaused by: x"
     assert last.seconds == began + 3.5
-    assert counted == Counted(entries=3, lines=8, without_stream=1, headless=1)
+    assert counted == Counted(entries=3, lines=8, without_stream=1, headless=1, headless_one="rest of an older file")
 
 
 def test_a_torn_line_or_one_that_only_looks_like_a_beginning_goes_on_with_the_entry_before(tmp_path: Path) -> None:
@@ -57,7 +59,7 @@ def test_a_torn_line_or_one_that_only_looks_like_a_beginning_goes_on_with_the_en
     said += ["2026-11-26T08:00:10Z web-2 c", "2026-11-26T08:00:11Z web-2 d"]
     entries = list(read([written(tmp_path / "a", "\n".join(said))], lax, counted))
     assert [entry.text for entry in entries] == ["\n".join(said[1:4]), *said[4:]]
-    assert counted == Counted(entries=3, lines=6, headless=1, torn=3, torn_one="6T07:59:59Z")
+    assert counted == Counted(entries=3, lines=6, headless=1, headless_one=said[0], torn=3, torn_one="6T07:59:59Z")
     assert counted.left_out.endswith("3 lines begin with what is no time ('6T07:59:59Z'), and go on with the entry before.")
 
 
@@ -181,6 +183,56 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
         list(read([(tmp_path / "a.gz")] if (tmp_path / "a.gz").write_bytes(b"no gzip") else [], LogFormat()))
     with pytest.raises(TableError, match=r"'x' is no time of ISO 8601, and no seconds since 1970\. Give --time-format\.$"):
         list(read([written(tmp_path / "b", "x y\n")], LogFormat(r"(\S+) ")))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            np.random.default_rng(0).bytes(10_000),
+            r"a\.log is no text: of its first 4,096 bytes \d+ are control characters. Leave it out\.$",
+        ),
+        (LOG.encode("utf-16-le"), r"Is it UTF-16 without its mark\? Turn it into UTF-8 \(iconv\)\.$"),
+        (
+            b"__CURSOR=s=1\n__REALTIME_TIMESTAMP=1767225601000000\nMESSAGE=hello\n\n",
+            "is journald's export, a field a line: give .* or `-o json`",
+        ),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_no_log_of_lines_is_refused_where_it_had_become_a_stream_of_rubbish(
+    tmp_path: Path, content: bytes, says: str, packed: bool
+) -> None:
+    (tmp_path / "a.log").write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(TableError, match=says):
+        list(read([tmp_path / "a.log"], LogFormat()))
+
+
+def test_a_log_that_was_truncated_while_it_was_written_or_has_odd_separators_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_bytes(b"\0" * 9000 + b" left\n" + LOG.encode())
+    assert next(entry.text[:19] for entry in read([tmp_path / "a.log"], FORMAT)) == "2026-11-26 08:00:00"
+    assert len(list(read([written(tmp_path / "b", "8=FIX.4.2\x0135=D\x0149=A\n" * 200)], LogFormat()))) == 200
+
+
+def test_a_line_without_end_is_held_no_longer_than_a_message_is(tmp_path: Path) -> None:
+    """A file of one line of gigabytes had been read into memory as a whole."""
+    with (tmp_path / "a.log").open("wb") as file:
+        file.write(b"begins " + b"x" * 1_000_000 + b"\n")
+        file.seek(40_000_000)
+        file.write(b"\nlast\n")
+    tracemalloc.start()
+    try:
+        first, hole, last = read([tmp_path / "a.log"], LogFormat())
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert (first.text[:8], len(first.text), len(hole.text), last.text) == ("begins x", 65_536, 65_536, "last")
+
+
+def test_lines_that_begin_with_a_colour_are_told_to_do_so(tmp_path: Path) -> None:
+    coloured = written(tmp_path / "a", "\x1b[32m2026-11-26 08:00:00,250\x1b[0m ok\n")
+    with pytest.raises(TableError, match=r"such as '\\x1b\[32m2026-11-26 .*It begins with a colour: take colours out first"):
+        list(read([coloured], FORMAT))
 
 
 def test_a_wildcard_that_takes_a_few_words_becomes_a_template_for_each() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from service.artifact import Lines
+from service.errors import TableError
 from service.log_files import Counted, LogFormat
 from tests.training.logs import QUICK, TEMPLATES, TINY, normal, session
 from training.__main__ import app
@@ -135,6 +138,16 @@ def test_a_mask_that_no_line_needs_is_told_by_a_fit_as_by_the_preview(tmp_path: 
     assert said == [r"No word holds what --mask '<TOOK>=in \d+ ms' masks: it sees each word by itself."]
 
 
+def test_too_many_lines_are_refused_as_soon_as_they_are_read_and_how_far_a_fit_is_is_told(tmp_path: Path) -> None:
+    """All of them were mined first, which takes hours of a large file, and refused in the pass after that."""
+    said: list[str] = []
+    sessions_of([log(tmp_path)], FORMAT, Mining(), 60.0, doing=said.append)
+    assert said == ["Finding templates: 8 lines", "Matching lines: 8"]
+    with pytest.raises(TableError, match=r"More than 7 lines, which are kept in memory .* reached in the stream 'req-3'"):
+        sessions_of([log(tmp_path)], FORMAT, Mining(), 60.0, doing=said.append, most=7)
+    assert len(said) == 2
+
+
 def test_key_sequences_are_published_with_a_report(tmp_path: Path) -> None:
     """Of a convolutional network; the next test's is the standard one, test_logs has a coupled one of two layers."""
     keys = tmp_path / "keys.txt"
@@ -161,7 +174,12 @@ def test_sessions_too_few_to_be_validated_and_too_short_for_faults_are_published
     keys = tmp_path / "keys.txt"
     keys.write_text("a b\n")
     data, lines = keys_of([keys], None)
-    produce(LogJob("keys", "1", data, lines, TINY, QUICK, "", "keys.txt"), tmp_path / "out")
+    told = io.StringIO()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "keys-1.onnx").touch()
+    produce(LogJob("keys", "1", data, lines, TINY, QUICK, "", "keys.txt"), tmp_path / "out", console=Console(file=told, width=500))
+    assert "It replaces a file of the same name" in told.getvalue()
+    assert f"Next:\n  python -m service serve --model {tmp_path / 'out'}\n" in told.getvalue()
     manifest = verify_file(tmp_path / "out" / "keys-1.onnx")
     assert manifest.quality["onsets_on_lines_held_out"] == {}
     assert manifest.quality["published"].startswith("with the network")
