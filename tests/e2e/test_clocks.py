@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 import redis
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
 
 from service.state import header_of
 from service.stores.redis import state_key
 from tests import local
+from tests.brokers import Mosquitto
 from tests.e2e.process import Service
+from tests.times import wait
 
 HOUR = 3600.0
 AHEAD = (0.0, HOUR, -HOUR, 600.0)
@@ -129,3 +133,39 @@ def test_whatever_clocks_replicas_have_an_event_without_a_time_gets_that_of_the_
         before = now(store)
         [result] = sent(one, [{"stream_id": f"timeless {one.port}", "values": {"value": 1.0}}])
         assert before - 1 < result["timestamp"] < now(store) + 1
+
+
+def test_what_mqtt_delivers_at_most_once_is_scored_also_after_a_replica_whose_clock_is_ahead(
+    tmp_path: Path, tiny_model_path: Path, empty_server: str, mosquitto: Mosquitto
+) -> None:
+    """Positions of messages are times of arrival, and those of QoS 0 are in no note."""
+    source = {"type": "mqtt", "url": mosquitto.url, "topics": ["clocks/+"], "session": "clocks", "lease_seconds": 1}
+    sources = json.dumps([source | {"payload": {"format": "number", "feature": "value"}}])
+    publisher = Client(CallbackAPIVersion.VERSION2)
+    publisher.connect("127.0.0.1", mosquitto.port)
+    publisher.loop_start()
+
+    def scored(service: Service) -> int:
+        wait(lambda: count(service, "onset_source_partitions") == 1)
+        for i in range(20):
+            publisher.publish("clocks/a", str(i % 3), qos=0).wait_for_publish(10)
+        wait(lambda: count(service, "onset_events_total") == 20)
+        return int(count(service, 'outcome="scored"'))
+
+    try:
+        for i, ahead in enumerate((HOUR, 0.0)):
+            folder = tmp_path / str(i) / "data"
+            folder.mkdir(parents=True)
+            service = Service(folder, model=tiny_model_path, forked=not ahead, REDIS_URL=empty_server, SOURCES=sources)
+            service.ahead = ahead
+            with service:
+                assert scored(service) == 20
+    finally:
+        publisher.loop_stop()
+        publisher.disconnect()
+
+
+def count(service: Service, what: str) -> float:
+    """Of the events by MQTT, or of what else has that in its name."""
+    lines = [line for line in local.get(f"{service.url}/metrics").text.splitlines() if '"mqtt"' in line and what in line]
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(("onset_events_total", "onset_source_partitions")))
