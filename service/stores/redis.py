@@ -31,6 +31,7 @@ from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar, cast
+from urllib.parse import parse_qs
 
 import hiredis
 import redis.asyncio as redis
@@ -397,12 +398,20 @@ class _Packing(AbstractConnection):
             return packed
 
 
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+"""Parameters of a URL."""
+
+
 def check_url(url: str) -> None:
     """Raises ValueError without a word of the URL: redis-py shows a part of its password, and takes what is no number for database 0."""
     if url.startswith(("redis://", "rediss://")) and not _ADDRESS.fullmatch(url):
         raise ValueError(
             "it is to be redis://:PASSWORD@HOST:PORT/DATABASE, with numbers for port and database; in a password / ? # are %2F %3F %23"
         )
+    query = parse_qs(url.partition("?")[2])
+    for name, paths in ((name, query.get(name, [])) for name in _FILES):
+        if missing := [path for path in paths if not Path(path).is_file()]:  # of which OpenSSL tells no name, at each try to connect
+            raise ValueError(f"{name} is {missing[0]}, and there is no such file")
 
 
 class Connections(redis.BlockingConnectionPool):

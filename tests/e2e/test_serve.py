@@ -152,6 +152,9 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(tmp_path: Path, tiny_m
         assert "s3cr" not in said, "no part of a password"
     said = refused("--redis-url", "redis://:s3cr/et@localhost", "--model", str(tiny_model_path), REDIS_CLUSTER="true")
     assert re.search("ONSET_REDIS_URL.*%2F", said)
+    said = refused("--redis-url", "rediss://:s3cret@h?ssl_ca_certs=/no/ca.pem", "--model", str(tiny_model_path))
+    assert re.search("ONSET_REDIS_URL.*ssl_ca_certs is /no/ca.pem", said)
+    assert "s3cret" not in said
     assert str(broken) in refused("--data-dir", str(broken), "--model", str(tiny_model_path))  # a file where a folder must be
     assert "--host" in refused("--host", "not a host", "--model", str(tiny_model_path))
 

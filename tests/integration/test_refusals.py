@@ -51,7 +51,7 @@ def value() -> bytes:
         "redis://:6379/0",
         "redis:///0",
         "redis://h?db=2",
-        "rediss://anna:s3%2Fcr@h:6380/0?ssl_ca_certs=/tls/ca.crt&ssl_check_hostname=no",
+        f"rediss://anna:s3%2Fcr@h:6380/0?ssl_ca_certs={__file__}&ssl_check_hostname=no",
         "redis://[::1]:6379/0",
         "unix:///run/valkey.sock?db=1",
     ],
