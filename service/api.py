@@ -86,6 +86,7 @@ from service.rounds import Kind
 from service.scorer import Scorer
 from service.stores import CURSOR_DIGITS
 from service.stores.book import SCANNED, Became, Book, Wanted
+from service.tasks import Together
 from service.writing import Answered
 
 DOOR = "http"
@@ -242,6 +243,7 @@ class Door:
         self.origin = _origin(public_url)
         self.hosts = _hosts(allowed_hosts, public_url)
         self._level = level or Level("info")
+        self._exposition = Together(self._exposed)
         self._latency = metrics.latency.labels(DOOR)
         self._events = {outcome: metrics.events.labels(DOOR, outcome) for outcome in OUTCOMES}
 
@@ -537,8 +539,11 @@ class Door:
 
     async def get_metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
+        return Response(await self._exposition.get(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _exposed(self) -> bytes:
         await self._health.ready()  # keeps its gauge true where no probe asks
-        return Response(await self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return await self._metrics.exposition()
 
     def add_post(self, app: FastAPI, path: str, handler: Callable[[Incoming], Awaitable[Response]], name: str) -> None:
         """Register a route of another module that scores what it is sent, with the same answers to errors."""

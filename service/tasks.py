@@ -4,12 +4,44 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from service.errors import StoreUnavailable
 
 SWALLOWED_SECONDS = 0.5
 """How long a cancelled task may take to clean up before it is cancelled again."""
+REST, LONGEST_REST = 4.0, 1.0
+"""What is made for many rests for so many times as long as it took, and for so many seconds at most."""
+
+Made = TypeVar("Made")
+
+
+class Together(Generic[Made]):
+    """What takes long to `make`, for all who ask: at a time it is made once, and whoever asks before that begins gets it, too.
+
+    It never takes the loop or a processor for more than a fifth of the time, be it asked for by a thousand, who may have left meanwhile.
+    """
+
+    def __init__(self, make: Callable[[], Awaitable[Made]]) -> None:
+        self._make, self._one = make, asyncio.Lock()
+        self._next: asyncio.Task[Made] | None = None
+        self._rests_until = 0.0
+
+    async def get(self) -> Made:
+        """As it is from now on, never as it was before."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._made())
+        return await asyncio.shield(self._next)
+
+    async def _made(self) -> Made:
+        loop = asyncio.get_running_loop()
+        async with self._one:
+            await asyncio.sleep(max(0.0, self._rests_until - loop.time()))
+            self._next, began = None, loop.time()
+            try:
+                return await self._make()
+            finally:
+                self._rests_until = loop.time() + min(REST * (loop.time() - began), LONGEST_REST)
 
 
 async def repeat(

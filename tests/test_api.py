@@ -694,6 +694,20 @@ async def test_a_client_that_leaves_does_not_hurt_the_others(tiny_detector: Dete
         await head
 
 
+async def test_many_scrapes_at_once_are_one_exposition(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, expose = 0, client.metrics.exposition
+
+    async def counting() -> bytes:
+        nonlocal made
+        made += 1
+        return await expose()
+
+    monkeypatch.setattr(client.metrics, "exposition", counting)
+    responses = await asyncio.gather(*(client.get("/metrics") for _ in range(50)))
+    assert {response.status_code for response in responses} == {200}
+    assert made <= 3
+
+
 async def test_what_came_of_the_events_is_counted(client: Client) -> None:
     await client.score([event(timestamp=5, event_id="a"), event(timestamp=4), event(timestamp=5, event_id="a"), event(value="x")])
     sample = client.metrics.registry.get_sample_value

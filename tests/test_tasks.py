@@ -58,3 +58,53 @@ async def test_turns_are_taken_through_outages_and_bugs_and_each_outage_is_told_
         await over.wait()
     await tasks.end(task)
     assert told == [away, gone, away]
+
+
+async def test_what_many_ask_for_is_made_once_for_those_who_asked_before_it_began() -> None:
+    made, began, gate = 0, asyncio.Event(), asyncio.Event()
+
+    async def make() -> int:
+        nonlocal made
+        made += 1
+        began.set()
+        await gate.wait()
+        return made
+
+    together = tasks.Together(make)
+    first = [asyncio.create_task(together.get()) for _ in range(100)]
+    await asyncio.wait_for(began.wait(), 20)
+    later = [asyncio.create_task(together.get()) for _ in range(100)]  # who want it as it is from now on
+    await asyncio.sleep(0)
+    for left in (first[0], later[0]):
+        left.cancel()
+    gate.set()
+    async with asyncio.timeout(20):
+        assert set(await asyncio.gather(*first[1:])) == {1}
+        assert set(await asyncio.gather(*later[1:])) == {2}
+    assert made == 2
+
+
+async def test_what_fails_fails_for_all_who_asked_and_is_made_again() -> None:
+    coming: list[Exception | None] = [ValueError("once"), None]
+
+    async def make() -> str:
+        if (error := coming.pop(0)) is not None:
+            raise error
+        return "made"
+
+    together = tasks.Together(make)
+    async with asyncio.timeout(20):
+        failed = await asyncio.gather(*(together.get() for _ in range(3)), return_exceptions=True)
+        assert [str(error) for error in failed] == ["once"] * 3
+        assert await together.get() == "made"
+
+
+async def test_it_rests_for_longer_than_it_took() -> None:
+    async def make() -> float:
+        await asyncio.sleep(0.05)
+        return asyncio.get_running_loop().time()
+
+    together = tasks.Together(make)
+    async with asyncio.timeout(20):
+        ended, again = await together.get(), await together.get()
+    assert again - ended >= 0.05 * (tasks.REST + 1) * 0.9

@@ -43,6 +43,7 @@ from service.metrics import Metrics
 from service.policy import Policy
 from service.problems import problem_of, respond
 from service.stores.live import LiveLog
+from service.tasks import Together
 
 CSV, JSON = "text/csv", "application/json"
 BODY_SECONDS = 60.0
@@ -100,6 +101,8 @@ class Console:
         self._policy_of = policy_of
         self._default = default_model
         self._testing, self._counting = asyncio.Lock(), asyncio.Lock()
+        self._tested = {name: Together(functools.partial(self._test, name)) for name in detectors}
+        self._counted = {name: Together(functools.partial(self._count, name)) for name in detectors}
 
     def watch(self, feed: Feed) -> Callable[[], None]:
         """Take in what is scored from now on; returns what ends that."""
@@ -187,17 +190,24 @@ class Console:
         return Response(await self.trials.run(trial, lambda: self._body(request)), media_type=JSON)
 
     async def calibration(self, request: Request) -> Response:
-        """How often small p-values came, of the events held here. One at a time: it takes memory to look at all of them."""
-        recent = self.live.recent[self._model(request)]
+        """How often small p-values came, of the events held here."""
+        return Response(await self._counted[self._model(request)].get(), media_type=JSON)
+
+    async def _count(self, model: str) -> bytes:
+        """One at a time: it takes memory to look at all of them."""
         async with self._counting:
-            tail = await asyncio.to_thread(recent.tail, TAIL)
+            tail = await asyncio.to_thread(self.live.recent[model].tail, TAIL)
         levels = [{"p": level, "events": count} for level, count in zip(TAIL, tail.rarer, strict=True)]
         body = {"events": tail.events, "judged": tail.judged, "onsets": tail.onsets, "tail": levels, "replica": self.live.replica}
-        return Response(msgspec.json.encode(body), media_type=JSON)
+        return msgspec.json.encode(body)
 
     async def self_test(self, request: Request) -> Response:
-        """The file's own vectors, run again on this machine as it is now. One at a time."""
-        detector = self._detectors[self._model(request)]
+        """The file's own vectors, run again on this machine as it is now."""
+        return Response(await self._tested[self._model(request)].get(), media_type=JSON)
+
+    async def _test(self, model: str) -> bytes:
+        """One at a time."""
+        detector = self._detectors[model]
         async with self._testing:
             began = time.perf_counter()
             try:
@@ -207,7 +217,7 @@ class Console:
             else:
                 steps, rows, _ = vectors.x.shape
                 body = {"passed": True, "steps": steps, "rows": rows, "milliseconds": round(1000 * (time.perf_counter() - began), 1)}
-        return Response(msgspec.json.encode(body | {"sha256": detector.sha256, "provider": detector.providers[0]}), media_type=JSON)
+        return msgspec.json.encode(body | {"sha256": detector.sha256, "provider": detector.providers[0]})
 
     async def _body(self, request: Request) -> bytes:
         """Raises TooLarge, TooSlow."""
