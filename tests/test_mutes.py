@@ -141,6 +141,27 @@ async def test_what_is_open_when_the_mute_ends_is_told_then_and_only_once(office
     assert sink.told[1:] == [("resolved", "s1")]
 
 
+async def test_thousands_of_muted_alerts_are_gone_beyond_at_once_and_what_is_told_does_not_wait_for_them(
+    office: Plant, teller: Teller, sink: Kept
+) -> None:
+    await office.muted("s*")
+    many = [opening(f"s{i}") for i in range(250)]
+    await office.happen(*many)
+    await office.happen(opening("other"))
+    await office.happen(*(resolving(one.stream_id) for one in many[:-1]))
+    await office.happen(resolving("other"))
+    turns = 0
+    while await teller.turn(TOKEN):
+        turns += 1
+    assert sink.told == [("opened", "other"), ("resolved", "other")]
+    assert turns < 20
+    assert await office.book.withheld("kept", [one.alert for one in many]) == {many[-1].alert}
+    await office.book.unmute("m")
+    await office.look()
+    await all_told(teller)
+    assert sink.told[2:] == [("opened", many[-1].stream_id)]
+
+
 async def test_what_was_told_before_escalates_in_silence_and_ends_aloud(office: Plant, teller: Teller, sink: Kept) -> None:
     await office.happen(opening("a"), opening("b"))
     await office.muted("*")

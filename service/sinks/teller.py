@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -29,6 +29,8 @@ from service.stores.book import Book, Told
 
 POLL_SECONDS = 0.25
 FLOOD_SECONDS = 60.0
+READ = 100
+"""Changes read, and gone beyond, at once."""
 NAMED = 10
 """Streams that a notice of a flood names."""
 
@@ -197,12 +199,14 @@ class Teller:
         """The last change that was asked of, and whether there was room for it."""
         self._waiting: Told | None = None
         self._cursor = "0-0"
+        self._next: Sequence[Told] = []
+        """Changes after the cursor, as far as they are read."""
         self.name = sink.name
         metrics.alert_lag.labels(sink.name).set_function(lambda: self._clock() - self._waiting.at if self._waiting else 0.0)
 
     async def begin(self, token: str) -> None:
         """Before the first fold under this lease. A sink that was never told of anything is told of what comes from now on."""
-        self._cursor = await first_cursor(self._book, token, self._sink.name)
+        self._cursor, self._next = await first_cursor(self._book, token, self._sink.name), []
 
     async def run(self, token: str) -> None:
         """Tell of changes until cancelled. Returns when the lease is lost."""
@@ -216,30 +220,57 @@ class Teller:
         now = self._clock()
         if self._flooding.since is not None and not 0 <= now - self._flooding.since < FLOOD_SECONDS:
             await self._tell_of_flood(token, f"flood-{self._cursor}-{now:.0f}", now)
-        told = next(iter(await self._book.changes(self._cursor, 1)), None)
-        self._waiting = told
+        if not self._next:
+            self._next = await self._book.changes(self._cursor, READ)
+        told = self._waiting = next(iter(self._next), None)
         if told is None:
             return False
+        if passed := await self._pass_over(token, self._next):
+            self._cursor, self._waiting, self._next = self._next[passed - 1].id, None, self._next[passed:]
+            return True
         await self._handle(token, told, now)
-        self._cursor, self._waiting = told.id, None
+        self._cursor, self._waiting, self._next = told.id, None, self._next[1:]
         return True
 
     async def close(self) -> None:
         await self._sink.close()
 
+    async def _pass_over(self, token: str, changes: Sequence[Told]) -> int:
+        """Go beyond those first changes that the sink is not told of whether or not there is room, in one step; how many.
+
+        One by one, thousands of a shutdown that is muted would keep what is told waiting for minutes.
+        """
+        if _opens(changes[0]) and changes[0].change.alert.live and changes[0].change.alert.muted is None:
+            return 0
+        known = await self._book.withheld(self._sink.name, list({told.change.alert.id for told in changes}))
+        withheld = dict.fromkeys(known, True)
+        outcomes = Counter[str]()
+        for told in changes:
+            alert, opens = told.change.alert, _opens(told)
+            if not alert.live:
+                outcomes["past"] += 1
+            elif opens and alert.muted is not None:
+                outcomes["muted"] += 1
+                if alert.muted.told is None:
+                    withheld[alert.id] = True
+            elif not opens and withheld.get(alert.id):
+                outcomes["withheld"] += 1
+                withheld[alert.id] = alert.open
+            else:
+                break
+        if passed := outcomes.total():
+            over = [id_ for id_, kept in withheld.items() if not kept]
+            withhold = [id_ for id_, kept in withheld.items() if kept and id_ not in known]
+            await self._book.delivered(token, self._sink.name, changes[passed - 1].id, withhold=withhold, over=over)
+            for outcome, count in outcomes.items():
+                self._count(outcome, count)
+        return passed
+
     async def _handle(self, token: str, told: Told, now: float) -> None:
         change, alert = told.change, told.change.alert
         name = self._sink.name
-        if not alert.live:
-            self._count("past")
-            await self._book.delivered(token, name, told.id)
-            return
         known = not await self._book.withheld(name, [alert.id])
         event = change.event
-        if alert.muted is not None and event in ("opened", "escalated"):
-            self._count("muted")
-            await self._book.delivered(token, name, told.id, withhold=[alert.id] if alert.muted.told is None else [])
-            return
         if event == "opened" or (event == "escalated" and not known):
             if SEVERITIES.index(alert.severity) < SEVERITIES.index(self._least):
                 self._count("below")
@@ -249,10 +280,6 @@ class Teller:
                 await self._withhold(token, told, now)
                 return
             event = "opened"
-        elif not known:
-            self._count("withheld")
-            await self._book.delivered(token, name, told.id, over=[alert.id] if not alert.open else [])
-            return
         before = change.severity_before if event == "escalated" else None
         notice = Notice(told.id, event, told.at, AlertReply.of(alert, self._public_url), before)
         letters = await self._attempt(token, notice)
@@ -305,8 +332,12 @@ class Teller:
         self._metrics.alert_delivery.labels(self._sink.name).observe(max(0.0, self._clock() - notice.at))
         return []
 
-    def _count(self, outcome: str) -> None:
-        self._metrics.alert_deliveries.labels(self._sink.name, outcome).inc()
+    def _count(self, outcome: str, times: int = 1) -> None:
+        self._metrics.alert_deliveries.labels(self._sink.name, outcome).inc(times)
+
+
+def _opens(told: Told) -> bool:
+    return told.change.event in ("opened", "escalated")
 
 
 async def first_cursor(book: Book, token: str, sink: str) -> str:
