@@ -48,9 +48,11 @@ from training.data import Float32, Stream, clock
 CACHE = "cache"
 """Its folder, in the folder of the model."""
 LOCK = ".fit.lock"
-FORMAT = 7
+FORMAT = 8
 FILES = {"index.json", "x.f32", "t.f32"}
 READ = 1 << 20
+GROWING = 100
+"""Steps up of a column, for each one down, from which it is a counter. A tank is emptied more often, what is measured goes both ways."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Cached:
     sentinels: str  # which values look like no readings, with what to do; "" = none does
     times: str  # from when to when the rows are, in words
     sha256: str  # of names and rows: the same data, the same hash
+    counters: Sequence[str] = ()  # features that only grow
 
     @property
     def summary(self) -> str:
@@ -74,12 +77,26 @@ class Cached:
         read += f"\n{self.times}"
         if self.sentinels:
             read += f"\n{self.sentinels}"
+        if self.counters:
+            read += (
+                f"\nOnly grows, as a counter does (kWh, pieces, hours): {listed(self.counters)}. What comes after the history is beyond "
+                f"all that was learned: --exclude {self.counters[0]!r} leaves a column out, or have the historian give what it grows by."
+            )
         if not self.unmoved:
             return read
         return (
             f"{read}\nIn no stream two different values: {listed(self.unmoved)}. How they move cannot be learned, and when one does, "
             f"that is an anomaly; --exclude {self.unmoved[0]!r} leaves a column out."
         )
+
+
+def replaced(out: Path, name: str, version: str) -> str:
+    """What a run replaces in `out`, in words; "" = nothing."""
+    model, reported = out / f"{name}-{version}.onnx", out / "report.md"
+    if model.is_file():
+        there = f"{model} and its report are there, and are replaced when this one is made"
+        return f"{there}: another --version keeps the file, another --out both."
+    return f"{reported} is another model's, and is replaced when this one is made: another --out keeps it." if reported.is_file() else ""
 
 
 @contextmanager
@@ -141,7 +158,9 @@ def open_cache(folder: Path) -> Cached:
     x, t = _mapped(folder / "x.f32", len(features)), _mapped(folder / "t.f32", 3)
     ends = np.cumsum(lengths).tolist()
     streams = [Stream(name, x[end - rows : end], t[end - rows : end]) for name, rows, end in zip(names, lengths, ends, strict=True)]
-    return Cached(features, streams, index["unmoved"], index["rowless"], index["sentinels"], index["times"], index["sha256"])
+    return Cached(
+        features, streams, index["unmoved"], index["rowless"], index["sentinels"], index["times"], index["sha256"], index["counters"]
+    )
 
 
 def told_apart(sources: Sequence[Source]) -> list[Source]:
@@ -194,7 +213,7 @@ def _write(
     notify: Notify,
     track: Callable[[Sequence[Source]], Iterable[Source]],
 ) -> dict[str, Any]:
-    sha, rowless, sentinels = hashlib.sha256(), Rowless(sources, notify), Sentinels()
+    sha, rowless, sentinels, growing = hashlib.sha256(), Rowless(sources, notify), Sentinels(), _Growing()
     names, lengths, features, moved = list[str](), list[int](), list[str](), np.array(False)
     spans, unzoned = list[tuple[float, float]](), set[bool]()
     dialect = Dialect(unzoned=lambda: unzoned.add(True))
@@ -211,6 +230,7 @@ def _write(
                     features = features or list(table.columns)
                     sentinels.look(columns_of(source.name, features), table.matrix(features))
                     values = as_float32(source, features, table.matrix(features), notify, rows)
+                    growing.look(values)
                     least, most = np.fmin(least, np.fmin.reduce(values)), np.fmax(most, np.fmax.reduce(values))
                     content = values.tobytes()
                     sha.update(content)
@@ -226,13 +246,33 @@ def _write(
     if none := of(found, none=True):
         moved = _leave_out(none, folder / "x.f32", names, lengths, features)
     unmoved = [feature for feature, moves in zip(features, moved.tolist(), strict=True) if not moves]
-    kept = {"names": names, "lengths": lengths, "features": features, "unmoved": unmoved}
+    counters = [feature for feature, grows in zip(features, growing.counters(len(names)), strict=True) if grows]
+    kept = {"counters": counters, "names": names, "lengths": lengths, "features": features, "unmoved": unmoved}
     said = [
         advice(none, "They are taken for missing here. Served, each is an anomaly."),
         advice(of(found, none=False), "They are learned as usual, and hide faults."),
     ]
     times = _spanned(spans, lengths, unzoned=bool(unzoned))
     return {**kept, "rowless": len(rowless.names), "times": times, "sentinels": "\n".join(filter(None, said)), "sha256": sha.hexdigest()}
+
+
+class _Growing:
+    """How often features [F] go up and down from one number to the next, within pieces of streams."""
+
+    def __init__(self) -> None:
+        self._ups = self._downs = np.zeros(0)
+
+    def look(self, values: Float32) -> None:
+        """A piece [T, F] of a stream; NaN = missing."""
+        steps = [np.diff(column[~np.isnan(column)]) for column in values.T]
+        ups = np.array([float((step > 0).sum()) for step in steps])
+        downs = np.array([float((step < 0).sum()) for step in steps])
+        self._ups, self._downs = (ups + self._ups, downs + self._downs) if len(self._ups) else (ups, downs)
+
+    def counters(self, streams: int) -> list[bool]:
+        """Which features only grow, but for one that wraps or was set back: once a stream in the mean, and once in so many steps."""
+        grows = (self._ups >= GROWING) & (self._ups >= GROWING * self._downs) & (self._downs <= streams)
+        return [bool(one) for one in grows]
 
 
 def _spanned(spans: Sequence[tuple[float, float]], rows: Sequence[int], *, unzoned: bool) -> str:

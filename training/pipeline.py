@@ -24,7 +24,7 @@ from service.errors import ArtifactError, TableError
 from service.events import listed
 from training import report, synthetic
 from training.autoencoder import NoNetwork, Sizes
-from training.cache import Cached
+from training.cache import Cached, replaced
 from training.calibrate import calibrate, observe
 from training.data import Fleet, Float32, Source, Stream, cut, pad, variance_of
 from training.detector import DetectorStep
@@ -190,6 +190,8 @@ def produce(
     torch.manual_seed(job.plan.seed)
     console = console or Console(quiet=True)
     out.mkdir(parents=True, exist_ok=True)
+    if world.first and (said := replaced(out, job.name, job.version)):
+        console.print(said, style="yellow", soft_wrap=True)
     seconds: dict[str, float] = {}
     step = _step(job, job.sizes)
 

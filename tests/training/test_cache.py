@@ -110,6 +110,26 @@ def test_from_when_to_when_the_rows_are_is_told(tmp_path: Path) -> None:
     assert "\nTimes from 1970-01-01 12:47:03 to 1970-01-01 12:47:03 UTC; a stream has a row every 0.5 s in the mean." in told
 
 
+def test_a_counter_is_told_and_what_goes_both_ways_or_is_emptied_often_is_not(tmp_path: Path) -> None:
+    rng, steps = np.random.default_rng(0), np.arange(3000)
+    energy = np.where(steps % 7 == 3, np.nan, 9000 + np.cumsum(rng.random(3000)))  # wraps once
+    columns = {
+        "kWh": np.where(energy >= 10_000, energy - 10_000, energy),
+        "tank": steps % 240 + 0.0,
+        "temperature": 0.1 * steps + rng.normal(size=3000),
+        "load": rng.normal(size=3000),
+        "still": np.zeros(3000),
+    }
+    for name in ("m1", "m2"):
+        lines = [",".join("" if np.isnan(value) else f"{value:.4f}" for value in row) for row in zip(*columns.values(), strict=True)]
+        text = "\n".join([f"timestamp,{','.join(columns)}", *(f"{60 * i + 1_700_000_000},{line}" for i, line in enumerate(lines))])
+        (tmp_path / f"{name}.csv").write_text(text)
+    cached = converted(tmp_path, tmp_path / "cache")
+    assert list(cached.counters) == ["kWh"]
+    assert "Only grows, as a counter does (kWh, pieces, hours): 'kWh'." in cached.summary
+    assert "--exclude 'kWh' leaves a column out" in cached.summary
+
+
 def test_zeros_and_numbers_that_are_common_are_learned_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     rows = [f"{i},{0 if i == 50 else 20 + i % 3},{999 if i % 4 else i % 7}" for i in range(200)]

@@ -26,7 +26,7 @@ from tests.training.conftest import TINY, random_step
 from training import pipeline
 from training.__main__ import _run, app
 from training.autoencoder import Sizes
-from training.cache import Cached, alone_in, convert, open_cache
+from training.cache import Cached, alone_in, convert, open_cache, replaced
 from training.data import CONTEXT, Block, Fleet, Stream, clock
 from training.distributed import ALONE
 from training.evaluate import Scores, run_streams
@@ -474,6 +474,15 @@ def test_history_without_a_value_to_stop_by_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--validation", "0.25"])
     assert result.exit_code == 1, result.output
     assert "Nothing says when to stop learning: the rows behind the first 75 %" in " ".join(result.output.split())
+
+
+def test_what_a_run_replaces_is_said_before_it_begins(tmp_path: Path) -> None:
+    assert replaced(tmp_path, "machine", "1") == ""
+    (tmp_path / "report.md").touch()
+    (tmp_path / "pumps-1.onnx").touch()
+    assert "report.md is another model's, and is replaced" in replaced(tmp_path, "machine", "1")
+    assert "pumps-1.onnx and its report are there, and are replaced" in replaced(tmp_path, "pumps", "1")
+    assert "another --version keeps the file, another --out both" in replaced(tmp_path, "pumps", "1")
 
 
 def test_two_runs_are_not_in_one_folder_at_once(tmp_path: Path) -> None:
