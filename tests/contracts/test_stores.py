@@ -16,7 +16,7 @@ from redis.asyncio.connection import AbstractConnection
 from service.errors import StoreUnavailable
 from service.events import Lease
 from service.state import TOKEN
-from service.stores import FENCED, LOST, OUTPUT, SILENT, TRAIL_COMMITS, WRITTEN, Output, StateStore, Write
+from service.stores import FENCED, LOG_LENGTH, LOST, OUTPUT, SILENT, TRAIL_COMMITS, WRITTEN, Output, StateStore, Write
 from service.stores.clock import StoreClock
 from service.stores.cluster import ClusterStore
 from service.stores.memory import MemoryStore
@@ -313,6 +313,13 @@ async def test_a_watch_is_written_with_the_value_or_not_at_all(store: StateStore
     assert await store.due(MODEL, 300.0, 10) == ["b"]
 
 
+async def test_a_watch_is_due_at_its_very_time(store: StateStore) -> None:
+    at = 1_790_000_000.25
+    assert await store.commit(MODEL, [Write("a", b"", value(), watch=at)]) == [WRITTEN]
+    assert await store.due(MODEL, at - 0.001, 10) == []
+    assert await store.due(MODEL, at, 10) == ["a"]
+
+
 async def test_watches_can_be_moved_ended_and_counted_as_silent(store: StateStore) -> None:
     now = 1.8e9
     names = [*WEIRD, *(f"s{i}" for i in range(300))]
@@ -553,8 +560,9 @@ async def test_results_and_acks_are_written_with_the_value_or_not_at_all(queue: 
     writes = [
         Write("a", b"", value(), results=[b"a1", b"a2"], acks=[(LEASE, b"1-0"), (LEASE, b"3-0")]),
         Write("b", b"x" * 16, value(), b"trail", 5.0, results=[b"b1"], acks=[(LEASE, b"2-0")]),
+        Write("c", b"", value(), acks=[(LEASE, b"")]),
     ]
-    assert await store.commit(MODEL, writes) == [WRITTEN, LOST]
+    assert await store.commit(MODEL, writes) == [WRITTEN, LOST, WRITTEN]
     assert await queue.results() == [b"a1", b"a2"]
     assert await queue.entries(LEASE) == ([b"2-0", b"4-0"], [b"2-0", b"4-0"])
     assert await store.load_trails(MODEL, ["b"]) == [[]]
@@ -644,7 +652,7 @@ async def test_a_stream_that_is_kept_keeps_its_acknowledged_entries(queue: Backe
 async def test_a_commit_of_many_results_and_acks_is_whole_and_each_streams_in_order(queue: Backend) -> None:
     store = await queue.open(3600, 600)
     await queue.give(LEASE)
-    ids = [b"%d-%d" % (i, 2**35 + i) for i in range(1, 4001)]
+    ids = [b"%d-%d" % (i, 2**35 + i) for i in range(1, 9001)]  # Lua unpacks 8,000
     await queue.deliver(LEASE, *ids)
     writes = [
         Write(f"s{i}", b"", value(), results=[b"%d-%d" % (i, j) for j in range(4)], acks=[(LEASE, entry) for entry in ids[i::1000]])
@@ -670,6 +678,16 @@ async def test_the_output_stream_is_bounded(empty_server: str) -> None:
     await store.close()
 
 
+async def test_the_alert_log_is_bounded(redis_store: RedisStore, empty_server: str) -> None:
+    token = b""
+    for _ in range(3):
+        new = value()
+        assert await redis_store.commit(MODEL, [Write("a", token, new, log=[b"entry"] * (LOG_LENGTH // 2))]) == [WRITTEN]
+        token = new[TOKEN]
+    async with redis.Redis.from_url(empty_server) as client:
+        assert LOG_LENGTH <= await client.xlen(log_key(shard_of("a"))) <= LOG_LENGTH + 200
+
+
 @pytest.mark.parametrize("key", [OUTPUT.key.encode(), LEASE.stream, LEASE.key])
 async def test_a_key_of_another_kind_in_the_way_refuses_the_whole_call(redis_store: RedisStore, empty_server: str, key: bytes) -> None:
     async with redis.Redis.from_url(empty_server) as client:
@@ -686,6 +704,15 @@ def server(tmp_path: Path) -> Iterator[Valkey]:
     """A server of the test's own, with an append-only file."""
     with Valkey(tmp_path / "own", appendonly="yes", appendfsync="always") as server:
         yield server
+
+
+async def test_what_is_no_value_in_a_streams_place_is_loaded_as_none_and_replaced(redis_store: RedisStore, empty_server: str) -> None:
+    async with redis.Redis.from_url(empty_server) as client:
+        await client.hset(state_key(MODEL, "a"), "a", "b")
+    assert await redis_store.load(MODEL, ["a"]) == [None]
+    first = value()
+    assert await redis_store.commit(MODEL, [Write("a", b"", first)]) == [WRITTEN]
+    assert await redis_store.load(MODEL, ["a"]) == [first]
 
 
 async def test_all_that_was_acknowledged_survives_kill_9_and_the_same_store_goes_on(server: Valkey) -> None:
