@@ -183,8 +183,10 @@ class Desk:
         Returns ids of those that their streams know nothing of, and the others as they are then.
         """
         stands = await self._stands(some)
+        # By the store's clock, which may have been set back.
+        held = await _holding(in_force, [(alert.model, alert.stream_id, max(self._clock(), alert.updated_at)) for alert in some])
         renewed, changes, gone, left = [], [], [], []
-        for alert in some:
+        for alert, mute in zip(some, held, strict=True):
             stand, known = stands[alert.id], alert
             if not stand.there or (stand.open is not None and alert.id not in stand.open):
                 gone.append(alert.id)
@@ -192,8 +194,7 @@ class Desk:
             if stand.last is not None and alert.kind == "anomaly" and stand.last != alert.last:
                 live = alert.live or self._clock() - stand.last.timestamp <= self._keeping.max_age
                 known = replace(alert, last=stand.last, live=live)
-            now = max(self._clock(), alert.updated_at)  # by the store's clock, of which ours may be behind
-            known, change = _unmuted(alert, known, mutes.holding(in_force, alert.model, alert.stream_id, now))
+            known, change = _unmuted(alert, known, mute)
             left.append(known)
             if known != alert:
                 renewed.append(known)
@@ -236,10 +237,12 @@ class Desk:
         known = await self._known([transition for _, transition in read])
         room = self._keeping.max_open - await self._book.open_count()
         in_force = await self._book.mutes()  # after the log: what was muted before an alert was committed mutes it
+        held = await _holding(in_force, [(transition.model, transition.stream_id, entry.at) for entry, transition in read])
+        again: list[str] = []
         changed: dict[str, Alert] = {}
         moves: list[tuple[Alert | None, Alert]] = []
         changes: list[Change] = []
-        for entry, transition in read:
+        for (entry, transition), mute in zip(read, held, strict=True):
             for id_ in _meant(transition, known):
                 before = known.get(id_)
                 after = alerts.advanced(before, transition, entry.at, self._keeping.max_age)
@@ -255,12 +258,14 @@ class Desk:
                 if not (was_open or after.open):  # it is over, and was accepted after all
                     known[id_] = changed[id_] = after
                     continue
-                change = _muted(before, _change(before, after), mutes.holding(in_force, after.model, after.stream_id, entry.at))
+                if opens:
+                    again.append(id_)
+                change = _muted(before, _change(before, after), mute)
                 changes.append(change)
                 known[id_] = changed[id_] = after = change.alert
                 moves.append((before, after))
         folded = {entry.shard: entry.id for entry in entries}
-        await self._book.write(self._token, list(changed.values()), changes, folded)
+        await self._book.write(self._token, list(changed.values()), changes, folded, again)
         cursors.update({f"log:{shard}": id_ for shard, id_ in folded.items()})
         self._counted(moves)
 
@@ -334,6 +339,13 @@ def _change(before: Alert | None, after: Alert) -> Change:
     if after.live and not before.live:  # an alert of the past, of which nobody was told
         return Change("opened", after)
     return Change("escalated", after, before.severity)
+
+
+async def _holding(in_force: Sequence[Mute], asked: Sequence[tuple[str, str, float]]) -> list[Mute | None]:
+    """Which mute holds the alerts of each model and stream at that time. Thousands of both take seconds, of a thread."""
+    first, last = min((at for *_, at in asked), default=0.0), max((at for *_, at in asked), default=0.0)
+    some = [mute for mute in in_force if mute.covers(first, last)]
+    return await asyncio.to_thread(lambda: [mutes.holding(some, *one) for one in asked]) if some else [None] * len(asked)
 
 
 def _muted(before: Alert | None, change: Change, mute: Mute | None) -> Change:

@@ -9,6 +9,7 @@ What is scored, learned, listed and counted is as ever.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -24,6 +25,8 @@ MOST = 1000
 """Mutes that are kept."""
 PATTERNS = 100
 """Of one mute, at most."""
+PATTERNS_OF_ALL = 2000
+"""Of all that are not over: each alert is held against them, five hundred alerts within the lease of the book."""
 LONGEST_SECONDS = 366 * 86_400.0
 """A mute that nobody remembers is a service that says nothing."""
 MAX_NOTE = 2000
@@ -47,8 +50,12 @@ class Mute(msgspec.Struct, frozen=True):
     changed_at: float
 
     def holds(self, model: str, stream_id: str, at: float) -> bool:
-        ours = self.starts_at <= at < self.ends_at and self.model in (None, model)
+        ours = self.model in (None, model) and self.covers(at, at)
         return ours and any(matches(pattern, stream_id) for pattern in self.streams)
+
+    def covers(self, first: float, last: float) -> bool:
+        """Whether it is in force at some time between these, which may be of the log's entries: cut off to milliseconds."""
+        return math.floor(1000 * self.starts_at) / 1000 <= last and first < self.ends_at
 
 
 class Muted(msgspec.Struct, frozen=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from msgspec.structs import replace
 
 from bench.receiver import Receiver
 from service import mutes
+from service.alerts import Acknowledgement, Stand
 from service.errors import BadParameter
 from service.metrics import Metrics
 from service.mutes import Mute, matches
@@ -67,6 +69,13 @@ def test_an_asterisk_is_any_characters_and_nothing_else_is_special() -> None:
         assert not matches(pattern, "M03.Temp"), pattern
     assert matches("Temp [°C]*", "Temp [°C] 1")
     assert not matches("*a" * 100 + "*b", "a" * 256)  # at once
+
+
+def test_a_mute_holds_what_is_committed_right_after_it_though_the_log_cuts_times_off_to_milliseconds() -> None:
+    mute = Mute("m", ["s"], None, NOW + 0.0007, NOW + 60, "anna", "", NOW)
+    assert mute.holds("m", "s", NOW)
+    assert not mute.holds("m", "s", NOW - 0.001)
+    assert not mute.holds("m", "s", NOW + 60)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +229,47 @@ async def test_an_alert_of_the_past_that_catches_up_while_it_is_muted_is_told_af
     await office.look()
     await all_told(teller)
     assert sink.told == [("opened", "s")]
+
+
+async def test_who_takes_an_alert_the_moment_its_mute_ends_has_taken_it(office: Plant) -> None:
+    await office.muted("s")
+    await office.happen(opening())
+    await office.book.unmute("m")
+    anna = Acknowledgement("anna", "", NOW)
+    stand = office.streams.stand
+
+    async def meanwhile(stream_ids: Sequence[str]) -> list[Stand]:
+        assert await office.book.acknowledge(opening().alert, anna) is not None
+        return await stand(stream_ids)
+
+    office.streams.stand = meanwhile  # type: ignore[method-assign]
+    await office.look()
+    [alert] = await office.all()
+    assert (alert.muted, alert.status, alert.acknowledgement) == (None, "acknowledged", anna)
+    assert [event for _, event in await office.events()] == ["opened", "acknowledged", "opened"]
+
+
+async def test_a_thousand_mutes_that_are_over_cost_nothing_and_those_in_force_do_not_hold_the_service_up(
+    office: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[set[str], bool]] = []
+    holding = mutes.holding
+
+    def watched(some: list[Mute], *one: Any) -> Mute | None:
+        asked.append(({mute.name for mute in some}, threading.current_thread() is threading.main_thread()))
+        return holding(some, *one)
+
+    monkeypatch.setattr(mutes, "holding", watched)
+    await office.muted("s", name="over", after=-7200)
+    await office.muted("s", name="coming", after=7200)
+    await office.happen(opening("s"))
+    await office.look()
+    assert asked == []
+    await office.muted("t", name="now")
+    await office.happen(opening("t"))
+    await office.look()
+    assert asked
+    assert all(one == ({"now"}, False) for one in asked)
 
 
 async def test_alertmanager_has_nothing_that_is_muted_and_keeps_what_it_had_as_it_was(office: Plant) -> None:

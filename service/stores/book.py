@@ -288,13 +288,15 @@ class Book:
         parts = await self._store.read_log([cursors.get(f"log:{shard}", "0-0") for shard in range(SHARDS)], limit)
         return [Entry(shard, id_, content) for shard, part in parts for id_, content in _entries(part)]
 
-    async def write(self, token: str, alerts: Sequence[Alert], changes: Sequence[Change], folded: Mapping[int, str]) -> None:
-        """Put these alerts into the book and tell sinks of the changes; the log is `folded` up to these entries by that. Raises Fenced."""
+    async def write(
+        self, token: str, alerts: Sequence[Alert], changes: Sequence[Change], folded: Mapping[int, str], again: Sequence[str] = ()
+    ) -> None:
+        """Put these alerts into the book and tell sinks of the changes; the log is `folded` up to these entries by that, and those `again`
+        open have nobody who looks after them. Raises Fenced.
+        """
         commands = [command for alert in alerts for command in _kept(alert)]
-        for change in changes:
-            if change.event == "opened" and change.alert.acknowledgement is None:
-                commands.append(("HDEL", ACKS, change.alert.id))  # of when it was open before
-            commands.append(_added(change))
+        commands += [("HDEL", ACKS, id_) for id_ in again]
+        commands += map(_added, changes)
         commands += [("HSET", CURSORS, f"log:{shard}", id_) for shard, id_ in folded.items()]
         await self._under(token, commands)
         if folded:

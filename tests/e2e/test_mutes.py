@@ -58,3 +58,7 @@ def test_a_line_under_maintenance_wakes_nobody_also_through_kill_9_and_what_last
             refused = local.put(address, json=BODY | {"ends_at": "2026-11-28T16:00:00"})
             assert (refused.status_code, refused.json()["field"]) == (422, "ends_at")
             assert local.put(f"{address}%20x", json=BODY | {"ends_at": time.time() + 9}).json()["field"] == "name"
+            much = {"streams": [f"other-{i}" for i in range(100)], "ends_at": time.time() + 3600, "by": "anna"}
+            many = [local.put(f"{service.url}/v1/mutes/n{i}", json=much).status_code for i in range(21)]
+            assert many == 20 * [200] + [413]
+            assert local.put(f"{service.url}/v1/mutes/n0", json=much).status_code == 200  # in its own place
