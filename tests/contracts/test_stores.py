@@ -706,15 +706,6 @@ def server(tmp_path: Path) -> Iterator[Valkey]:
         yield server
 
 
-async def test_what_is_no_value_in_a_streams_place_is_loaded_as_none_and_replaced(redis_store: RedisStore, empty_server: str) -> None:
-    async with redis.Redis.from_url(empty_server) as client:
-        await client.hset(state_key(MODEL, "a"), "a", "b")
-    assert await redis_store.load(MODEL, ["a"]) == [None]
-    first = value()
-    assert await redis_store.commit(MODEL, [Write("a", b"", first)]) == [WRITTEN]
-    assert await redis_store.load(MODEL, ["a"]) == [first]
-
-
 async def test_all_that_was_acknowledged_survives_kill_9_and_the_same_store_goes_on(server: Valkey) -> None:
     store = await opened(server.url)
     writes = [Write(f"s{i}", b"", value(b"x" * 1400), b"t") for i in range(2000)]

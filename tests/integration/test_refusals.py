@@ -25,7 +25,7 @@ from service.policy import Policy
 from service.problems import problem_of
 from service.scorer import Limits, Scorer
 from service.settings import Settings
-from service.stores import LOST, WRITTEN, Write
+from service.stores import LOST, OUTPUT, WRITTEN, Write
 from service.stores.book import Book
 from service.stores.redis import RedisStore, check_url, log_key, shard_of, state_key, trail_key
 from tests.servers import Valkey
@@ -298,12 +298,15 @@ async def test_the_rights_that_the_documentation_names_are_enough(server: Valkey
         assert await store.count() == 0
 
 
-@pytest.mark.parametrize("missing", ["xadd", "rpush", "zadd", "expire", "set"])
+@pytest.mark.parametrize(
+    ("missing", "log"),
+    [("xadd", [b"entry"]), ("xadd", []), ("rpush", [b"entry"]), ("zadd", [b"entry"]), ("expire", []), ("set", [b"entry"])],
+)
 async def test_an_event_whose_write_lacks_a_right_in_the_middle_is_not_known_and_is_whole_when_it_is_sent_again(
-    server: Valkey, missing: str
+    server: Valkey, missing: str, log: list[bytes]
 ) -> None:
     async with as_user(server, *RIGHTS, f"-{missing}") as store:
-        write = Write("a", b"", value(), b"trail", 1.0, log=[b"entry"])
+        write = Write("a", b"", value(), b"trail", 1.0, results=[b"result"], log=log)
         with pytest.raises(StoreRefused, match=r"its user may not do this: docs/deploy\.md.*") as refused:
             await store.commit(MODEL, [Write("before", b"", value()), write])
         assert missing in refused.value.detail
@@ -311,7 +314,8 @@ async def test_an_event_whose_write_lacks_a_right_in_the_middle_is_not_known_and
         with server.client() as client:
             client.execute_command("ACL", "SETUSER", "onset", f"+{missing}")
             assert await store.commit(MODEL, [write]) == [WRITTEN]
-            assert client.xrange(log_key(shard_of("a")))[-1][1] == {b"transition": b"entry"}
+            assert [fields for _, fields in client.xrange(log_key(shard_of("a")))][-len(log) :] == [{b"transition": b"entry"}] * len(log)
+            assert client.xrange(OUTPUT.key)[-1][1] == {b"result": b"result"}
 
 
 async def test_a_key_in_which_another_program_has_put_something_else_is_a_stream_that_begins(server: Valkey) -> None:
