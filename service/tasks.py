@@ -11,7 +11,7 @@ from service.errors import StoreUnavailable
 SWALLOWED_SECONDS = 0.5
 """How long a cancelled task may take to clean up before it is cancelled again."""
 REST, LONGEST_REST = 4.0, 1.0
-"""What is made for many rests for so many times as long as it took, and for so many seconds at most."""
+"""After it was made, what is made for many rests for so many times as long as that took, and for so many seconds at most."""
 
 Made = TypeVar("Made")
 
@@ -19,7 +19,8 @@ Made = TypeVar("Made")
 class Together(Generic[Made]):
     """What takes long to `make`, for all who ask: at a time it is made once, and whoever asks before that begins gets it, too.
 
-    It never takes the loop or a processor for more than a fifth of the time, be it asked for by a thousand, who may have left meanwhile.
+    Be it asked for by a thousand, who may have left meanwhile: what takes up to a quarter of a second has the loop or a processor for a
+    fifth of the time at most, and what takes longer leaves it a second in between.
     """
 
     def __init__(self, make: Callable[[], Awaitable[Made]]) -> None:

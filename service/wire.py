@@ -12,8 +12,9 @@ from service.errors import BadBody, TooLarge
 PROTOBUF = "application/x-protobuf"
 """The media type."""
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
-BYTES_A_FIELD, FEW_FIELDS = 3, 500_000
-"""A field or message takes so many bytes on average, where there are more than a few: it may take two, and costs a microsecond."""
+BYTES_A_FIELD, FEW_FIELDS = 2.5, 500_000
+"""A field takes so many bytes on average, where there are more than a few. One of two bytes says next to nothing and costs a microsecond,
+an empty message twice that; the attribute `pid`=200 is four fields in 12 bytes."""
 
 
 class Malformed(Exception):
@@ -36,15 +37,16 @@ def reading(message: str) -> Iterator[None]:
 
 
 class Body:
-    """A message with those within it: each field that is looked at counts, and each message, as there may be only so many."""
+    """A message with those within it: each field that is looked at counts, and each empty message, as there may be only so many."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
-        self.allowed = self._left = max(FEW_FIELDS, len(content) // BYTES_A_FIELD)
+        self.allowed = self._left = max(FEW_FIELDS, int(len(content) / BYTES_A_FIELD))
 
     def fields(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """Of the message that lies there: number, wire type, and where its content lies. Raises Malformed, IndexError, TooLarge."""
-        self.looked()
+        if at >= end:
+            self.looked()
         content = self.content
         while at < end:
             self.looked()
