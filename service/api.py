@@ -62,7 +62,6 @@ from service.errors import (
     BadParameter,
     CrossSite,
     ItemError,
-    NoMemory,
     NotCommitted,
     OnsetError,
     Overloaded,
@@ -75,6 +74,7 @@ from service.errors import (
     UnknownMute,
     UnknownSource,
     UnsupportedMedia,
+    no_memory,
 )
 from service.events import MAX_NAME_LENGTH, SEVERITIES, UNPRINTABLE, Columns, Event, Result, shown
 from service.intake import DoorLimits, Incoming, Intake
@@ -728,6 +728,9 @@ class Door:
 
     def _failed(self, path: str, error: Exception) -> Response:
         """Errors of ours become problem details, here and nowhere else."""
+        if (lack := no_memory(error)) is not None:  # of a 500 many senders drop what they sent
+            self._metrics.refused.labels("memory").inc()
+            error = lack
         if isinstance(error, OnsetError):
             response = respond(problem_of(error))
             if isinstance(error, TooSlow):
@@ -735,9 +738,6 @@ class Door:
             return response
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # nobody reads it
-        if isinstance(error, MemoryError):  # of a 500 many senders drop what they sent
-            self._metrics.refused.labels("memory").inc()
-            return respond(problem_of(NoMemory("This machine gives the service no more memory now: send it again.")))
         return self._bug(path, error)  # must not take the connection with it; it is counted and logged
 
     async def _unexpected(self, request: Request, error: Exception) -> Response:

@@ -28,7 +28,7 @@ from typing import Generic, Protocol, TypeVar, cast
 import structlog
 
 from service import tasks
-from service.errors import OnsetError, Overloaded
+from service.errors import OnsetError, Overloaded, no_memory
 
 LOOK_AHEAD = 64
 """How many items of one sender are passed over at most for one that is free."""
@@ -329,8 +329,9 @@ class Batcher(Generic[Item, Answer]):
         except OnsetError as error:
             self._fail(members, error)
         except Exception as error:  # the loop outlives any bug in a batch; the batch's clients are told
-            log.exception("batch_failed", items=len(members))
-            self._fail(members, error)
+            if (lack := no_memory(error)) is None:
+                log.exception("batch_failed", items=len(members))
+            self._fail(members, lack or error)
         except BaseException:
             self._fail(members, Overloaded("The service stopped before this was scored.", retry_after=2))
             raise

@@ -25,7 +25,7 @@ import structlog
 
 from service import tasks, tracing
 from service.claims import StoredClaim
-from service.errors import BadEvent, Fenced, ItemError, NoReading, OnsetError, Overloaded, StoreUnavailable, Superseded
+from service.errors import BadEvent, Fenced, ItemError, NoReading, OnsetError, Overloaded, StoreUnavailable, Superseded, no_memory
 from service.events import Delivery, Published
 from service.mapping import Mapper
 from service.metrics import Metrics
@@ -163,7 +163,10 @@ class Consumer:
             self._source.abandon(batch)
             raise
         except Exception as error:  # the door outlives any bug; the entries are delivered again
-            self._metrics.bug(error, partition=batch.partition)
+            if no_memory(error):
+                self._no_memory(batch, error)
+            else:
+                self._metrics.bug(error, partition=batch.partition)
             await asyncio.sleep(MAX_BACKOFF)
             self._source.abandon(batch)
 
@@ -219,9 +222,9 @@ class Consumer:
                 named = error if isinstance(error, ItemError) else BadEvent(error.detail, "payload")
                 letters.append(Letter(message, named))
                 continue
-            except MemoryError:  # no fault of the message
-                raise
             except Exception as error:  # a bug that one message brings out must not stop those behind it for ever
+                if no_memory(error):  # no fault of the message
+                    raise
                 self._metrics.bug(error, partition=batch.partition)
                 letters.append(Letter(message, _unexpected(error)))
                 continue
@@ -242,7 +245,7 @@ class Consumer:
 
     async def _score(self, batch: Batch, work: _Work, places: Sequence[int]) -> None:
         """Score these deliveries, however long it takes; no other of the partition is under way meanwhile. Raises Fenced, Superseded."""
-        backoff, bugs = FIRST_BACKOFF, 0
+        backoff, bugs, told = FIRST_BACKOFF, 0, False
         while places:
             try:
                 deliveries = [work.deliveries[i] for i in places]
@@ -251,9 +254,15 @@ class Consumer:
                 )
             except Superseded:
                 raise
-            except (Overloaded, StoreUnavailable, MemoryError) as error:
-                log.debug("batch_waits", partition=batch.partition, reason=str(error) or repr(error))
+            except (Overloaded, StoreUnavailable) as error:
+                log.debug("batch_waits", partition=batch.partition, reason=error.detail)
             except Exception as error:  # a bug that one event brings out must not stop those behind it for ever
+                if no_memory(error):
+                    if not told:
+                        self._no_memory(batch, error)
+                    told = True
+                    await asyncio.sleep(MAX_BACKOFF)
+                    continue
                 bugs += 1
                 self._metrics.bug(error, partition=batch.partition)
                 if bugs == BUG_ATTEMPTS:
@@ -266,6 +275,9 @@ class Consumer:
                     return
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF)
+
+    def _no_memory(self, batch: Batch, error: Exception) -> None:
+        log.warning("no_memory", source=self._source.name, partition=batch.partition, entries=len(batch.messages), reason=repr(error))
 
     async def _score_apart(self, batch: Batch, work: _Work, places: Sequence[int], error: Exception) -> None:
         if len(places) > 1:

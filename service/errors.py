@@ -26,7 +26,7 @@ OnsetError
 ├── TooSlow              a body did not arrive in time
 │   └── Unfinished           and its sender would drop it, were it not told to send it again
 ├── Overloaded           the queue is full: come back in `retry_after` seconds
-├── NoMemory             this machine gives the process no more memory
+├── NoMemory             this machine gives the process no more memory, or threads
 ├── Fenced               a partition of a queue is another replica's by now
 └── StoreUnavailable     the state store does not answer
     ├── StoreRefused     it answers, and refuses until somebody changes it
@@ -159,7 +159,17 @@ class Overloaded(OnsetError):
 
 
 class NoMemory(OnsetError):
-    """This machine gives the process no more memory: what was to be done with it may be done later, or elsewhere."""
+    """This machine gives the process no more memory, or threads: what was to be done with it may be done later, or elsewhere."""
+
+
+def no_memory(error: Exception) -> NoMemory | None:
+    """That is what this error is, and no bug; None = it is another one."""
+    if isinstance(error, NoMemory):
+        return error
+    threads = isinstance(error, RuntimeError) and "can't start new thread" in str(error)  # at a limit of processes, such as a container's
+    if not (threads or isinstance(error, MemoryError)):
+        return None
+    return NoMemory(f"This machine gives the service no more {'threads' if threads else 'memory'} now: send it again.")
 
 
 class Fenced(OnsetError):

@@ -191,7 +191,8 @@ class Metrics:
         "queue, bytes: more comes than is scored, add replicas. body, batch: a client sends too much at once. slow: bodies do not arrive. "
         "malformed: bodies, content types, parameters or models that are none, so what they were to bring is lost: see the sender's log. "
         "unread: clients do not read their replies; the log's replies_unread names one. "
-        "connections: more than there are file descriptors for. memory: the machine, or a limit of the process, gives no more.",
+        "connections: more than there are file descriptors for. "
+        "memory: the machine, or a limit of the process, gives no more memory, or threads.",
         reason=("queue", "bytes", "body", "batch", "slow", "malformed", "unread", "connections", "memory"),
     )
     latency = _histogram(

@@ -37,10 +37,12 @@ class Gated(Store):
     """Whose loads can fail, too."""
 
     down = buggy = full = False
+    lack: Exception = MemoryError()
+    """What it raises where it is `full`."""
 
     async def load(self, model: str, stream_ids: Sequence[str]) -> list[bytes | None]:
         if self.full:
-            raise MemoryError
+            raise self.lack
         if self.buggy:
             raise KeyError("secret of the inside")
         if self.down:
@@ -659,12 +661,15 @@ async def test_a_bug_is_a_500_with_a_reference_that_tells_nothing_else(client: C
     assert (await client.score(event()))["state_version"] == 1
 
 
-async def test_what_there_is_no_memory_for_is_to_be_sent_again(client: Client) -> None:
-    client.store.full = True
-    for body in (event(), [event()]):
-        answer = await client.raw(json.dumps(body))
-        assert assert_problem(answer, 503, "send it again")["type"] == "urn:onset:no-memory"
-        assert int(answer.headers["retry-after"]) >= 1
+@pytest.mark.parametrize(("lack", "of"), [(MemoryError(), "memory"), (RuntimeError("can't start new thread"), "threads")])
+async def test_what_there_is_no_memory_for_is_to_be_sent_again_and_no_bug(client: Client, lack: Exception, of: str) -> None:
+    client.store.full, client.store.lack = True, lack
+    with capture_logs() as logs:
+        for body in (event(), [event()]):
+            answer = await client.raw(json.dumps(body))
+            assert assert_problem(answer, 503, f"no more {of} now: send it again")["type"] == "urn:onset:no-memory"
+            assert int(answer.headers["retry-after"]) >= 1
+    assert not [entry for entry in logs if entry["log_level"] == "error"]
     assert client.metrics.registry.get_sample_value("onset_refused_total", {"reason": "memory"}) == 2
     assert client.metrics.registry.get_sample_value("onset_unexpected_errors_total") == 0
     client.store.full = False

@@ -157,7 +157,7 @@ class Trying(Scorer):
             raise Superseded("Another file of the model is in force.")
         if self.no_memory:
             self.no_memory -= 1
-            raise MemoryError
+            raise RuntimeError("can't start new thread") if self.no_memory % 2 else MemoryError
         if any(delivery.event.values == {"value": 13.0} for delivery in deliveries):
             raise ZeroDivisionError("a bug")
         if self.conflicts:
@@ -220,10 +220,15 @@ async def test_an_event_that_brings_out_a_bug_is_a_dead_letter_and_does_not_stop
     assert (await scorer.streams.last("a")).state_version == 2
 
 
-async def test_what_there_is_no_memory_for_is_scored_later_and_no_dead_letter(line: Line, scorer: Trying) -> None:
+async def test_what_there_is_no_memory_for_is_scored_later_and_no_dead_letter(
+    line: Line, scorer: Trying, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scorer.no_memory = 2 * BUG_ATTEMPTS
+    monkeypatch.setattr("service.consumer.MAX_BACKOFF", 0.02)
     line.put(event(1), event(2))
-    await line.until(1, line.settled)
+    with structlog.testing.capture_logs() as logs:
+        await line.until(1, line.settled)
+    assert [(entry["event"], entry["entries"]) for entry in logs if entry["log_level"] in ("warning", "error")] == [("no_memory", 2)]
     assert not line.settled[0][1].letters
     assert (await scorer.streams.last("a")).state_version == 2
 
