@@ -27,6 +27,7 @@ from service.console.recent import (
     COLD,
     LEVEL_SHIFT,
     MESSAGE_BYTES,
+    MUTED,
     ONSET,
     OPEN,
     QUIET_SECONDS,
@@ -214,15 +215,21 @@ async def test_an_alert_that_somebody_looks_after_stands_below_those_that_nobody
         watcher = Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10)))
         rows = (await watcher.data("changes"))["rows"]
         assert not any(row[5] & ATTENDED for row in rows)
-        assert fleet.recent.attend({"a", "calm", "unknown"})
+        assert fleet.recent.attend(dict.fromkeys(("a", "calm", "unknown"), ATTENDED))
         assert fleet.listed(most=10) == ["b", "c", "a", "calm"]
         assert fleet.listed(most=2) == ["b", "c"]
         fleet.live.news()
         rows = (await watcher.data("changes"))["rows"]
         assert {fleet.recent.name(row[0]) for row in rows if row[5] & ATTENDED} == {"a"}  # nobody can look after what is no alert
         assert page([fleet.recent], "replica-1", alone=False).count("△ critical alert acknowledged") == 1
-        assert not fleet.recent.attend({"a", "calm"})
-        assert fleet.recent.attend(set())
+        assert not fleet.recent.attend(dict.fromkeys(("a", "calm"), ATTENDED))
+        assert fleet.recent.attend({"a": MUTED})
+        assert fleet.listed(most=10) == ["b", "c", "a", "calm"]
+        fleet.live.news()
+        rows = (await watcher.data("changes"))["rows"]
+        assert [(fleet.recent.name(row[0]), row[5] & (ATTENDED | MUTED)) for row in rows if row[5] & (ATTENDED | MUTED)] == [("a", MUTED)]
+        assert page([fleet.recent], "replica-1", alone=False).count("△ critical alert muted") == 1
+        assert fleet.recent.attend({})
         assert fleet.listed(most=10) == ["a", "b", "c", "calm"]
         await watcher.leave()
 

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from service import tasks
 from service.alerts import Acknowledgement, Alert, Evidence, Stand, Transition, encoded
 from service.console.attended import Attended
-from service.console.recent import Recent
+from service.console.recent import ATTENDED, Recent
 from service.desk import Desk, Keeping
 from service.errors import Fenced
 from service.events import Severity
@@ -318,18 +318,18 @@ async def test_the_page_learns_whose_open_anomalies_somebody_looks_after_and_whe
     await office.book.acknowledge_open([opening(name).alert for name in ("a", "over")] + [silence.alert], anna)
     await office.log(resolving("over"))
     await desk.turn()
-    marked: list[set[str]] = []
+    marked: list[dict[str, int]] = []
 
     class Marking:
-        def attend(self, stream_ids: set[str]) -> bool:
-            marked.append(stream_ids)
+        def attend(self, marks: dict[str, int]) -> bool:
+            marked.append(marks)
             return True
 
     attended = Attended({"m": cast("Recent", Marking()), "another": cast("Recent", Marking())}, Metrics(), lambda: True, lambda: None)
     await attended.look(office.book)
     await office.book.acknowledge(opening("a").alert, None)
     await attended.look(office.book)
-    assert marked == [{"a"}, set(), set(), set()]
+    assert marked == [{"a": ATTENDED}, {}, {}, {}]
 
 
 async def test_who_takes_an_alert_while_several_are_acknowledged_keeps_it(office: Office, desk: Desk) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
@@ -13,6 +13,8 @@ from msgspec.structs import replace
 from bench.receiver import Receiver
 from service import mutes
 from service.alerts import Acknowledgement, Stand
+from service.console.attended import Attended
+from service.console.recent import ATTENDED, MUTED, Recent
 from service.errors import BadParameter
 from service.metrics import Metrics
 from service.mutes import Mute, matches
@@ -229,6 +231,32 @@ async def test_an_alert_of_the_past_that_catches_up_while_it_is_muted_is_told_af
     await office.look()
     await all_told(teller)
     assert sink.told == [("opened", "s")]
+
+
+async def test_the_fleet_sets_muted_alerts_aside_while_they_are_open_and_muted(office: Plant) -> None:
+    marked: list[dict[str, int]] = []
+
+    class Marking:
+        def attend(self, marks: dict[str, int]) -> bool:
+            marked.append(marks)
+            return True
+
+    attended = Attended({"m": cast("Recent", Marking())}, Metrics(), lambda: True, lambda: None)
+    await office.happen(opening("before"))
+    await office.muted("*")
+    await office.happen(opening("passing"), opening("lasting"))
+    await office.book.acknowledge_open([opening(name).alert for name in ("before", "lasting")], Acknowledgement("anna", "", NOW))
+    await attended.look(office.book)
+    await office.happen(resolving("passing"))
+    await attended.look(office.book)
+    await office.book.unmute("m")
+    await office.look()
+    await attended.look(office.book)
+    assert marked == [
+        {"before": ATTENDED, "passing": MUTED, "lasting": MUTED},
+        {"before": ATTENDED, "lasting": MUTED},
+        {"before": ATTENDED, "lasting": ATTENDED},
+    ]
 
 
 async def test_who_takes_an_alert_the_moment_its_mute_ends_has_taken_it(office: Plant) -> None:

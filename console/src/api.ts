@@ -177,7 +177,7 @@ export class Live {
 
 // ── what is answered ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-export const BITS = { anomaly: 1, open: 2, frozen: 4, onset: 8, cold: 16, attended: 128 } as const; // attended: somebody looks after the open alert; of a stream, in no event
+export const BITS = { anomaly: 1, open: 2, frozen: 4, onset: 8, cold: 16, attended: 128, muted: 256 } as const; // attended, muted: somebody looks after the open alert, or nobody is told of it; of a stream, in no event
 export const LEVEL_SHIFT = 5; // of two bits more: the severity of the open alert, 1 = minor to 3 = critical
 
 export interface Feature {

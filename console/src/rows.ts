@@ -311,12 +311,12 @@ function made(stream: Stream): Row {
 
 type Shown = "alert" | "attended" | "anomalous" | "cold" | "normal";
 
-const kindOf = ({ bits }: Stream): Shown => (bits & BITS.open ? (bits & BITS.attended ? "attended" : "alert") : bits & BITS.anomaly ? "anomalous" : bits & BITS.cold ? "cold" : "normal");
+const kindOf = ({ bits }: Stream): Shown => (bits & BITS.open ? (bits & (BITS.attended | BITS.muted) ? "attended" : "alert") : bits & BITS.anomaly ? "anomalous" : bits & BITS.cold ? "cold" : "normal");
 
 /** The open alert of a stream in words: how severe it has been. */
 export const alertOf = (bits: number): string => ["Alert", "Minor alert", "Major alert", "Critical alert"][(bits >> LEVEL_SHIFT) & 3] ?? "Alert";
 
 function stateOf(stream: Stream): string {
   const onset = stream.onset ? `, onset ${ago(stream.onset)}` : "";
-  return { alert: `${alertOf(stream.bits)}${onset}`, attended: `${alertOf(stream.bits)}, acknowledged`, anomalous: "Anomalous", cold: "Warming up", normal: `Normal${onset}` }[kindOf(stream)];
+  return { alert: `${alertOf(stream.bits)}${onset}`, attended: `${alertOf(stream.bits)}, ${stream.bits & BITS.muted ? "muted" : "acknowledged"}`, anomalous: "Anomalous", cold: "Warming up", normal: `Normal${onset}` }[kindOf(stream)];
 }

@@ -1,6 +1,6 @@
-"""Ranks streams whose open alert somebody looks after below those that nobody has taken yet.
+"""Ranks streams whose open alert somebody looks after, or nobody is to be told of for a while, below those that nobody has taken yet.
 
-    every LOOK_SECONDS   book: open alerts that are acknowledged ─► their streams ─► marked in the rings (recent.py)
+    every LOOK_SECONDS   book: open alerts that are acknowledged, or muted ─► their streams ─► marked in the rings (recent.py)
 
 While nobody watches the store is not asked.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from service.console.recent import Recent
+from service.console.recent import ATTENDED, MUTED, Recent
 from service.errors import StoreUnavailable
 from service.metrics import Metrics
 from service.stores.book import Book
@@ -43,12 +43,14 @@ class Attended:
 
     async def look(self, book: Book) -> None:
         """Raises StoreUnavailable."""
-        ids = await book.attended_ids()
+        attended, muted = await book.set_aside()
+        ids = attended | muted
         new = [id_ for id_ in ids if id_ not in self._known]
         for alert in await book.alerts(new):
             if alert is not None:
                 self._known[alert.id] = (alert.model, alert.stream_id) if alert.kind == "anomaly" else ("", "")
         self._known = {id_: self._known[id_] for id_ in ids if id_ in self._known}
         for model, recent in self._recent.items():
-            if recent.attend({stream_id for of, stream_id in self._known.values() if of == model}):
+            marks = {stream_id: MUTED if id_ in muted else ATTENDED for id_, (of, stream_id) in self._known.items() if of == model}
+            if recent.attend(marks):
                 self._news()

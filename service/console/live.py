@@ -38,7 +38,7 @@ from service.console.messages import (
     LiveShown,
     LiveStream,
 )
-from service.console.recent import ANOMALY, ATTENDED, COLD, MESSAGE_BYTES, OPEN, Recent
+from service.console.recent import ANOMALY, COLD, MESSAGE_BYTES, OPEN, Recent
 from service.console.shared import FLEET, Shared
 from service.errors import Overloaded
 from service.events import SEVERITIES
@@ -253,7 +253,7 @@ class _Fleet:
         self._told, self._writes = state, recent.writes
         last, rank = recent.last(changed), recent.rank(changed)
         peaks = [self._peak(slot) for slot in changed.tolist()]
-        attended = ATTENDED * recent.attended(changed)
+        attended = recent.attended(changed)
         top = last["contribution"].argmax(axis=1) if len(changed) else np.zeros(0, np.intp)
         rows = np.arange(len(changed))
         columns = (

@@ -53,8 +53,8 @@ class LiveFleet(msgspec.Struct, frozen=True):
     """The one that answers."""
     features: list[LiveFeature]
     keys: list[int]
-    """All streams that are shown, first those with an open alert that nobody looks after, the most severe first, then with one that
-    somebody does, then by how anomalous they were lately."""
+    """All streams that are shown, first those with an open alert that nobody looks after and that is not muted, the most severe first,
+    then with another one, then by how anomalous they were lately."""
     new: list[LiveShown]
 
 
@@ -82,7 +82,8 @@ LiveRow = tuple[int, float, Number, Number, Number, int, float, int, Severity]
 
 class LiveChanges(msgspec.Struct, frozen=True):
     """A row is of one stream: key; time, value and expected value of its last event, both of the feature that carries the most; greatest
-    score since the message before; bits, with 128 = somebody looks after the open alert; rank; place of that feature; severity.
+    score since the message before; bits, with 128 = somebody looks after the open alert, 256 = it is muted; rank; place of that feature;
+    severity.
     """
 
     counts: LiveCounts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ ANOMALY, OPEN, HELD, ONSET, COLD = 1, 2, 4, 8, 16
 """Bits of an event: anomalous, an alert is open, the state is frozen, an alert begins, warming up."""
 LEVEL_SHIFT = 5
 """Of two bits more: the severity that the open alert has reached, an index into SEVERITIES."""
-ATTENDED = 128
-"""Somebody looks after the open alert: of a stream as it is now, in no event."""
+ATTENDED, MUTED = 128, 256
+"""Somebody looks after the open alert, or it is muted: of a stream as it is now, in no event."""
 
 _FIELDS = ("x", "expected", "lower", "upper", "contribution")
 
@@ -142,7 +142,7 @@ class Recent:
         self._at = np.zeros(most, np.float64)
         self._spoke = np.zeros(most, np.float64)
         self._mixed = np.zeros(most, np.int64)
-        self._attended = np.zeros(most, bool)
+        self._attended = np.zeros(most, np.uint16)
         self._names: list[str] = []
         self._slots: dict[str, int] = {}
         self._pending: list[Put] = []
@@ -271,8 +271,8 @@ class Recent:
         return slots[self._changed[slots] > writes]
 
     def top(self, most: int, holds: str = "", bits: int = 0) -> NDArray[np.intp]:
-        """Slots of at most `most` streams, first those with an open alert (that nobody looks after, the most severe first, then the
-        others so), then by how anomalous they were lately.
+        """Slots of at most `most` streams, first those with an open alert (that nobody looks after and that is not muted, the most
+        severe first, then the others so), then by how anomalous they were lately.
 
         `holds`: what their names hold, whatever its case; `bits`: at least one of which their last event has.
         """
@@ -291,18 +291,20 @@ class Recent:
 
     def rank(self, slots: NDArray[np.intp]) -> NDArray[np.float64]:
         """Peak score, halved every HALF_LIFE since; an open alert is above all without one, by 1,000 for each step of severity, and one
-        that nobody looks after by three such steps more.
+        that nobody looks after and that is not muted by three such steps more.
         """
         calm: NDArray[np.float64] = self._rank[slots] * 0.5 ** ((self._clock() - self._at[slots]) / HALF_LIFE)
         bits = self._bits[slots]
-        steps = np.maximum(bits >> LEVEL_SHIFT, 1) + np.where(self._attended[slots], 0, 3)
+        steps = np.maximum(bits >> LEVEL_SHIFT, 1) + np.where(self._attended[slots] != 0, 0, 3)
         return calm + np.where(bits & OPEN != 0, 1000.0 * steps, 0.0)
 
-    def attend(self, stream_ids: Collection[str]) -> bool:
-        """The open alerts of these streams, and of no others, are looked after by somebody; whether that is new of any."""
+    def attend(self, marks: Mapping[str, int]) -> bool:
+        """The open alerts of these streams, and of no others, are ATTENDED or MUTED; whether that is new of any."""
         self.write()
-        attended = np.zeros(len(self._ring), bool)
-        attended[[slot for stream_id in stream_ids if (slot := self._slots.get(stream_id)) is not None]] = True
+        attended = np.zeros(len(self._ring), np.uint16)
+        for stream_id, mark in marks.items():
+            if (slot := self._slots.get(stream_id)) is not None:
+                attended[slot] = mark
         new = np.flatnonzero(attended != self._attended)
         if len(new):
             self.writes += 1
@@ -310,9 +312,9 @@ class Recent:
             self._attended = attended
         return len(new) > 0
 
-    def attended(self, slots: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Whether somebody looks after the open alert of each."""
-        found: NDArray[np.bool_] = self._attended[slots] & (self._bits[slots] & OPEN != 0)
+    def attended(self, slots: NDArray[np.intp]) -> NDArray[np.uint16]:
+        """Of each that has an open alert whether it is ATTENDED or MUTED; 0 = neither."""
+        found: NDArray[np.uint16] = np.where(self._bits[slots] & OPEN != 0, self._attended[slots], np.uint16(0))
         return found
 
     def last(self, slots: NDArray[np.intp]) -> NDArray[Any]:
@@ -436,7 +438,7 @@ class Recent:
         self._slots[self._names[slot]] = slot
         self._written[slot] = self._rank[slot] = self._bits[slot] = self._mixed[slot] = 0
         self._at[slot] = self._spoke[slot] = at
-        self._attended[slot] = False
+        self._attended[slot] = 0
 
     def _write(self, slots: NDArray[np.intp], events: NDArray[Any], at: NDArray[np.float64]) -> None:
         order = np.argsort(slots, kind="stable")

@@ -10,13 +10,14 @@ from urllib.parse import quote
 import numpy as np
 
 from service.console.live import said_of
-from service.console.recent import ANOMALY, COLD, HELD, LEVEL_SHIFT, ONSET, OPEN, Recent
+from service.console.recent import ANOMALY, ATTENDED, COLD, HELD, LEVEL_SHIFT, MUTED, ONSET, OPEN, Recent
 from service.events import SEVERITIES
 
 LISTED = 200
 POINTS = 60
 RELOAD_SECONDS = 2
 WIDTH, HEIGHT = 160, 28
+_MARKED = {ATTENDED: "acknowledged", MUTED: "muted"}
 _LIVE = 'The <a href="./">live page</a> has charts, alerts and backtests.'
 _MISSING = (
     "This is the plain page: the live one, with charts, alerts and backtests, was not built into this installation. With Node.js 20.19 "
@@ -59,8 +60,8 @@ def _row(recent: Recent, slot: int) -> str:
     feature = recent.manifest.feature_names[top]
     named = "" if len(recent.manifest.features) == 1 else f" {html.escape(feature)}"
     name = recent.name(slot)
-    attended = bool(recent.attended(np.array([slot]))[0])
-    state, kind = _state(int(last["bits"]), events["bits"], attended=attended)
+    mark = int(recent.attended(np.array([slot]))[0])
+    state, kind = _state(int(last["bits"]), events["bits"], mark)
     score = "-" if math.isnan(last["score"]) else f"{last['score']:.2f}"
     return (
         f'<tr class="{kind}"><th scope="row"><a href="v1/streams/{quote(name)}">{html.escape(name)}</a></th>'
@@ -76,11 +77,11 @@ def _reading(line: bytes | None, last: np.void, top: int, named: str) -> str:
     return f"<td>{_number(last['x'][top])}{named}</td><td>{_number(last['expected'][top])}</td>"
 
 
-def _state(bits: int, lately: np.ndarray[tuple[int], np.dtype[np.uint8]], *, attended: bool) -> tuple[str, str]:
+def _state(bits: int, lately: np.ndarray[tuple[int], np.dtype[np.uint8]], mark: int) -> tuple[str, str]:
     """In words, and its class."""
     if bits & OPEN:
         severity, frozen = SEVERITIES[max(1, bits >> LEVEL_SHIFT)], ", frozen" if bits & HELD else ""
-        return (f"△ {severity} alert acknowledged{frozen}", "attended") if attended else (f"▲ {severity} alert open{frozen}", "alert")
+        return (f"△ {severity} alert {_MARKED[mark]}{frozen}", "attended") if mark else (f"▲ {severity} alert open{frozen}", "alert")
     if bits & ANOMALY:
         return "anomalous", "anomalous"
     if bits & COLD:

@@ -4,6 +4,7 @@ Keys (each name once, here), all in one slot of a cluster:
 
     onset:{alerts}:lease           who keeps the book, a token that expires; every write but an acknowledgement is made under it
     onset:{alerts}:table           the alerts, a hash id → JSON
+    onset:{alerts}:muted           of the open ones the ids of those that a mute holds, a set
     onset:{alerts}:mutes           whose alerts nobody is told of for a while, a hash name → JSON: written by any replica
     onset:{alerts}:acks            who looks after them, a hash id → JSON: written by any replica
     onset:{alerts}:all  :open      their ids, sorted sets without scores: ids sort by when an anomaly began
@@ -36,9 +37,8 @@ from service.mutes import Mute
 from service.stores.redis import SHARDS, Command, Commands, log_key, state_key
 
 PREFIX = b"onset:{alerts}:"
-LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS, MUTES = (
-    PREFIX + name
-    for name in (b"lease", b"table", b"acks", b"all", b"open", b"streams", b"resolved", b"cursors", b"changes", b"dead-letters", b"mutes")
+LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS, MUTES, MUTED = (
+    PREFIX + name for name in b"lease table acks all open streams resolved cursors changes dead-letters mutes muted".split()
 )
 FENCED_FUNCTION = "onset_fenced_v7"
 LEASE_MS = 5000
@@ -187,10 +187,11 @@ class Book:
     async def open_ids(self) -> list[str]:
         return [id_.decode() for id_ in (await self._store.pipe([("ZRANGE", OPEN, 0, -1)]))[0]]
 
-    async def attended_ids(self) -> list[str]:
-        """Of the open alerts that someone looks after."""
-        acks, still = await self._store.pipe([("HKEYS", ACKS), ("ZRANGE", OPEN, 0, -1)])
-        return [id_.decode() for id_ in {*acks} & {*still}]
+    async def set_aside(self) -> tuple[set[str], set[str]]:
+        """Ids of the open alerts that someone looks after, and of those that are muted."""
+        acks, muted, still = await self._store.pipe([("HKEYS", ACKS), ("SMEMBERS", MUTED), ("ZRANGE", OPEN, 0, -1)])
+        attended, kept = ({id_.decode() for id_ in {*some} & {*still}} for some in (acks, muted))
+        return attended, kept
 
     async def there(self, model: str, stream_ids: Sequence[str]) -> list[bool]:
         """Whether these streams have a state, of a model that need not be loaded."""
@@ -312,7 +313,7 @@ class Book:
         ids = [id_.decode() for id_ in {*old, *beyond}]
         commands: list[Command] = []
         for id_, alert in zip(ids, await self.alerts(ids), strict=True):
-            commands += [("HDEL", TABLE, id_), ("HDEL", ACKS, id_), ("ZREM", ALL, id_), ("ZREM", RESOLVED, id_)]
+            commands += [("HDEL", TABLE, id_), ("HDEL", ACKS, id_), ("ZREM", ALL, id_), ("ZREM", RESOLVED, id_), ("SREM", MUTED, id_)]
             commands += [("ZREM", STREAMS, _behind(alert.stream_id) + id_)] if alert else []
         if commands:
             await self._under(token, commands)
@@ -369,7 +370,7 @@ class Book:
 
     async def _under(self, token: str, commands: Sequence[Command], *more: bytes) -> None:
         """These commands in one step, under the lease, which is renewed. Raises Fenced."""
-        keys = [LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS, *more]
+        keys = [LEASE, TABLE, ACKS, ALL, OPEN, STREAMS, RESOLVED, CURSORS, CHANGES_KEY, LETTERS, MUTED, *more]
         words = [word for command in (_RENEW, *commands) for word in (len(command), *command)]
         if await self._store.call(FENCED_FUNCTION, keys, [token, *words]) is None:
             raise Fenced("The lease of the book of alerts is no longer this replica's.")
@@ -379,6 +380,7 @@ def _kept(alert: Alert) -> Iterator[Command]:
     yield "HSET", TABLE, alert.id, _json.encode(replace(alert, acknowledgement=None, status="open" if alert.open else "resolved"))
     yield "ZADD", ALL, 0, alert.id
     yield "ZADD", STREAMS, 0, _behind(alert.stream_id) + alert.id
+    yield "SADD" if alert.open and alert.muted is not None else "SREM", MUTED, alert.id
     if alert.resolved_at is None:
         yield "ZADD", OPEN, 0, alert.id
         yield "ZREM", RESOLVED, alert.id
