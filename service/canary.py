@@ -103,7 +103,7 @@ class Canary:
         detector = self._detector.under(f"@{self._detector.name}")  # a model's name begins with a letter or a digit
         policy = Policy(alpha=ALPHA, strict=True, silence=False, tau=detector.manifest.age_constant)
         # The metrics of this scorer are read by nobody: what is counted is what users sent.
-        scorer = Scorer(detector, policy, store, Metrics(), Limits(copies_bytes=0, max_streams=2**62), alerting=False)
+        scorer = Scorer(detector, policy, store, Metrics(), Limits(copies_bytes=0, max_streams=None), alerting=False)
         scorer.start()
         try:
             await scorer.streams.forget(self._stream_id)

@@ -94,7 +94,8 @@ class Limits:
     """What one scorer accepts."""
 
     max_queue_events: int = 20_000
-    max_streams: int = 1_000_000
+    max_streams: int | None = 1_000_000
+    """None = no new stream is refused, also where the store is nearly full."""
     max_future_seconds: float = 86_400.0
     result_ttl_seconds: int = 600
     copies_bytes: int = 64 * 1024 * 1024
@@ -824,11 +825,14 @@ class Scorer:
     async def _refused(self, origins: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """[B] whether a stream is new and the store has no room for it."""
         new: NDArray[np.bool_] = origins == Origin.NEW
+        most = self._limits.max_streams
+        if most is None:
+            return np.zeros_like(new)
         if not new.any():
             return new
         if time.monotonic() - self._counted_at > COUNT_SECONDS:
             self._count, self._memory, self._counted_at = await self._store.count(), await self._store.memory(), time.monotonic()
-        room = 0 if self._memory.nearly_full else self._limits.max_streams - self._count
+        room = 0 if self._memory.nearly_full else most - self._count
         refused: NDArray[np.bool_] = new & (np.cumsum(new) > room)
         self._count += int((new & ~refused).sum())
         return refused

@@ -18,7 +18,7 @@ from service.detector import Detector
 from service.errors import StoreUnavailable
 from service.metrics import Metrics
 from service.settings import Settings
-from service.stores import Write
+from service.stores import Memory, Write
 from service.stores.memory import MemoryStore
 from service.stores.redis import RedisStore
 from tests import tiny
@@ -43,6 +43,15 @@ async def test_a_detector_that_sees_the_fault_is_ok(name: str, tiny_detector: De
     assert finding.result == "ok"
     assert finding.quiet_score < 0.5
     assert finding.fault_score > 1.5
+
+
+async def test_a_store_that_takes_no_new_streams_takes_the_canary(tiny_detector: Detector) -> None:
+    class NearlyFull(MemoryStore):
+        async def memory(self) -> Memory:
+            return Memory(0.95)
+
+    finding = await Canary(tiny_detector, NearlyFull(state_ttl=60, result_ttl=60), Metrics(), 60).look()
+    assert (finding.result, finding.reason) == ("ok", "")
 
 
 async def test_its_alert_is_nobodys(tiny_detector: Detector) -> None:
