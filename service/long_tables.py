@@ -54,6 +54,10 @@ class Long:
     hold: float = 0.0  # seconds; > 0, with `every`: a reading stands for so long, or until the next one, also one that is no number
 
 
+MOST_BAD_WORDS = 10
+"""That are told of a tag: a column that was taken for the quality by mistake has one in each row."""
+
+
 @dataclass
 class Tags:
     """What is known of each tag, by its number."""
@@ -64,7 +68,7 @@ class Tags:
     words: Counter[int] = field(default_factory=Counter)
     first_word: dict[int, str] = field(default_factory=dict)
     bad: Counter[int] = field(default_factory=Counter)  # readings of a quality that is not good
-    first_bad: dict[int, str] = field(default_factory=dict)
+    bad_words: dict[int, set[str]] = field(default_factory=dict)  # such qualities, up to MOST_BAD_WORDS of a tag
     blanked: Counter[int] = field(default_factory=Counter)  # readings of Dialect.missing
     unclear: int = 0  # readings of the hour that a clock set back has twice, in no order that tells which
     left_out: set[str] = field(default_factory=set)  # tags that `exclude` fits; they have no number
@@ -204,7 +208,12 @@ def _values(source: Source, rows: CodedRows, value: str, long: Long, dialect: Di
         quality = rows.columns[long.quality]
         texts = quality.texts()
         bad = np.array([text not in long.good for text in texts])[quality.codes] & (named >= 0)
-        _count(tags.bad, tags.first_bad, named[bad], quality, np.flatnonzero(bad))
+        found, count = np.unique(named[bad] * len(quality.distinct) + quality.codes[bad], return_counts=True)
+        for both, number in zip(found.tolist(), count.tolist(), strict=True):
+            tag, code = divmod(both, len(quality.distinct))
+            tags.bad[tag] += number
+            if len(said := tags.bad_words.setdefault(tag, set())) < MOST_BAD_WORDS:
+                said.add(str(quality.distinct[code]))
         values, is_word = np.where(bad, np.nan, values), is_word & ~bad
     blank = np.isin(values, list(dialect.missing)) & (named >= 0)
     values = np.where(blank, np.nan, values)

@@ -83,7 +83,7 @@ class Done:
     blanked: Counter[str] = field(default_factory=Counter)  # column or tag → readings of --missing
     # of long tables; by tag
     bad: Counter[str] = field(default_factory=Counter)  # readings whose quality is not good
-    bad_word: str = ""  # one such quality
+    bad_words: set[str] = field(default_factory=set)  # such qualities
     twice: Counter[str] = field(default_factory=Counter)  # readings at a time for which a later row has another
     unclear: int = 0  # readings of the hour that a clock set back has twice, of which it cannot be said which
 
@@ -106,7 +106,7 @@ class Done:
         if self.blanked:
             said.append(f"Numbers of --missing were taken for missing: {_counts(self.blanked)}.")
         if self.bad:
-            said.append(f"Of another quality ({self.bad_word!r}), so taken for missing: {_counts(self.bad)}.")
+            said.append(f"Of another quality ({_some(map(repr, sorted(self.bad_words)))}), so taken for missing: {_counts(self.bad)}.")
         if self.twice:
             said.append(f"More than one reading at the same time, of which the last row's was kept: {_counts(self.twice)}.")
         if self.unclear:
@@ -339,7 +339,7 @@ def _tags_of(plan: Plan, tags: Tags, done: Done) -> dict[int, dict[int, int]]:
         columns[stream][feature] = tag
         for lacks, counts in ((done.missing, tags.words), (done.bad, tags.bad), (done.blanked, tags.blanked)):
             lacks.update({name: counts[tag]} if counts[tag] else {})
-    done.bad_word = next((word for tag, word in tags.first_bad.items() if tags.names[tag] in done.bad), "")
+    done.bad_words.update(*(words for tag, words in tags.bad_words.items() if tags.names[tag] in done.bad))
     for tag, cell in tags.first_word.items():
         done.word(tags.names[tag], cell)
     return columns

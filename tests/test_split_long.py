@@ -135,7 +135,7 @@ def test_words_commas_zones_and_bad_quality_are_as_in_wide_tables(tmp_path: Path
         "1 streams, 3 rows from 2026-11-23T23:00:00Z to 2026-11-23T23:02:00Z; features a stream: 3 (1 streams).",
         "Left out, words alone: M1.status ('ON').",
         "Words among numbers were taken for missing: M1.Druck (1).",
-        "Of another quality ('Uncertain'), so taken for missing: M1.Temp (2).",
+        "Of another quality ('Bad', 'Uncertain'), so taken for missing: M1.Temp (2).",
         "Left out, not of the form of --columns: Leitwarte.",
     ]
 

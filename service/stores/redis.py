@@ -409,9 +409,12 @@ def check_url(url: str) -> None:
             "it is to be redis://:PASSWORD@HOST:PORT/DATABASE, with numbers for port and database; in a password / ? # are %2F %3F %23"
         )
     query = parse_qs(url.partition("?")[2])
-    for name, paths in ((name, query.get(name, [])) for name in _FILES):
-        if missing := [path for path in paths if not Path(path).is_file()]:  # of which OpenSSL tells no name, at each try to connect
-            raise ValueError(f"{name} is {missing[0]}, and there is no such file")
+    for name, path in ((key, path) for key in _FILES for path in query.get(key, [])):
+        try:
+            with Path(path).open("rb"):
+                pass
+        except OSError as error:  # of which OpenSSL tells no name, at each try to connect
+            raise ValueError(f"{name} is {path}, which cannot be read ({error.strerror})") from error
 
 
 class Connections(redis.BlockingConnectionPool):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import redis
@@ -58,6 +60,18 @@ def value() -> bytes:
 )
 def test_an_address_that_the_client_takes_is_taken(url: str) -> None:
     check_url(url)
+
+
+def test_a_certificate_that_may_not_be_read_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a key that belongs to root, in a folder that is closed or not; tests may run as root, who reads all."""
+
+    def closed(path: Path, *arguments: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "open", closed)
+    monkeypatch.setattr(Path, "stat", closed)
+    with pytest.raises(ValueError, match=r"ssl_keyfile is /tls/key\.pem, which cannot be read \(Permission denied\)"):
+        check_url("rediss://h/0?ssl_keyfile=/tls/key.pem")
 
 
 @pytest.fixture
