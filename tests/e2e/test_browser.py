@@ -1171,18 +1171,18 @@ def test_an_alert_of_a_line_that_is_over_can_be_accepted_and_it_is_said_where_th
     """Who came in the morning found what a release had said resolved, and nothing to accept."""
     lines = Web(web.url)
     for _ in range(5):
-        lines.session("web-3")
-    lines.say("web-3", "Kernel panic: not syncing, attempted to kill init")
+        lines.session("web-9")
+    lines.say("web-9", "Kernel panic: not syncing, attempted to kill init")
     for _ in range(4):
-        lines.session("web-3")
-    wait(lambda: bool(local.get(f"{web.url}/v1/alerts?stream_id=web-3&status=resolved").json()["alerts"]))
-    [alert] = local.get(f"{web.url}/v1/alerts?stream_id=web-3").json()["alerts"]
+        lines.session("web-9")
+    wait(lambda: bool(local.get(f"{web.url}/v1/alerts?stream_id=web-9&status=resolved").json()["alerts"]))
+    [alert] = local.get(f"{web.url}/v1/alerts?stream_id=web-9").json()["alerts"]
     with Visit(browser, web.url) as page:
-        for address in (f"{web.url}/#/alerts?status=resolved&q=web-3", f"{web.url}/?alert={alert['id']}"):
+        for address in (f"{web.url}/#/alerts?status=resolved&q=web-9", f"{web.url}/?alert={alert['id']}"):
             page.goto(address)
-            page.get_by_role("button", name="Accept the lines of web-3 as normal").click()
+            page.get_by_role("button", name="Accept the lines of web-9 as normal").click()
             dialog = page.get_by_role("dialog")
-            expect(dialog).to_contain_text("of web-3: the rare lines that it shows are usual there from now on")
+            expect(dialog).to_contain_text("of web-9: the rare lines that it shows are usual there from now on")
             dialog.get_by_label("Your name").fill("Ada")
             page.keyboard.press("Enter")
             expect(dialog).to_contain_text("It teaches nothing")  # its model is one of sessions
