@@ -68,7 +68,15 @@ def test_port_0_is_any_free_one_and_the_line_it_prints_can_be_pasted(tmp_path: P
 def test_it_serves_where_the_disk_of_its_output_is_full_and_ends_cleanly_with_its_terminal(tmp_path: Path, tiny_model_path: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--model", str(tiny_model_path), "--data-dir", str(tmp_path)]
-    with Path("/dev/full").open("wb") as full, subprocess.Popen(command, stdout=full, stderr=full) as process:
+    with (
+        Path("/dev/full").open("wb") as full,
+        subprocess.Popen(
+            command,
+            stdout=full,
+            stderr=full,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - under nohup it is no stop
+        ) as process,
+    ):
         url = f"http://127.0.0.1:{port}"
 
         def answers() -> bool:
@@ -85,7 +93,10 @@ def test_it_serves_where_the_disk_of_its_output_is_full_and_ends_cleanly_with_it
             wait(lambda: re.search(r"^onset_log_lines_lost_total [1-9]", local.get(f"{url}/metrics").text, re.MULTILINE) is not None)
         finally:
             process.send_signal(signal.SIGHUP)  # as a terminal does that is closed
-        process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
     assert process.returncode >= 0, "it was ended by the signal"
 
 
