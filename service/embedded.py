@@ -303,7 +303,7 @@ def memory_there_is(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pr
 
 
 def server_options(folder: Path, socket: Path) -> dict[str, str]:
-    """How the server is started: nothing acknowledged is lost, whatever kills it, and it is not killed for want of memory."""
+    """How the server is started: nothing acknowledged is lost, whatever kills it; its data takes SHARE of the memory at most."""
     return {
         "port": "0",
         "unixsocket": str(socket),
