@@ -17,7 +17,9 @@ A connection is used once. The client could come back by itself, and would then 
 although what it had sent before that was lost with the old one: a stream's fourth result was in the output before its third. So the keeper
 makes another client, and what one connection has stored is all that was sent up to some point.
 
-A stream that was deleted and made again counts from 1: the time it was made is part of the partition's identity.
+A stream that was deleted and made again counts from 1: the time it was made is part of the partition's identity. One that came back without
+its last messages (a power cut, a backup) gives their numbers again: who had them settled sees it, and begins an *incarnation*, kept as the
+description of the consumer and part of the identity, too.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import asyncio
 import contextlib
 import importlib
 import json
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -62,6 +65,10 @@ WRONG_SEQUENCE = 10071
 """JetStream's error code of a compare-and-set that lost."""
 HEADER_BYTES = 64
 """Of a message's headers, beside the names and values."""
+INCARNATION = "onset-"
+"""How one begins."""
+SAME_SECONDS = 1e-3
+"""Between the times that two answers of the server give for one message."""
 PROGRESS, ACK = b"+WPI", b"+ACK"
 
 T = TypeVar("T")
@@ -110,6 +117,7 @@ class Nats:
             await self._send([(self._options.dead_letters, *_letter(batch, letter)) for letter in settlement.letters])
         await self._ask(lambda: self._acknowledge(partition, batch))
         self._partitions.settle(batch)
+        partition.settled_at = batch.messages[-1].arrived
         partition.wake.set()
 
     def abandon(self, batch: Batch) -> None:
@@ -412,6 +420,10 @@ class _Subject(Partition):
         """The number of the delivery that is expected."""
         self._seen = 0
         """Position of the last message."""
+        self.settled_at = math.nan
+        """When the message at `settled` came to the stream."""
+        self._created = ""
+        self._incarnation = ""
         self._broken = False
         self._refused = ""
         self._tasks: list[asyncio.Task[None]] = []
@@ -482,36 +494,66 @@ class _Subject(Partition):
         taken = subjects_of(stream.config)
         if taken and not any(meet(one, self.subject) for one in taken):
             raise BadSetting(f"JetStream stream '{self._stream}' takes {', '.join(taken)}, and so nothing of '{self.subject}'.")
-        self.identity = identity(f"nats\0{self._stream}\0{stream.created}")
+        created, before = str(stream.created), self._created
+        self._created = created
+        if before not in ("", created):
+            self._is_another(f"It was deleted and made again ({before}, now {created}).", 0, "")
         try:
             info = await _whole(js.consumer_info(self._stream, self.consumer))
         except NotFoundError:
-            info = await self._make(max(self.settled + 1, await self._begin(stream.state.last_seq + 1)))
+            info = await self._make(max(self.settled, 0 if before else await self._begin(stream.state.last_seq)) + 1)
         self._check(info.config)
-        self.settled = self._seen = max(self.settled, info.ack_floor.stream_seq if info.ack_floor is not None else 0)
-        if again or info.num_ack_pending:
+        self._incarnation = _incarnation(info.config)
+        floor = info.ack_floor.stream_seq if info.ack_floor is not None else 0
+        if floor > self.settled:
+            self.settled, self.settled_at = floor, math.nan
+        if went_back := await self._went_back():
+            self._is_another(went_back, min(floor, stream.state.last_seq), f"{INCARNATION}{time.time_ns():x}")
+        self._seen = self.settled
+        self.identity = identity("\0".join(["nats", self._stream, created, *filter(None, [self._incarnation])]))
+        if again or went_back or info.num_ack_pending:
             info = await self._make_again()
         self._next = (info.delivered.consumer_seq if info.delivered is not None else 0) + 1
         self._broken, self._pulled = False, 0
 
-    async def _begin(self, end: int) -> int:
-        """Where a consumer begins that is not there: was one deleted to be made again, where its mark is."""
-        if self._options.start == "earliest":
-            return 1
+    async def _went_back(self) -> str:
+        """Why what is settled is not in the stream any more; empty = nothing speaks for that."""
+        js = self._source.js
+        if self.settled > (last := (await js.stream_info(self._stream)).state.last_seq):
+            return f"It ends at {last}, and {self.settled} was acknowledged."
+        if math.isnan(self.settled_at):
+            return ""
+        try:
+            found = await js.get_msg(self._stream, self.settled)
+        except (NatsError, TimeoutError):
+            return ""  # it was deleted since, or we may not read it
+        if found.time is None or abs(found.time.timestamp() - self.settled_at) < SAME_SECONDS:
+            return ""
+        return f"Message {self.settled} is another one than was acknowledged."
+
+    def _is_another(self, why: str, settled: int, incarnation: str) -> None:
+        """What was settled of the stream says nothing of it any more."""
+        self.settled, self.settled_at, self._incarnation = settled, math.nan, incarnation
+        log.error("nats_stream_replaced", source=self._source.name, partition=self.name, reason=why, reads_on_at=settled + 1)
+
+    async def _begin(self, last: int) -> int:
+        """Behind which message a consumer begins that is not there: was one deleted to be made again, where its mark is."""
         try:
             mark = await _whole(self._source.js.consumer_info(self._stream, self._mark))
         except NotFoundError:
-            return end
-        return mark.config.opt_start_seq or end
+            return 0 if self._options.start == "earliest" else last
+        self._incarnation = _incarnation(mark.config)
+        return (mark.config.opt_start_seq or last + 1) - 1
 
     async def _make_again(self) -> ConsumerInfo:
-        """Behind the last settled message. Who is killed before it is made would leave a group that begins at the end without what waits:
-        so a consumer that nobody reads marks the place meanwhile.
+        """Behind the last settled message. Who is killed before it is made would leave a group that begins at the end without what waits,
+        or without its incarnation: so a consumer that nobody reads marks the place meanwhile.
         """
-        if self._options.start == "latest":
+        if self._marks:
             await self._delete(self._mark)
             place = ConsumerConfig(
                 durable_name=self._mark,
+                description=self._incarnation or None,
                 deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
                 opt_start_seq=self.settled + 1,
                 ack_policy=AckPolicy.NONE,
@@ -522,6 +564,10 @@ class _Subject(Partition):
         await self._delete(self.consumer)
         return await self._make(self.settled + 1)
 
+    @property
+    def _marks(self) -> bool:
+        return self._options.start == "latest" or bool(self._incarnation)
+
     async def _delete(self, consumer: str) -> None:
         with contextlib.suppress(NotFoundError):
             await self._source.js.delete_consumer(self._stream, consumer)
@@ -530,6 +576,7 @@ class _Subject(Partition):
         options = self._options
         config = ConsumerConfig(
             durable_name=self.consumer,
+            description=self._incarnation or None,
             deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
             opt_start_seq=first,
             ack_policy=AckPolicy.EXPLICIT,
@@ -538,7 +585,7 @@ class _Subject(Partition):
             filter_subject=self.subject,
         )
         info = await self._source.js.add_consumer(self._stream, config)
-        if options.start == "latest":
+        if self._marks:
             await self._delete(self._mark)
         return info
 
@@ -619,6 +666,11 @@ def subjects_of(config: StreamConfig) -> Sequence[str]:
     """Filters of all that a stream's messages may be called; none = it is not known: it has those of other streams, or renames its own."""
     elsewhere = config.mirror or config.sources or config.subject_transform
     return [] if elsewhere else config.subjects or []
+
+
+def _incarnation(config: ConsumerConfig) -> str:
+    description = config.description or ""
+    return description if description.startswith(INCARNATION) else ""
 
 
 async def _whole(answer: Awaitable[T]) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -342,6 +343,101 @@ async def test_a_group_that_begins_with_what_is_new_keeps_to_it_also_when_killed
     await third.close()
     names = {info.name for info in await rig.js.consumers_info(f"IN{rig.at}")}
     assert names == {rig.declared["group"]}
+
+
+class Restored:
+    """A NATS of its own that can come back with an older copy of its data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server, self._copy = NatsServer(folder / "nats"), folder / "copy"
+
+    def keep(self) -> None:
+        self.server.stop()
+        shutil.copytree(self.server.folder, self._copy)
+        self.server.start()
+
+    async def restore(self, *sent: int) -> None:
+        """With what was sent to the copy before it listens where the server did."""
+        self.server.kill()
+        shutil.rmtree(self.server.folder)
+        shutil.copytree(self._copy, self.server.folder)
+        elsewhere = NatsServer(self.server.folder)
+        with elsewhere:
+            await self.send(*sent, to=elsewhere)
+            elsewhere.stop()
+        self.server.start()
+
+    async def send(self, *values: int, to: NatsServer | None = None) -> None:
+        client = await (to or self.server).connect()
+        for value in values:
+            await client.jetstream().publish("plant.a", json.dumps({"values": {"value": value}}).encode())
+        await client.close()
+
+
+async def take(source: Nats, count: int) -> list[tuple[int, int]]:
+    """Values of so many messages, settled, and the identity of the log that each is of."""
+    taken: list[tuple[int, int]] = []
+    async with asyncio.timeout(60):
+        while len(taken) < count:
+            batch = await source.receive()
+            taken += [(json.loads(message.payload or b"")["values"]["value"], batch.source) for message in batch.messages]
+            await source.settle(batch, Settlement())
+    return taken
+
+
+@pytest.mark.parametrize("first", [(), (10, 11, 12)])
+async def test_a_stream_that_comes_back_without_its_last_messages_is_read_on_as_another_one(tmp_path: Path, first: Sequence[int]) -> None:
+    restored = Restored(tmp_path)
+    options = NatsSource(servers=[restored.server.url], subjects=["plant.>"], stream="PLANT", lease_seconds=1)
+    with restored.server as server, capture_logs() as logs:
+        client = await server.connect()
+        await client.jetstream().add_stream(name="PLANT", subjects=["plant.>"])
+        await client.close()
+        source = Nats(options, Metrics())
+        await source.open()
+        await restored.send(1, 2)
+        [(_, old), _] = await take(source, 2)
+        restored.keep()
+        await restored.send(3, 4)
+        assert await take(source, 2) == [(3, old), (4, old)]
+        await restored.restore(*first)  # so that its numbers end before what was acknowledged, or after it
+        await restored.send(20, 21)
+        sent = [*first, 20, 21]
+        taken = await take(source, len(sent))
+        assert [value for value, _ in taken] == sent
+        assert old not in (new := {identity for _, identity in taken})
+        await source.close()
+        successor = Nats(options, Metrics())
+        await successor.open()
+        await restored.send(22)
+        [(value, its)] = await take(successor, 1)
+        assert (value, {its}) == (22, new)
+        await successor.close()
+    [told] = [line for line in logs if line["event"] == "nats_stream_replaced"]
+    assert (told["reads_on_at"], "was acknowledged" in told["reason"]) == (3, True)
+
+
+@pytest.mark.parametrize("start", ["earliest", "latest"])
+async def test_a_stream_that_is_made_again_while_it_is_read_is_read_from_its_beginning(rig: NatsRig, start: Any) -> None:
+    source = Nats(NatsSource(**(rig.declared | {"subjects": rig.subjects[:1], "start": start})), Metrics())
+
+    async def consumes() -> bool:
+        return bool(await rig.js.consumers_info(f"IN{rig.at}"))
+
+    with capture_logs() as logs:
+        await source.open()
+        await until(consumes)
+        await rig.put(*({"stream_id": "a", "values": {"value": value}} for value in (1, 2, 3)), partition=0)
+        [(_, old), *_] = await take(source, 3)
+        await rig.js.delete_stream(f"IN{rig.at}")
+        await rig.js.add_stream(name=f"IN{rig.at}", subjects=[f"in{rig.at}.>"])
+        await rig.put(*({"stream_id": "a", "values": {"value": value}} for value in (4, 5)), partition=0)
+        taken = await take(source, 2)
+        await source.close()
+    assert [value for value, _ in taken] == [4, 5]
+    assert old not in {identity for _, identity in taken}
+    [told] = [line for line in logs if line["event"] == "nats_stream_replaced"]
+    assert told["reason"].startswith("It was deleted and made again")
 
 
 async def test_a_consumer_that_is_deleted_is_made_again_where_it_was(rig: NatsRig, tiny_model_path: Path, tiny_detector: Detector) -> None:
