@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from service.asking import SHIPPED, SHIPPED_MODELS
 from service.errors import ArtifactError
+from service.wire import Malformed, field
 
 FORMAT = 1
 AUDIT = "audit"
@@ -39,6 +40,11 @@ MAX_FEATURES = 300
 SELFTEST_STEPS, SELFTEST_ROWS = 32, 8
 SELFTEST_BYTES = 64 * 1024 * 1024
 """Of a self-test unpacked, at most; the largest that is made, of MAX_FEATURES and 65,536 floats of state, has 4 MB."""
+
+MODEL_BYTES, METADATA_BYTES = 2**31, 32 * 1024 * 1024
+"""Of a file, at most, as protobuf has it; and of what it says of itself: MAX_TEMPLATES of a hundred characters are 10 MB."""
+_METADATA = 14
+"""Number of `metadata_props` in a ModelProto."""
 
 NEW = 0
 """Code of a line that no template matches; templates are 1 to V, and V + 1 is the end of a session.
@@ -301,6 +307,29 @@ def verify_seal(content: bytes, path: Path) -> str:
     if stated != actual:
         raise ArtifactError(f"{path} was changed after it was published: its hash is {actual[:12]}…, it says {stated[:12]}….")
     return stated
+
+
+def read_bytes(path: Path) -> bytes:
+    """Of a model file. Raises ArtifactError, for one beyond MODEL_BYTES without reading it."""
+    try:
+        if (size := path.stat().st_size) > MODEL_BYTES:
+            raise ArtifactError(f"{path} has {size} bytes; a model has {MODEL_BYTES} at most.")
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def check_metadata(content: bytes, path: Path) -> None:
+    """Raises ArtifactError where a file says more of itself than METADATA_BYTES, before anything makes copies of that."""
+    at = size = 0
+    try:
+        while at < len(content):
+            number, _, start, at = field(content, at, len(content))
+            size += (at - start) * (number == _METADATA)
+    except (Malformed, IndexError) as error:
+        raise ArtifactError(f"{path} is no ONNX file: {error}.") from error
+    if size > METADATA_BYTES:
+        raise ArtifactError(f"{path} has {size} bytes of metadata; a model has {METADATA_BYTES} at most.")
 
 
 def parse_manifest(text: str, path: Path) -> Manifest:

@@ -24,8 +24,10 @@ from service.artifact import (
     SELFTEST_ROWS,
     Manifest,
     SelfTest,
+    check_metadata,
     find_artifacts,
     parse_manifest,
+    read_bytes,
     verify_seal,
 )
 from service.asking import Provider
@@ -96,11 +98,9 @@ class Detector:
     @classmethod
     def load(cls, path: Path, intra_op_threads: int = 1, provider: Provider = "cpu") -> Detector:
         """Read, verify and self-test one file. Raises ArtifactError that says why it is refused, BadSetting without that provider."""
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read: {error.strerror}.") from error
+        content = read_bytes(path)
         sha256 = verify_seal(content, path)
+        check_metadata(content, path)
         try:
             session = session_of(content, intra_op_threads, provider)
         except BadSetting:

@@ -14,7 +14,19 @@ import onnx
 import pytest
 from pydantic import ValidationError
 
-from service.artifact import MANIFEST_KEY, SELFTEST_BYTES, SELFTEST_KEY, SHA256_KEY, UNSEALED, Manifest, SelfTest, find_artifacts, seal
+from service.artifact import (
+    MANIFEST_KEY,
+    METADATA_BYTES,
+    MODEL_BYTES,
+    SELFTEST_BYTES,
+    SELFTEST_KEY,
+    SHA256_KEY,
+    UNSEALED,
+    Manifest,
+    SelfTest,
+    find_artifacts,
+    seal,
+)
 from service.detector import Detector, load_detectors
 from service.errors import ArtifactError
 from tests.tiny import build_tiny, set_metadata, tiny_manifest
@@ -143,6 +155,16 @@ def test_a_self_test_that_unpacks_to_more_than_one_has_is_refused_before_it_is(t
     assert len(packed.getvalue()) < 100_000
     path = resealed(build_tiny(tmp_path), {SELFTEST_KEY: base64.b64encode(packed.getvalue()).decode()})
     with pytest.raises(ArtifactError, match=f"unpack to 6710[0-9]+ bytes, at most {SELFTEST_BYTES}"):
+        Detector.load(path)
+
+
+def test_a_file_that_is_too_large_is_refused_unread_and_one_that_says_too_much_before_it_is_copied(tmp_path: Path) -> None:
+    path = resealed(build_tiny(tmp_path), {"notes": "x" * METADATA_BYTES})
+    with pytest.raises(ArtifactError, match=f"has 3356[0-9]+ bytes of metadata; a model has {METADATA_BYTES} at most"):
+        Detector.load(path)
+    with path.open("wb") as file:
+        file.truncate(MODEL_BYTES + 1)  # which takes no room on the disk
+    with pytest.raises(ArtifactError, match=f"has {MODEL_BYTES + 1} bytes; a model has {MODEL_BYTES} at most"):
         Detector.load(path)
 
 
