@@ -9,6 +9,7 @@ import pytest
 
 from service import tasks
 from service.errors import StoreUnavailable
+from tests.times import Unwaiting
 
 
 @pytest.mark.parametrize("swallowed", [0, 1, 3])
@@ -43,7 +44,7 @@ async def test_a_task_that_failed_before_is_ended_quietly() -> None:
 
 async def test_turns_are_taken_through_outages_and_bugs_and_each_outage_is_told_once() -> None:
     away, gone = StoreUnavailable("away"), ValueError("a bug")
-    coming: list[Exception | None] = [away, away, gone, away, None, away, None]
+    coming: list[Exception | None] = [away, away, away, gone, away, None, away, None]
     told: list[Exception] = []
     over = asyncio.Event()
 
@@ -99,12 +100,18 @@ async def test_what_fails_fails_for_all_who_asked_and_is_made_again() -> None:
         assert await together.get() == "made"
 
 
-async def test_it_rests_for_longer_than_it_took() -> None:
-    async def make() -> float:
-        await asyncio.sleep(0.05)
-        return asyncio.get_running_loop().time()
+def test_it_rests_four_times_as_long_as_it_took_and_a_second_at_most() -> None:
+    takes, began = [0.05, 0.25, 0.5, 30.0, 0.0, 0.0], list[float]()
 
-    together = tasks.Together(make)
-    async with asyncio.timeout(20):
-        ended, again = await together.get(), await together.get()
-    assert again - ended >= 0.05 * (tasks.REST + 1) * 0.9
+    async def make() -> None:
+        began.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(takes[len(began) - 1])
+
+    async def ask() -> None:
+        together = tasks.Together(make)
+        for _ in takes:
+            await together.get()
+
+    with asyncio.Runner(loop_factory=Unwaiting) as runner:
+        runner.run(ask())
+    assert began == pytest.approx([0.0, 0.25, 1.5, 3.0, 34.0, 34.0])
