@@ -42,6 +42,8 @@ _PATH = re.compile(r" - at `\$\.?(.*)`$")
 _LINE = re.compile(rb"[^ \t\r\n][^\n]*")
 _MAX_DIGITS = 400
 """Of a whole number; the largest float has 309."""
+OBJECT_BYTES = 512 * 1024
+"""Of one object that is no event; the largest mute, written in escapes, takes 350 kB. They are read on the event loop."""
 _FIELDS = Event.__struct_fields__
 ENCODINGS = ("gzip", "x-gzip", "deflate", "zstd")
 """Content-Encodings that `inflate` undoes."""
@@ -108,7 +110,9 @@ def decode_plain(content: bytes, form: Format, *, max_events: int) -> tuple[list
 
 
 def decode_object(content: bytes) -> dict[str, Any]:
-    """A body that is one JSON object. Raises BadBody."""
+    """A body that is one JSON object. Raises BadBody, TooLarge."""
+    if len(content) > OBJECT_BYTES:
+        raise TooLarge(f"The body has {len(content)} bytes; here it has {OBJECT_BYTES} at most.")
     if not content.strip():
         raise BadBody("The body is empty: send a JSON object.")
     body = _parse(content)

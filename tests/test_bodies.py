@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.bodies import Format, Items, decode, encode, inflate
+from service import mutes
+from service.bodies import OBJECT_BYTES, Format, Items, decode, decode_object, encode, inflate
 from service.errors import BadBody, BadEvent, TooLarge
-from service.events import Event
+from service.events import MAX_NAME_LENGTH, Event
 from service.problems import problem_of, respond
 
 GOOD = b'{"stream_id":"n","values":{"value":1.5}}'
@@ -211,3 +212,15 @@ def test_any_bytes_are_items_or_a_bad_body(content: bytes, lines: bool) -> None:
         items_of(content, lines)
     except (BadBody, BadEvent) as error:
         refused(error)
+
+
+def test_the_largest_mute_is_read_and_an_object_that_is_larger_is_refused_before_it_is() -> None:
+    patterns = [f"*{i:02d}" + "\U0001f600" * (MAX_NAME_LENGTH - 3) for i in range(mutes.PATTERNS)]
+    body = {"streams": patterns, "by": patterns[0], "note": "\U0001f600" * mutes.MAX_NOTE, "ends_at": 1.8e9 + 1}
+    content = json.dumps(body).encode()  # twelve bytes a character
+    assert len(content) > 300_000
+    assert mutes.asked("a", decode_object(content), 1.8e9).streams == patterns
+    with pytest.raises(TooLarge, match=f"has {OBJECT_BYTES + 1} bytes; here it has {OBJECT_BYTES} at most"):
+        decode_object(b"{" * (OBJECT_BYTES + 1))
+    with pytest.raises(BadBody, match="not JSON"):
+        decode_object(b"{" + b" " * (OBJECT_BYTES - 1))
