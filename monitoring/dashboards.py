@@ -11,7 +11,7 @@ from grafana_foundation_sdk.models import dashboard as models
 
 from monitoring import panels
 from monitoring.panels import BAD, GOOD, NONE_IS_GOOD, SCORE, WARN, WORST, Query, bars, compare, gauges, heat, line, linked, number, rows
-from monitoring.rules import MANY_NEW
+from monitoring.rules import MANY_NEW, latest
 from service.metrics import P_VALUES
 
 PAGE = "http://127.0.0.1:8080/"
@@ -37,7 +37,8 @@ def all_dashboards() -> dict[str, str]:
 def overview() -> dashboard.Dashboard:
     """What do the streams do now, and where shall I look first?"""
     onsets = f"sum by (model) (increase(onset_onsets_total{{{_MODEL}}}[$__rate_interval]))"
-    top = f"topk(20, max by (model, stream) (anomaly_score{{{_MODEL}}}))"
+    scores = latest(f"anomaly_score{{{_MODEL}}}", f"{{{_MODEL}}}")
+    top = f"topk(20, max by (model, stream) {scores})"
     table = rows(
         "Top streams by score",
         "The streams that are shown one by one (ONSET_STREAM_METRICS), the most anomalous first. Above 1 a stream is rarer than asked for.",
@@ -137,7 +138,7 @@ def overview() -> dashboard.Dashboard:
                 line(
                     "Scores of the top streams",
                     "The ten most anomalous streams of those shown one by one; the dashed lines are where minor, major and critical begin.",
-                    [Query(f"topk(10, max by (stream) (anomaly_score{{{_MODEL}}}))", "{{stream}}")],
+                    [Query(f"topk(10, max by (stream) {scores})", "{{stream}}")],
                     "none",
                     SCORE,
                     height=9,
@@ -197,15 +198,17 @@ def overview() -> dashboard.Dashboard:
 def stream() -> dashboard.Dashboard:
     """One stream: what it does, what was expected, and why it is anomalous."""
     feature = f'{_STREAM},feature=~"$feature"'
-    of_one = f'{_STREAM},feature="$feature"'
+    of_one, of_stream = f'{_STREAM},feature="$feature"', f"{{{_STREAM}}}"
+    grade = latest(f"anomaly_grade{{{_STREAM}}}", of_stream)
+    score, carried = latest(f"anomaly_score{{{_STREAM}}}", of_stream), latest(f"contribution{{{feature}}}", of_stream)
     band = line(
         "$feature: value, expected and band",
         "The reading, what the model expected, and the band that holds it as often as asked for. The vertical lines are onsets.",
         [
-            Query(f"max by (stream) (y{{{of_one}}})", "value"),
-            Query(f"max by (stream) (yhat{{{of_one}}})", "expected"),
-            Query(f"max by (stream) (yhat_lower{{{of_one}}})", "lower"),
-            Query(f"max by (stream) (yhat_upper{{{of_one}}})", "upper"),
+            Query(f"max by (stream) {latest(f'y{{{of_one}}}', of_stream)}", "value"),
+            Query(f"max by (stream) {latest(f'yhat{{{of_one}}}', of_stream)}", "expected"),
+            Query(f"max by (stream) {latest(f'yhat_lower{{{of_one}}}', of_stream)}", "lower"),
+            Query(f"max by (stream) {latest(f'yhat_upper{{{of_one}}}', of_stream)}", "upper"),
         ],
         "none",
         width=24,
@@ -223,7 +226,7 @@ def stream() -> dashboard.Dashboard:
                 number(
                     "Score",
                     "The anomaly score: above 1 the stream is rarer than asked for, above 2 its p-value is below alpha squared.",
-                    Query(f"max by (stream) (anomaly_score{{{_STREAM}}})"),
+                    Query(f"max by (stream) {score}"),
                     "none",
                     SCORE,
                     width=6,
@@ -246,7 +249,10 @@ def stream() -> dashboard.Dashboard:
                 number(
                     "Anomalous time",
                     "The share of the shown time in which the service took the stream for anomalous.",
-                    Query(f"max(avg_over_time((anomaly_grade{{{_STREAM}}} > bool 0)[$__range:]))", instant=True),
+                    Query(
+                        f"max(avg_over_time((max by (model, stream) {grade} > bool 0)[$__range:]))",
+                        instant=True,
+                    ),
                     "percentunit",
                     ((None, GOOD), (0.01, WARN), (0.1, BAD)),
                     width=6,
@@ -261,7 +267,7 @@ def stream() -> dashboard.Dashboard:
                     "Anomaly score",
                     "1 = as rare as asked for. The dashed lines are where minor, major and critical begin. "
                     "A point leads to the stream on the page, at its time.",
-                    [Query(f"max by (model, stream) (anomaly_score{{{_STREAM}}})", "score {{model}}")],
+                    [Query(f"max by (model, stream) {score}", "score {{model}}")],
                     "none",
                     SCORE,
                     width=24,
@@ -270,14 +276,14 @@ def stream() -> dashboard.Dashboard:
                 gauges(
                     "Contributors now",
                     "Which features carry the error of the last event; they sum to 1.",
-                    Query(f"topk(10, max by (feature) (contribution{{{feature}}}))", "{{feature}}", instant=True),
+                    Query(f"topk(10, max by (feature) {carried})", "{{feature}}", instant=True),
                     "percentunit",
                     ((None, GOOD), (0.5, WARN), (0.8, BAD)),
                 ),
                 line(
                     "Contributors over time",
                     "The share of each feature in the error. A sensor that fails takes it all.",
-                    [Query(f"max by (feature) (contribution{{{feature}}})", "{{feature}}")],
+                    [Query(f"max by (feature) {carried}", "{{feature}}")],
                     "percentunit",
                     height=9,
                 ),

@@ -22,7 +22,7 @@ PLAIN = ((None, NEUTRAL),)
 """A number that is neither good nor bad."""
 NONE_IS_GOOD = ((None, GOOD), (1e-9, BAD))
 EMPTY = {
-    r"\b(anomaly_score|anomaly_grade|anomaly_onset_timestamp_seconds|y|yhat|contribution)\{": (
+    r"\b(anomaly_score|anomaly_grade|anomaly_event_timestamp_seconds|anomaly_onset_timestamp_seconds|y|yhat|contribution)\{": (
         "Nothing here: set ONSET_STREAM_METRICS. A stream that has said nothing for 5 minutes is not shown, either."
     ),
     r"onset_source_": "No queue is read: ONSET_SOURCES is not set.",

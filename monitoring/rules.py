@@ -85,8 +85,20 @@ def _waited(live: str, silent: str, ended: str = "0x40") -> dict[str, str]:
     }
 
 
+def _shown(grade: str, at: str = "0+60x40", instance: str = "a:8080") -> dict[str, str]:
+    of = f'job="onset",instance="{instance}",model="m",stream="pump-7"'
+    return {f"anomaly_grade{{{of}}}": grade, f"anomaly_event_timestamp_seconds{{{of}}}": at}
+
+
 def _judged(live: str, silent: str, warming: str) -> dict[str, str]:
     return {f"onset_streams_{name}{{{_M}}}": values for name, values in (("live", live), ("silent", silent), ("warming", warming))}
+
+
+def latest(series: str, of_stream: str = "") -> str:
+    """Of each stream what the replica shows that scored its last event: the others show for five minutes what they saw last."""
+    at = f"anomaly_event_timestamp_seconds{of_stream}"
+    newest = f"{at} == on (job, model, stream) group_left () max by (job, model, stream) ({at})"
+    return f"({series} and on (job, instance, model, stream) ({newest}))"
 
 
 MANY_NEW = 0.05
@@ -881,7 +893,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "OnsetStreamAnomalous",
         "onset-anomalies",
-        "max by (job, model, stream) (anomaly_grade)",
+        f"max by (job, model, stream) {latest('anomaly_grade')}",
         "1m",
         "warning",
         "{{ $labels.stream }} is anomalous.",
@@ -891,11 +903,9 @@ RULES: tuple[Rule, ...] = (
         ("The *Stream* dashboard: the value beside its band, and which feature carries the error.",),
         ("As for [OnsetAnomaly](OnsetAnomaly.md).",),
         (
-            Case(
-                {'anomaly_grade{job="onset",model="m",stream="pump-7"}': "0x20 0.4x20"},
-                {"job": "onset", "model": "m", "stream": "pump-7"},
-            ),
-            Case({'anomaly_grade{job="onset",model="m",stream="pump-7"}': "0x20 0.4 0x19"}),
+            Case(_shown("0x20 0.4x20"), {"job": "onset", "model": "m", "stream": "pump-7"}),
+            Case(_shown("0x20 0.4 0x19")),
+            Case(_shown("0x20 0.4x20", "0+60x20 1200x20") | _shown("0x40", instance="b:8080")),
         ),
         above=0,
     ),

@@ -1,7 +1,7 @@
 """Series of single streams, for those who ask for them (ONSET_STREAM_METRICS): reading, expectation, band and score at /metrics.
 
 The names are vmanomaly's, so that its dashboards fit. A stream gets a place while there is one and keeps it until it has not been heard
-of for RECENT_SECONDS; then its series end. Written as text by itself, in a thread: 5,000 streams are some 35,000 lines a scrape.
+of for RECENT_SECONDS; then its series end. Written as text by itself, in a thread: 5,000 streams are some 45,000 lines a scrape.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ SERIES = (
         _STREAM,
         "0 while the stream is normal; above 0 while it is anomalous, also where the anomaly lasts and is no longer rare.",
         "Above 0: the service takes the stream for anomalous.",
+    ),
+    Metric(
+        "anomaly_event_timestamp_seconds",
+        "gauge",
+        "seconds since 1970",
+        _STREAM,
+        "When the stream's last event that this replica scored was, by its own time.",
+        "Of several replicas the one with the greatest shows how the stream is; the others how it was.",
     ),
     Metric(
         "anomaly_onset_timestamp_seconds",
@@ -83,7 +91,7 @@ class Series:
         self._slots: dict[str, int] = {}
         self._free = list(range(most))[::-1]
         self._numbers = np.full((len(_COLUMNS), most, len(features)), np.nan, np.float32)
-        self._single = {name: np.full(most, np.nan) for name in ("anomaly_score", "anomaly_grade", "anomaly_onset_timestamp_seconds")}
+        self._single = {metric.name: np.full(most, np.nan) for metric in SERIES if metric.labels is _STREAM}
         self._heard = np.zeros(most)
         self._labels: dict[int, tuple[str, list[str]]] = {}
         self._look_at = 0.0
@@ -106,6 +114,7 @@ class Series:
         self._single["anomaly_grade"][slots] = np.where(np.isnan(score), np.nan, judged.verdict("grade")[there])
         for shown, (_, column) in enumerate(_COLUMNS):
             self._numbers[shown, slots] = judged.record(column)[there]
+        self._single["anomaly_event_timestamp_seconds"][slots] = judged.record("timestamp")[there]
         opened = judged.verdict("alert_score")[there] > THRESHOLD
         self._single["anomaly_onset_timestamp_seconds"][slots[opened]] = judged.record("timestamp")[there][opened]
 

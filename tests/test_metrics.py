@@ -171,6 +171,7 @@ async def test_the_onset_of_a_shown_stream_is_its_time(tiny_detector: Detector) 
     events = [Event(stream_id="a", values={"value": value}, timestamp=100.0 + i) for i, value in enumerate(values)]
     await world.scorer.score(events)
     assert world.shown("anomaly_onset_timestamp_seconds") == {"a": 160.0}
+    assert world.shown("anomaly_event_timestamp_seconds") == {"a": 161.0}
     assert world.shown("anomaly_grade") == {"a": 0}
     await world.score("a", 1e12)
     assert 0 < world.shown("anomaly_grade")["a"] <= 1
