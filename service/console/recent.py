@@ -200,8 +200,11 @@ class Recent:
         if len(slots):
             self._write(slots, events, at)
 
-    def merge(self, puts: Sequence[Put], *, aged: bool = False) -> None:
-        """Write events of several origins by their time; those that are here already are dropped. `aged`: they may be of long ago."""
+    def merge(self, puts: Sequence[Put], *, aged: bool = False, lasts: bool = False) -> None:
+        """Write events of several origins by their time; those that are here already are dropped. `aged`: they may be of long ago.
+
+        `lasts`: those before what is here are dropped, too.
+        """
         self.write()
         at = np.repeat([put.at for put in puts], [len(put.events) for put in puts])
         if len(at) == 0:
@@ -221,6 +224,8 @@ class Recent:
         ahead = ~np.repeat(behind, sizes)
         if ahead.any():
             self._write(slots[ahead], events[ahead], at[ahead])
+        if lasts:
+            return
         for slot, start, size in zip(each[behind].tolist(), starts[behind].tolist(), sizes[behind].tolist(), strict=True):
             part = slice(start, start + size)
             self._mix(slot, events[part], at[part])

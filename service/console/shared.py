@@ -52,7 +52,9 @@ TELL_BYTES = 256 * 1024
 HISTORY_BYTES = 2 * 1024 * 1024
 """Told once to a replica that begins to watch a model, about at most."""
 HISTORY_STREAMS, HISTORY_EVENTS = 500, 96
-"""Of the fleet: as much as a page shows of it."""
+"""Of the fleet: as much as a page shows of it. Of the other streams the last event, in half of the bytes: they are counted, and found."""
+LASTS = 500
+"""Streams in one part of last events."""
 FLEET = ""
 """In place of a stream's name: all streams."""
 PAUSE_SECONDS = 5.0
@@ -87,6 +89,8 @@ class Part(msgspec.Struct, frozen=True):
     """Seconds since the first of them was scored."""
     left_out: int = 0
     """Events that were too many."""
+    lasts: bool = False
+    """Of history: the last event of each stream alone, of no use where a later one is known."""
 
 
 _asks, _parts, _encoder = msgspec.msgpack.Decoder(Ask), msgspec.msgpack.Decoder(Part), msgspec.msgpack.Encoder()
@@ -200,6 +204,7 @@ class Shared:
             self._take_ask(_asks.decode(message))
         for message in exchanged.parts:
             self._take_part(_parts.decode(message))
+            await asyncio.sleep(0)  # events that wait go on: of many new streams each part takes its time
         now = self._clock()
         self._asked = {replica: asked for replica, asked in self._asked.items() if now - asked.at < ASKED_SECONDS}
         wanted = {model for asked in self._asked.values() for model in asked.watched if model in self._recent}
@@ -236,7 +241,7 @@ class Shared:
         events = np.frombuffer(part.events, recent.dtype)
         put = Put([names[i] for i in which], events, self._clock() - part.age)
         if part.to:
-            recent.merge([put], aged=True)
+            recent.merge([put], aged=True, lasts=part.lasts)
             self.news()
         else:
             self._hold(part.model, put)
@@ -319,9 +324,11 @@ class Shared:
         recent.write()
         most = HISTORY_BYTES // recent.dtype.itemsize
         wanted = {slot: most for name in streams if name and (slot := recent.slot(name)) is not None}
+        others = np.empty(0, np.intp)
         if FLEET in streams:
-            fleet = recent.top(HISTORY_STREAMS).tolist()
-            each = min(HISTORY_EVENTS, max(1, most // max(1, len(fleet))))
+            ranked = recent.top(HISTORY_STREAMS + most // 2)
+            fleet, others = ranked[:HISTORY_STREAMS].tolist(), ranked[HISTORY_STREAMS:]
+            each = min(HISTORY_EVENTS, max(1, (most - len(others)) // max(1, len(fleet))))
             wanted = dict.fromkeys(fleet, each) | wanted
         names: list[str] = []
         events: list[NDArray[np.void]] = []
@@ -331,6 +338,15 @@ class Shared:
             if len(names) * recent.dtype.itemsize >= TELL_BYTES or slot == next(reversed(wanted)):
                 yield self._part(model, names, np.concatenate(events), to=replica)
                 names, events = [], []
+        yield from self._lasts(replica, model, others)
+
+    def _lasts(self, replica: str, model: str, slots: NDArray[np.intp]) -> Iterator[Part]:
+        """The last event of each."""
+        recent = self._recent[model]
+        for i in range(0, len(slots), LASTS):
+            part = slots[i : i + LASTS]
+            names = [recent.name(slot) for slot in part.tolist()]
+            yield replace(self._part(model, names, recent.last(part), to=replica), lasts=True)
 
     def _part(self, model: str, names: Sequence[str], events: NDArray[np.void], to: str = "") -> Part:
         number: dict[str, int] = {}

@@ -10,7 +10,18 @@ import msgspec
 import pytest
 
 from service.console.recent import ANOMALY, ONSET, Recent, Room
-from service.console.shared import ASK_SECONDS, ASKED_SECONDS, FLEET, HEARD_SECONDS, HOLD_SECONDS, TELL_BYTES, Ask, Part, Shared
+from service.console.shared import (
+    ASK_SECONDS,
+    ASKED_SECONDS,
+    FLEET,
+    HEARD_SECONDS,
+    HISTORY_STREAMS,
+    HOLD_SECONDS,
+    TELL_BYTES,
+    Ask,
+    Part,
+    Shared,
+)
 from service.detector import Detector
 from service.errors import StoreUnavailable
 from service.events import Event
@@ -191,6 +202,16 @@ async def test_watching_one_stream_brings_all_that_is_held_of_it(pair: Pair) -> 
     pair.here.shared.watch(pair.here.model, "theirs")
     await pair.turn()
     assert pair.here.times("theirs") == times
+
+
+async def test_a_fleet_brings_the_last_event_of_its_calm_streams_too_so_that_all_are_found(pair: Pair) -> None:
+    many = HISTORY_STREAMS + 700
+    await pair.there.score(*((f"s{i}", t, 5.0) for i in range(many) for t in (1.0, 2.0)))
+    await pair.here.score((f"s{many - 1}", 3.0, 5.0))
+    pair.here.shared.watch(pair.here.model, FLEET)
+    await pair.turn()
+    assert pair.here.recent.counts().streams == many
+    assert [pair.here.times(name) for name in ("s0", f"s{many - 2}", f"s{many - 1}")] == [[1.0, 2.0], [2.0], [3.0]]
 
 
 async def test_a_replica_that_has_gone_is_no_longer_counted_and_holds_nothing_up(pair: Pair) -> None:
