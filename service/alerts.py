@@ -45,6 +45,8 @@ CARRIES = 0.1
 """Part of the error from which a line's gap or number is named."""
 LIKELY = 0.005
 """Chance from which a pattern is named: 0% says nothing."""
+_TURNS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+"""Characters that turn the writing direction: one in a name or a line would have the rest of the sentence read backwards."""
 Kind = Literal["anomaly", "silence"]
 Status = Literal["open", "acknowledged", "resolved"]
 Resolution = Literal["recovered", "accepted", "accepted_by_age", "spoke", "ended", "forgotten"]
@@ -384,6 +386,10 @@ def advanced(alert: Alert | None, transition: Transition, at: float, max_age: fl
 
 def summary(alert: Alert) -> str:
     """One sentence: which stream, what, since when."""
+    return _summary(alert).translate(_TURNS)
+
+
+def _summary(alert: Alert) -> str:
     began = alert.started_at if alert.kind == "anomaly" else min(alert.started_at, alert.opened_at)  # a sender's clock may be ahead
     since, until = _clock(began, alert.updated_at), _clock(_over(alert), alert.updated_at)
     if alert.resolution is not None:
@@ -412,6 +418,10 @@ def _over(alert: Alert) -> float:
 
 def description(alert: Alert) -> str:
     """The evidence, for whoever has to act: values and what was expected, how improbable that is, what carries it."""
+    return _description(alert).translate(_TURNS)
+
+
+def _description(alert: Alert) -> str:
     if alert.kind == "silence":
         patience = f" Up to {_number(alert.patience)} s without an event are ordinary for it." if alert.patience is not None else ""
         whose = " by its own clock, which is ahead" if alert.started_at > alert.opened_at else ""
@@ -467,7 +477,7 @@ def _shown_line(evidence: Evidence, line: Line) -> str:
         f"likelier was {' or '.join(likelier)}" if likelier else "",
         f"before it came '{plain(line.before[0])}'" if line.before and not run else "",
         *[_measured(found, line) for found in evidence.contributors if found.feature != "template" and found.contribution >= CARRIES],
-        f"p-value {evidence.p_value:.2g}." if evidence.p_value is not None else "no p-value.",
+        _rarity(evidence),
     ]
     return "; ".join(part for part in parts if part)
 
@@ -502,8 +512,14 @@ def _shown(evidence: Evidence) -> str:
         + (f", {found.contribution:.0%} of the error" if len(evidence.contributors) > 1 else "")
         for found in evidence.contributors[:3]
     ]
-    chance = f"p-value {evidence.p_value:.2g}." if evidence.p_value is not None else "no p-value."
-    return f"{'; '.join(parts) or 'no values'}; {chance}"
+    return f"{'; '.join(parts) or 'no values'}; {_rarity(evidence)}"
+
+
+def _rarity(evidence: Evidence) -> str:
+    """How rare the event is by itself, and at an onset what came with it: that is what is told, also where the event is ordinary."""
+    chance = f"p-value {evidence.p_value:.2g}" if evidence.p_value is not None else "no p-value"
+    score = f", alert score {evidence.alert_score:.3g} (1 = as rare as asked for)" if (evidence.alert_score or 0.0) > 1.0 else ""
+    return f"{chance}{score}."
 
 
 def _number(number: float | None) -> str:

@@ -344,9 +344,11 @@ def test_every_way_to_end_has_its_words() -> None:
 
 def test_the_description_has_the_evidence_at_the_onset_and_at_last() -> None:
     assert description(alert_of(found(28.1))) == (
-        "At the onset (2026-11-26 12:02:10 UTC): value 28.1, expected 20 (15 to 25); p-value 1e-09."
+        "At the onset (2026-11-26 12:02:10 UTC): value 28.1, expected 20 (15 to 25); p-value 1e-09, "
+        "alert score 3 (1 = as rare as asked for)."
     )
-    later = replace(evidence(NOON + 60), contributors=[found(31.0, "flow", 0.75), found(None, "speed", 0.25)], p_value=None)
+    mixed = [found(31.0, "flow", 0.75), found(None, "speed", 0.25)]
+    later = replace(evidence(NOON + 60), contributors=mixed, p_value=None, alert_score=0.0)
     assert description(alert_of(found(28.1), last=later)).endswith(
         "At last (2026-11-26 12:03:10 UTC): flow 31, expected 20 (15 to 25), 75% of the error; speed has no value, expected 20 (15 to 25), "
         "25% of the error; no p-value."
@@ -380,7 +382,8 @@ def test_a_lines_alert_says_what_about_it_was_unusual() -> None:
     assert description(alert) == (
         f"At the onset (2026-11-26 12:02:10 UTC): '{message}', which is '{REQUEST}' (33% here); likelier was 'Took <NUM> ms' (64%); "
         "before it came 'Started'; gap to the line before 0.09 s, expected 0.0119 s (0.0003 to 0.128), 70% of the error; "
-        "number_2 ('status: <NUM>') 404, expected 200 (190 to 210), 20% of the error; p-value 1e-09."
+        "number_2 ('status: <NUM>') 404, expected 200 (190 to 210), 20% of the error; p-value 1e-09, "
+        "alert score 3 (1 = as rare as asked for)."
     )
     likeliest = said(message, REQUEST, gap, expected={REQUEST: 0.9, "Stopped": 0.03})
     assert "likelier" not in description(likeliest)
@@ -404,6 +407,12 @@ def test_an_alert_says_that_the_lines_before_were_like_its_own() -> None:
     new = description(replace(alert, onset=replace(evidence, line=Line("Went", None, True, ["(new pattern)"] * 5))))
     assert "'Went', which no pattern of the model matches, as were the 5 lines before it; likelier" in new
     assert "before it came 'Failed'; p-value" in description(replace(alert, onset=replace(evidence, line=replace(line, before=["Failed"]))))
+
+
+def test_a_name_or_a_line_does_not_turn_the_sentence_around() -> None:
+    """By a character that begins writing from right to left."""
+    assert summary(alert_of(found(28.1), stream_id="\u202e7-pmup\u2066")) == "7-pmup is 3.1 above its expected range since 12:02:10 UTC."
+    assert "\u202e" not in description(said("a \u202e b", None, expected={"Started": 1.0}))
 
 
 def test_what_a_line_holds_does_not_reach_a_terminal() -> None:
