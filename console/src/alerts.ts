@@ -2,7 +2,7 @@
 
 import { Refused, ask, asking, loadedModels, streamPath, type Alert, type AlertCount, type AlertsPage, type Done, type Evidence, type Mute } from "./api";
 import { ICONS, fill, h, icon, text } from "./dom";
-import { ago, chance, clock, count, duration, number, score as points, share } from "./format";
+import { ago, chance, clock, count, duration, now, number, score as points, share } from "./format";
 import { keep, kept } from "./kept";
 import { PARTS, partOf, slots, varying } from "./lines";
 import type { Shell, View } from "./view";
@@ -242,7 +242,7 @@ class AlertsView {
     for (const status of STATUSES) this.choice.append(h("button", { type: "button", "data-status": status, onclick: () => this.choose(status, this.severity) }, status[0]!.toUpperCase() + status.slice(1)));
     for (const [severity, name] of SEVERITIES) this.severities.append(h("button", { type: "button", "data-severity": severity, onclick: () => this.choose(this.status, severity) }, name));
     const search = h("div", { class: "search" }, icon(ICONS.search), this.search, h("kbd", { "aria-hidden": "true" }, "/"));
-    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts"), h("p", { class: "quiet" }, `Times of ${Intl.DateTimeFormat().resolvedOptions().timeZone}`)), search, this.models, this.severities, this.choice, h("button", { class: "button", type: "button", onclick: () => this.mute() }, "Mute …")), this.became, this.mutes, this.said, this.bulk, this.list.element, this.more));
+    main.append(h("div", { class: "page" }, h("div", { class: "head" }, h("div", { class: "title" }, h("h1", {}, "Alerts"), h("p", { class: "quiet" }, `Times of ${Intl.DateTimeFormat().resolvedOptions().timeZone}`)), search, h("button", { class: "button", type: "button", onclick: () => this.mute() }, "Mute …"), h("div", { class: "filters" }, this.choice, this.severities, this.models)), this.became, this.mutes, this.said, this.bulk, this.list.element, this.more));
     this.model = shell.query.get("model") ?? "";
     this.holds = this.search.value = shell.query.get("q") ?? "";
     this.show(this.status, this.severity, this.id);
@@ -331,7 +331,7 @@ class AlertsView {
     this.mutes.hidden = !held.length;
     if (this.mutes.dataset["shown"] === shown) return;
     this.mutes.dataset["shown"] = shown;
-    fill(this.mutes, ...held.map((mute) => h("li", {}, h("p", {}, h("b", {}, mute.streams.join(" · ")), mute.model ? ` of ${mute.model}` : "", ` ${mute.state === "in_force" ? "" : `from ${clock(mute.starts_at)} `}until ${clock(mute.ends_at)}, by ${mute.by}${mute.note ? `: ${mute.note}` : ""}`), h("button", { class: "button", type: "button", "aria-label": `End ${mute.name}`, onclick: () => this.endMute(mute) }, "End …"))));
+    fill(this.mutes, ...held.map((mute) => h("li", {}, h("p", {}, h("b", {}, mute.streams.join(" · ")), mute.model ? ` of ${mute.model}` : "", ` ${mute.state === "in_force" ? "" : `from ${clock(mute.starts_at)} `}until ${clock(mute.ends_at)}, by ${mute.by}${mute.note ? `: ${mute.note}` : ""}`), h("button", { class: "button", type: "button", "aria-label": `End … the mute of ${mute.streams.join(", ")}`, onclick: () => this.endMute(mute) }, "End …"))));
   }
 
   private endMute(mute: Mute): void {
@@ -350,7 +350,7 @@ class AlertsView {
     const streams = h("textarea", { class: "field", name: "streams", rows: 3 });
     streams.value = this.holds ? `*${this.holds}*` : "";
     const from = h("input", { class: "field", type: "datetime-local", name: "from" });
-    const until = h("input", { class: "field", type: "datetime-local", name: "until", value: picked(Date.now() + MUTED_HOURS * 3.6e6) });
+    const until = h("input", { class: "field", type: "datetime-local", name: "until", value: picked(1000 * now() + MUTED_HOURS * 3.6e6) });
     const parts = [h("label", {}, "Streams, one a line; * is any characters", streams), h("label", {}, "From (now, if empty)", from), h("label", {}, "Until", until)];
     const save = async (by: Signature): Promise<void> => {
       const names = streams.value.split("\n").map((name) => name.trim()).filter(Boolean);

@@ -13,8 +13,8 @@ export function told(date: string | null): void {
   ahead = Math.abs(off) > OFF_MS ? off : 0;
 }
 
-/** In seconds since 1970. */
-const now = (): number => (Date.now() - ahead) / 1000;
+/** By the service's clock, in seconds since 1970. */
+export const now = (): number => (Date.now() - ahead) / 1000;
 
 export const count = (n: number): string => INTEGER.format(n);
 
