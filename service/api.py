@@ -76,7 +76,7 @@ from service.errors import (
     UnsupportedMedia,
     no_memory,
 )
-from service.events import MAX_NAME_LENGTH, SEVERITIES, UNPRINTABLE, Columns, Event, Result, shown
+from service.events import MAX_NAME_LENGTH, SEVERITIES, TENANT_HEADER, UNPRINTABLE, Columns, Event, Result, shown
 from service.intake import DoorLimits, Incoming, Intake
 from service.logs import Level
 from service.metrics import Metrics
@@ -109,8 +109,6 @@ FEATURE_BYTES = 100
 MAX_PAGE = 1000
 MAX_NOTE = 2000
 ALERT_FILTERS = ("status", "severity", "kind", "model", "stream_id", "q", "muted")
-TENANT_HEADER = "X-Scope-OrgID"
-"""Mimir's and Loki's name for it."""
 _TENANT = TENANT_HEADER.lower().encode()
 OUTCOMES = ("scored", "duplicate", "late", "rejected", "failed")
 

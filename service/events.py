@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from service.errors import ItemError
 
 MAX_NAME_LENGTH = 256
+TENANT_HEADER = "X-Scope-OrgID"
+"""Mimir's and Loki's name for it."""
 MAX_MESSAGE_LENGTH = 65_536
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 EARLIEST_SECONDS, LATEST_SECONDS = -62_135_510_400.0, 1e11

@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from service import alerts, control, events, http_sources, logs, loki, mutes, otlp, patterns, problems
-from service.api import MAX_NOTE, MAX_PAGE, MAX_TOP, TENANT_HEADER, VISIBLE
+from service.api import MAX_NOTE, MAX_PAGE, MAX_TOP, VISIBLE
 from service.artifact import Manifest
 from service.asking import ALPHA_RANGE, LARGEST_ALPHA, PERIODS, SMALLEST_ALPHA
 from service.bodies import Format
@@ -35,6 +35,7 @@ from service.events import (
     MAX_MESSAGE_LENGTH,
     MAX_NAME_LENGTH,
     SEVERITIES,
+    TENANT_HEADER,
     Event,
     Result,
 )

@@ -468,6 +468,33 @@ async def test_watchers_are_limited_and_one_that_left_makes_room(tiny_detector: 
         await again.leave()
 
 
+async def test_who_watches_with_more_pages_than_others_gives_one_up_to_them_and_no_more(tiny_detector: Detector) -> None:
+    async with fleet_of(tiny_detector, watchers=4) as fleet:
+
+        def watch(who: str) -> Watcher:
+            return Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10), who))
+
+        many = [watch("a") for _ in range(4)]
+        for watcher in many:
+            await watcher.data("fleet")
+        few = [watch("b"), watch("b")]
+        for watcher in few:
+            await watcher.data("fleet")
+        async with asyncio.timeout(20):
+            assert [await watcher.ended() for watcher in many[2:]] == [True, True]  # those that came last
+        with pytest.raises(Overloaded, match="2 of them yours"):
+            watch("b")
+        with pytest.raises(Overloaded):
+            watch("a")
+        third = watch("c")  # one that has none
+        await third.data("fleet")
+        async with asyncio.timeout(20):
+            assert await many[1].ended()
+        assert fleet.live.watchers == 4
+        for watcher in [*many, *few, third]:
+            await watcher.leave()
+
+
 async def test_closing_ends_every_watcher_and_refuses_new_ones(tiny_detector: Detector) -> None:
     async with fleet_of(tiny_detector) as fleet:
         watchers = [Watcher(fleet.live.fleet(tiny_detector.name, FleetQuery(10))), Watcher(fleet.live.stream(tiny_detector.name, "a", []))]

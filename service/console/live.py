@@ -14,8 +14,9 @@ import asyncio
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -75,6 +76,19 @@ class FleetQuery:
     bits: int = 0
 
 
+@dataclass(eq=False)
+class _Watcher:
+    """An answer under way: whose, what wakes it, and whether it is to end."""
+
+    who: str
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False
+
+    def end(self) -> None:
+        self.ended = True
+        self.news.set()
+
+
 class Live:
     """The recent events of all models, and who watches them."""
 
@@ -84,7 +98,7 @@ class Live:
         self.shared = shared
         self._most = most_watchers
         self._metrics = metrics
-        self._watchers: set[asyncio.Event] = set()
+        self._watchers: list[_Watcher] = []
         self._closing = False
         shared.news = self.news
 
@@ -105,36 +119,48 @@ class Live:
         self._closing = True
         self.news()
 
-    def fleet(self, model: str, query: FleetQuery) -> Events:
-        """An endless answer. Raises Overloaded."""
-        return self._events(model, FLEET, lambda: _Fleet(self.recent[model], query, self.replica, self.shared))
+    def fleet(self, model: str, query: FleetQuery, who: str = "") -> Events:
+        """An endless answer to `who`, a tenant or an address. Raises Overloaded."""
+        return self._events(who, model, FLEET, lambda: _Fleet(self.recent[model], query, self.replica, self.shared))
 
-    def stream(self, model: str, stream_id: str, features: list[str]) -> Events:
+    def stream(self, model: str, stream_id: str, features: list[str], who: str = "") -> Events:
         """The same for one stream, which may be yet to come. Raises Overloaded."""
-        return self._events(model, stream_id, lambda: _Stream(self.recent[model], stream_id, features, self.replica))
+        return self._events(who, model, stream_id, lambda: _Stream(self.recent[model], stream_id, features, self.replica))
 
     def news(self) -> None:
         """Wake all that watch."""
-        for news in self._watchers:
-            news.set()
+        for watcher in self._watchers:
+            watcher.news.set()
 
-    def _events(self, model: str, watched: str, view: Callable[[], _Fleet | _Stream]) -> Events:
-        if self._closing or len(self._watchers) >= self._most:
-            raise Overloaded(f"{len(self._watchers)} pages watch this replica (ONSET_CONSOLE_WATCHERS).", retry_after=5)
-        news = asyncio.Event()
-        self._watchers.add(news)
+    def _events(self, who: str, model: str, watched: str, view: Callable[[], _Fleet | _Stream]) -> Events:
+        self._make_room(who)
+        watcher = _Watcher(who)
+        self._watchers.append(watcher)
         end = self.shared.watch(model, watched)
 
         def done() -> None:
-            self._watchers.discard(news)
+            self._watchers.remove(watcher)
             end()
 
-        return Events(self._messages(news, view()), self._metrics, done)
+        return Events(self._messages(watcher, view()), self._metrics, done)
 
-    async def _messages(self, news: asyncio.Event, view: _Fleet | _Stream) -> AsyncIterator[bytes]:
+    def _make_room(self, who: str) -> None:
+        """Where all places are taken, whoever has two more than `who` gives the last one up. Raises Overloaded."""
+        watching = [watcher for watcher in self._watchers if not watcher.ended]
+        if not self._closing and len(watching) < self._most:
+            return
+        held = Counter(watcher.who for watcher in watching)
+        richest = max(held, key=lambda one: held[one], default=who)
+        slow = len(self._watchers) >= 2 * self._most  # so many that were ended take nothing, and are not gone yet
+        if self._closing or slow or held[richest] < held[who] + 2:
+            said = f"{len(watching)} pages watch this replica (ONSET_CONSOLE_WATCHERS), {held[who]} of them yours."
+            raise Overloaded(said, retry_after=5)
+        next(watcher for watcher in reversed(watching) if watcher.who == richest).end()
+
+    async def _messages(self, watcher: _Watcher, view: _Fleet | _Stream) -> AsyncIterator[bytes]:
         yield b"retry: 2000\n\n"
-        sent = time.monotonic()
-        while not self._closing:
+        sent, news = time.monotonic(), watcher.news
+        while not (self._closing or watcher.ended):
             news.clear()
             began = time.monotonic()
             message = view.message()

@@ -37,7 +37,7 @@ from service.console.shared import Shared
 from service.console.trial import Trial, TrialLimits, Trials
 from service.detector import Detector
 from service.errors import ArtifactError, BadParameter, OnsetError, TooLarge, TooSlow, UnknownModel, UnsupportedMedia
-from service.events import MAX_NAME_LENGTH, shown
+from service.events import MAX_NAME_LENGTH, TENANT_HEADER, shown
 from service.feed import Feed
 from service.metrics import Metrics
 from service.policy import Policy
@@ -160,7 +160,7 @@ class Console:
         holds = query.get("q", "")
         if len(holds) > MAX_NAME_LENGTH:
             raise BadParameter(f"q has {len(holds)} characters, names have {MAX_NAME_LENGTH} at most.", "q", shown(holds))
-        return self.live.fleet(self._model(request), FleetQuery(int(limit), holds, STATES.get(state, 0)))
+        return self.live.fleet(self._model(request), FleetQuery(int(limit), holds, STATES.get(state, 0)), _who(request))
 
     async def stream(self, request: Request) -> Events:
         """Every event of one stream."""
@@ -169,7 +169,7 @@ class Console:
             raise BadParameter(
                 f"A stream id has 1 to {MAX_NAME_LENGTH} characters, this one {len(stream_id)}.", "stream_id", shown(stream_id)
             )
-        return self.live.stream(self._model(request), stream_id, request.query_params.getlist("feature"))
+        return self.live.stream(self._model(request), stream_id, request.query_params.getlist("feature"), _who(request))
 
     async def backtest(self, request: Request) -> Response:
         """An uploaded CSV, scored as the service would have scored it."""
@@ -254,6 +254,12 @@ class _Problems:
         except OnsetError as error:
             answer = respond(problem_of(error))
         await answer(scope, receive, send)
+
+
+def _who(request: Request) -> str:
+    """Who asks: the tenant that is named, or else the address, as senders take turns."""
+    tenant = request.headers.get(TENANT_HEADER)
+    return f"tenant {tenant}" if tenant is not None else request.client.host if request.client else ""
 
 
 def _alpha(text: str) -> float:
