@@ -45,6 +45,8 @@ RETRY_STATUS = frozenset({429, 502, 503, 504})
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between tries: doubled from the first to the longest, or what Retry-After says."""
 REQUEST_SECONDS = 60.0
+TOLD_SECONDS = 3600.0
+"""Age of an event from which no sink is told of its alert, unless the service has another ONSET_ALERTS_MAX_AGE_SECONDS."""
 SHOWN_REFUSALS = 5
 LISTED = 40
 """Streams of the tables at the end; of more, those with the most anomalies."""
@@ -316,6 +318,8 @@ class StreamReport:
 
     last_run: float | None = None
     """When the last such run began."""
+    opened: float | None = None
+    """Time of the last event with which an alert opened."""
 
     def add(self, reply: dict[str, Any]) -> bool:
         """Take a reply in; whether an alert opens with it."""
@@ -333,6 +337,8 @@ class StreamReport:
         self.runs += opens
         if onset:
             self.last_run = reply["anomaly_started_at"]
+        if opens:
+            self.opened = reply["timestamp"]
         if reply["anomaly_started_at"] is not None:
             for part in reply["contributors"]:
                 self.blame_running[part["feature"]] += part["contribution"]
@@ -568,6 +574,13 @@ def _closing(reports: dict[str, StreamReport], door: Door, console: Console) -> 
         p50, p99 = np.percentile(1000 * np.array(door.latencies), [50, 99])
         retries = f"; {door.retries} times sent again" if door.retries else ""
         console.print(f"{len(door.latencies):,} requests, median {p50:.1f} ms, 99 of 100 below {p99:.1f} ms{retries}", highlight=False)
+    opened = [report.opened for report in reports.values() if report.opened is not None]
+    if opened and max(opened) < time.time() - TOLD_SECONDS:
+        console.print(
+            "Alerts of events older than an hour (ONSET_ALERTS_MAX_AGE_SECONDS) are listed, and no sink is told of them. "
+            "To have them told, as a trial: --timestamps now with another --stream.",
+            highlight=False,
+        )
     old = [stream for stream, report in reports.items() if report.events and report.duplicates + report.late == report.events]
     if old and not door.retries:
         console.print(

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -320,6 +321,18 @@ def test_the_command_refuses_an_option_with_its_value(option: str, value: str, t
     ran = CliRunner().invoke(app, ["replay", str(tmp_path), option, value])
     assert ran.exit_code == 2
     assert f"{option} is '{value}'" in ran.output
+
+
+def test_a_replay_says_that_nobody_is_told_of_alerts_of_the_past() -> None:
+    def said(opened: float | None) -> str:
+        screen = io.StringIO()
+        with httpx.Client() as client:
+            door = Door(client, Options("http://127.0.0.1:1"), print)
+            _closing({"s": StreamReport(events=9, opened=opened)}, door, Console(file=screen, width=400))
+        return screen.getvalue()
+
+    assert "no sink is told of them" in said(time.time() - 3700)
+    assert said(time.time() - 3500) == said(None) == ""
 
 
 def test_a_file_whose_newest_row_is_the_first_is_told_from_one_that_was_replayed_before() -> None:
