@@ -448,7 +448,7 @@ class Metrics:
         "onset_streams_not_shown_total",
         "events",
         "Scored events of streams that got no series of their own because ONSET_STREAM_METRICS was reached.",
-        "Grows: raise the setting if Prometheus can take it, 4 series a stream and 5 a feature.",
+        "Grows: raise the setting if Prometheus can take it, 5 series a stream and 5 a feature.",
         model=RUNNING,
     )
 

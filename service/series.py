@@ -1,7 +1,8 @@
 """Series of single streams, for those who ask for them (ONSET_STREAM_METRICS): reading, expectation, band and score at /metrics.
 
 The names are vmanomaly's, so that its dashboards fit. A stream gets a place while there is one and keeps it until it has not been heard
-of for RECENT_SECONDS; then its series end. Written as text by itself, in a thread: 5,000 streams are some 45,000 lines a scrape.
+of for RECENT_SECONDS; then its series end, but for the count of its events, which rates are made of: that ends after COUNTED_SECONDS, or
+when another stream needs the place. Written as text by itself, in a thread: 5,000 streams are some 50,000 lines a scrape.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ SERIES = (
         "When the stream's last alert opened, by its event's own time; none = not since it is shown.",
         "Changes: an anomaly begins.",
     ),
+    Metric(
+        "stream_events",
+        "gauge",
+        "events",
+        _STREAM,
+        "Events that the stream has had, log lines or readings: `state_version` of its last one. Shown for an hour after it.",
+        "Much faster or slower than at this hour of other days: a flood, or something that says less than it should.",
+    ),
     Metric("y", "gauge", "the feature's", _FEATURE, "The last reading.", _COMPARE),
     Metric("yhat", "gauge", "the feature's", _FEATURE, "What the model expected.", _COMPARE),
     Metric("yhat_lower", "gauge", "the feature's", _FEATURE, "Lower end of the band.", _COMPARE),
@@ -58,6 +67,8 @@ _COLUMNS = (("y", "x"), ("yhat", "expected"), ("yhat_lower", "lower"), ("yhat_up
 
 
 LOOK_SECONDS = 10.0
+COUNTED_SECONDS = 3600.0
+"""For so long after its last event the count of a stream's events is shown: a stream that speaks every ten minutes has a rate, too."""
 
 
 class Now(NamedTuple):
@@ -69,9 +80,13 @@ class Now(NamedTuple):
     """[N] each."""
     numbers: NDArray[np.float32]
     """[_COLUMNS, N, F]"""
+    events: Sequence[tuple[str, int]]
+    """Of each stream heard of within COUNTED_SECONDS: its label, and how many it has had."""
 
     def lines(self, name: str) -> list[str]:
         """The samples of one of SERIES; what is missing has none."""
+        if name == "stream_events":
+            return [f"{name}{{{label}}} {number}" for label, number in self.events]
         columns = [shown for shown, _ in _COLUMNS]
         if name not in columns:
             numbers, labels = self.single[name], [stream for stream, _ in self.labels]
@@ -109,6 +124,7 @@ class Series:
         self._metrics.not_shown.labels(self._model).inc(int((~there).sum()))
         slots = slots[there]
         self._heard[slots] = self._clock()
+        self._single["stream_events"][slots] = judged.record("version")[there]
         # Of a stream's several events the last one stays: numpy assigns in order.
         self._single["anomaly_score"][slots] = score = judged.verdict("anomaly_score")[there]
         self._single["anomaly_grade"][slots] = np.where(np.isnan(score), np.nan, judged.verdict("grade")[there])
@@ -120,10 +136,12 @@ class Series:
 
     def now(self) -> Now:
         """What is to be shown at this moment; streams not heard of are not."""
-        since = self._clock() - RECENT_SECONDS
-        slots = [slot for slot in self._slots.values() if self._heard[slot] >= since]
+        now = self._clock()
+        counted = [slot for slot in self._slots.values() if self._heard[slot] >= now - COUNTED_SECONDS]
+        slots = [slot for slot in counted if self._heard[slot] >= now - RECENT_SECONDS]
         labels = [self._labels[slot] for slot in slots]
-        return Now(labels, {name: numbers[slots] for name, numbers in self._single.items()}, self._numbers[:, slots])
+        events = [(self._labels[slot][0], int(self._single["stream_events"][slot])) for slot in counted]
+        return Now(labels, {name: numbers[slots] for name, numbers in self._single.items()}, self._numbers[:, slots], events)
 
     def _slot(self, stream_id: str) -> int:
         """Its place; -1 = there is none left."""

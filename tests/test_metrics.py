@@ -19,7 +19,7 @@ from service.fleet import GATHER_EVENTS, MAX_FOLLOWED, RECENT_SECONDS, Fleet, Re
 from service.metrics import CATALOGUE, P_VALUES, Distribution, Metric, Metrics
 from service.policy import Policy
 from service.scorer import Limits, Scorer
-from service.series import Series, exposition
+from service.series import COUNTED_SECONDS, Series, exposition
 from service.settings import Settings
 from service.stores.memory import MemoryStore
 from tests.times import Clock
@@ -191,6 +191,22 @@ async def test_places_are_kept_until_a_stream_is_gone_and_others_are_counted_as_
     assert world.shown("y") == {"b": 2.0}
     await world.score("c", 3.0)
     assert world.shown("y") == {"b": 2.0, "c": 3.0}
+    await world.scorer.drain(5)
+
+
+async def test_the_events_of_a_shown_stream_are_counted_for_an_hour_after_its_last_one(tiny_detector: Detector) -> None:
+    world = World(tiny_detector, most=2)
+    await world.score("a", *quiet(7))
+    await world.score("b", *quiet(3))
+    assert world.shown("stream_events") == {"a": 7, "b": 3}
+    world.clock.now += RECENT_SECONDS + 1
+    await world.score("b", 10.0)
+    assert world.shown("y") == {"b": 10.0}
+    assert world.shown("stream_events") == {"a": 7, "b": 4}
+    world.clock.now += COUNTED_SECONDS - RECENT_SECONDS
+    assert world.shown("stream_events") == {"b": 4}
+    await world.score("c", 1.0)
+    assert world.shown("stream_events") == {"c": 1}, "the places of those that are not heard of are given away"
     await world.scorer.drain(5)
 
 

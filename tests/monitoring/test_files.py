@@ -181,6 +181,29 @@ def test_every_rule_fires_where_it_must_and_is_quiet_where_it_must() -> None:
     assert "SUCCESS" in run("promtool", "prometheus", "test", "rules", PROMETHEUS / "rules.test.yml")
 
 
+def test_the_rule_of_docs_log_volume_counts_each_line_once_whichever_replica_scores_it(tmp_path: Path) -> None:
+    rules = re.findall(r"```yaml\n(groups:.*?)```", (ROOT / "docs/log-volume.md").read_text(), re.DOTALL)
+    (tmp_path / "rules.yml").write_text("".join(rules))
+    series = 'stream_events{model="app",stream="%s",instance="%s"}'
+    replicas = [
+        {"series": series % ("web-1", "a"), "values": "0+10x20 200x19 410+10x19"},  # b scores it from the fifth minute to the tenth
+        {"series": series % ("web-1", "b"), "values": "_x21 210+10x19 400x19"},
+        {"series": series % ("web-2", "a"), "values": "7x60"},
+    ]
+    counted = [
+        {"labels": f'stream:lines:per_5m{{model="app",stream="{stream}"}}', "value": lines}
+        for stream, lines in (("web-1", 200), ("web-2", 0))
+    ]
+    asked = [{"expr": "stream:lines:per_5m", "eval_time": at, "exp_samples": counted} for at in ("10m", "15m")]
+    test = {
+        "rule_files": ["rules.yml"],
+        "evaluation_interval": "5m",
+        "tests": [{"interval": "15s", "input_series": replicas, "promql_expr_test": asked}],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
+    assert "SUCCESS" in run("promtool", "prometheus", "test", "rules", tmp_path / "test.yml")
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_a_rule_is_complete(rule: Rule) -> None:
     assert (rule.above is None) != (rule.below is None)
