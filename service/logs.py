@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import select
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, TextIO, cast, get_args
@@ -28,42 +30,70 @@ MAX_SECONDS = 24 * 3600
 HASHED = ("stream_id", "stream")
 """Fields that hold a stream's name."""
 
+PIECE = 1024
+"""Characters that are written at once: no more bytes than a pipe takes whole where it takes any (PIPE_BUF, 4096)."""
+PATIENCE_MS = 20
+"""For a reader that is behind; one that stands still is waited for once."""
+
 log = structlog.get_logger(__name__)
 
 
 class Stderr:
-    """The standard error, as a file. A line that it does not take ends nothing else: the disk that it goes to is full, or its reader is
-    gone. `lost` is called of each, and the first one that is taken again says in `lines_lost` how many were not.
+    """The standard error, as a file; each write is a line. One that it does not take ends nothing else and stops nothing: the disk that it
+    goes to is full, its reader is gone, or stands still so that the pipe is full. `lost` is called of each, and the first one that is
+    taken again says in `lines_lost` how many were not.
     """
 
     def __init__(self, to: TextIO | None) -> None:
         self._to = to  # None = the process was started without one
         self.lost: Callable[[], None] = lambda: None
-        self._failed = False
+        self._room = _room(to)
+        self._lock = threading.Lock()  # or another thread could take the room that was found
         self._lines = 0
+        """Lost since one was taken."""
+        self._torn = False
+        """There is the beginning of a line."""
 
     def write(self, text: str) -> int:
-        self._try(lambda to: to.write(text))
+        with self._lock:
+            taken = self._take(f"\n{text}" if self._torn else text)
+            self._lines = 0 if taken else self._lines + 1
+        if not taken:
+            self.lost()
         return len(text)
 
     def flush(self) -> None:
-        """The end of a line."""
-        self._try(lambda to: to.flush())
-        failed, self._failed = self._failed, False
-        self._lines = self._lines + 1 if failed else 0
-        if failed:
-            self.lost()
+        """Nothing is left to be."""
 
     def tell(self, logger: Any, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """A processor of structlog."""
         return {**line, "lines_lost": self._lines} if self._lines else line
 
-    def _try(self, call: Callable[[TextIO], object]) -> None:
+    def _take(self, text: str) -> bool:
+        if self._to is None:
+            return True
+        patience = 0 if self._lines else PATIENCE_MS
         try:
-            if self._to is not None:
-                call(self._to)
+            for at in range(0, len(text), PIECE):
+                if not self._room(patience):
+                    self._torn = self._torn or at > 0
+                    return False
+                self._to.write(text[at : at + PIECE])
+                self._to.flush()
         except (OSError, ValueError):  # ValueError: it is closed
-            self._failed = True
+            return False
+        self._torn = False
+        return True
+
+
+def _room(to: TextIO | None) -> Callable[[float], object]:
+    """Tells, after so many milliseconds at most, whether a PIECE can be written without waiting."""
+    try:
+        poll = select.poll()
+        poll.register(to.fileno() if to else -1, select.POLLOUT)
+    except (OSError, ValueError, AttributeError):  # no file of the system, or a system without poll
+        return lambda patience: True
+    return poll.poll
 
 
 def configure(level: LogLevel, as_json: bool, *, hash_streams: bool = False) -> Stderr:
@@ -82,7 +112,7 @@ def configure(level: LogLevel, as_json: bool, *, hash_streams: bool = False) -> 
     renderer: structlog.typing.Processor = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=False)
     structlog.configure(
         processors=[*shared, renderer],
-        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", stderr)),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", stderr)),
         cache_logger_on_first_use=False,  # so that the level can be changed
     )
     handler = logging.StreamHandler(stderr)

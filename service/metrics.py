@@ -251,7 +251,7 @@ class Metrics:
         "onset_log_lines_lost_total",
         "lines",
         "Lines of the service's own log that its standard error did not take.",
-        "Grows: the disk that the log goes to is full, or what reads it is gone. Scoring goes on without.",
+        "Grows: the disk that the log goes to is full, or what reads it is gone or stands still. Scoring goes on without.",
     )
     bugs = _counter(
         "onset_unexpected_errors_total",

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,33 @@ class Disk(io.StringIO):
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return super().write(text)
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_log_whose_reader_stands_still_stops_nothing_and_says_so_when_it_reads_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    lost: list[int] = []
+
+    def say(*numbers: int) -> None:
+        for number in numbers:
+            structlog.get_logger().warning("long", number=number, text="x" * 5000)
+
+    with os.fdopen(writing, "w") as pipe, os.fdopen(reading) as reader:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        logs.configure("info", as_json=True).lost = lambda: lost.append(1)
+        saying = threading.Thread(target=say, args=range(40), daemon=True)
+        saying.start()
+        saying.join(30)
+        assert not saying.is_alive(), "it waits for the reader"
+        assert lost
+        read = reader.read()
+        structlog.get_logger().warning("again")
+        read += reader.read()
+    *whole, torn, again = read.splitlines()
+    assert [json.loads(line)["number"] for line in whole] == list(range(40 - len(lost)))
+    assert torn.startswith('{"number":')
+    assert json.loads(again)["lines_lost"] == len(lost)
 
 
 @pytest.mark.usefixtures("configured")
