@@ -45,7 +45,9 @@ from service.sources import POSITIONS, Batch, Letter, Message, Settlement, ident
 from service.sources.options import RedisStreamsSource
 
 LIBRARY = Path(__file__).with_name("streams.lua")
-VERSION = "v2"
+VERSION = "v3"
+GROUP_GONE = 2
+"""What `hold` of streams.lua says."""
 """Of the functions in the library, renamed together whenever their arguments change."""
 _UNANSWERED = (RedisError, OSError, RuntimeError)
 """As of the store, see stores/redis.py."""
@@ -288,6 +290,9 @@ class RedisStreams:
         self._metrics.source_lost.labels(self.name).inc(entries)
         log.error("streams_trimmed", source=self.name, partition=partition, entries=entries)
 
+    def group_gone(self, partition: str) -> None:
+        log.error("streams_group_gone", source=self.name, partition=partition, group=self.declared.group)
+
     def bug(self, error: Exception) -> None:
         self._metrics.bug(error, source=self.name)
 
@@ -363,7 +368,10 @@ class _Partition:
 
     async def hold(self, *, take: bool) -> bool:
         """Renew the lease, or take it where it is free; whether it is ours."""
-        return bool(await self._call("hold", self.lease.group, int(take)))
+        held = await self._call("hold", self.lease.group, int(take))
+        if held == GROUP_GONE:
+            self._source.group_gone(self.key)
+        return bool(held)
 
     async def release(self) -> None:
         await self._source.call("release", [self.lease.stream, self.lease.key], self.lease.token)

@@ -1,4 +1,4 @@
-#!lua name=onset_streams_v2
+#!lua name=onset_streams_v3
 -- Who owns which partition, and what only its owner may do with it. A lease is a key that holds its owner's token and expires; every
 -- function but `attend` takes the partition's stream and its lease as the first two keys, in a cluster of one slot, and the token as
 -- its first argument, and replies nil, with nothing done, where the lease no longer holds that token.
@@ -7,7 +7,7 @@
 --         This member lives for another TTL. Reply {live members, its rank among them from 0, last id of `changes`}, to which an entry
 --         is added whenever members come or go: who waits for it learns of it at once.
 -- hold    KEYS stream, lease               ARGV token, TTL, group, 1 to take it where it is free
---         Renew the lease, or take it. Reply 1 ours, 0 not.
+--         Renew the lease, or take it; the group is made where it is missing. Reply 1 ours, 0 not, 2 ours, and its group was gone.
 -- release KEYS stream, lease               ARGV token
 --         Give the lease up. Reply 1.
 -- read    KEYS stream, lease               ARGV token, TTL, group, member, count
@@ -43,11 +43,8 @@ local function attend(keys, args)
 end
 
 local function hold(keys, args)
-  if ours(keys, args) then
-    redis.call('PEXPIRE', keys[2], args[2])
-    return 1
-  end
-  if args[4] ~= '1' or redis.call('EXISTS', keys[2]) == 1 then
+  local mine = ours(keys, args)
+  if not mine and (args[4] ~= '1' or redis.call('EXISTS', keys[2]) == 1) then
     return 0
   end
   local made = redis.pcall('XGROUP', 'CREATE', keys[1], args[3], '0', 'MKSTREAM')
@@ -55,7 +52,7 @@ local function hold(keys, args)
     return made
   end
   redis.call('SET', keys[2], args[1], 'PX', args[2])
-  return 1
+  return mine and not made.err and 2 or 1
 end
 
 local function release(keys, args)
@@ -154,9 +151,9 @@ local function settle(keys, args)
   return acknowledged
 end
 
-redis.register_function('onset_attend_v2', attend)
-redis.register_function('onset_hold_v2', hold)
-redis.register_function('onset_release_v2', release)
-redis.register_function('onset_read_v2', read)
-redis.register_function('onset_claim_v2', claim)
-redis.register_function('onset_settle_v2', settle)
+redis.register_function('onset_attend_v3', attend)
+redis.register_function('onset_hold_v3', hold)
+redis.register_function('onset_release_v3', release)
+redis.register_function('onset_read_v3', read)
+redis.register_function('onset_claim_v3', claim)
+redis.register_function('onset_settle_v3', settle)

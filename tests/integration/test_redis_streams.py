@@ -460,6 +460,28 @@ async def test_a_group_or_functions_that_are_lost_are_made_again(replicas: Repli
     assert [result.state_version for result in await q.results()] == [1, 2]
 
 
+@pytest.mark.parametrize("lost", ["group", "stream"])
+async def test_a_group_that_is_deleted_while_its_partition_is_read_is_made_again_and_told(empty_server: str, q: Queue, lost: str) -> None:
+    source = RedisStreams(empty_server, RedisStreamsSource(key=KEY, lease_seconds=2), Metrics())
+
+    async def take() -> list[Any]:
+        batch: Batch = await asyncio.wait_for(source.receive(), 60)
+        await source.settle(batch, Settlement())
+        return [json.loads(message.payload or b"")["values"]["value"] for message in batch.messages]
+
+    with capture_logs() as logs:
+        await source.open()
+        await q.add({"stream_id": "a", "values": {"value": 1}})
+        assert await take() == [1]
+        await (q.client.xgroup_destroy(KEY, "onset") if lost == "group" else q.client.delete(KEY))
+        await q.add({"stream_id": "a", "values": {"value": 2}})
+        assert await take() == [2]
+        await source.close()
+    [told] = [line for line in logs if line["event"] == "streams_group_gone"]
+    assert (told["partition"], told["group"]) == (KEY, "onset")
+    assert "streams_trimmed" not in {line["event"] for line in logs}
+
+
 async def test_a_key_of_another_kind_is_told(empty_server: str, q: Queue) -> None:
     source = RedisStreams(empty_server, RedisStreamsSource(), Metrics())
     await source.open()
