@@ -484,11 +484,7 @@ class Door:
             log.info("unmuted", mute=name)
             return Response(status_code=204)
         asked = mutes.asked(name, await self._object(_incoming(request)), now)
-        others = [mute for mute in await self._book.mutes() if mute.name != name]
-        if len(others) >= mutes.MOST:
-            raise TooLarge(f"There are {len(others)} mutes, as many as are kept: end some of them (DELETE).")
-        if len(asked.streams) + sum(len(mute.streams) for mute in others if mute.ends_at > now) > mutes.PATTERNS_OF_ALL:
-            raise TooLarge(f"Mutes that are not over would have more than {mutes.PATTERNS_OF_ALL} names between them: use *, or end some.")
+        mutes.check_room(asked, await self._book.mutes())
         await self._book.mute(asked)
         log.info("muted", mute=name, streams=asked.streams, model=asked.model, until=asked.ends_at, by=asked.by, note=asked.note)
         return _json(mutes.MuteReply.of(asked, now))

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeGuard
 
 import msgspec
 
-from service.errors import BadParameter
+from service.errors import BadParameter, TooLarge
 from service.events import EARLIEST_SECONDS, MAX_NAME_LENGTH, UNPRINTABLE, Severity, shown
 
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -134,6 +134,15 @@ def asked(name: str, body: Mapping[str, Any], now: float) -> Mute:
     if ends_at - now > LONGEST_SECONDS:
         raise _bad("ends_at", body["ends_at"], "at most 366 days ahead, in seconds where it is a number")
     return Mute(name, list(dict.fromkeys(streams)), model, starts_at, ends_at, by, note, now)
+
+
+def check_room(asked: Mute, kept: Iterable[Mute]) -> None:
+    """Whether this one may be kept beside those, in place of one of its name. Raises TooLarge."""
+    others = [mute for mute in kept if mute.name != asked.name]
+    if len(others) >= MOST:
+        raise TooLarge(f"There are {len(others)} mutes, as many as are kept: end some of them (DELETE).")
+    if len(asked.streams) + sum(len(mute.streams) for mute in others if mute.ends_at > asked.changed_at) > PATTERNS_OF_ALL:
+        raise TooLarge(f"Mutes that are not over would have more than {PATTERNS_OF_ALL} names between them: use *, or end some.")
 
 
 def _text(value: Any) -> TypeGuard[str]:

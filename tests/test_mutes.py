@@ -15,7 +15,7 @@ from service import mutes
 from service.alerts import Acknowledgement, Stand
 from service.console.attended import Attended
 from service.console.recent import ATTENDED, MUTED, Recent
-from service.errors import BadParameter
+from service.errors import BadParameter, TooLarge
 from service.metrics import Metrics
 from service.mutes import Mute, matches
 from service.sinks.alertmanager import Alertmanager
@@ -93,7 +93,7 @@ def test_a_mute_holds_what_is_committed_right_after_it_though_the_log_cuts_times
         ({"ends_at": NOW - 1}, "ends_at", "a time that is not past"),
         ({"ends_at": NOW * 1000}, "ends_at", "a time with its zone"),
         ({"starts_at": NOW + 99, "ends_at": NOW + 99}, "ends_at", "later than starts_at"),
-        ({"ends_at": NOW + 400 * 86_400}, "ends_at", "at most 366 days ahead"),
+        ({"ends_at": NOW + 366 * 86_400 + 1}, "ends_at", "at most 366 days ahead"),
         ({"by": ""}, "by", "names who says so"),
         ({"note": 7}, "note", "a text of at most 2000 characters"),
         ({"model": ""}, "model", "the name of a model"),
@@ -110,8 +110,25 @@ def test_a_mute_is_from_now_on_unless_it_says_from_when_and_times_have_their_zon
     asked = mutes.asked("m", {"streams": ["a", "a"], "ends_at": "2026-11-18T22:00:00+01:00", "by": "anna"}, NOW)
     assert (asked.starts_at, asked.ends_at, asked.streams, asked.model) == (NOW, 1_795_035_600.0, ["a"], None)
     assert mutes.asked("m", {"streams": ["a"], "starts_at": NOW - 60, "ends_at": NOW + 1, "by": "anna"}, NOW).starts_at == NOW - 60
+    assert mutes.asked("m", {"streams": ["a"], "ends_at": NOW + 366 * 86_400, "by": "anna"}, NOW).ends_at == NOW + 366 * 86_400
     with pytest.raises(BadParameter, match="1 to 64 letters"):
         mutes.asked("line 3", {}, NOW)
+
+
+def test_so_many_mutes_are_kept_and_those_that_are_not_over_have_so_many_names() -> None:
+    def named(name: str, streams: int = 1, ends_at: float = NOW + 1) -> Mute:
+        return Mute(name, [f"s-{i}" for i in range(streams)], None, NOW - 9, ends_at, "anna", "", NOW)
+
+    most = [named(f"m-{i}") for i in range(1000)]
+    mutes.check_room(named("m-0"), most)
+    mutes.check_room(named("m-1000"), most[1:])
+    with pytest.raises(TooLarge, match="There are 1000 mutes"):
+        mutes.check_room(named("m-1000"), most)
+    full = [named(f"m-{i}", 100) for i in range(20)]
+    mutes.check_room(named("m-0", 100), full)
+    mutes.check_room(named("m-20", 100), [named("m-0", 100, NOW), *full[1:]])
+    with pytest.raises(TooLarge, match="more than 2000 names"):
+        mutes.check_room(named("m-20"), full)
 
 
 async def test_nobody_is_told_of_what_opens_and_is_over_while_a_mute_is_in_force(office: Plant, teller: Teller, sink: Kept) -> None:
