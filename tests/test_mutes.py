@@ -17,7 +17,7 @@ from service.console.attended import Attended
 from service.console.recent import ATTENDED, MUTED, Recent
 from service.errors import BadParameter, TooLarge
 from service.metrics import Metrics
-from service.mutes import Mute, matches
+from service.mutes import Mute, MuteReply, holding, matches
 from service.sinks.alertmanager import Alertmanager
 from service.sinks.teller import Teller
 from service.stores.book import LEASE
@@ -67,10 +67,19 @@ async def teller(office: Plant, sink: Kept) -> Teller:
 def test_an_asterisk_is_any_characters_and_nothing_else_is_special() -> None:
     for pattern in ("M03.Temp", "M03*", "*Temp", "M*.*", "*", "M03.Temp*", "**0*e*"):
         assert matches(pattern, "M03.Temp"), pattern
-    for pattern in ("M03", "m03.Temp", "M03?Temp", "M03.[T]emp", "*M", "M03.Temp*p", "Temp*", "M0*03.Temp"):
+    for pattern in ("M03", "m03.Temp", "M03?Temp", "M03.[T]emp", "*M", "M03.Temp*p", "Temp*", "M0*03.Temp", "*x*", "*0*0*"):
         assert not matches(pattern, "M03.Temp"), pattern
     assert matches("Temp [°C]*", "Temp [°C] 1")
     assert not matches("*a" * 100 + "*b", "a" * 256)  # at once
+
+
+def test_a_mute_is_of_its_model_and_its_streams_and_says_whether_it_is_in_force() -> None:
+    mute = Mute("m", ["s", "t*"], "m", NOW, NOW + 60, "anna", "", NOW)
+    assert [mute.holds(*of, NOW) for of in (("m", "s"), ("m", "t1"), ("m", "u"), ("n", "s"))] == [True, True, False, False]
+    states = [MuteReply.of(mute, NOW + after).state for after in (-1, 0, 59, 60)]
+    assert states == ["coming", "in_force", "in_force", "over"]
+    assert holding([mute, later := replace(mute, ends_at=NOW + 90)], "m", "s", NOW) == later
+    assert holding([mute], "m", "u", NOW) is None
 
 
 def test_a_mute_holds_what_is_committed_right_after_it_though_the_log_cuts_times_off_to_milliseconds() -> None:

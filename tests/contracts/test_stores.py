@@ -539,13 +539,13 @@ async def test_a_claim_outlives_its_last_replacement_by_the_state_ttl(backend: B
 
 async def test_streams_that_are_waited_for_are_counted_without_the_silent_ones_and_drawn(store: StateStore) -> None:
     assert await store.waited(MODEL, 10) == (0, [])
-    await store.watch(MODEL, {f"s{i}": 100.0 + i for i in range(300)} | {f"silent {i}": SILENT + i for i in range(5)})
+    await store.watch(MODEL, {f"s{i}": 100.0 + i for i in range(1000)} | {f"silent {i}": SILENT + i for i in range(5)})
     await store.watch("other", {"s": 1.0})
-    count, everyone = await store.waited(MODEL, 1000)
-    assert count == 300
-    assert len(everyone) == len(set(everyone)) == 305
+    count, everyone = await store.waited(MODEL, 2000)
+    assert count == 1000
+    assert len(everyone) == len(set(everyone)) == 1005
     count, some = await store.waited(MODEL, 50)
-    assert count == 300
+    assert count == 1000
     assert 50 <= len(some) == len(set(some)) <= 50 + 256
     assert set(some) <= set(everyone)
 
@@ -829,15 +829,20 @@ async def test_the_keys_of_a_stream_share_a_shard(redis_store: RedisStore, empty
     assert len({key.partition(b"}")[0] for key in keys}) == 1
 
 
-async def test_a_commit_is_one_call_for_each_part_and_a_load_one(redis_store: RedisStore, empty_server: str) -> None:
+async def test_a_commit_is_one_call_for_each_part_a_load_one_and_a_deletion_or_a_change_of_the_policy_one_step(
+    redis_store: RedisStore, empty_server: str
+) -> None:
     async with redis.Redis.from_url(empty_server) as client:
         await client.config_resetstat()
         writes = [Write(f"s{i}", b"", value()) for i in range(COMMIT_STREAMS + 1)]
         await redis_store.commit(MODEL, writes)
         await redis_store.load(MODEL, [write.stream_id for write in writes])
+        assert await redis_store.delete(MODEL, "s0", b"entry")
+        assert await redis_store.change_policy({"alpha": b"1", "strict": None}) == {"alpha": b"1"}
         calls = await client.info("commandstats")
     assert calls["cmdstat_fcall"]["calls"] == 2
     assert calls["cmdstat_mget"]["calls"] == 1
+    assert calls["cmdstat_multi"]["calls"] == 2
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
