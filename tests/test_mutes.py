@@ -105,6 +105,7 @@ def test_a_mute_holds_what_is_committed_right_after_it_though_the_log_cuts_times
         ({"ends_at": NOW + 366 * 86_400 + 1}, "ends_at", "at most 366 days ahead"),
         ({"by": ""}, "by", "names who says so"),
         ({"note": 7}, "note", "a text of at most 2000 characters"),
+        ({"note": "x" * 2001}, "note", "a text of at most 2000 characters"),
         ({"model": ""}, "model", "the name of a model"),
         ({"until": NOW}, "until", "it has streams, model, starts_at, ends_at, by, note"),
     ],
@@ -120,6 +121,8 @@ def test_a_mute_is_from_now_on_unless_it_says_from_when_and_times_have_their_zon
     assert (asked.starts_at, asked.ends_at, asked.streams, asked.model) == (NOW, 1_795_035_600.0, ["a"], None)
     assert mutes.asked("m", {"streams": ["a"], "starts_at": NOW - 60, "ends_at": NOW + 1, "by": "anna"}, NOW).starts_at == NOW - 60
     assert mutes.asked("m", {"streams": ["a"], "ends_at": NOW + 366 * 86_400, "by": "anna"}, NOW).ends_at == NOW + 366 * 86_400
+    whole = {"streams": ["a"], "model": "press", "note": "x" * 2000, "ends_at": NOW + 1, "by": "anna"}
+    assert (mutes.asked("m", whole, NOW).model, mutes.asked("m", whole, NOW).note) == ("press", "x" * 2000)
     with pytest.raises(BadParameter, match="1 to 64 letters"):
         mutes.asked("line 3", {}, NOW)
 

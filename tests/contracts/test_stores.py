@@ -525,12 +525,16 @@ async def test_of_many_that_claim_at_once_each_round_has_one_winner(store: State
         assert held == won
 
 
-async def test_a_claim_outlives_its_last_replacement_by_the_state_ttl(backend: Backend) -> None:
+async def test_a_claim_and_notes_outlive_their_last_replacement_by_the_state_ttl(backend: Backend) -> None:
     store = await backend.open(2, 1)
     await store.claim(MODEL, b"", b"1")
+    assert await store.hold("plant", "a", 60)
+    assert await store.note("plant", "a", b"note", 3)
     await backend.elapse(1.2)
+    assert await store.notes("plant") == [b"note"]
     assert await store.claim(MODEL, b"1", b"2") == b"1"
     await backend.elapse(1.2)
+    assert await store.notes("plant") == []
     assert await store.claimed(MODEL) == b"2"
     await backend.elapse(1.2)
     assert await store.claimed(MODEL) == b""
