@@ -13,7 +13,7 @@ import pytest
 import redis.asyncio as redis
 from redis.asyncio.connection import AbstractConnection
 
-from service.errors import StoreUnavailable
+from service.errors import StoreRefused, StoreUnavailable
 from service.events import Lease
 from service.state import TOKEN
 from service.stores import FENCED, LOG_LENGTH, LOST, OUTPUT, SILENT, TRAIL_COMMITS, WRITTEN, Output, StateStore, Write
@@ -698,9 +698,15 @@ async def test_a_key_of_another_kind_in_the_way_refuses_the_whole_call(redis_sto
         await client.set(LEASE.key, LEASE.token)
         await client.delete(key)
         await client.hset(key, "a", "b")
-        with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
+        with pytest.raises(StoreRefused, match=r"a key of the service's holds what another program has written.*WRONGTYPE"):
             await redis_store.commit(MODEL, [Write("a", b"", value(), results=[b"r"], acks=[(LEASE, b"1-0")])])
     assert await redis_store.load(MODEL, ["a"]) == [None]
+
+
+async def test_an_error_that_nobody_knows_is_a_refusal_and_where_it_ends_the_next_call_is_answered(redis_store: RedisStore) -> None:
+    with pytest.raises(StoreRefused, match=r"it may be too old, or this is a bug .*unknown command 'NOSUCH'"):
+        await redis_store.pipe([("NOSUCH", b"key"), ("GET", b"key")])
+    assert await redis_store.pipe([("GET", b"key")]) == [None]
 
 
 @pytest.fixture
