@@ -52,6 +52,10 @@ from service.sources.options import MqttSource
 ANSWER_SECONDS = 5.0
 """How long the broker may take to answer."""
 GOODBYE_SECONDS = 2.0
+BRIEF_SECONDS, CONTESTED = 10.0, 5
+"""So many connections lost within so long, one after another: most likely another client has our client id, for which a broker ends the
+connection of who had it before, and not each says why (mosquitto 2.0.11).
+"""
 STEADY_SECONDS = 5.0
 """A connection that lasted so long was a good one: the next is tried at once."""
 TICK_SECONDS = 1.0
@@ -110,6 +114,8 @@ class Mqtt:
         self._ready: asyncio.Queue[Batch] = asyncio.Queue()  # holds one at most
         self._keeper: asyncio.Task[None] | None = None
         self._closing = False
+        self._brief = 0
+        """Connections in a row that were lost within BRIEF_SECONDS."""
 
     async def open(self) -> None:
         self._metrics.source_partitions.labels(self.name).set(0)
@@ -236,6 +242,7 @@ class Mqtt:
 
     async def _serve(self, session: _Session) -> None:
         """Hand out what comes until the connection or the lease is lost. Raises StoreUnavailable, Fenced."""
+        began = time.monotonic()
         running = [asyncio.create_task(self._renew()), asyncio.create_task(self._hand_out(session))]
         try:
             waited: list[asyncio.Future[Any]] = [*running, session.link.lost]
@@ -246,6 +253,9 @@ class Mqtt:
         finally:
             for task in running:
                 await tasks.end(task)
+        self._brief = self._brief + 1 if time.monotonic() - began < BRIEF_SECONDS else 0
+        if self._brief == CONTESTED:
+            log.error("mqtt_session_contested", source=self.name, session=self.partition, connections=self._brief)
         raise StoreUnavailable(f"The connection to {self.partition} is lost: {session.link.lost.result()}.")
 
     async def _renew(self) -> None:

@@ -14,6 +14,7 @@ import structlog
 from paho.mqtt.client import MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from structlog.testing import capture_logs
 
 from bench.servers import free_port
 from service.errors import StoreUnavailable
@@ -110,6 +111,16 @@ async def test_a_replica_that_was_taken_for_dead_scores_nothing_twice(
     await until(lambda: outcomes(service, "mqtt").get("scored", 0) == 600)
     await asyncio.sleep(0.3)
     assert (await service.scorers["tiny"].streams.last(f"{rig.name}/in/same")).state_version == 600
+
+
+async def test_a_client_of_others_that_uses_the_same_session_is_told(rig: MqttRig, tiny_model_path: Path, stack: AsyncExitStack) -> None:
+    with capture_logs() as logs:
+        service = await Replicas(rig.store, tiny_model_path, stack, rig.declared).start()
+        await connected(service)
+        with Plant(rig.broker, rig.name, f"{rig.name}/in/#"):
+            await until(lambda: any(line["event"] == "mqtt_session_contested" for line in logs))
+    [told] = [line for line in logs if line["event"] == "mqtt_session_contested"]
+    assert told["session"].partition("@")[0] == rig.name
 
 
 async def test_a_broker_that_is_not_there_yet_is_waited_for(
