@@ -565,9 +565,10 @@ async def test_results_and_acks_are_written_with_the_value_or_not_at_all(queue: 
         Write("a", b"", value(), results=[b"a1", b"a2"], acks=[(LEASE, b"1-0"), (LEASE, b"3-0")]),
         Write("b", b"x" * 16, value(), b"trail", 5.0, results=[b"b1"], acks=[(LEASE, b"2-0")]),
         Write("c", b"", value(), acks=[(LEASE, b"")]),
+        Write("d", b"", value(), results=[b"d1"]),
     ]
-    assert await store.commit(MODEL, writes) == [WRITTEN, LOST, WRITTEN]
-    assert await queue.results() == [b"a1", b"a2"]
+    assert await store.commit(MODEL, writes) == [WRITTEN, LOST, WRITTEN, WRITTEN]
+    assert await queue.results() == [b"a1", b"a2", b"d1"]
     assert await queue.entries(LEASE) == ([b"2-0", b"4-0"], [b"2-0", b"4-0"])
     assert await store.load_trails(MODEL, ["b"]) == [[]]
 
