@@ -20,7 +20,7 @@ from service.stores import FENCED, LOG_LENGTH, LOST, OUTPUT, SILENT, TRAIL_COMMI
 from service.stores.clock import StoreClock
 from service.stores.cluster import ClusterStore
 from service.stores.memory import MemoryStore
-from service.stores.redis import COMMIT_BYTES, COMMIT_STREAMS, TIMEOUT_SECONDS, RedisStore, log_key, shard_of, state_key, trail_key
+from service.stores.redis import COMMIT_BYTES, COMMIT_STREAMS, SHARDS, TIMEOUT_SECONDS, RedisStore, log_key, shard_of, state_key, trail_key
 from tests.servers import Valkey, ValkeyCluster
 
 MODEL = "tiny"
@@ -861,10 +861,14 @@ async def test_both_protocols_read_the_same(empty_server: str, protocol: int) ->
     store = RedisStore(f"{empty_server}?protocol={protocol}", state_ttl=60, result_ttl=60)
     await store.open()
     new = value()
-    assert await store.commit(MODEL, [Write("a", b"", new, b"t")]) == [True]
+    assert await store.commit(MODEL, [Write("a", b"", new, b"t", log=[b"entry"])]) == [True]
     assert await store.load(MODEL, ["a", "b"]) == [new, None]
     assert await store.load_trails(MODEL, ["a"]) == [[b"t"]]
     assert (await store.scan(MODEL, "", 10)).stream_ids == ["a"]
+    [(shard, [(place, _)])] = await store.read_log(["0-0"] * SHARDS, 10)
+    assert shard == shard_of("a")
+    assert await store.read_log([place.decode()] * SHARDS, 10) == []
+    assert await store.change_policy({"alpha": b"1"}) == await store.policy() == {"alpha": b"1"}
     await store.close()
 
 
