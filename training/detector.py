@@ -4,6 +4,7 @@
                                  └─► autoencoder ─► forecast of the next event, kept in the state
                                                      expected, lower, upper ◄─ band
 
+Models that are fitted to one feature have a linear forecast beside the network (`training.linear`), judged by a signal of its own.
 A waveform's network sees the event before the signals do: they ask what its code makes of it.
 The state is S floats (`layout` names its slices); zeros are a fresh stream. Shapes: B streams, F features, S state, K signals.
 Outside, the batch is the first axis of everything; inside the last (see `layout`), but for the network's.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from training.autoencoder import Autoencoder, FleetAutoencoder, NoNetwork, Outlook, Sizes, WaveformAutoencoder
 from training.data import Float32
 from training.layout import Keeps, Layout, Parts, Slot, any_of, row_sum
+from training.linear import LinearForecast
 from training.normaliser import Clock, Normalised, Normaliser
 from training.signals import SCALED_LIMIT, MemorySignals, Residual, ResidualSignals, WaveformSignals
 from training.stillness import Overdue, Runs, Stillness
@@ -122,8 +124,11 @@ class DetectorStep(ArtifactStep):
     scored: Tensor
     warmup = WARMUP
 
-    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, scored: Sequence[bool] | None = None) -> None:
-        """`scored` of F: False for context, which the network sees and nothing judges. By default all are scored."""
+    def __init__(self, features: int, sizes: Sizes, clip: float = 1e4, scored: Sequence[bool] | None = None, linear: bool = False) -> None:
+        """`scored` of F: False for context, which the network sees and nothing judges. By default all are scored.
+
+        `linear`: of a single feature that is no waveform, with a linear forecast beside the network. The shipped default has none.
+        """
         super().__init__()
         self.features = features
         self.register_buffer("scored", torch.tensor(scored or [True] * features).unsqueeze(1))
@@ -131,11 +136,12 @@ class DetectorStep(ArtifactStep):
         self.normaliser = Normaliser(features, clip, memory)
         self.clock = Clock()
         self.autoencoder = _network(features, sizes)
+        self.linear = LinearForecast() if linear else None
         self.signals: MemorySignals | ResidualSignals | WaveformSignals
         if features > 1:
             self.signals = ResidualSignals(features, scored)
         else:
-            self.signals = WaveformSignals() if isinstance(self.autoencoder, WaveformAutoencoder) else MemorySignals()
+            self.signals = WaveformSignals() if isinstance(self.autoencoder, WaveformAutoencoder) else MemorySignals(linear=linear)
         self.stillness = Stillness(scored or [True] * features, memory) if features > 1 else None
         self.calibrate(flat_calibration(len(self.signals.names)))
 
@@ -148,6 +154,8 @@ class DetectorStep(ArtifactStep):
             counters.append(Slot("forecast", self.features))
         if self.stillness is not None:
             counters += [Slot("age", 1, Keeps.STREAM), *self.stillness.slots]
+        if self.linear is not None:
+            counters += self.linear.slots
         slots = (self.normaliser.slots, self.clock.slots, self.autoencoder.slots, self.signals.slots, self.band.slots, self.tail.slots)
         self.layout = Layout([*counters, *(slot for part in slots for slot in part)])
 
@@ -255,6 +263,11 @@ class DetectorStep(ArtifactStep):
             scaled=(error / event.scale).clamp(-SCALED_LIMIT, SCALED_LIMIT),
             z=(event.z - parts["forecast"]) * both,
         )
+        linear_parts: Parts = {}
+        if self.linear is not None:
+            ahead = self.normaliser.raw(self.linear(parts["past"]), event)
+            residual = replace(residual, linear=(event.u - ahead) * both)
+            linear_parts = {"past": self.linear.after(event.z, event.present, parts["past"])}
         location, outlook, network_parts = self._next(self.inputs(event, clock, parts["previous_z"]), parts)
         residual = replace(residual, outlook=outlook)
         strengths, weights, upheld, signal_parts = self._signals(event, residual, parts)
@@ -264,6 +277,7 @@ class DetectorStep(ArtifactStep):
             **normalised_parts,
             **clock_parts,
             **network_parts,
+            **linear_parts,
             **signal_parts,
             **band_parts,
             **still_parts,

@@ -34,6 +34,7 @@ from training.export import manifest_of, publish, refuse_unfit, to_onnx, trainin
 from training.faults import FEWEST, Gain, faulty_streams, found
 from training.fit import Lanes, Plan, Trainer, prepare
 from training.fit import Progress as Reached
+from training.linear import LinearForecast
 from training.normaliser import FORECAST_LIMIT, LIMIT
 from training.signals import SCALED_LIMIT, ResidualSignals
 from training.stillness import ALIKE, longest_runs
@@ -42,7 +43,7 @@ from training.verify import Runner, StepFunction
 
 MAX_CALIBRATION_LANES, MAX_CALIBRATION_ROWS = 64, 20_000
 POOLED_ROWS = 4000
-"""Rows of each calibration lane that the pooled constants of the signals are fitted on."""
+"""Rows of each calibration lane that the pooled constants of the signals, and a linear forecast, are fitted on."""
 POOLED_VALUES = 1 << 24
 """Numbers of them that are run through the network at a time: what it holds of each is some twenty times as large."""
 MAX_EVALUATION_ROWS = 20_000
@@ -77,6 +78,7 @@ class Job:
     sentinels: str = ""  # which values of the history look like no readings, with what to do
     context: frozenset[str] = frozenset()  # features that are not scored
     validation: float = 0.0  # share of each stream's last rows that the network does not learn from
+    linear: bool = False  # a linear forecast beside the network
     network: Literal["always", "keep", "if it pays"] = "always"  # "keep" and "if it pays" ask injected faults, and "keep" only tells
 
     @property
@@ -151,6 +153,7 @@ def fleet_job(
         sentinels=cached.sentinels,
         context=context,
         validation=validation,
+        linear=len(features) == 1 and not sizes.waveform,
         network="always" if sizes.waveform else "keep" if keep_network else "if it pays",
     )
 
@@ -225,12 +228,21 @@ def produce(
 
 
 def _step(job: Job, sizes: Sizes) -> DetectorStep:
-    """Untrained, with the pooled floor of the scales."""
-    step = DetectorStep(len(job.features), sizes, job.clip, scored=job.scored)
+    """Without a trained network, with the pooled floor of the scales and the linear forecast."""
+    step = DetectorStep(len(job.features), sizes, job.clip, scored=job.scored, linear=job.linear)
     if job.pooled_floor > 0:
         variance = np.mean([variance_of(stream.x[:MAX_FLOOR_ROWS]) for stream in job.calibration], axis=0)
         step.normaliser.floor.copy_(torch.from_numpy(job.pooled_floor * np.sqrt(variance)).clamp(max=LIMIT).float())
+    if step.linear is not None:
+        _fit_linear(step, step.linear, job.calibration)
     return step
+
+
+def _fit_linear(step: DetectorStep, linear: LinearForecast, lanes: Sequence[Stream]) -> None:
+    whole = list({lane.name: lane for lane in reversed(lanes)}.values())  # the first lane of each stream is all of it
+    x, t = pad(whole, min(POOLED_ROWS, max(map(len, whole))))
+    prepared = prepare(step, torch.from_numpy(x), torch.from_numpy(t), Lanes.fresh(step, len(whole)))
+    linear.fit(prepared.z[:, :, 0].numpy(), prepared.present[:, :, 0].numpy(), [min(len(x), len(lane)) for lane in whole])
 
 
 def _pool_signals(step: DetectorStep, job: Job) -> None:

@@ -50,6 +50,7 @@ class Residual:
     scaled: Tensor  # over the stream's scale, within ±SCALED_LIMIT
     z: Tensor  # in asinh units, as the network sees them
     outlook: Outlook | None = None  # a waveform's, after the network has seen this event, [B, ·]
+    linear: Tensor | None = None  # raw, of the linear forecast beside the network, where there is one
 
 
 class MemorySignals(nn.Module):
@@ -59,6 +60,7 @@ class MemorySignals(nn.Module):
         level      its exponentially weighted mean (1/30)
         residual   actual - forecast
         activity   log of how much the value moves (mean |change|, 1/10) over how much it usually does (1/2000): a sensor that froze
+        linear     actual - linear forecast, in models that have one
 
     Each signal remembers up to M intervals [low, high] with the life left to them, and its range. Novelty of a value = distance to
     the nearest interval ÷ range. Each visit gives an interval `forget` more events to live; after them the range shrinks to the hull
@@ -74,7 +76,7 @@ class MemorySignals(nn.Module):
     `debt` = -life, which grows by 1 with every event that is no visit (0: dead, as in a fresh stream).
     """
 
-    names = ("value", "level", "residual", "activity")
+    names: tuple[str, ...] = ("value", "level", "residual", "activity")
     outlast = ("previous", "steady_level", "debt")
     """What an age of 0 does not make fresh by itself: of all means the weight is 1 then, and without an interval there is no range."""
     widest = 0.3
@@ -90,8 +92,10 @@ class MemorySignals(nn.Module):
     slow: Tensor
     at_once: Tensor
 
-    def __init__(self, intervals: int = 6, burn: int = 100, forget: float = 1000.0) -> None:
+    def __init__(self, intervals: int = 6, burn: int = 100, forget: float = 1000.0, linear: bool = False) -> None:
         super().__init__()
+        if linear:
+            self.names = (*self.names, "linear")
         self.intervals, self.burn, self.forget = intervals, burn, forget
         self.register_buffer("sides", torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1), persistent=False)
         # Each slot has a distance of its own when it is dead, so that of several dead ones exactly one is the farthest: the free one.
@@ -105,8 +109,8 @@ class MemorySignals(nn.Module):
             ("gone", [[1 / STEADY, 0, 0, 0], [0, 0, 1, 0], [0, 1 / STEADY, 0, 0], [0, 0, 0, 1]]),
             ("usual_gone", [[0], [-1], [0], [-1]]),
             ("halfway", [[-1, 0, 2, 0], [0, -1, 0, 2], [1, 0, 0, 0], [0, 1, 0, 0]]),
-            ("slow", [[0, 0], [1, 0], [0, 0], [0, 1]]),
-            ("at_once", [[1], [0], [1], [0]]),
+            ("slow", [[0, 0], [1, 0], [0, 0], [0, 1]] + [[0, 0]] * linear),
+            ("at_once", [[1], [0], [1], [0]] + [[1]] * linear),
         ):
             self.register_buffer(name, torch.tensor(table, dtype=torch.float32), persistent=False)
         self.register_buffer("least", torch.full((3, 1), TINY), persistent=False)
@@ -142,8 +146,10 @@ class MemorySignals(nn.Module):
         gone = torch.addmm(self.usual_gone, self.gone, torch.cat([(levels - event.mean) / event.scale, ratios])).clamp(-1, 1)
         beyond, side = torch.split(torch.mm(self.halfway, gone), 2)
         upheld = torch.addmm(self.at_once, self.slow, (beyond * side >= 0).to(means.dtype))
-        values = torch.cat([event.u, level, residual.raw, activity])
-        strengths, memory = self.visit(values, parts, (age >= self.burn) & event.present, event.learns)
+        values = [event.u, level, residual.raw, activity]
+        if residual.linear is not None:
+            values.append(residual.linear)
+        strengths, memory = self.visit(torch.cat(values), parts, (age >= self.burn) & event.present, event.learns)
         previous = torch.where(event.present, event.u, parts["previous"])
         after = dict(zip(names, torch.split(means, 1), strict=True))
         return strengths, present, upheld, {"previous": previous, **after, **memory}
