@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import select
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, TextIO, cast, get_args
 
@@ -32,34 +34,41 @@ HASHED = ("stream_id", "stream")
 
 PIECE = 1024
 """Characters that are written at once: no more bytes than a pipe takes whole where it takes any (PIPE_BUF, 4096)."""
-PATIENCE_MS = 20
-"""For a reader that is behind; one that stands still is waited for once."""
+PATIENCE_SECONDS = 0.02
+"""Of a line with a reader that is behind; one that stands still is waited for once."""
 
 log = structlog.get_logger(__name__)
 
 
 class Stderr:
     """The standard error, as a file; each write is a line. One that it does not take ends nothing else and stops nothing: the disk that it
-    goes to is full, its reader is gone, or stands still so that the pipe is full. `lost` is called of each, and the first one that is
-    taken again says in `lines_lost` how many were not.
+    goes to is full, its reader is gone, or stands still so that the pipe or terminal is full. `lost` is called of each, and the first one
+    that is taken again says in `lines_lost` how many were not.
     """
 
     def __init__(self, to: TextIO | None) -> None:
-        self._to = to  # None = the process was started without one
         self.lost: Callable[[], None] = lambda: None
-        self._room = _room(to)
-        self._lock = threading.Lock()  # or another thread could take the room that was found
+        self._encoding = (to and to.encoding) or "utf-8"
+        self._put, self._room = _way(to)
+        self._lock = threading.RLock()  # or another thread could take the room that was found
+        self._next: deque[str] = deque()
+        self._writing = False
         self._lines = 0
         """Lost since one was taken."""
         self._torn = False
         """There is the beginning of a line."""
 
     def write(self, text: str) -> int:
+        self._next.append(text)
         with self._lock:
-            taken = self._take(f"\n{text}" if self._torn else text)
-            self._lines = 0 if taken else self._lines + 1
-        if not taken:
-            self.lost()
+            if self._writing:  # the garbage collector has found something to tell in the middle of a line, which ends first
+                return len(text)
+            self._writing = True
+            try:
+                while self._next:
+                    self._write(self._next.popleft())
+            finally:
+                self._writing = False
         return len(text)
 
     def flush(self) -> None:
@@ -69,31 +78,54 @@ class Stderr:
         """A processor of structlog."""
         return {**line, "lines_lost": self._lines} if self._lines else line
 
+    def _write(self, text: str) -> None:
+        taken = self._take(f"\n{text}" if self._torn else text)
+        self._lines = 0 if taken else self._lines + 1
+        if not taken:
+            self.lost()
+
     def _take(self, text: str) -> bool:
-        if self._to is None:
-            return True
-        patience = 0 if self._lines else PATIENCE_MS
+        until = 0.0 if self._lines else time.monotonic() + PATIENCE_SECONDS
         try:
             for at in range(0, len(text), PIECE):
-                if not self._room(patience):
-                    self._torn = self._torn or at > 0
-                    return False
-                self._to.write(text[at : at + PIECE])
-                self._to.flush()
+                piece = text[at : at + PIECE].encode(self._encoding, "backslashreplace")
+                while piece:
+                    if not self._room(max(0.0, 1e3 * (until - time.monotonic()))):
+                        return False
+                    piece = piece[self._put(piece) :]
+                    self._torn = True
         except (OSError, ValueError):  # ValueError: it is closed
             return False
         self._torn = False
         return True
 
 
-def _room(to: TextIO | None) -> Callable[[float], object]:
-    """Tells, after so many milliseconds at most, whether a PIECE can be written without waiting."""
+def _way(to: TextIO | None) -> tuple[Callable[[bytes], int], Callable[[float], object]]:
+    """What writes some of a piece, and what tells, after so many milliseconds at most, whether one can be written without waiting."""
+    if to is None:  # the process was started without one
+        return len, lambda patience: True
     try:
-        poll = select.poll()
-        poll.register(to.fileno() if to else -1, select.POLLOUT)
+        file, poll = _own(to.fileno()), select.poll()
+        poll.register(file, select.POLLOUT)
     except (OSError, ValueError, AttributeError):  # no file of the system, or a system without poll
-        return lambda patience: True
-    return poll.poll
+        return lambda piece: _put(to, piece), lambda patience: True
+    return lambda piece: os.write(file, piece), poll.poll
+
+
+def _own(file: int) -> int:
+    """A terminal says that there is room where it has some, and who writes more waits: unless it was opened anew, for us alone."""
+    if not os.isatty(file):
+        return file
+    try:
+        return os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError:  # no Linux, or another user's
+        return file
+
+
+def _put(to: TextIO, piece: bytes) -> int:
+    to.write(piece.decode(to.encoding or "utf-8"))
+    to.flush()
+    return len(piece)
 
 
 def configure(level: LogLevel, as_json: bool, *, hash_streams: bool = False) -> Stderr:

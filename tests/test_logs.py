@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import io
 import json
 import logging
@@ -93,6 +94,47 @@ def test_a_log_whose_reader_stands_still_stops_nothing_and_says_so_when_it_reads
     assert [json.loads(line)["number"] for line in whole] == list(range(40 - len(lost)))
     assert torn.startswith('{"number":')
     assert json.loads(again)["lines_lost"] == len(lost)
+
+
+def test_a_terminal_that_stands_still_stops_nothing() -> None:
+    """It says that there is room where there is less than a line needs."""
+    reading, writing = os.openpty()
+    lost: list[int] = []
+    with os.fdopen(writing, "w") as terminal, os.fdopen(reading, "rb", buffering=0):
+        stderr = logs.Stderr(terminal)
+        stderr.lost = lambda: lost.append(1)
+        saying = threading.Thread(target=lambda: [stderr.write("x" * 300 + "\n") for _ in range(2000)], daemon=True)
+        saying.start()
+        saying.join(30)
+        assert not saying.is_alive(), "it waits for the terminal"
+        assert os.get_blocking(writing), "who else has the terminal is not asked"
+    assert lost
+
+
+class Garbage:
+    """Tells of itself when it is found."""
+
+    def __init__(self, stderr: logs.Stderr) -> None:
+        self._stderr, self._self = stderr, self
+
+    def __del__(self) -> None:
+        self._stderr.write("found\n")
+
+
+def test_what_the_garbage_collector_tells_in_the_middle_of_a_line_follows_it() -> None:
+    class Collecting(io.StringIO):
+        def write(self, text: str) -> int:
+            gc.collect()
+            return super().write(text)
+
+    stderr = logs.Stderr(to := Collecting())
+    Garbage(stderr)
+    line = "x" * 5000 + "\n"
+    saying = threading.Thread(target=stderr.write, args=[line], daemon=True)
+    saying.start()
+    saying.join(30)
+    assert not saying.is_alive(), "the thread waits for itself"
+    assert to.getvalue() == f"{line}found\n"
 
 
 @pytest.mark.usefixtures("configured")
