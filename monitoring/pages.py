@@ -28,7 +28,7 @@ Beside them are the Python client's `process_…` metrics (memory, processor tim
 `ONSET_STREAM_METRICS=5000` shows up to so many streams of each model one by one: five series a stream and five a feature. Off by default:
 it is the one thing here that grows with the fleet. A stream keeps its place until nothing of it was scored for five minutes; while all
 places are taken others are not shown, which `onset_streams_not_shown_total` counts. Every replica shows the streams that it scores:
-behind several, take `max by (stream)`.
+of one behind several take the newest ([monitoring.md](monitoring.md#start-it), *several replicas*).
 
 {series}
 """
