@@ -96,6 +96,10 @@ class Nats:
         self._leases: _Leases | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._releases: set[asyncio.Task[None]] = set()
+        self._shares_from = 0.0
+        """When partitions change hands again. After an outage they stay with who had them: the leases end with the server, and who had
+        acknowledged what it does not know any more must see that.
+        """
         self._told: set[str] = set()
         """Of the outage that there is: what was said of it."""
         if options.credentials:
@@ -162,6 +166,7 @@ class Nats:
             return
         await self._disconnect()
         options, client, ended = self._options, Client(), asyncio.Event()
+        again = self._js is not None
         self._client, self._ended = client, ended
 
         async def gone() -> None:
@@ -193,6 +198,8 @@ class Nats:
             await self._disconnect()
             ended.clear()  # there is nothing to hurry for
             raise _unavailable(error) from error
+        if again:
+            self._shares_from = time.monotonic() + options.lease_seconds
         for partition in self._partitions.owned:
             partition.wake.set()
 
@@ -231,6 +238,8 @@ class Nats:
             if not await leases.hold(partition.lease, self.member) and not partition.leaving:
                 partition.stop()
                 self._partitions.lose([partition])
+        if time.monotonic() < self._shares_from:
+            return
         staying = [partition for partition in self._partitions.owned if not partition.leaving]
         for partition in staying[target:]:
             partition.leaving = True
@@ -500,15 +509,16 @@ class _Subject(Partition):
             self._is_another(f"It was deleted and made again ({before}, now {created}).", 0, "")
         try:
             info = await _whole(js.consumer_info(self._stream, self.consumer))
+            done = _done(info)
         except NotFoundError:
-            info = await self._make(max(self.settled, 0 if before else await self._begin(stream.state.last_seq)) + 1)
+            done = 0 if before else await self._begin(stream.state.last_seq)
+            info = await self._make(max(self.settled, done) + 1)
         self._check(info.config)
         self._incarnation = _incarnation(info.config)
-        floor = info.ack_floor.stream_seq if info.ack_floor is not None else 0
-        if floor > self.settled:
-            self.settled, self.settled_at = floor, math.nan
+        if done > self.settled:
+            self.settled, self.settled_at = done, math.nan
         if went_back := await self._went_back():
-            self._is_another(went_back, min(floor, stream.state.last_seq), f"{INCARNATION}{time.time_ns():x}")
+            self._is_another(went_back, min(done, stream.state.last_seq), f"{INCARNATION}{time.time_ns():x}")
         self._seen = self.settled
         self.identity = identity("\0".join(["nats", self._stream, created, *filter(None, [self._incarnation])]))
         if again or went_back or info.num_ack_pending:
@@ -666,6 +676,11 @@ def subjects_of(config: StreamConfig) -> Sequence[str]:
     """Filters of all that a stream's messages may be called; none = it is not known: it has those of other streams, or renames its own."""
     elsewhere = config.mirror or config.sources or config.subject_transform
     return [] if elsewhere else config.subjects or []
+
+
+def _done(info: ConsumerInfo) -> int:
+    """Up to where the server has all as done: acknowledged, or before what the consumer began with, of which an unused one's floor is 0."""
+    return max(info.ack_floor.stream_seq if info.ack_floor is not None else 0, (info.config.opt_start_seq or 1) - 1)
 
 
 def _incarnation(config: ConsumerConfig) -> str:

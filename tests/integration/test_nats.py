@@ -417,6 +417,93 @@ async def test_a_stream_that_comes_back_without_its_last_messages_is_read_on_as_
     assert (told["reads_on_at"], "was acknowledged" in told["reason"]) == (3, True)
 
 
+async def test_a_group_that_begins_with_what_is_new_keeps_to_it_also_when_the_server_restarts_before_anything_came(tmp_path: Path) -> None:
+    restored = Restored(tmp_path)
+    options = NatsSource(servers=[restored.server.url], subjects=["plant.>"], stream="PLANT", lease_seconds=1, start="latest")
+    with restored.server as server:
+        client = await server.connect()
+        await client.jetstream().add_stream(name="PLANT", subjects=["plant.>"])
+        await client.close()
+        await restored.send(1, 2)
+        source = Nats(options, Metrics())
+        await source.open()
+        await until(lambda: any(partition._next for partition in source._partitions.owned))
+        server.stop()
+        server.start()
+        await restored.send(3)
+        taken = await take(source, 1)
+        await source.close()
+    assert [value for value, _ in taken] == [3]
+
+
+async def test_of_a_stream_that_comes_back_without_the_consumer_nothing_new_is_left_out(tmp_path: Path) -> None:
+    restored = Restored(tmp_path)
+    options = NatsSource(servers=[restored.server.url], subjects=["plant.>"], stream="PLANT", lease_seconds=1)
+    with restored.server as server:
+        client = await server.connect()
+        await client.jetstream().add_stream(name="PLANT", subjects=["plant.>"])
+        await client.close()
+        restored.keep()
+        source = Nats(options, Metrics())
+        await source.open()
+        await restored.send(1, 2)
+        [(_, old), _] = await take(source, 2)
+        await restored.restore(10, 11, 12)
+        taken = await take(source, 3)
+        await source.close()
+    assert [value for value, _ in taken] == [10, 11, 12]
+    assert old not in {identity for _, identity in taken}
+
+
+async def test_who_read_a_stream_that_comes_back_reads_it_on_although_another_replica_was_there_before(tmp_path: Path) -> None:
+    """The leases are gone with the server; the other one could not know that it gives numbers again."""
+    restored = Restored(tmp_path)
+    options = NatsSource(servers=[restored.server.url], subjects=["plant.>"], stream="PLANT", lease_seconds=8)
+    with restored.server as server, capture_logs() as logs:
+        client = await server.connect()
+        await client.jetstream().add_stream(name="PLANT", subjects=["plant.>"])
+        await client.close()
+        reader, other = Nats(options, Metrics()), Nats(options, Metrics())
+        reader.member, other.member = "first", "second"
+        await reader.open()
+        await restored.send(1, 2)
+        [(_, old), _] = await take(reader, 2)
+        await other.open()
+        await until(lambda: other._leases is not None)
+        restored.keep()
+        await restored.send(3, 4)
+        await take(reader, 2)
+        may_connect, connect = asyncio.Event(), reader._connect
+
+        async def last() -> None:
+            await may_connect.wait()
+            await connect()
+
+        reader._connect = last  # type: ignore[method-assign]
+        await restored.restore(10, 11, 12)
+        attends = Attends(other)
+        await attends.once.wait()
+        may_connect.set()
+        taken = await take(reader, 3)
+        await other.close()
+        await reader.close()
+    assert [value for value, _ in taken] == [10, 11, 12]
+    assert old not in {identity for _, identity in taken}
+    assert [line for line in logs if line["event"] == "nats_stream_replaced"]
+
+
+class Attends:
+    """`once` is set when the source has shared out what is there, again."""
+
+    def __init__(self, source: Nats) -> None:
+        self.once, self._share = asyncio.Event(), source._share
+        source._share = self._attend  # type: ignore[method-assign]
+
+    async def _attend(self) -> None:
+        await self._share()
+        self.once.set()
+
+
 @pytest.mark.parametrize("start", ["earliest", "latest"])
 async def test_a_stream_that_is_made_again_while_it_is_read_is_read_from_its_beginning(rig: NatsRig, start: Any) -> None:
     source = Nats(NatsSource(**(rig.declared | {"subjects": rig.subjects[:1], "start": start})), Metrics())
