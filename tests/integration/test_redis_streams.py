@@ -482,6 +482,27 @@ async def test_a_group_that_is_deleted_while_its_partition_is_read_is_made_again
     assert "streams_trimmed" not in {line["event"] for line in logs}
 
 
+async def test_renewing_a_lease_is_no_error_in_the_statistics_of_the_server(empty_server: str, q: Queue) -> None:
+    """Somebody may be woken when they grow."""
+    source = RedisStreams(empty_server, RedisStreamsSource(key=KEY, lease_seconds=1), Metrics())
+
+    async def renewals() -> int:
+        stats = await q.client.info("commandstats")
+        return int(stats.get("cmdstat_pexpire", {"calls": 0})["calls"])
+
+    await source.open()
+    await q.add({"stream_id": "a", "values": {"value": 1}})
+    await asyncio.wait_for(source.receive(), 60)
+    before, done = (await q.client.info("stats"))["total_error_replies"], await renewals()
+
+    async def renewed() -> bool:
+        return await renewals() >= done + 5
+
+    await until(renewed)
+    assert (await q.client.info("stats"))["total_error_replies"] == before
+    await source.close()
+
+
 async def test_a_key_of_another_kind_is_told(empty_server: str, q: Queue) -> None:
     source = RedisStreams(empty_server, RedisStreamsSource(), Metrics())
     await source.open()
