@@ -138,11 +138,11 @@ def test_many_lines_in_a_row_that_may_each_come_now_and_then_are_found_where_one
     last = len(around) + 3 + 11
     assert answers["contribution"][last].argmax() == 0
     assert one.layout.split(state)["run"].item() < 2, "it is forgotten"
-    often = np.tile(events_of(session([*around[:6], CACHE, CACHE], np.random.default_rng(0), ended=False), one.features), (250, 1))
+    often = np.tile(events_of(session([*around[:6], CACHE, CACHE], np.random.default_rng(0), ended=False), one.features), (120, 1))
     frozen, _ = run(one, often, learn=0.0)
     accepted, state = run(one, often)
-    assert (frozen["p_value"][-200:] < 1e-3).mean() > 0.9
-    assert (accepted["p_value"][-200:] < 1e-3).mean() < 0.5, "what is accepted becomes usual"
+    assert (frozen["p_value"][-100:] < 1e-3).mean() > 0.9
+    assert (accepted["p_value"][-100:] < 1e-3).mean() < 0.5, "what is accepted becomes usual"
     assert one.layout.split(state)["own_usual"].item() > 0.2
 
 

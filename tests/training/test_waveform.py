@@ -125,6 +125,8 @@ def test_fit_waveform_makes_a_detector_that_finds_a_beat_of_another_shape(tmp_pa
         "--name",
         "beats",
         "--waveform",
+        "--cell",
+        "coupled",
         "--steps",
         "40",
         "--lanes",
