@@ -105,21 +105,22 @@ def _way(to: TextIO | None) -> tuple[Callable[[bytes], int], Callable[[float], o
     if to is None:  # the process was started without one
         return len, lambda patience: True
     try:
-        file, poll = _own(to.fileno()), select.poll()
-        poll.register(file, select.POLLOUT)
+        own, poll = _own(to.fileno()), select.poll()
+        poll.register(to.fileno() if own is None else own, select.POLLOUT)
     except (OSError, ValueError, AttributeError):  # no file of the system, or a system without poll
         return lambda piece: _put(to, piece), lambda patience: True
-    return lambda piece: os.write(file, piece), poll.poll
+    # Not by its number alone, which is another file's once it is closed.
+    return lambda piece: os.write(to.fileno() if own is None else own, piece), poll.poll
 
 
-def _own(file: int) -> int:
+def _own(file: int) -> int | None:
     """A terminal says that there is room where it has some, and who writes more waits: unless it was opened anew, for us alone."""
     if not os.isatty(file):
-        return file
+        return None
     try:
         return os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:  # no Linux, or another user's
-        return file
+        return None
 
 
 def _put(to: TextIO, piece: bytes) -> int:

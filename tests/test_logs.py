@@ -111,6 +111,19 @@ def test_a_terminal_that_stands_still_stops_nothing() -> None:
     assert lost
 
 
+def test_a_file_that_is_closed_takes_no_lines_and_neither_does_who_has_its_number_then(tmp_path: Path) -> None:
+    lost: list[int] = []
+    with (tmp_path / "log").open("w") as file:
+        stderr = logs.Stderr(file)
+        stderr.lost = lambda: lost.append(1)
+        stderr.write("taken\n")
+        number = file.fileno()
+    with (tmp_path / "other").open("w") as other:
+        assert other.fileno() == number
+        stderr.write("lost\n")
+    assert ((tmp_path / "log").read_text(), (tmp_path / "other").read_text(), lost) == ("taken\n", "", [1])
+
+
 class Garbage:
     """Tells of itself when it is found."""
 
