@@ -46,9 +46,9 @@ from service.sources.options import RedisStreamsSource
 
 LIBRARY = Path(__file__).with_name("streams.lua")
 VERSION = "v3"
-GROUP_GONE = 2
-"""What `hold` of streams.lua says."""
 """Of the functions in the library, renamed together whenever their arguments change."""
+GROUP_GONE = 2
+"""What `hold` of the library says of a group that it had to make again."""
 _UNANSWERED = (RedisError, OSError, RuntimeError)
 """As of the store, see stores/redis.py."""
 TIMEOUT_SECONDS = 4.0
