@@ -282,6 +282,7 @@ def test_contributions_add_up_over_anomalous_events_and_over_whole_runs() -> Non
         flags = {"duplicate": False, "late": False, "alert_score": 2.0 if is_anomaly else 0.0, "threshold": 1.0}
         return {
             "status": "ready",
+            "timestamp": 10.0,
             "anomaly_score": score,
             "is_anomaly": is_anomaly,
             "anomaly_started_at": started,
